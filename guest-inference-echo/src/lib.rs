@@ -1,0 +1,58 @@
+//! Answers each request from the request itself, with no provider and no key, as a component of world `adapter`.
+//!
+//! For trying the server out, and for testing what stands around it: answers have the API's exact shapes and are the same every time.
+
+mod answers;
+mod bindings;
+mod tokens;
+
+use bindings::exports::batchwright::plugin::{
+    inference::{self, Answer, Failure, Outcome, Response, Step},
+    plugin,
+};
+
+struct Component;
+
+impl plugin::Guest for Component {
+    fn describe() -> plugin::Description {
+        plugin::Description {
+            name: "echo".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            summary: "Answers each request from the request itself: no provider, no key".into(),
+            endpoints: answers::ENDPOINTS.iter().map(|(path, _)| (*path).into()).collect(),
+            credentials: Vec::new(),
+            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#.into(),
+        }
+    }
+
+    fn configure(_settings: String) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl inference::Guest for Component {
+    fn begin(request: inference::Request) -> Step {
+        Step::Done(match answers::answer(&request) {
+            Ok((body, usage)) => Answer::Response(Response {
+                status: 200,
+                request_id: Some(request.id),
+                body: body.to_string(),
+                usage: Some(usage),
+            }),
+            Err(refused) if refused.status == 0 => {
+                Answer::Failure(Failure { code: "invalid_request".into(), message: refused.message })
+            }
+            Err(refused) => Answer::Response(Response {
+                status: refused.status,
+                request_id: Some(request.id),
+                body: refused.body().to_string(),
+                usage: None,
+            }),
+        })
+    }
+
+    fn resume(_state: Vec<u8>, _outcome: Outcome) -> Step {
+        let message = "The echo adapter answers at once and is never resumed.".into();
+        Step::Done(Answer::Failure(Failure { code: "adapter_error".into(), message }))
+    }
+}

@@ -1,0 +1,87 @@
+//! Any provider that speaks the OpenAI API, as a component of world `adapter`.
+//!
+//! It imports nothing. The request body goes to the provider as the client wrote it, unknown fields included; only the model's name
+//! is put in its place. The provider's answer comes back as it is.
+
+mod bindings;
+mod provider;
+mod request;
+mod retry_after;
+mod settings;
+
+use std::cell::RefCell;
+
+use bindings::exports::batchwright::plugin::{
+    inference::{self, Answer, Exchange, Failure, HttpRequest, Outcome, Step},
+    plugin,
+};
+use settings::Settings;
+
+struct Component;
+
+thread_local! {
+    static SETTINGS: RefCell<Settings> = RefCell::new(Settings::default());
+}
+
+impl plugin::Guest for Component {
+    fn describe() -> plugin::Description {
+        let credential = |name: &str, header: &str, prefix: &str| plugin::Credential {
+            name: name.into(),
+            header: header.into(),
+            prefix: prefix.into(),
+            // A model server in one's own network asks for none.
+            required: false,
+        };
+        plugin::Description {
+            name: "openai".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            summary: "Any provider that speaks the OpenAI API".into(),
+            endpoints: ["chat/completions", "completions", "embeddings", "responses", "moderations"]
+                .map(|name| format!("/v1/{name}"))
+                .to_vec(),
+            credentials: vec![
+                credential("api_key", "authorization", "Bearer "),
+                credential("azure_api_key", "api-key", ""),
+            ],
+            settings_schema: settings::SCHEMA.into(),
+        }
+    }
+
+    fn configure(text: String) -> Result<(), String> {
+        let settings = Settings::parse(&text)?;
+        SETTINGS.with_borrow_mut(|current| *current = settings);
+        Ok(())
+    }
+}
+
+impl inference::Guest for Component {
+    fn begin(request: inference::Request) -> Step {
+        let body = match request::prepare(&request.endpoint, &request.model, request.body) {
+            Ok(body) => body,
+            Err(message) => return failed("invalid_request", message),
+        };
+        SETTINGS.with_borrow(|settings| {
+            Step::Send(Exchange {
+                request: HttpRequest {
+                    method: "POST".into(),
+                    url: settings.url(&request.endpoint),
+                    headers: settings.headers(),
+                    body: body.into_bytes(),
+                },
+                state: Vec::new(),
+            })
+        })
+    }
+
+    fn resume(_state: Vec<u8>, outcome: Outcome) -> Step {
+        match outcome {
+            Outcome::Response(response) => provider::answer(response),
+            Outcome::Error(error) => provider::no_answer(error),
+            Outcome::Elapsed => failed("adapter_error", "The adapter never asks to wait.".into()),
+        }
+    }
+}
+
+fn failed(code: &str, message: String) -> Step {
+    Step::Done(Answer::Failure(Failure { code: code.into(), message }))
+}

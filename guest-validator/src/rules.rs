@@ -1,0 +1,288 @@
+//! The rules themselves: what a line must have, and what its body must have for each endpoint.
+
+use crate::line::{Body, Line, Object, Raw, parse};
+
+/// One thing that is wrong with a line.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Fault {
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) param: Option<String>,
+}
+
+/// What a body parameter must be.
+enum Kind {
+    Array,
+    StringOrArray,
+}
+
+/// The parameter, besides `model`, that an endpoint's body must have.
+type Required = (&'static str, for<'a> fn(&Body<'a>) -> Option<Raw<'a>>, Kind);
+
+pub(crate) struct Endpoint {
+    pub(crate) path: &'static str,
+    /// How messages call it.
+    name: &'static str,
+    required: Required,
+    /// Whether the API itself can do without the parameter when this other one is given.
+    unless: Option<for<'a> fn(&Body<'a>) -> Option<Raw<'a>>>,
+}
+
+/// The endpoints, and what their bodies need, as the OpenAI API reference of each has it.
+pub(crate) const ENDPOINTS: &[Endpoint] = &[
+    Endpoint {
+        path: "/v1/chat/completions",
+        name: "Chat Completions",
+        required: ("messages", |body| body.messages, Kind::Array),
+        unless: None,
+    },
+    Endpoint {
+        path: "/v1/completions",
+        name: "Completions",
+        required: ("prompt", |body| body.prompt, Kind::StringOrArray),
+        unless: None,
+    },
+    Endpoint {
+        path: "/v1/embeddings",
+        name: "Embeddings",
+        required: ("input", |body| body.input, Kind::StringOrArray),
+        unless: None,
+    },
+    Endpoint {
+        path: "/v1/responses",
+        name: "Responses",
+        required: ("input", |body| body.input, Kind::StringOrArray),
+        // A stored prompt template can stand in for the input.
+        unless: Some(|body| body.prompt),
+    },
+    Endpoint {
+        path: "/v1/moderations",
+        name: "Moderations",
+        required: ("input", |body| body.input, Kind::StringOrArray),
+        unless: None,
+    },
+];
+
+/// Reports every fault of a line of a batch for this endpoint.
+pub(crate) fn check(endpoint: &str, text: &str, report: &mut dyn FnMut(Fault)) {
+    match parse(text) {
+        None => report(Fault {
+            code: "invalid_json_line",
+            message: "This line is not parseable as valid JSON.".into(),
+            param: None,
+        }),
+        Some(Object::IsNot) => report(Fault {
+            code: "invalid_request",
+            message: "Each line must be a JSON dictionary object".into(),
+            param: None,
+        }),
+        Some(Object::Is(line)) => check_line(endpoint, &line, report),
+    }
+}
+
+fn check_line(endpoint: &str, line: &Line, report: &mut dyn FnMut(Fault)) {
+    must_be_string("custom_id", "Custom_id", line.custom_id, report);
+    must_be_string("method", "Method", line.method, report);
+    must_be_string("url", "URL", line.url, report);
+    match &line.body {
+        None => report(missing("body")),
+        Some(Object::IsNot) => report(invalid("body", "Body must be a JSON dictionary object".into())),
+        Some(Object::Is(_)) => {}
+    }
+    if let Some(method) = line.method.filter(|method| method.is_string() && !method.is_text("POST")) {
+        let method = method.to_text().unwrap_or_default();
+        report(Fault {
+            code: "invalid_method",
+            message: format!("Invalid method: '{}'. Only 'POST' is allowed.", shortened(&method)),
+            param: Some("method".into()),
+        });
+    }
+    if line.url.is_some_and(|url| url.is_string() && !url.is_text(endpoint)) {
+        report(Fault {
+            code: "invalid_url",
+            message: "The URL provided for this request does not match the batch endpoint.".into(),
+            param: Some("url".into()),
+        });
+        return;
+    }
+    if let Some(Object::Is(body)) = &line.body {
+        check_body(endpoint, body, report);
+    }
+}
+
+fn check_body(endpoint: &str, body: &Body, report: &mut dyn FnMut(Fault)) {
+    let Some(endpoint) = ENDPOINTS.iter().find(|known| known.path == endpoint) else {
+        return;
+    };
+    match body.stream {
+        Some(stream) if stream.as_bool() == Some(true) => report(Fault {
+            code: "streaming_unsupported",
+            message: format!("{}: Streaming is not supported in the Batch API.", endpoint.name),
+            param: Some("body.stream".into()),
+        }),
+        Some(stream) if stream.as_bool().is_none() && !stream.is_null() => {
+            report(invalid("body.stream", "Stream must be a boolean".into()));
+        }
+        _ => {}
+    }
+    match body.model {
+        None => report(invalid("body.model", "Model parameter is required.".into())),
+        Some(model) if !model.is_string() => report(invalid("body.model", "Model must be a string".into())),
+        Some(_) => {}
+    }
+    let (name, value, kind) = &endpoint.required;
+    let (fits, expected): (fn(Raw) -> bool, _) = match kind {
+        Kind::Array => (|value| value.is_array(), "an array"),
+        Kind::StringOrArray => (|value| value.is_string() || value.is_array(), "a string or an array"),
+    };
+    match value(body) {
+        None if endpoint.unless.is_some_and(|other| other(body).is_some()) => {}
+        None => report(invalid(&format!("body.{name}"), format!("{} parameter is required.", capitalised(name)))),
+        Some(value) if !fits(value) => {
+            report(invalid(&format!("body.{name}"), format!("{} must be {expected}", capitalised(name))));
+        }
+        Some(_) => {}
+    }
+}
+
+fn must_be_string(param: &str, label: &str, value: Option<Raw>, report: &mut dyn FnMut(Fault)) {
+    match value {
+        None => report(missing(param)),
+        Some(value) if !value.is_string() => report(invalid(param, format!("{label} must be a string"))),
+        Some(_) => {}
+    }
+}
+
+fn missing(param: &str) -> Fault {
+    Fault {
+        code: "missing_required_parameter",
+        message: format!("Missing required parameter: '{param}'."),
+        param: Some(param.into()),
+    }
+}
+
+fn invalid(param: &str, message: String) -> Fault {
+    Fault { code: "invalid_request", message, param: Some(param.into()) }
+}
+
+fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map(|first| first.to_ascii_uppercase()).into_iter().chain(letters).collect()
+}
+
+/// As much of a client's value as a message can hold.
+fn shortened(value: &str) -> String {
+    value.chars().take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHAT: &str = "/v1/chat/completions";
+
+    /// Each fault as `code param message`, one a line.
+    fn faults(endpoint: &str, text: &str) -> String {
+        let mut out = String::new();
+        check(endpoint, text, &mut |fault| {
+            let param = fault.param.unwrap_or_else(|| "-".into());
+            out.push_str(&format!("{} {param} {}\n", fault.code, fault.message));
+        });
+        out
+    }
+
+    fn chat(body: &str) -> String {
+        faults(CHAT, &format!(r#"{{"custom_id":"a","method":"POST","url":"{CHAT}","body":{body}}}"#))
+    }
+
+    #[test]
+    fn a_good_line_of_every_endpoint_is_accepted() {
+        for (endpoint, body) in [
+            (CHAT, r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"unknown":{"x":[1e999]}}"#),
+            ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
+            ("/v1/completions", r#"{"model":"m","prompt":["hi"],"stream":false}"#),
+            ("/v1/embeddings", r#"{"model":"m","input":["a","b"],"stream":null}"#),
+            ("/v1/responses", r#"{"model":"m","input":"hi"}"#),
+            ("/v1/responses", r#"{"model":"m","prompt":{"id":"p"}}"#),
+            ("/v1/moderations", r#"{"model":"m","input":"hi"}"#),
+        ] {
+            let line = format!(r#"{{"custom_id":"","method":"P\u004fST","url":"{endpoint}","body":{body},"x":1}}"#);
+            assert_eq!(faults(endpoint, &line), "", "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_or_no_object_says_so() {
+        for text in ["{", "nope", "{\"a\":1} x", "{\"a\":\"\u{1}\"}", "{'a':1}", "{\"body\":{\"model\":}}", "01"] {
+            assert_eq!(faults(CHAT, text), "invalid_json_line - This line is not parseable as valid JSON.\n", "{text}");
+        }
+        for text in ["[]", "[\"a\",\"POST\",\"u\",{}]", "1", "1e999", "null", "true", "\"{}\""] {
+            assert_eq!(faults(CHAT, text), "invalid_request - Each line must be a JSON dictionary object\n", "{text}");
+        }
+    }
+
+    #[test]
+    fn all_faults_of_a_line_are_reported_in_order() {
+        assert_eq!(
+            faults(CHAT, "{}"),
+            "missing_required_parameter custom_id Missing required parameter: 'custom_id'.\n\
+             missing_required_parameter method Missing required parameter: 'method'.\n\
+             missing_required_parameter url Missing required parameter: 'url'.\n\
+             missing_required_parameter body Missing required parameter: 'body'.\n"
+        );
+        assert_eq!(
+            faults(CHAT, r#"{"custom_id":1,"method":null,"url":[],"body":"x"}"#),
+            "invalid_request custom_id Custom_id must be a string\n\
+             invalid_request method Method must be a string\n\
+             invalid_request url URL must be a string\n\
+             invalid_request body Body must be a JSON dictionary object\n"
+        );
+        assert_eq!(
+            chat(r#"{"stream":true}"#),
+            "streaming_unsupported body.stream Chat Completions: Streaming is not supported in the Batch API.\n\
+             invalid_request body.model Model parameter is required.\n\
+             invalid_request body.messages Messages parameter is required.\n"
+        );
+        assert_eq!(
+            chat(r#"{"model":7,"messages":"hi","stream":"yes"}"#),
+            "invalid_request body.stream Stream must be a boolean\n\
+             invalid_request body.model Model must be a string\n\
+             invalid_request body.messages Messages must be an array\n"
+        );
+        assert_eq!(
+            faults(
+                "/v1/embeddings",
+                r#"{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{"model":"m","input":3}}"#
+            ),
+            "invalid_request body.input Input must be a string or an array\n"
+        );
+    }
+
+    #[test]
+    fn a_wrong_url_spares_the_body_and_a_wrong_method_does_not() {
+        assert_eq!(
+            faults(CHAT, r#"{"custom_id":"a","method":"GET","url":"/v1/embeddings","body":{}}"#),
+            "invalid_method method Invalid method: 'GET'. Only 'POST' is allowed.\n\
+             invalid_url url The URL provided for this request does not match the batch endpoint.\n"
+        );
+        assert_eq!(
+            faults(CHAT, &format!(r#"{{"custom_id":"a","method":"","url":"{CHAT}","body":{{"messages":[]}}}}"#)),
+            "invalid_method method Invalid method: ''. Only 'POST' is allowed.\n\
+             invalid_request body.model Model parameter is required.\n"
+        );
+        assert_eq!(
+            faults(CHAT, r#"{"custom_id":"a","method":"POST","url":"","body":{}}"#),
+            "invalid_url url The URL provided for this request does not match the batch endpoint.\n"
+        );
+    }
+
+    #[test]
+    fn of_a_key_given_twice_the_last_counts_and_odd_numbers_are_json() {
+        assert_eq!(chat(r#"{"model":1,"model":"m","messages":[]}"#), "");
+        assert_eq!(
+            faults(CHAT, &format!(r#"{{"custom_id":1e999,"method":"POST","url":"{CHAT}","body":1e999}}"#)),
+            "invalid_request custom_id Custom_id must be a string\n\
+             invalid_request body Body must be a JSON dictionary object\n"
+        );
+    }
+}
