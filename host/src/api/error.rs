@@ -1,0 +1,140 @@
+//! Error objects: `{"error": {"message", "type", "param", "code"}}`, for every 4xx and 5xx.
+
+use axum::Json;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+
+use super::wire;
+use crate::batch::{CreateError, UploadError};
+use crate::store::StoreError;
+
+/// The SDKs retry some statuses by themselves unless they are told not to.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+    should_retry: Option<bool>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into(), param: None, code: None, should_retry: None }
+    }
+
+    /// 400: a parameter is not as it should be.
+    pub fn invalid(param: impl Into<String>, code: &'static str, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
+    }
+
+    /// 400: the request as a whole is not as it should be.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    pub fn with_code(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
+    }
+
+    pub fn with_param(self, param: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..self }
+    }
+
+    pub fn method_not_allowed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// 409, which trying again does not change.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::CONFLICT, "invalid_request_error", message);
+        Self { should_retry: Some(false), ..error }
+    }
+
+    pub fn too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    pub fn range_not_satisfiable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "invalid_request_error", message)
+    }
+
+    /// 500, with the cause in the log alone.
+    pub fn internal(cause: impl std::fmt::Display) -> Self {
+        tracing::error!("a request failed: {cause}");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            "The server had an error while processing the request; its log says more.",
+        )
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Full(cause) => {
+                tracing::error!("a request failed for want of disk space: {cause}");
+                let message = "The server's disk is full; try again when its operator has made room.";
+                Self {
+                    code: Some("storage_full"),
+                    ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
+                }
+            }
+            StoreError::Closed => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "server_error",
+                "The server is shutting down; try again in a moment.",
+            ),
+            error => Self::internal(error),
+        }
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        let message = error.to_string();
+        match error {
+            CreateError::Endpoint(_) => Self::invalid("endpoint", "invalid_value", message),
+            CreateError::CompletionWindow { .. } => Self::invalid("completion_window", "invalid_value", message),
+            CreateError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<UploadError> for ApiError {
+    fn from(error: UploadError) -> Self {
+        let message = error.to_string();
+        match error {
+            UploadError::Empty => Self::invalid("file", "empty_file", message),
+            UploadError::TooLarge(_) => Self::too_large(message).with_param("file").with_code("file_too_large"),
+            UploadError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = wire::ErrorBody {
+            error: wire::Error {
+                message: &self.message,
+                kind: self.kind,
+                param: self.param.as_deref(),
+                code: self.code,
+            },
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(retry) = self.should_retry {
+            let value = HeaderValue::from_static(if retry { "true" } else { "false" });
+            response.headers_mut().insert(SHOULD_RETRY, value);
+        }
+        response
+    }
+}

@@ -1,0 +1,139 @@
+//! `/files`
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+
+use super::batches::unknown_after;
+use super::error::ApiError;
+use super::multipart::{Form, part_text};
+use super::params::{QueryParams, check_anchor, check_lifetime};
+use super::wire::{Deleted, File, List};
+use super::{App, Tenant};
+use crate::batch::NewFile;
+use crate::store::{FileQuery, Order, Paged};
+
+/// What a client may upload a file for; `batch_output` is for the server's own.
+const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];
+
+/// The parts come in any order: the Node SDK sends the file first. So the bytes go to the store at once, and what else is said decides
+/// at the end.
+pub async fn upload(State(batches): App, tenant: Tenant, request: Request) -> Result<Json<File>, ApiError> {
+    let mut form = Form::read(request).await?;
+    let mut upload = batches.upload(&tenant.0);
+    let received = receive(&mut form, &mut upload).await;
+    let new = match received.and_then(Received::check) {
+        Ok(new) => new,
+        Err(error) => {
+            upload.abort().await;
+            form.drain().await;
+            return Err(error);
+        }
+    };
+    Ok(Json(upload.finish(new).await?.into()))
+}
+
+#[derive(Default)]
+struct Received {
+    filename: Option<String>,
+    purpose: Option<String>,
+    anchor: Option<String>,
+    seconds: Option<String>,
+}
+
+async fn receive(form: &mut Form, upload: &mut crate::batch::Upload<'_>) -> Result<Received, ApiError> {
+    let mut received = Received::default();
+    while let Some(mut part) = form.next().await? {
+        match part.name().unwrap_or_default() {
+            "file" => {
+                if received.filename.is_some() {
+                    return Err(ApiError::invalid("file", "invalid_value", "There is more than one part 'file'."));
+                }
+                received.filename = Some(part.file_name().unwrap_or("upload").to_owned());
+                while let Some(bytes) = part.chunk().await.map_err(|error| super::multipart::broken(&error))? {
+                    upload.write(bytes).await?;
+                }
+            }
+            "purpose" => received.purpose = Some(part_text(part).await?),
+            "expires_after[anchor]" => received.anchor = Some(part_text(part).await?),
+            "expires_after[seconds]" => received.seconds = Some(part_text(part).await?),
+            other => {
+                let shown: String = other.chars().take(100).collect();
+                let message = format!("Unknown parameter: '{shown}'.");
+                return Err(ApiError::invalid(shown, "unknown_parameter", message));
+            }
+        }
+    }
+    Ok(received)
+}
+
+impl Received {
+    fn check(self) -> Result<NewFile, ApiError> {
+        let missing = |name: &str| {
+            ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
+        };
+        let filename = self.filename.ok_or_else(|| missing("file"))?;
+        let purpose = self.purpose.ok_or_else(|| missing("purpose"))?;
+        if !PURPOSES.contains(&purpose.as_str()) {
+            let shown: String = purpose.chars().take(100).collect();
+            let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
+            let message = format!("Invalid value: '{shown}'. Supported values are: {supported}.");
+            return Err(ApiError::invalid("purpose", "invalid_value", message));
+        }
+        let lifetime = match (self.anchor, self.seconds) {
+            (None, None) => None,
+            (Some(_), None) => return Err(missing("expires_after[seconds]")),
+            (None, Some(_)) => return Err(missing("expires_after[anchor]")),
+            (Some(anchor), Some(seconds)) => {
+                check_anchor("expires_after[anchor]", &anchor)?;
+                // What is no number is as far out of range as can be.
+                Some(check_lifetime("expires_after[seconds]", seconds.parse().unwrap_or(0))?)
+            }
+        };
+        Ok(NewFile { filename: filename.chars().take(255).collect(), purpose, lifetime })
+    }
+}
+
+pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<File>, ApiError> {
+    match batches.file(&tenant.0, &id).await? {
+        Some(file) => Ok(Json(file.into())),
+        None => Err(no_file(&id)),
+    }
+}
+
+pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<File>>, ApiError> {
+    let after = query.text("after");
+    let order = match query.text("order").as_deref() {
+        None | Some("desc") => Order::NewestFirst,
+        Some("asc") => Order::OldestFirst,
+        Some(_) => {
+            return Err(ApiError::invalid(
+                "order",
+                "invalid_value",
+                "Invalid 'order'. Supported values are: 'asc', 'desc'.",
+            ));
+        }
+    };
+    let query = FileQuery {
+        purpose: query.text("purpose"),
+        order,
+        after: after.clone(),
+        limit: query.limit(1..=10_000, 10_000)?,
+        now: batches.clock().now(),
+    };
+    match batches.files(&tenant.0, query).await? {
+        Paged::Page(page) => Ok(Json(List::new(page.items.into_iter().map(File::from).collect(), page.has_more))),
+        Paged::UnknownAfter => Err(unknown_after("file", &after.unwrap_or_default())),
+    }
+}
+
+pub async fn delete(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+    if batches.delete_file(&tenant.0, &id).await? {
+        Ok(Json(Deleted { id, object: "file", deleted: true }))
+    } else {
+        Err(no_file(&id))
+    }
+}
+
+pub fn no_file(id: &str) -> ApiError {
+    ApiError::not_found(format!("No file found with id '{id}'."))
+}

@@ -1,0 +1,93 @@
+//! The HTTP API: routes, wire types, errors. Each handler reads its request, calls one function of `batch`, and answers.
+//!
+//! Architecture invariant: wire types live here alone; nothing below knows JSON of the API, statuses or headers.
+
+mod batches;
+mod content;
+mod error;
+mod files;
+mod health;
+mod models;
+mod multipart;
+mod params;
+mod wire;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, Method, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+use uuid::Uuid;
+
+use crate::batch::Batches;
+use error::ApiError;
+
+/// Every route is here under both: clients of the llama-stack of 2025 use the second.
+const PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
+
+/// Largest body of a request that is no upload, in bytes.
+const MOST_JSON: usize = 1 << 20;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+type App = axum::extract::State<Arc<Batches>>;
+
+/// Whose request it is. There is one tenant until keys tell them apart.
+struct Tenant(String);
+
+impl<S: Sync> FromRequestParts<S> for Tenant {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(_: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self("default".into()))
+    }
+}
+
+pub fn router(batches: Arc<Batches>) -> Router {
+    let api = Router::new()
+        .route("/files", post(files::upload).layer(DefaultBodyLimit::disable()).get(files::list))
+        .route("/files/{id}", get(files::get).delete(files::delete))
+        .route("/files/{id}/content", get(content::download))
+        .route("/batches", post(batches::create).get(batches::list))
+        .route("/batches/{id}", get(batches::get))
+        .route("/batches/{id}/cancel", post(batches::cancel))
+        .route("/models", get(models::list))
+        // The name of a model may hold slashes.
+        .route("/models/{*id}", get(models::get));
+    let mut router = Router::new().route("/health/live", get(health::live)).route("/health/ready", get(health::ready));
+    for prefix in PREFIXES {
+        router = router.nest(prefix, api.clone());
+    }
+    router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(MOST_JSON))
+        .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
+        .layer(middleware::from_fn(tag))
+        .with_state(batches)
+}
+
+/// Gives each answer an id, and the log a line.
+async fn tag(request: Request, next: Next) -> Response {
+    let id = Uuid::new_v4().simple().to_string();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = next.run(request).await;
+    tracing::debug!(request_id = id, %method, path, status = response.status().as_u16(), "answered");
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+async fn unknown_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::not_found(format!("Invalid URL ({method} {})", uri.path()))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", uri.path()))
+}

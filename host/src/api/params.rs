@@ -1,0 +1,207 @@
+//! Parameters of a request, from a JSON body or a query, with errors that name them.
+
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use axum::extract::{FromRequest, FromRequestParts, Query, Request};
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use crate::store::Metadata;
+
+/// How long files may be kept that say so themselves, in seconds.
+const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
+
+const MOST_PAIRS: usize = 16;
+const LONGEST_KEY: usize = 64;
+const LONGEST_VALUE: usize = 512;
+
+/// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
+pub struct Params(Map<String, Value>);
+
+impl<S: Send + Sync> FromRequest<S> for Params {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
+        let refused = |error: ApiError| error.into_response();
+        let body = bytes::Bytes::from_request(request, state).await.map_err(|rejection| {
+            if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
+                refused(ApiError::too_large("The request body is larger than 1 MiB."))
+            } else {
+                refused(ApiError::bad_request(format!("The request body could not be read: {rejection}.")))
+            }
+        })?;
+        match serde_json::from_slice(&body) {
+            Ok(Value::Object(object)) => Ok(Self(object)),
+            Ok(other) => {
+                let message = format!("The request body must be a JSON object, but it is {}.", kind(&other));
+                Err(refused(ApiError::bad_request(message)))
+            }
+            Err(error) => {
+                let message = format!("We could not parse the JSON body of your request: {error}.");
+                Err(refused(ApiError::bad_request(message)))
+            }
+        }
+    }
+}
+
+impl Params {
+    /// A value that is neither absent nor null.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|value| !value.is_null())
+    }
+
+    pub fn string(&mut self, name: &str) -> Result<String, ApiError> {
+        match self.take(name) {
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => Err(wrong_type(name, "a string", &other)),
+            None => Err(ApiError::invalid(
+                name,
+                "missing_required_parameter",
+                format!("Missing required parameter: '{name}'."),
+            )),
+        }
+    }
+
+    /// Up to sixteen pairs of strings.
+    pub fn metadata(&mut self, name: &str) -> Result<Option<Metadata>, ApiError> {
+        let pairs = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Object(pairs)) => pairs,
+            Some(other) => return Err(wrong_type(name, "an object", &other)),
+        };
+        if pairs.len() > MOST_PAIRS {
+            let message = format!(
+                "Invalid '{name}': too many properties. Expected an object with at most {MOST_PAIRS} properties, but got an object with {} properties instead.",
+                pairs.len()
+            );
+            return Err(ApiError::invalid(name, "object_above_max_properties", message));
+        }
+        let mut metadata = Metadata::new();
+        for (key, value) in pairs {
+            let at = format!("{name}.{key}");
+            let Value::String(value) = value else { return Err(wrong_type(&at, "a string", &value)) };
+            for (what, text, longest) in [("key", &key, LONGEST_KEY), ("value", &value, LONGEST_VALUE)] {
+                let length = text.chars().count();
+                if length > longest {
+                    let shown: String = at.chars().take(name.len() + 1 + LONGEST_KEY).collect();
+                    let message = format!(
+                        "Invalid '{shown}': {what} too long. Expected a string with maximum length {longest}, but got a string with length {length} instead."
+                    );
+                    return Err(ApiError::invalid(shown, "string_above_max_length", message));
+                }
+            }
+            metadata.insert(key, value);
+        }
+        Ok(Some(metadata))
+    }
+
+    /// `{"anchor": "created_at", "seconds": …}`.
+    pub fn lifetime(&mut self, name: &str) -> Result<Option<Duration>, ApiError> {
+        let mut given = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Object(given)) => Self(given),
+            Some(other) => return Err(wrong_type(name, "an object", &other)),
+        };
+        let within = |error: ApiError, key: &str| error.with_param(format!("{name}.{key}"));
+        let anchor = given.string("anchor").map_err(|error| within(error, "anchor"))?;
+        check_anchor(&format!("{name}.anchor"), &anchor)?;
+        let at = format!("{name}.seconds");
+        let seconds = match given.take("seconds") {
+            Some(value) => value.as_u64().ok_or_else(|| wrong_type(&at, "an integer", &value))?,
+            None => {
+                return Err(ApiError::invalid(
+                    &at,
+                    "missing_required_parameter",
+                    format!("Missing required parameter: '{at}'."),
+                ));
+            }
+        };
+        check_lifetime(&at, seconds).map(Some)
+    }
+
+    /// Refuses what was not taken: it is misspelt, or meant for something else.
+    pub fn end(self) -> Result<(), ApiError> {
+        match self.0.keys().next() {
+            None => Ok(()),
+            Some(name) => {
+                let shown: String = name.chars().take(100).collect();
+                let message = format!("Unknown parameter: '{shown}'.");
+                Err(ApiError::invalid(shown, "unknown_parameter", message))
+            }
+        }
+    }
+}
+
+pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
+    if anchor == "created_at" {
+        return Ok(());
+    }
+    let message = format!("Invalid value: '{anchor}'. Supported values are: 'created_at'.");
+    Err(ApiError::invalid(name, "invalid_value", message))
+}
+
+pub fn check_lifetime(name: &str, seconds: u64) -> Result<Duration, ApiError> {
+    if LIFETIME.contains(&seconds) {
+        return Ok(Duration::from_secs(seconds));
+    }
+    Err(out_of_range(name, &LIFETIME, &seconds.to_string()))
+}
+
+fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
+    let (least, most) = (range.start(), range.end());
+    let message = format!("Invalid '{name}': expected an integer from {least} to {most}, but got '{given}' instead.");
+    ApiError::invalid(name, "invalid_value", message)
+}
+
+fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
+    let shown: String = name.chars().take(100).collect();
+    let message = format!("Invalid type for '{shown}': expected {expected}, but got {} instead.", kind(got));
+    ApiError::invalid(shown, "invalid_type", message)
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(number) if number.is_f64() => "a decimal",
+        Value::Number(_) => "an integer",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// The query of a URL. What is not known is ignored: proxies and SDKs add things.
+pub struct QueryParams(HashMap<String, String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match Query::from_request_parts(parts, state).await {
+            Ok(Query(params)) => Ok(Self(params)),
+            Err(rejection) => Err(ApiError::bad_request(format!("The query could not be read: {rejection}."))),
+        }
+    }
+}
+
+impl QueryParams {
+    pub fn text(&mut self, name: &str) -> Option<String> {
+        self.0.remove(name).filter(|value| !value.is_empty())
+    }
+
+    pub fn limit(&mut self, range: RangeInclusive<u64>, default: u64) -> Result<usize, ApiError> {
+        let number = match self.text("limit") {
+            None => default,
+            Some(text) => match text.parse() {
+                Ok(number) if range.contains(&number) => number,
+                _ => return Err(out_of_range("limit", &range, &text)),
+            },
+        };
+        Ok(usize::try_from(number).unwrap_or(usize::MAX))
+    }
+}

@@ -1,0 +1,199 @@
+//! Execution: lines are read in order and kept under way in a bounded window; what has a result already is passed over.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::input::{InputLine, Lines};
+use super::line::RequestLine;
+use super::request::Context;
+use super::result_line::{request_id, row};
+use super::stop::{Reason, Stop};
+use super::{Batches, kib};
+use crate::plugin::types::{Answer, Failure};
+use crate::store::{BatchRecord, Claim, Result, ResultRow, StoreError};
+
+/// Results written in one go at the most; more of them wait in the channel.
+const GROUP: usize = 1024;
+
+/// Numbers of recorded lines held at a time.
+const RECORDED: usize = 10_000;
+
+/// Pause before a write that failed is tried again.
+const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// A result on its way to the store, with the share of the memory budget it takes.
+type Recorded = (ResultRow, Option<OwnedSemaphorePermit>);
+
+impl Batches {
+    /// Executes what has no result yet. Returns when everything has one, or early with the reason to stop.
+    pub(super) async fn execute(&self, claim: &Claim, batch: &BatchRecord, stop: &Arc<Stop>) -> Result<Option<Reason>> {
+        let context = Arc::new(Context {
+            tenant: claim.tenant.clone(),
+            endpoint: batch.new.endpoint.clone(),
+            created_at: u64::try_from(batch.new.created_at.as_seconds()).unwrap_or(0),
+            registry: self.registry.clone(),
+            clock: self.clock.clone(),
+            settings: self.settings.clone(),
+            stop: stop.clone(),
+        });
+        let (results, to_record) = mpsc::channel(GROUP);
+        let recording = self.record(claim, to_record);
+        let working = async {
+            let kill = CancellationToken::new();
+            // If this is given up, so is what it spawned.
+            let _guard = kill.clone().drop_guard();
+            let tasks = TaskTracker::new();
+            let read = self.send_out(claim, batch, stop, &Work { context, results, kill: &kill, tasks: &tasks }).await;
+            tasks.close();
+            self.wait_for_all(stop, &tasks, &kill).await;
+            read
+        };
+        tokio::try_join!(recording, working)?;
+        Ok(stop.reason())
+    }
+
+    /// Reads the input and spawns its requests, as the window and the memory budget allow.
+    async fn send_out(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop, work: &Work<'_>) -> Result<()> {
+        let bytes = self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await?;
+        let mut lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
+        let mut done = RecordedLines { batches: self, claim, known: VecDeque::new(), last: 0, ended: false };
+        let window =
+            Arc::new(Semaphore::new(self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS)));
+        while let Some(line) = lines.next().await? {
+            // Validation let no line through that is too long.
+            let InputLine::Whole { number, bytes } = line else { continue };
+            if done.contains(number).await? {
+                continue;
+            }
+            let permits = async {
+                let slot = window.clone().acquire_owned().await.ok();
+                (slot, self.take_memory(bytes.len()).await)
+            };
+            let permits = tokio::select! {
+                biased;
+                () = stop.asked() => return Ok(()),
+                permits = permits => permits,
+            };
+            let (context, results, budget) = (work.context.clone(), work.results.clone(), self.budget.clone());
+            let most = self.most_memory();
+            let batch_id = batch.new.id.clone();
+            let kill = work.kill.clone();
+            work.tasks.spawn(async move {
+                let ended = kill.run_until_cancelled(run(&context, &batch_id, number, &bytes)).await;
+                drop(bytes);
+                drop(permits);
+                if let Some(Some(row)) = ended {
+                    let memory = budget.acquire_many_owned(kib(row.payload.len()).min(most)).await.ok();
+                    results.send((row, memory)).await.ok();
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// A share of the memory budget; what is larger than the whole of it takes it all.
+    pub(super) async fn take_memory(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.budget.clone().acquire_many_owned(kib(bytes).min(self.most_memory())).await.ok()
+    }
+
+    fn most_memory(&self) -> u32 {
+        kib(self.settings.memory_budget.in_memory())
+    }
+
+    /// Waits until nothing is in flight: after a stop no longer than the grace period, then what is left is dropped.
+    async fn wait_for_all(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
+        tokio::select! {
+            () = tasks.wait() => return,
+            () = stop.asked() => {}
+        }
+        let grace = match stop.reason() {
+            Some(Reason::Shutdown) => self.settings.shutdown_grace,
+            _ => self.settings.stop_grace,
+        };
+        tokio::select! {
+            () = tasks.wait() => return,
+            () = self.clock.sleep(grace.duration()) => kill.cancel(),
+        }
+        tasks.wait().await;
+    }
+
+    /// Writes results as they come, as many at a time as are there. A write that fails is tried again for as long as the batch is ours:
+    /// what was answered is not asked twice.
+    async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
+        let mut group = Vec::new();
+        while results.recv_many(&mut group, GROUP).await > 0 {
+            let (rows, memory): (Vec<_>, Vec<_>) = group.drain(..).unzip();
+            let rows = Arc::new(rows);
+            loop {
+                match self.store.record(claim, rows.clone()).await {
+                    Ok(()) => break,
+                    Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
+                    Err(error) => {
+                        tracing::error!(batch = claim.batch_id, "results wait to be written: {error}");
+                        self.clock.sleep(WRITE_AGAIN).await;
+                    }
+                }
+            }
+            drop(memory);
+        }
+        Ok(())
+    }
+}
+
+/// What a batch's requests are spawned with.
+struct Work<'a> {
+    context: Arc<Context>,
+    results: mpsc::Sender<Recorded>,
+    kill: &'a CancellationToken,
+    tasks: &'a TaskTracker,
+}
+
+/// Runs one request to its result; none if it was waiting for another attempt when the batch was stopped.
+async fn run(context: &Context, batch: &str, number: u64, bytes: &Bytes) -> Option<ResultRow> {
+    let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
+    let custom_id = line.custom_id.as_deref().unwrap_or_default();
+    let (Some(body), Some(model)) = (line.body, line.model.as_deref()) else {
+        // Validation let no such line through; the file would have to have changed since.
+        let message = "The input file has changed since it was validated.".into();
+        return Some(row(
+            batch,
+            number,
+            custom_id,
+            &Answer::Failure(Failure { code: "invalid_request".into(), message }),
+        ));
+    };
+    let answer = context.answer(&request_id(batch, number), custom_id, model, body).await?;
+    Some(row(batch, number, custom_id, &answer))
+}
+
+/// The lines that have a result, asked for in ascending order and held a page at a time.
+struct RecordedLines<'a> {
+    batches: &'a Batches,
+    claim: &'a Claim,
+    known: VecDeque<u64>,
+    last: u64,
+    ended: bool,
+}
+
+impl RecordedLines<'_> {
+    async fn contains(&mut self, line: u64) -> Result<bool> {
+        loop {
+            match self.known.front() {
+                Some(known) if *known < line => drop(self.known.pop_front()),
+                Some(known) => return Ok(*known == line),
+                None if self.ended => return Ok(false),
+                None => {
+                    let page = self.batches.store.recorded_lines(self.claim, self.last, RECORDED).await?;
+                    self.ended = page.len() < RECORDED;
+                    self.last = page.last().copied().unwrap_or(self.last);
+                    self.known.extend(page);
+                }
+            }
+        }
+    }
+}

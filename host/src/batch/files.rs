@@ -1,0 +1,114 @@
+//! Files: uploaded by clients, read by batches, made by batches.
+
+use std::future::Future;
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use uuid::Uuid;
+
+use super::Batches;
+use crate::config::Size;
+use crate::store::{self, BlobWriter, FileQuery, FileRecord, Paged, StoreError};
+
+/// What is known of an upload besides its bytes.
+#[derive(Debug)]
+pub struct NewFile {
+    pub filename: String,
+    pub purpose: String,
+    /// How long it is kept; an input file that names none gets the setting's.
+    pub lifetime: Option<Duration>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum UploadError {
+    #[error("The file is empty.")]
+    Empty,
+    #[error("The file is larger than {0}; split it into several.")]
+    TooLarge(Size),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// An upload under way. Its bytes are on the disk before anything else is known of it.
+pub struct Upload<'a> {
+    batches: &'a Batches,
+    tenant: &'a str,
+    id: String,
+    writer: BlobWriter,
+}
+
+impl Batches {
+    pub fn upload<'a>(&'a self, tenant: &'a str) -> Upload<'a> {
+        let id = format!("file-{}", Uuid::new_v4().simple());
+        let writer = self.blobs.writer(tenant, &id);
+        Upload { batches: self, tenant, id, writer }
+    }
+
+    pub async fn file(&self, tenant: &str, id: &str) -> store::Result<Option<FileRecord>> {
+        self.store.file(tenant, id, self.clock.now()).await
+    }
+
+    pub async fn files(&self, tenant: &str, query: FileQuery) -> store::Result<Paged<FileRecord>> {
+        self.store.files(tenant, query).await
+    }
+
+    /// Whether there was such a file.
+    pub async fn delete_file(&self, tenant: &str, id: &str) -> store::Result<bool> {
+        let deleted = self.store.delete_file(tenant, id, self.clock.now()).await?;
+        if deleted {
+            self.garbage.notify_one();
+        }
+        Ok(deleted)
+    }
+
+    /// The bytes of a file, or of a part of it.
+    pub async fn content(
+        &self,
+        tenant: &str,
+        id: &str,
+        range: Option<Range<u64>>,
+    ) -> store::Result<BoxStream<'static, store::Result<Bytes>>> {
+        self.blobs.read(tenant, id, range).await
+    }
+}
+
+impl Upload<'_> {
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), UploadError> {
+        let limit = self.batches.settings.max_file_size;
+        if self.writer.written().saturating_add(bytes.len() as u64) > limit.bytes() {
+            return Err(UploadError::TooLarge(limit));
+        }
+        Ok(self.writer.write(bytes).await?)
+    }
+
+    /// Completes the upload. The file is there when its record is.
+    pub async fn finish(self, new: NewFile) -> Result<FileRecord, UploadError> {
+        if self.writer.written() == 0 {
+            self.writer.abort().await;
+            return Err(UploadError::Empty);
+        }
+        let Self { batches, tenant, id, writer } = self;
+        let bytes = writer.finish().await?;
+        let created_at = batches.clock.now();
+        let by_default = (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
+        let file = FileRecord {
+            id,
+            bytes,
+            created_at,
+            expires_at: new.lifetime.or(by_default).map(|lifetime| created_at.after(lifetime)),
+            filename: new.filename,
+            purpose: new.purpose,
+        };
+        if let Err(error) = batches.store.insert_file(tenant, file.clone()).await {
+            batches.blobs.delete(tenant, &file.id).await.ok();
+            return Err(error.into());
+        }
+        Ok(file)
+    }
+
+    pub fn abort(self) -> impl Future<Output = ()> {
+        self.writer.abort()
+    }
+}

@@ -1,0 +1,129 @@
+//! The life of a batch: create, validate, execute, finalize, cancel, expire, recover; and of the files around it.
+//!
+//! Architecture invariant: this room knows no HTTP routes, no SQL and no WebAssembly. What is to last it hands to `store`, what
+//! concerns a provider to `plugin`, and it asks `clock` what time it is.
+
+mod create;
+mod execute;
+mod files;
+mod finalize;
+mod input;
+mod janitor;
+mod line;
+mod request;
+mod result_line;
+mod scheduler;
+mod stop;
+mod validate;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use create::{CreateError, Request};
+pub use files::{NewFile, Upload, UploadError};
+
+use crate::clock::Clock;
+use crate::config::Settings;
+use crate::plugin::Registry;
+use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store};
+use stop::{Reason, Stop};
+
+/// The API's endpoints that a batch can be for.
+pub const ENDPOINTS: [&str; 5] =
+    ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations"];
+
+/// All batches and files of a server.
+pub struct Batches {
+    store: Arc<dyn Store>,
+    blobs: Blobs,
+    registry: Arc<Registry>,
+    clock: Clock,
+    settings: Settings,
+    /// Bytes of lines and results under way, over all batches.
+    budget: Arc<Semaphore>,
+    /// How to stop the batches that are being worked on here, by tenant and id.
+    running: Mutex<HashMap<(String, String), Arc<Stop>>>,
+    /// There may be a batch to work on.
+    work: Notify,
+    /// There may be something to clear away.
+    garbage: Notify,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Batches {
+    pub fn new(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        registry: Arc<Registry>,
+        clock: Clock,
+        settings: Settings,
+    ) -> Arc<Self> {
+        // The semaphore counts in KiB, which fits its range whatever the setting.
+        let budget = Arc::new(Semaphore::new(kib(settings.memory_budget.in_memory()) as usize));
+        Arc::new(Self {
+            store,
+            blobs,
+            registry,
+            clock,
+            settings,
+            budget,
+            running: Mutex::default(),
+            work: Notify::new(),
+            garbage: Notify::new(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Begins to work on batches, those that a former process left included.
+    pub fn start(self: &Arc<Self>) {
+        self.tasks.spawn(self.clone().schedule());
+        self.tasks.spawn(self.clone().clear_away());
+    }
+
+    /// Stops work: nothing new is begun, what is in flight gets `shutdown_grace`, the rest is left for the next start.
+    pub async fn close(&self) {
+        self.closing.cancel();
+        for stop in self.running.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            stop.because(Reason::Shutdown);
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub async fn get(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
+        self.store.batch(tenant, id).await
+    }
+
+    /// Newest first.
+    pub async fn list(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>> {
+        self.store.batches(tenant, after, limit).await
+    }
+
+    pub async fn cancel(&self, tenant: &str, id: &str) -> Result<Cancel> {
+        let found = self.store.request_cancel(tenant, id, self.clock.now()).await?;
+        let key = (tenant.to_owned(), id.to_owned());
+        if let Some(stop) = self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            stop.because(Reason::Cancelled);
+        }
+        Ok(found)
+    }
+}
+
+/// How many permits of the memory budget so many bytes take.
+fn kib(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(u32::MAX >> 4)
+}

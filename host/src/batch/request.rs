@@ -1,0 +1,119 @@
+//! One request, from its line to its answer: the adapter says what to do next, and it is done.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::stop::Stop;
+use crate::clock::Clock;
+use crate::config::Settings;
+use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
+use crate::plugin::{CallError, Plugin, Registry, Route};
+
+/// What all requests of a batch have in common.
+pub struct Context {
+    pub tenant: String,
+    pub endpoint: String,
+    /// Unix seconds.
+    pub created_at: u64,
+    pub registry: Arc<Registry>,
+    pub clock: Clock,
+    pub settings: Settings,
+    pub stop: Arc<Stop>,
+}
+
+/// How one attempt ended.
+enum Attempt {
+    Done(Answer),
+    Again { after: Option<Duration>, otherwise: Answer },
+}
+
+impl Context {
+    /// Answers a request. Whatever goes wrong, there is an answer; none only if the batch was stopped while the request waited for
+    /// another attempt.
+    pub async fn answer(&self, id: &str, custom_id: &str, model: &str, body: &str) -> Option<Answer> {
+        let begun = self.clock.now();
+        let mut attempt = 1_u32;
+        loop {
+            // Looked up at each attempt: the operator may have mended the plugin meanwhile.
+            let Some(Route { plugin, model }) = self.registry.current().route(&self.tenant, model) else {
+                return Some(failure("model_not_found", format!("No plugin serves the model '{model}' any more.")));
+            };
+            let request = Request {
+                id: id.to_owned(),
+                custom_id: custom_id.to_owned(),
+                endpoint: self.endpoint.clone(),
+                model,
+                body: body.to_owned(),
+                created_at: self.created_at,
+                attempt,
+            };
+            let (after, otherwise) = match self.attempt(&plugin, request).await {
+                Ok(Attempt::Done(answer)) => return Some(answer),
+                Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
+                Err(error) => return Some(failure(error.code(), error.to_string())),
+            };
+            let pause = self.backoff(attempt).max(after.unwrap_or_default());
+            let end = begun.after(self.settings.max_retry_time.duration());
+            let next = self.clock.now().after(pause);
+            if attempt as usize >= self.settings.max_attempts.get() || next > end {
+                return Some(otherwise);
+            }
+            tracing::debug!(plugin = plugin.name, id, attempt, ?pause, "the request is tried again");
+            tokio::select! {
+                () = self.clock.sleep_until(next) => {}
+                () = self.stop.asked() => return None,
+            }
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    async fn attempt(&self, plugin: &Plugin, request: Request) -> Result<Attempt, CallError> {
+        let id = request.id.clone();
+        let mut step = plugin.begin(&self.tenant, request).await?;
+        for _ in 0..plugin.limits.max_steps.get() {
+            step = match step {
+                Step::Done(answer) => {
+                    if let Answer::Response(Response { status, request_id: Some(theirs), .. }) = &answer {
+                        tracing::debug!(plugin = plugin.name, id, status, provider_request_id = theirs, "answered");
+                    }
+                    return Ok(Attempt::Done(answer));
+                }
+                Step::Retry { after_milliseconds, otherwise } => {
+                    return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
+                }
+                Step::Send { request, state } => {
+                    let outcome = match plugin.send(&self.tenant, request).await {
+                        Ok(response) => Outcome::Response(response),
+                        Err(error) => Outcome::Error(error),
+                    };
+                    plugin.resume(&self.tenant, &state, outcome).await?
+                }
+                Step::Wait { milliseconds, state } => {
+                    self.clock.sleep(Duration::from_millis(milliseconds)).await;
+                    plugin.resume(&self.tenant, &state, Outcome::Elapsed).await?
+                }
+            };
+        }
+        Err(CallError::Contract {
+            plugin: plugin.name.clone(),
+            function: "resume",
+            message: format!(
+                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
+                plugin.limits.max_steps
+            ),
+        })
+    }
+
+    /// A pause of our own, doubled with each attempt; up to half of it is left out by chance, so that requests that failed together do
+    /// not come back together.
+    fn backoff(&self, attempt: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1));
+        let longest = self.settings.max_retry_backoff.duration();
+        let pause = self.settings.retry_backoff.duration().saturating_mul(doubled).min(longest);
+        pause.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+fn failure(code: &str, message: String) -> Answer {
+    Answer::Failure(Failure { code: code.to_owned(), message })
+}

@@ -1,0 +1,159 @@
+//! Who works on what: claims batches, the oldest first, and takes each through its life.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Batches;
+use super::stop::{Reason, Stop};
+use super::validate::Verdict;
+use crate::store::{BatchRecord, Claim, Finish, Result, Status, StoreError};
+
+/// How long a claim holds without being renewed, and how often it is renewed.
+const LEASE: Duration = Duration::from_secs(30);
+const RENEWAL: Duration = Duration::from_secs(10);
+
+/// How long a batch rests that could not go on, because the disk is full, say.
+const REST: Duration = Duration::from_secs(5);
+
+/// How often work is looked for without a hint: a lease or a rest may have ended.
+const LOOK: Duration = Duration::from_secs(5);
+
+impl Batches {
+    /// Claims and runs batches until the server closes.
+    pub(super) async fn schedule(self: Arc<Self>) {
+        let slots = Arc::new(Semaphore::new(self.settings.max_concurrent_batches.get().min(Semaphore::MAX_PERMITS)));
+        while let Some(Ok(slot)) = self.closing.run_until_cancelled(slots.clone().acquire_owned()).await {
+            let now = self.clock.now();
+            match self.store.claim(now, now.after(LEASE)).await {
+                Ok(Some(claim)) => {
+                    let batches = self.clone();
+                    self.tasks.spawn(async move {
+                        let _slot = slot;
+                        batches.run(claim).await;
+                        batches.work.notify_one();
+                    });
+                }
+                found => {
+                    if let Err(error) = found {
+                        tracing::error!("no batch can be claimed: {error}");
+                    }
+                    drop(slot);
+                    let hint = async {
+                        tokio::select! {
+                            () = self.work.notified() => {}
+                            () = self.clock.sleep(LOOK) => {}
+                        }
+                    };
+                    self.closing.run_until_cancelled(hint).await;
+                }
+            }
+        }
+    }
+
+    async fn run(self: &Arc<Self>, claim: Claim) {
+        let key = (claim.tenant.clone(), claim.batch_id.clone());
+        let stop = Arc::new(Stop::default());
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), stop.clone());
+        if self.closing.is_cancelled() {
+            stop.because(Reason::Shutdown);
+        }
+        let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().keep(claim.clone())));
+        let lived = self.live(&claim, &stop).await;
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        let batch = claim.batch_id.as_str();
+        match lived {
+            Ok(()) => {}
+            Err(StoreError::Fenced) => tracing::warn!(batch, "another worker has taken over the batch"),
+            Err(error) => {
+                tracing::error!(batch, "the batch rests and goes on later: {error}");
+                self.store.renew(&claim, self.clock.now().after(REST)).await.ok();
+            }
+        }
+    }
+
+    /// Renews a claim for as long as it is worked on.
+    async fn keep(self: Arc<Self>, claim: Claim) {
+        loop {
+            self.clock.sleep(RENEWAL).await;
+            if let Err(error) = self.store.renew(&claim, self.clock.now().after(LEASE)).await {
+                tracing::warn!(batch = claim.batch_id, "the claim was not renewed: {error}");
+            }
+        }
+    }
+
+    /// Takes a batch from wherever it is to its end, or to where it was told to stop.
+    async fn live(&self, claim: &Claim, stop: &Arc<Stop>) -> Result<()> {
+        let Some(mut batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
+        tracing::info!(batch = claim.batch_id, tenant = claim.tenant, status = batch.status.as_str(), "batch taken up");
+        let expires_at = batch.new.expires_at;
+        let expiry = async {
+            self.clock.sleep_until(expires_at).await;
+            stop.because(Reason::Expired);
+            std::future::pending::<()>().await;
+        };
+        let living = async {
+            if batch.status == Status::Cancelling {
+                stop.because(Reason::Cancelled);
+            }
+            if batch.times.in_progress_at.is_none() {
+                match self.begin(claim, &batch, stop).await? {
+                    Some(begun) => batch = begun,
+                    None => return Ok(()),
+                }
+            }
+            let stopped =
+                if batch.status == Status::Finalizing { None } else { self.execute(claim, &batch, stop).await? };
+            match stopped {
+                Some(Reason::Shutdown) => self.store.release(claim).await,
+                stopped => self.finalize(claim, &batch, stopped).await,
+            }
+        };
+        let lived = tokio::select! {
+            lived = living => lived,
+            () = expiry => Ok(()),
+        };
+        if lived.is_ok()
+            && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?
+        {
+            let counts = ended.counts;
+            tracing::info!(
+                batch = claim.batch_id,
+                status = ended.status.as_str(),
+                total = counts.total,
+                completed = counts.completed,
+                failed = counts.failed,
+                "batch left"
+            );
+        }
+        lived
+    }
+
+    /// Validates a batch. None if that was its end, or if it was told to stop.
+    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<Option<BatchRecord>> {
+        let verdict = tokio::select! {
+            biased;
+            () = stop.asked() => None,
+            verdict = self.validate(claim, batch) => Some(verdict?),
+        };
+        let at = self.clock.now();
+        match verdict {
+            Some(Verdict::Good { total, model }) => {
+                self.store.start_execution(claim, total, model, at).await?;
+                self.store.batch(&claim.tenant, &claim.batch_id).await
+            }
+            Some(Verdict::Bad(errors)) => self.store.fail(claim, errors, at).await.map(|()| None),
+            None => {
+                // Nothing was counted yet, so nothing is owed: the batch ends without files.
+                let status = match stop.reason() {
+                    Some(Reason::Cancelled) => Status::Cancelled,
+                    Some(Reason::Expired) => Status::Expired,
+                    Some(Reason::Shutdown) | None => return self.store.release(claim).await.map(|()| None),
+                };
+                self.store.finish(claim, Finish { status, output: None, error: None, at }).await.map(|()| None)
+            }
+        }
+    }
+}

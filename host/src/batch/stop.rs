@@ -1,0 +1,35 @@
+//! Why work on a batch ends early.
+
+use std::sync::OnceLock;
+
+use tokio_util::sync::CancellationToken;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    Cancelled,
+    Expired,
+    /// The process ends; the batch goes on at the next start.
+    Shutdown,
+}
+
+/// A request to stop, and its reason: the first one given counts.
+#[derive(Default)]
+pub struct Stop {
+    reason: OnceLock<Reason>,
+    token: CancellationToken,
+}
+
+impl Stop {
+    pub fn because(&self, reason: Reason) {
+        self.reason.get_or_init(|| reason);
+        self.token.cancel();
+    }
+
+    pub fn reason(&self) -> Option<Reason> {
+        self.reason.get().copied()
+    }
+
+    pub async fn asked(&self) {
+        self.token.cancelled().await;
+    }
+}

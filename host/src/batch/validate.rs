@@ -1,0 +1,310 @@
+//! Validation: the whole input file, in pieces, judged side by side by the host's rules and by every validator.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+
+use futures_util::{StreamExt, stream};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Batches;
+use super::input::{InputLine, Lines};
+use super::line::RequestLine;
+use crate::plugin::types::{BatchContext, Line, Violation};
+use crate::plugin::{CallError, Plugin, Snapshot};
+use crate::store::{BatchError, BatchRecord, Claim, Result};
+
+/// What is judged in one piece: lines, or bytes if those are reached first.
+const PIECE_LINES: usize = 1000;
+const PIECE_BYTES: usize = 256 << 10;
+
+/// What validation found.
+pub enum Verdict {
+    /// How many requests there are, and the model of all of them if it is one.
+    Good {
+        total: u64,
+        model: Option<String>,
+    },
+    Bad(Vec<BatchError>),
+}
+
+/// All that judging a piece needs.
+struct Judge {
+    tenant: String,
+    batch: BatchContext,
+    validators: Vec<Arc<Plugin>>,
+    plugins: Arc<Snapshot>,
+    hashers: [RandomState; 2],
+}
+
+/// A piece, judged.
+struct Judged {
+    requests: Vec<Known>,
+    violations: Vec<Violation>,
+}
+
+/// What rules across lines need to know of a line.
+struct Known {
+    line: u64,
+    /// A hash of 128 bits, keyed anew for each batch, stands for the custom_id: a million of them fit into memory.
+    custom_id: Option<u128>,
+    model: Option<String>,
+}
+
+impl Batches {
+    pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<Verdict> {
+        let (tenant, file_id) = (&claim.tenant, &batch.new.input_file_id);
+        let Some(file) = self.store.input_file(claim).await? else {
+            return Ok(Verdict::Bad(vec![of_input_file(format!(
+                "Cannot find file {file_id}, or the organization does not have access to it."
+            ))]));
+        };
+        if file.purpose != "batch" {
+            return Ok(Verdict::Bad(vec![of_input_file(format!(
+                "The file {file_id} has the purpose '{}'; an input file must be uploaded with the purpose 'batch'.",
+                file.purpose
+            ))]));
+        }
+        let plugins = self.registry.current();
+        let judge = Arc::new(Judge {
+            tenant: tenant.clone(),
+            batch: BatchContext {
+                id: batch.new.id.clone(),
+                endpoint: batch.new.endpoint.clone(),
+                metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
+            },
+            validators: plugins.validators(tenant, &batch.new.endpoint),
+            plugins,
+            hashers: [RandomState::new(), RandomState::new()],
+        });
+        let bytes = self.blobs.read(tenant, file_id, None).await?;
+        let lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let pieces =
+            stream::try_unfold(lines, async |mut lines| Ok(next_piece(&mut lines).await?.map(|piece| (piece, lines))));
+        let judged = pieces
+            .map(|piece: Result<Vec<InputLine>>| {
+                let judge = judge.clone();
+                async move {
+                    let piece = piece?;
+                    let memory = self.take_memory(size(&piece)).await;
+                    // Each on a task of its own, so that all cores take part.
+                    let judging = AbortOnDropHandle::new(tokio::spawn(async move {
+                        let judged = judge.judge(piece).await;
+                        drop(memory);
+                        judged
+                    }));
+                    Ok::<_, crate::store::StoreError>(judging.await)
+                }
+            })
+            .buffered(threads.saturating_mul(2));
+        let mut judged = std::pin::pin!(judged);
+        let mut whole = Whole::new(self.settings.max_reported_errors, self.settings.max_requests_per_file);
+        while let Some(piece) = judged.next().await {
+            match piece? {
+                Ok(Ok(piece)) => whole.add(piece),
+                Ok(Err(error)) => return Ok(Verdict::Bad(vec![of_plugin(&error)])),
+                Err(_) => return Err(crate::store::StoreError::Closed),
+            }
+            if whole.total > self.settings.max_requests_per_file {
+                break;
+            }
+        }
+        Ok(whole.verdict())
+    }
+}
+
+async fn next_piece(lines: &mut Lines) -> Result<Option<Vec<InputLine>>> {
+    let mut piece = Vec::new();
+    let mut bytes = 0_usize;
+    while piece.len() < PIECE_LINES && bytes < PIECE_BYTES {
+        let Some(line) = lines.next().await? else { break };
+        if let InputLine::Whole { bytes: text, .. } = &line {
+            bytes = bytes.saturating_add(text.len());
+        }
+        piece.push(line);
+    }
+    Ok((!piece.is_empty()).then_some(piece))
+}
+
+fn size(piece: &[InputLine]) -> usize {
+    let bytes = |line: &InputLine| match line {
+        InputLine::Whole { bytes, .. } => bytes.len(),
+        InputLine::TooLong { .. } => 0,
+    };
+    piece.iter().map(bytes).sum()
+}
+
+impl Judge {
+    async fn judge(&self, piece: Vec<InputLine>) -> std::result::Result<Judged, CallError> {
+        let mut violations = Vec::new();
+        let mut requests = Vec::with_capacity(piece.len());
+        let mut lines = Vec::with_capacity(piece.len());
+        for line in piece {
+            let (number, text) = match line {
+                InputLine::Whole { number, bytes } => (number, String::from_utf8(bytes.into())),
+                InputLine::TooLong { number } => {
+                    requests.push(Known { line: number, custom_id: None, model: None });
+                    violations.push(violation(
+                        number,
+                        "line_too_long",
+                        "This line is longer than the server allows (max_line_size).",
+                        None,
+                    ));
+                    continue;
+                }
+            };
+            let Ok(text) = text else {
+                requests.push(Known { line: number, custom_id: None, model: None });
+                let message = "This line is not parseable as valid JSON. It is not UTF-8.";
+                violations.push(violation(number, "invalid_json_line", message, None));
+                continue;
+            };
+            requests.push(self.know(number, &text));
+            lines.push(Line { number, text });
+        }
+        if let Some((last, others)) = self.validators.split_last() {
+            for validator in others {
+                violations.extend(validator.validate(&self.tenant, self.batch.clone(), lines.clone()).await?);
+            }
+            violations.extend(last.validate(&self.tenant, self.batch.clone(), lines).await?);
+        }
+        self.judge_models(&requests, &mut violations);
+        Ok(Judged { requests, violations })
+    }
+
+    fn know(&self, number: u64, text: &str) -> Known {
+        let line = RequestLine::parse(text);
+        let [low, high] = &self.hashers;
+        let hash = |id: &str| u128::from(low.hash_one(id)) | u128::from(high.hash_one(id)) << 64;
+        Known {
+            line: number,
+            custom_id: line.custom_id.as_deref().map(hash),
+            model: line.body.and(line.model).map(String::from),
+        }
+    }
+
+    /// The host's own rules for a line: it can be executed, and there is a plugin for its model.
+    fn judge_models(&self, requests: &[Known], violations: &mut Vec<Violation>) {
+        let faulty: std::collections::HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
+        for request in requests {
+            match &request.model {
+                Some(model) => {
+                    let route = self.plugins.route(&self.tenant, model);
+                    if !route.is_some_and(|route| route.plugin.handles(&self.batch.endpoint)) {
+                        let shown: String = model.chars().take(200).collect();
+                        let message = format!(
+                            "The provided model '{shown}' is not supported by the Batch API: it does not exist or is not supported"
+                        );
+                        violations.push(violation(request.line, "model_not_found", &message, Some("body.model")));
+                    }
+                }
+                // Whatever rules the operator has, a line that cannot be executed is not let through.
+                None if !faulty.contains(&request.line) => {
+                    let message = "The line has no body with a model, without which it cannot be executed.";
+                    violations.push(violation(request.line, "invalid_request", message, Some("body.model")));
+                }
+                None => {}
+            }
+            if request.custom_id.is_none() && request.model.is_some() && !faulty.contains(&request.line) {
+                let message =
+                    "The line has no custom_id that is valid text, without which its result could not be told apart.";
+                violations.push(violation(request.line, "invalid_request", message, Some("custom_id")));
+            }
+        }
+    }
+}
+
+fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
+    Violation { line, code: code.into(), message: message.into(), param: param.map(str::to_owned) }
+}
+
+/// What is known of the whole file, as its pieces come in, in order.
+struct Whole {
+    total: u64,
+    most_requests: u64,
+    seen: HashMap<u128, u64>,
+    /// None as long as there was no line, then the model of all lines so far, or none again.
+    model: Option<Option<String>>,
+    errors: Vec<BatchError>,
+    most_errors: usize,
+    unlisted: u64,
+}
+
+impl Whole {
+    fn new(most_errors: usize, most_requests: u64) -> Self {
+        Self {
+            total: 0,
+            most_requests,
+            seen: HashMap::new(),
+            model: None,
+            errors: Vec::new(),
+            most_errors,
+            unlisted: 0,
+        }
+    }
+
+    fn add(&mut self, piece: Judged) {
+        let mut violations = piece.violations;
+        for request in piece.requests {
+            self.total = self.total.saturating_add(1);
+            match &self.model {
+                None => self.model = Some(request.model.clone()),
+                Some(model) if *model != request.model => self.model = Some(None),
+                Some(_) => {}
+            }
+            let Some(id) = request.custom_id else { continue };
+            match self.seen.entry(id) {
+                std::collections::hash_map::Entry::Vacant(free) => drop(free.insert(request.line)),
+                std::collections::hash_map::Entry::Occupied(first) => {
+                    let message = format!(
+                        "The custom_id of this line is used by line {} already; each must be unique.",
+                        first.get()
+                    );
+                    violations.push(violation(request.line, "duplicate_custom_id", &message, Some("custom_id")));
+                }
+            }
+        }
+        // A stable sort: findings about one line stay in the order of the validators.
+        violations.sort_by_key(|violation| violation.line);
+        for found in violations {
+            if self.errors.len() >= self.most_errors {
+                self.unlisted = self.unlisted.saturating_add(1);
+                continue;
+            }
+            let Violation { line, code, message, param } = found;
+            self.errors.push(BatchError { code, message, param, line: Some(line) });
+        }
+    }
+
+    fn verdict(mut self) -> Verdict {
+        let of_file = |code: &str, message: String| BatchError { code: code.into(), message, param: None, line: None };
+        if self.total > self.most_requests {
+            let message =
+                format!("The input file has more than {} requests; split it into several.", self.most_requests);
+            self.errors.insert(0, of_file("too_many_requests", message));
+        }
+        if self.total == 0 {
+            self.errors
+                .push(of_file("empty_file", "The input file is empty. A batch needs at least one request.".into()));
+        }
+        if self.unlisted > 0 {
+            let (listed, more) = (self.most_errors, self.unlisted);
+            let message = format!("Only the first {listed} faults are listed; there are {more} more.");
+            self.errors.push(of_file("too_many_errors", message));
+        }
+        if self.errors.is_empty() {
+            Verdict::Good { total: self.total, model: self.model.flatten() }
+        } else {
+            Verdict::Bad(self.errors)
+        }
+    }
+}
+
+fn of_input_file(message: String) -> BatchError {
+    BatchError { code: "invalid_request".into(), message, param: Some("input_file_id".into()), line: None }
+}
+
+fn of_plugin(error: &CallError) -> BatchError {
+    BatchError { code: error.code().into(), message: error.to_string(), param: None, line: None }
+}

@@ -1,0 +1,211 @@
+//! `batchwright batch`: the batches of a server.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::Error;
+use super::client::Client;
+use super::progress::Progress;
+
+const LOOK: Duration = Duration::from_millis(500);
+
+#[derive(Args)]
+pub struct Batch {
+    /// The server
+    #[arg(long, global = true, env = "BATCHWRIGHT_URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// Key for the server, if it wants one
+    #[arg(long, global = true, env = "BATCHWRIGHT_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Print the server's JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Upload a file of requests and create a batch of it
+    Create {
+        /// Requests, one JSON object a line; or the id of a file that was uploaded before
+        input: String,
+        /// Endpoint of the batch
+        #[arg(long, default_value = "/v1/chat/completions")]
+        endpoint: String,
+        /// Time in which it is to be done
+        #[arg(long, default_value = "24h")]
+        completion_window: String,
+        /// A pair of metadata, KEY=VALUE; may be given several times
+        #[arg(long, value_name = "KEY=VALUE")]
+        metadata: Vec<String>,
+        /// Watch it to its end
+        #[arg(long)]
+        watch: bool,
+    },
+    /// List batches, newest first
+    List {
+        /// How many, 1 to 100
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+        /// Begin after this one
+        #[arg(long)]
+        after: Option<String>,
+    },
+    /// Show a batch
+    Get { id: String },
+    /// Show how a batch comes along, to its end
+    Watch { id: String },
+    /// Cancel a batch; what is done stays done
+    Cancel { id: String },
+    /// Download a batch's files
+    Download {
+        id: String,
+        /// Where the answers go
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        /// Where the requests go that failed
+        #[arg(short, long, value_name = "FILE")]
+        errors: Option<PathBuf>,
+    },
+}
+
+impl Batch {
+    pub async fn run(self) -> Result<ExitCode, Error> {
+        let client = Client::new(&self.url, self.api_key)?;
+        match self.action {
+            Action::Create { input, endpoint, completion_window, metadata, watch } => {
+                let body = new_batch(&client, &input, &endpoint, &completion_window, &metadata).await?;
+                let batch = client.post("batches", &body).await?;
+                if watch {
+                    return follow(&client, text(&batch, "id"), self.json).await;
+                }
+                show(&batch, self.json);
+            }
+            Action::List { limit, after } => {
+                let after = after.map(|id| format!("&after={id}")).unwrap_or_default();
+                list(&client.get(&format!("batches?limit={limit}{after}")).await?, self.json);
+            }
+            Action::Get { id } => show(&client.get(&format!("batches/{id}")).await?, self.json),
+            Action::Watch { id } => return follow(&client, &id, self.json).await,
+            Action::Cancel { id } => show(&client.post(&format!("batches/{id}/cancel"), &json!({})).await?, self.json),
+            Action::Download { id, output, errors } => return download(&client, &id, output, errors).await,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+async fn new_batch(
+    client: &Client,
+    input: &str,
+    endpoint: &str,
+    window: &str,
+    pairs: &[String],
+) -> Result<Value, Error> {
+    let mut metadata = serde_json::Map::new();
+    for pair in pairs {
+        let Some((key, value)) = pair.split_once('=') else {
+            return Err(Error::Other(format!("--metadata `{pair}` is no pair; write it as KEY=VALUE")));
+        };
+        metadata.insert(key.to_owned(), value.into());
+    }
+    let is_file = std::path::Path::new(input).exists();
+    let id = if !is_file && input.starts_with("file-") {
+        input.to_owned()
+    } else {
+        text(&client.upload(input.as_ref()).await?, "id").to_owned()
+    };
+    let metadata = if metadata.is_empty() { Value::Null } else { Value::Object(metadata) };
+    Ok(json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}))
+}
+
+async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Error> {
+    let mut progress = Progress::new();
+    loop {
+        let batch = client.get(&format!("batches/{id}")).await?;
+        let (done, failed, total) = counts(&batch);
+        let status = text(&batch, "status").to_owned();
+        progress.show(&status.replace('_', " "), done, failed, total);
+        if matches!(status.as_str(), "completed" | "failed" | "cancelled" | "expired") {
+            progress.end();
+            show(&batch, as_json);
+            let well = status == "completed" && failed == 0;
+            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn download(client: &Client, id: &str, output: PathBuf, errors: Option<PathBuf>) -> Result<ExitCode, Error> {
+    let batch = client.get(&format!("batches/{id}")).await?;
+    let places = [("output_file_id", Some(output)), ("error_file_id", errors)];
+    let mut found = false;
+    for (key, to) in places {
+        let file = text(&batch, key);
+        if file.is_empty() {
+            continue;
+        }
+        found = true;
+        match to {
+            Some(to) => {
+                client.download(file, &to).await?;
+                eprintln!("{key} {file} -> {}", to.display());
+            }
+            None => eprintln!("{key} {file} is not downloaded; name a place for it with --errors"),
+        }
+    }
+    if found {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(Error::Other(format!("the batch has no files; its status is '{}'", text(&batch, "status"))))
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Done, of these failed, and in total.
+fn counts(batch: &Value) -> (u64, u64, u64) {
+    let count = |key: &str| batch.pointer(&format!("/request_counts/{key}")).and_then(Value::as_u64).unwrap_or(0);
+    (count("completed").saturating_add(count("failed")), count("failed"), count("total"))
+}
+
+#[expect(clippy::print_stdout, reason = "the batch is the command's output")]
+fn show(batch: &Value, as_json: bool) {
+    if as_json {
+        println!("{batch:#}");
+        return;
+    }
+    let (done, failed, total) = counts(batch);
+    println!("{}  {}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
+    for key in ["output_file_id", "error_file_id"] {
+        if let Some(id) = batch.get(key).and_then(Value::as_str) {
+            println!("  {key}  {id}");
+        }
+    }
+    for error in batch.pointer("/errors/data").and_then(Value::as_array).into_iter().flatten() {
+        let line = error.get("line").and_then(Value::as_u64).map(|line| format!("line {line}: ")).unwrap_or_default();
+        let param = error.get("param").and_then(Value::as_str).map(|param| format!(" ({param})")).unwrap_or_default();
+        println!("  {line}{}{param}: {}", text(error, "code"), text(error, "message"));
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the list is the command's output")]
+fn list(list: &Value, as_json: bool) {
+    if as_json {
+        println!("{list:#}");
+        return;
+    }
+    let data = list.get("data").and_then(Value::as_array);
+    for batch in data.into_iter().flatten() {
+        let (done, failed, total) = counts(batch);
+        println!("{}  {:11}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
+    }
+    if list.get("has_more") == Some(&Value::Bool(true)) {
+        eprintln!("there are more: --after {}", text(list, "last_id"));
+    }
+}

@@ -1,0 +1,129 @@
+//! The command line.
+
+mod batch;
+mod client;
+mod plugin;
+mod progress;
+mod run;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, Given, Settings};
+use crate::plugin::LoadError;
+use crate::store::StoreError;
+
+#[derive(Parser)]
+#[command(name = "batchwright", version, about, max_term_width = 100)]
+#[command(after_help = "Every setting can also stand in the environment as BATCHWRIGHT_… or in the file of --config.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the Batch API
+    Serve(serve::Serve),
+    /// Run one batch without a server
+    #[command(mut_arg("listen", |arg| arg.hide(true)), mut_arg("data", |arg| arg.hide(true)))]
+    Run(run::Run),
+    /// Look at plugins
+    #[command(subcommand)]
+    Plugin(plugin::Plugin),
+    /// Work with the batches of a server
+    Batch(batch::Batch),
+}
+
+/// Settings, wherever they are given.
+#[derive(Args)]
+struct SettingsArgs {
+    /// Config file (TOML) with any of the settings below, written as in max_file_size = "200MiB"
+    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    given: Given,
+}
+
+impl SettingsArgs {
+    fn resolve(self) -> Result<Settings, ConfigError> {
+        Settings::resolve(self.given, self.config.as_deref())
+    }
+}
+
+/// Why a command did not do what it was asked for, in words for people.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Plugin(#[from] LoadError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Error {
+    /// 3 is a setting, 4 a plugin, 5 the data folder or the disk; 2 is what clap says of the command line itself.
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 3,
+            Self::Plugin(_) => 4,
+            Self::Store(_) => 5,
+            Self::Other(_) => 1,
+        }
+    }
+}
+
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: the async runtime does not start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let done = runtime.block_on(async {
+        match cli.command {
+            Command::Serve(serve) => serve.run().await,
+            Command::Run(run) => run.run().await,
+            Command::Plugin(plugin) => plugin.run().await,
+            Command::Batch(batch) => batch.run().await,
+        }
+    });
+    // What still runs on a blocking thread, a compilation given up say, is not waited for.
+    runtime.shutdown_background();
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(error.exit_code())
+    })
+}
+
+/// Resolves when the process is asked to end.
+async fn asked_to_end() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = match signal(SignalKind::terminate()) {
+        Ok(terminate) => terminate,
+        Err(error) => {
+            tracing::warn!("SIGTERM is not heard: {error}");
+            tokio::signal::ctrl_c().await.ok();
+            return;
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+/// The cache of compiled plugins for commands that have no data folder.
+fn user_cache() -> PathBuf {
+    let own = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    own.or_else(home).unwrap_or_else(std::env::temp_dir).join("batchwright")
+}

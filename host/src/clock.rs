@@ -1,0 +1,93 @@
+//! The one source of time. Nothing else in the host asks the system for it, so that a test can turn it.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+/// A point in time, in milliseconds since 1970-01-01T00:00:00Z.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    pub fn from_millis(millis: i64) -> Self {
+        Self(millis)
+    }
+
+    pub fn as_millis(self) -> i64 {
+        self.0
+    }
+
+    /// Whole seconds, as the API shows times.
+    pub fn as_seconds(self) -> i64 {
+        self.0.div_euclid(1000)
+    }
+
+    pub fn after(self, span: Duration) -> Self {
+        Self(self.0.saturating_add(i64::try_from(span.as_millis()).unwrap_or(i64::MAX)))
+    }
+
+    /// How long it is from `self` until `later`; zero if that is past.
+    pub fn until(self, later: Self) -> Duration {
+        Duration::from_millis(u64::try_from(later.0.saturating_sub(self.0)).unwrap_or(0))
+    }
+}
+
+/// The system's clock, ahead by as much as it was turned.
+#[derive(Clone, Debug)]
+pub struct Clock {
+    ahead: watch::Sender<Duration>,
+}
+
+impl Clock {
+    pub fn system() -> Self {
+        Self { ahead: watch::Sender::new(Duration::ZERO) }
+    }
+
+    pub fn now(&self) -> Timestamp {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = since.saturating_add(*self.ahead.borrow());
+        Timestamp(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+    }
+
+    /// Turns the clock forward; whoever sleeps past that point wakes.
+    #[cfg(test)]
+    pub fn advance(&self, by: Duration) {
+        self.ahead.send_modify(|ahead| *ahead = ahead.saturating_add(by));
+    }
+
+    pub async fn sleep(&self, span: Duration) {
+        self.sleep_until(self.now().after(span)).await;
+    }
+
+    pub async fn sleep_until(&self, at: Timestamp) {
+        let mut turned = self.ahead.subscribe();
+        loop {
+            let left = self.now().until(at);
+            if left.is_zero() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(left) => {}
+                _ = turned.changed() => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn turning_the_clock_wakes_who_sleeps() {
+        let clock = Clock::system();
+        let before = clock.now();
+        let sleeper = tokio::spawn({
+            let clock = clock.clone();
+            async move { clock.sleep(Duration::from_secs(86_400)).await }
+        });
+        clock.advance(Duration::from_secs(86_400));
+        sleeper.await.unwrap();
+        assert!(before.until(clock.now()) >= Duration::from_secs(86_400));
+    }
+}

@@ -1,0 +1,236 @@
+//! Settings: what they are, where they come from, what they default to.
+//!
+//! Each stands once, in [`Settings`]: as a flag, as `BATCHWRIGHT_…` in the environment and as a key of the config file. A flag goes
+//! before the environment, that before the file, that before the default.
+
+mod units;
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+pub use units::{Size, Span};
+
+/// What an operator can get wrong in settings.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("failed to read the config file {}: {source}", path.display())]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("{}: {message}", path.display())]
+    Invalid { path: PathBuf, message: String },
+    #[error("{setting}: {message}")]
+    Value { setting: &'static str, message: String },
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Declares the settings once: as command line flags with environment variables, as keys of the config file, and resolved
+/// with their defaults.
+macro_rules! settings {
+    ($($(#[doc = $doc:literal])+ $heading:literal $name:ident: $type:ty = $default:expr, $env:literal;)+) => {
+        /// Settings as given on the command line, in the environment or in a file: each may be absent.
+        #[derive(Args, Clone, Debug, Default, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct Given {
+            $($(#[doc = $doc])+ #[arg(long, env = $env, help_heading = $heading, hide_env_values = true)]
+            pub $name: Option<$type>,)+
+        }
+
+        /// Settings, each with a value.
+        #[derive(Clone, Debug)]
+        pub struct Settings {
+            $($(#[doc = $doc])+ pub $name: $type,)+
+        }
+
+        impl Given {
+            /// Fills what is absent here from `other`, and the rest with defaults.
+            fn or(self, other: Given) -> Settings {
+                Settings { $($name: self.$name.or(other.$name).unwrap_or_else(|| $default),)+ }
+            }
+        }
+    };
+}
+
+settings! {
+    /// Address to listen on; port 0 picks a free one [default: 127.0.0.1:8080]
+    "Server" listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 8080)), "BATCHWRIGHT_LISTEN";
+    /// Folder for the database and the files [default: ./batchwright-data]
+    "Server" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
+    /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
+    "Server" plugins: PathBuf = beside_program("plugins"), "BATCHWRIGHT_PLUGINS";
+    /// Time that requests in flight are given at a shutdown [default: 30s]
+    "Server" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
+    /// Log filter, such as `info` or `info,batchwright::egress=debug` [default: info]
+    "Server" log_level: String = "info".into(), "BATCHWRIGHT_LOG_LEVEL";
+    /// Log format [default: text]
+    "Server" log_format: LogFormat = LogFormat::Text, "BATCHWRIGHT_LOG_FORMAT";
+    /// Folder of compiled plugins, written by the host alone [default: DATA/cache]
+    "Server" cache: PathBuf = PathBuf::new(), "BATCHWRIGHT_CACHE";
+
+    /// Largest input file [default: 200MiB]
+    "Limits" max_file_size: Size = Size::mib(200), "BATCHWRIGHT_MAX_FILE_SIZE";
+    /// Requests in one input file [default: 50000]
+    "Limits" max_requests_per_file: u64 = 50_000, "BATCHWRIGHT_MAX_REQUESTS_PER_FILE";
+    /// Longest line of an input file [default: 16MiB]
+    "Limits" max_line_size: Size = Size::mib(16), "BATCHWRIGHT_MAX_LINE_SIZE";
+    /// Faults listed for a rejected file; a last entry says how many more there are [default: 1000]
+    "Limits" max_reported_errors: usize = 1000, "BATCHWRIGHT_MAX_REPORTED_ERRORS";
+    /// Completion windows a client may ask for, separated by commas [default: 24h]
+    "Limits" completion_windows: CompletionWindows = CompletionWindows::default(), "BATCHWRIGHT_COMPLETION_WINDOWS";
+    /// How long an input file is kept that names no time of its own [default: 30d]
+    "Limits" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
+
+    /// Batches validated or executed at a time [default: 16]
+    "Execution" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
+    /// Requests of one batch under way at a time [default: 256]
+    "Execution" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
+    /// Memory for lines and results under way, over all batches [default: 64MiB]
+    "Execution" memory_budget: Size = Size::mib(64), "BATCHWRIGHT_MEMORY_BUDGET";
+    /// Time that requests in flight are given when their batch is cancelled or expires [default: 10s]
+    "Execution" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
+    /// Attempts at a request, the first one included [default: 8]
+    "Execution" max_attempts: NonZeroUsize = at_least_one(8), "BATCHWRIGHT_MAX_ATTEMPTS";
+    /// Time after which a request is not tried again [default: 1h]
+    "Execution" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
+    /// Pause before the second attempt; it doubles with each further one [default: 500ms]
+    "Execution" retry_backoff: Span = Span::milliseconds(500), "BATCHWRIGHT_RETRY_BACKOFF";
+    /// Longest pause of our own choosing between attempts [default: 1m]
+    "Execution" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
+}
+
+/// A folder beside the running program, or of the working directory if it does not know where it is.
+fn beside_program(name: &str) -> PathBuf {
+    let program = std::env::current_exe().ok();
+    program.and_then(|program| Some(program.parent()?.join(name))).unwrap_or_else(|| name.into())
+}
+
+/// One, or more.
+fn at_least_one(number: usize) -> NonZeroUsize {
+    NonZeroUsize::new(number).unwrap_or(NonZeroUsize::MIN)
+}
+
+impl Settings {
+    /// Resolves what was given, with the config file if there is one.
+    pub fn resolve(given: Given, file: Option<&Path>) -> Result<Self, ConfigError> {
+        let from_file = file.map(read).transpose()?.unwrap_or_default();
+        let mut settings = given.or(from_file);
+        if settings.cache.as_os_str().is_empty() {
+            settings.cache = settings.data.join("cache");
+        }
+        if settings.memory_budget.bytes() < Size::mib(1).bytes() {
+            let message = "must be at least 1MiB".into();
+            return Err(ConfigError::Value { setting: "memory_budget", message });
+        }
+        Ok(settings)
+    }
+
+    /// How long a client's completion window is, if it may ask for it.
+    pub fn completion_window(&self, name: &str) -> Option<Duration> {
+        self.completion_windows.0.iter().find(|(known, _)| known == name).map(|(_, span)| *span)
+    }
+}
+
+fn read(path: &Path) -> Result<Given, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|error| ConfigError::Invalid { path: path.to_owned(), message: error.to_string() })
+}
+
+/// The windows a client may name, each with its length.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "Listed")]
+pub struct CompletionWindows(Vec<(String, Duration)>);
+
+/// Windows as the config file has them.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Listed(Vec<String>);
+
+impl TryFrom<Listed> for CompletionWindows {
+    type Error = String;
+
+    fn try_from(Listed(names): Listed) -> Result<Self, String> {
+        names.join(",").parse()
+    }
+}
+
+impl Default for CompletionWindows {
+    fn default() -> Self {
+        Self(vec![("24h".into(), Duration::from_secs(86_400))])
+    }
+}
+
+impl std::str::FromStr for CompletionWindows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+        let windows = names
+            .map(|name| Ok((name.to_owned(), name.parse::<Span>()?.duration())))
+            .collect::<Result<Vec<_>, String>>()?;
+        if windows.is_empty() { Err("name at least one window, such as 24h".into()) } else { Ok(Self(windows)) }
+    }
+}
+
+impl std::fmt::Display for CompletionWindows {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let names: Vec<_> = self.0.iter().map(|(name, _)| format!("'{name}'")).collect();
+        formatter.write_str(&names.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn from_file(text: &str) -> Result<Settings, String> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        Settings::resolve(Given::default(), Some(file.path())).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"max_attempts = 3\nretry_backoff = \"2s\"\ncompletion_windows = [\"24h\", \"1h\"]\n").unwrap();
+        let given = Given { retry_backoff: Some(Span::seconds(5)), ..Given::default() };
+        let settings = Settings::resolve(given, Some(file.path())).unwrap();
+        assert_eq!(settings.max_attempts.get(), 3);
+        assert_eq!(settings.retry_backoff.duration(), Duration::from_secs(5));
+        assert_eq!(settings.max_requests_per_file, 50_000);
+        assert_eq!(settings.completion_window("1h"), Some(Duration::from_secs(3600)));
+        assert_eq!(settings.completion_window("2h"), None);
+        assert_eq!(settings.cache, Path::new("batchwright-data/cache"));
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_named_with_its_line() {
+        for (text, parts) in [
+            ("a = 1\nlissten = \"x\"", vec!["line 1", "unknown field `a`", "listen"]),
+            ("\n\nmax_file_size = \"12 parsecs\"", vec!["line 3", "12 parsecs", "200MiB"]),
+            ("max_attempts = 0", vec!["line 1", "nonzero"]),
+            ("completion_windows = []", vec!["at least one window"]),
+            ("memory_budget = \"1KiB\"", vec!["memory_budget", "at least 1MiB"]),
+            ("listen = ", vec!["line 1"]),
+        ] {
+            let error = from_file(text).unwrap_err();
+            for part in parts {
+                assert!(error.contains(part), "`{part}` is missing from: {error}");
+            }
+        }
+    }
+}

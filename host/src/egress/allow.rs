@@ -1,0 +1,224 @@
+//! Which hosts a plugin may reach, and how near their addresses may be.
+
+use std::net::IpAddr;
+
+use url::{Host, Url};
+
+use super::address::{Reach, reach};
+use super::{Fault, TransportError};
+
+/// An entry of `allow` that is none.
+#[derive(Debug, thiserror::Error)]
+#[error("`{entry}` is no host to allow; write `host`, `host:port` or `*.example.com`")]
+pub struct InvalidAllow {
+    entry: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Pattern {
+    /// A host that the operator wrote out, in normal form.
+    Host(Host<String>),
+    /// All hosts below a domain, which stands here with its leading dot.
+    Below(String),
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    pattern: Pattern,
+    /// None is the default port of the URL's scheme.
+    port: Option<u16>,
+}
+
+/// The hosts that one plugin may reach.
+#[derive(Clone, Debug)]
+pub struct AllowList {
+    /// The file that would allow more, for messages.
+    file: String,
+    entries: Vec<Entry>,
+}
+
+/// Where an allowed URL leads.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub host: Host<String>,
+    pub port: u16,
+    /// The nearest reach that this host's addresses may have.
+    limit: Reach,
+    file: String,
+}
+
+impl AllowList {
+    /// The hosts of `urls`, and those that `allow` names.
+    pub fn new(file: String, urls: &[Url], allow: &[String]) -> Result<Self, InvalidAllow> {
+        let of_url = |url: &Url| {
+            let host = url.host()?.to_owned();
+            Some(Entry { pattern: Pattern::Host(host), port: url.port_or_known_default() })
+        };
+        let mut entries: Vec<Entry> = urls.iter().filter_map(of_url).collect();
+        for entry in allow {
+            entries.push(parse(entry).ok_or_else(|| InvalidAllow { entry: entry.clone() })?);
+        }
+        Ok(Self { file, entries })
+    }
+
+    /// Where this URL leads, or why it may not be followed.
+    pub fn check(&self, url: &Url) -> Result<Target, TransportError> {
+        let refused = |message: String| Err(TransportError::new(Fault::NotAllowed, message));
+        if !matches!(url.scheme(), "http" | "https") {
+            return refused(format!("The scheme `{}` is not allowed; use http or https.", url.scheme()));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return refused("A URL must not hold a user name or a password; use [credentials].".into());
+        }
+        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
+            return refused("The URL names no host.".into());
+        };
+        let host = host.to_owned();
+        let default_port = if url.scheme() == "https" { 443 } else { 80 };
+        // What is written out says more than what is matched, whichever stands first.
+        let limit = self
+            .entries
+            .iter()
+            .filter(|entry| entry.port.unwrap_or(default_port) == port)
+            .filter_map(|entry| entry.pattern.limit(&host))
+            .max();
+        match limit {
+            Some(limit) => Ok(Target { host, port, limit, file: self.file.clone() }),
+            None => refused(format!(
+                "The host {host}:{port} is not allowed; to allow it, add \"{host}:{port}\" to `allow` in {}.",
+                self.file
+            )),
+        }
+    }
+}
+
+impl Pattern {
+    /// How near the addresses of this host may be, if it fits.
+    fn limit(&self, host: &Host<String>) -> Option<Reach> {
+        match (self, host) {
+            (Self::Host(known), host) if known == host => {
+                Some(if matches!(host, Host::Domain(_)) { Reach::Private } else { Reach::Restricted })
+            }
+            (Self::Below(suffix), Host::Domain(name)) if name.len() > suffix.len() && name.ends_with(suffix) => {
+                Some(Reach::Public)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Target {
+    /// Whether this address of the host may be dialled.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), TransportError> {
+        let found = reach(address);
+        if found <= self.limit {
+            return Ok(());
+        }
+        let (host, port, file) = (&self.host, self.port, &self.file);
+        let message = match found {
+            Reach::Private | Reach::Public => format!(
+                "{host} resolves to the private address {address}, which a wildcard does not cover; to allow it, add \"{host}:{port}\" to `allow` in {file}."
+            ),
+            Reach::Restricted => format!(
+                "{host} resolves to {address}, a link-local, metadata or reserved address; to allow it, add the address \"{address}:{port}\" itself to `allow` in {file} and use it in the URL."
+            ),
+        };
+        Err(TransportError::new(Fault::NotAllowed, message))
+    }
+}
+
+fn parse(entry: &str) -> Option<Entry> {
+    if let Some(domain) = entry.strip_prefix("*.") {
+        let (domain, port) = split_port(domain)?;
+        let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
+        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port });
+    }
+    let bare_v6 = entry.parse::<std::net::Ipv6Addr>().ok().map(|address| (format!("[{address}]"), None));
+    let (host, port) = match bare_v6 {
+        Some(found) => found,
+        None => split_port(entry).map(|(host, port)| (host.to_owned(), port))?,
+    };
+    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port })
+}
+
+fn split_port(text: &str) -> Option<(&str, Option<u16>)> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) => {
+            Some((host, Some(port.parse().ok()?)))
+        }
+        _ => Some((text, None)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(allow: &[&str]) -> AllowList {
+        let urls =
+            [Url::parse("http://models.internal:8000/v1").unwrap(), Url::parse("https://api.example.com").unwrap()];
+        let allow: Vec<_> = allow.iter().map(|entry| (*entry).to_owned()).collect();
+        AllowList::new("plugins/x.toml".into(), &urls, &allow).unwrap()
+    }
+
+    fn check(list: &AllowList, url: &str) -> Result<Target, String> {
+        list.check(&Url::parse(url).unwrap()).map_err(|error| error.message)
+    }
+
+    #[test]
+    fn only_hosts_of_the_settings_and_of_allow_are_reached() {
+        let list = list(&["*.example.org", "other.example.net:8443", "10.1.2.3", "::1"]);
+        for url in [
+            "http://models.internal:8000/v1/x",
+            "https://api.example.com/y",
+            "https://a.b.example.org/",
+            "https://other.example.net:8443/",
+            "http://10.1.2.3/",
+            "http://0xa.0x1.0x2.0x3/",
+            "http://[::1]/",
+        ] {
+            assert!(check(&list, url).is_ok(), "{url}");
+        }
+        for url in [
+            "http://models.internal/v1",
+            "https://api.example.com:444/",
+            "https://example.org/",
+            "https://evil-example.org/",
+            "https://other.example.net/",
+            "http://10.1.2.3:81/",
+            "https://api.example.com.evil.net/",
+            "http://127.0.0.1/",
+            "https://user@api.example.com/",
+            "ftp://api.example.com/",
+            "https://api.example.com@evil.net/",
+        ] {
+            assert!(check(&list, url).is_err(), "{url}");
+        }
+        let refusal = check(&list, "https://evil.net/").unwrap_err();
+        assert_eq!(
+            refusal,
+            "The host evil.net:443 is not allowed; to allow it, add \"evil.net:443\" to `allow` in plugins/x.toml."
+        );
+    }
+
+    #[test]
+    fn how_near_an_address_may_be_depends_on_how_its_host_was_written() {
+        let list = list(&["*.example.org", "169.254.169.254"]);
+        let may = |url: &str, address: &str| check(&list, url).unwrap().check_address(address.parse().unwrap()).is_ok();
+        assert!(may("http://models.internal:8000/", "10.0.0.7"));
+        assert!(may("http://models.internal:8000/", "127.0.0.1"));
+        assert!(!may("http://models.internal:8000/", "169.254.169.254"));
+        assert!(may("https://a.example.org/", "8.8.8.8"));
+        assert!(!may("https://a.example.org/", "10.0.0.7"));
+        assert!(!may("https://a.example.org/", "::ffff:127.0.0.1"));
+        assert!(may("http://169.254.169.254/", "169.254.169.254"));
+        assert!(may("http://2852039166/", "169.254.169.254"));
+    }
+
+    #[test]
+    fn what_is_no_host_is_refused() {
+        for entry in ["", "https://x.example/", "a b", "*.", "*", "host:99999", "host:", "*.1.2.3.4"] {
+            assert!(AllowList::new(String::new(), &[], &[entry.into()]).is_err(), "{entry}");
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The only way out: every exchange of every plugin, in this order. Normalise the URL, hold it against the allow-list, add credentials,
+//! wait for rate and concurrency permits, resolve, check the address, dial that very address, send, bound what comes back.
+//!
+//! Architecture invariant: this room knows no WebAssembly and no batches; it is given a policy and a request.
+
+mod address;
+mod allow;
+mod credentials;
+mod dial;
+mod gateway;
+
+use std::time::Duration;
+
+pub use allow::AllowList;
+pub use credentials::{Credential, Secrets};
+pub use gateway::Gateway;
+
+/// An exchange as an adapter asks for it: input like any other, not yet checked.
+#[derive(Debug)]
+pub struct HttpRequest {
+    pub method: String,
+    pub url: String,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+/// What came back, within the plugin's limits and without its secrets.
+#[derive(Debug)]
+pub struct HttpResponse {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+/// Why an exchange brought no response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    NameResolution,
+    Connection,
+    Tls,
+    Timeout,
+    Protocol,
+    TooLarge,
+    NotAllowed,
+}
+
+/// An exchange that brought no response. The message is for people and holds no secret.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct TransportError {
+    pub fault: Fault,
+    pub message: String,
+}
+
+impl TransportError {
+    fn new(fault: Fault, message: impl Into<String>) -> Self {
+        Self { fault, message: message.into() }
+    }
+}
+
+/// What bounds the exchanges of one plugin.
+#[derive(Clone, Debug)]
+pub struct Bounds {
+    /// Exchanges in flight at a time.
+    pub concurrency: usize,
+    /// Exchanges begun in a minute; none is no bound.
+    pub requests_per_minute: Option<std::num::NonZeroU32>,
+    pub connect_timeout: Duration,
+    /// From sending to the head of the response.
+    pub first_byte_timeout: Duration,
+    /// From sending to the end of the response.
+    pub exchange_timeout: Duration,
+    /// Largest body of a response, in bytes.
+    pub max_response: usize,
+}

@@ -1,0 +1,17 @@
+//! An OpenAI-compatible Batch API server whose validation rules and inference providers are WebAssembly components.
+
+mod api;
+mod batch;
+mod cli;
+mod clock;
+mod config;
+mod egress;
+mod plugin;
+mod store;
+mod telemetry;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

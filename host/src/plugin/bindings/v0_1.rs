@@ -1,0 +1,197 @@
+//! Generated from `wit/v0.1`, and the way from its types to the domain's.
+
+use wasmtime::Store;
+
+use super::super::instance::State;
+use super::super::types;
+use crate::egress::{Fault, HttpRequest};
+
+/// What this module's components export, by which they are known.
+pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
+pub const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
+pub const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
+
+pub mod validator {
+    wasmtime::component::bindgen!({
+        path: "../wit/v0.1", world: "validator", exports: { default: async },
+    });
+}
+
+pub mod adapter {
+    wasmtime::component::bindgen!({
+        path: "../wit/v0.1", world: "adapter", exports: { default: async },
+        with: { "batchwright:plugin/logging": super::validator::batchwright::plugin::logging },
+    });
+}
+
+use adapter::exports::batchwright::plugin::inference;
+use validator::exports::batchwright::plugin::validation;
+
+pub use validator::batchwright::plugin::logging;
+
+/// A component of this version, instantiated.
+pub enum Exports {
+    Validator(validator::Validator),
+    Adapter(adapter::Adapter),
+}
+
+/// The `plugin` interface is the same in both worlds, but generated twice.
+macro_rules! described {
+    ($description:expr) => {{
+        let description = $description;
+        (
+            types::Description {
+                name: description.name,
+                version: description.version,
+                summary: description.summary,
+                endpoints: description.endpoints,
+                credentials: description
+                    .credentials
+                    .into_iter()
+                    .map(|need| types::CredentialNeed {
+                        name: need.name,
+                        header: need.header,
+                        prefix: need.prefix,
+                        required: need.required,
+                    })
+                    .collect(),
+                settings_schema: serde_json::Value::Null,
+            },
+            description.settings_schema,
+        )
+    }};
+}
+
+impl Exports {
+    /// The description, and its schema as the text it still is.
+    pub async fn describe(&self, store: &mut Store<State>) -> wasmtime::Result<(types::Description, String)> {
+        Ok(match self {
+            Self::Validator(guest) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
+            Self::Adapter(guest) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
+        })
+    }
+
+    pub async fn configure(&self, store: &mut Store<State>, settings: &String) -> wasmtime::Result<Result<(), String>> {
+        match self {
+            Self::Validator(guest) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
+            Self::Adapter(guest) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
+        }
+    }
+
+    pub async fn validate(
+        &self,
+        store: &mut Store<State>,
+        batch: types::BatchContext,
+        lines: Vec<types::Line>,
+    ) -> wasmtime::Result<Vec<types::Violation>> {
+        let Self::Validator(guest) = self else { return Err(wrong_world("validate")) };
+        let batch = validation::Batch { id: batch.id, endpoint: batch.endpoint, metadata: batch.metadata };
+        let lines: Vec<_> =
+            lines.into_iter().map(|line| validation::Line { number: line.number, text: line.text }).collect();
+        let violations = guest.batchwright_plugin_validation().call_validate(store, &batch, &lines).await?;
+        Ok(violations.into_iter().map(types::Violation::from).collect())
+    }
+
+    pub async fn begin(&self, store: &mut Store<State>, request: types::Request) -> wasmtime::Result<types::Step> {
+        let Self::Adapter(guest) = self else { return Err(wrong_world("begin")) };
+        let request = inference::Request {
+            id: request.id,
+            custom_id: request.custom_id,
+            endpoint: request.endpoint,
+            model: request.model,
+            body: request.body,
+            created_at: request.created_at,
+            attempt: request.attempt,
+        };
+        Ok(guest.batchwright_plugin_inference().call_begin(store, &request).await?.into())
+    }
+
+    pub async fn resume(
+        &self,
+        store: &mut Store<State>,
+        state: &[u8],
+        outcome: types::Outcome,
+    ) -> wasmtime::Result<types::Step> {
+        let Self::Adapter(guest) = self else { return Err(wrong_world("resume")) };
+        let outcome = outcome.into();
+        let state = state.to_vec();
+        Ok(guest.batchwright_plugin_inference().call_resume(store, &state, &outcome).await?.into())
+    }
+}
+
+fn wrong_world(function: &str) -> wasmtime::Error {
+    wasmtime::Error::msg(format!("the component's world has no `{function}`"))
+}
+
+impl From<validation::Violation> for types::Violation {
+    fn from(from: validation::Violation) -> Self {
+        Self { line: from.line, code: from.code, message: from.message, param: from.param }
+    }
+}
+
+impl From<inference::Step> for types::Step {
+    fn from(from: inference::Step) -> Self {
+        match from {
+            inference::Step::Send(exchange) => Self::Send {
+                request: HttpRequest {
+                    method: exchange.request.method,
+                    url: exchange.request.url,
+                    headers: exchange.request.headers.into_iter().map(|header| (header.name, header.value)).collect(),
+                    body: exchange.request.body,
+                },
+                state: exchange.state,
+            },
+            inference::Step::Wait(pause) => Self::Wait { milliseconds: pause.milliseconds, state: pause.state },
+            inference::Step::Retry(advice) => {
+                Self::Retry { after_milliseconds: advice.after_milliseconds, otherwise: advice.otherwise.into() }
+            }
+            inference::Step::Done(answer) => Self::Done(answer.into()),
+        }
+    }
+}
+
+impl From<inference::Answer> for types::Answer {
+    fn from(from: inference::Answer) -> Self {
+        match from {
+            inference::Answer::Response(response) => Self::Response(types::Response {
+                status: response.status,
+                request_id: response.request_id,
+                body: response.body,
+                usage: response.usage.map(|usage| types::Usage {
+                    input_tokens: usage.input_tokens,
+                    cached_input_tokens: usage.cached_input_tokens,
+                    output_tokens: usage.output_tokens,
+                    reasoning_tokens: usage.reasoning_tokens,
+                }),
+            }),
+            inference::Answer::Failure(failure) => {
+                Self::Failure(types::Failure { code: failure.code, message: failure.message })
+            }
+        }
+    }
+}
+
+impl From<types::Outcome> for inference::Outcome {
+    fn from(from: types::Outcome) -> Self {
+        match from {
+            types::Outcome::Response(response) => Self::Response(inference::HttpResponse {
+                status: response.status,
+                headers: response.headers.into_iter().map(|(name, value)| inference::Header { name, value }).collect(),
+                body: response.body,
+            }),
+            types::Outcome::Error(error) => Self::Error(inference::TransportError {
+                fault: match error.fault {
+                    Fault::NameResolution => inference::TransportFault::NameResolution,
+                    Fault::Connection => inference::TransportFault::Connection,
+                    Fault::Tls => inference::TransportFault::Tls,
+                    Fault::Timeout => inference::TransportFault::Timeout,
+                    Fault::Protocol => inference::TransportFault::Protocol,
+                    Fault::TooLarge => inference::TransportFault::TooLarge,
+                    Fault::NotAllowed => inference::TransportFault::NotAllowed,
+                },
+                message: error.message,
+            }),
+            types::Outcome::Elapsed => Self::Elapsed,
+        }
+    }
+}

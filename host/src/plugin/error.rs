@@ -1,0 +1,50 @@
+//! What can go wrong with a plugin: at load, where an operator can mend it, and in a call.
+
+use std::path::PathBuf;
+
+/// Why a plugin does not load. Each message names the file, the key and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("failed to read {}: {source}", path.display())]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("{}: {message}", file.display())]
+    Manifest { file: PathBuf, message: String },
+    #[error("{}: {key}: {message}", file.display())]
+    Key { file: PathBuf, key: String, message: String },
+    #[error("{}: {message}", component.display())]
+    Component { component: PathBuf, message: String },
+    #[error("the compile cache {}: {message}", path.display())]
+    Cache { path: PathBuf, message: String },
+}
+
+/// Why a call of a plugin brought nothing. Harmless to everything but the request, or the batch's validation, it was made for.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CallError {
+    #[error(
+        "Plugin `{plugin}` used more than {limit} of CPU time in one call of `{function}`; the limit is [limits] call_timeout."
+    )]
+    Cpu { plugin: String, function: &'static str, limit: String },
+    #[error("Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory.")]
+    Memory { plugin: String, function: &'static str, limit: String },
+    #[error("Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer.")]
+    Answer { plugin: String, function: &'static str, limit: String },
+    #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
+    Trap { plugin: String, function: &'static str, message: String },
+    #[error("Plugin `{plugin}` refused its settings: {message}")]
+    Configure { plugin: String, message: String },
+    #[error("Plugin `{plugin}` broke the contract in `{function}`: {message}")]
+    Contract { plugin: String, function: &'static str, message: String },
+}
+
+impl CallError {
+    /// A stable word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Cpu { .. } => "plugin_timeout",
+            Self::Memory { .. } => "plugin_out_of_memory",
+            Self::Answer { .. } => "plugin_answer_too_large",
+            Self::Trap { .. } | Self::Configure { .. } => "plugin_failed",
+            Self::Contract { .. } => "plugin_contract_violation",
+        }
+    }
+}

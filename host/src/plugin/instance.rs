@@ -1,0 +1,162 @@
+//! One sandbox: an instance of a component in a store of its own, held to its plugin's limits.
+
+use std::sync::Arc;
+
+use wasmtime::component::HasSelf;
+use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
+use wasmtime_wasi::{WasiCtxView, WasiView};
+
+use super::bindings::v0_1::{self, Exports, logging};
+use super::engine::TICK;
+use super::log::PluginLog;
+use super::manifest::Limits;
+use super::wasi::EmptyWorld;
+
+/// Handles a guest may hold at a time; those of a language runtime's standard streams and clocks are a dozen.
+const HANDLES: usize = 1000;
+
+/// The CPU time of the running call is used up.
+#[derive(Debug, thiserror::Error)]
+#[error("out of CPU time")]
+pub struct OutOfTime;
+
+/// What a store knows besides the guest.
+pub struct State {
+    memory: MemoryLimit,
+    /// Ticks that the running call may still see.
+    ticks_left: u32,
+    world: Option<Box<EmptyWorld>>,
+    log: Arc<PluginLog>,
+}
+
+/// Linear memory over all memories of a store: `wasmtime::StoreLimits` counts each alone.
+pub struct MemoryLimit {
+    limit: usize,
+    used: usize,
+    /// Whether the guest was refused memory; what it does then is its own affair, mostly a trap.
+    pub refused: bool,
+}
+
+impl ResourceLimiter for MemoryLimit {
+    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let used = self.used.saturating_add(desired.saturating_sub(current));
+        if used > self.limit {
+            self.refused = true;
+            return Ok(false);
+        }
+        self.used = used;
+        Ok(true)
+    }
+
+    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= 100_000)
+    }
+
+    fn instances(&self) -> usize {
+        64
+    }
+
+    fn tables(&self) -> usize {
+        64
+    }
+
+    fn memories(&self) -> usize {
+        32
+    }
+}
+
+impl WasiView for State {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        let world = self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log)));
+        WasiCtxView { ctx: &mut world.ctx, table: &mut world.table }
+    }
+}
+
+impl logging::Host for State {
+    fn log(&mut self, level: logging::Level, message: String) {
+        let level = match level {
+            logging::Level::Error => tracing::Level::ERROR,
+            logging::Level::Warn => tracing::Level::WARN,
+            logging::Level::Info => tracing::Level::INFO,
+            logging::Level::Debug => tracing::Level::DEBUG,
+        };
+        self.log.write(level, &message);
+    }
+}
+
+/// What plugins may import: WASI 0.2 as an empty world, and the log.
+pub fn linker(engine: &Engine) -> wasmtime::Result<wasmtime::component::Linker<State>> {
+    let mut linker = wasmtime::component::Linker::new(engine);
+    wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    logging::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    Ok(linker)
+}
+
+/// How instances of one component are made.
+pub enum Template {
+    Validator(v0_1::validator::ValidatorPre<State>),
+    Adapter(v0_1::adapter::AdapterPre<State>),
+}
+
+pub struct Instance {
+    pub store: Store<State>,
+    pub exports: Exports,
+    pub calls: u32,
+}
+
+impl Instance {
+    /// Makes a sandbox. Its start code runs within the time of one call.
+    pub async fn new(
+        template: &Template,
+        engine: &Engine,
+        limits: &Limits,
+        log: &Arc<PluginLog>,
+    ) -> (wasmtime::Result<Self>, bool) {
+        let memory = MemoryLimit { limit: limits.memory.in_memory(), used: 0, refused: false };
+        let state = State { memory, ticks_left: 0, world: None, log: log.clone() };
+        let mut store = Store::new(engine, state);
+        store.limiter(|state| &mut state.memory);
+        store.set_hostcall_fuel(limits.answer.in_memory());
+        store.set_max_component_handles(HANDLES);
+        store.epoch_deadline_callback(on_tick);
+        allow(&mut store, limits, 1);
+        let exports = match template {
+            Template::Validator(pre) => pre.instantiate_async(&mut store).await.map(Exports::Validator),
+            Template::Adapter(pre) => pre.instantiate_async(&mut store).await.map(Exports::Adapter),
+        };
+        let refused = store.data().memory.refused;
+        (exports.map(|exports| Self { store, exports, calls: 0 }), refused)
+    }
+
+    /// Grants the next call its CPU time, `units` times that of one call.
+    pub fn allow(&mut self, limits: &Limits, units: u32) {
+        self.calls = self.calls.saturating_add(1);
+        allow(&mut self.store, limits, units);
+    }
+
+    /// Whether the guest was ever refused memory.
+    pub fn was_refused_memory(&self) -> bool {
+        self.store.data().memory.refused
+    }
+}
+
+fn allow(store: &mut Store<State>, limits: &Limits, units: u32) {
+    let ticks = limits.call_timeout.duration().as_millis().div_ceil(TICK.as_millis());
+    // One tick more: the first may come at once.
+    let ticks = u32::try_from(ticks).unwrap_or(u32::MAX).saturating_mul(units.max(1)).saturating_add(1);
+    store.data_mut().ticks_left = ticks;
+    store.set_epoch_deadline(1);
+}
+
+/// Counts the ticks that a guest sees while it runs. A thread that does not run sees one tick for many, so this is near CPU time.
+/// The guest yields at each, so that a long call delays others by a tick at the most.
+fn on_tick(mut store: StoreContextMut<State>) -> wasmtime::Result<UpdateDeadline> {
+    let state = store.data_mut();
+    match state.ticks_left.checked_sub(1) {
+        Some(left) => {
+            state.ticks_left = left;
+            Ok(UpdateDeadline::Yield(1))
+        }
+        None => Err(wasmtime::Error::new(OutOfTime)),
+    }
+}

@@ -1,0 +1,401 @@
+//! From a TOML file to a plugin: read, compile, link, ask, check.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+use url::Url;
+use wasmtime::Engine;
+use wasmtime::component::{Component, Linker};
+
+use super::bindings::v0_1;
+use super::cache::Cache;
+use super::error::LoadError;
+use super::instance::{self, Instance, State, Template};
+use super::log::PluginLog;
+use super::manifest::{Limits, Manifest, Source};
+use super::plugin::{Plugin, explain};
+use super::types::{Description, Kind};
+use crate::clock::Clock;
+use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets};
+
+/// Largest component, and the longest that compiling one may take.
+const MOST_COMPONENT: u64 = 64 << 20;
+const COMPILE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What all plugins are loaded with.
+pub struct Loader {
+    engine: Engine,
+    linker: Linker<State>,
+    cache: Arc<Cache>,
+    compiling: Arc<Semaphore>,
+    clock: Clock,
+}
+
+/// A component by itself: what can be said of it without an operator's settings.
+pub struct Inspected {
+    pub kind: Kind,
+    pub version: &'static str,
+    pub description: Description,
+    pub imports: Vec<String>,
+    pub sha256: String,
+    pub size: usize,
+    template: Template,
+    log: Arc<PluginLog>,
+}
+
+impl Loader {
+    pub fn new(cache: &Path, clock: Clock) -> Result<Self, LoadError> {
+        let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
+        let engine = super::engine::start().map_err(failed)?;
+        let linker = instance::linker(&engine).map_err(|error| failed(format!("{error:#}")))?;
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let compiling = Arc::new(Semaphore::new(threads));
+        Ok(Self { engine, linker, cache: Arc::new(Cache::open(cache)?), compiling, clock })
+    }
+
+    /// Loads the plugin whose TOML file this is.
+    pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
+        let text = read_text(file)?;
+        let manifest = Manifest::parse(file, &text)?;
+        let key = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
+        let name = plugin_name(file)?;
+        let component = file.with_file_name("").join(&manifest.component);
+        if !component.exists() {
+            let message = format!(
+                "there is no {} beside this file; build or copy the component there",
+                manifest.component.display()
+            );
+            return Err(key("component", message));
+        }
+        let bytes = read_component(&component)?;
+        let inspected = self.inspect_bytes(&component, &name, bytes, &manifest.limits).await?;
+        if let Some(pinned) = &manifest.sha256
+            && !pinned.eq_ignore_ascii_case(&inspected.sha256)
+        {
+            return Err(key(
+                "sha256",
+                format!(
+                    "the component has {}, not {pinned}; check where it comes from before you change the pin",
+                    inspected.sha256
+                ),
+            ));
+        }
+        check_kind(&manifest, &inspected, &key)?;
+        check_settings(&manifest, &inspected.description.settings_schema, &key)?;
+        let secrets = secrets(&manifest, &inspected.description, &key)?;
+        let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
+        let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
+            .map_err(|error| key("allow", error.to_string()))?;
+        let gateway = Gateway::new(allow, secrets, bounds(&manifest.limits));
+        let settings = Value::Object(manifest.settings).to_string();
+        let plugin = Plugin {
+            name,
+            kind: inspected.kind,
+            description: inspected.description,
+            sha256: inspected.sha256,
+            limits: manifest.limits,
+            order: manifest.order.unwrap_or(100),
+            endpoints: manifest.endpoints,
+            tenants: manifest.tenants,
+            models: manifest.models,
+            aliases: manifest.aliases,
+            loaded_at: self.clock.now().as_seconds(),
+            settings,
+            template: inspected.template,
+            engine: self.engine.clone(),
+            log: inspected.log,
+            gateway,
+            pools: Mutex::new(HashMap::new()),
+        };
+        // Proves that the settings are taken; the instance itself belongs to no tenant.
+        plugin.instantiate().await.map_err(|error| key("settings", error.to_string()))?;
+        Ok(plugin)
+    }
+
+    /// What a component says of itself, without settings.
+    pub async fn inspect(&self, component: &Path) -> Result<Inspected, LoadError> {
+        let name = component.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+        self.inspect_bytes(component, &name, read_component(component)?, &Limits::default()).await
+    }
+
+    async fn inspect_bytes(
+        &self,
+        path: &Path,
+        name: &str,
+        bytes: Vec<u8>,
+        limits: &Limits,
+    ) -> Result<Inspected, LoadError> {
+        let failed = |message: String| LoadError::Component { component: path.to_owned(), message };
+        check_header(&bytes).map_err(failed)?;
+        let sha256 = hex(&Sha256::digest(&bytes));
+        let size = bytes.len();
+        let component = self.compile(&sha256, bytes).await.map_err(failed)?;
+        let imports: Vec<String> =
+            component.component_type().imports(&self.engine).map(|(name, _)| name.to_owned()).collect();
+        let (kind, template) = self.template(&component).map_err(failed)?;
+        let log = Arc::new(PluginLog::new(name));
+        let (made, refused) = Instance::new(&template, &self.engine, limits, &log).await;
+        let error =
+            |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
+        let mut instance = made.map_err(|found| failed(error("instantiate", &found, refused)))?;
+        instance.allow(limits, 1);
+        let described = instance.exports.describe(&mut instance.store).await;
+        let (description, schema) =
+            described.map_err(|found| failed(error("describe", &found, instance.was_refused_memory())))?;
+        let description = check_description(description, &schema, kind)
+            .map_err(|message| failed(format!("`describe`: {message}")))?;
+        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, template, log })
+    }
+
+    /// Compiles in a bounded pool, off the async threads. What takes too long is given up, though its thread runs on to the end.
+    async fn compile(&self, sha256: &str, bytes: Vec<u8>) -> Result<Component, String> {
+        let (engine, cache, sha256) = (self.engine.clone(), self.cache.clone(), sha256.to_owned());
+        let compiling = self.compiling.clone();
+        let work = async move {
+            let permit = compiling.acquire_owned().await.ok();
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                cache.load_or_compile(&engine, &sha256, &bytes)
+            })
+            .await
+        };
+        match tokio::time::timeout(COMPILE_TIMEOUT, work).await {
+            Ok(Ok(Ok(component))) => Ok(component),
+            Ok(Ok(Err(error))) => Err(format!("is no component that can be compiled: {error:#}")),
+            Ok(Err(error)) => Err(format!("the compiler failed: {error}")),
+            Err(_) => Err(format!("compiling takes longer than {COMPILE_TIMEOUT:?}; make the component smaller")),
+        }
+    }
+
+    /// Which world it is of, and whether the host has what it imports.
+    fn template(&self, component: &Component) -> Result<(Kind, Template), String> {
+        let exports: Vec<String> =
+            component.component_type().exports(&self.engine).map(|(name, _)| name.to_owned()).collect();
+        let has = |interface: &str| exports.iter().any(|name| same_interface(name, interface));
+        let kind = match (has(v0_1::VALIDATION), has(v0_1::INFERENCE)) {
+            (true, false) => Kind::Validator,
+            (false, true) => Kind::Adapter,
+            (true, true) => {
+                return Err("exports both `validation` and `inference`; a plugin is one or the other".into());
+            }
+            (false, false) => {
+                return Err(format!(
+                    "exports {}, where a plugin exports {} or {}; build it for the world `validator` or `adapter` of batchwright:plugin@0.1.0",
+                    list(&exports),
+                    v0_1::VALIDATION,
+                    v0_1::INFERENCE,
+                ));
+            }
+        };
+        if !has(v0_1::PLUGIN) {
+            return Err(format!("exports {}, but not {}", list(&exports), v0_1::PLUGIN));
+        }
+        let linked = self.linker.instantiate_pre(component).map_err(|error| {
+            format!("imports what the host does not have: {error:#}; plugins may import WASI 0.2 (as an empty world) and batchwright:plugin/logging")
+        })?;
+        let template = match kind {
+            Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
+            Kind::Adapter => v0_1::adapter::AdapterPre::new(linked).map(Template::Adapter),
+        };
+        let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
+        Ok((kind, template))
+    }
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "nothing".into() } else { names.join(", ") }
+}
+
+/// Whether a component's interface is the known one, of this version or a later one of its line.
+fn same_interface(name: &str, known: &str) -> bool {
+    let (Some((name, version)), Some((known, known_version))) = (name.split_once('@'), known.split_once('@')) else {
+        return false;
+    };
+    let line = |version: &str| semver::Version::parse(version).ok().map(|version| (version.major, version.minor));
+    name == known && line(version).is_some() && line(version) == line(known_version)
+}
+
+/// The name of a plugin is that of its file.
+pub fn plugin_name(file: &Path) -> Result<String, LoadError> {
+    let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
+    if stem.is_empty() || stem.len() > 64 || !stem.chars().all(fits) {
+        let message = "the file's name is the plugin's: letters, digits, `-`, `_` and `.`, at most 64".into();
+        return Err(LoadError::Manifest { file: file.to_owned(), message });
+    }
+    Ok(stem.to_owned())
+}
+
+pub fn read_text(path: &Path) -> Result<String, LoadError> {
+    std::fs::read_to_string(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
+}
+
+pub fn read_component(path: &Path) -> Result<Vec<u8>, LoadError> {
+    let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
+    let size = std::fs::metadata(path).map_err(unreadable)?.len();
+    if size > MOST_COMPONENT {
+        let message = format!("has {size} bytes; a component has at most {MOST_COMPONENT}");
+        return Err(LoadError::Component { component: path.to_owned(), message });
+    }
+    std::fs::read(path).map_err(unreadable)
+}
+
+/// Tells a component from what is often taken for one.
+fn check_header(bytes: &[u8]) -> Result<(), String> {
+    match (bytes.get(..4), bytes.get(4..8)) {
+        (Some(b"\0asm"), Some([0x0d, 0, 1, 0])) => Ok(()),
+        (Some(b"\0asm"), Some([1, 0, 0, 0])) => {
+            Err("is a core WebAssembly module, not a component; wrap it with `wasm-tools component new`".into())
+        }
+        (Some(b"\0asm"), _) => Err("is WebAssembly of an unknown version; build it as a component".into()),
+        (Some(b"\x7fELF"), _) => {
+            Err("is compiled code; the host takes portable components only and compiles them itself".into())
+        }
+        _ => Err("is no WebAssembly component; it may be damaged or cut short".into()),
+    }
+}
+
+fn check_kind(
+    manifest: &Manifest,
+    inspected: &Inspected,
+    key: &impl Fn(&str, String) -> LoadError,
+) -> Result<(), LoadError> {
+    let wrong = match inspected.kind {
+        Kind::Validator => [
+            ("models", manifest.models.is_empty()),
+            ("aliases", manifest.aliases.is_empty()),
+            ("allow", manifest.allow.is_empty()),
+        ]
+        .into_iter()
+        .find(|(_, absent)| !absent),
+        Kind::Adapter => [("order", manifest.order.is_none()), ("endpoints", manifest.endpoints.is_empty())]
+            .into_iter()
+            .find(|(_, absent)| !absent),
+    };
+    if let Some((name, _)) = wrong {
+        return Err(key(
+            name,
+            format!("the component is a plugin of kind {}, which has no use for this key", inspected.kind),
+        ));
+    }
+    if inspected.kind == Kind::Adapter && manifest.models.is_empty() && manifest.aliases.is_empty() {
+        return Err(key(
+            "models",
+            "names no model, so no request would ever reach this adapter; add `models = [\"…\"]`".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn check_description(mut description: Description, schema: &str, kind: Kind) -> Result<Description, String> {
+    if description.name.is_empty() || description.name.chars().count() > 64 {
+        return Err("the name must have 1 to 64 characters".into());
+    }
+    semver::Version::parse(&description.version)
+        .map_err(|error| format!("the version `{}` is not a semantic version: {error}", description.version))?;
+    super::answer::shorten(&mut description.summary, 200);
+    if kind == Kind::Validator && !description.credentials.is_empty() {
+        return Err("a validator makes no exchanges and has no credentials".into());
+    }
+    for need in &description.credentials {
+        http::HeaderName::try_from(need.header.as_str())
+            .map_err(|_| format!("the credential `{}` names no header: `{}`", need.name, need.header.escape_debug()))?;
+    }
+    description.settings_schema =
+        serde_json::from_str(schema).map_err(|error| format!("settings-schema is not JSON: {error}"))?;
+    jsonschema::draft202012::meta::validate(&description.settings_schema)
+        .map_err(|error| format!("settings-schema is not a JSON Schema: {error}"))?;
+    Ok(description)
+}
+
+fn check_settings(
+    manifest: &Manifest,
+    schema: &Value,
+    key: &impl Fn(&str, String) -> LoadError,
+) -> Result<(), LoadError> {
+    let validator = jsonschema::draft202012::new(schema)
+        .map_err(|error| key("component", format!("its settings-schema is not usable: {error}")))?;
+    let settings = Value::Object(manifest.settings.clone());
+    if let Some(error) = validator.iter_errors(&settings).next() {
+        let place = error.instance_path().to_string().replace('/', ".");
+        let known: Vec<&String> =
+            schema.get("properties").and_then(Value::as_object).map(|known| known.keys().collect()).unwrap_or_default();
+        let hint = if known.is_empty() {
+            "this plugin has no settings".into()
+        } else {
+            format!("known settings are {}", known.into_iter().map(String::as_str).collect::<Vec<_>>().join(", "))
+        };
+        return Err(key(&format!("settings{place}"), format!("{error}; {hint}")));
+    }
+    Ok(())
+}
+
+fn secrets(
+    manifest: &Manifest,
+    description: &Description,
+    key: &impl Fn(&str, String) -> LoadError,
+) -> Result<Secrets, LoadError> {
+    let mut credentials = Vec::new();
+    for (name, source) in &manifest.credentials {
+        let at = format!("credentials.{name}");
+        let Some(need) = description.credentials.iter().find(|need| need.name == *name) else {
+            let known: Vec<&str> = description.credentials.iter().map(|need| need.name.as_str()).collect();
+            let message = if known.is_empty() {
+                "the component takes no credentials".into()
+            } else {
+                format!("the component knows no such credential; it has {}", known.join(", "))
+            };
+            return Err(key(&at, message));
+        };
+        let Some(source) = Source::parse(source) else { continue };
+        let secret = source.read().map_err(|message| key(&at, message))?;
+        let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
+        credentials.push(Credential { header, prefix: need.prefix.clone(), secret });
+    }
+    if let Some(need) =
+        description.credentials.iter().find(|need| need.required && !manifest.credentials.contains_key(&need.name))
+    {
+        let message = format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
+        return Err(key(&format!("credentials.{}", need.name), message));
+    }
+    Secrets::new(credentials).map_err(|header| {
+        key("credentials", format!("the secret for the header `{header}` has characters no header can hold"))
+    })
+}
+
+/// Every URL in a setting, at any depth.
+fn urls_in(value: &Value) -> Vec<Url> {
+    match value {
+        Value::String(text) => {
+            Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https")).into_iter().collect()
+        }
+        Value::Array(values) => values.iter().flat_map(urls_in).collect(),
+        Value::Object(values) => values.values().flat_map(urls_in).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn bounds(limits: &Limits) -> Bounds {
+    Bounds {
+        concurrency: limits.concurrency.get(),
+        requests_per_minute: limits.requests_per_minute,
+        connect_timeout: limits.connect_timeout.duration(),
+        first_byte_timeout: limits.first_byte_timeout.duration(),
+        exchange_timeout: limits.exchange_timeout.duration(),
+        max_response: limits.max_response.in_memory(),
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len().saturating_mul(2)), |mut text, byte| {
+        // Writing to a string does not fail.
+        write!(text, "{byte:02x}").ok();
+        text
+    })
+}

@@ -1,0 +1,213 @@
+//! A plugin's TOML file.
+
+use std::collections::BTreeMap;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::error::LoadError;
+use crate::config::{Size, Span};
+
+/// The file as it stands, each key of the right type.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// The component, beside this file.
+    pub component: PathBuf,
+    /// Its SHA-256 in hexadecimal, if the operator pins it.
+    pub sha256: Option<String>,
+    /// Adapters: the models it serves. A glob routes but is not listed.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Adapters: what clients say, and what the provider is asked for.
+    #[serde(default)]
+    pub aliases: BTreeMap<String, String>,
+    /// Adapters: hosts allowed besides those of the settings' URLs.
+    #[serde(default)]
+    pub allow: Vec<String>,
+    /// Validators: lower ones judge first; among equals the name decides.
+    pub order: Option<i64>,
+    /// Validators: the endpoints they apply to; all those they know if there are none.
+    #[serde(default)]
+    pub endpoints: Vec<String>,
+    /// The tenants a plugin serves; all if there are none.
+    #[serde(default)]
+    pub tenants: Vec<String>,
+    #[serde(default)]
+    pub settings: Map<String, Value>,
+    #[serde(default)]
+    pub credentials: BTreeMap<String, String>,
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// Whether an instance serves one call or many.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Instances {
+    /// One tenant's calls, one after the other.
+    #[default]
+    Tenant,
+    /// One call: a new sandbox for each.
+    Fresh,
+}
+
+/// What bounds a plugin. Each stands in its `[limits]` under the same name.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Linear memory of an instance, summed over its memories. Enough for a line of 16 MiB and its copy.
+    pub memory: Size,
+    /// CPU time of one call; for validators of each started 1,000 lines or MiB.
+    pub call_timeout: Span,
+    /// What a guest may hand over in one call.
+    pub answer: Size,
+    pub instances: Instances,
+    /// Calls after which an instance makes way for a new one.
+    pub max_calls: NonZeroU32,
+    /// Steps of one attempt, so that `resume` comes to an end.
+    pub max_steps: NonZeroU32,
+    /// Exchanges in flight.
+    pub concurrency: NonZeroUsize,
+    /// Exchanges begun in a minute; absent is no bound.
+    pub requests_per_minute: Option<NonZeroU32>,
+    pub connect_timeout: Span,
+    /// Until the head of a response: a model may think for minutes before it says a word.
+    pub first_byte_timeout: Span,
+    pub exchange_timeout: Span,
+    /// Body of a provider's response.
+    pub max_response: Size,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            memory: Size::mib(64),
+            call_timeout: Span::milliseconds(100),
+            answer: Size::mib(16),
+            instances: Instances::Tenant,
+            max_calls: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
+            max_steps: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
+            concurrency: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            requests_per_minute: None,
+            connect_timeout: Span::seconds(10),
+            first_byte_timeout: Span::seconds(600),
+            exchange_timeout: Span::seconds(900),
+            max_response: Size::mib(16),
+        }
+    }
+}
+
+/// The largest `[limits] memory`: what one slot of the instance pool reserves.
+pub const MOST_MEMORY: Size = Size::mib(4096);
+
+impl Manifest {
+    /// Reads the text of `file`, which is named in errors.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
+        let manifest: Self = toml::from_str(text)
+            .map_err(|error| LoadError::Manifest { file: file.to_owned(), message: error.to_string() })?;
+        let invalid = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
+        if manifest.component.components().any(|part| !matches!(part, Component::Normal(_))) {
+            let message = format!(
+                "`{}` leads out of the plugin directory; name a file beside this one",
+                manifest.component.display()
+            );
+            return Err(invalid("component", message));
+        }
+        if manifest.limits.memory > MOST_MEMORY {
+            return Err(invalid("limits.memory", format!("{} is more than {MOST_MEMORY}", manifest.limits.memory)));
+        }
+        for (name, source) in &manifest.credentials {
+            // The value is not shown: it may be a secret that someone wrote here by mistake.
+            if Source::parse(source).is_none() {
+                return Err(invalid(
+                    &format!("credentials.{name}"),
+                    "must be `env:NAME` or `file:PATH`; a secret never stands in this file".into(),
+                ));
+            }
+        }
+        Ok(manifest)
+    }
+}
+
+/// Where a secret is kept.
+pub enum Source<'a> {
+    Env(&'a str),
+    File(&'a Path),
+}
+
+impl<'a> Source<'a> {
+    pub fn parse(text: &'a str) -> Option<Self> {
+        match text.split_once(':')? {
+            ("env", name) if !name.is_empty() => Some(Self::Env(name)),
+            ("file", path) if !path.is_empty() => Some(Self::File(Path::new(path))),
+            _ => None,
+        }
+    }
+
+    /// The secret, without the line end that editors leave in a file. Errors say where it was looked for.
+    pub fn read(&self) -> Result<String, String> {
+        let secret = match self {
+            Self::Env(name) => std::env::var(name)
+                .map_err(|_| format!("the environment variable {name} is not set; export it and start again"))?,
+            Self::File(path) => {
+                std::fs::read_to_string(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?
+            }
+        };
+        let secret = secret.trim_end_matches(['\r', '\n']);
+        if secret.is_empty() { Err(format!("{self} is empty")) } else { Ok(secret.to_owned()) }
+    }
+}
+
+impl std::fmt::Display for Source<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Env(name) => write!(formatter, "the environment variable {name}"),
+            Self::File(path) => write!(formatter, "the file {}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Manifest, String> {
+        Manifest::parse(Path::new("plugins/x.toml"), text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_full_file_is_read_and_the_rest_has_defaults() {
+        let manifest = parse(
+            "component = 'x.wasm'\nmodels = ['a', 'b-*']\n[aliases]\nc = 'd'\n[settings]\nbase_url = 'http://h/v1'\n\
+             [credentials]\napi_key = 'env:KEY'\n[limits]\nmemory = '32MiB'\nrequests_per_minute = 3000\n",
+        )
+        .unwrap();
+        assert_eq!(manifest.limits.memory, Size::mib(32));
+        assert_eq!(manifest.limits.call_timeout, Span::milliseconds(100));
+        assert_eq!(manifest.settings.get("base_url"), Some(&"http://h/v1".into()));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_file_and_place_and_secrets_are_not_shown() {
+        for (text, parts) in [
+            ("component = 'x.wasm'\nmodel = ['a']", vec!["plugins/x.toml", "line 2", "model"]),
+            ("component = '../x.wasm'", vec!["component", "leads out"]),
+            ("component = '/x.wasm'", vec!["component", "leads out"]),
+            ("component = 'x.wasm'\n[limits]\nmemory = '5GiB'", vec!["limits.memory", "4GiB"]),
+            ("component = 'x.wasm'\n[limits]\nconcurrency = 0", vec!["line 3"]),
+            ("component = 'x.wasm'\n[limits]\ncall_timeout = 'long'", vec!["line 3", "100ms"]),
+            ("", vec!["component"]),
+        ] {
+            let error = parse(text).unwrap_err();
+            for part in parts {
+                assert!(error.contains(part), "`{part}` is missing from: {error}");
+            }
+        }
+        let error = parse("component = 'x.wasm'\n[credentials]\napi_key = 'sk-secret'").unwrap_err();
+        assert!(error.contains("credentials.api_key") && error.contains("env:NAME"), "{error}");
+        assert!(!error.contains("sk-secret"), "{error}");
+    }
+}

@@ -1,0 +1,24 @@
+//! Plugins: WebAssembly components that judge lines and talk to providers, found in a directory, compiled, pooled, held to limits and called.
+//!
+//! Architecture invariant: this room knows no HTTP routes and no storage. Everything above it sees plugins through the types of
+//! [`types`], whatever version of the contract a component was built for, and only after they were checked.
+
+mod answer;
+mod bindings;
+mod cache;
+mod engine;
+mod error;
+mod instance;
+mod load;
+mod log;
+mod manifest;
+#[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
+mod plugin;
+mod registry;
+pub mod types;
+mod wasi;
+
+pub use error::{CallError, LoadError};
+pub use load::{Inspected, Loader, hex};
+pub use plugin::Plugin;
+pub use registry::{Registry, Route, Snapshot};

@@ -1,0 +1,206 @@
+//! A loaded plugin: its instances, by tenant, and the calls made of them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+use wasmtime::Engine;
+
+use super::answer::{checked, shorten};
+use super::error::CallError;
+use super::instance::{Instance, OutOfTime, Template};
+use super::log::PluginLog;
+use super::manifest::{Instances, Limits};
+use super::types::{BatchContext, Description, Kind, Line, Outcome, Request, Step, Violation};
+use crate::egress::{Gateway, HttpRequest, HttpResponse, TransportError};
+
+/// Lines and bytes for which a validator is granted the CPU time of one call.
+const LINES_A_UNIT: usize = 1000;
+const BYTES_A_UNIT: usize = 1 << 20;
+
+/// A component with its settings, checked and ready.
+pub struct Plugin {
+    /// The name of its TOML file.
+    pub name: String,
+    pub kind: Kind,
+    pub description: Description,
+    pub sha256: String,
+    pub limits: Limits,
+    /// Validators: place in the order, and the endpoints it is for.
+    pub order: i64,
+    pub endpoints: Vec<String>,
+    /// Empty means all.
+    pub tenants: Vec<String>,
+    pub models: Vec<String>,
+    pub aliases: std::collections::BTreeMap<String, String>,
+    /// Unix seconds.
+    pub loaded_at: i64,
+    pub(super) settings: String,
+    pub(super) template: Template,
+    pub(super) engine: Engine,
+    pub(super) log: Arc<PluginLog>,
+    pub(super) gateway: Gateway,
+    pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
+}
+
+/// One tenant's instances of one plugin. No instance ever changes pools.
+pub(super) struct Pool {
+    idle: Mutex<Vec<Instance>>,
+    /// Calls are short and hold a thread while they run, so more instances than threads gain little.
+    permits: Semaphore,
+}
+
+/// An instance for one call. It goes back to its pool only if the call went well.
+struct Lease<'a> {
+    pool: &'a Pool,
+    instance: Instance,
+    _permit: Option<SemaphorePermit<'a>>,
+}
+
+impl Plugin {
+    /// What is wrong with these lines.
+    pub async fn validate(
+        &self,
+        tenant: &str,
+        batch: BatchContext,
+        lines: Vec<Line>,
+    ) -> Result<Vec<Violation>, CallError> {
+        const FUNCTION: &str = "validate";
+        let bytes: usize = lines.iter().map(|line| line.text.len()).sum();
+        let units = lines.len().div_ceil(LINES_A_UNIT).max(bytes.div_ceil(BYTES_A_UNIT));
+        let numbers: std::collections::HashSet<u64> = lines.iter().map(|line| line.number).collect();
+        let pool = self.pool(tenant);
+        let mut lease = self.lease(&pool, u32::try_from(units).unwrap_or(u32::MAX)).await?;
+        let called = lease.instance.exports.validate(&mut lease.instance.store, batch, lines).await;
+        let mut violations = self.settle(lease, FUNCTION, called)?;
+        for violation in &mut violations {
+            if !numbers.contains(&violation.line) {
+                let message = format!("it judged line {}, which it was not given.", violation.line);
+                return Err(CallError::Contract { plugin: self.name.clone(), function: FUNCTION, message });
+            }
+            shorten(&mut violation.code, 64);
+            shorten(&mut violation.message, 1000);
+            if let Some(param) = &mut violation.param {
+                shorten(param, 200);
+            }
+        }
+        Ok(violations)
+    }
+
+    /// The first step of a request.
+    pub async fn begin(&self, tenant: &str, request: Request) -> Result<Step, CallError> {
+        let pool = self.pool(tenant);
+        let mut lease = self.lease(&pool, 1).await?;
+        let called = lease.instance.exports.begin(&mut lease.instance.store, request).await;
+        let step = self.settle(lease, "begin", called)?;
+        self.checked(step, "begin")
+    }
+
+    /// The next step.
+    pub async fn resume(&self, tenant: &str, state: &[u8], outcome: Outcome) -> Result<Step, CallError> {
+        let pool = self.pool(tenant);
+        let mut lease = self.lease(&pool, 1).await?;
+        let called = lease.instance.exports.resume(&mut lease.instance.store, state, outcome).await;
+        let step = self.settle(lease, "resume", called)?;
+        self.checked(step, "resume")
+    }
+
+    /// Performs an exchange that a step asked for.
+    pub async fn send(&self, tenant: &str, request: HttpRequest) -> Result<HttpResponse, TransportError> {
+        self.gateway.send(tenant, request).await
+    }
+
+    /// Whether it is for this tenant.
+    pub fn serves(&self, tenant: &str) -> bool {
+        self.tenants.is_empty() || self.tenants.iter().any(|known| known == tenant)
+    }
+
+    /// Whether it is for this endpoint, by its own word and the operator's.
+    pub fn handles(&self, endpoint: &str) -> bool {
+        [&self.description.endpoints, &self.endpoints]
+            .into_iter()
+            .all(|list| list.is_empty() || list.iter().any(|known| known == endpoint))
+    }
+
+    fn checked(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
+        checked(step).map_err(|message| CallError::Contract { plugin: self.name.clone(), function, message })
+    }
+
+    fn pool(&self, tenant: &str) -> Arc<Pool> {
+        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = pools.get(tenant) {
+            return pool.clone();
+        }
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let pool = Arc::new(Pool { idle: Mutex::default(), permits: Semaphore::new(threads.saturating_mul(2)) });
+        pools.insert(tenant.to_owned(), pool.clone());
+        pool
+    }
+
+    async fn lease<'a>(&self, pool: &'a Pool, units: u32) -> Result<Lease<'a>, CallError> {
+        let permit = pool.permits.acquire().await.ok();
+        let idle = pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut instance = match idle {
+            Some(instance) => instance,
+            None => self.instantiate().await?,
+        };
+        instance.allow(&self.limits, units);
+        Ok(Lease { pool, instance, _permit: permit })
+    }
+
+    /// A new instance, configured.
+    pub(super) async fn instantiate(&self) -> Result<Instance, CallError> {
+        let (made, refused_memory) = Instance::new(&self.template, &self.engine, &self.limits, &self.log).await;
+        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused_memory))?;
+        instance.allow(&self.limits, 1);
+        let called = instance.exports.configure(&mut instance.store, &self.settings).await;
+        match called {
+            Ok(Ok(())) => Ok(instance),
+            Ok(Err(mut message)) => {
+                shorten(&mut message, 1000);
+                Err(CallError::Configure { plugin: self.name.clone(), message })
+            }
+            Err(error) => Err(self.explain("configure", &error, instance.was_refused_memory())),
+        }
+    }
+
+    /// Ends a lease: the instance is kept after a call that went well, and thrown away after one that did not.
+    fn settle<T>(&self, lease: Lease, function: &'static str, called: wasmtime::Result<T>) -> Result<T, CallError> {
+        match called {
+            Ok(value) => {
+                if self.limits.instances == Instances::Tenant && lease.instance.calls < self.limits.max_calls.get() {
+                    lease.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(lease.instance);
+                }
+                Ok(value)
+            }
+            Err(error) => Err(self.explain(function, &error, lease.instance.was_refused_memory())),
+        }
+    }
+
+    pub(super) fn explain(&self, function: &'static str, error: &wasmtime::Error, refused_memory: bool) -> CallError {
+        explain(&self.name, &self.limits, function, error, refused_memory)
+    }
+}
+
+/// Which limit a failed call ran into, if it was one.
+pub(super) fn explain(
+    plugin: &str,
+    limits: &Limits,
+    function: &'static str,
+    error: &wasmtime::Error,
+    refused_memory: bool,
+) -> CallError {
+    let plugin = plugin.to_owned();
+    if error.is::<OutOfTime>() {
+        return CallError::Cpu { plugin, function, limit: limits.call_timeout.to_string() };
+    }
+    if refused_memory {
+        return CallError::Memory { plugin, function, limit: limits.memory.to_string() };
+    }
+    let mut message = error.root_cause().to_string();
+    if message.contains("fuel allocated for hostcalls") {
+        return CallError::Answer { plugin, function, limit: limits.answer.to_string() };
+    }
+    shorten(&mut message, 500);
+    CallError::Trap { plugin, function, message }
+}

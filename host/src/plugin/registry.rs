@@ -1,0 +1,281 @@
+//! Which plugins there are: those of a directory, kept up to date while it changes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use globset::{Glob, GlobMatcher};
+use notify::{RecursiveMode, Watcher};
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+
+use super::error::LoadError;
+use super::load::{Loader, hex, plugin_name};
+use super::manifest::{Manifest, Source};
+use super::plugin::Plugin;
+use super::types::Kind;
+
+/// How long the directory must be quiet before it is read again: copying a component takes several writes.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// One TOML file of the directory and what became of it.
+pub struct Entry {
+    pub name: String,
+    pub file: PathBuf,
+    /// The plugin that serves under this name: of the file as it is, or, if that does not load, as it was.
+    pub serving: Option<Arc<Plugin>>,
+    /// Why the file as it is does not load.
+    pub error: Option<String>,
+    /// What the files were when they were last read.
+    fingerprint: String,
+}
+
+/// Where a model's requests go.
+#[derive(Clone)]
+pub struct Route {
+    pub plugin: Arc<Plugin>,
+    /// What the provider calls the model.
+    pub model: String,
+}
+
+/// The plugins at one moment.
+#[derive(Default)]
+pub struct Snapshot {
+    pub entries: Vec<Entry>,
+    exact: HashMap<String, Vec<Route>>,
+    globs: Vec<(GlobMatcher, Arc<Plugin>)>,
+    /// In the order they judge in.
+    validators: Vec<Arc<Plugin>>,
+}
+
+impl Snapshot {
+    /// Where requests for this model go, if anywhere.
+    pub fn route(&self, tenant: &str, model: &str) -> Option<Route> {
+        let exact = self.exact.get(model).and_then(|routes| routes.iter().find(|route| route.plugin.serves(tenant)));
+        exact.cloned().or_else(|| {
+            let (_, plugin) = self.globs.iter().find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
+            Some(Route { plugin: plugin.clone(), model: model.to_owned() })
+        })
+    }
+
+    /// The models that can be listed, by name, each with the plugin that serves it.
+    pub fn models(&self, tenant: &str) -> Vec<(&str, &Plugin)> {
+        let served = |(model, routes): (&'_ String, &'_ Vec<Route>)| {
+            routes.iter().find(|route| route.plugin.serves(tenant)).map(|route| (model, &*route.plugin)).is_some()
+        };
+        let mut models: Vec<_> = self
+            .exact
+            .iter()
+            .filter(|entry| served(*entry))
+            .filter_map(|(model, routes)| {
+                let route = routes.iter().find(|route| route.plugin.serves(tenant))?;
+                Some((model.as_str(), &*route.plugin))
+            })
+            .collect();
+        models.sort_by_key(|(model, _)| *model);
+        models
+    }
+
+    /// The validators of a batch, in order.
+    pub fn validators(&self, tenant: &str, endpoint: &str) -> Vec<Arc<Plugin>> {
+        self.validators.iter().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint)).cloned().collect()
+    }
+
+    fn build(mut entries: Vec<Entry>) -> Self {
+        entries.sort_by(|one, other| one.name.cmp(&other.name));
+        let mut snapshot = Self::default();
+        for entry in &mut entries {
+            if let Some(plugin) = entry.serving.clone()
+                && let Err(message) = snapshot.add(&plugin)
+            {
+                entry.error = Some(format!("{}: {message}", entry.file.display()));
+                entry.serving = None;
+            }
+        }
+        snapshot.validators.sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
+        snapshot.entries = entries;
+        snapshot
+    }
+
+    /// Adds a plugin's routes, or none of them.
+    fn add(&mut self, plugin: &Arc<Plugin>) -> Result<(), String> {
+        if plugin.kind == Kind::Validator {
+            self.validators.push(plugin.clone());
+            return Ok(());
+        }
+        let named = plugin.models.iter().map(|model| (model, model)).chain(&plugin.aliases);
+        let (globs, exact): (Vec<_>, Vec<_>) = named.partition(|(model, _)| model.contains(['*', '?', '[']));
+        let globs = globs
+            .into_iter()
+            .map(|(glob, _)| match Glob::new(glob) {
+                Ok(parsed) => Ok((parsed.compile_matcher(), plugin.clone())),
+                Err(error) => Err(format!("models: `{glob}` is no glob: {error}")),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        for (model, _) in &exact {
+            let taken =
+                self.exact.get(*model).and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
+            if let Some(taken) = taken {
+                return Err(format!(
+                    "models: `{model}` is served by the plugin `{}` already; take it out of one of the two files",
+                    taken.plugin.name
+                ));
+            }
+        }
+        for (model, provider_model) in exact {
+            let route = Route { plugin: plugin.clone(), model: provider_model.clone() };
+            self.exact.entry(model.clone()).or_default().push(route);
+        }
+        self.globs.extend(globs);
+        Ok(())
+    }
+}
+
+/// Whether two plugins serve a tenant in common.
+fn overlap(one: &Plugin, other: &Plugin) -> bool {
+    one.tenants.is_empty() || other.tenants.is_empty() || one.tenants.iter().any(|tenant| other.serves(tenant))
+}
+
+/// The plugins of a directory.
+pub struct Registry {
+    folder: PathBuf,
+    loader: Loader,
+    current: ArcSwap<Snapshot>,
+    /// One reading of the directory at a time.
+    reading: tokio::sync::Mutex<()>,
+}
+
+impl Registry {
+    /// Loads every plugin of the directory. One that fails does not stop the others; a directory that cannot be read does.
+    pub async fn open(folder: &Path, loader: Loader) -> Result<Arc<Self>, LoadError> {
+        let registry = Arc::new(Self {
+            folder: folder.to_owned(),
+            loader,
+            current: ArcSwap::default(),
+            reading: tokio::sync::Mutex::default(),
+        });
+        registry.read().await?;
+        Ok(registry)
+    }
+
+    pub fn current(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Reads the directory again and swaps in what changed. What is under way finishes on the plugins it began with.
+    pub async fn read(&self) -> Result<(), LoadError> {
+        let _one_at_a_time = self.reading.lock().await;
+        let before = self.current.load_full();
+        let files = self.files()?;
+        // Side by side: a component that takes long to compile does not hold up the others.
+        let entries = futures_util::future::join_all(files.into_iter().map(|file| self.entry(file, &before))).await;
+        self.current.store(Arc::new(Snapshot::build(entries)));
+        for entry in &self.current.load().entries {
+            let known = before.entries.iter().find(|known| known.name == entry.name);
+            if known.is_none_or(|known| known.fingerprint != entry.fingerprint || known.error != entry.error) {
+                announce(entry);
+            }
+        }
+        let gone =
+            before.entries.iter().filter(|old| !self.current.load().entries.iter().any(|new| new.name == old.name));
+        for entry in gone {
+            tracing::info!(plugin = entry.name, "plugin removed");
+        }
+        Ok(())
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>, LoadError> {
+        let unreadable = |source| LoadError::Unreadable { path: self.folder.clone(), source };
+        let mut files = Vec::new();
+        for found in std::fs::read_dir(&self.folder).map_err(unreadable)? {
+            let path = found.map_err(unreadable)?.path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                files.push(path);
+            }
+        }
+        Ok(files)
+    }
+
+    async fn entry(&self, file: PathBuf, before: &Snapshot) -> Entry {
+        let (name, mut error) = match plugin_name(&file) {
+            Ok(name) => (name, None),
+            Err(error) => (file.display().to_string(), Some(error.to_string())),
+        };
+        let fingerprint = fingerprint(&file);
+        let known = before.entries.iter().find(|known| known.name == name);
+        let mut serving = known.and_then(|known| known.serving.clone());
+        if error.is_none() {
+            let unchanged = known.filter(|known| known.fingerprint == fingerprint && known.serving.is_some());
+            if let Some(known) = unchanged {
+                error.clone_from(&known.error);
+            } else {
+                match self.loader.load(&file).await {
+                    Ok(plugin) => serving = Some(Arc::new(plugin)),
+                    Err(failed) => error = Some(failed.to_string()),
+                }
+            }
+        }
+        Entry { name, file, serving, error, fingerprint }
+    }
+
+    /// Watches the directory from now on. The watch ends when what it returns is dropped.
+    pub fn watch(self: &Arc<Self>) -> Result<notify::RecommendedWatcher, String> {
+        // One note that something changed is as good as many.
+        let (changed, mut changes) = mpsc::channel(1);
+        let failed = |error: notify::Error| {
+            format!(
+                "the plugin directory {} cannot be watched: {error}; changes take effect at the next start",
+                self.folder.display()
+            )
+        };
+        let mut watcher = notify::recommended_watcher(move |event: Result<notify::Event, notify::Error>| {
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                changed.try_send(()).ok();
+            }
+        })
+        .map_err(failed)?;
+        watcher.watch(&self.folder, RecursiveMode::Recursive).map_err(failed)?;
+        let registry = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while changes.recv().await.is_some() {
+                while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {}
+                let Some(registry) = registry.upgrade() else { return };
+                if let Err(error) = registry.read().await {
+                    tracing::error!("the plugins stay as they are: {error}");
+                }
+            }
+        });
+        Ok(watcher)
+    }
+}
+
+fn announce(entry: &Entry) {
+    match (&entry.error, &entry.serving) {
+        (None, Some(plugin)) => tracing::info!(
+            plugin = entry.name, kind = %plugin.kind, version = plugin.description.version, sha256 = plugin.sha256, "plugin loaded"
+        ),
+        (Some(error), Some(_)) => {
+            tracing::error!(plugin = entry.name, "plugin not changed, the one before serves on: {error}")
+        }
+        (Some(error), None) => tracing::error!(plugin = entry.name, "plugin not loaded: {error}"),
+        (None, None) => {}
+    }
+}
+
+/// What a plugin is made of: its file, its component, and its secrets.
+fn fingerprint(file: &Path) -> String {
+    let mut digest = Sha256::new();
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    digest.update(text.as_bytes());
+    if let Ok(manifest) = Manifest::parse(file, &text) {
+        let component = file.with_file_name("").join(&manifest.component);
+        digest.update(std::fs::read(component).unwrap_or_default());
+        for source in manifest.credentials.values() {
+            let secret = Source::parse(source).and_then(|source| source.read().ok());
+            digest.update(secret.unwrap_or_default().as_bytes());
+        }
+    }
+    hex(&digest.finalize())
+}

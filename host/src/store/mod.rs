@@ -1,0 +1,281 @@
+//! What lasts: metadata and results in a database, the bytes of files in an object store.
+//!
+//! [`Store`] is made of whole operations, each of which happens or does not, so that another database can take SQLite's place. Work on a
+//! batch is claimed with a lease and a fencing number: a holder whose lease was taken over can change nothing any more.
+//!
+//! Architecture invariant: this room knows no JSON of the API and no plugins. The tenant is part of every key, path and query.
+
+mod blobs;
+mod sqlite;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+pub use blobs::{BlobWriter, Blobs};
+pub use sqlite::SqliteStore;
+
+use crate::clock::Timestamp;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the data folder {folder}: {message}")]
+    Folder { folder: String, message: String },
+    #[error("the disk is full; free some space and try again ({0})")]
+    Full(String),
+    #[error("the database failed: {0}")]
+    Database(String),
+    #[error("the object store failed: {0}")]
+    Objects(String),
+    #[error("the object is gone: {0}")]
+    Missing(String),
+    /// Somebody else holds the batch now.
+    #[error("another worker has taken over this batch")]
+    Fenced,
+    #[error("the server is shutting down")]
+    Closed,
+}
+
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileRecord {
+    pub id: String,
+    pub bytes: u64,
+    pub created_at: Timestamp,
+    pub expires_at: Option<Timestamp>,
+    pub filename: String,
+    pub purpose: String,
+}
+
+/// Which way a list runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    NewestFirst,
+    OldestFirst,
+}
+
+/// A page of a list.
+#[derive(Debug)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    pub has_more: bool,
+}
+
+/// A page, or that the item to begin after is not there.
+#[derive(Debug)]
+pub enum Paged<T> {
+    Page(Page<T>),
+    UnknownAfter,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Validating,
+    Failed,
+    InProgress,
+    Finalizing,
+    Completed,
+    Expired,
+    Cancelling,
+    Cancelled,
+}
+
+impl Status {
+    pub const ALL: [Self; 8] = [
+        Self::Validating,
+        Self::Failed,
+        Self::InProgress,
+        Self::Finalizing,
+        Self::Completed,
+        Self::Expired,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Validating => "validating",
+            Self::Failed => "failed",
+            Self::InProgress => "in_progress",
+            Self::Finalizing => "finalizing",
+            Self::Completed => "completed",
+            Self::Expired => "expired",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Failed | Self::Completed | Self::Expired | Self::Cancelled)
+    }
+}
+
+/// A fault of the input, or of one of its lines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchError {
+    pub code: String,
+    pub message: String,
+    pub param: Option<String>,
+    pub line: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub total: u64,
+    pub completed: u64,
+    pub failed: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenUsage {
+    pub input: u64,
+    pub cached_input: u64,
+    pub output: u64,
+    pub reasoning: u64,
+}
+
+/// When a batch came into each of its states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    pub in_progress_at: Option<Timestamp>,
+    pub finalizing_at: Option<Timestamp>,
+    pub completed_at: Option<Timestamp>,
+    pub failed_at: Option<Timestamp>,
+    pub expired_at: Option<Timestamp>,
+    pub cancelling_at: Option<Timestamp>,
+    pub cancelled_at: Option<Timestamp>,
+}
+
+pub type Metadata = BTreeMap<String, String>;
+
+/// A batch as a client asks for it.
+#[derive(Clone, Debug)]
+pub struct NewBatch {
+    pub id: String,
+    pub endpoint: String,
+    pub input_file_id: String,
+    pub completion_window: String,
+    pub metadata: Option<Metadata>,
+    pub created_at: Timestamp,
+    pub expires_at: Timestamp,
+    /// How long the output files are kept after they are made.
+    pub output_lifetime: Option<Duration>,
+}
+
+#[derive(Clone, Debug)]
+pub struct BatchRecord {
+    pub new: NewBatch,
+    pub status: Status,
+    pub model: Option<String>,
+    pub errors: Vec<BatchError>,
+    pub output_file_id: Option<String>,
+    pub error_file_id: Option<String>,
+    pub times: Times,
+    pub counts: Counts,
+    pub usage: TokenUsage,
+}
+
+/// The right to work on a batch until the lease ends or is taken over.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    pub tenant: String,
+    pub batch_id: String,
+    tenant_key: i64,
+    batch_key: i64,
+    fence: i64,
+}
+
+/// Which of the two files a line ends in, and how it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Output file; completed.
+    Completed,
+    /// Error file; failed.
+    Failed,
+}
+
+/// How one request ended: a line of a result file, without its line end.
+#[derive(Clone, Debug)]
+pub struct ResultRow {
+    /// Physical line of the input file, from 1.
+    pub line: u64,
+    pub ending: Ending,
+    pub payload: Vec<u8>,
+    pub usage: TokenUsage,
+}
+
+/// How a batch ends.
+#[derive(Debug)]
+pub struct Finish {
+    /// `Completed`, `Cancelled` or `Expired`.
+    pub status: Status,
+    pub output: Option<FileRecord>,
+    pub error: Option<FileRecord>,
+    pub at: Timestamp,
+}
+
+/// What a request to cancel found.
+#[derive(Debug)]
+pub enum Cancel {
+    /// The batch is being cancelled or was before.
+    Accepted(Box<BatchRecord>),
+    /// It had ended in another way.
+    TooLate(Status),
+    Unknown,
+}
+
+#[async_trait]
+pub trait Store: Send + Sync {
+    async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()>;
+    /// A file that is neither deleted nor expired.
+    async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>>;
+    async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>>;
+    /// Whether there was such a file. Its bytes stay while a batch reads them.
+    async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool>;
+    /// Files deleted or expired that no running batch reads, as tenant and id.
+    async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
+    /// Forgets a file whose bytes are gone.
+    async fn forget_file(&self, tenant: &str, id: &str) -> Result<()>;
+
+    async fn create_batch(&self, tenant: &str, new: NewBatch) -> Result<()>;
+    async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
+    /// Newest first.
+    async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>>;
+    async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
+
+    /// The oldest batch that has not ended and that nobody holds.
+    async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
+    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
+    async fn release(&self, claim: &Claim) -> Result<()>;
+    /// The input file, if it was there when the batch was created: deleting it later does no harm.
+    async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
+    /// `Validating` to `Failed`.
+    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()>;
+    /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts.
+    async fn start_execution(&self, claim: &Claim, total: u64, model: Option<String>, at: Timestamp) -> Result<()>;
+    /// Adds results, and counts them, all at once. A line that has a result keeps the first.
+    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()>;
+    /// Lines that have a result, in order, beyond `after`.
+    async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>>;
+    /// `InProgress` to `Finalizing`; a batch that is being cancelled keeps its status.
+    async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()>;
+    /// Results in order, beyond `after`: at least one if there is one, and no more once `bytes` are reached.
+    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>>;
+    /// Ends the batch and gives it its files, all at once.
+    async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
+    /// Removes some results of ended batches, whose files hold them; whether there may be more.
+    async fn discard_results(&self, limit: usize) -> Result<bool>;
+}
+
+/// Which files to list.
+#[derive(Clone, Debug)]
+pub struct FileQuery {
+    pub purpose: Option<String>,
+    pub order: Order,
+    pub after: Option<String>,
+    pub limit: usize,
+    pub now: Timestamp,
+}

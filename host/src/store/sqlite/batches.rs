@@ -1,0 +1,162 @@
+//! Batches as clients see them.
+
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::super::{
+    BatchError, BatchRecord, Cancel, Counts, NewBatch, Page, Paged, Result, Status, StoreError, Times, TokenUsage,
+};
+use super::{explain, loaded, stored, tenant_key, timestamp};
+use crate::clock::Timestamp;
+
+const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at, output_lifetime, \
+    status, model, output_file_id, error_file_id, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, \
+    cancelling_at, cancelled_at, total, completed, failed, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens";
+
+/// A batch with its key, and without its errors.
+fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
+    let time = |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
+    let number = |column: &str| Ok::<_, rusqlite::Error>(loaded(row.get(column)?));
+    let metadata: Option<String> = row.get("metadata")?;
+    let status: String = row.get("status")?;
+    let record = BatchRecord {
+        new: NewBatch {
+            id: row.get("id")?,
+            endpoint: row.get("endpoint")?,
+            input_file_id: row.get("input_file_id")?,
+            completion_window: row.get("completion_window")?,
+            metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+            created_at: timestamp(row.get("created_at")?),
+            expires_at: timestamp(row.get("expires_at")?),
+            output_lifetime: row
+                .get::<_, Option<i64>>("output_lifetime")?
+                .map(|millis| Duration::from_millis(loaded(millis))),
+        },
+        status: Status::ALL.into_iter().find(|known| known.as_str() == status).unwrap_or(Status::Failed),
+        model: row.get("model")?,
+        errors: Vec::new(),
+        output_file_id: row.get("output_file_id")?,
+        error_file_id: row.get("error_file_id")?,
+        times: Times {
+            in_progress_at: time("in_progress_at")?,
+            finalizing_at: time("finalizing_at")?,
+            completed_at: time("completed_at")?,
+            failed_at: time("failed_at")?,
+            expired_at: time("expired_at")?,
+            cancelling_at: time("cancelling_at")?,
+            cancelled_at: time("cancelled_at")?,
+        },
+        counts: Counts { total: number("total")?, completed: number("completed")?, failed: number("failed")? },
+        usage: TokenUsage {
+            input: number("input_tokens")?,
+            cached_input: number("cached_input_tokens")?,
+            output: number("output_tokens")?,
+            reasoning: number("reasoning_tokens")?,
+        },
+    };
+    Ok((row.get("key")?, record))
+}
+
+fn errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchError>> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT code, message, param, line FROM batch_errors WHERE tenant = ?1 AND batch = ?2 ORDER BY place",
+        )
+        .map_err(explain)?;
+    let rows = statement
+        .query_map(params![tenant, batch], |row| {
+            Ok(BatchError {
+                code: row.get(0)?,
+                message: row.get(1)?,
+                param: row.get(2)?,
+                line: row.get::<_, Option<i64>>(3)?.map(loaded),
+            })
+        })
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+pub fn insert(connection: &Connection, tenant: i64, new: &NewBatch) -> Result<()> {
+    let metadata = new
+        .metadata
+        .as_ref()
+        .map(serde_json::to_string)
+        .transpose()
+        .map_err(|error| StoreError::Database(error.to_string()))?;
+    let lifetime = new.output_lifetime.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
+    connection
+        .execute(
+            "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at,
+             output_lifetime, status) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating')",
+            params![
+                tenant, new.id, new.endpoint, new.input_file_id, new.completion_window, metadata,
+                new.created_at.as_millis(), new.expires_at.as_millis(), lifetime
+            ],
+        )
+        .map_err(explain)?;
+    Ok(())
+}
+
+pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
+    let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
+    let found = connection
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND id = ?2"))
+        .and_then(|mut statement| statement.query_row(params![tenant, id], from_row).optional())
+        .map_err(explain)?;
+    let Some((key, mut record)) = found else { return Ok(None) };
+    record.errors = errors(connection, tenant, key)?;
+    Ok(Some(record))
+}
+
+pub fn list(connection: &Connection, tenant: &str, after: Option<&str>, limit: usize) -> Result<Paged<BatchRecord>> {
+    let tenant = tenant_key(connection, tenant)?.unwrap_or(0);
+    let before = match after {
+        None => i64::MAX,
+        Some(id) => {
+            let found = connection
+                .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| {
+                    row.get(0)
+                })
+                .optional()
+                .map_err(explain)?;
+            let Some(key) = found else { return Ok(Paged::UnknownAfter) };
+            key
+        }
+    };
+    let mut statement = connection
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC LIMIT ?3"
+        ))
+        .map_err(explain)?;
+    let rows = statement
+        .query_map(params![tenant, before, stored(limit as u64).saturating_add(1)], from_row)
+        .map_err(explain)?;
+    let mut found = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(explain)?;
+    let has_more = found.len() > limit;
+    found.truncate(limit);
+    let mut items = Vec::with_capacity(found.len());
+    for (key, mut record) in found {
+        record.errors = errors(connection, tenant, key)?;
+        items.push(record);
+    }
+    Ok(Paged::Page(Page { items, has_more }))
+}
+
+pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
+    let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
+    connection
+        .execute(
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3
+             WHERE tenant = ?1 AND id = ?2 AND status IN ('validating', 'in_progress', 'finalizing')",
+            params![key, id, now.as_millis()],
+        )
+        .map_err(explain)?;
+    Ok(match get(connection, tenant, id)? {
+        None => Cancel::Unknown,
+        Some(record) if matches!(record.status, Status::Cancelling | Status::Cancelled) => {
+            Cancel::Accepted(Box::new(record))
+        }
+        Some(record) => Cancel::TooLate(record.status),
+    })
+}

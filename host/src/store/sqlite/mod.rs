@@ -1,0 +1,219 @@
+//! SQLite in WAL mode: one connection writes, in groups; a few read.
+
+mod batches;
+mod connection;
+mod files;
+mod schema;
+mod work;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use rusqlite::{Connection, OptionalExtension};
+
+use super::{
+    BatchError, BatchRecord, Cancel, Claim, FileQuery, FileRecord, Finish, NewBatch, Paged, Result, ResultRow, Store,
+    StoreError,
+};
+use crate::clock::Timestamp;
+use connection::{Readers, Writer};
+
+pub struct SqliteStore {
+    writer: Writer,
+    readers: Readers,
+    /// Held for as long as the store is: no other process opens this folder.
+    _lock: Arc<File>,
+}
+
+impl SqliteStore {
+    /// Opens the database of a data folder, makes it if need be, and brings it up to date.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let lock = lock(folder)?;
+        let path = folder.join("batchwright.db");
+        let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
+        let mut connection = connection::open(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
+        migrate(&mut connection).map_err(failed)?;
+        // This process holds the folder, so whoever held a batch before is gone.
+        connection.execute("UPDATE batches SET lease_until = 0 WHERE lease_until > 0", []).map_err(explain)?;
+        Ok(Self { writer: Writer::start(connection)?, readers: Readers::new(path), _lock: Arc::new(lock) })
+    }
+}
+
+fn lock(folder: &Path) -> Result<File> {
+    let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
+    std::fs::create_dir_all(folder)
+        .map_err(|error| failed(format!("cannot be made: {error}; name another folder with --data")))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(folder.join("lock"))
+        .map_err(|error| failed(format!("cannot be written to: {error}; name another folder with --data")))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(failed("is in use by another batchwright; stop that one, or name another folder with --data".into()))
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(failed(format!("cannot be locked: {error}"))),
+    }
+}
+
+fn migrate(connection: &mut Connection) -> std::result::Result<(), String> {
+    use rusqlite_migration::{Error, MigrationDefinitionError};
+    schema::migrations().to_latest(connection).map_err(|error| match error {
+        Error::MigrationDefinition(MigrationDefinitionError::DatabaseTooFarAhead) => format!(
+            "was written by a newer version of batchwright than this one ({}); use that version, or another folder",
+            env!("CARGO_PKG_VERSION")
+        ),
+        error => format!("the database cannot be brought up to date: {error}"),
+    })
+}
+
+/// The key of a tenant, if there is anything of it.
+fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
+    let mut statement = connection.prepare_cached("SELECT key FROM tenants WHERE name = ?1").map_err(explain)?;
+    statement.query_row([tenant], |row| row.get(0)).optional().map_err(explain)
+}
+
+/// The key of a tenant, which is made if need be.
+fn make_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
+    if let Some(key) = tenant_key(connection, tenant)? {
+        return Ok(key);
+    }
+    connection.execute("INSERT INTO tenants (name) VALUES (?1)", [tenant]).map_err(explain)?;
+    Ok(connection.last_insert_rowid())
+}
+
+fn timestamp(millis: i64) -> Timestamp {
+    Timestamp::from_millis(millis)
+}
+
+/// SQLite's integers are signed.
+fn stored(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn loaded(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
+fn explain(error: rusqlite::Error) -> StoreError {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(error.to_string()),
+        _ => StoreError::Database(error.to_string()),
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()> {
+        let tenant = tenant.to_owned();
+        self.writer.write(move |connection| files::insert(connection, make_tenant(connection, &tenant)?, &file)).await
+    }
+
+    async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.readers.read(move |connection| files::get(connection, &tenant, &id, now)).await
+    }
+
+    async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>> {
+        let tenant = tenant.to_owned();
+        self.readers.read(move |connection| files::list(connection, &tenant, &query)).await
+    }
+
+    async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.writer.write(move |connection| files::delete(connection, &tenant, &id, now)).await
+    }
+
+    async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+        self.readers.read(move |connection| files::garbage(connection, now, limit)).await
+    }
+
+    async fn forget_file(&self, tenant: &str, id: &str) -> Result<()> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.writer.write(move |connection| files::forget(connection, &tenant, &id)).await
+    }
+
+    async fn create_batch(&self, tenant: &str, new: NewBatch) -> Result<()> {
+        let tenant = tenant.to_owned();
+        self.writer.write(move |connection| batches::insert(connection, make_tenant(connection, &tenant)?, &new)).await
+    }
+
+    async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.readers.read(move |connection| batches::get(connection, &tenant, &id)).await
+    }
+
+    async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>> {
+        let tenant = tenant.to_owned();
+        self.readers.read(move |connection| batches::list(connection, &tenant, after.as_deref(), limit)).await
+    }
+
+    async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.writer.write(move |connection| batches::request_cancel(connection, &tenant, &id, now)).await
+    }
+
+    async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+        self.writer.write(move |connection| work::claim(connection, now, until)).await
+    }
+
+    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::renew(connection, &claim, until)).await
+    }
+
+    async fn release(&self, claim: &Claim) -> Result<()> {
+        self.renew(claim, timestamp(0)).await
+    }
+
+    async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {
+        let claim = claim.clone();
+        self.readers.read(move |connection| files::input_of(connection, &claim)).await
+    }
+
+    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::fail(connection, &claim, &errors, at)).await
+    }
+
+    async fn start_execution(&self, claim: &Claim, total: u64, model: Option<String>, at: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer
+            .write(move |connection| work::start_execution(connection, &claim, total, model.as_deref(), at))
+            .await
+    }
+
+    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::record(connection, &claim, &rows)).await
+    }
+
+    async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
+        let claim = claim.clone();
+        self.readers.read(move |connection| work::recorded_lines(connection, &claim, after, limit)).await
+    }
+
+    async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::start_finalizing(connection, &claim, at)).await
+    }
+
+    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>> {
+        let claim = claim.clone();
+        self.readers.read(move |connection| work::results(connection, &claim, after, bytes)).await
+    }
+
+    async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::finish(connection, &claim, &finish)).await
+    }
+
+    async fn discard_results(&self, limit: usize) -> Result<bool> {
+        self.writer.write(move |connection| work::discard_results(connection, limit)).await
+    }
+}

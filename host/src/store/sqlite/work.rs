@@ -1,0 +1,229 @@
+//! What whoever works on a batch does to it. Each operation checks that the claim still holds.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::super::{BatchError, Claim, Ending, Finish, Result, ResultRow, StoreError, TokenUsage};
+use super::{explain, files, loaded, stored};
+use crate::clock::Timestamp;
+
+pub fn claim(connection: &Connection, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+    let mut statement = connection
+        .prepare_cached(
+            "UPDATE batches SET lease_until = ?2, fence = fence + 1 WHERE key = (
+                 SELECT key FROM batches
+                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND lease_until <= ?1
+                 ORDER BY key LIMIT 1
+             )
+             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant)",
+        )
+        .map_err(explain)?;
+    statement
+        .query_row(params![now.as_millis(), until.as_millis()], |row| {
+            Ok(Claim {
+                tenant_key: row.get(0)?,
+                batch_key: row.get(1)?,
+                fence: row.get(2)?,
+                batch_id: row.get(3)?,
+                tenant: row.get(4)?,
+            })
+        })
+        .optional()
+        .map_err(explain)
+}
+
+/// Runs a statement whose first three parameters are the claim's; it must change the batch's row.
+fn change(connection: &Connection, claim: &Claim, sql: &str, more: &[&dyn rusqlite::ToSql]) -> Result<()> {
+    let mut values: Vec<&dyn rusqlite::ToSql> = vec![&claim.tenant_key, &claim.batch_key, &claim.fence];
+    values.extend(more);
+    let mut statement = connection
+        .prepare_cached(&format!("UPDATE batches SET {sql} WHERE tenant = ?1 AND key = ?2 AND fence = ?3"))
+        .map_err(explain)?;
+    match statement.execute(values.as_slice()).map_err(explain)? {
+        1 => Ok(()),
+        _ => Err(StoreError::Fenced),
+    }
+}
+
+pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
+    change(connection, claim, "lease_until = ?4", &[&until.as_millis()])
+}
+
+pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: Timestamp) -> Result<()> {
+    change(connection, claim, "status = 'failed', failed_at = ?4, lease_until = 0", &[&at.as_millis()])?;
+    let mut statement = connection
+        .prepare_cached(
+            "INSERT OR REPLACE INTO batch_errors (tenant, batch, place, code, message, param, line)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )
+        .map_err(explain)?;
+    for (place, error) in errors.iter().enumerate() {
+        let line = error.line.map(stored);
+        let place = stored(place as u64);
+        statement
+            .execute(params![claim.tenant_key, claim.batch_key, place, error.code, error.message, error.param, line])
+            .map_err(explain)?;
+    }
+    Ok(())
+}
+
+pub fn start_execution(
+    connection: &Connection,
+    claim: &Claim,
+    total: u64,
+    model: Option<&str>,
+    at: Timestamp,
+) -> Result<()> {
+    change(
+        connection,
+        claim,
+        "in_progress_at = CASE status WHEN 'validating' THEN ?4 ELSE in_progress_at END,
+         status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
+         total = ?5, model = ?6, has_results = 1",
+        &[&at.as_millis(), &stored(total), &model],
+    )
+}
+
+pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow]) -> Result<()> {
+    let mut insert = connection
+        .prepare_cached(
+            "INSERT OR IGNORE INTO results (tenant, batch, line, ending, payload) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )
+        .map_err(explain)?;
+    let (mut completed, mut failed, mut usage) = (0_u64, 0_u64, TokenUsage::default());
+    for row in rows {
+        let ending = match row.ending {
+            Ending::Completed => 0,
+            Ending::Failed => 1,
+        };
+        let added = insert
+            .execute(params![claim.tenant_key, claim.batch_key, stored(row.line), ending, row.payload])
+            .map_err(explain)?;
+        if added == 0 {
+            continue;
+        }
+        match row.ending {
+            Ending::Completed => completed = completed.saturating_add(1),
+            Ending::Failed => failed = failed.saturating_add(1),
+        }
+        usage.input = usage.input.saturating_add(row.usage.input);
+        usage.cached_input = usage.cached_input.saturating_add(row.usage.cached_input);
+        usage.output = usage.output.saturating_add(row.usage.output);
+        usage.reasoning = usage.reasoning.saturating_add(row.usage.reasoning);
+    }
+    // A sum past the largest integer would become a float; a guest can claim any number of tokens.
+    change(
+        connection,
+        claim,
+        "completed = completed + ?4, failed = failed + ?5,
+         input_tokens = min(input_tokens, 9223372036854775807 - ?6) + ?6,
+         cached_input_tokens = min(cached_input_tokens, 9223372036854775807 - ?7) + ?7,
+         output_tokens = min(output_tokens, 9223372036854775807 - ?8) + ?8,
+         reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?9) + ?9",
+        &[
+            &stored(completed),
+            &stored(failed),
+            &stored(usage.input),
+            &stored(usage.cached_input),
+            &stored(usage.output),
+            &stored(usage.reasoning),
+        ],
+    )
+}
+
+pub fn recorded_lines(connection: &Connection, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT line FROM results WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line LIMIT ?4",
+        )
+        .map_err(explain)?;
+    let rows = statement
+        .query_map(params![claim.tenant_key, claim.batch_key, stored(after), stored(limit as u64)], |row| {
+            row.get(0).map(loaded)
+        })
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -> Result<()> {
+    change(
+        connection,
+        claim,
+        "finalizing_at = coalesce(finalizing_at, ?4),
+         status = CASE status WHEN 'in_progress' THEN 'finalizing' ELSE status END",
+        &[&at.as_millis()],
+    )
+}
+
+pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT line, ending, payload FROM results WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line",
+        )
+        .map_err(explain)?;
+    let mut found = statement.query(params![claim.tenant_key, claim.batch_key, stored(after)]).map_err(explain)?;
+    let mut rows = Vec::new();
+    let mut held = 0_usize;
+    while held < bytes {
+        let Some(row) = found.next().map_err(explain)? else { break };
+        let payload: Vec<u8> = row.get(2).map_err(explain)?;
+        held = held.saturating_add(payload.len()).saturating_add(64);
+        rows.push(ResultRow {
+            line: loaded(row.get(0).map_err(explain)?),
+            ending: if row.get::<_, i64>(1).map_err(explain)? == 0 { Ending::Completed } else { Ending::Failed },
+            payload,
+            usage: TokenUsage::default(),
+        });
+    }
+    Ok(rows)
+}
+
+pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
+    for file in finish.output.iter().chain(&finish.error) {
+        files::insert(connection, claim.tenant_key, file)?;
+    }
+    let output = finish.output.as_ref().map(|file| &file.id);
+    let error = finish.error.as_ref().map(|file| &file.id);
+    // A client who was told that the batch is being cancelled does not see it completed.
+    change(
+        connection,
+        claim,
+        "status = CASE WHEN status = 'cancelling' AND ?4 = 'completed' THEN 'cancelled' ELSE ?4 END,
+         output_file_id = ?5, error_file_id = ?6, lease_until = 0",
+        &[&finish.status.as_str(), &output, &error],
+    )?;
+    change(
+        connection,
+        claim,
+        "completed_at = CASE status WHEN 'completed' THEN ?4 END,
+         cancelled_at = CASE status WHEN 'cancelled' THEN ?4 END,
+         expired_at = CASE status WHEN 'expired' THEN ?4 END",
+        &[&finish.at.as_millis()],
+    )
+}
+
+pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
+    let ended = connection
+        .query_row(
+            "SELECT tenant, key FROM batches WHERE has_results = 1
+             AND status IN ('completed', 'failed', 'cancelled', 'expired') LIMIT 1",
+            [],
+            |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)),
+        )
+        .optional()
+        .map_err(explain)?;
+    let Some((tenant, batch)) = ended else { return Ok(false) };
+    let removed = connection
+        .execute(
+            "DELETE FROM results WHERE tenant = ?1 AND batch = ?2 AND line IN (
+                 SELECT line FROM results WHERE tenant = ?1 AND batch = ?2 ORDER BY line LIMIT ?3
+             )",
+            params![tenant, batch, stored(limit as u64)],
+        )
+        .map_err(explain)?;
+    if removed < limit {
+        connection
+            .execute("UPDATE batches SET has_results = 0 WHERE tenant = ?1 AND key = ?2", params![tenant, batch])
+            .map_err(explain)?;
+    }
+    Ok(true)
+}

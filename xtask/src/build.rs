@@ -1,0 +1,93 @@
+//! `cargo xtask build`: the guests, then the host, then both in `dist`.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use wit_component::ComponentEncoder;
+
+use crate::run::{cargo, root, run, step, target};
+
+const TARGET: &str = "wasm32-unknown-unknown";
+
+/// Each guest's package, and the file its component becomes.
+pub const GUESTS: [(&str, &str); 3] = [
+    ("guest-validator", "validator-standard.wasm"),
+    ("guest-inference-openai", "inference-openai.wasm"),
+    ("guest-inference-echo", "inference-echo.wasm"),
+];
+
+pub fn all() -> Result<()> {
+    guests()?;
+    host()?;
+    plugins()?;
+    eprintln!("built {}", root().join("dist").display());
+    Ok(())
+}
+
+/// Builds the guests as core modules and encodes them as components, which then import nothing.
+pub fn guests() -> Result<()> {
+    step("guests");
+    add_target()?;
+    let mut build = cargo();
+    build.args(["build", "--profile", "guest", "--target", TARGET]);
+    for (package, _) in GUESTS {
+        build.args(["--package", package]);
+    }
+    run(&mut build)?;
+    let dist = root().join("dist/plugins");
+    fs::create_dir_all(&dist)?;
+    for (package, file) in GUESTS {
+        let module = target().join(TARGET).join("guest").join(format!("{}.wasm", package.replace('-', "_")));
+        let module = fs::read(&module).with_context(|| format!("failed to read {}", module.display()))?;
+        let component = ComponentEncoder::default().validate(true).module(&module)?.encode()?;
+        write_if_changed(&dist.join(file), &component)?;
+    }
+    Ok(())
+}
+
+fn host() -> Result<()> {
+    step("host");
+    run(cargo().args(["build", "--release", "--package", "batchwright", "--package", "batchwright-bench"]))?;
+    let dist = root().join("dist/batchwright");
+    // A running server keeps the file it was started from.
+    fs::remove_file(&dist).ok();
+    fs::copy(target().join("release/batchwright"), &dist).context("failed to copy the host to dist")?;
+    Ok(())
+}
+
+fn plugins() -> Result<()> {
+    for entry in fs::read_dir(root().join("plugins"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            let name = path.file_name().context("a file has a name")?;
+            write_if_changed(&root().join("dist/plugins").join(name), &fs::read(&path)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// The target's standard library may be missing on a fresh machine.
+fn add_target() -> Result<()> {
+    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output()?;
+    let sysroot = String::from_utf8(sysroot.stdout)?;
+    if Path::new(sysroot.trim()).join("lib/rustlib").join(TARGET).exists() {
+        return Ok(());
+    }
+    let added = run(Command::new("rustup").args(["target", "add", TARGET]).current_dir(root()));
+    ensure!(added.is_ok(), "the target {TARGET} is missing; install it with `rustup target add {TARGET}`");
+    Ok(())
+}
+
+/// Leaves a file alone that is as it should be, so that a server watching it sees no change.
+fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|found| found == bytes) {
+        return Ok(());
+    }
+    // Beside it first, then in its place: whoever reads it meanwhile sees the one or the other.
+    let beside = path.with_extension("new");
+    fs::write(&beside, bytes)?;
+    fs::rename(&beside, path)?;
+    Ok(())
+}

@@ -1,0 +1,3 @@
+pub fn show() -> anyhow::Result<()> {
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! Builds, shows, tests and measures Batchwright: `cargo xtask build | demo | test | bench`.
+
+mod bench;
+mod build;
+mod demo;
+mod run;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, shows, tests and measures Batchwright")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build dist/batchwright and dist/plugins
+    Build,
+    /// Build all, then run a batch through the HTTP API and show what happens
+    Demo,
+    /// Build all, then check formatting, lints, and run every test
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Build all, then measure against a raw client
+    Bench {
+        /// One of `start`, `throughput`, `validation`; all of them if none is named
+        name: Option<String>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().task {
+        Task::Build => build::all(),
+        Task::Demo => demo::show(),
+        Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Bench { name } => bench::measure(name.as_deref()),
+    }
+}

@@ -1,0 +1,3 @@
+pub fn all(_filter: Option<&str>) -> anyhow::Result<()> {
+    Ok(())
+}
