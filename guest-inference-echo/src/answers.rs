@@ -284,7 +284,7 @@ fn responses(request: &Request, body: &Map<String, Value>) -> Answered {
         "tool_choice": kept("tool_choice", json!("auto")), "tools": kept("tools", json!([])),
         "top_p": kept("top_p", json!(1.0)), "truncation": "disabled",
         "usage": {
-            "input_tokens": input, "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens": input, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": output, "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": input.saturating_add(output)
         },

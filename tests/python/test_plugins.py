@@ -1,0 +1,142 @@
+"""The plugin directory: what loads, what does not, and swapping a provider by editing or dropping a file."""
+
+import json
+import shutil
+import urllib.request
+
+import pytest
+from conftest import COMPONENTS, PLUGINS, Stub, chat, run_host, wait_for
+
+
+def answer(server, model="m"):
+    """Who answers for a model now."""
+    output, errors = server.results(server.run([chat("a", "hello", model=model)]))
+    assert errors == [], errors
+    return output[0]["response"]["body"]["choices"][0]["message"]["content"]
+
+
+def test_a_provider_is_swapped_by_editing_or_dropping_a_file(serve, tmp_path):
+    one, two = Stub(tmp_path, "one"), Stub(tmp_path, "two")
+    try:
+        server = serve(plugins={"p": one.plugin(["m"])})
+        assert answer(server) == "one: hello"
+        # An edited file.
+        server.add_plugin("p", two.plugin(["m"]))
+        wait_for(lambda: answer(server) == "two: hello", what="the edited plugin")
+        # A dropped file, and another component under a name of its own.
+        shutil.copy(PLUGINS / "inference-openai.wasm", server.plugins / "dropped.wasm")
+        server.add_plugin("q", one.plugin(["new"]).replace("inference-openai.wasm", "dropped.wasm"))
+        wait_for(lambda: "new" in server.models(), what="the dropped plugin")
+        assert answer(server, "new") == "one: hello"
+        # A removed file.
+        (server.plugins / "q.toml").unlink()
+        wait_for(lambda: "new" not in server.models(), what="the removal")
+        assert server.run([chat("a", model="new")]).errors.data[0].code == "model_not_found"
+    finally:
+        one.kill(), two.kill()
+
+
+def test_a_file_that_breaks_leaves_the_plugin_before_it_serving(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"])})
+    server.add_plugin("p", stub.plugin(["m"]) + "[limtis]\n")
+    wait_for(lambda: "the one before serves on" in server.logged(), what="the complaint")
+    assert "limtis" in server.logged()
+    assert answer(server) == "stub: hello"
+    server.add_plugin("p", stub.plugin(["other"]))
+    wait_for(lambda: "other" in server.models(), what="the mended plugin")
+
+
+BROKEN = {
+    "typo": ('component = "inference-echo.wasm"\nmodles = ["a"]\n', ["line 2", "modles", "models"]),
+    "no-component": ('component = "nothing.wasm"\nmodels = ["a"]\n', ["component", "nothing.wasm"]),
+    "core-module": ('component = "core.wasm"\nmodels = ["a"]\n', ["core WebAssembly module", "wasm-tools component new"]),
+    "cut-short": ('component = "cut.wasm"\nmodels = ["a"]\n', ["cut.wasm", "no component"]),
+    "text": ('component = "text.wasm"\nmodels = ["a"]\n', ["text.wasm", "no WebAssembly component"]),
+    "empty": ('component = "empty.wasm"\nmodels = ["a"]\n', ["exports nothing", "world `validator` or `adapter`"]),
+    "credential": (
+        'component = "inference-openai.wasm"\nmodels = ["a"]\n[credentials]\napi_key = "env:NO_SUCH_KEY"\n',
+        ["credentials.api_key", "NO_SUCH_KEY", "export"],
+    ),
+    "inline-secret": (
+        'component = "inference-openai.wasm"\nmodels = ["a"]\n[credentials]\napi_key = "sk-inline"\n',
+        ["credentials.api_key", "env:NAME"],
+    ),
+    "setting": (
+        'component = "inference-openai.wasm"\nmodels = ["a"]\n[settings]\nbase-url = "http://x"\n',
+        ["settings", "base-url", "base_url"],
+    ),
+    "bad-url": ('component = "inference-openai.wasm"\nmodels = ["a"]\n[settings]\nbase_url = "x"\n', ["settings.base_url"]),
+    "no-models": ('component = "inference-echo.wasm"\n', ["models"]),
+    "validator-models": ('component = "validator-standard.wasm"\nmodels = ["a"]\n', ["models", "validator"]),
+    "pin": (f'component = "inference-echo.wasm"\nmodels = ["a"]\nsha256 = "{"0" * 64}"\n', ["sha256", "0000"]),
+    "zz-taken": ('component = "inference-echo.wasm"\nmodels = ["echo"]\n', ["echo", "already"]),
+}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    for file in [*COMPONENTS, "standard.toml", "echo.toml"]:
+        shutil.copy(PLUGINS / file, folder / file)
+    (folder / "core.wasm").write_bytes(b"\0asm\1\0\0\0")
+    (folder / "empty.wasm").write_bytes(b"\0asm\x0d\0\1\0")
+    (folder / "cut.wasm").write_bytes((PLUGINS / "inference-echo.wasm").read_bytes()[:5000])
+    (folder / "text.wasm").write_text("hello")
+    for name, (text, _) in BROKEN.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_each_broken_plugin_is_told_of_and_the_others_load(broken, serve, tmp_path):
+    listed = run_host("plugin", "list", "--plugins", broken)
+    assert listed.returncode == 0, listed.stderr
+    messages = listed.stdout.split("\nfailed: ")[1:]
+    assert len(messages) == len(BROKEN)
+    for name, (_, parts) in BROKEN.items():
+        assert any(all(part in message for part in parts) for message in messages), (name, messages)
+    assert "sk-inline" not in listed.stdout
+    assert "loaded" in next(line for line in listed.stdout.splitlines() if line.startswith("echo "))
+
+    checked = run_host("plugin", "check", broken)
+    assert checked.returncode == 1
+    assert checked.stdout.count("\nfailed  ") + checked.stdout.startswith("failed  ") >= len(BROKEN) - 1
+
+    (tmp_path / "server").mkdir()
+    shutil.copytree(broken, tmp_path / "server/plugins")
+    server = serve()
+    assert server.models() == ["echo"]
+    with urllib.request.urlopen(server.url + "/health/ready") as ready:
+        assert sorted(json.load(ready)["plugins"]["failed"]) == sorted(BROKEN)
+    assert server.run([chat("a")]).status == "completed"
+
+
+def test_inspect_shows_what_a_component_is():
+    shown = run_host("plugin", "inspect", PLUGINS / "inference-openai.wasm").stdout
+    rows = [line.split(maxsplit=1) for line in shown.splitlines()]
+    for row in [["kind", "adapter"], ["imports", "nothing"], ["contract", "batchwright:plugin@0.1.0"]]:
+        assert row in rows, shown
+    assert any("api_key (optional), sent as `authorization: Bearer …`" in line for line in shown.splitlines())
+    wrong = run_host("plugin", "inspect", "/nothing.wasm")
+    assert wrong.returncode == 4 and "failed to read /nothing.wasm" in wrong.stderr
+
+
+def test_a_directory_that_is_not_there_is_told_of(tmp_path):
+    for command in [["plugin", "list"], ["serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "d"]]:
+        done = run_host(*command, "--plugins", tmp_path / "nothing")
+        assert done.returncode == 4 and "nothing: No such file" in done.stderr, done.stderr
+
+
+def test_a_plugin_of_another_tenant_is_not_seen(serve, stub):
+    theirs = stub.plugin(["theirs"]).replace("models", 'tenants = ["acme"]\nmodels', 1)
+    server = serve(plugins={"p": theirs, "q": stub.plugin(["ours", "family-*"])})
+    assert server.models() == ["ours"]
+    assert server.client.models.retrieve("family-7b").owned_by == "q"
+    assert server.run([chat("a", model="theirs")]).errors.data[0].code == "model_not_found"
+    assert answer(server, "family-7b") == "stub: hello"
+
+
+def test_fresh_instances_answer_as_well(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"], '[limits]\ninstances = "fresh"\n')})
+    batch = server.run([chat(str(number), model="m") for number in range(500)])
+    assert batch.request_counts.completed == 500
