@@ -63,7 +63,8 @@ pub struct Server {
 impl Server {
     /// Starts a command and waits until it listens.
     pub fn start(command: &mut Command) -> Result<Self> {
-        let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("failed to start {command:?}"))?;
+        let mut child =
+            command.stdout(Stdio::piped()).spawn().with_context(|| format!("failed to start {command:?}"))?;
         let output = child.stdout.take().context("standard output is piped")?;
         let mut line = String::new();
         BufReader::new(output).read_line(&mut line)?;

@@ -55,8 +55,11 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A plugin directory with the standard rules, echo, and the OpenAI adapter pointed at a stub.
 fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
-    for file in ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm", "standard.toml", "echo.toml"] {
-        std::fs::copy(paths.plugins.join(file), folder.path().join(file)).with_context(|| format!("{file} is not built"))?;
+    for file in
+        ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm", "standard.toml", "echo.toml"]
+    {
+        std::fs::copy(paths.plugins.join(file), folder.path().join(file))
+            .with_context(|| format!("{file} is not built"))?;
     }
     let openai = format!(
         "component = \"inference-openai.wasm\"\nmodels = [\"stub\"]\n[settings]\nbase_url = \"{stub}/v1\"\n[limits]\nconcurrency = {CONNECTIONS}\n"
@@ -215,7 +218,9 @@ async fn validation(paths: &Paths) -> Result<()> {
     let (native, rate) = (median(natives), median(rates));
     say(&format!(
         "validation: {rate:.0} MB/s on all cores ({} MB, {lines} lines), serde_json on one core {native:.0} MB/s, ratio {:.2}, peak memory {} MiB; the aim is 1",
-        input.len() / 1_000_000, rate / native, server.peak_memory()? >> 20
+        input.len() / 1_000_000,
+        rate / native,
+        server.peak_memory()? >> 20
     ));
     Ok(())
 }

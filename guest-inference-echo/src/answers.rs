@@ -33,9 +33,10 @@ fn refused(param: &'static str, message: String) -> Refused {
 }
 
 type Answered = Result<(Value, Usage), Refused>;
+type Endpoint = fn(&Request, &Map<String, Value>) -> Answered;
 
 /// The endpoints, each with what answers it.
-pub(crate) const ENDPOINTS: &[(&str, fn(&Request, &Map<String, Value>) -> Answered)] = &[
+pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
     ("/v1/chat/completions", chat),
     ("/v1/completions", completions),
     ("/v1/embeddings", embeddings),

@@ -84,7 +84,7 @@ mod tests {
         let before = clock.now();
         let sleeper = tokio::spawn({
             let clock = clock.clone();
-            async move { clock.sleep(Duration::from_secs(86_400)).await }
+            async move { clock.sleep_until(before.after(Duration::from_secs(86_400))).await }
         });
         clock.advance(Duration::from_secs(86_400));
         sleeper.await.unwrap();

@@ -12,7 +12,7 @@ use crate::run::{cargo, root, run, step, target};
 const TARGET: &str = "wasm32-unknown-unknown";
 
 /// Each guest's package, and the file its component becomes.
-pub const GUESTS: [(&str, &str); 3] = [
+const GUESTS: [(&str, &str); 3] = [
     ("guest-validator", "validator-standard.wasm"),
     ("guest-inference-openai", "inference-openai.wasm"),
     ("guest-inference-echo", "inference-echo.wasm"),
@@ -27,22 +27,30 @@ pub fn all() -> Result<()> {
 }
 
 /// Builds the guests as core modules and encodes them as components, which then import nothing.
-pub fn guests() -> Result<()> {
+fn guests() -> Result<()> {
     step("guests");
+    components(&GUESTS, &root().join("dist/plugins"))
+}
+
+/// Builds the plugin that means harm, for the tests alone.
+pub fn hostile() -> Result<()> {
+    components(&[("guest-hostile", "hostile.wasm")], &target().join("hostile"))
+}
+
+fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
     add_target()?;
     let mut build = cargo();
-    build.args(["build", "--profile", "guest", "--target", TARGET]);
-    for (package, _) in GUESTS {
+    build.args(["build", "--quiet", "--profile", "guest", "--target", TARGET]);
+    for (package, _) in guests {
         build.args(["--package", package]);
     }
     run(&mut build)?;
-    let dist = root().join("dist/plugins");
-    fs::create_dir_all(&dist)?;
-    for (package, file) in GUESTS {
+    fs::create_dir_all(to)?;
+    for (package, file) in guests {
         let module = target().join(TARGET).join("guest").join(format!("{}.wasm", package.replace('-', "_")));
         let module = fs::read(&module).with_context(|| format!("failed to read {}", module.display()))?;
         let component = ComponentEncoder::default().validate(true).module(&module)?.encode()?;
-        write_if_changed(&dist.join(file), &component)?;
+        write_if_changed(&to.join(file), &component)?;
     }
     Ok(())
 }

@@ -158,8 +158,10 @@ fn answer_to(path: &str, body: &Value, text: &str) -> Value {
     let usage = json!({"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10,
         "prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}});
     match path.rsplit('/').next() {
-        Some("embeddings") => json!({"object": "list", "model": model, "usage": {"prompt_tokens": 7, "total_tokens": 7},
-            "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]}),
+        Some("embeddings") => {
+            json!({"object": "list", "model": model, "usage": {"prompt_tokens": 7, "total_tokens": 7},
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]})
+        }
         Some("responses") => json!({"id": "resp_1", "object": "response", "model": model, "status": "completed",
             "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}],
             "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}}),
@@ -168,4 +170,3 @@ fn answer_to(path: &str, body: &Value, text: &str) -> Value {
             "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}),
     }
 }
-

@@ -145,7 +145,10 @@ impl Settings {
 fn read(path: &Path) -> Result<Given, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Invalid { path: path.to_owned(), message: error.to_string() })
+    toml::from_str(&text).map_err(|error| ConfigError::Invalid {
+        path: path.to_owned(),
+        message: error.to_string().trim_end().to_owned(),
+    })
 }
 
 /// The windows a client may name, each with its length.

@@ -133,6 +133,9 @@ fn parse(entry: &str) -> Option<Entry> {
         let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
         return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port });
     }
+    if entry.contains('*') {
+        return None;
+    }
     let bare_v6 = entry.parse::<std::net::Ipv6Addr>().ok().map(|address| (format!("[{address}]"), None));
     let (host, port) = match bare_v6 {
         Some(found) => found,

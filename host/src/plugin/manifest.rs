@@ -106,8 +106,10 @@ pub const MOST_MEMORY: Size = Size::mib(4096);
 impl Manifest {
     /// Reads the text of `file`, which is named in errors.
     pub fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
-        let manifest: Self = toml::from_str(text)
-            .map_err(|error| LoadError::Manifest { file: file.to_owned(), message: error.to_string() })?;
+        let manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
+            file: file.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
         let invalid = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
         if manifest.component.components().any(|part| !matches!(part, Component::Normal(_))) {
             let message = format!(

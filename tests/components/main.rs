@@ -1,0 +1,33 @@
+//! The components that ship, as they were built.
+
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::path::Path;
+
+use wit_component::DecodedWasm;
+
+/// Imports and exports of a component, decoded from its bytes.
+fn world(file: &str) -> (Vec<String>, Vec<String>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/plugins").join(file);
+    let bytes =
+        std::fs::read(&path).unwrap_or_else(|error| panic!("{} ({error}); run `cargo xtask build`", path.display()));
+    let DecodedWasm::Component(resolve, world) = wit_component::decode(&bytes).unwrap() else {
+        panic!("{file} is no component")
+    };
+    let world = &resolve.worlds[world];
+    let names = |items: Vec<_>| items.iter().map(|key| resolve.name_world_key(key)).collect();
+    (names(world.imports.keys().cloned().collect()), names(world.exports.keys().cloned().collect()))
+}
+
+#[test]
+fn components_that_ship_import_nothing() {
+    for (file, export) in [
+        ("validator-standard.wasm", "batchwright:plugin/validation@0.1.0"),
+        ("inference-openai.wasm", "batchwright:plugin/inference@0.1.0"),
+        ("inference-echo.wasm", "batchwright:plugin/inference@0.1.0"),
+    ] {
+        let (imports, exports) = world(file);
+        assert!(imports.is_empty(), "{file} imports {imports:?}: it could reach out of its sandbox");
+        assert!(exports.iter().any(|name| name == export), "{file} exports {exports:?}");
+    }
+}

@@ -1,0 +1,109 @@
+// What a user of the official Node SDK does all day, against a real server.
+
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { createReadStream, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { after, before, test } from "node:test";
+import { setTimeout as pause } from "node:timers/promises";
+import OpenAI, { BadRequestError, ConflictError, NotFoundError, toFile } from "openai";
+
+const dist = resolve(import.meta.dirname, "../../dist");
+const folder = mkdtempSync(join(tmpdir(), "batchwright-"));
+let server, client;
+
+before(async () => {
+  const arguments_ = ["serve", "--listen", "127.0.0.1:0", "--data", join(folder, "data"), "--plugins", join(dist, "plugins")];
+  server = spawn(join(dist, "batchwright"), arguments_, { stdio: ["ignore", "pipe", "ignore"] });
+  const [line] = await Promise.race([
+    new Promise((listening) => server.stdout.once("data", (data) => listening(String(data).split("\n")))),
+    new Promise((_, failed) => server.once("exit", (code) => failed(new Error(`the server ended with ${code}`)))),
+  ]);
+  client = new OpenAI({ baseURL: `${line.replace("listening on ", "")}/v1`, apiKey: "none", maxRetries: 0 });
+});
+
+after(() => {
+  server.kill("SIGKILL");
+  rmSync(folder, { recursive: true });
+});
+
+const line = (customId, content, more = {}) =>
+  JSON.stringify({
+    custom_id: customId,
+    method: "POST",
+    url: "/v1/chat/completions",
+    body: { model: "echo", messages: [{ role: "user", content }], ...more },
+  });
+
+async function ended(id) {
+  for (let look = 0; look < 1500; look++) {
+    const batch = await client.batches.retrieve(id);
+    if (["completed", "failed", "cancelled", "expired"].includes(batch.status)) return batch;
+    await pause(20);
+  }
+  throw new Error(`${id} does not end`);
+}
+
+async function run(lines) {
+  const file = await client.files.create({ file: await toFile(Buffer.from(lines.join("\n")), "in.jsonl"), purpose: "batch" });
+  const batch = await client.batches.create({
+    input_file_id: file.id,
+    endpoint: "/v1/chat/completions",
+    completion_window: "24h",
+  });
+  return ended(batch.id);
+}
+
+test("a batch from a file on the disk to its results", async () => {
+  const path = join(folder, "prompts.jsonl");
+  writeFileSync(path, [line("a", "eins"), line("b", "zwölf"), line("c", "x", { n: 99 })].join("\r\n"));
+  const file = await client.files.create({ file: createReadStream(path), purpose: "batch" });
+  assert.equal(file.filename, "prompts.jsonl");
+  const created = await client.batches.create({
+    input_file_id: file.id,
+    endpoint: "/v1/chat/completions",
+    completion_window: "24h",
+    metadata: { team: "research" },
+  });
+  const batch = await ended(created.id);
+  assert.equal(batch.status, "completed");
+  assert.deepEqual(batch.request_counts, { total: 3, completed: 2, failed: 1 });
+  assert.deepEqual(batch.metadata, { team: "research" });
+  const content = await (await client.files.content(batch.output_file_id)).text();
+  assert.ok(content.endsWith("\n"));
+  const answers = content.trimEnd().split("\n").map((text) => JSON.parse(text));
+  assert.deepEqual(answers.map((answer) => answer.custom_id), ["a", "b"]);
+  assert.equal(answers[1].response.body.choices[0].message.content, "zwölf");
+  const errors = (await (await client.files.content(batch.error_file_id)).text()).trimEnd().split("\n");
+  assert.equal(JSON.parse(errors[0]).response.status_code, 400);
+});
+
+test("a rejected file, and each error as the SDK raises it", async () => {
+  const batch = await run(["nonsense", line("a", "x", { model: "nobody" })]);
+  assert.equal(batch.status, "failed");
+  assert.deepEqual(
+    batch.errors.data.map((error) => [error.line, error.code]),
+    [[1, "invalid_json_line"], [2, "model_not_found"]],
+  );
+  await assert.rejects(client.batches.retrieve("batch_x"), NotFoundError);
+  await assert.rejects(client.batches.cancel(batch.id), ConflictError);
+  await assert.rejects(
+    client.batches.create({ input_file_id: "file-x", endpoint: "/v1/nothing", completion_window: "24h" }),
+    (error) => error instanceof BadRequestError && error.param === "endpoint" && error.code === "invalid_value",
+  );
+});
+
+test("lists page by themselves", async () => {
+  const made = [];
+  for (let number = 0; number < 5; number++) made.unshift((await run([line(String(number), "x")])).id);
+  const listed = [];
+  for await (const batch of client.batches.list({ limit: 2 })) listed.push(batch.id);
+  assert.deepEqual(listed.slice(0, 5), made);
+  const purposes = new Set();
+  for await (const file of client.files.list({ limit: 2 })) purposes.add(file.purpose);
+  assert.deepEqual([...purposes].sort(), ["batch", "batch_output"]);
+  const models = [];
+  for await (const model of client.models.list()) models.push(model.id);
+  assert.ok(models.includes("echo"));
+});
