@@ -23,6 +23,9 @@ const GROUP: usize = 1024;
 /// Numbers of recorded lines held at a time.
 const RECORDED: usize = 10_000;
 
+/// How long results are gathered before they are written. A commit costs the same for one as for many, and nobody waits for a single one.
+const GATHER: std::time::Duration = std::time::Duration::from_millis(10);
+
 /// Pause before a write that failed is tried again.
 const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
@@ -127,6 +130,12 @@ impl Batches {
     async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
         let mut group = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
+            if group.len() < GROUP && !results.is_closed() {
+                tokio::time::sleep(GATHER).await;
+                while let Ok(more) = results.try_recv() {
+                    group.push(more);
+                }
+            }
             let (rows, memory): (Vec<_>, Vec<_>) = group.drain(..).unzip();
             let rows = Arc::new(rows);
             loop {
