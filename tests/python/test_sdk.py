@@ -2,6 +2,8 @@
 
 import json
 import re
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
@@ -163,6 +165,11 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
     wrong_purpose = lambda: client.files.create(file=("a", b"x"), purpose="nothing")  # noqa: E731
     assert refused(openai.BadRequestError, wrong_purpose).param == "purpose"
     assert refused(openai.NotFoundError, lambda: client.get("/nothing", cast_to=object)).type == "invalid_request_error"
+    for method, path, status in [("GET", "/nowhere", 404), ("PUT", "/v1/batches", 405), ("GET", "/v1/batches/%ff", 400)]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(server.url + path, method=method))
+        assert caught.value.code == status and caught.value.headers["x-request-id"]
+        assert set(json.load(caught.value)["error"]) == {"message", "type", "param", "code"}
     done = server.run([chat("a")])
     conflict = refused(openai.ConflictError, lambda: client.batches.cancel(done.id))
     assert conflict.body["message"] == "Cannot cancel a batch with status 'completed'."

@@ -66,6 +66,12 @@ impl ApiError {
         Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "invalid_request_error", message)
     }
 
+    /// For a status that comes without words.
+    pub fn of_status(status: StatusCode) -> Self {
+        let kind = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
+        Self::new(status, kind, status.canonical_reason().unwrap_or("The request was refused."))
+    }
+
     /// 500, with the cause in the log alone.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!("a request failed: {cause}");

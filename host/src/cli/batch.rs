@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::Error;
 use super::client::Client;
 use super::progress::Progress;
+use super::run::first_url;
 
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -34,9 +35,9 @@ enum Action {
     Create {
         /// Requests, one JSON object a line; or the id of a file that was uploaded before
         input: String,
-        /// Endpoint of the batch
-        #[arg(long, default_value = "/v1/chat/completions")]
-        endpoint: String,
+        /// Endpoint of the batch [default: that of the first line]
+        #[arg(long)]
+        endpoint: Option<String>,
         /// Time in which it is to be done
         #[arg(long, default_value = "24h")]
         completion_window: String,
@@ -79,7 +80,7 @@ impl Batch {
         let client = Client::new(&self.url, self.api_key)?;
         match self.action {
             Action::Create { input, endpoint, completion_window, metadata, watch } => {
-                let body = new_batch(&client, &input, &endpoint, &completion_window, &metadata).await?;
+                let body = new_batch(&client, &input, endpoint, &completion_window, &metadata).await?;
                 let batch = client.post("batches", &body).await?;
                 if watch {
                     return follow(&client, text(&batch, "id"), self.json).await;
@@ -102,7 +103,7 @@ impl Batch {
 async fn new_batch(
     client: &Client,
     input: &str,
-    endpoint: &str,
+    endpoint: Option<String>,
     window: &str,
     pairs: &[String],
 ) -> Result<Value, Error> {
@@ -119,6 +120,8 @@ async fn new_batch(
     } else {
         text(&client.upload(input.as_ref()).await?, "id").to_owned()
     };
+    let endpoint = endpoint.or_else(|| first_url(input.as_ref()).ok().flatten());
+    let endpoint = endpoint.unwrap_or_else(|| "/v1/chat/completions".into());
     let metadata = if metadata.is_empty() { Value::Null } else { Value::Object(metadata) };
     Ok(json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}))
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{ConfigError, Given, Settings};
 use crate::plugin::LoadError;
@@ -42,7 +43,7 @@ enum Command {
 #[derive(Args)]
 struct SettingsArgs {
     /// Config file (TOML) with any of the settings below, written as in max_file_size = "200MiB"
-    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
     config: Option<PathBuf>,
     #[command(flatten)]
     given: Given,
@@ -104,20 +105,26 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// Resolves when the process is asked to end.
-async fn asked_to_end() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = match signal(SignalKind::terminate()) {
-        Ok(terminate) => terminate,
-        Err(error) => {
-            tracing::warn!("SIGTERM is not heard: {error}");
-            tokio::signal::ctrl_c().await.ok();
-            return;
+/// Requests from outside that the process end. Heard from the moment this is made, so that none is lost between two.
+struct EndSignals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl EndSignals {
+    fn listen() -> Result<Self, Error> {
+        let failed = |error: std::io::Error| Error::Other(format!("signals cannot be heard: {error}"));
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
         }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
     }
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::progress::Progress;
-use super::{Error, SettingsArgs, asked_to_end, user_cache};
+use super::{EndSignals, Error, SettingsArgs, user_cache};
 use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
@@ -107,7 +107,7 @@ fn describe(input: &Path, endpoint: Option<String>) -> Result<Unfinished, Error>
 }
 
 /// The `url` of the first line that has one.
-fn first_url(input: &Path) -> std::io::Result<Option<String>> {
+pub fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     #[derive(Deserialize)]
     struct Url {
         url: String,
@@ -193,7 +193,7 @@ async fn find(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
 /// Shows progress until the batch has ended; none if somebody wants it to stop.
 async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error> {
     let mut progress = Progress::new();
-    let mut stopped = std::pin::pin!(asked_to_end());
+    let mut signals = EndSignals::listen()?;
     loop {
         let batch = find(batches, id).await?;
         let counts = batch.counts;
@@ -205,11 +205,11 @@ async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
-            () = &mut stopped => {
+            () = signals.next() => {
                 progress.end();
                 eprintln!("stopping: requests in flight are finished first, a second Ctrl-C leaves them");
-                tokio::spawn(async {
-                    asked_to_end().await;
+                tokio::spawn(async move {
+                    signals.next().await;
                     std::process::exit(130);
                 });
                 return Ok(None);

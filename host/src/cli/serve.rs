@@ -7,7 +7,7 @@ use axum::serve::ListenerExt;
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::{Error, SettingsArgs, asked_to_end};
+use super::{EndSignals, Error, SettingsArgs};
 use crate::batch::Batches;
 use crate::clock::Clock;
 use crate::plugin::{Loader, Registry};
@@ -41,6 +41,7 @@ impl Serve {
         let batches = Batches::new(Arc::new(store), blobs, registry, clock, settings);
         batches.start();
         let app = api::router(batches.clone());
+        let mut signals = EndSignals::listen()?;
         println_now(&format!("listening on http://{address}"));
         let listener = listener.tap_io(|stream| {
             stream.set_nodelay(true).ok();
@@ -51,7 +52,7 @@ impl Serve {
             ended.wait_for(|ended| *ended).await.ok();
         });
         let serving = tokio::spawn(async move { server.await });
-        asked_to_end().await;
+        signals.next().await;
         tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
         ending.send_replace(true);
         let orderly = async {
@@ -61,7 +62,7 @@ impl Serve {
         };
         tokio::select! {
             () = orderly => tracing::info!("stopped"),
-            () = asked_to_end() => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
+            () = signals.next() => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
         }
         Ok(ExitCode::SUCCESS)
     }

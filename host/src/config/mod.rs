@@ -39,12 +39,12 @@ pub enum LogFormat {
 /// Declares the settings once: as command line flags with environment variables, as keys of the config file, and resolved
 /// with their defaults.
 macro_rules! settings {
-    ($($(#[doc = $doc:literal])+ $heading:literal $name:ident: $type:ty = $default:expr, $env:literal;)+) => {
+    ($($(#[doc = $doc:literal])+ $heading:literal $value:literal $name:ident: $type:ty = $default:expr, $env:literal;)+) => {
         /// Settings as given on the command line, in the environment or in a file: each may be absent.
         #[derive(Args, Clone, Debug, Default, Deserialize)]
         #[serde(deny_unknown_fields)]
         pub struct Given {
-            $($(#[doc = $doc])+ #[arg(long, env = $env, help_heading = $heading, hide_env_values = true)]
+            $($(#[doc = $doc])+ #[arg(long, env = $env, value_name = $value, help_heading = $heading, hide_env_values = true)]
             pub $name: Option<$type>,)+
         }
 
@@ -65,49 +65,49 @@ macro_rules! settings {
 
 settings! {
     /// Address to listen on; port 0 picks a free one [default: 127.0.0.1:8080]
-    "Server" listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 8080)), "BATCHWRIGHT_LISTEN";
+    "Server" "ADDR" listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 8080)), "BATCHWRIGHT_LISTEN";
     /// Folder for the database and the files [default: ./batchwright-data]
-    "Server" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
+    "Server" "DIR" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
     /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
-    "Server" plugins: PathBuf = beside_program("plugins"), "BATCHWRIGHT_PLUGINS";
+    "Server" "DIR" plugins: PathBuf = beside_program("plugins"), "BATCHWRIGHT_PLUGINS";
     /// Time that requests in flight are given at a shutdown [default: 30s]
-    "Server" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
+    "Server" "TIME" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
     /// Log filter, such as `info` or `info,batchwright::egress=debug` [default: info]
-    "Server" log_level: String = "info".into(), "BATCHWRIGHT_LOG_LEVEL";
+    "Server" "FILTER" log_level: String = "info".into(), "BATCHWRIGHT_LOG_LEVEL";
     /// Log format [default: text]
-    "Server" log_format: LogFormat = LogFormat::Text, "BATCHWRIGHT_LOG_FORMAT";
+    "Server" "FORMAT" log_format: LogFormat = LogFormat::Text, "BATCHWRIGHT_LOG_FORMAT";
     /// Folder of compiled plugins, written by the host alone [default: DATA/cache]
-    "Server" cache: PathBuf = PathBuf::new(), "BATCHWRIGHT_CACHE";
+    "Server" "DIR" cache: PathBuf = PathBuf::new(), "BATCHWRIGHT_CACHE";
 
     /// Largest input file [default: 200MiB]
-    "Limits" max_file_size: Size = Size::mib(200), "BATCHWRIGHT_MAX_FILE_SIZE";
+    "Limits" "SIZE" max_file_size: Size = Size::mib(200), "BATCHWRIGHT_MAX_FILE_SIZE";
     /// Requests in one input file [default: 50000]
-    "Limits" max_requests_per_file: u64 = 50_000, "BATCHWRIGHT_MAX_REQUESTS_PER_FILE";
+    "Limits" "N" max_requests_per_file: u64 = 50_000, "BATCHWRIGHT_MAX_REQUESTS_PER_FILE";
     /// Longest line of an input file [default: 16MiB]
-    "Limits" max_line_size: Size = Size::mib(16), "BATCHWRIGHT_MAX_LINE_SIZE";
+    "Limits" "SIZE" max_line_size: Size = Size::mib(16), "BATCHWRIGHT_MAX_LINE_SIZE";
     /// Faults listed for a rejected file; a last entry says how many more there are [default: 1000]
-    "Limits" max_reported_errors: usize = 1000, "BATCHWRIGHT_MAX_REPORTED_ERRORS";
+    "Limits" "N" max_reported_errors: usize = 1000, "BATCHWRIGHT_MAX_REPORTED_ERRORS";
     /// Completion windows a client may ask for, separated by commas [default: 24h]
-    "Limits" completion_windows: CompletionWindows = CompletionWindows::default(), "BATCHWRIGHT_COMPLETION_WINDOWS";
+    "Limits" "LIST" completion_windows: CompletionWindows = CompletionWindows::default(), "BATCHWRIGHT_COMPLETION_WINDOWS";
     /// How long an input file is kept that names no time of its own [default: 30d]
-    "Limits" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
+    "Limits" "TIME" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
 
     /// Batches validated or executed at a time [default: 16]
-    "Execution" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
+    "Execution" "N" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
     /// Requests of one batch under way at a time [default: 256]
-    "Execution" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
+    "Execution" "N" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
     /// Memory for lines and results under way, over all batches [default: 64MiB]
-    "Execution" memory_budget: Size = Size::mib(64), "BATCHWRIGHT_MEMORY_BUDGET";
+    "Execution" "SIZE" memory_budget: Size = Size::mib(64), "BATCHWRIGHT_MEMORY_BUDGET";
     /// Time that requests in flight are given when their batch is cancelled or expires [default: 10s]
-    "Execution" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
+    "Execution" "TIME" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
     /// Attempts at a request, the first one included [default: 8]
-    "Execution" max_attempts: NonZeroUsize = at_least_one(8), "BATCHWRIGHT_MAX_ATTEMPTS";
+    "Execution" "N" max_attempts: NonZeroUsize = at_least_one(8), "BATCHWRIGHT_MAX_ATTEMPTS";
     /// Time after which a request is not tried again [default: 1h]
-    "Execution" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
+    "Execution" "TIME" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
     /// Pause before the second attempt; it doubles with each further one [default: 500ms]
-    "Execution" retry_backoff: Span = Span::milliseconds(500), "BATCHWRIGHT_RETRY_BACKOFF";
+    "Execution" "TIME" retry_backoff: Span = Span::milliseconds(500), "BATCHWRIGHT_RETRY_BACKOFF";
     /// Longest pause of our own choosing between attempts [default: 1m]
-    "Execution" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
+    "Execution" "TIME" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
 }
 
 /// A folder beside the running program, or of the working directory if it does not know where it is.

@@ -72,8 +72,7 @@ impl Loader {
             );
             return Err(key("component", message));
         }
-        let bytes = read_component(&component)?;
-        let inspected = self.inspect_bytes(&component, &name, bytes, &manifest.limits).await?;
+        let inspected = self.inspect_with(&component, &name, &manifest.limits).await?;
         if let Some(pinned) = &manifest.sha256
             && !pinned.eq_ignore_ascii_case(&inspected.sha256)
         {
@@ -120,19 +119,19 @@ impl Loader {
     /// What a component says of itself, without settings.
     pub async fn inspect(&self, component: &Path) -> Result<Inspected, LoadError> {
         let name = component.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
-        self.inspect_bytes(component, &name, read_component(component)?, &Limits::default()).await
+        self.inspect_with(component, &name, &Limits::default()).await
     }
 
-    async fn inspect_bytes(
-        &self,
-        path: &Path,
-        name: &str,
-        bytes: Vec<u8>,
-        limits: &Limits,
-    ) -> Result<Inspected, LoadError> {
+    async fn inspect_with(&self, path: &Path, name: &str, limits: &Limits) -> Result<Inspected, LoadError> {
         let failed = |message: String| LoadError::Component { component: path.to_owned(), message };
-        check_header(&bytes).map_err(failed)?;
-        let sha256 = hex(&Sha256::digest(&bytes));
+        let file = path.to_owned();
+        let reading = tokio::task::spawn_blocking(move || {
+            let bytes = read_component(&file)?;
+            check_header(&bytes).map_err(|message| LoadError::Component { component: file, message })?;
+            let sha256 = hex(&Sha256::digest(&bytes));
+            Ok::<_, LoadError>((bytes, sha256))
+        });
+        let (bytes, sha256) = reading.await.map_err(|error| failed(error.to_string()))??;
         let size = bytes.len();
         let component = self.compile(&sha256, bytes).await.map_err(failed)?;
         let imports: Vec<String> =

@@ -203,7 +203,8 @@ impl Registry {
             Ok(name) => (name, None),
             Err(error) => (file.display().to_string(), Some(error.to_string())),
         };
-        let fingerprint = fingerprint(&file);
+        let read = file.clone();
+        let fingerprint = tokio::task::spawn_blocking(move || fingerprint(&read)).await.unwrap_or_default();
         let known = before.entries.iter().find(|known| known.name == name);
         let mut serving = known.and_then(|known| known.serving.clone());
         if error.is_none() {

@@ -35,8 +35,8 @@ pub fn open(path: &Path) -> rusqlite::Result<Connection> {
 
 /// What is told to a waiting caller once the group's fate is known.
 type Reply = Box<dyn FnOnce(Result<()>) + Send>;
-/// One write: whether it went well, and its reply.
-type Job = Box<dyn FnOnce(&Connection) -> (bool, Reply) + Send>;
+/// One write: how it went by itself, and its reply. Given an error in place of the connection, it does nothing and has failed with that.
+type Job = Box<dyn FnOnce(Result<&Connection>) -> (Result<()>, Reply) + Send>;
 
 /// The thread that writes. Each write is whole or not at all; those that wait together are committed together, so that many share
 /// the price of one commit.
@@ -62,13 +62,13 @@ impl Writer {
     {
         let (sender, receiver) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let done = write(connection);
-            let went_well = done.is_ok();
+            let done = connection.and_then(write);
+            let by_itself = done.as_ref().map(drop).map_err(StoreError::clone);
             let reply: Reply = Box::new(move |committed| {
                 // The caller may have gone; the write stands all the same.
                 sender.send(committed.and(done)).ok();
             });
-            (went_well, reply)
+            (by_itself, reply)
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Closed)?;
         receiver.await.map_err(|_| StoreError::Closed)?
@@ -101,18 +101,20 @@ fn group(
     let execute =
         |sql: &str| connection.prepare_cached(sql).and_then(|mut statement| statement.execute([])).map_err(explain);
     let begun = execute("BEGIN IMMEDIATE");
+    if let Err(error) = &begun {
+        replies.push(first(Err(error.clone())).1);
+        return begun.map(drop);
+    }
     let mut next = Some(first);
     while let Some(job) = next {
-        if let Err(error) = &begun {
-            // Nothing can be written now: tell each of those that wait.
-            let (_, reply) = job(connection);
-            replies.push(reply);
-            return Err(error.clone());
-        }
         execute("SAVEPOINT one")?;
-        let (went_well, reply) = job(connection);
+        let (by_itself, reply) = job(Ok(connection));
         replies.push(reply);
-        if !went_well {
+        if let Err(error) = by_itself {
+            // On a full disk or a failing one SQLite gives up the whole transaction, and with it what the others wrote.
+            if connection.is_autocommit() {
+                return Err(error);
+            }
             execute("ROLLBACK TO one")?;
         }
         execute("RELEASE one")?;
@@ -161,4 +163,49 @@ fn open_reader(path: &Path) -> rusqlite::Result<Connection> {
     connection.busy_timeout(Duration::from_secs(10))?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn insert(x: i64) -> impl FnOnce(&Connection) -> Result<usize> + Send + 'static {
+        move |db| db.execute("INSERT INTO t VALUES (?1)", [x]).map_err(explain)
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_takes_no_other_with_it_unless_the_transaction_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let connection = open(&folder.path().join("db")).unwrap();
+        connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
+        let writer = Writer::start(connection).unwrap();
+        let (gate, open_gate) = std::sync::mpsc::channel::<()>();
+        // The first holds up the thread until the others wait, so that they share its transaction.
+        let first = writer.write(move |_| open_gate.recv().map_err(|_| StoreError::Closed));
+        let others = async {
+            let writes = tokio::join!(
+                writer.write(insert(1)),
+                writer.write(|db| insert(2)(db).and(Err::<(), _>(StoreError::Fenced))),
+                writer.write(insert(3)),
+                async { gate.send(()) },
+            );
+            (writes.0, writes.1, writes.2)
+        };
+        let (first, (one, two, three)) = tokio::join!(first, others);
+        assert!(first.is_ok() && one.is_ok() && three.is_ok());
+        assert!(matches!(two, Err(StoreError::Fenced)));
+        let count =
+            |db: &Connection| db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).map_err(explain);
+        assert_eq!(writer.write(count).await.unwrap(), 2);
+
+        // What a full disk does: the transaction is gone when the write returns. Nothing of the group may be reported as written.
+        let lost = writer.write(|db| {
+            insert(4)(db)?;
+            db.execute_batch("ROLLBACK").map_err(explain)?;
+            Err::<(), _>(StoreError::Full("no room".into()))
+        });
+        assert!(matches!(lost.await, Err(StoreError::Full(_))));
+        writer.write(insert(5)).await.unwrap();
+        assert_eq!(writer.write(count).await.unwrap(), 3);
+    }
 }
