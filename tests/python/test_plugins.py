@@ -111,6 +111,23 @@ def test_each_broken_plugin_is_told_of_and_the_others_load(broken, serve, tmp_pa
     assert server.run([chat("a")]).status == "completed"
 
 
+def test_a_new_file_takes_no_model_away_and_a_missing_plugin_may_come_back(serve, stub):
+    server = serve("--retry-backoff", "200ms", plugins={"p": stub.plugin(["m"])})
+    # It comes first by name, and still does not win.
+    server.add_plugin("a", stub.plugin(["m", "n"]))
+    wait_for(lambda: "is served by the plugin `p` already" in server.logged(), what="the complaint")
+    assert server.models() == ["m"]
+    assert answer(server) == "stub: hello"
+    # A plugin that is gone for a moment costs no request.
+    batch = server.create([chat(str(number), "!delay 5", model="m") for number in range(2000)])
+    wait_for(lambda: server.client.batches.retrieve(batch.id).request_counts.completed > 50, what="some progress")
+    (server.plugins / "a.toml").unlink()
+    (server.plugins / "p.toml").unlink()
+    wait_for(lambda: server.models() == [], what="the removal")
+    server.add_plugin("p", stub.plugin(["m"]))
+    assert server.ended(batch.id).request_counts.completed == 2000
+
+
 def test_inspect_shows_what_a_component_is():
     shown = run_host("plugin", "inspect", PLUGINS / "inference-openai.wasm").stdout
     rows = [line.split(maxsplit=1) for line in shown.splitlines()]

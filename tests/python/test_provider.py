@@ -128,6 +128,33 @@ def test_a_killed_server_goes_on_where_it_stopped_and_asks_nothing_twice(serve, 
     assert batch.request_counts.completed == 600 and batch.usage.input_tokens == 4200
 
 
+def test_a_batch_that_expires_keeps_what_is_done_even_if_its_finalizing_is_cut_short(serve, stub):
+    settings = ["--completion-windows", "24h,2s", "--stop-grace", "100ms"]
+    server = serve(*settings, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")})
+    file = server.upload([chat(str(number), f"!delay 20 {number}", model="m") for number in range(1000)])
+    create = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "2s"}
+    batch = server.client.batches.create(**create)
+    wait_for(lambda: server.client.batches.retrieve(batch.id).request_counts.completed > 10, what="some progress")
+    # The output file cannot be written as long as a folder stands in its place, so finalizing fails until the kill.
+    objects = server.data / "objects/default/files"
+    before = set(objects.iterdir())
+    objects.chmod(0o500)
+    blocked = objects.rename(objects.with_name("away"))
+    objects.write_text("in the way")
+    wait_for(lambda: server.client.batches.retrieve(batch.id).status == "finalizing", what="finalizing")
+    server.kill()
+    objects.unlink()
+    blocked.rename(objects).chmod(0o700)
+    assert before <= set(objects.iterdir())
+    server.start()
+    batch = server.ended(batch.id)
+    assert batch.status == "expired" and batch.expired_at and batch.completed_at is None
+    output, errors = server.results(batch)
+    assert sorted(int(line["custom_id"]) for line in output + errors) == list(range(1000))
+    assert len(output) == batch.request_counts.completed > 10
+    assert {line["error"]["code"] for line in errors} == {"batch_expired"}
+
+
 def test_cancel_keeps_what_is_done_and_every_id_is_in_one_file(serve, stub):
     server = serve("--stop-grace", "1s", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")})
     prompts = [f"!delay 20 {number}" for number in range(300)]

@@ -1,19 +1,22 @@
 //! Execution: lines are read in order and kept under way in a bounded window; what has a result already is passed over.
 
 use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use futures_util::FutureExt;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::Batches;
 use super::input::{InputLine, Lines};
 use super::line::RequestLine;
+use super::memory::Share;
 use super::request::Context;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
-use super::{Batches, kib};
 use crate::plugin::types::{Answer, Failure};
 use crate::store::{BatchRecord, Claim, Result, ResultRow, StoreError};
 
@@ -30,7 +33,7 @@ const GATHER: std::time::Duration = std::time::Duration::from_millis(10);
 const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A result on its way to the store, with the share of the memory budget it takes.
-type Recorded = (ResultRow, Option<OwnedSemaphorePermit>);
+type Recorded = (ResultRow, Share);
 
 impl Batches {
     /// Executes what has no result yet. Returns when everything has one, or early with the reason to stop.
@@ -56,56 +59,54 @@ impl Batches {
             self.wait_for_all(stop, &tasks, &kill).await;
             read
         };
-        tokio::try_join!(recording, working)?;
+        // What was answered is recorded even if the input cannot be read to its end.
+        let ((), read) = tokio::try_join!(recording, async { Ok(working.await) })?;
+        read?;
         Ok(stop.reason())
     }
 
     /// Reads the input and spawns its requests, as the window and the memory budget allow.
     async fn send_out(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop, work: &Work<'_>) -> Result<()> {
         let bytes = self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await?;
-        let mut lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
+        // Validation held the lines to the limit of its day; today's may be lower.
+        let mut lines = Lines::new(bytes, usize::MAX);
         let mut done = RecordedLines { batches: self, claim, known: VecDeque::new(), last: 0, ended: false };
         let window =
             Arc::new(Semaphore::new(self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS)));
         while let Some(line) = lines.next().await? {
-            // Validation let no line through that is too long.
             let InputLine::Whole { number, bytes } = line else { continue };
             if done.contains(number).await? {
                 continue;
             }
             let permits = async {
                 let slot = window.clone().acquire_owned().await.ok();
-                (slot, self.take_memory(bytes.len()).await)
+                (slot, self.memory.lines.take(bytes.len()).await)
             };
             let permits = tokio::select! {
                 biased;
                 () = stop.asked() => return Ok(()),
                 permits = permits => permits,
             };
-            let (context, results, budget) = (work.context.clone(), work.results.clone(), self.budget.clone());
-            let most = self.most_memory();
+            let (context, results, memory) = (work.context.clone(), work.results.clone(), self.memory.results.clone());
+            // A copy: the line shares the piece it was read in, which is much larger.
+            let bytes = Bytes::copy_from_slice(&bytes);
             let batch_id = batch.new.id.clone();
             let kill = work.kill.clone();
             work.tasks.spawn(async move {
-                let ended = kill.run_until_cancelled(run(&context, &batch_id, number, &bytes)).await;
+                let running = AssertUnwindSafe(run(&context, &batch_id, number, &bytes)).catch_unwind();
+                let ended = kill.run_until_cancelled(running).await.map(|ended| match ended {
+                    Ok(row) => row,
+                    Err(_) => Some(panicked(&batch_id, number, &bytes)),
+                });
                 drop(bytes);
                 drop(permits);
                 if let Some(Some(row)) = ended {
-                    let memory = budget.acquire_many_owned(kib(row.payload.len()).min(most)).await.ok();
+                    let memory = memory.take(row.payload.len()).await;
                     results.send((row, memory)).await.ok();
                 }
             });
         }
         Ok(())
-    }
-
-    /// A share of the memory budget; what is larger than the whole of it takes it all.
-    pub(super) async fn take_memory(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        self.budget.clone().acquire_many_owned(kib(bytes).min(self.most_memory())).await.ok()
-    }
-
-    fn most_memory(&self) -> u32 {
-        kib(self.settings.memory_budget.in_memory())
     }
 
     /// Waits until nothing is in flight: after a stop no longer than the grace period, then what is left is dropped.
@@ -178,6 +179,14 @@ async fn run(context: &Context, batch: &str, number: u64, bytes: &Bytes) -> Opti
     };
     let answer = context.answer(&request_id(batch, number), custom_id, model, body).await?;
     Some(row(batch, number, custom_id, &answer))
+}
+
+/// The result of a request whose handling panicked: a fault of ours that must not cost the line.
+fn panicked(batch: &str, number: u64, bytes: &Bytes) -> ResultRow {
+    let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
+    let message = "The server failed while it handled this request; its log says more.".into();
+    let failure = Failure { code: "internal_error".into(), message };
+    row(batch, number, line.custom_id.as_deref().unwrap_or_default(), &Answer::Failure(failure))
 }
 
 /// The lines that have a result, asked for in ascending order and held a page at a time.

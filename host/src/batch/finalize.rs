@@ -85,7 +85,7 @@ impl Batches {
             }
         };
         let bytes = self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await?;
-        let mut lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
+        let mut lines = Lines::new(bytes, usize::MAX);
         let mut rows = Vec::new().into_iter().peekable();
         let mut after = 0;
         while let Some(line) = lines.next().await? {

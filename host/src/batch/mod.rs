@@ -10,6 +10,7 @@ mod finalize;
 mod input;
 mod janitor;
 mod line;
+mod memory;
 mod request;
 mod result_line;
 mod scheduler;
@@ -19,7 +20,7 @@ mod validate;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -30,6 +31,7 @@ use crate::clock::Clock;
 use crate::config::Settings;
 use crate::plugin::Registry;
 use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store};
+use memory::Memory;
 use stop::{Reason, Stop};
 
 /// The API's endpoints that a batch can be for.
@@ -43,8 +45,7 @@ pub struct Batches {
     registry: Arc<Registry>,
     clock: Clock,
     settings: Settings,
-    /// Bytes of lines and results under way, over all batches.
-    budget: Arc<Semaphore>,
+    memory: Memory,
     /// How to stop the batches that are being worked on here, by tenant and id.
     running: Mutex<HashMap<(String, String), Arc<Stop>>>,
     /// There may be a batch to work on.
@@ -63,15 +64,14 @@ impl Batches {
         clock: Clock,
         settings: Settings,
     ) -> Arc<Self> {
-        // The semaphore counts in KiB, which fits its range whatever the setting.
-        let budget = Arc::new(Semaphore::new(kib(settings.memory_budget.in_memory()) as usize));
+        let memory = Memory::new(settings.memory_budget.in_memory());
         Arc::new(Self {
             store,
             blobs,
             registry,
             clock,
             settings,
-            budget,
+            memory,
             running: Mutex::default(),
             work: Notify::new(),
             garbage: Notify::new(),
@@ -121,9 +121,4 @@ impl Batches {
         }
         Ok(found)
     }
-}
-
-/// How many permits of the memory budget so many bytes take.
-fn kib(bytes: usize) -> u32 {
-    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(u32::MAX >> 4)
 }

@@ -24,7 +24,12 @@ pub struct Context {
 /// How one attempt ended.
 enum Attempt {
     Done(Answer),
-    Again { after: Option<Duration>, otherwise: Answer },
+    Again {
+        after: Option<Duration>,
+        otherwise: Answer,
+    },
+    /// The batch was stopped before anything was sent, or while the adapter waited.
+    Stopped,
 }
 
 impl Context {
@@ -35,22 +40,27 @@ impl Context {
         let mut attempt = 1_u32;
         loop {
             // Looked up at each attempt: the operator may have mended the plugin meanwhile.
-            let Some(Route { plugin, model }) = self.registry.current().route(&self.tenant, model) else {
-                return Some(failure("model_not_found", format!("No plugin serves the model '{model}' any more.")));
-            };
-            let request = Request {
-                id: id.to_owned(),
-                custom_id: custom_id.to_owned(),
-                endpoint: self.endpoint.clone(),
-                model,
-                body: body.to_owned(),
-                created_at: self.created_at,
-                attempt,
-            };
-            let (after, otherwise) = match self.attempt(&plugin, request).await {
-                Ok(Attempt::Done(answer)) => return Some(answer),
-                Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
-                Err(error) => return Some(failure(error.code(), error.to_string())),
+            let route = self.registry.current().route(&self.tenant, model);
+            let (after, otherwise) = match route.filter(|route| route.plugin.handles(&self.endpoint)) {
+                // It served when the batch was validated, and may come back.
+                None => (None, failure("model_not_found", format!("No plugin serves the model '{model}' any more."))),
+                Some(Route { plugin, model }) => {
+                    let request = Request {
+                        id: id.to_owned(),
+                        custom_id: custom_id.to_owned(),
+                        endpoint: self.endpoint.clone(),
+                        model,
+                        body: body.to_owned(),
+                        created_at: self.created_at,
+                        attempt,
+                    };
+                    match self.attempt(&plugin, request).await {
+                        Ok(Attempt::Done(answer)) => return Some(answer),
+                        Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
+                        Ok(Attempt::Stopped) => return None,
+                        Err(error) => return Some(failure(error.code(), error.to_string())),
+                    }
+                }
             };
             let pause = self.backoff(attempt).max(after.unwrap_or_default());
             let end = begun.after(self.settings.max_retry_time.duration());
@@ -58,7 +68,7 @@ impl Context {
             if attempt as usize >= self.settings.max_attempts.get() || next > end {
                 return Some(otherwise);
             }
-            tracing::debug!(plugin = plugin.name, id, attempt, ?pause, "the request is tried again");
+            tracing::debug!(id, attempt, ?pause, "the request is tried again");
             tokio::select! {
                 () = self.clock.sleep_until(next) => {}
                 () = self.stop.asked() => return None,
@@ -82,14 +92,22 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
-                    let outcome = match plugin.send(&self.tenant, request).await {
+                    let admitted = tokio::select! {
+                        biased;
+                        () = self.stop.asked() => return Ok(Attempt::Stopped),
+                        admitted = plugin.gateway().admit() => admitted,
+                    };
+                    let outcome = match plugin.gateway().send(admitted, &self.tenant, request).await {
                         Ok(response) => Outcome::Response(response),
                         Err(error) => Outcome::Error(error),
                     };
                     plugin.resume(&self.tenant, &state, outcome).await?
                 }
                 Step::Wait { milliseconds, state } => {
-                    self.clock.sleep(Duration::from_millis(milliseconds)).await;
+                    tokio::select! {
+                        () = self.clock.sleep(Duration::from_millis(milliseconds)) => {}
+                        () = self.stop.asked() => return Ok(Attempt::Stopped),
+                    }
                     plugin.resume(&self.tenant, &state, Outcome::Elapsed).await?
                 }
             };

@@ -69,7 +69,7 @@ impl Batches {
             Err(StoreError::Fenced) => tracing::warn!(batch, "another worker has taken over the batch"),
             Err(error) => {
                 tracing::error!(batch, "the batch rests and goes on later: {error}");
-                self.store.renew(&claim, self.clock.now().after(REST)).await.ok();
+                self.store.release(&claim, self.clock.now().after(REST)).await.ok();
             }
         }
     }
@@ -104,10 +104,16 @@ impl Batches {
                     None => return Ok(()),
                 }
             }
-            let stopped =
-                if batch.status == Status::Finalizing { None } else { self.execute(claim, &batch, stop).await? };
+            let stopped = match batch.status {
+                // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
+                Status::Finalizing => (!batch.counts.is_whole()).then_some(Reason::Expired),
+                _ => self.execute(claim, &batch, stop).await?,
+            };
+            if stopped.is_none() && !self.is_whole(claim).await? {
+                return Err(StoreError::Incomplete);
+            }
             match stopped {
-                Some(Reason::Shutdown) => self.store.release(claim).await,
+                Some(Reason::Shutdown) => self.store.release(claim, self.clock.now()).await,
                 stopped => self.finalize(claim, &batch, stopped).await,
             }
         };
@@ -131,6 +137,12 @@ impl Batches {
         lived
     }
 
+    /// Whether every line of a batch has its result.
+    async fn is_whole(&self, claim: &Claim) -> Result<bool> {
+        let batch = self.store.batch(&claim.tenant, &claim.batch_id).await?;
+        Ok(batch.is_none_or(|batch| batch.counts.is_whole()))
+    }
+
     /// Validates a batch. None if that was its end, or if it was told to stop.
     async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<Option<BatchRecord>> {
         let verdict = tokio::select! {
@@ -150,7 +162,7 @@ impl Batches {
                 let status = match stop.reason() {
                     Some(Reason::Cancelled) => Status::Cancelled,
                     Some(Reason::Expired) => Status::Expired,
-                    Some(Reason::Shutdown) | None => return self.store.release(claim).await.map(|()| None),
+                    Some(Reason::Shutdown) | None => return self.store.release(claim, at).await.map(|()| None),
                 };
                 self.store.finish(claim, Finish { status, output: None, error: None, at }).await.map(|()| None)
             }

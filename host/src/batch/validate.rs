@@ -1,6 +1,6 @@
 //! Validation: the whole input file, in pieces, judged side by side by the host's rules and by every validator.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
@@ -87,7 +87,7 @@ impl Batches {
                 let judge = judge.clone();
                 async move {
                     let piece = piece?;
-                    let memory = self.take_memory(size(&piece)).await;
+                    let memory = self.memory.validation.take(size(&piece)).await;
                     // Each on a task of its own, so that all cores take part.
                     let judging = AbortOnDropHandle::new(tokio::spawn(async move {
                         let judged = judge.judge(piece).await;
@@ -156,7 +156,7 @@ impl Judge {
             };
             let Ok(text) = text else {
                 requests.push(Known { line: number, custom_id: None, model: None });
-                let message = "This line is not parseable as valid JSON. It is not UTF-8.";
+                let message = "This line is not parseable as valid JSON.";
                 violations.push(violation(number, "invalid_json_line", message, None));
                 continue;
             };
@@ -186,9 +186,16 @@ impl Judge {
 
     /// The host's own rules for a line: it can be executed, and there is a plugin for its model.
     fn judge_models(&self, requests: &[Known], violations: &mut Vec<Violation>) {
-        let faulty: std::collections::HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
+        let faulty: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
+        // What a line says of another endpoint is not held against it here.
+        let elsewhere: HashSet<u64> = violations
+            .iter()
+            .filter(|violation| violation.code == "invalid_url")
+            .map(|violation| violation.line)
+            .collect();
         for request in requests {
             match &request.model {
+                Some(_) if elsewhere.contains(&request.line) => {}
                 Some(model) => {
                     let route = self.plugins.route(&self.tenant, model);
                     if !route.is_some_and(|route| route.plugin.handles(&self.batch.endpoint)) {

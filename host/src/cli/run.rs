@@ -21,7 +21,7 @@ use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::plugin::{Loader, Registry};
-use crate::store::{BatchRecord, Blobs, SqliteStore, Status};
+use crate::store::{BatchRecord, Blobs, Paged, SqliteStore, Status};
 use crate::telemetry;
 
 const TENANT: &str = "default";
@@ -51,7 +51,6 @@ struct Unfinished {
     bytes: u64,
     modified: u128,
     endpoint: String,
-    batch: String,
 }
 
 impl Run {
@@ -103,7 +102,7 @@ fn describe(input: &Path, endpoint: Option<String>) -> Result<Unfinished, Error>
         None => first_url(input).map_err(failed)?.unwrap_or_else(|| "/v1/chat/completions".into()),
     };
     let input = std::fs::canonicalize(input).map_err(failed)?;
-    Ok(Unfinished { input, bytes: metadata.len(), modified: modified.as_nanos(), endpoint, batch: String::new() })
+    Ok(Unfinished { input, bytes: metadata.len(), modified: modified.as_nanos(), endpoint })
 }
 
 /// The `url` of the first line that has one.
@@ -137,7 +136,7 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
 }
 
 /// Begins the batch, or finds the one that was begun before. Returns its id.
-async fn begin(batches: &Batches, state: &Path, input: &Path, mut now: Unfinished) -> Result<String, Error> {
+async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -> Result<String, Error> {
     let note = state.join("run.json");
     if let Ok(text) = std::fs::read_to_string(&note) {
         let other = |why: &str| {
@@ -146,13 +145,19 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, mut now: Unfinishe
                 state.display()
             ))
         };
-        let mut before: Unfinished = serde_json::from_str(&text).map_err(|_| other("that cannot be read"))?;
-        let id = std::mem::take(&mut before.batch);
+        let before: Unfinished = serde_json::from_str(&text).map_err(|_| other("that cannot be read"))?;
         if before != now {
             return Err(other(&format!("of {} as it was then", before.input.display())));
         }
+    }
+    // The note first: whatever happens after it, the next run knows what this folder is for. The folder holds one batch at the most.
+    let written = serde_json::to_vec(&now).map_err(std::io::Error::from).and_then(|text| std::fs::write(&note, text));
+    written.map_err(|error| Error::Other(format!("failed to write {}: {error}", note.display())))?;
+    if let Paged::Page(page) = batches.list(TENANT, None, 1).await?
+        && let Some(batch) = page.items.into_iter().next()
+    {
         eprintln!("continuing an unfinished run");
-        return Ok(id);
+        return Ok(batch.new.id);
     }
     let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
     let mut file = tokio::fs::File::open(input).await.map_err(failed)?;
@@ -177,11 +182,6 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, mut now: Unfinishe
         output_lifetime: None,
     };
     let batch = batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
-    now.batch.clone_from(&batch.new.id);
-    let written = serde_json::to_string(&now)
-        .map_err(|error| error.to_string())
-        .and_then(|text| std::fs::write(&note, text).map_err(|error| error.to_string()));
-    written.map_err(|error| Error::Other(format!("failed to write {}: {error}", note.display())))?;
     Ok(batch.new.id)
 }
 
@@ -218,10 +218,15 @@ async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error
     }
 }
 
-/// Writes a result file to its place, whole or not at all. One without a line is not there.
+/// Writes a result file to its place, whole or not at all. One without a line is not there, nor is what a former run left in its place.
 async fn copy(batches: &Batches, id: Option<&str>, to: &Path) -> Result<(), Error> {
-    let Some(id) = id else { return Ok(()) };
     let failed = |error: std::io::Error| Error::Other(format!("failed to write {}: {error}", to.display()));
+    let Some(id) = id else {
+        return match std::fs::remove_file(to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
+            _ => Ok(()),
+        };
+    };
     let beside = PathBuf::from(format!("{}.partial", to.display()));
     let mut file = tokio::fs::File::create(&beside).await.map_err(failed)?;
     let mut bytes = batches.content(TENANT, id, None).await?;

@@ -13,9 +13,14 @@ pub enum Reach {
     Restricted,
 }
 
-/// Metadata services outside the link-local ranges: AWS over IPv6, Alibaba Cloud.
-const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-const METADATA_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 200);
+/// Services of clouds that give out credentials, outside the link-local ranges: Alibaba Cloud's and Azure's; those of AWS (metadata, and
+/// EKS credentials) and of Google Cloud over IPv6.
+const METADATA_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
+const METADATA_V6: [Ipv6Addr; 3] = [
+    Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
+    Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23),
+    Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254),
+];
 
 /// Classes as in the IANA special-purpose address registries.
 pub fn reach(address: IpAddr) -> Reach {
@@ -27,7 +32,7 @@ pub fn reach(address: IpAddr) -> Reach {
 
 fn reach_v4(address: Ipv4Addr) -> Reach {
     let [first, second, third, _] = address.octets();
-    if address == METADATA_V4
+    if METADATA_V4.contains(&address)
         || address.is_link_local()
         || address.is_multicast()
         || first == 0
@@ -55,11 +60,14 @@ fn reach_v6(address: Ipv6Addr) -> Reach {
     if address.is_loopback() {
         return Reach::Private;
     }
-    if address == METADATA_V6
+    if METADATA_V6.contains(&address)
         || address.is_unspecified()
         || address.is_multicast()
         || address.is_unicast_link_local()
-        || matches!(address.segments(), [0xfec0..=0xfeff, ..] | [0x2001, 0xdb8, ..] | [0x100, 0, 0, 0, ..])
+        || matches!(
+            address.segments(),
+            [0xfec0..=0xfeff, ..] | [0x2001, 0xdb8, ..] | [0x100, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..]
+        )
     {
         Reach::Restricted
     } else if address.is_unique_local() {
@@ -76,7 +84,8 @@ fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
         Ipv4Addr::new(a, b, c, d)
     };
     match address.segments() {
-        [0, 0, 0, 0, 0, 0xffff | 0, high, low] if (high, low) > (0, 1) => Some(v4(high, low)),
+        [0, 0, 0, 0, 0, 0xffff, high, low] => Some(v4(high, low)),
+        [0, 0, 0, 0, 0, 0, high, low] if (high, low) > (0, 1) => Some(v4(high, low)),
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => Some(v4(high, low)),
         _ => None,
     }
@@ -129,6 +138,12 @@ mod tests {
                     "64:ff9b::a9fe:a9fe",
                     "2002:a9fe:a9fe::",
                     "::a9fe:a9fe",
+                    "::ffff:0.0.0.0",
+                    "::ffff:0.0.0.1",
+                    "64:ff9b:1::1",
+                    "168.63.129.16",
+                    "fd20:ce::254",
+                    "fd00:ec2::23",
                 ],
             ),
         ] {

@@ -25,8 +25,10 @@ enum Pattern {
 #[derive(Clone, Debug)]
 struct Entry {
     pattern: Pattern,
-    /// None is the default port of the URL's scheme.
+    /// None is the default port of https: what goes unencrypted, credentials included, is written out.
     port: Option<u16>,
+    /// The scheme of the URL that an entry comes from; none allows both.
+    scheme: Option<String>,
 }
 
 /// The hosts that one plugin may reach.
@@ -52,7 +54,11 @@ impl AllowList {
     pub fn new(file: String, urls: &[Url], allow: &[String]) -> Result<Self, InvalidAllow> {
         let of_url = |url: &Url| {
             let host = url.host()?.to_owned();
-            Some(Entry { pattern: Pattern::Host(host), port: url.port_or_known_default() })
+            Some(Entry {
+                pattern: Pattern::Host(host),
+                port: url.port_or_known_default(),
+                scheme: Some(url.scheme().to_owned()),
+            })
         };
         let mut entries: Vec<Entry> = urls.iter().filter_map(of_url).collect();
         for entry in allow {
@@ -74,12 +80,12 @@ impl AllowList {
             return refused("The URL names no host.".into());
         };
         let host = host.to_owned();
-        let default_port = if url.scheme() == "https" { 443 } else { 80 };
         // What is written out says more than what is matched, whichever stands first.
         let limit = self
             .entries
             .iter()
-            .filter(|entry| entry.port.unwrap_or(default_port) == port)
+            .filter(|entry| entry.port.unwrap_or(443) == port)
+            .filter(|entry| entry.scheme.as_ref().is_none_or(|scheme| scheme == url.scheme()))
             .filter_map(|entry| entry.pattern.limit(&host))
             .max();
         match limit {
@@ -131,7 +137,7 @@ fn parse(entry: &str) -> Option<Entry> {
     if let Some(domain) = entry.strip_prefix("*.") {
         let (domain, port) = split_port(domain)?;
         let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
-        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port });
+        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port, scheme: None });
     }
     if entry.contains('*') {
         return None;
@@ -141,7 +147,7 @@ fn parse(entry: &str) -> Option<Entry> {
         Some(found) => found,
         None => split_port(entry).map(|(host, port)| (host.to_owned(), port))?,
     };
-    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port })
+    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port, scheme: None })
 }
 
 fn split_port(text: &str) -> Option<(&str, Option<u16>)> {
@@ -170,7 +176,7 @@ mod tests {
 
     #[test]
     fn only_hosts_of_the_settings_and_of_allow_are_reached() {
-        let list = list(&["*.example.org", "other.example.net:8443", "10.1.2.3", "::1"]);
+        let list = list(&["*.example.org", "other.example.net:8443", "10.1.2.3:80", "[::1]:80", "::1"]);
         for url in [
             "http://models.internal:8000/v1/x",
             "https://api.example.com/y",
@@ -191,6 +197,8 @@ mod tests {
             "http://10.1.2.3:81/",
             "https://api.example.com.evil.net/",
             "http://127.0.0.1/",
+            "http://api.example.com:443/",
+            "http://a.example.org/",
             "https://user@api.example.com/",
             "ftp://api.example.com/",
             "https://api.example.com@evil.net/",
@@ -206,7 +214,7 @@ mod tests {
 
     #[test]
     fn how_near_an_address_may_be_depends_on_how_its_host_was_written() {
-        let list = list(&["*.example.org", "169.254.169.254"]);
+        let list = list(&["*.example.org", "169.254.169.254:80"]);
         let may = |url: &str, address: &str| check(&list, url).unwrap().check_address(address.parse().unwrap()).is_ok();
         assert!(may("http://models.internal:8000/", "10.0.0.7"));
         assert!(may("http://models.internal:8000/", "127.0.0.1"));

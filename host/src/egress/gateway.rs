@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use hyper::body::{Body, Incoming};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use url::Url;
 
@@ -25,7 +26,7 @@ use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, Transp
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Headers that are the connection's or the host's own: what a plugin writes there is dropped.
-const HOST_SET: [HeaderName; 9] = [
+const HOST_SET: [HeaderName; 11] = [
     header::HOST,
     header::CONTENT_LENGTH,
     header::TRANSFER_ENCODING,
@@ -35,6 +36,9 @@ const HOST_SET: [HeaderName; 9] = [
     header::TRAILER,
     header::PROXY_AUTHORIZATION,
     header::EXPECT,
+    // Bodies are not decoded, and a secret must be found in what comes back.
+    header::ACCEPT_ENCODING,
+    header::RANGE,
 ];
 
 /// Exchanges of one plugin: its allow-list, its secrets, its bounds, and a connection pool for each tenant.
@@ -49,6 +53,9 @@ pub struct Gateway {
     last_checked: ArcSwapOption<(String, Uri)>,
 }
 
+/// The right to one exchange.
+pub struct Admitted<'a>(#[expect(dead_code, reason = "held, not read")] Option<SemaphorePermit<'a>>);
+
 /// The connections of one tenant. TLS is set up when it is first asked for: reading the system's certificates takes a while.
 struct Clients {
     plain: Client<Dialer, Full<Bytes>>,
@@ -61,19 +68,28 @@ impl Gateway {
             allow: Arc::new(allow),
             secrets,
             permits: Semaphore::new(bounds.concurrency.min(Semaphore::MAX_PERMITS)),
-            rate: bounds.requests_per_minute.map(|number| RateLimiter::direct(Quota::per_minute(number))),
+            rate: bounds.requests_per_minute.map(|number| RateLimiter::direct(quota(number))),
             bounds,
             clients: Mutex::default(),
             last_checked: ArcSwapOption::empty(),
         }
     }
 
+    /// Waits until the plugin's rate and concurrency permit an exchange.
+    pub async fn admit(&self) -> Admitted<'_> {
+        self.until_rate_permits().await;
+        Admitted(self.permits.acquire().await.ok())
+    }
+
     /// Performs an exchange, with everything that stands between a guest and the network.
-    pub async fn send(&self, tenant: &str, request: HttpRequest) -> Result<HttpResponse, TransportError> {
+    pub async fn send(
+        &self,
+        _admitted: Admitted<'_>,
+        tenant: &str,
+        request: HttpRequest,
+    ) -> Result<HttpResponse, TransportError> {
         let uri = self.checked(&request.url)?;
         let request = self.prepare(uri, request)?;
-        self.until_rate_permits().await;
-        let _permit = self.permits.acquire().await;
         let clients = self.clients(tenant);
         let exchange = self.exchange(&clients, request);
         timeout(self.bounds.exchange_timeout, exchange).await.unwrap_or_else(|_| {
@@ -107,7 +123,7 @@ impl Gateway {
             |what: String| TransportError::new(Fault::Protocol, format!("The adapter's {what} is not valid HTTP."));
         let method = Method::from_bytes(request.method.as_bytes())
             .ok()
-            .filter(|method| *method != Method::CONNECT)
+            .filter(|method| !matches!(*method, Method::CONNECT | Method::TRACE))
             .ok_or_else(|| invalid(format!("method `{}`", request.method.escape_debug())))?;
         let mut headers = HeaderMap::with_capacity(request.headers.len().saturating_add(2));
         for (name, value) in request.headers {
@@ -251,6 +267,12 @@ impl Gateway {
         self.secrets.blank(&mut message);
         TransportError::new(fault, message)
     }
+}
+
+/// So many a minute, of which a second's share may come at once.
+fn quota(a_minute: NonZeroU32) -> Quota {
+    let burst = NonZeroU32::new(a_minute.get() / 60).unwrap_or(NonZeroU32::MIN);
+    Quota::per_minute(a_minute).allow_burst(burst)
 }
 
 fn client<C>(connector: C) -> Client<C, Full<Bytes>>

@@ -24,6 +24,8 @@ pub enum CallError {
         "Plugin `{plugin}` used more than {limit} of CPU time in one call of `{function}`; the limit is [limits] call_timeout."
     )]
     Cpu { plugin: String, function: &'static str, limit: String },
+    #[error("Plugin `{plugin}` waits in `{function}` and does not come back; a plugin has nothing to wait for.")]
+    Asleep { plugin: String, function: &'static str },
     #[error("Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory.")]
     Memory { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer.")]
@@ -40,7 +42,7 @@ impl CallError {
     /// A stable word for programs.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::Cpu { .. } => "plugin_timeout",
+            Self::Cpu { .. } | Self::Asleep { .. } => "plugin_timeout",
             Self::Memory { .. } => "plugin_out_of_memory",
             Self::Answer { .. } => "plugin_answer_too_large",
             Self::Trap { .. } | Self::Configure { .. } => "plugin_failed",

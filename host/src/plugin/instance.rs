@@ -1,6 +1,7 @@
 //! One sandbox: an instance of a component in a store of its own, held to its plugin's limits.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use wasmtime::component::HasSelf;
 use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
@@ -19,6 +20,25 @@ const HANDLES: usize = 1000;
 #[derive(Debug, thiserror::Error)]
 #[error("out of CPU time")]
 pub struct OutOfTime;
+
+/// The running call waits, for a clock of its own say, and does not come back.
+#[derive(Debug, thiserror::Error)]
+#[error("asleep")]
+pub struct Asleep;
+
+/// What a call may wait beyond its CPU time. Guests do no I/O and have nothing to wait for, but a language's runtime has clocks.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs a call within the time on the clock that its CPU time leaves it. An instance whose call is given up must not be used again.
+pub async fn in_time<T>(
+    limits: &Limits,
+    units: u32,
+    call: impl Future<Output = wasmtime::Result<T>>,
+) -> wasmtime::Result<T> {
+    // Other guests and requests take turns with this one, so its time on the clock is many times that on the processor.
+    let most = limits.call_timeout.duration().saturating_mul(units.max(1)).saturating_mul(10).saturating_add(PATIENCE);
+    tokio::time::timeout(most, call).await.unwrap_or_else(|_| Err(wasmtime::Error::new(Asleep)))
+}
 
 /// What a store knows besides the guest.
 pub struct State {
@@ -121,8 +141,10 @@ impl Instance {
         store.epoch_deadline_callback(on_tick);
         allow(&mut store, limits, 1);
         let exports = match template {
-            Template::Validator(pre) => pre.instantiate_async(&mut store).await.map(Exports::Validator),
-            Template::Adapter(pre) => pre.instantiate_async(&mut store).await.map(Exports::Adapter),
+            Template::Validator(pre) => {
+                in_time(limits, 1, pre.instantiate_async(&mut store)).await.map(Exports::Validator)
+            }
+            Template::Adapter(pre) => in_time(limits, 1, pre.instantiate_async(&mut store)).await.map(Exports::Adapter),
         };
         let refused = store.data().memory.refused;
         (exports.map(|exports| Self { store, exports, calls: 0 }), refused)

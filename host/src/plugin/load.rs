@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 use url::Url;
@@ -15,7 +15,7 @@ use wasmtime::component::{Component, Linker};
 use super::bindings::v0_1;
 use super::cache::Cache;
 use super::error::LoadError;
-use super::instance::{self, Instance, State, Template};
+use super::instance::{self, Instance, State, Template, in_time};
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest, Source};
 use super::plugin::{Plugin, explain};
@@ -61,7 +61,7 @@ impl Loader {
     /// Loads the plugin whose TOML file this is.
     pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
         let text = read_text(file)?;
-        let manifest = Manifest::parse(file, &text)?;
+        let mut manifest = Manifest::parse(file, &text)?;
         let key = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
         let name = plugin_name(file)?;
         let component = file.with_file_name("").join(&manifest.component);
@@ -85,6 +85,7 @@ impl Loader {
             ));
         }
         check_kind(&manifest, &inspected, &key)?;
+        add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
         check_settings(&manifest, &inspected.description.settings_schema, &key)?;
         let secrets = secrets(&manifest, &inspected.description, &key)?;
         let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
@@ -143,7 +144,7 @@ impl Loader {
             |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
         let mut instance = made.map_err(|found| failed(error("instantiate", &found, refused)))?;
         instance.allow(limits, 1);
-        let described = instance.exports.describe(&mut instance.store).await;
+        let described = in_time(limits, 1, instance.exports.describe(&mut instance.store)).await;
         let (description, schema) =
             described.map_err(|found| failed(error("describe", &found, instance.was_refused_memory())))?;
         let description = check_description(description, &schema, kind)
@@ -310,6 +311,17 @@ fn check_description(mut description: Description, schema: &str, kind: Kind) -> 
     jsonschema::draft202012::meta::validate(&description.settings_schema)
         .map_err(|error| format!("settings-schema is not a JSON Schema: {error}"))?;
     Ok(description)
+}
+
+/// Puts in what the schema says of absent settings: the allow-list is made of settings, so none may hide in the component.
+fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
+    for (name, property) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+        if let Some(default) = property.get("default")
+            && !settings.contains_key(name)
+        {
+            settings.insert(name.clone(), default.clone());
+        }
+    }
 }
 
 fn check_settings(

@@ -8,11 +8,11 @@ use wasmtime::Engine;
 
 use super::answer::{checked, shorten};
 use super::error::CallError;
-use super::instance::{Instance, OutOfTime, Template};
+use super::instance::{Asleep, Instance, OutOfTime, Template, in_time};
 use super::log::PluginLog;
 use super::manifest::{Instances, Limits};
 use super::types::{BatchContext, Description, Kind, Line, Outcome, Request, Step, Violation};
-use crate::egress::{Gateway, HttpRequest, HttpResponse, TransportError};
+use crate::egress::Gateway;
 
 /// Lines and bytes for which a validator is granted the CPU time of one call.
 const LINES_A_UNIT: usize = 1000;
@@ -70,8 +70,10 @@ impl Plugin {
         let units = lines.len().div_ceil(LINES_A_UNIT).max(bytes.div_ceil(BYTES_A_UNIT));
         let numbers: std::collections::HashSet<u64> = lines.iter().map(|line| line.number).collect();
         let pool = self.pool(tenant);
-        let mut lease = self.lease(&pool, u32::try_from(units).unwrap_or(u32::MAX)).await?;
-        let called = lease.instance.exports.validate(&mut lease.instance.store, batch, lines).await;
+        let units = u32::try_from(units).unwrap_or(u32::MAX);
+        let mut lease = self.lease(&pool, units).await?;
+        let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
+        let called = in_time(&self.limits, units, call).await;
         let mut violations = self.settle(lease, FUNCTION, called)?;
         for violation in &mut violations {
             if !numbers.contains(&violation.line) {
@@ -91,7 +93,8 @@ impl Plugin {
     pub async fn begin(&self, tenant: &str, request: Request) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1).await?;
-        let called = lease.instance.exports.begin(&mut lease.instance.store, request).await;
+        let call = lease.instance.exports.begin(&mut lease.instance.store, request);
+        let called = in_time(&self.limits, 1, call).await;
         let step = self.settle(lease, "begin", called)?;
         self.checked(step, "begin")
     }
@@ -100,14 +103,15 @@ impl Plugin {
     pub async fn resume(&self, tenant: &str, state: &[u8], outcome: Outcome) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1).await?;
-        let called = lease.instance.exports.resume(&mut lease.instance.store, state, outcome).await;
+        let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
+        let called = in_time(&self.limits, 1, call).await;
         let step = self.settle(lease, "resume", called)?;
         self.checked(step, "resume")
     }
 
-    /// Performs an exchange that a step asked for.
-    pub async fn send(&self, tenant: &str, request: HttpRequest) -> Result<HttpResponse, TransportError> {
-        self.gateway.send(tenant, request).await
+    /// The way out for the exchanges that its steps ask for.
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
     }
 
     /// Whether it is for this tenant.
@@ -153,7 +157,8 @@ impl Plugin {
         let (made, refused_memory) = Instance::new(&self.template, &self.engine, &self.limits, &self.log).await;
         let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused_memory))?;
         instance.allow(&self.limits, 1);
-        let called = instance.exports.configure(&mut instance.store, &self.settings).await;
+        let call = instance.exports.configure(&mut instance.store, &self.settings);
+        let called = in_time(&self.limits, 1, call).await;
         match called {
             Ok(Ok(())) => Ok(instance),
             Ok(Err(mut message)) => {
@@ -193,6 +198,9 @@ pub(super) fn explain(
     let plugin = plugin.to_owned();
     if error.is::<OutOfTime>() {
         return CallError::Cpu { plugin, function, limit: limits.call_timeout.to_string() };
+    }
+    if error.is::<Asleep>() {
+        return CallError::Asleep { plugin, function };
     }
     if refused_memory {
         return CallError::Memory { plugin, function, limit: limits.memory.to_string() };

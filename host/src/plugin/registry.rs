@@ -83,15 +83,23 @@ impl Snapshot {
         self.validators.iter().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint)).cloned().collect()
     }
 
-    fn build(mut entries: Vec<Entry>) -> Self {
+    fn build(mut entries: Vec<Entry>, before: &Self) -> Self {
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         let mut snapshot = Self::default();
-        for entry in &mut entries {
-            if let Some(plugin) = entry.serving.clone()
-                && let Err(message) = snapshot.add(&plugin)
-            {
-                entry.error = Some(format!("{}: {message}", entry.file.display()));
-                entry.serving = None;
+        // What serves already goes first: a new file takes no model away from it.
+        for unchanged in [true, false] {
+            for entry in &mut entries {
+                let Some(plugin) = entry.serving.clone() else { continue };
+                let known = before.entries.iter().find(|known| known.name == entry.name);
+                let old = known.and_then(|known| known.serving.clone());
+                let is_old = old.as_ref().is_some_and(|old| Arc::ptr_eq(old, &plugin));
+                if is_old != unchanged {
+                    continue;
+                }
+                if let Err(message) = snapshot.add(&plugin) {
+                    entry.error = Some(format!("{}: {message}", entry.file.display()));
+                    entry.serving = old.filter(|old| !is_old && snapshot.add(old).is_ok());
+                }
             }
         }
         snapshot.validators.sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
@@ -107,6 +115,9 @@ impl Snapshot {
         }
         let named = plugin.models.iter().map(|model| (model, model)).chain(&plugin.aliases);
         let (globs, exact): (Vec<_>, Vec<_>) = named.partition(|(model, _)| model.contains(['*', '?', '[']));
+        if let Some((glob, _)) = globs.iter().find(|(glob, _)| plugin.aliases.contains_key(*glob)) {
+            return Err(format!("aliases: `{glob}` is a glob; an alias stands for one model"));
+        }
         let globs = globs
             .into_iter()
             .map(|(glob, _)| match Glob::new(glob) {
@@ -171,7 +182,7 @@ impl Registry {
         let files = self.files()?;
         // Side by side: a component that takes long to compile does not hold up the others.
         let entries = futures_util::future::join_all(files.into_iter().map(|file| self.entry(file, &before))).await;
-        self.current.store(Arc::new(Snapshot::build(entries)));
+        self.current.store(Arc::new(Snapshot::build(entries, &before)));
         for entry in &self.current.load().entries {
             let known = before.entries.iter().find(|known| known.name == entry.name);
             if known.is_none_or(|known| known.fingerprint != entry.fingerprint || known.error != entry.error) {
@@ -208,10 +219,9 @@ impl Registry {
         let known = before.entries.iter().find(|known| known.name == name);
         let mut serving = known.and_then(|known| known.serving.clone());
         if error.is_none() {
-            let unchanged = known.filter(|known| known.fingerprint == fingerprint && known.serving.is_some());
-            if let Some(known) = unchanged {
-                error.clone_from(&known.error);
-            } else {
+            // One that failed is tried again: what was in its way may be gone.
+            let unchanged = known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
+            if !unchanged {
                 match self.loader.load(&file).await {
                     Ok(plugin) => serving = Some(Arc::new(plugin)),
                     Err(failed) => error = Some(failed.to_string()),

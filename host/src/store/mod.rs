@@ -34,6 +34,9 @@ pub enum StoreError {
     /// Somebody else holds the batch now.
     #[error("another worker has taken over this batch")]
     Fenced,
+    /// Found before anything is made of it.
+    #[error("not every line has a result")]
+    Incomplete,
     #[error("the server is shutting down")]
     Closed,
 }
@@ -127,6 +130,13 @@ pub struct Counts {
     pub total: u64,
     pub completed: u64,
     pub failed: u64,
+}
+
+impl Counts {
+    /// Whether every request has ended.
+    pub fn is_whole(&self) -> bool {
+        self.completed.saturating_add(self.failed) == self.total
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -246,10 +256,11 @@ pub trait Store: Send + Sync {
     async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>>;
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
 
-    /// The oldest batch that has not ended and that nobody holds.
+    /// The oldest batch that has not ended and that nobody holds; never one that this process holds itself.
     async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
-    async fn release(&self, claim: &Claim) -> Result<()>;
+    /// Gives a batch back; nobody takes it up before `until`.
+    async fn release(&self, claim: &Claim, until: Timestamp) -> Result<()>;
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.

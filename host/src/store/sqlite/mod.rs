@@ -23,6 +23,8 @@ use connection::{Readers, Writer};
 pub struct SqliteStore {
     writer: Writer,
     readers: Readers,
+    /// This process, among those that work on the same database.
+    owner: String,
     /// Held for as long as the store is: no other process opens this folder.
     _lock: Arc<File>,
 }
@@ -36,8 +38,11 @@ impl SqliteStore {
         let mut connection = connection::open(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
         migrate(&mut connection).map_err(failed)?;
         // This process holds the folder, so whoever held a batch before is gone.
-        connection.execute("UPDATE batches SET lease_until = 0 WHERE lease_until > 0", []).map_err(explain)?;
-        Ok(Self { writer: Writer::start(connection)?, readers: Readers::new(path), _lock: Arc::new(lock) })
+        connection
+            .execute("UPDATE batches SET lease_until = 0, owner = NULL WHERE lease_until > 0 OR owner IS NOT NULL", [])
+            .map_err(explain)?;
+        let owner = uuid::Uuid::new_v4().to_string();
+        Ok(Self { writer: Writer::start(connection)?, readers: Readers::new(path), owner, _lock: Arc::new(lock) })
     }
 }
 
@@ -159,7 +164,8 @@ impl Store for SqliteStore {
     }
 
     async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
-        self.writer.write(move |connection| work::claim(connection, now, until)).await
+        let owner = self.owner.clone();
+        self.writer.write(move |connection| work::claim(connection, &owner, now, until)).await
     }
 
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
@@ -167,8 +173,9 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::renew(connection, &claim, until)).await
     }
 
-    async fn release(&self, claim: &Claim) -> Result<()> {
-        self.renew(claim, timestamp(0)).await
+    async fn release(&self, claim: &Claim, until: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| work::release(connection, &claim, until)).await
     }
 
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {

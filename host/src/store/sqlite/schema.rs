@@ -56,7 +56,8 @@ CREATE TABLE batches (
     cached_input_tokens INTEGER NOT NULL DEFAULT 0,
     output_tokens INTEGER NOT NULL DEFAULT 0,
     reasoning_tokens INTEGER NOT NULL DEFAULT 0,
-    -- Until when somebody works on it, and how often it was claimed.
+    -- Who works on it and until when, and how often it was claimed.
+    owner TEXT,
     lease_until INTEGER NOT NULL DEFAULT 0,
     fence INTEGER NOT NULL DEFAULT 0,
     -- Whether rows of it may be left in `results` after its end.

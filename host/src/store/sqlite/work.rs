@@ -6,19 +6,22 @@ use super::super::{BatchError, Claim, Ending, Finish, Result, ResultRow, StoreEr
 use super::{explain, files, loaded, stored};
 use crate::clock::Timestamp;
 
-pub fn claim(connection: &Connection, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+/// A lease that has lapsed may be taken over, but never by whoever holds it: a clock that jumps must not make one process work on a batch
+/// twice.
+pub fn claim(connection: &Connection, owner: &str, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
     let mut statement = connection
         .prepare_cached(
-            "UPDATE batches SET lease_until = ?2, fence = fence + 1 WHERE key = (
+            "UPDATE batches SET owner = ?3, lease_until = ?2, fence = fence + 1 WHERE key = (
                  SELECT key FROM batches
                  WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND lease_until <= ?1
+                 AND owner IS NOT ?3
                  ORDER BY key LIMIT 1
              )
              RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant)",
         )
         .map_err(explain)?;
     statement
-        .query_row(params![now.as_millis(), until.as_millis()], |row| {
+        .query_row(params![now.as_millis(), until.as_millis(), owner], |row| {
             Ok(Claim {
                 tenant_key: row.get(0)?,
                 batch_key: row.get(1)?,
@@ -48,8 +51,21 @@ pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result
     change(connection, claim, "lease_until = ?4", &[&until.as_millis()])
 }
 
+/// Gives a batch back; nobody takes it up before `until`.
+pub fn release(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
+    change(connection, claim, "owner = NULL, lease_until = ?4", &[&until.as_millis()])
+}
+
 pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: Timestamp) -> Result<()> {
-    change(connection, claim, "status = 'failed', failed_at = ?4, lease_until = 0", &[&at.as_millis()])?;
+    // A client who was told that the batch is being cancelled sees it cancelled.
+    change(
+        connection,
+        claim,
+        "failed_at = CASE status WHEN 'cancelling' THEN NULL ELSE ?4 END,
+         cancelled_at = CASE status WHEN 'cancelling' THEN ?4 END,
+         status = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE 'failed' END",
+        &[&at.as_millis()],
+    )?;
     let mut statement = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO batch_errors (tenant, batch, place, code, message, param, line)
@@ -76,7 +92,7 @@ pub fn start_execution(
     change(
         connection,
         claim,
-        "in_progress_at = CASE status WHEN 'validating' THEN ?4 ELSE in_progress_at END,
+        "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
          total = ?5, model = ?6, has_results = 1",
         &[&at.as_millis(), &stored(total), &model],
@@ -183,12 +199,12 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
     }
     let output = finish.output.as_ref().map(|file| &file.id);
     let error = finish.error.as_ref().map(|file| &file.id);
-    // A client who was told that the batch is being cancelled does not see it completed.
+    // As in `fail`.
     change(
         connection,
         claim,
-        "status = CASE WHEN status = 'cancelling' AND ?4 = 'completed' THEN 'cancelled' ELSE ?4 END,
-         output_file_id = ?5, error_file_id = ?6, lease_until = 0",
+        "status = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE ?4 END,
+         output_file_id = ?5, error_file_id = ?6",
         &[&finish.status.as_str(), &output, &error],
     )?;
     change(
