@@ -92,10 +92,14 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
+                    if self.stop.reason().is_some() {
+                        return Ok(Attempt::Stopped);
+                    }
+                    // Whoever is let in at once need not listen for a stop.
                     let admitted = tokio::select! {
                         biased;
-                        () = self.stop.asked() => return Ok(Attempt::Stopped),
                         admitted = plugin.gateway().admit() => admitted,
+                        () = self.stop.asked() => return Ok(Attempt::Stopped),
                     };
                     let outcome = match plugin.gateway().send(admitted, &self.tenant, request).await {
                         Ok(response) => Outcome::Response(response),
