@@ -4,6 +4,7 @@
 //! is put in its place. The provider's answer comes back as it is.
 
 mod bindings;
+mod header;
 mod provider;
 mod request;
 mod retry_after;

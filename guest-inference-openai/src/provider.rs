@@ -8,6 +8,7 @@ use crate::bindings::exports::batchwright::plugin::inference::{
     Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault, Usage,
 };
 use crate::failed;
+use crate::header::header;
 use crate::retry_after::retry_after_milliseconds;
 
 /// How much of an answer that is no JSON a message quotes, in characters.
@@ -91,10 +92,6 @@ fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
 /// An account without money answers 429 as well, and waiting does not help it.
 fn is_quota(body: &Value) -> bool {
     ["code", "type"].iter().any(|key| body.pointer(&format!("/error/{key}")) == Some(&"insufficient_quota".into()))
-}
-
-pub(crate) fn header<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
-    headers.iter().find(|header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value.as_str())
 }
 
 #[derive(Deserialize)]

@@ -1,7 +1,7 @@
 //! `Retry-After` (RFC 9110, 10.2.3): seconds, or a date. A plugin has no clock, so a date is held against the response's own `Date`.
 
 use crate::bindings::exports::batchwright::plugin::inference::Header;
-use crate::provider::header;
+use crate::header::header;
 
 /// How long the provider asks to wait. `retry-after-ms` is what OpenAI and Azure add for waits below a second.
 pub(crate) fn retry_after_milliseconds(headers: &[Header]) -> Option<u64> {

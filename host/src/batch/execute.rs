@@ -48,7 +48,7 @@ impl Batches {
             stop: stop.clone(),
         });
         let (results, to_record) = mpsc::channel(GROUP);
-        let recording = self.record(claim, to_record);
+        let recording = self.record(claim, stop, to_record);
         let working = async {
             let kill = CancellationToken::new();
             // If this is given up, so is what it spawned.
@@ -128,7 +128,7 @@ impl Batches {
 
     /// Writes results as they come, as many at a time as are there. A write that fails is tried again for as long as the batch is ours:
     /// what was answered is not asked twice.
-    async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
+    async fn record(&self, claim: &Claim, stop: &Stop, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
         let mut group = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
             if group.len() < GROUP && !results.is_closed() {
@@ -143,6 +143,8 @@ impl Batches {
                 match self.store.record(claim, rows.clone()).await {
                     Ok(()) => break,
                     Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
+                    // A process that must end does not wait for room on the disk.
+                    Err(error) if stop.reason() == Some(Reason::Shutdown) => return Err(error),
                     Err(error) => {
                         tracing::error!(batch = claim.batch_id, "results wait to be written: {error}");
                         self.clock.sleep(WRITE_AGAIN).await;

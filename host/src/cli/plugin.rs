@@ -7,7 +7,7 @@ use clap::Subcommand;
 
 use super::{Error, user_cache};
 use crate::clock::Clock;
-use crate::config::{LogFormat, Size};
+use crate::config::{LogFormat, Size, default_plugins};
 use crate::plugin::{Inspected, Loader, Plugin as Loaded, Registry};
 use crate::telemetry;
 
@@ -15,9 +15,9 @@ use crate::telemetry;
 pub enum Plugin {
     /// List the plugins of a directory, with those that do not load
     List {
-        /// Folder of the plugins
-        #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR")]
-        plugins: PathBuf,
+        /// Folder of the plugins [default: the folder `plugins` beside this program]
+        #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
+        plugins: Option<PathBuf>,
     },
     /// Show what a component is: its kind, imports, endpoints, credentials and settings
     Inspect {
@@ -38,6 +38,7 @@ impl Plugin {
         let loader = Loader::new(&user_cache(), Clock::system())?;
         match self {
             Self::List { plugins } => {
+                let plugins = plugins.unwrap_or_else(default_plugins);
                 let registry = Registry::open(&plugins, loader).await?;
                 list(&registry);
                 Ok(ExitCode::SUCCESS)

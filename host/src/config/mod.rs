@@ -69,7 +69,7 @@ settings! {
     /// Folder for the database and the files [default: ./batchwright-data]
     "Server" "DIR" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
     /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
-    "Server" "DIR" plugins: PathBuf = beside_program("plugins"), "BATCHWRIGHT_PLUGINS";
+    "Server" "DIR" plugins: PathBuf = default_plugins(), "BATCHWRIGHT_PLUGINS";
     /// Time that requests in flight are given at a shutdown [default: 30s]
     "Server" "TIME" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
     /// Log filter, such as `info` or `info,batchwright::egress=debug` [default: info]
@@ -110,10 +110,10 @@ settings! {
     "Execution" "TIME" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
 }
 
-/// A folder beside the running program, or of the working directory if it does not know where it is.
-fn beside_program(name: &str) -> PathBuf {
+/// The folder `plugins` beside the running program, or in the working directory if it does not know where it is.
+pub fn default_plugins() -> PathBuf {
     let program = std::env::current_exe().ok();
-    program.and_then(|program| Some(program.parent()?.join(name))).unwrap_or_else(|| name.into())
+    program.and_then(|program| Some(program.parent()?.join("plugins"))).unwrap_or_else(|| "plugins".into())
 }
 
 /// One, or more.
