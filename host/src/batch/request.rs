@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::stop::Stop;
 use crate::clock::Clock;
 use crate::config::Settings;
+use crate::egress::Admitted;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
 
@@ -28,7 +29,7 @@ enum Attempt {
         after: Option<Duration>,
         otherwise: Answer,
     },
-    /// The batch was stopped before anything was sent, or while the adapter waited.
+    /// The batch was stopped before anything was sent.
     Stopped,
 }
 
@@ -80,6 +81,7 @@ impl Context {
     async fn attempt(&self, plugin: &Plugin, request: Request) -> Result<Attempt, CallError> {
         let id = request.id.clone();
         let mut step = plugin.begin(&self.tenant, request).await?;
+        let mut in_flight = false;
         for _ in 0..plugin.limits.max_steps.get() {
             step = match step {
                 Step::Done(answer) => {
@@ -92,15 +94,8 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
-                    if self.stop.reason().is_some() {
-                        return Ok(Attempt::Stopped);
-                    }
-                    // Whoever is let in at once need not listen for a stop.
-                    let admitted = tokio::select! {
-                        biased;
-                        admitted = plugin.gateway().admit() => admitted,
-                        () = self.stop.asked() => return Ok(Attempt::Stopped),
-                    };
+                    let Some(admitted) = self.admit(plugin, in_flight).await else { return Ok(Attempt::Stopped) };
+                    in_flight = true;
                     let outcome = match plugin.gateway().send(admitted, &self.tenant, request).await {
                         Ok(response) => Outcome::Response(response),
                         Err(error) => Outcome::Error(error),
@@ -108,10 +103,7 @@ impl Context {
                     plugin.resume(&self.tenant, &state, outcome).await?
                 }
                 Step::Wait { milliseconds, state } => {
-                    tokio::select! {
-                        () = self.clock.sleep(Duration::from_millis(milliseconds)) => {}
-                        () = self.stop.asked() => return Ok(Attempt::Stopped),
-                    }
+                    self.clock.sleep(Duration::from_millis(milliseconds)).await;
                     plugin.resume(&self.tenant, &state, Outcome::Elapsed).await?
                 }
             };
@@ -124,6 +116,23 @@ impl Context {
                 plugin.limits.max_steps
             ),
         })
+    }
+
+    /// Waits to be let out to the provider; none if the batch is stopped before this request has sent anything. One that has is in flight,
+    /// and goes on for as long as it is let.
+    async fn admit<'a>(&self, plugin: &'a Plugin, in_flight: bool) -> Option<Admitted<'a>> {
+        if in_flight {
+            return Some(plugin.gateway().admit().await);
+        }
+        if self.stop.reason().is_some() {
+            return None;
+        }
+        // Whoever is let in at once need not listen for a stop.
+        tokio::select! {
+            biased;
+            admitted = plugin.gateway().admit() => Some(admitted),
+            () = self.stop.asked() => None,
+        }
     }
 
     /// A pause of our own, doubled with each attempt; up to half of it is left out by chance, so that requests that failed together do
