@@ -65,6 +65,10 @@ def test_a_stopped_run_continues(tmp_path, stub, how):
         assert first.returncode == 130 and re.search(r"stopped: \d+ of 400 done and kept", said), said
     sent = sum(stub.counts().values())
     assert sent < 400
+    # Another input is not taken for this one.
+    (tmp_path / "other.jsonl").write_bytes(jsonl([chat("a")]))
+    other = run_host("run", "other.jsonl", *command[3:], cwd=tmp_path)
+    assert other.returncode == 1 and "/in.jsonl" in other.stderr and "delete the folder" in other.stderr
     done = run_host(*command[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continuing an unfinished run" in done.stderr
@@ -75,14 +79,14 @@ def test_a_stopped_run_continues(tmp_path, stub, how):
     assert max(counts.values()) == 1 if how == signal.SIGINT else max(counts.values()) <= 2
 
 
-def test_an_unfinished_run_of_another_input_is_not_continued(tmp_path):
+def test_a_run_that_could_not_begin_leaves_nothing_behind(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a")]))
-    (tmp_path / "out.jsonl.batchwright").mkdir()
-    (tmp_path / "out.jsonl.batchwright/run.json").write_text(
-        '{"input":"/other.jsonl","bytes":1,"modified":1,"endpoint":"/v1/chat/completions"}'
-    )
-    done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS, cwd=tmp_path)
-    assert done.returncode == 1 and "/other.jsonl" in done.stderr and "delete the folder" in done.stderr
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS]
+    done = run_host(*command, "--max-file-size", "10B", cwd=tmp_path)
+    assert done.returncode == 1 and "larger than 10 bytes" in done.stderr
+    done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", tmp_path / "nothing", cwd=tmp_path)
+    assert done.returncode == 4 and "--plugins" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_batches_of_a_server_from_the_command_line(server, tmp_path):

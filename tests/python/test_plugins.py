@@ -142,6 +142,7 @@ def test_a_directory_that_is_not_there_is_told_of(tmp_path):
     for command in [["plugin", "list"], ["serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "d"]]:
         done = run_host(*command, "--plugins", tmp_path / "nothing")
         assert done.returncode == 4 and "nothing: No such file" in done.stderr, done.stderr
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_plugin_of_another_tenant_is_not_seen(serve, stub):

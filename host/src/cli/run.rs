@@ -20,7 +20,7 @@ use super::{EndSignals, Error, SettingsArgs, user_cache};
 use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
-use crate::plugin::{Loader, Registry};
+use crate::plugin::{Loader, Registry, check_directory};
 use crate::store::{BatchRecord, Blobs, Paged, SqliteStore, Status};
 use crate::telemetry;
 
@@ -64,12 +64,22 @@ impl Run {
             settings.cache = user_cache();
         }
         // Somebody's only batch gets every slot there is for its requests.
-        let level = if own_level { settings.log_level.as_str() } else { "warn" };
+        let level = if own_level { settings.log_level.as_str() } else { "warn,batchwright::plugin=off" };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
         let errors = self.errors.unwrap_or_else(|| errors_beside(&self.output));
         let unfinished = describe(&self.input, self.endpoint)?;
+        check_directory(&settings.plugins)?;
         let batches = open(settings).await?;
-        let id = begin(&batches, &state, &self.input, unfinished).await?;
+        let id = match begin(&batches, &state, &self.input, unfinished).await {
+            Ok(id) => id,
+            Err(error) => {
+                // What holds no batch is no unfinished run.
+                if unfinished_batch(&batches).await.is_ok_and(|found| found.is_none()) {
+                    std::fs::remove_dir_all(&state).ok();
+                }
+                return Err(error);
+            }
+        };
         batches.start();
         let ended = watch(&batches, &id).await?;
         batches.close().await;
@@ -138,7 +148,10 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
 /// Begins the batch, or finds the one that was begun before. Returns its id.
 async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -> Result<String, Error> {
     let note = state.join("run.json");
-    if let Ok(text) = std::fs::read_to_string(&note) {
+    let found = unfinished_batch(batches).await?;
+    if found.is_some()
+        && let Ok(text) = std::fs::read_to_string(&note)
+    {
         let other = |why: &str| {
             Error::Other(format!(
                 "{} holds an unfinished run {why}; finish that one, or delete the folder",
@@ -153,9 +166,7 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -
     // The note first: whatever happens after it, the next run knows what this folder is for. The folder holds one batch at the most.
     let written = serde_json::to_vec(&now).map_err(std::io::Error::from).and_then(|text| std::fs::write(&note, text));
     written.map_err(|error| Error::Other(format!("failed to write {}: {error}", note.display())))?;
-    if let Paged::Page(page) = batches.list(TENANT, None, 1).await?
-        && let Some(batch) = page.items.into_iter().next()
-    {
+    if let Some(batch) = found {
         eprintln!("continuing an unfinished run");
         return Ok(batch.new.id);
     }
@@ -183,6 +194,14 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -
     };
     let batch = batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
     Ok(batch.new.id)
+}
+
+/// The batch of a folder that a former run left.
+async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Error> {
+    Ok(match batches.list(TENANT, None, 1).await? {
+        Paged::Page(page) => page.items.into_iter().next(),
+        Paged::UnknownAfter => None,
+    })
 }
 
 async fn find(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {

@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use super::{EndSignals, Error, SettingsArgs};
 use crate::batch::Batches;
 use crate::clock::Clock;
-use crate::plugin::{Loader, Registry};
+use crate::plugin::{Loader, Registry, check_directory};
 use crate::store::{Blobs, SqliteStore};
 use crate::{api, telemetry};
 
@@ -25,6 +25,7 @@ impl Serve {
         let settings = self.settings.resolve()?;
         telemetry::start(&settings.log_level, settings.log_format).map_err(Error::Other)?;
         let clock = Clock::system();
+        check_directory(&settings.plugins)?;
         let store = SqliteStore::open(&settings.data)?;
         let blobs = Blobs::local(&settings.data.join("objects"))?;
         let registry = Registry::open(&settings.plugins, Loader::new(&settings.cache, clock.clone())?).await?;

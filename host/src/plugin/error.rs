@@ -7,6 +7,8 @@ use std::path::PathBuf;
 pub enum LoadError {
     #[error("failed to read {}: {source}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("failed to read the plugin directory {}: {source}; name another one with --plugins", path.display())]
+    Directory { path: PathBuf, source: std::io::Error },
     #[error("{}: {message}", file.display())]
     Manifest { file: PathBuf, message: String },
     #[error("{}: {key}: {message}", file.display())]

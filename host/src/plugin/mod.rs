@@ -21,4 +21,4 @@ mod wasi;
 pub use error::{CallError, LoadError};
 pub use load::{Inspected, Loader, hex};
 pub use plugin::Plugin;
-pub use registry::{Registry, Route, Snapshot};
+pub use registry::{Registry, Route, Snapshot, check_directory};

@@ -149,6 +149,12 @@ fn overlap(one: &Plugin, other: &Plugin) -> bool {
     one.tenants.is_empty() || other.tenants.is_empty() || one.tenants.iter().any(|tenant| other.serves(tenant))
 }
 
+/// Whether a directory can be read: asked before anything is made that would be left behind.
+pub fn check_directory(folder: &Path) -> Result<(), LoadError> {
+    let found = std::fs::read_dir(folder);
+    found.map(drop).map_err(|source| LoadError::Directory { path: folder.to_owned(), source })
+}
+
 /// The plugins of a directory.
 pub struct Registry {
     folder: PathBuf,
@@ -198,7 +204,7 @@ impl Registry {
     }
 
     fn files(&self) -> Result<Vec<PathBuf>, LoadError> {
-        let unreadable = |source| LoadError::Unreadable { path: self.folder.clone(), source };
+        let unreadable = |source| LoadError::Directory { path: self.folder.clone(), source };
         let mut files = Vec::new();
         for found in std::fs::read_dir(&self.folder).map_err(unreadable)? {
             let path = found.map_err(unreadable)?.path();
