@@ -128,6 +128,16 @@ def test_a_new_file_takes_no_model_away_and_a_missing_plugin_may_come_back(serve
     assert server.ended(batch.id).request_counts.completed == 2000
 
 
+def test_a_later_version_of_the_same_line_loads_and_another_line_does_not(tmp_path):
+    component = (PLUGINS / "inference-echo.wasm").read_bytes()
+    (tmp_path / "later.wasm").write_bytes(component.replace(b"@0.1.0", b"@0.1.7"))
+    (tmp_path / "other.wasm").write_bytes(component.replace(b"@0.1.0", b"@0.2.0"))
+    later = run_host("plugin", "check", tmp_path / "later.wasm")
+    assert later.returncode == 0, later.stdout
+    other = run_host("plugin", "check", tmp_path / "other.wasm")
+    assert other.returncode == 1 and "inference@0.2.0" in other.stdout and "inference@0.1.0" in other.stdout
+
+
 def test_inspect_shows_what_a_component_is():
     shown = run_host("plugin", "inspect", PLUGINS / "inference-openai.wasm").stdout
     rows = [line.split(maxsplit=1) for line in shown.splitlines()]

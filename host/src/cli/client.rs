@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use url::Url;
 
 use super::Error;
+use crate::egress::https;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
@@ -36,12 +37,7 @@ impl Client {
         let base = Url::parse(&format!("{trimmed}/v1/")).map_err(|error| {
             Error::Other(format!("--url `{url}` is not a URL: {error}; write it as http://127.0.0.1:8080"))
         })?;
-        let builder = hyper_rustls::HttpsConnectorBuilder::new();
-        let builder = match hyper_rustls::HttpsConnectorBuilder::new().with_native_roots() {
-            Ok(builder) => builder,
-            Err(_) => builder.with_webpki_roots(),
-        };
-        let connector = builder.https_or_http().enable_http1().build();
+        let connector = https().https_or_http().enable_http1().build();
         Ok(Self { base, key, http: HyperClient::builder(TokioExecutor::new()).build(connector) })
     }
 

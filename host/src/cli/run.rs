@@ -63,7 +63,7 @@ impl Run {
         if !own_cache {
             settings.cache = user_cache();
         }
-        // Somebody's only batch gets every slot there is for its requests.
+        // What is wrong with plugins is told as a warning of our own.
         let level = if own_level { settings.log_level.as_str() } else { "warn,batchwright::plugin=off" };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
         let errors = self.errors.unwrap_or_else(|| errors_beside(&self.output));

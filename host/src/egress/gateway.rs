@@ -12,7 +12,8 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Incoming};
-use hyper_rustls::HttpsConnector;
+use hyper_rustls::builderstates::WantsSchemes;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -198,13 +199,7 @@ impl Gateway {
         }
         let dialer = Dialer { allow: self.allow.clone(), connect_timeout: self.bounds.connect_timeout };
         let made = tokio::task::spawn_blocking(move || {
-            let builder = hyper_rustls::HttpsConnectorBuilder::new();
-            // The system's certificates, so that an operator's own authority counts; a container may have none.
-            let builder = match hyper_rustls::HttpsConnectorBuilder::new().with_native_roots() {
-                Ok(builder) => builder,
-                Err(_) => builder.with_webpki_roots(),
-            };
-            client(builder.https_only().enable_all_versions().wrap_connector(dialer))
+            client(https().https_only().enable_all_versions().wrap_connector(dialer))
         });
         let made =
             made.await.map_err(|error| TransportError::new(Fault::Tls, format!("TLS cannot be set up: {error}.")))?;
@@ -269,6 +264,14 @@ impl Gateway {
     }
 }
 
+/// TLS with the system's certificates, so that an operator's own authority counts; a container may have none, and gets those of Mozilla.
+pub fn https() -> HttpsConnectorBuilder<WantsSchemes> {
+    match HttpsConnectorBuilder::new().with_native_roots() {
+        Ok(builder) => builder,
+        Err(_) => HttpsConnectorBuilder::new().with_webpki_roots(),
+    }
+}
+
 /// So many a minute, of which a second's share may come at once.
 fn quota(a_minute: NonZeroU32) -> Quota {
     let burst = NonZeroU32::new(a_minute.get() / 60).unwrap_or(NonZeroU32::MIN);
@@ -280,4 +283,19 @@ where
     C: hyper_util::client::legacy::connect::Connect + Clone,
 {
     Client::builder(TokioExecutor::new()).pool_idle_timeout(IDLE).pool_timer(TokioTimer::new()).build(connector)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_lets_a_seconds_share_through_at_once_and_no_more() {
+        for (a_minute, at_once) in [(1, 1), (60, 1), (300, 5)] {
+            let rate = RateLimiter::direct(quota(NonZeroU32::new(a_minute).unwrap()));
+            let let_through = (0..a_minute.min(20)).take_while(|_| rate.check().is_ok()).count();
+            // Filling up by one takes a fifth of a second at the quickest rate here.
+            assert!((at_once..=at_once + 1).contains(&let_through), "{let_through} of {a_minute}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 pub use allow::AllowList;
 pub use credentials::{Credential, Secrets};
-pub use gateway::{Admitted, Gateway};
+pub use gateway::{Admitted, Gateway, https};
 
 /// An exchange as an adapter asks for it: input like any other, not yet checked.
 #[derive(Debug)]

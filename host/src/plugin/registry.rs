@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::error::LoadError;
-use super::load::{Loader, hex, plugin_name};
+use super::load::{Loader, hex, plugin_name, read_component};
 use super::manifest::{Manifest, Source};
 use super::plugin::Plugin;
 use super::types::Kind;
@@ -288,7 +288,7 @@ fn fingerprint(file: &Path) -> String {
     digest.update(text.as_bytes());
     if let Ok(manifest) = Manifest::parse(file, &text) {
         let component = file.with_file_name("").join(&manifest.component);
-        digest.update(std::fs::read(component).unwrap_or_default());
+        digest.update(read_component(&component).unwrap_or_default());
         for source in manifest.credentials.values() {
             let secret = Source::parse(source).and_then(|source| source.read().ok());
             digest.update(secret.unwrap_or_default().as_bytes());
