@@ -72,9 +72,13 @@ class Stub(Process):
     def __init__(self, folder, name="stub"):
         super().__init__([STUB, "--name", name], folder / f"{name}.log")
 
-    def counts(self):
-        with urllib.request.urlopen(self.url + "/counts") as answer:
+    def ask(self, path):
+        with urllib.request.urlopen(self.url + path) as answer:
             return json.load(answer)
+
+    def counts(self):
+        """How often each prompt came."""
+        return {prompt: len(times) for prompt, times in self.ask("/arrivals").items()}
 
     def plugin(self, models, more=""):
         """A TOML file for the OpenAI adapter that points here."""

@@ -2,7 +2,7 @@
 
 import sqlite3
 
-from conftest import chat, wait_for
+from conftest import Stub, chat, wait_for
 
 FAST = ["--retry-backoff", "10ms", "--max-attempts", "4"]
 
@@ -102,6 +102,44 @@ def test_a_name_that_leads_to_a_metadata_address_is_refused(serve, stub):
     batch = server.run([chat("a", model="n")])
     _, (line,) = server.results(batch)
     assert line["error"]["code"] == "provider_unreachable"
+
+
+def test_a_stuck_provider_does_not_hold_up_the_batches_of_another(serve, stub, tmp_path):
+    other = Stub(tmp_path, "other")
+    settings = ["--max-concurrent-batches", "1", "--memory-budget", "1MiB", "--stop-grace", "50ms"]
+    server = serve(*settings, plugins={"stuck": stub.plugin(["s"]), "fine": other.plugin(["f"])})
+    try:
+        large = "x" * 5000
+        stuck = [
+            server.create([chat(str(number), f"!delay 600000 {number} {large}", model="s") for number in range(300)])
+            for _ in range(3)
+        ]
+        wait_for(lambda: len(stub.counts()) >= 40, what="the provider to be stuck")
+        batch = server.run([chat(str(number), f"{number} {large}", model="f") for number in range(300)])
+        assert batch.request_counts.completed == 300
+        # What waits for its turn is ended all the same.
+        assert server.client.batches.retrieve(stuck[2].id).status == "in_progress"
+        assert server.client.batches.cancel(stuck[2].id).status == "cancelling"
+        ended = server.ended(stuck[2].id, 10)
+        assert ended.status == "cancelled"
+        output, errors = server.results(ended)
+        assert output == [] and [line["custom_id"] for line in errors] == [str(number) for number in range(300)]
+    finally:
+        other.kill()
+
+
+def test_fewer_requests_are_sent_while_a_provider_answers_429_and_more_again_after(serve, stub):
+    server = serve("--retry-backoff", "20ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")})
+    stub.ask("/load?4")
+    batch = server.run([chat(str(number), f"!delay 10 {number}", model="m") for number in range(500)])
+    assert batch.request_counts.completed == 500
+    load = stub.ask("/load?1000")
+    # Thirty-two at once would have most requests refused, many times each.
+    assert load["most"] == 4 and 0 < load["refused"] < 250, load
+    batch = server.run([chat(str(number), f"!delay 10 {number} again", model="m") for number in range(1500)])
+    assert batch.request_counts.completed == 1500
+    load = stub.ask("/load")
+    assert load["refused"] == 0 and load["most"] >= 30, load
 
 
 def test_a_killed_server_goes_on_where_it_stopped_and_asks_nothing_twice(serve, stub):

@@ -1,5 +1,6 @@
 """What a user of the official Python SDK does all day."""
 
+import concurrent.futures
 import json
 import re
 import urllib.error
@@ -175,6 +176,43 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
     assert conflict.body["message"] == "Cannot cancel a batch with status 'completed'."
     assert conflict.response.headers["x-should-retry"] == "false"
     assert re.fullmatch(r"[0-9a-f]{32}", conflict.request_id)
+
+
+def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
+    file = server.upload([chat("a")])
+
+    def create(key="key 1", window="24h", **more):
+        headers = {"idempotency-key": key}
+        return server.client.batches.create(
+            input_file_id=file.id, endpoint=CHAT, completion_window=window, extra_headers=headers, **more
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        at_once = list(pool.map(lambda _: create(metadata={"a": "1", "b": "2"}).id, range(40)))
+    assert len(set(at_once)) == 1
+    server.ended(at_once[0])
+    again = create(metadata={"b": "2", "a": "1"})
+    assert again.id == at_once[0] and again.status == "completed"
+    in_body = server.client.batches.create(
+        input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"a": "1", "b": "2"},
+        extra_body={"idempotency_key": "key 1"},
+    )
+    assert in_body.id == at_once[0]
+    for other in [lambda: create(), lambda: create(metadata={"a": "2"})]:
+        with pytest.raises(openai.ConflictError) as caught:
+            other()
+        assert "conflict" in caught.value.message.lower() and caught.value.code == "idempotency_conflict"
+        assert caught.value.response.headers["x-should-retry"] == "false"
+    assert create("key 2").id != at_once[0]
+    for wrong in [{"key": ""}, {"key": "k" * 256}, {"extra_body": {"idempotency_key": "another"}}]:
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(**wrong)
+        assert caught.value.param == "idempotency_key"
+    # What was refused has not used up its key.
+    with pytest.raises(openai.BadRequestError):
+        create("key 3", window="1y")
+    create("key 3")
+    assert len(list(server.client.batches.list())) == 3
 
 
 def test_files_and_batches_are_listed_page_by_page(server):

@@ -4,11 +4,12 @@
 //! `!fail STATUS TIMES [RETRY_AFTER]` answers with the status that many times before it answers well; `!status STATUS` always;
 //! `!quota` is an account without money; `!delay MS` waits; `!html` answers 200 with a page; `!pretty` with many lines;
 //! `!headers` with the request's headers; `!close` cuts the connection; `!redirect URL` sends elsewhere; `!big BYTES` answers at length.
-//! `GET /counts` tells how often each prompt came.
+//! `GET /arrivals` tells when each prompt came, each time, in milliseconds since 1970. `GET /load` tells how many requests were under way at
+//! once at the most, and how many were refused, since it was last asked; `GET /load?N` has more than N at once refused with 429 from then on.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -25,7 +26,25 @@ struct Stub {
     name: String,
     /// Answers with the same bytes at once, for measuring.
     fast: bool,
-    counts: Mutex<HashMap<String, u64>>,
+    arrivals: Mutex<HashMap<String, Vec<u64>>>,
+    load: Mutex<Load>,
+}
+
+#[derive(Default)]
+struct Load {
+    now: u64,
+    most: u64,
+    refused: u64,
+    limit: Option<u64>,
+}
+
+/// A request under way.
+struct UnderWay<'a>(&'a Mutex<Load>);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).now -= 1;
+    }
 }
 
 type Answer = Result<Response<Full<Bytes>>, String>;
@@ -66,6 +85,18 @@ fn announce(line: &str) {
 }
 
 impl Stub {
+    /// Counts a request in, unless there are too many.
+    fn enter(&self) -> Option<UnderWay<'_>> {
+        let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
+        if load.limit.is_some_and(|limit| load.now >= limit) {
+            load.refused += 1;
+            return None;
+        }
+        load.now += 1;
+        load.most = load.most.max(load.now);
+        Some(UnderWay(&self.load))
+    }
+
     async fn answer(&self, request: Request<Incoming>) -> Answer {
         let path = request.uri().path().to_owned();
         let headers: Value = request
@@ -74,8 +105,15 @@ impl Stub {
             .map(|(name, value)| (name.to_string(), Value::from(String::from_utf8_lossy(value.as_bytes()))))
             .collect::<serde_json::Map<_, _>>()
             .into();
-        if path == "/counts" {
-            return Ok(reply(200, json!(*self.counts.lock().unwrap_or_else(PoisonError::into_inner)).to_string()));
+        if path == "/arrivals" {
+            return Ok(reply(200, json!(*self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)).to_string()));
+        }
+        if path == "/load" {
+            let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
+            let said = json!({"most": load.most, "refused": load.refused}).to_string();
+            let limit = request.uri().query().and_then(|query| query.parse().ok()).or(load.limit);
+            *load = Load { now: load.now, limit, ..Load::default() };
+            return Ok(reply(200, said));
         }
         let body = request.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
         if self.fast {
@@ -86,10 +124,14 @@ impl Stub {
         };
         let prompt = prompt(&body);
         let count = {
-            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = counts.entry(prompt.clone()).or_default();
-            *count += 1;
-            *count
+            let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            let times = arrivals.entry(prompt.clone()).or_default();
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            times.push(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+            times.len() as u64
+        };
+        let Some(_under_way) = self.enter() else {
+            return Ok(reply(429, error("too many at once", "rate_limit_exceeded")));
         };
         let well = answer_to(&path, &body, &format!("{}: {prompt}", self.name));
         let Some(order) = prompt.strip_prefix('!') else { return Ok(reply(200, well.to_string())) };

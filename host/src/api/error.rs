@@ -110,6 +110,9 @@ impl From<CreateError> for ApiError {
         match error {
             CreateError::Endpoint(_) => Self::invalid("endpoint", "invalid_value", message),
             CreateError::CompletionWindow { .. } => Self::invalid("completion_window", "invalid_value", message),
+            CreateError::Conflict(_) => {
+                Self::conflict(message).with_param("idempotency_key").with_code("idempotency_conflict")
+            }
             CreateError::Store(error) => error.into(),
         }
     }

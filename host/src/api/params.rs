@@ -54,16 +54,18 @@ impl Params {
         self.0.remove(name).filter(|value| !value.is_null())
     }
 
-    pub fn string(&mut self, name: &str) -> Result<String, ApiError> {
+    pub fn optional_string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.take(name) {
-            Some(Value::String(text)) => Ok(text),
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
             Some(other) => Err(wrong_type(name, "a string", &other)),
-            None => Err(ApiError::invalid(
-                name,
-                "missing_required_parameter",
-                format!("Missing required parameter: '{name}'."),
-            )),
         }
+    }
+
+    pub fn string(&mut self, name: &str) -> Result<String, ApiError> {
+        self.optional_string(name)?.ok_or_else(|| {
+            ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
+        })
     }
 
     /// Up to sixteen pairs of strings.

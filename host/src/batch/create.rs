@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{Batches, ENDPOINTS};
-use crate::store::{BatchRecord, Counts, Metadata, NewBatch, Status, StoreError, Times, TokenUsage};
+use crate::store::{
+    BatchRecord, Counts, Created, Idempotency, Metadata, NewBatch, Status, StoreError, Times, TokenUsage,
+};
 
 /// A batch as a client asks for it.
 #[derive(Debug)]
@@ -16,6 +19,18 @@ pub struct Request {
     pub metadata: Option<Metadata>,
     /// How long the output files are kept.
     pub output_lifetime: Option<Duration>,
+    /// The same key with the same parameters is the same batch.
+    pub idempotency_key: Option<String>,
+}
+
+impl Request {
+    /// A digest of everything but the key.
+    fn fingerprint(&self) -> [u8; 32] {
+        let lifetime = self.output_lifetime.map(|lifetime| lifetime.as_millis().to_string());
+        let parameters =
+            serde_json::json!([self.input_file_id, self.endpoint, self.completion_window, self.metadata, lifetime]);
+        Sha256::digest(parameters.to_string()).into()
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +39,8 @@ pub enum CreateError {
     Endpoint(String),
     #[error("Invalid value: '{given}'. Supported values are: {supported}.")]
     CompletionWindow { given: String, supported: String },
+    #[error("Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key.")]
+    Conflict(String),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -41,6 +58,8 @@ impl Batches {
             let supported = self.settings.completion_windows.to_string();
             return Err(CreateError::CompletionWindow { given: request.completion_window, supported });
         };
+        let fingerprint = request.fingerprint();
+        let idempotency = request.idempotency_key.map(|key| Idempotency { key, fingerprint });
         let created_at = self.clock.now();
         let new = NewBatch {
             id: format!("batch_{}", Uuid::new_v4().simple()),
@@ -52,8 +71,12 @@ impl Batches {
             expires_at: created_at.after(window),
             output_lifetime: request.output_lifetime,
         };
-        self.store.create_batch(tenant, new.clone()).await?;
-        self.work.notify_one();
+        let key = idempotency.as_ref().map(|idempotency| idempotency.key.clone());
+        match self.store.create_batch(tenant, new.clone(), idempotency).await? {
+            Created::New => self.work.notify_one(),
+            Created::Before(batch) => return Ok(*batch),
+            Created::Conflict => return Err(CreateError::Conflict(key.unwrap_or_default())),
+        }
         Ok(BatchRecord {
             new,
             status: Status::Validating,

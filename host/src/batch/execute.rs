@@ -37,7 +37,13 @@ type Recorded = (ResultRow, Share);
 
 impl Batches {
     /// Executes what has no result yet. Returns when everything has one, or early with the reason to stop.
-    pub(super) async fn execute(&self, claim: &Claim, batch: &BatchRecord, stop: &Arc<Stop>) -> Result<Option<Reason>> {
+    pub(super) async fn execute(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        provider: &str,
+        stop: &Arc<Stop>,
+    ) -> Result<Option<Reason>> {
         let context = Arc::new(Context {
             tenant: claim.tenant.clone(),
             endpoint: batch.new.endpoint.clone(),
@@ -54,7 +60,10 @@ impl Batches {
             // If this is given up, so is what it spawned.
             let _guard = kill.clone().drop_guard();
             let tasks = TaskTracker::new();
-            let read = self.send_out(claim, batch, stop, &Work { context, results, kill: &kill, tasks: &tasks }).await;
+            let work = Work { context, provider: provider.into(), results, kill: &kill, tasks: &tasks };
+            let read = self.send_out(claim, batch, stop, &work).await;
+            // The channel ends with the last of its senders.
+            drop(work);
             tasks.close();
             self.wait_for_all(stop, &tasks, &kill).await;
             read
@@ -80,7 +89,7 @@ impl Batches {
             }
             let permits = async {
                 let slot = window.clone().acquire_owned().await.ok();
-                (slot, self.memory.lines.take(bytes.len()).await)
+                (slot, self.memory.lines.take(&work.provider, bytes.len()).await)
             };
             let permits = tokio::select! {
                 biased;
@@ -160,6 +169,8 @@ impl Batches {
 /// What a batch's requests are spawned with.
 struct Work<'a> {
     context: Arc<Context>,
+    /// Whom they go to: what they share memory with.
+    provider: Arc<str>,
     results: mpsc::Sender<Recorded>,
     kill: &'a CancellationToken,
     tasks: &'a TaskTracker,

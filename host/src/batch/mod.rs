@@ -9,6 +9,7 @@ mod files;
 mod finalize;
 mod input;
 mod janitor;
+mod lanes;
 mod line;
 mod memory;
 mod request;
@@ -49,7 +50,7 @@ pub struct Batches {
     /// How to stop the batches that are being worked on here, by tenant and id.
     running: Mutex<HashMap<(String, String), Arc<Stop>>>,
     /// There may be a batch to work on.
-    work: Notify,
+    work: Arc<Notify>,
     /// There may be something to clear away.
     garbage: Notify,
     closing: CancellationToken,
@@ -73,7 +74,7 @@ impl Batches {
             settings,
             memory,
             running: Mutex::default(),
-            work: Notify::new(),
+            work: Arc::default(),
             garbage: Notify::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -118,6 +119,9 @@ impl Batches {
         let key = (tenant.to_owned(), id.to_owned());
         if let Some(stop) = self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             stop.because(Reason::Cancelled);
+        } else {
+            // It waits for a place; to be ended it need not wait any longer.
+            self.work.notify_one();
         }
         Ok(found)
     }

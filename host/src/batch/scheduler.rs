@@ -3,13 +3,13 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Batches;
+use super::lanes::{Lanes, Place};
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
-use crate::store::{BatchRecord, Claim, Finish, Result, Status, StoreError};
+use crate::store::{BatchRecord, Claim, Finish, Lane, Result, Status, StoreError};
 
 /// How long a claim holds without being renewed, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(30);
@@ -24,23 +24,24 @@ const LOOK: Duration = Duration::from_secs(5);
 impl Batches {
     /// Claims and runs batches until the server closes.
     pub(super) async fn schedule(self: Arc<Self>) {
-        let slots = Arc::new(Semaphore::new(self.settings.max_concurrent_batches.get().min(Semaphore::MAX_PERMITS)));
-        while let Some(Ok(slot)) = self.closing.run_until_cancelled(slots.clone().acquire_owned()).await {
+        let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), self.work.clone());
+        while !self.closing.is_cancelled() {
             let now = self.clock.now();
-            match self.store.claim(now, now.after(LEASE)).await {
-                Ok(Some(claim)) => {
+            let claimed = self.store.claim(now, now.after(LEASE), lanes.full()).await;
+            // A batch taken up from another lane may have taken the last place meanwhile.
+            let claimed = claimed.map(|claim| claim.map(|claim| (lanes.enter(claim.lane.clone()), claim)));
+            match claimed {
+                Ok(Some((Some(place), claim))) => {
                     let batches = self.clone();
-                    self.tasks.spawn(async move {
-                        let _slot = slot;
-                        batches.run(claim).await;
-                        batches.work.notify_one();
-                    });
+                    self.tasks.spawn(async move { batches.run(claim, place).await });
+                }
+                Ok(Some((None, claim))) => {
+                    self.store.release(&claim, now).await.ok();
                 }
                 found => {
                     if let Err(error) = found {
                         tracing::error!("no batch can be claimed: {error}");
                     }
-                    drop(slot);
                     let hint = async {
                         tokio::select! {
                             () = self.work.notified() => {}
@@ -53,7 +54,7 @@ impl Batches {
         }
     }
 
-    async fn run(self: &Arc<Self>, claim: Claim) {
+    async fn run(self: &Arc<Self>, claim: Claim, place: Place) {
         let key = (claim.tenant.clone(), claim.batch_id.clone());
         let stop = Arc::new(Stop::default());
         self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), stop.clone());
@@ -61,7 +62,7 @@ impl Batches {
             stop.because(Reason::Shutdown);
         }
         let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().keep(claim.clone())));
-        let lived = self.live(&claim, &stop).await;
+        let lived = self.live(&claim, place, &stop).await;
         self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
         let batch = claim.batch_id.as_str();
         match lived {
@@ -85,7 +86,7 @@ impl Batches {
     }
 
     /// Takes a batch from wherever it is to its end, or to where it was told to stop.
-    async fn live(&self, claim: &Claim, stop: &Arc<Stop>) -> Result<()> {
+    async fn live(&self, claim: &Claim, mut place: Place, stop: &Arc<Stop>) -> Result<()> {
         let Some(mut batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
         tracing::info!(batch = claim.batch_id, tenant = claim.tenant, status = batch.status.as_str(), "batch taken up");
         let expires_at = batch.new.expires_at;
@@ -97,17 +98,23 @@ impl Batches {
         let living = async {
             if batch.status == Status::Cancelling {
                 stop.because(Reason::Cancelled);
+            } else if self.clock.now() >= expires_at {
+                stop.because(Reason::Expired);
             }
             if batch.times.in_progress_at.is_none() {
-                match self.begin(claim, &batch, stop).await? {
-                    Some(begun) => batch = begun,
-                    None => return Ok(()),
+                let Some(lane) = self.begin(claim, &batch, stop).await? else { return Ok(()) };
+                match place.move_to(lane) {
+                    Some(next) => place = next,
+                    // It goes on, as the oldest, when one of those that wait for the same provider is done.
+                    None => return self.store.release(claim, self.clock.now()).await,
                 }
+                let Some(begun) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
+                batch = begun;
             }
             let stopped = match batch.status {
                 // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
                 Status::Finalizing => (!batch.counts.is_whole()).then_some(Reason::Expired),
-                _ => self.execute(claim, &batch, stop).await?,
+                _ => self.execute(claim, &batch, place.provider(), stop).await?,
             };
             if stopped.is_none() && !self.is_whole(claim).await? {
                 return Err(StoreError::Incomplete);
@@ -143,8 +150,8 @@ impl Batches {
         Ok(batch.is_none_or(|batch| batch.counts.is_whole()))
     }
 
-    /// Validates a batch. None if that was its end, or if it was told to stop.
-    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<Option<BatchRecord>> {
+    /// Validates a batch, and says where it goes on. None if that was its end, or if it was told to stop.
+    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<Option<Lane>> {
         let verdict = tokio::select! {
             biased;
             () = stop.asked() => None,
@@ -152,9 +159,10 @@ impl Batches {
         };
         let at = self.clock.now();
         match verdict {
-            Some(Verdict::Good { total, model }) => {
-                self.store.start_execution(claim, total, model, at).await?;
-                self.store.batch(&claim.tenant, &claim.batch_id).await
+            Some(Verdict::Good(found)) => {
+                let lane = Lane::Execute(found.provider.clone());
+                self.store.start_execution(claim, found, at).await?;
+                Ok(Some(lane))
             }
             Some(Verdict::Bad(errors)) => self.store.fail(claim, errors, at).await.map(|()| None),
             None => {

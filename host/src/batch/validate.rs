@@ -1,6 +1,6 @@
 //! Validation: the whole input file, in pieces, judged side by side by the host's rules and by every validator.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::input::{InputLine, Lines};
 use super::line::RequestLine;
 use crate::plugin::types::{BatchContext, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
-use crate::store::{BatchError, BatchRecord, Claim, Result};
+use crate::store::{BatchError, BatchRecord, Claim, Result, Validated};
 
 /// What is judged in one piece: lines, or bytes if those are reached first.
 const PIECE_LINES: usize = 1000;
@@ -20,11 +20,7 @@ const PIECE_BYTES: usize = 256 << 10;
 
 /// What validation found.
 pub enum Verdict {
-    /// How many requests there are, and the model of all of them if it is one.
-    Good {
-        total: u64,
-        model: Option<String>,
-    },
+    Good(Validated),
     Bad(Vec<BatchError>),
 }
 
@@ -41,6 +37,8 @@ struct Judge {
 struct Judged {
     requests: Vec<Known>,
     violations: Vec<Violation>,
+    /// The plugins that its requests go to.
+    providers: BTreeSet<String>,
 }
 
 /// What rules across lines need to know of a line.
@@ -169,8 +167,8 @@ impl Judge {
             }
             violations.extend(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
-        self.judge_models(&requests, &mut violations);
-        Ok(Judged { requests, violations })
+        let providers = self.judge_models(&requests, &mut violations);
+        Ok(Judged { requests, violations, providers })
     }
 
     fn know(&self, number: u64, text: &str) -> Known {
@@ -184,8 +182,9 @@ impl Judge {
         }
     }
 
-    /// The host's own rules for a line: it can be executed, and there is a plugin for its model.
-    fn judge_models(&self, requests: &[Known], violations: &mut Vec<Violation>) {
+    /// The host's own rules for a line: it can be executed, and there is a plugin for its model. Returns the plugins' names.
+    fn judge_models(&self, requests: &[Known], violations: &mut Vec<Violation>) -> BTreeSet<String> {
+        let mut providers = BTreeSet::new();
         let faulty: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
         // What a line says of another endpoint is not held against it here.
         let elsewhere: HashSet<u64> = violations
@@ -198,7 +197,11 @@ impl Judge {
                 Some(_) if elsewhere.contains(&request.line) => {}
                 Some(model) => {
                     let route = self.plugins.route(&self.tenant, model);
-                    if !route.is_some_and(|route| route.plugin.handles(&self.batch.endpoint)) {
+                    if let Some(route) = route.filter(|route| route.plugin.handles(&self.batch.endpoint)) {
+                        if !providers.contains(&route.plugin.name) {
+                            providers.insert(route.plugin.name.clone());
+                        }
+                    } else {
                         let shown: String = model.chars().take(200).collect();
                         let message = format!(
                             "The provided model '{shown}' is not supported by the Batch API: it does not exist or is not supported"
@@ -219,6 +222,7 @@ impl Judge {
                 violations.push(violation(request.line, "invalid_request", message, Some("custom_id")));
             }
         }
+        providers
     }
 }
 
@@ -233,6 +237,7 @@ struct Whole {
     seen: HashMap<u128, u64>,
     /// None as long as there was no line, then the model of all lines so far, or none again.
     model: Option<Option<String>>,
+    providers: BTreeSet<String>,
     errors: Vec<BatchError>,
     most_errors: usize,
     unlisted: u64,
@@ -245,13 +250,15 @@ impl Whole {
             most_requests,
             seen: HashMap::new(),
             model: None,
+            providers: BTreeSet::new(),
             errors: Vec::new(),
             most_errors,
             unlisted: 0,
         }
     }
 
-    fn add(&mut self, piece: Judged) {
+    fn add(&mut self, mut piece: Judged) {
+        self.providers.append(&mut piece.providers);
         let mut violations = piece.violations;
         for request in piece.requests {
             self.total = self.total.saturating_add(1);
@@ -301,7 +308,8 @@ impl Whole {
             self.errors.push(of_file("too_many_errors", message));
         }
         if self.errors.is_empty() {
-            Verdict::Good { total: self.total, model: self.model.flatten() }
+            let provider = self.providers.into_iter().collect::<Vec<_>>().join(" ");
+            Verdict::Good(Validated { total: self.total, model: self.model.flatten(), provider })
         } else {
             Verdict::Bad(self.errors)
         }

@@ -191,6 +191,7 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -
         completion_window: "24h".into(),
         metadata: None,
         output_lifetime: None,
+        idempotency_key: None,
     };
     let batch = batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
     Ok(batch.new.id)

@@ -92,7 +92,7 @@ settings! {
     /// How long an input file is kept that names no time of its own [default: 30d]
     "Limits" "TIME" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
 
-    /// Batches validated or executed at a time [default: 16]
+    /// Batches executed at a time of those that go to one provider; also batches validated, and finished, at a time [default: 16]
     "Execution" "N" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
     /// Requests of one batch under way at a time [default: 256]
     "Execution" "N" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
@@ -100,8 +100,8 @@ settings! {
     "Execution" "SIZE" memory_budget: Size = Size::mib(64), "BATCHWRIGHT_MEMORY_BUDGET";
     /// Time that requests in flight are given when their batch is cancelled or expires [default: 10s]
     "Execution" "TIME" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
-    /// Attempts at a request, the first one included [default: 8]
-    "Execution" "N" max_attempts: NonZeroUsize = at_least_one(8), "BATCHWRIGHT_MAX_ATTEMPTS";
+    /// Attempts at a request, the first one included [default: 10]
+    "Execution" "N" max_attempts: NonZeroUsize = at_least_one(10), "BATCHWRIGHT_MAX_ATTEMPTS";
     /// Time after which a request is not tried again [default: 1h]
     "Execution" "TIME" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
     /// Pause before the second attempt; it doubles with each further one [default: 500ms]

@@ -16,11 +16,11 @@ use hyper_rustls::builderstates::WantsSchemes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use url::Url;
 
 use super::dial::Dialer;
+use super::throttle::{Admitted, Throttle};
 use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, TransportError};
 
 /// How long a connection that nobody uses stays open.
@@ -47,15 +47,12 @@ pub struct Gateway {
     allow: Arc<AllowList>,
     secrets: Secrets,
     bounds: Bounds,
-    permits: Semaphore,
+    throttle: Throttle,
     rate: Option<DefaultDirectRateLimiter>,
     clients: Mutex<HashMap<String, Arc<Clients>>>,
     /// The last URL that passed the checks: adapters mostly use one.
     last_checked: ArcSwapOption<(String, Uri)>,
 }
-
-/// The right to one exchange.
-pub struct Admitted<'a>(#[expect(dead_code, reason = "held, not read")] Option<SemaphorePermit<'a>>);
 
 /// The connections of one tenant. TLS is set up when it is first asked for: reading the system's certificates takes a while.
 struct Clients {
@@ -68,7 +65,7 @@ impl Gateway {
         Self {
             allow: Arc::new(allow),
             secrets,
-            permits: Semaphore::new(bounds.concurrency.min(Semaphore::MAX_PERMITS)),
+            throttle: Throttle::new(bounds.concurrency),
             rate: bounds.requests_per_minute.map(|number| RateLimiter::direct(quota(number))),
             bounds,
             clients: Mutex::default(),
@@ -79,13 +76,13 @@ impl Gateway {
     /// Waits until the plugin's rate and concurrency permit an exchange.
     pub async fn admit(&self) -> Admitted<'_> {
         self.until_rate_permits().await;
-        Admitted(self.permits.acquire().await.ok())
+        self.throttle.admit().await
     }
 
     /// Performs an exchange, with everything that stands between a guest and the network.
     pub async fn send(
         &self,
-        _admitted: Admitted<'_>,
+        admitted: Admitted<'_>,
         tenant: &str,
         request: HttpRequest,
     ) -> Result<HttpResponse, TransportError> {
@@ -93,13 +90,15 @@ impl Gateway {
         let request = self.prepare(uri, request)?;
         let clients = self.clients(tenant);
         let exchange = self.exchange(&clients, request);
-        timeout(self.bounds.exchange_timeout, exchange).await.unwrap_or_else(|_| {
+        let response = timeout(self.bounds.exchange_timeout, exchange).await.unwrap_or_else(|_| {
             let limit = self.bounds.exchange_timeout;
             Err(TransportError::new(
                 Fault::Timeout,
                 format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
             ))
-        })
+        })?;
+        admitted.answered(response.status);
+        Ok(response)
     }
 
     /// Normalises a URL and holds it against the allow-list.

@@ -8,12 +8,14 @@ mod allow;
 mod credentials;
 mod dial;
 mod gateway;
+mod throttle;
 
 use std::time::Duration;
 
 pub use allow::AllowList;
 pub use credentials::{Credential, Secrets};
-pub use gateway::{Admitted, Gateway, https};
+pub use gateway::{Gateway, https};
+pub use throttle::Admitted;
 
 /// An exchange as an adapter asks for it: input like any other, not yet checked.
 #[derive(Debug)]

@@ -175,6 +175,24 @@ pub struct NewBatch {
     pub output_lifetime: Option<Duration>,
 }
 
+/// A key that a client sends with a creation, so that it can be repeated.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    pub key: String,
+    /// A digest of the parameters: the same key with others is a conflict.
+    pub fingerprint: [u8; 32],
+}
+
+/// What the creation of a batch came to.
+#[derive(Debug)]
+pub enum Created {
+    New,
+    /// The batch that was made before with the same key and parameters.
+    Before(Box<BatchRecord>),
+    /// The key was used before, with other parameters.
+    Conflict,
+}
+
 #[derive(Clone, Debug)]
 pub struct BatchRecord {
     pub new: NewBatch,
@@ -188,11 +206,24 @@ pub struct BatchRecord {
     pub usage: TokenUsage,
 }
 
+/// What has to be done for a batch next. Batches of one lane compete for a place, those of different lanes do not: what waits for a
+/// provider must not hold up what waits for another, or for none.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    Validate,
+    /// Its requests go to this provider, or to this set of them.
+    Execute(String),
+    /// Nothing is to be sent any more.
+    Finish,
+}
+
 /// The right to work on a batch until the lease ends or is taken over.
 #[derive(Clone, Debug)]
 pub struct Claim {
     pub tenant: String,
     pub batch_id: String,
+    /// Where it stood when it was claimed.
+    pub lane: Lane,
     tenant_key: i64,
     batch_key: i64,
     fence: i64,
@@ -215,6 +246,16 @@ pub struct ResultRow {
     pub ending: Ending,
     pub payload: Vec<u8>,
     pub usage: TokenUsage,
+}
+
+/// What validation found out about a batch that it let through.
+#[derive(Clone, Debug)]
+pub struct Validated {
+    pub total: u64,
+    /// The model of all requests, if it is one.
+    pub model: Option<String>,
+    /// See [`Lane::Execute`].
+    pub provider: String,
 }
 
 /// How a batch ends.
@@ -250,14 +291,15 @@ pub trait Store: Send + Sync {
     /// Forgets a file whose bytes are gone.
     async fn forget_file(&self, tenant: &str, id: &str) -> Result<()>;
 
-    async fn create_batch(&self, tenant: &str, new: NewBatch) -> Result<()>;
+    /// One creation for one idempotency key, also when two come at once.
+    async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created>;
     async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
     /// Newest first.
     async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>>;
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
 
-    /// The oldest batch that has not ended and that nobody holds; never one that this process holds itself.
-    async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
+    /// The oldest batch that has not ended and that nobody holds, in none of the `full` lanes; never one that this process holds itself.
+    async fn claim(&self, now: Timestamp, until: Timestamp, full: Vec<Lane>) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
     /// Gives a batch back; nobody takes it up before `until`.
     async fn release(&self, claim: &Claim, until: Timestamp) -> Result<()>;
@@ -266,7 +308,7 @@ pub trait Store: Send + Sync {
     /// `Validating` to `Failed`.
     async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()>;
     /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts.
-    async fn start_execution(&self, claim: &Claim, total: u64, model: Option<String>, at: Timestamp) -> Result<()>;
+    async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
     /// Adds results, and counts them, all at once. A line that has a result keeps the first.
     async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()>;
     /// Lines that have a result, in order, beyond `after`.

@@ -5,7 +5,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
-    BatchError, BatchRecord, Cancel, Counts, NewBatch, Page, Paged, Result, Status, StoreError, Times, TokenUsage,
+    BatchError, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, Status, StoreError,
+    Times, TokenUsage,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
@@ -77,7 +78,33 @@ fn errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchE
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
 }
 
-pub fn insert(connection: &Connection, tenant: i64, new: &NewBatch) -> Result<()> {
+/// Makes a batch, unless the key came before: the index on keys is what decides between two at once.
+pub fn create(
+    connection: &Connection,
+    tenant: i64,
+    new: &NewBatch,
+    idempotency: Option<&Idempotency>,
+) -> Result<Created> {
+    if insert(connection, tenant, new, idempotency)? {
+        return Ok(Created::New);
+    }
+    let key = idempotency.map(|idempotency| &idempotency.key);
+    let sql = format!("SELECT {COLUMNS}, fingerprint FROM batches WHERE tenant = ?1 AND idempotency_key = ?2");
+    let (batch, mut record, fingerprint) = connection
+        .query_row(&sql, params![tenant, key], |row| {
+            let (batch, record) = from_row(row)?;
+            Ok((batch, record, row.get::<_, Vec<u8>>("fingerprint")?))
+        })
+        .map_err(explain)?;
+    if idempotency.is_none_or(|idempotency| idempotency.fingerprint.as_slice() != fingerprint) {
+        return Ok(Created::Conflict);
+    }
+    record.errors = errors(connection, tenant, batch)?;
+    Ok(Created::Before(Box::new(record)))
+}
+
+/// Whether it was made; not if the key was used before.
+fn insert(connection: &Connection, tenant: i64, new: &NewBatch, idempotency: Option<&Idempotency>) -> Result<bool> {
     let metadata = new
         .metadata
         .as_ref()
@@ -85,17 +112,20 @@ pub fn insert(connection: &Connection, tenant: i64, new: &NewBatch) -> Result<()
         .transpose()
         .map_err(|error| StoreError::Database(error.to_string()))?;
     let lifetime = new.output_lifetime.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
-    connection
+    let (key, fingerprint) = idempotency.map(|given| (&given.key, given.fingerprint)).unzip();
+    let made = connection
         .execute(
             "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at,
-             output_lifetime, status) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating')",
+             output_lifetime, status, idempotency_key, fingerprint)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?10, ?11)
+             ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
             params![
                 tenant, new.id, new.endpoint, new.input_file_id, new.completion_window, metadata,
-                new.created_at.as_millis(), new.expires_at.as_millis(), lifetime
+                new.created_at.as_millis(), new.expires_at.as_millis(), lifetime, key, fingerprint
             ],
         )
         .map_err(explain)?;
-    Ok(())
+    Ok(made == 1)
 }
 
 pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {

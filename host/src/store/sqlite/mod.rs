@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
-    BatchError, BatchRecord, Cancel, Claim, FileQuery, FileRecord, Finish, NewBatch, Paged, Result, ResultRow, Store,
-    StoreError,
+    BatchError, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Lane, NewBatch, Paged,
+    Result, ResultRow, Store, StoreError, Validated,
 };
 use crate::clock::Timestamp;
 use connection::{Readers, Writer};
@@ -143,9 +143,13 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| files::forget(connection, &tenant, &id)).await
     }
 
-    async fn create_batch(&self, tenant: &str, new: NewBatch) -> Result<()> {
+    async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created> {
         let tenant = tenant.to_owned();
-        self.writer.write(move |connection| batches::insert(connection, make_tenant(connection, &tenant)?, &new)).await
+        self.writer
+            .write(move |connection| {
+                batches::create(connection, make_tenant(connection, &tenant)?, &new, idempotency.as_ref())
+            })
+            .await
     }
 
     async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
@@ -163,9 +167,9 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| batches::request_cancel(connection, &tenant, &id, now)).await
     }
 
-    async fn claim(&self, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+    async fn claim(&self, now: Timestamp, until: Timestamp, full: Vec<Lane>) -> Result<Option<Claim>> {
         let owner = self.owner.clone();
-        self.writer.write(move |connection| work::claim(connection, &owner, now, until)).await
+        self.writer.write(move |connection| work::claim(connection, &owner, now, until, &full)).await
     }
 
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
@@ -188,11 +192,9 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::fail(connection, &claim, &errors, at)).await
     }
 
-    async fn start_execution(&self, claim: &Claim, total: u64, model: Option<String>, at: Timestamp) -> Result<()> {
+    async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()> {
         let claim = claim.clone();
-        self.writer
-            .write(move |connection| work::start_execution(connection, &claim, total, model.as_deref(), at))
-            .await
+        self.writer.write(move |connection| work::start_execution(connection, &claim, &found, at)).await
     }
 
     async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()> {

@@ -94,8 +94,17 @@ CREATE TABLE results (
 ) STRICT, WITHOUT ROWID;
 ";
 
+const SECOND: &str = "
+-- What the client called this creation, and a digest of its parameters.
+ALTER TABLE batches ADD COLUMN idempotency_key TEXT;
+ALTER TABLE batches ADD COLUMN fingerprint BLOB;
+CREATE UNIQUE INDEX batches_idempotency ON batches (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL;
+-- Whom its requests go to, once that is known: batches compete for a place with those that go to the same.
+ALTER TABLE batches ADD COLUMN provider TEXT NOT NULL DEFAULT '';
+";
+
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST)])
+    Migrations::new(vec![M::up(FIRST), M::up(SECOND)])
 }
 
 #[cfg(test)]

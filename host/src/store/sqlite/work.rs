@@ -2,36 +2,65 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::super::{BatchError, Claim, Ending, Finish, Result, ResultRow, StoreError, TokenUsage};
+use super::super::{BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, StoreError, TokenUsage, Validated};
 use super::{explain, files, loaded, stored};
 use crate::clock::Timestamp;
 
 /// A lease that has lapsed may be taken over, but never by whoever holds it: a clock that jumps must not make one process work on a batch
 /// twice.
-pub fn claim(connection: &Connection, owner: &str, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+pub fn claim(
+    connection: &Connection,
+    owner: &str,
+    now: Timestamp,
+    until: Timestamp,
+    full: &[Lane],
+) -> Result<Option<Claim>> {
     let mut statement = connection
         .prepare_cached(
             "UPDATE batches SET owner = ?3, lease_until = ?2, fence = fence + 1 WHERE key = (
                  SELECT key FROM batches
                  WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND lease_until <= ?1
                  AND owner IS NOT ?3
+                 AND CASE
+                     WHEN status = 'validating' THEN 'validate'
+                     WHEN status = 'in_progress' AND expires_at > ?1 THEN 'execute ' || provider
+                     ELSE 'finish'
+                 END NOT IN (SELECT value FROM json_each(?4))
                  ORDER BY key LIMIT 1
              )
-             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant)",
+             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
+             status, expires_at > ?1, provider",
         )
         .map_err(explain)?;
+    let full: Vec<String> = full.iter().map(lane_key).collect();
+    let full = serde_json::to_string(&full).map_err(|error| StoreError::Database(error.to_string()))?;
     statement
-        .query_row(params![now.as_millis(), until.as_millis(), owner], |row| {
+        .query_row(params![now.as_millis(), until.as_millis(), owner, full], |row| {
+            let (status, in_time): (String, bool) = (row.get(5)?, row.get(6)?);
             Ok(Claim {
                 tenant_key: row.get(0)?,
                 batch_key: row.get(1)?,
                 fence: row.get(2)?,
                 batch_id: row.get(3)?,
                 tenant: row.get(4)?,
+                lane: match status.as_str() {
+                    "validating" => Lane::Validate,
+                    "in_progress" if in_time => Lane::Execute(row.get(7)?),
+                    _ => Lane::Finish,
+                },
             })
         })
         .optional()
         .map_err(explain)
+}
+
+/// A lane as the query above has it.
+fn lane_key(lane: &Lane) -> String {
+    match lane {
+        Lane::Validate => "validate".into(),
+        Lane::Execute(provider) => format!("execute {provider}"),
+        Lane::Finish => "finish".into(),
+    }
 }
 
 /// Runs a statement whose first three parameters are the claim's; it must change the batch's row.
@@ -82,20 +111,14 @@ pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: T
     Ok(())
 }
 
-pub fn start_execution(
-    connection: &Connection,
-    claim: &Claim,
-    total: u64,
-    model: Option<&str>,
-    at: Timestamp,
-) -> Result<()> {
+pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated, at: Timestamp) -> Result<()> {
     change(
         connection,
         claim,
         "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
-         total = ?5, model = ?6, has_results = 1",
-        &[&at.as_millis(), &stored(total), &model],
+         total = ?5, model = ?6, provider = ?7, has_results = 1",
+        &[&at.as_millis(), &stored(found.total), &found.model, &found.provider],
     )
 }
 
