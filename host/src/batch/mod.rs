@@ -16,6 +16,8 @@ mod request;
 mod result_line;
 mod scheduler;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod validate;
 
 use std::collections::HashMap;

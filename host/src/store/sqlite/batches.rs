@@ -116,8 +116,11 @@ fn insert(connection: &Connection, tenant: i64, new: &NewBatch, idempotency: Opt
     let made = connection
         .execute(
             "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at,
-             output_lifetime, status, idempotency_key, fingerprint)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?10, ?11)
+             output_lifetime, status, idempotency_key, fingerprint, input_file)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?10, ?11, (
+                 SELECT key FROM files WHERE tenant = ?1 AND id = ?4
+                 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?7)
+             ))
              ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
             params![
                 tenant, new.id, new.endpoint, new.input_file_id, new.completion_window, metadata,

@@ -49,10 +49,8 @@ pub fn get(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> R
 /// The input file of a batch, as it was when the batch was created.
 pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRecord>> {
     let sql = "SELECT files.id, bytes, files.created_at, files.expires_at, filename, purpose
-        FROM batches JOIN files ON files.tenant = batches.tenant AND files.id = batches.input_file_id
-        WHERE batches.tenant = ?1 AND batches.key = ?2
-        AND (deleted_at IS NULL OR deleted_at > batches.created_at)
-        AND (files.expires_at IS NULL OR files.expires_at > batches.created_at)";
+        FROM batches JOIN files ON files.tenant = batches.tenant AND files.key = batches.input_file
+        WHERE batches.tenant = ?1 AND batches.key = ?2";
     connection
         .prepare_cached(sql)
         .and_then(|mut statement| statement.query_row(params![claim.tenant_key, claim.batch_key], from_row).optional())
@@ -113,7 +111,7 @@ pub fn garbage(connection: &Connection, now: Timestamp, limit: usize) -> Result<
             "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
              WHERE (files.deleted_at IS NOT NULL OR files.expires_at <= ?1)
              AND NOT EXISTS (
-                 SELECT 1 FROM batches WHERE batches.tenant = files.tenant AND batches.input_file_id = files.id
+                 SELECT 1 FROM batches WHERE batches.input_file = files.key
                  AND batches.status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
              ) LIMIT ?2",
         )

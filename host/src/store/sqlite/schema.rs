@@ -101,6 +101,16 @@ ALTER TABLE batches ADD COLUMN fingerprint BLOB;
 CREATE UNIQUE INDEX batches_idempotency ON batches (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL;
 -- Whom its requests go to, once that is known: batches compete for a place with those that go to the same.
 ALTER TABLE batches ADD COLUMN provider TEXT NOT NULL DEFAULT '';
+-- The key of the input file, if it was there when the batch was created. It outlives the file.
+ALTER TABLE batches ADD COLUMN input_file INTEGER;
+UPDATE batches SET input_file = (
+    SELECT files.key FROM files WHERE files.tenant = batches.tenant AND files.id = batches.input_file_id
+    AND (deleted_at IS NULL OR deleted_at > batches.created_at)
+    AND (files.expires_at IS NULL OR files.expires_at > batches.created_at)
+) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+DROP INDEX batches_input;
+CREATE INDEX batches_reading ON batches (input_file)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
 pub fn migrations() -> Migrations<'static> {

@@ -1,0 +1,209 @@
+//! The life of batches from within: a real database, real components and a real provider, under a clock that is turned.
+//!
+//! What a client sees over HTTP is tested from outside, in `tests`.
+
+mod clock;
+mod events;
+mod lines;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use proptest::test_runner::Config as ProptestConfig;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{Batches, NewFile, Request};
+use crate::clock::Clock;
+use crate::config::{Given, Settings};
+use crate::plugin::{Loader, Registry};
+use crate::store::{BatchRecord, Blobs, FileRecord, SqliteStore};
+
+const TENANT: &str = "default";
+const CHAT: &str = "/v1/chat/completions";
+
+/// Compiled once for all tests.
+static CACHE: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().unwrap());
+
+/// What `cargo xtask build` made.
+fn built(path: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let built = path.strip_prefix("target/").map_or_else(|| root.join(path), |path| target.join(path));
+    assert!(built.exists(), "{} is missing; run `cargo xtask build` first", built.display());
+    built
+}
+
+/// A provider of its own process.
+struct Stub {
+    child: Child,
+    url: String,
+}
+
+impl Stub {
+    fn start() -> Self {
+        let mut child = Command::new(built("target/release/stub-provider")).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { child, url: line.trim().rsplit(' ').next().unwrap().to_owned() }
+    }
+
+    /// How often each prompt came.
+    async fn counts(&self) -> std::collections::BTreeMap<String, usize> {
+        let connector = hyper_util::client::legacy::connect::HttpConnector::new();
+        let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+            .build::<_, http_body_util::Empty<Bytes>>(connector);
+        let answer = client.get(format!("{}/arrivals", self.url).parse().unwrap()).await.unwrap();
+        let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
+        let arrivals: std::collections::BTreeMap<String, Vec<u64>> = serde_json::from_slice(&body).unwrap();
+        arrivals.into_iter().map(|(prompt, times)| (prompt, times.len())).collect()
+    }
+}
+
+impl Drop for Stub {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// A server without its HTTP side, and all it needs: models `m` of a provider and `echo`.
+struct House {
+    folder: TempDir,
+    stub: Stub,
+    clock: Clock,
+    settings: String,
+    running: Option<Arc<Batches>>,
+}
+
+impl House {
+    /// Settings are given as in a config file.
+    async fn new(settings: &str, limits: &str) -> Self {
+        let (folder, stub) = (TempDir::new().unwrap(), Stub::start());
+        let plugins = folder.path().join("plugins");
+        std::fs::create_dir(&plugins).unwrap();
+        for file in
+            ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm", "standard.toml", "echo.toml"]
+        {
+            std::fs::copy(built("dist/plugins").join(file), plugins.join(file)).unwrap();
+        }
+        let text = format!(
+            "component = \"inference-openai.wasm\"\nmodels = [\"m\"]\n[settings]\nbase_url = \"{}/v1\"\n[limits]\n{limits}\n",
+            stub.url
+        );
+        std::fs::write(plugins.join("provider.toml"), text).unwrap();
+        let mut house = Self { folder, stub, clock: Clock::system(), settings: settings.into(), running: None };
+        house.start().await;
+        house
+    }
+
+    async fn start(&mut self) {
+        let given: Given = toml::from_str(&self.settings).unwrap();
+        let mut settings = Settings::resolve(given, None).unwrap();
+        settings.data = self.folder.path().join("data");
+        let loader = Loader::new(CACHE.path(), self.clock.clone()).unwrap();
+        let registry = Registry::open(&self.folder.path().join("plugins"), loader).await.unwrap();
+        let store = eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
+        let blobs = Blobs::local(&settings.data.join("objects")).unwrap();
+        let batches = Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings);
+        batches.start();
+        self.running = Some(batches);
+    }
+
+    async fn restart(&mut self) {
+        if let Some(running) = self.running.take() {
+            running.close().await;
+        }
+        self.start().await;
+    }
+
+    fn batches(&self) -> &Batches {
+        self.running.as_ref().unwrap()
+    }
+
+    async fn upload(&self, bytes: &[u8], lifetime: Option<Duration>) -> FileRecord {
+        let mut upload = self.batches().upload(TENANT);
+        upload.write(Bytes::copy_from_slice(bytes)).await.unwrap();
+        let new = NewFile { filename: "in.jsonl".into(), purpose: "batch".into(), lifetime };
+        upload.finish(new).await.unwrap()
+    }
+
+    async fn create_of(&self, file: &FileRecord, output_lifetime: Option<Duration>) -> String {
+        let request = Request {
+            input_file_id: file.id.clone(),
+            endpoint: CHAT.into(),
+            completion_window: "24h".into(),
+            metadata: None,
+            output_lifetime,
+            idempotency_key: None,
+        };
+        self.batches().create(TENANT, request).await.unwrap().new.id
+    }
+
+    async fn create(&self, lines: &[Value]) -> String {
+        let file = self.upload(&jsonl(lines), None).await;
+        self.create_of(&file, None).await
+    }
+
+    async fn batch(&self, id: &str) -> BatchRecord {
+        self.batches().get(TENANT, id).await.unwrap().unwrap()
+    }
+
+    async fn until(&self, id: &str, what: &str, condition: impl Fn(&BatchRecord) -> bool) -> BatchRecord {
+        eventually(what, async || Some(self.batch(id).await).filter(&condition)).await
+    }
+
+    async fn ended(&self, id: &str) -> BatchRecord {
+        self.until(id, "the end of the batch", |batch| batch.status.is_final()).await
+    }
+
+    /// The lines of a file of results; none if there is no file.
+    async fn results(&self, id: Option<&String>) -> Vec<Value> {
+        let Some(id) = id else { return Vec::new() };
+        let pieces: Vec<Bytes> = self.batches().content(TENANT, id, None).await.unwrap().try_collect().await.unwrap();
+        let text = String::from_utf8(pieces.concat()).unwrap();
+        assert!(text.ends_with('\n'));
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// So many cases of a property, or as many as PROPTEST_CASES says.
+fn cases(number: u32) -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(number);
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// Asks until there is an answer: for what happens at once, but on another thread or in another process.
+async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn chat(custom_id: &str, model: &str, prompt: &str) -> Value {
+    let body = json!({"model": model, "messages": [{"role": "user", "content": prompt}]});
+    json!({"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body})
+}
+
+fn jsonl(lines: &[Value]) -> Vec<u8> {
+    lines.iter().flat_map(|line| format!("{line}\n").into_bytes()).collect()
+}
+
+fn custom_ids(lines: &[Value]) -> Vec<&str> {
+    lines.iter().map(|line| line["custom_id"].as_str().unwrap()).collect()
+}
+
+/// The code of an error line, or the status of the provider's answer.
+fn code(line: &Value) -> String {
+    line["error"]["code"].as_str().map_or_else(|| line["response"]["status_code"].to_string(), str::to_owned)
+}
