@@ -21,6 +21,11 @@ COMPONENTS = ["validator-standard.wasm", "inference-openai.wasm", "inference-ech
 CHAT = "/v1/chat/completions"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="of the crash test")
+    parser.addoption("--kills", type=int, default=25, help="of the crash test")
+
+
 def wait_for(condition, seconds=30, what="the condition"):
     """Waits until a condition gives something, and returns that."""
     end = time.monotonic() + seconds

@@ -27,6 +27,9 @@ enum Task {
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+        /// Arguments for pytest, such as `--seed 7 --kills 300` of the crash test
+        #[arg(last = true)]
+        pytest: Vec<String>,
     },
     /// Build all, then measure against a raw client
     Bench {
@@ -39,7 +42,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Build => build::all(),
         Task::Demo => demo::show(),
-        Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Test { filter, pytest } => test::all(filter.as_deref(), &pytest),
         Task::Bench { name } => bench::measure(name.as_deref()),
     };
     match done {

@@ -9,7 +9,7 @@ use anyhow::Result;
 use crate::build;
 use crate::run::{cargo, root, run, step, target};
 
-pub fn all(filter: Option<&str>) -> Result<()> {
+pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
     step("formatting");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     build::all()?;
@@ -18,12 +18,12 @@ pub fn all(filter: Option<&str>) -> Result<()> {
     run(cargo().args(["clippy", "--release", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
     step("unit tests and guest tests");
     run(cargo().args(["test", "--release", "--quiet", "--workspace"]).args(filter))?;
-    python(filter)?;
+    python(filter, more)?;
     node(filter)
 }
 
 /// The official `openai` package for Python, a stub provider and real processes.
-fn python(filter: Option<&str>) -> Result<()> {
+fn python(filter: Option<&str>, more: &[String]) -> Result<()> {
     step("end to end, Python");
     let folder = target().join("python");
     let python = folder.join("bin/python");
@@ -36,7 +36,7 @@ fn python(filter: Option<&str>) -> Result<()> {
         mark(&tests.join("requirements.txt"), &folder)?;
     }
     let mut pytest = Command::new(&python);
-    pytest.args(["-B", "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]).arg(&tests).current_dir(root());
+    pytest.args(["-B", "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]).arg(&tests).args(more).current_dir(root());
     if let Some(filter) = filter {
         pytest.args(["-k", filter]);
         // 5: there is no test of that name here.

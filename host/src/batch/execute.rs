@@ -14,6 +14,7 @@ use super::Batches;
 use super::input::{InputLine, Lines};
 use super::line::RequestLine;
 use super::memory::Share;
+use super::patience::Patience;
 use super::request::Context;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
@@ -28,9 +29,6 @@ const RECORDED: usize = 10_000;
 
 /// How long results are gathered before they are written. A commit costs the same for one as for many, and nobody waits for a single one.
 const GATHER: std::time::Duration = std::time::Duration::from_millis(10);
-
-/// Pause before a write that failed is tried again.
-const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A result on its way to the store, with the share of the memory budget it takes.
 type Recorded = (ResultRow, Share);
@@ -148,6 +146,7 @@ impl Batches {
             }
             let (rows, memory): (Vec<_>, Vec<_>) = group.drain(..).unzip();
             let rows = Arc::new(rows);
+            let mut patience = Patience::default();
             loop {
                 match self.store.record(claim, rows.clone()).await {
                     Ok(()) => break,
@@ -156,7 +155,7 @@ impl Batches {
                     Err(error) if stop.reason() == Some(Reason::Shutdown) => return Err(error),
                     Err(error) => {
                         tracing::error!(batch = claim.batch_id, "results wait to be written: {error}");
-                        self.clock.sleep(WRITE_AGAIN).await;
+                        self.clock.sleep(patience.pause()).await;
                     }
                 }
             }

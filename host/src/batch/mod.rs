@@ -12,6 +12,7 @@ mod janitor;
 mod lanes;
 mod line;
 mod memory;
+mod patience;
 mod request;
 mod result_line;
 mod scheduler;
@@ -35,6 +36,7 @@ use crate::config::Settings;
 use crate::plugin::Registry;
 use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store};
 use memory::Memory;
+use patience::Patience;
 use stop::{Reason, Stop};
 
 /// The API's endpoints that a batch can be for.
@@ -51,6 +53,8 @@ pub struct Batches {
     memory: Memory,
     /// How to stop the batches that are being worked on here, by tenant and id.
     running: Mutex<HashMap<(String, String), Arc<Stop>>>,
+    /// Batches that could not go on, and how long they rest.
+    resting: Mutex<HashMap<(String, String), Patience>>,
     /// There may be a batch to work on.
     work: Arc<Notify>,
     /// There may be something to clear away.
@@ -76,6 +80,7 @@ impl Batches {
             settings,
             memory,
             running: Mutex::default(),
+            resting: Mutex::default(),
             work: Arc::default(),
             garbage: Notify::new(),
             closing: CancellationToken::new(),

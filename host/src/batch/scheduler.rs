@@ -7,6 +7,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Batches;
 use super::lanes::{Lanes, Place};
+use super::patience::Patience;
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
 use crate::store::{BatchRecord, Claim, Finish, Lane, Result, Status, StoreError};
@@ -15,9 +16,6 @@ use crate::store::{BatchRecord, Claim, Finish, Lane, Result, Status, StoreError}
 const LEASE: Duration = Duration::from_secs(30);
 const RENEWAL: Duration = Duration::from_secs(10);
 
-/// How long a batch rests that could not go on, because the disk is full, say.
-const REST: Duration = Duration::from_secs(5);
-
 /// How often work is looked for without a hint: a lease or a rest may have ended.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -25,6 +23,7 @@ impl Batches {
     /// Claims and runs batches until the server closes.
     pub(super) async fn schedule(self: Arc<Self>) {
         let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), self.work.clone());
+        let mut patience = Patience::default();
         while !self.closing.is_cancelled() {
             let now = self.clock.now();
             let claimed = self.store.claim(now, now.after(LEASE), lanes.full()).await;
@@ -38,10 +37,7 @@ impl Batches {
                 Ok(Some((None, claim))) => {
                     self.store.release(&claim, now).await.ok();
                 }
-                found => {
-                    if let Err(error) = found {
-                        tracing::error!("no batch can be claimed: {error}");
-                    }
+                Ok(None) => {
                     let hint = async {
                         tokio::select! {
                             () = self.work.notified() => {}
@@ -50,7 +46,13 @@ impl Batches {
                     };
                     self.closing.run_until_cancelled(hint).await;
                 }
+                Err(error) => {
+                    tracing::error!("no batch can be claimed: {error}");
+                    self.closing.run_until_cancelled(self.clock.sleep(patience.pause())).await;
+                    continue;
+                }
             }
+            patience = Patience::default();
         }
     }
 
@@ -66,13 +68,28 @@ impl Batches {
         self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
         let batch = claim.batch_id.as_str();
         match lived {
-            Ok(()) => {}
             Err(StoreError::Fenced) => tracing::warn!(batch, "another worker has taken over the batch"),
             Err(error) => {
                 tracing::error!(batch, "the batch rests and goes on later: {error}");
-                self.store.release(&claim, self.clock.now().after(REST)).await.ok();
+                return self.rest(&claim, key).await;
             }
+            Ok(()) => {}
         }
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+    }
+
+    /// Gives a batch back that could not go on, after a while. As long as it is not given back nobody takes it up.
+    async fn rest(&self, claim: &Claim, key: (String, String)) {
+        let pause = self.resting.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().pause();
+        self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
+        let mut patience = Patience::default();
+        while let Err(error) = self.store.release(claim, self.clock.now()).await {
+            if matches!(error, StoreError::Fenced | StoreError::Closed) || self.closing.is_cancelled() {
+                return;
+            }
+            self.closing.run_until_cancelled(self.clock.sleep(patience.pause())).await;
+        }
+        self.work.notify_one();
     }
 
     /// Renews a claim for as long as it is worked on.

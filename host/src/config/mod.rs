@@ -92,6 +92,9 @@ settings! {
     /// How long an input file is kept that names no time of its own [default: 30d]
     "Limits" "TIME" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
 
+    /// How long a batch is remembered after its end; longer if a file of its results is still there [default: 90d]
+    "Limits" "TIME" batch_lifetime: Span = Span::seconds(90 * 86_400), "BATCHWRIGHT_BATCH_LIFETIME";
+
     /// Batches executed at a time of those that go to one provider; also batches validated, and finished, at a time [default: 16]
     "Execution" "N" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
     /// Requests of one batch under way at a time [default: 256]

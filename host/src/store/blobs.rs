@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -13,6 +14,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use tokio::io::AsyncWriteExt;
 
 use super::{Result, StoreError};
+use crate::clock::Timestamp;
 
 /// A part of an upload, in bytes: what a writer holds at the most, twice.
 const PART: usize = 4 << 20;
@@ -31,6 +33,7 @@ impl Blobs {
     pub fn local(folder: &FilePath) -> Result<Self> {
         let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
         std::fs::create_dir_all(folder).map_err(|error| failed(format!("cannot be made: {error}")))?;
+        remove_unfinished(folder).map_err(|error| failed(format!("cannot be tidied: {error}")))?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
         Ok(Self { store: Arc::new(store.with_fsync(true)) })
     }
@@ -72,6 +75,18 @@ impl Blobs {
         Ok(Box::pin(pieces))
     }
 
+    /// Objects that have not changed since, as tenant and id, so many at a time at the most.
+    pub fn unchanged_since(&self, since: Timestamp, at_a_time: usize) -> BoxStream<'_, Result<Vec<(String, String)>>> {
+        let found = self.store.list(None).map_err(explain).try_filter_map(move |object| async move {
+            let mut parts = object.location.parts();
+            let (tenant, id) = (parts.next(), parts.nth(1));
+            let old = object.last_modified.timestamp_millis() < since.as_millis();
+            let names = tenant.zip(id).filter(|_| old && parts.next().is_none());
+            Ok(names.map(|(tenant, id)| (tenant.as_ref().to_owned(), id.as_ref().to_owned())))
+        });
+        found.try_chunks(at_a_time).map_err(|error| error.1).boxed()
+    }
+
     /// Removes an object; one that is not there is as good as removed.
     pub async fn delete(&self, tenant: &str, id: &str) -> Result<()> {
         match self.store.delete(&Self::path(tenant, id)).await {
@@ -79,6 +94,24 @@ impl Blobs {
             Err(error) => Err(explain(error)),
         }
     }
+}
+
+/// Removes what a process was writing when it was killed. A file being written bears its object's name, `#` and a number; nobody else
+/// writes here.
+fn remove_unfinished(folder: &FilePath) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_unfinished(&entry.path())?;
+            continue;
+        }
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+        if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// An object being written. Dropped before the end, it leaves nothing that can be read.

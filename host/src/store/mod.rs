@@ -321,6 +321,12 @@ pub trait Store: Send + Sync {
     async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
     /// Removes some results of ended batches, whose files hold them; whether there may be more.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
+    /// Removes some batches that ended before this and whose files are gone; whether there may be more.
+    async fn forget_batches(&self, ended_before: Timestamp, limit: usize) -> Result<bool>;
+    /// Which of these files, each a tenant and an id, there is no record of.
+    async fn unknown_files(&self, files: Vec<(String, String)>) -> Result<Vec<(String, String)>>;
+    /// Gives the disk back some of the space that is not used any more; whether there may be more.
+    async fn compact(&self) -> Result<bool>;
 }
 
 /// Which files to list.

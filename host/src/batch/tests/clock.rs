@@ -115,6 +115,72 @@ async fn a_file_expires_without_harm_to_the_batch_that_reads_it() {
     eventually("the output's bytes to be gone", gone).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_process_left_half_done_is_removed() {
+    let mut house = House::new("", "").await;
+    let kept = house.upload(b"kept", None).await;
+    let files = house.folder.path().join("data/objects").join(TENANT).join("files");
+    let orphan = "file-00000000000000000000000000000000";
+    std::fs::write(files.join(orphan), "its record was not made").unwrap();
+    std::fs::write(files.join(format!("{orphan}#1")), "its bytes were not all written").unwrap();
+    house.restart().await;
+    assert_eq!(walk(&files), [orphan.to_owned(), kept.id.clone()]);
+    let only_kept = async || {
+        house.clock.advance(HOUR);
+        (walk(&files) == [kept.id.clone()]).then_some(())
+    };
+    eventually("the orphan to be removed", only_kept).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_remembered_as_long_as_its_files_and_its_lifetime_say() {
+    let house = House::new("batch_lifetime = \"10d\"", "").await;
+    let file = house.upload(&jsonl(&[chat("a", "echo", "hi")]), None).await;
+    let with_file = house.create_of(&file, None).await;
+    let without = house.create_of(&file, Some(HOUR)).await;
+    let failed = house.create(&[json!({})]).await;
+    for id in [&with_file, &without, &failed] {
+        house.ended(id).await;
+    }
+    house.clock.advance(HOUR * 24 * 9);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    for id in [&with_file, &without, &failed] {
+        house.batch(id).await;
+    }
+    let known = async |id: &str| house.batches().get(TENANT, id).await.unwrap().is_some();
+    let gone = async || {
+        house.clock.advance(HOUR * 5);
+        (!known(&without).await && !known(&failed).await).then_some(())
+    };
+    eventually("the batches to be forgotten", gone).await;
+    assert!(known(&with_file).await);
+    let output = house.batch(&with_file).await.output_file_id.unwrap();
+    assert!(house.batches().delete_file(TENANT, &output).await.unwrap());
+    let gone = async || {
+        house.clock.advance(HOUR);
+        (!known(&with_file).await).then_some(())
+    };
+    eventually("the last batch to be forgotten", gone).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_database_gives_back_what_results_took() {
+    let house = House::new("", "").await;
+    let lines: Vec<Value> =
+        (0..30).map(|number| chat(&number.to_string(), "m", &format!("!big 4000000 {number}"))).collect();
+    let database = house.folder.path().join("data/batchwright.db");
+    let size = || std::fs::metadata(&database).unwrap().len();
+    let ended = house.ended(&house.create(&lines).await).await;
+    assert_eq!(ended.counts.completed, 30);
+    assert!(size() > 76 << 20, "{}", size());
+    // 120 MB of results were in it; 64 MiB may be kept for the next batch.
+    let small = async || {
+        house.clock.advance(MINUTE);
+        (size() < 75 << 20).then_some(())
+    };
+    eventually("the database to shrink", small).await;
+}
+
 /// The names of all files in a folder and those in it.
 fn walk(folder: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };

@@ -193,3 +193,31 @@ pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Time
         Some(record) => Cancel::TooLate(record.status),
     })
 }
+
+/// Removes some batches that ended before this, whose files are gone and whose results are discarded; whether there may be more.
+pub fn forget(connection: &Connection, ended_before: Timestamp, limit: usize) -> Result<bool> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT tenant, key FROM batches
+             WHERE coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1
+             AND status IN ('completed', 'failed', 'expired', 'cancelled') AND has_results = 0
+             AND NOT EXISTS (
+                 SELECT 1 FROM files WHERE files.tenant = batches.tenant
+                 AND files.id IN (batches.output_file_id, batches.error_file_id)
+             ) LIMIT ?2",
+        )
+        .map_err(explain)?;
+    let found = statement
+        .query_map(params![ended_before.as_millis(), stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .and_then(Iterator::collect::<rusqlite::Result<Vec<(i64, i64)>>>)
+        .map_err(explain)?;
+    for (tenant, key) in &found {
+        for sql in [
+            "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
+            "DELETE FROM batches WHERE tenant = ?1 AND key = ?2",
+        ] {
+            connection.execute(sql, params![tenant, key]).map_err(explain)?;
+        }
+    }
+    Ok(found.len() == limit)
+}

@@ -23,6 +23,7 @@ pub fn open(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     // Rows of a kilobyte or two fit a larger page better; this has an effect on a new database alone.
     connection.pragma_update(None, "page_size", 16_384)?;
+    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // A commit is on the disk before anybody is told of it.
     connection.pragma_update(None, "synchronous", "FULL")?;
@@ -31,6 +32,37 @@ pub fn open(path: &Path) -> rusqlite::Result<Connection> {
     connection.busy_timeout(Duration::from_secs(10))?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
+}
+
+/// Pages that are not used and kept all the same: the next batch needs them again. 64 MiB of them.
+const KEPT: i64 = 4096;
+
+/// Pages given back in one write, so that others do not wait long.
+const GIVEN_BACK: i64 = 512;
+
+/// Brings a database that was made before space could be given back into the form for that. It is written anew, once.
+pub fn allow_compacting(connection: &Connection) -> rusqlite::Result<()> {
+    let incremental = 2;
+    if connection.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == incremental {
+        return Ok(());
+    }
+    connection.pragma_update(None, "auto_vacuum", incremental)?;
+    connection.execute_batch("VACUUM")
+}
+
+/// Gives some unused pages back to the file system; whether there are more.
+pub fn compact(connection: &Connection) -> Result<bool> {
+    let unused = || connection.pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0)).map_err(explain);
+    let more = unused()?.saturating_sub(KEPT);
+    if more <= 0 {
+        return Ok(false);
+    }
+    // It gives back a page at each step.
+    let sql = format!("PRAGMA incremental_vacuum({})", more.min(GIVEN_BACK));
+    let mut statement = connection.prepare(&sql).map_err(explain)?;
+    let mut steps = statement.query([]).map_err(explain)?;
+    while steps.next().map_err(explain)?.is_some() {}
+    Ok(more > GIVEN_BACK)
 }
 
 /// What is told to a waiting caller once the group's fate is known.
@@ -80,7 +112,7 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
         let mut replies = Vec::new();
         let committed = group(connection, first, &mut waiting, &mut replies);
         if let Err(error) = &committed {
-            tracing::error!("a write to the database failed: {error}");
+            tracing::error!("a group of writes came to nothing: {error}");
             if !connection.is_autocommit() {
                 connection.execute_batch("ROLLBACK").ok();
             }

@@ -127,3 +127,19 @@ pub fn forget(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
     connection.execute("DELETE FROM files WHERE tenant = ?1 AND id = ?2", params![tenant, id]).map_err(explain)?;
     Ok(())
 }
+
+/// Those of these files that there is no row of.
+pub fn unknown(connection: &Connection, mut files: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
+    let sql =
+        "SELECT 1 FROM files JOIN tenants ON tenants.key = files.tenant WHERE tenants.name = ?1 AND files.id = ?2";
+    let mut statement = connection.prepare_cached(sql).map_err(explain)?;
+    let mut failed = None;
+    files.retain(|(tenant, id)| match statement.exists(params![tenant, id]) {
+        Ok(known) => !known,
+        Err(error) => {
+            failed = Some(explain(error));
+            false
+        }
+    });
+    failed.map_or(Ok(files), Err)
+}

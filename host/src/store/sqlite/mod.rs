@@ -37,6 +37,7 @@ impl SqliteStore {
         let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
         let mut connection = connection::open(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
         migrate(&mut connection).map_err(failed)?;
+        connection::allow_compacting(&connection).map_err(explain)?;
         // This process holds the folder, so whoever held a batch before is gone.
         connection
             .execute("UPDATE batches SET lease_until = 0, owner = NULL WHERE lease_until > 0 OR owner IS NOT NULL", [])
@@ -224,5 +225,17 @@ impl Store for SqliteStore {
 
     async fn discard_results(&self, limit: usize) -> Result<bool> {
         self.writer.write(move |connection| work::discard_results(connection, limit)).await
+    }
+
+    async fn forget_batches(&self, ended_before: Timestamp, limit: usize) -> Result<bool> {
+        self.writer.write(move |connection| batches::forget(connection, ended_before, limit)).await
+    }
+
+    async fn unknown_files(&self, files: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
+        self.readers.read(move |connection| files::unknown(connection, files)).await
+    }
+
+    async fn compact(&self) -> Result<bool> {
+        self.writer.write(connection::compact).await
     }
 }

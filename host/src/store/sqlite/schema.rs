@@ -111,6 +111,7 @@ UPDATE batches SET input_file = (
 DROP INDEX batches_input;
 CREATE INDEX batches_reading ON batches (input_file)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+CREATE INDEX batches_by_end ON batches (coalesce(completed_at, failed_at, expired_at, cancelled_at));
 ";
 
 pub fn migrations() -> Migrations<'static> {

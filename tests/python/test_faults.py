@@ -1,0 +1,119 @@
+"""Each write of the server fails once, in turn, with a full disk or an I/O error: the client is told, or the batch goes on; no line is lost
+or doubled, no count is wrong."""
+
+import errno
+import mmap
+import sqlite3
+import struct
+import subprocess
+import time
+
+import openai
+import pytest
+from conftest import CHAT, ROOT, chat, jsonl, wait_for
+
+LINES = 5
+
+
+class Order:
+    """What `fault.c` shares with us: the count of writes, which of them is to fail and how, and how many did."""
+
+    def __init__(self, path):
+        path.write_bytes(bytes(32))
+        with open(path, "r+b") as file:
+            self.shared = mmap.mmap(file.fileno(), 32)
+
+    def __getitem__(self, place):
+        return struct.unpack_from("q", self.shared, place * 8)[0]
+
+    def fail(self, ahead, number):
+        struct.pack_into("qq", self.shared, 8, self[0] + ahead, number)
+
+    def stand_down(self):
+        struct.pack_into("q", self.shared, 8, 0)
+
+    @property
+    def count(self):
+        return self[0]
+
+    @property
+    def failed(self):
+        return self[3]
+
+
+@pytest.fixture
+def broken(serve, stub, tmp_path):
+    library = tmp_path / "fault.so"
+    source = ROOT / "tests/faults/fault.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    order = Order(tmp_path / "order")
+    env = {
+        "LD_PRELOAD": str(library),
+        "FAULT_FOLDER": str(tmp_path / "server/data"),
+        "FAULT_ORDER": str(tmp_path / "order"),
+    }
+    server = serve("--stop-grace", "10ms", env=env, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")})
+    return server, order
+
+
+def insist(call):
+    """What a client does that is told of an error of the server: it tries again. A fault comes once."""
+    try:
+        return call()
+    except openai.InternalServerError as error:
+        assert error.type == "server_error" and error.status_code in (500, 507)
+        return call()
+
+
+def test_every_write_may_fail_once(broken, stub):
+    server, order = broken
+
+    def live(number, cancel):
+        name = f"{'cancelled' if cancel else 'whole'}-{number}"
+        prompts = [f"!delay {50 if cancel else 0} {name}-{line}" for line in range(LINES)]
+        bytes_ = jsonl(chat(str(line), prompt, model="m") for line, prompt in enumerate(prompts))
+        file = insist(lambda: server.client.files.create(file=("in.jsonl", bytes_), purpose="batch"))
+        assert server.client.files.content(file.id).content == bytes_
+        create = lambda: server.client.batches.create(  # noqa: E731
+            input_file_id=file.id, endpoint=CHAT, completion_window="24h", extra_headers={"idempotency-key": name}
+        )
+        batch = insist(create)
+        if cancel:
+            wait_for(lambda: server.client.batches.retrieve(batch.id).status != "validating", what="its begin")
+            insist(lambda: server.client.batches.cancel(batch.id))
+        batch = server.ended(batch.id)
+        check(server, batch, prompts, cancel)
+        for gone in [file.id, batch.output_file_id, batch.error_file_id]:
+            if gone:
+                insist(lambda gone=gone: server.client.files.delete(gone))
+
+    # What a life takes when nothing fails, clearing away included.
+    live("first", False)
+    for cancel in (False, True):
+        number, missed = 0, 0
+        while missed < 3:
+            number += 1
+            before = order.failed
+            order.fail(number, errno.ENOSPC if number % 2 else errno.EIO)
+            live(number, cancel)
+            missed = missed + 1 if order.failed == before else 0
+            order.stand_down()
+        print(f"{number} writes {'with a cancel' if cancel else 'of a whole batch'}")
+        assert number > 50
+    counts = stub.counts()
+    assert set(counts.values()) == {1}, {prompt: count for prompt, count in counts.items() if count > 1}
+    server.kill()
+    database = sqlite3.connect(server.data / "batchwright.db")
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def check(server, batch, prompts, cancel):
+    output, errors = server.results(batch)
+    counts = batch.request_counts
+    assert batch.status == ("cancelled" if cancel else "completed"), batch
+    assert [int(line["custom_id"]) for line in output] == sorted(int(line["custom_id"]) for line in output)
+    assert sorted(int(line["custom_id"]) for line in output + errors) == list(range(len(prompts)))
+    assert (counts.total, counts.completed, counts.failed) == (len(prompts), len(output), 0)
+    assert {line["error"]["code"] for line in errors} <= ({"batch_cancelled"} if cancel else set())
+    for line in output:
+        assert line["response"]["body"]["choices"][0]["message"]["content"] == "stub: " + prompts[int(line["custom_id"])]
