@@ -23,8 +23,7 @@ pub fn cargo() -> Command {
     command.current_dir(root());
     // What `cargo run` says of this package; some build scripts run again whenever it changes.
     for (name, _) in std::env::vars_os() {
-        let name_text = name.to_string_lossy();
-        if name_text.starts_with("CARGO_PKG_") || name_text.starts_with("CARGO_MANIFEST_") {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
             command.env_remove(&name);
         }
     }
@@ -37,10 +36,11 @@ pub fn step(what: &str) {
 
 /// Runs a command to its end; fails if it does.
 pub fn run(command: &mut Command) -> Result<()> {
-    let shown = format!("{command:?}");
-    let status = command.status().with_context(|| format!("failed to start {shown}"))?;
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let shown = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let status = command.status().with_context(|| format!("failed to start `{shown}`"))?;
     if !status.success() {
-        bail!("{shown} failed with {status}");
+        bail!("`{shown}` failed with {status}");
     }
     Ok(())
 }

@@ -4,6 +4,8 @@ use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
+use tower_http::timeout::TimeoutError;
+
 use super::wire;
 use crate::batch::{CreateError, UploadError};
 use crate::store::StoreError;
@@ -60,6 +62,15 @@ impl ApiError {
 
     pub fn too_large(message: impl Into<String>) -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    /// 408, if that is why a body could not be read.
+    pub fn of_late_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let causes = std::iter::successors(Some(error), |cause| cause.source());
+        let late = causes.into_iter().any(<dyn std::error::Error>::is::<TimeoutError>);
+        let message =
+            "The rest of the request body did not come for longer than the server waits (request_body_timeout).";
+        late.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
     }
 
     pub fn range_not_satisfiable(message: impl Into<String>) -> Self {

@@ -10,6 +10,7 @@ mod health;
 mod models;
 mod multipart;
 mod params;
+mod server;
 mod wire;
 
 use std::sync::Arc;
@@ -22,10 +23,13 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 use uuid::Uuid;
 
 use crate::batch::Batches;
+use crate::config::Settings;
 use error::ApiError;
+pub use server::serve;
 
 /// Every route is here under both: clients of the llama-stack of 2025 use the second.
 const PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
@@ -48,7 +52,7 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
     }
 }
 
-pub fn router(batches: Arc<Batches>) -> Router {
+pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
     let api = Router::new()
         .route("/files", post(files::upload).layer(DefaultBodyLimit::disable()).get(files::list))
         .route("/files/{id}", get(files::get).delete(files::delete))
@@ -67,6 +71,7 @@ pub fn router(batches: Arc<Batches>) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MOST_JSON))
+        .layer(RequestBodyTimeoutLayer::new(settings.request_body_timeout.duration()))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
         .layer(middleware::from_fn(tag))
         .with_state(batches)

@@ -40,6 +40,9 @@ impl Form {
 }
 
 pub fn broken(error: &MultipartError) -> ApiError {
+    if let Some(late) = ApiError::of_late_body(error) {
+        return late;
+    }
     ApiError::bad_request(format!("The multipart body could not be read: {}.", error.body_text()))
 }
 

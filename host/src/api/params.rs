@@ -31,7 +31,10 @@ impl<S: Send + Sync> FromRequest<S> for Params {
             if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
                 refused(ApiError::too_large("The request body is larger than 1 MiB."))
             } else {
-                refused(ApiError::bad_request(format!("The request body could not be read: {rejection}.")))
+                let late = ApiError::of_late_body(&rejection);
+                refused(late.unwrap_or_else(|| {
+                    ApiError::bad_request(format!("The request body could not be read: {rejection}."))
+                }))
             }
         })?;
         match serde_json::from_slice(&body) {

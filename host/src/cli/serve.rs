@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use axum::serve::ListenerExt;
 use clap::Args;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use super::{EndSignals, Error, SettingsArgs};
 use crate::batch::Batches;
@@ -13,6 +13,7 @@ use crate::clock::Clock;
 use crate::plugin::{Loader, Registry, check_directory};
 use crate::store::{Blobs, SqliteStore};
 use crate::{api, telemetry};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 #[derive(Args)]
 pub struct Serve {
@@ -23,6 +24,7 @@ pub struct Serve {
 impl Serve {
     pub async fn run(self) -> Result<ExitCode, Error> {
         let settings = self.settings.resolve()?;
+        raise_file_limit();
         telemetry::start(&settings.log_level, settings.log_format).map_err(Error::Other)?;
         let clock = Clock::system();
         check_directory(&settings.plugins)?;
@@ -39,23 +41,17 @@ impl Serve {
         let address =
             listener.local_addr().map_err(|error| Error::Other(format!("failed to listen on {listen}: {error}")))?;
         let grace = settings.shutdown_grace.duration();
-        let batches = Batches::new(Arc::new(store), blobs, registry, clock, settings);
+        let batches = Batches::new(Arc::new(store), blobs, registry, clock, settings.clone());
         batches.start();
-        let app = api::router(batches.clone());
+        let app = api::router(batches.clone(), &settings);
         let mut signals = EndSignals::listen()?;
         println_now(&format!("listening on http://{address}"));
-        let listener = listener.tap_io(|stream| {
-            stream.set_nodelay(true).ok();
-        });
-        let ending = tokio::sync::watch::Sender::new(false);
-        let mut ended = ending.subscribe();
-        let server = axum::serve(listener, app).with_graceful_shutdown(async move {
-            ended.wait_for(|ended| *ended).await.ok();
-        });
-        let serving = tokio::spawn(async move { server.await });
+        let ending = CancellationToken::new();
+        let ended = ending.clone();
+        let serving = tokio::spawn(async move { api::serve(listener, app, &settings, ended.cancelled()).await });
         signals.next().await;
         tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
-        ending.send_replace(true);
+        ending.cancel();
         let orderly = async {
             batches.close().await;
             // Clients that hold a connection open are not waited for.
@@ -67,6 +63,13 @@ impl Serve {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Every connection is a file, and many systems let a process have few unless it asks for more.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).ok();
 }
 
 /// Whoever started us may read this through a pipe.

@@ -1,0 +1,83 @@
+"""Clients that are slow, go away, or come in numbers."""
+
+import json
+import socket
+import time
+import urllib.request
+
+from conftest import wait_for
+
+HEAD = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
+PART = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + "x" * 5000
+
+
+def connect(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def received(connection):
+    """Everything until the server closes the connection."""
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def alive(server):
+    with urllib.request.urlopen(server.url + "/health/ready", timeout=10) as answer:
+        return json.load(answer)["status"] == "ok"
+
+
+def test_a_client_that_says_nothing_or_stops_in_the_middle_is_let_go(serve):
+    server = serve("--request-head-timeout", "300ms", "--request-body-timeout", "300ms")
+    with connect(server) as mute, connect(server) as slow, connect(server) as stuck:
+        slow.sendall(b"GET /v1/models HTTP/1.1\r\nhost:")
+        stuck.sendall((HEAD + PART).encode())
+        assert received(slow) == b"" and received(mute) == b""
+        answer = received(stuck)
+        assert answer.startswith(b"HTTP/1.1 408 "), answer
+        error = json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]
+        assert error["type"] == "invalid_request_error" and "request_body_timeout" in error["message"]
+    assert [path.name for path in (server.data / "objects").rglob("*") if path.is_file()] == []
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(serve):
+    server = serve()
+    objects = server.data / "objects"
+    files = lambda: [path for path in objects.rglob("*") if path.is_file()]  # noqa: E731
+    with connect(server) as connection:
+        # More than what is held in memory, so that some of it is on the disk.
+        connection.sendall(HEAD.replace("100000", "100000000").encode() + PART.encode() + b"y" * 20_000_000)
+        wait_for(files, what="the beginning of the upload")
+    wait_for(lambda: not files(), what="the removal of what was written")
+    assert list(server.client.files.list()) == []
+
+
+def test_more_clients_than_may_come_at_once_wait(serve):
+    server = serve("--max-connections", "2")
+    first, second = connect(server), connect(server)
+    request = b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with connect(server) as third:
+        third.sendall(request)
+        third.settimeout(0.3)
+        try:
+            answered = third.recv(10)
+        except TimeoutError:
+            answered = None
+        assert answered is None
+        first.close()
+        third.settimeout(10)
+        assert b" 200 " in received(third)
+    second.close()
+    assert alive(server)
+
+
+def test_many_connections_at_once_are_served(serve):
+    server = serve()
+    connections = [connect(server) for _ in range(1500)]
+    begun = time.monotonic()
+    assert alive(server)
+    print(f"answered beside 1,500 idle connections in {time.monotonic() - begun:.3f} s")
+    for connection in connections:
+        connection.close()
