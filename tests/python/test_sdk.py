@@ -181,7 +181,7 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
 def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
     file = server.upload([chat("a")])
 
-    def create(key="key 1", window="24h", **more):
+    def create(key="key-1", window="24h", **more):
         headers = {"idempotency-key": key}
         return server.client.batches.create(
             input_file_id=file.id, endpoint=CHAT, completion_window=window, extra_headers=headers, **more
@@ -195,7 +195,7 @@ def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
     assert again.id == at_once[0] and again.status == "completed"
     in_body = server.client.batches.create(
         input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"a": "1", "b": "2"},
-        extra_body={"idempotency_key": "key 1"},
+        extra_body={"idempotency_key": "key-1"},
     )
     assert in_body.id == at_once[0]
     for other in [lambda: create(), lambda: create(metadata={"a": "2"})]:
@@ -203,15 +203,15 @@ def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
             other()
         assert "conflict" in caught.value.message.lower() and caught.value.code == "idempotency_conflict"
         assert caught.value.response.headers["x-should-retry"] == "false"
-    assert create("key 2").id != at_once[0]
-    for wrong in [{"key": ""}, {"key": "k" * 256}, {"extra_body": {"idempotency_key": "another"}}]:
+    assert create("key-2").id != at_once[0]
+    for wrong in [{"key": ""}, {"key": "k" * 256}, {"key": "a b"}, {"extra_body": {"idempotency_key": "another"}}]:
         with pytest.raises(openai.BadRequestError) as caught:
             create(**wrong)
         assert caught.value.param == "idempotency_key"
     # What was refused has not used up its key.
     with pytest.raises(openai.BadRequestError):
-        create("key 3", window="1y")
-    create("key 3")
+        create("key-3", window="1y")
+    create("key-3")
     assert len(list(server.client.batches.list())) == 3
 
 

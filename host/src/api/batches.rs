@@ -5,8 +5,9 @@ use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 
 use super::error::ApiError;
+use super::openapi::Errors;
 use super::params::{Params, QueryParams};
-use super::wire::{Batch, List};
+use super::wire::{Batch, CreateBatch, List};
 use super::{App, Tenant};
 use crate::batch;
 use crate::store::{Cancel, Paged};
@@ -15,6 +16,17 @@ use crate::store::{Cancel, Paged};
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 const LONGEST_IDEMPOTENCY_KEY: usize = 255;
 
+/// Create a batch
+///
+/// A repetition with the same idempotency key and the same parameters answers with the batch that was made before; with other parameters it
+/// is a conflict (409).
+#[utoipa::path(
+    post, path = "/batches", tag = "Batches",
+    params(("idempotency-key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$",
+        description = "Names this creation, so that it can be repeated; also accepted in the body")),
+    request_body = CreateBatch,
+    responses((status = 200, body = Batch, description = "The batch"), Errors),
+)]
 pub async fn create(
     State(batches): App,
     tenant: Tenant,
@@ -25,7 +37,7 @@ pub async fn create(
         input_file_id: params.string("input_file_id")?,
         endpoint: params.string("endpoint")?,
         completion_window: params.string("completion_window")?,
-        metadata: params.metadata("metadata")?,
+        metadata: params.metadata("metadata", batches.settings())?,
         output_lifetime: params.lifetime("output_expires_after")?,
         idempotency_key: idempotency_key(&headers, &mut params)?,
     };
@@ -38,23 +50,26 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
     let invalid = |message: String| ApiError::invalid("idempotency_key", "invalid_value", message);
     let mut given = params.optional_string("idempotency_key")?;
     for value in headers.get_all(IDEMPOTENCY_KEY) {
-        let text = std::str::from_utf8(value.as_bytes())
-            .map_err(|_| invalid("The header Idempotency-Key is not UTF-8.".into()))?;
+        let text = &String::from_utf8_lossy(value.as_bytes());
         if given.as_ref().is_some_and(|given| given != text) {
             return Err(invalid("There are two different idempotency keys; send one.".into()));
         }
-        given = Some(text.to_owned());
+        given = Some(text.to_string());
     }
-    let length = given.as_ref().map(|key| key.chars().count());
-    if length.is_some_and(|length| !(1..=LONGEST_IDEMPOTENCY_KEY).contains(&length)) {
-        let length = length.unwrap_or_default();
+    let fits = |key: &String| {
+        (1..=LONGEST_IDEMPOTENCY_KEY).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    if given.as_ref().is_some_and(|key| !fits(key)) {
         return Err(invalid(format!(
-            "Invalid 'idempotency_key': expected a string of 1 to {LONGEST_IDEMPOTENCY_KEY} characters, but got one of {length}."
+            "Invalid 'idempotency_key': expected 1 to {LONGEST_IDEMPOTENCY_KEY} ASCII letters, digits and signs, without spaces."
         )));
     }
     Ok(given)
 }
 
+/// Get a batch
+#[utoipa::path(get, path = "/batches/{id}", tag = "Batches", params(("id" = String, Path, description = "Id of the batch")),
+    responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Batch>, ApiError> {
     match batches.get(&tenant.0, &id).await? {
         Some(batch) => Ok(Json(batch.into())),
@@ -62,8 +77,13 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     }
 }
 
+/// List batches, newest first
+#[utoipa::path(get, path = "/batches", tag = "Batches", params(
+    ("after" = Option<String>, Query, description = "Id of the last batch of the page before"),
+    ("limit" = Option<u32>, Query, minimum = 1, maximum = 100, description = "Batches in the page; 20 if absent"),
+), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<Batch>>, ApiError> {
-    let limit = query.limit(1..=100, 20)?;
+    let limit = query.limit(1..=batches.settings().max_batches_per_page.get().into(), 20)?;
     let after = query.text("after");
     match batches.list(&tenant.0, after.clone(), limit).await? {
         Paged::Page(page) => Ok(Json(List::new(page.items.into_iter().map(Batch::from).collect(), page.has_more))),
@@ -71,6 +91,13 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
     }
 }
 
+/// Cancel a batch
+///
+/// What is finished is kept; what is in flight has a grace period; the rest ends as `batch_cancelled`. A batch that has ended in another way
+/// cannot be cancelled (409).
+#[utoipa::path(post, path = "/batches/{id}/cancel", tag = "Batches",
+    params(("id" = String, Path, description = "Id of the batch")),
+    responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub async fn cancel(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Batch>, ApiError> {
     match batches.cancel(&tenant.0, &id).await? {
         Cancel::Accepted(batch) => Ok(Json((*batch).into())),

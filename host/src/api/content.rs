@@ -10,8 +10,20 @@ use axum::response::{IntoResponse, Response};
 
 use super::error::ApiError;
 use super::files::no_file;
+use super::openapi::Errors;
 use super::{App, Tenant};
 
+/// Download a file's bytes, or a range of them
+#[utoipa::path(get, path = "/files/{id}/content", tag = "Files",
+    params(
+        ("id" = String, Path, description = "Id of the file"),
+        ("range" = Option<String>, Header, description = "One range, as in `bytes=0-99`; anything else is ignored"),
+    ),
+    responses(
+        (status = 200, content_type = "application/octet-stream", description = "All bytes"),
+        (status = 206, content_type = "application/octet-stream", description = "The bytes of the range"),
+        Errors,
+    ))]
 pub async fn download(
     State(batches): App,
     tenant: Tenant,

@@ -6,8 +6,9 @@ use axum::extract::{Path, Request, State};
 use super::batches::unknown_after;
 use super::error::ApiError;
 use super::multipart::{Form, part_text};
+use super::openapi::Errors;
 use super::params::{QueryParams, check_anchor, check_lifetime};
-use super::wire::{Deleted, File, List};
+use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
 use crate::batch::NewFile;
 use crate::store::{FileQuery, Order, Paged};
@@ -15,8 +16,13 @@ use crate::store::{FileQuery, Order, Paged};
 /// What a client may upload a file for; `batch_output` is for the server's own.
 const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];
 
-/// The parts come in any order: the Node SDK sends the file first. So the bytes go to the store at once, and what else is said decides
-/// at the end.
+/// Upload a file
+///
+/// The file that a batch reads has the purpose `batch` and one JSON object a line.
+// The parts come in any order: the Node SDK sends the file first. So the bytes go to the store at once, and what else is said decides
+// at the end.
+#[utoipa::path(post, path = "/files", tag = "Files", request_body(content = UploadForm, content_type = "multipart/form-data"),
+    responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn upload(State(batches): App, tenant: Tenant, request: Request) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request).await?;
     let mut upload = batches.upload(&tenant.0);
@@ -93,6 +99,9 @@ impl Received {
     }
 }
 
+/// Get a file
+#[utoipa::path(get, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
+    responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<File>, ApiError> {
     match batches.file(&tenant.0, &id).await? {
         Some(file) => Ok(Json(file.into())),
@@ -100,9 +109,16 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     }
 }
 
+/// List files
+#[utoipa::path(get, path = "/files", tag = "Files", params(
+    ("purpose" = Option<String>, Query, description = "Only files of this purpose"),
+    ("limit" = Option<u32>, Query, minimum = 1, maximum = 10000, description = "Files in the page; as many as may be if absent"),
+    ("order" = inline(Option<Direction>), Query, description = "By age; newest first if absent"),
+    ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
+), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<File>>, ApiError> {
     let after = query.text("after");
-    let order = match query.text("order").as_deref() {
+    let order = match query.raw("order").as_deref() {
         None | Some("desc") => Order::NewestFirst,
         Some("asc") => Order::OldestFirst,
         Some(_) => {
@@ -113,11 +129,12 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
             ));
         }
     };
+    let most = batches.settings().max_files_per_page.get().into();
     let query = FileQuery {
         purpose: query.text("purpose"),
         order,
         after: after.clone(),
-        limit: query.limit(1..=10_000, 10_000)?,
+        limit: query.limit(1..=most, most)?,
         now: batches.clock().now(),
     };
     match batches.files(&tenant.0, query).await? {
@@ -126,6 +143,11 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
     }
 }
 
+/// Delete a file
+///
+/// It is gone for clients at once; a batch that reads it goes on.
+#[utoipa::path(delete, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
+    responses((status = 200, body = Deleted, description = "It is deleted"), Errors))]
 pub async fn delete(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
     if batches.delete_file(&tenant.0, &id).await? {
         Ok(Json(Deleted { id, object: "file", deleted: true }))

@@ -9,21 +9,24 @@ mod files;
 mod health;
 mod models;
 mod multipart;
+mod openapi;
 mod params;
 mod server;
 mod wire;
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
+use axum::{Json, Router};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::batch::Batches;
@@ -53,17 +56,25 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
 }
 
 pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
-    let api = Router::new()
-        .route("/files", post(files::upload).layer(DefaultBodyLimit::disable()).get(files::list))
-        .route("/files/{id}", get(files::get).delete(files::delete))
-        .route("/files/{id}/content", get(content::download))
-        .route("/batches", post(batches::create).get(batches::list))
-        .route("/batches/{id}", get(batches::get))
-        .route("/batches/{id}/cancel", post(batches::cancel))
-        .route("/models", get(models::list))
-        // The name of a model may hold slashes.
-        .route("/models/{*id}", get(models::get));
-    let mut router = Router::new().route("/health/live", get(health::live)).route("/health/ready", get(health::ready));
+    let api = OpenApiRouter::new()
+        .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(files::list))
+        .routes(routes!(files::get, files::delete))
+        .routes(routes!(content::download))
+        .routes(routes!(batches::create, batches::list))
+        .routes(routes!(batches::get))
+        .routes(routes!(batches::cancel))
+        .routes(routes!(models::list));
+    let (api, mut described) = api.split_for_parts();
+    // The name of a model may hold slashes, which the description of a path cannot say.
+    let (_, model) = OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
+    described.merge(model);
+    let api = api.route("/models/{*id}", get(models::get));
+    let document = Json(openapi::document(described, settings));
+    let mut router = Router::new()
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/openapi.json", get(async move || document));
     for prefix in PREFIXES {
         router = router.nest(prefix, api.clone());
     }

@@ -4,16 +4,22 @@ use axum::Json;
 use axum::extract::{Path, State};
 
 use super::error::ApiError;
+use super::openapi::Errors;
 use super::wire::{List, Model};
 use super::{App, Tenant};
 use crate::plugin::Plugin;
 
+/// List the models that can be asked for by name
+#[utoipa::path(get, path = "/models", tag = "Models", responses((status = 200, body = List<Model>, description = "All models"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model>> {
     let plugins = batches.registry().current();
     let models = plugins.models(&tenant.0);
     Json(List::new(models.into_iter().map(|(name, plugin)| model(name, plugin)).collect(), false))
 }
 
+/// Get a model
+#[utoipa::path(get, path = "/models/{id}", tag = "Models", params(("id" = String, Path, description = "Name of the model")),
+    responses((status = 200, body = Model, description = "The model"), Errors))]
 pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Model>, ApiError> {
     match batches.registry().current().route(&tenant.0, &id) {
         Some(route) => Ok(Json(model(&id, &route.plugin))),

@@ -10,14 +10,11 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use crate::config::Settings;
 use crate::store::Metadata;
 
 /// How long files may be kept that say so themselves, in seconds.
-const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
-
-const MOST_PAIRS: usize = 16;
-const LONGEST_KEY: usize = 64;
-const LONGEST_VALUE: usize = 512;
+pub const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
 
 /// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
 pub struct Params(Map<String, Value>);
@@ -71,16 +68,17 @@ impl Params {
         })
     }
 
-    /// Up to sixteen pairs of strings.
-    pub fn metadata(&mut self, name: &str) -> Result<Option<Metadata>, ApiError> {
+    /// Pairs of strings, as many and as long as the settings allow.
+    pub fn metadata(&mut self, name: &str, settings: &Settings) -> Result<Option<Metadata>, ApiError> {
+        let most = settings.max_metadata_pairs;
         let pairs = match self.take(name) {
             None => return Ok(None),
             Some(Value::Object(pairs)) => pairs,
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
-        if pairs.len() > MOST_PAIRS {
+        if pairs.len() > most {
             let message = format!(
-                "Invalid '{name}': too many properties. Expected an object with at most {MOST_PAIRS} properties, but got an object with {} properties instead.",
+                "Invalid '{name}': too many properties. Expected an object with at most {most} properties, but got an object with {} properties instead.",
                 pairs.len()
             );
             return Err(ApiError::invalid(name, "object_above_max_properties", message));
@@ -89,10 +87,11 @@ impl Params {
         for (key, value) in pairs {
             let at = format!("{name}.{key}");
             let Value::String(value) = value else { return Err(wrong_type(&at, "a string", &value)) };
-            for (what, text, longest) in [("key", &key, LONGEST_KEY), ("value", &value, LONGEST_VALUE)] {
+            let longest_key = settings.max_metadata_key;
+            for (what, text, longest) in [("key", &key, longest_key), ("value", &value, settings.max_metadata_value)] {
                 let length = text.chars().count();
                 if length > longest {
-                    let shown: String = at.chars().take(name.len() + 1 + LONGEST_KEY).collect();
+                    let shown: String = at.chars().take(name.len() + 1 + longest_key).collect();
                     let message = format!(
                         "Invalid '{shown}': {what} too long. Expected a string with maximum length {longest}, but got a string with length {length} instead."
                     );
@@ -116,7 +115,7 @@ impl Params {
         check_anchor(&format!("{name}.anchor"), &anchor)?;
         let at = format!("{name}.seconds");
         let seconds = match given.take("seconds") {
-            Some(value) => value.as_u64().ok_or_else(|| wrong_type(&at, "an integer", &value))?,
+            Some(value) => whole_number(&value).ok_or_else(|| wrong_type(&at, "an integer", &value))?,
             None => {
                 return Err(ApiError::invalid(
                     &at,
@@ -125,7 +124,8 @@ impl Params {
                 ));
             }
         };
-        check_lifetime(&at, seconds).map(Some)
+        let lifetime = check_lifetime(&at, seconds)?;
+        given.end().map(|()| Some(lifetime))
     }
 
     /// Refuses what was not taken: it is misspelt, or meant for something else.
@@ -139,6 +139,13 @@ impl Params {
             }
         }
     }
+}
+
+/// A number without a fraction is an integer however it is written.
+fn whole_number(value: &Value) -> Option<u64> {
+    let written_as_decimal = || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is whole, positive and small")]
+    value.as_u64().or_else(|| written_as_decimal().map(|number| number as u64))
 }
 
 pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
@@ -199,8 +206,13 @@ impl QueryParams {
         self.0.remove(name).filter(|value| !value.is_empty())
     }
 
+    /// As it stands, an empty one too.
+    pub fn raw(&mut self, name: &str) -> Option<String> {
+        self.0.remove(name)
+    }
+
     pub fn limit(&mut self, range: RangeInclusive<u64>, default: u64) -> Result<usize, ApiError> {
-        let number = match self.text("limit") {
+        let number = match self.raw("limit") {
             None => default,
             Some(text) => match text.parse() {
                 Ok(number) if range.contains(&number) => number,

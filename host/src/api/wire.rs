@@ -1,30 +1,115 @@
 //! The API's objects. All keys are always there; what is absent is an explicit null.
 
-use serde::Serialize;
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::clock::Timestamp;
 use crate::store::{BatchError, BatchRecord, FileRecord, Metadata};
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct ErrorBody<'a> {
     pub error: Error<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct Error<'a> {
     pub message: &'a str,
     #[serde(rename = "type")]
     pub kind: &'a str,
+    #[schema(required)]
     pub param: Option<&'a str>,
+    #[schema(required)]
     pub code: Option<&'a str>,
 }
 
+/// What `POST /batches` takes. It is read by hand, so that each error names its parameter.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[serde(deny_unknown_fields)]
+pub struct CreateBatch {
+    /// Id of an uploaded file.
+    input_file_id: String,
+    /// What its requests are for.
+    endpoint: String,
+    /// How long the batch may take.
+    completion_window: String,
+    metadata: Option<BTreeMap<String, String>>,
+    output_expires_after: Option<ExpiresAfter>,
+    /// Names this creation, so that it can be repeated; also accepted as the header `Idempotency-Key`.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    idempotency_key: Option<String>,
+}
+
+/// How long files are kept.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[serde(deny_unknown_fields)]
+pub struct ExpiresAfter {
+    #[schema(pattern = "^created_at$")]
+    anchor: String,
+    #[schema(minimum = 3600, maximum = 2592000)]
+    seconds: u64,
+}
+
+/// What `POST /files` takes.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[serde(deny_unknown_fields)]
+pub struct UploadForm {
+    #[schema(content_media_type = "application/octet-stream", value_type = String, min_length = 1)]
+    file: Vec<u8>,
+    purpose: Purpose,
+    #[schema(pattern = "^created_at$", nullable = false)]
+    #[serde(rename = "expires_after[anchor]")]
+    anchor: Option<String>,
+    #[serde(rename = "expires_after[seconds]")]
+    #[schema(minimum = 3600, maximum = 2592000, nullable = false)]
+    seconds: Option<u64>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    Assistants,
+    Batch,
+    Evals,
+    #[serde(rename = "fine-tune")]
+    FineTune,
+    UserData,
+    Vision,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    Asc,
+    Desc,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BatchStatus {
+    Validating,
+    Failed,
+    InProgress,
+    Finalizing,
+    Completed,
+    Expired,
+    Cancelling,
+    Cancelled,
+}
+
 /// A page of objects, newest first unless asked otherwise.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct List<T> {
+    #[schema(pattern = "^list$")]
     object: &'static str,
     data: Vec<T>,
+    #[schema(required)]
     first_id: Option<String>,
+    #[schema(required)]
     last_id: Option<String>,
     has_more: bool,
 }
@@ -40,16 +125,19 @@ pub trait Identified {
     fn id(&self) -> &str;
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct File {
     id: String,
+    #[schema(pattern = "^file$")]
     object: &'static str,
     bytes: u64,
     created_at: i64,
+    #[schema(required)]
     expires_at: Option<i64>,
     filename: String,
     purpose: String,
     status: &'static str,
+    #[schema(required)]
     status_details: Option<String>,
 }
 
@@ -75,61 +163,80 @@ impl Identified for File {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct Deleted {
     pub id: String,
+    #[schema(pattern = "^file$")]
     pub object: &'static str,
+    /// Always true.
     pub deleted: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct Batch {
     id: String,
+    #[schema(pattern = "^batch$")]
     object: &'static str,
     endpoint: String,
+    #[schema(required)]
     model: Option<String>,
+    #[schema(required)]
     errors: Option<Errors>,
     input_file_id: String,
     completion_window: String,
+    #[schema(value_type = BatchStatus)]
     status: &'static str,
+    #[schema(required)]
     output_file_id: Option<String>,
+    #[schema(required)]
     error_file_id: Option<String>,
     created_at: i64,
+    #[schema(required)]
     in_progress_at: Option<i64>,
     expires_at: i64,
+    #[schema(required)]
     finalizing_at: Option<i64>,
+    #[schema(required)]
     completed_at: Option<i64>,
+    #[schema(required)]
     failed_at: Option<i64>,
+    #[schema(required)]
     expired_at: Option<i64>,
+    #[schema(required)]
     cancelling_at: Option<i64>,
+    #[schema(required)]
     cancelled_at: Option<i64>,
     request_counts: RequestCounts,
     usage: Usage,
+    #[schema(required)]
     metadata: Option<Metadata>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Errors {
+    #[schema(pattern = "^list$")]
     object: &'static str,
     data: Vec<LineError>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct LineError {
     code: String,
     message: String,
+    #[schema(required)]
     param: Option<String>,
+    #[schema(required)]
     line: Option<u64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct RequestCounts {
     total: u64,
     completed: u64,
     failed: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Usage {
     input_tokens: u64,
     input_tokens_details: InputTokens,
@@ -138,12 +245,12 @@ struct Usage {
     total_tokens: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct InputTokens {
     cached_tokens: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct OutputTokens {
     reasoning_tokens: u64,
 }
@@ -197,9 +304,10 @@ impl Identified for Batch {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct Model {
     pub id: String,
+    #[schema(pattern = "^model$")]
     pub object: &'static str,
     pub created: i64,
     pub owned_by: String,

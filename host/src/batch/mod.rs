@@ -108,6 +108,10 @@ impl Batches {
         &self.clock
     }
 
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     pub fn registry(&self) -> &Registry {
         &self.registry
     }

@@ -6,7 +6,7 @@
 mod units;
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,6 +95,16 @@ settings! {
     "Limits" "N" max_reported_errors: usize = 1000, "BATCHWRIGHT_MAX_REPORTED_ERRORS";
     /// Completion windows a client may ask for, separated by commas [default: 24h]
     "Limits" "LIST" completion_windows: CompletionWindows = CompletionWindows::default(), "BATCHWRIGHT_COMPLETION_WINDOWS";
+    /// Pairs of metadata of a batch [default: 16]
+    "Limits" "N" max_metadata_pairs: usize = 16, "BATCHWRIGHT_MAX_METADATA_PAIRS";
+    /// Characters of a key of metadata [default: 64]
+    "Limits" "N" max_metadata_key: usize = 64, "BATCHWRIGHT_MAX_METADATA_KEY";
+    /// Characters of a value of metadata [default: 512]
+    "Limits" "N" max_metadata_value: usize = 512, "BATCHWRIGHT_MAX_METADATA_VALUE";
+    /// Batches in one page of a list [default: 100]
+    "Limits" "N" max_batches_per_page: NonZeroU32 = page(100), "BATCHWRIGHT_MAX_BATCHES_PER_PAGE";
+    /// Files in one page of a list [default: 10000]
+    "Limits" "N" max_files_per_page: NonZeroU32 = page(10_000), "BATCHWRIGHT_MAX_FILES_PER_PAGE";
     /// How long an input file is kept that names no time of its own [default: 30d]
     "Limits" "TIME" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
 
@@ -125,6 +135,10 @@ pub fn default_plugins() -> PathBuf {
     program.and_then(|program| Some(program.parent()?.join("plugins"))).unwrap_or_else(|| "plugins".into())
 }
 
+fn page(most: u32) -> NonZeroU32 {
+    NonZeroU32::new(most).unwrap_or(NonZeroU32::MIN)
+}
+
 /// One, or more.
 fn at_least_one(number: usize) -> NonZeroUsize {
     NonZeroUsize::new(number).unwrap_or(NonZeroUsize::MIN)
@@ -143,6 +157,11 @@ impl Settings {
             return Err(ConfigError::Value { setting: "memory_budget", message });
         }
         Ok(settings)
+    }
+
+    /// The completion windows a client may ask for.
+    pub fn completion_window_names(&self) -> impl Iterator<Item = &str> {
+        self.completion_windows.0.iter().map(|(name, _)| name.as_str())
     }
 
     /// How long a client's completion window is, if it may ask for it.

@@ -1,0 +1,46 @@
+"""The server is what its own description says, whatever it is asked."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import urllib.request
+
+from conftest import CHAT
+
+HERE = pathlib.Path(__file__).parent / "schemathesis"
+
+
+def test_no_request_breaks_what_the_openapi_document_says(serve, tmp_path):
+    server = serve("--completion-windows", "24h,2h")
+    answer = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "--config-file", HERE / "schemathesis.toml", "run",
+         server.url + "/openapi.json", "--url", server.url + "/v1", "--max-examples", "100", "--continue-on-failure"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    print(answer.stdout)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "11 selected / 11 total" in answer.stdout
+    assert " 500" not in server.logged()
+
+
+def test_the_openapi_document_says_what_this_server_allows(serve):
+    server = serve("--completion-windows", "24h,2h", "--max-metadata-pairs", "3", "--max-batches-per-page", "7")
+    with urllib.request.urlopen(server.url + "/openapi.json") as answer:
+        document = json.load(answer)
+    create = document["components"]["schemas"]["CreateBatch"]["properties"]
+    assert create["completion_window"]["enum"] == ["24h", "2h"] and CHAT in create["endpoint"]["enum"]
+    assert create["metadata"]["maxProperties"] == 3
+    assert create["metadata"]["propertyNames"] == {"type": "string", "maxLength": 64}
+    assert create["metadata"]["additionalProperties"]["maxLength"] == 512
+    limits = {
+        path: parameter["schema"]["maximum"]
+        for path in ["/batches", "/files"]
+        for parameter in document["paths"][path]["get"]["parameters"]
+        if parameter["name"] == "limit"
+    }
+    assert limits == {"/batches": 7, "/files": 10_000}
+    batch = document["components"]["schemas"]["Batch"]
+    assert set(batch["required"]) == set(batch["properties"]) and len(batch["required"]) == 22
+    assert [server["url"] for server in document["servers"]] == ["/v1", "/v1/openai/v1"]
