@@ -107,3 +107,56 @@ test("lists page by themselves", async () => {
   for await (const model of client.models.list()) models.push(model.id);
   assert.ok(models.includes("echo"));
 });
+
+test("a creation that is repeated with its key makes one batch", async () => {
+  const file = await client.files.create({ file: await toFile(Buffer.from(line("a", "x")), "in.jsonl"), purpose: "batch" });
+  const create = (metadata) =>
+    client.batches.create(
+      { input_file_id: file.id, endpoint: "/v1/chat/completions", completion_window: "24h", metadata },
+      { headers: { "Idempotency-Key": "nightly-2026-11-22" } },
+    );
+  const made = await Promise.all(Array.from({ length: 20 }, () => create({ run: "1" })));
+  assert.equal(new Set(made.map((batch) => batch.id)).size, 1);
+  await assert.rejects(create({ run: "2" }), (error) => error instanceof ConflictError && /conflict/i.test(error.message));
+});
+
+test("a cancelled batch has every request in one of its files", async () => {
+  const ids = Array.from({ length: 20_000 }, (_, number) => String(number));
+  const input = Buffer.from(ids.map((id) => line(id, "x")).join("\n"));
+  const file = await client.files.create({ file: await toFile(input, "in.jsonl"), purpose: "batch" });
+  const created = await client.batches.create({
+    input_file_id: file.id,
+    endpoint: "/v1/chat/completions",
+    completion_window: "24h",
+  });
+  for (let status = created.status; status === "validating"; ) status = (await client.batches.retrieve(created.id)).status;
+  assert.ok(["cancelling", "cancelled"].includes((await client.batches.cancel(created.id)).status));
+  assert.ok(["cancelling", "cancelled"].includes((await client.batches.cancel(created.id)).status));
+  const batch = await ended(created.id);
+  assert.equal(batch.status, "cancelled");
+  const found = [];
+  for (const id of [batch.output_file_id, batch.error_file_id].filter(Boolean)) {
+    const text = await (await client.files.content(id)).text();
+    found.push(...text.trimEnd().split("\n").map((answer) => JSON.parse(answer).custom_id));
+  }
+  assert.deepEqual(found.sort(), ids.sort());
+});
+
+test("each refusal is the error class that the SDK has for it, and is not tried again in vain", async () => {
+  let asked = 0;
+  const counting = (...request) => {
+    asked += 1;
+    return fetch(...request);
+  };
+  const patient = client.withOptions({ maxRetries: 3, fetch: counting });
+  const batch = await run([line("a", "x")]);
+  await assert.rejects(patient.batches.cancel(batch.id), ConflictError);
+  assert.equal(asked, 1);
+  await assert.rejects(patient.files.retrieve("file-x"), NotFoundError);
+  await assert.rejects(patient.files.del?.("file-x") ?? patient.files.delete("file-x"), NotFoundError);
+  await assert.rejects(patient.models.retrieve("some/body"), (error) => error.code === "model_not_found");
+  await assert.rejects(patient.batches.list({ after: "batch_x" }), BadRequestError);
+  const empty = async () => patient.files.create({ file: await toFile(Buffer.alloc(0), "in.jsonl"), purpose: "batch" });
+  await assert.rejects(empty(), (error) => error instanceof BadRequestError && error.code === "empty_file");
+  await assert.rejects(patient.get("/nothing"), (error) => error instanceof NotFoundError && error.type === "invalid_request_error");
+});

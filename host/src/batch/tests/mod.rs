@@ -32,7 +32,9 @@ static CACHE: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().unwrap());
 
 /// What `cargo xtask build` made.
 fn built(path: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Asked for when it runs: checkouts may share what is compiled.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let root = Path::new(&here).join("..");
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let built = path.strip_prefix("target/").map_or_else(|| root.join(path), |path| target.join(path));
     assert!(built.exists(), "{} is missing; run `cargo xtask build` first", built.display());
