@@ -174,16 +174,16 @@ impl<'de> Deserialize<'de> for Key {
                 formatter.write_str("a key")
             }
 
-            fn visit_str<E>(self, key: &str) -> Result<Key, E> {
+            fn visit_bytes<E>(self, key: &[u8]) -> Result<Key, E> {
                 Ok(match key {
-                    "model" => Key::Model,
-                    "messages" => Key::Messages,
-                    "role" => Key::Role,
+                    b"model" => Key::Model,
+                    b"messages" => Key::Messages,
+                    b"role" => Key::Role,
                     _ => Key::Other,
                 })
             }
         }
-        deserializer.deserialize_str(KeyVisitor)
+        deserializer.deserialize_bytes(KeyVisitor)
     }
 }
 

@@ -18,10 +18,6 @@ impl<'a> Raw<'a> {
         self.0.starts_with('[')
     }
 
-    pub(crate) fn is_object(self) -> bool {
-        self.0.starts_with('{')
-    }
-
     pub(crate) fn is_null(self) -> bool {
         self.0 == "null"
     }
@@ -88,19 +84,18 @@ fn parse_by_parts(text: &str) -> Option<Object<Line<'_>>> {
     let mut line = Line::default();
     for (key, value) in parts {
         let kept = Some(Raw(value.get()));
-        match key.as_str() {
-            "custom_id" => line.custom_id = kept,
-            "method" => line.method = kept,
-            "url" => line.url = kept,
-            "body" if Raw(value.get()).is_object() => line.body = serde_json::from_str(value.get()).ok(),
-            "body" => line.body = Some(Object::IsNot),
+        match key {
+            Key::CustomId => line.custom_id = kept,
+            Key::Method => line.method = kept,
+            Key::Url => line.url = kept,
+            Key::Body => line.body = Some(serde_json::from_str(value.get()).unwrap_or(Object::IsNot)),
             _ => {}
         }
     }
     Some(Object::Is(line))
 }
 
-struct Parts<'a>(Vec<(String, &'a RawValue)>);
+struct Parts<'a>(Vec<(Key, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Parts<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -183,22 +178,23 @@ impl<'de> Deserialize<'de> for Key {
                 formatter.write_str("a key")
             }
 
-            fn visit_str<E>(self, key: &str) -> Result<Key, E> {
+            fn visit_bytes<E>(self, key: &[u8]) -> Result<Key, E> {
                 Ok(match key {
-                    "custom_id" => Key::CustomId,
-                    "method" => Key::Method,
-                    "url" => Key::Url,
-                    "body" => Key::Body,
-                    "model" => Key::Model,
-                    "messages" => Key::Messages,
-                    "prompt" => Key::Prompt,
-                    "input" => Key::Input,
-                    "stream" => Key::Stream,
+                    b"custom_id" => Key::CustomId,
+                    b"method" => Key::Method,
+                    b"url" => Key::Url,
+                    b"body" => Key::Body,
+                    b"model" => Key::Model,
+                    b"messages" => Key::Messages,
+                    b"prompt" => Key::Prompt,
+                    b"input" => Key::Input,
+                    b"stream" => Key::Stream,
                     _ => Key::Other,
                 })
             }
         }
-        deserializer.deserialize_str(KeyVisitor)
+        // As bytes: half a surrogate pair is JSON, though no text.
+        deserializer.deserialize_bytes(KeyVisitor)
     }
 }
 

@@ -1,8 +1,11 @@
 //! The one source of time. Nothing else in the host asks the system for it, so that a test can turn it.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
+
+/// How long a sleeper goes without a look at the time.
+const LOOK: Duration = Duration::from_secs(30);
 
 /// A point in time, in milliseconds since 1970-01-01T00:00:00Z.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,12 +42,13 @@ impl Timestamp {
 /// The system's clock, ahead by as much as it was turned.
 #[derive(Clone, Debug)]
 pub struct Clock {
+    begun: Instant,
     ahead: watch::Sender<Duration>,
 }
 
 impl Clock {
     pub fn system() -> Self {
-        Self { ahead: watch::Sender::new(Duration::ZERO) }
+        Self { begun: Instant::now(), ahead: watch::Sender::new(Duration::ZERO) }
     }
 
     pub fn now(&self) -> Timestamp {
@@ -59,19 +63,30 @@ impl Clock {
         self.ahead.send_modify(|ahead| *ahead = ahead.saturating_add(by));
     }
 
+    /// How long this process has run, as its clock was turned: what the system's clock does to the time of day changes nothing here.
+    fn elapsed(&self) -> Duration {
+        self.begun.elapsed().saturating_add(*self.ahead.borrow())
+    }
+
     pub async fn sleep(&self, span: Duration) {
-        self.sleep_until(self.now().after(span)).await;
+        let end = self.elapsed().saturating_add(span);
+        self.sleep_for(|| end.saturating_sub(self.elapsed())).await;
     }
 
     pub async fn sleep_until(&self, at: Timestamp) {
+        self.sleep_for(|| self.now().until(at)).await;
+    }
+
+    async fn sleep_for(&self, left: impl Fn() -> Duration) {
         let mut turned = self.ahead.subscribe();
         loop {
-            let left = self.now().until(at);
+            let left = left();
             if left.is_zero() {
                 return;
             }
             tokio::select! {
-                () = tokio::time::sleep(left) => {}
+                // The system's clock may be set, or may have slept, meanwhile.
+                () = tokio::time::sleep(left.min(LOOK)) => {}
                 _ = turned.changed() => {}
             }
         }

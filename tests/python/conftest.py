@@ -22,7 +22,7 @@ CHAT = "/v1/chat/completions"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, help="of the crash test")
+    parser.addoption("--seed", type=int, help="of the crash test and of schemathesis")
     parser.addoption("--kills", type=int, default=25, help="of the crash test")
 
 

@@ -12,11 +12,12 @@ from conftest import CHAT
 HERE = pathlib.Path(__file__).parent / "schemathesis"
 
 
-def test_no_request_breaks_what_the_openapi_document_says(serve, tmp_path):
+def test_no_request_breaks_what_the_openapi_document_says(serve, tmp_path, request):
     server = serve("--completion-windows", "24h,2h")
     answer = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", HERE / "schemathesis.toml", "run",
-         server.url + "/openapi.json", "--url", server.url + "/v1", "--max-examples", "100", "--continue-on-failure"],
+         server.url + "/openapi.json", "--url", server.url + "/v1", "--max-examples", "100", "--continue-on-failure",
+         "--seed", str(request.config.getoption("--seed") or 1)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     print(answer.stdout)

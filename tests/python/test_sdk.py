@@ -8,7 +8,7 @@ import urllib.request
 
 import openai
 import pytest
-from conftest import CHAT, chat, jsonl
+from conftest import CHAT, chat, jsonl, wait_for
 
 
 def test_a_batch_from_upload_to_results(server):
@@ -162,6 +162,12 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
     assert refused(openai.NotFoundError, lambda: client.models.retrieve("nobody")).code == "model_not_found"
     assert refused(openai.BadRequestError, lambda: client.batches.list(after="batch_x")).param == "after"
     assert refused(openai.BadRequestError, lambda: client.batches.list(limit=101)).param == "limit"
+    assert refused(openai.BadRequestError, lambda: client.batches.list(after="")).param == "after"
+    for seconds, said in [(-1, "-1"), (0, "0"), (3599, "3599"), (2592001, "2592001")]:
+        error = refused(openai.BadRequestError, create(output_expires_after={"anchor": "created_at", "seconds": seconds}))
+        assert error.param == "output_expires_after.seconds" and f"from 3600 to 2592000, but got '{said}'" in error.message
+    error = refused(openai.BadRequestError, create(output_expires_after={"anchor": "created_at", "seconds": 3600, "z": 1}))
+    assert (error.param, error.code) == ("output_expires_after.z", "unknown_parameter")
     assert refused(openai.BadRequestError, lambda: server.upload(b"")).code == "empty_file"
     wrong_purpose = lambda: client.files.create(file=("a", b"x"), purpose="nothing")  # noqa: E731
     assert refused(openai.BadRequestError, wrong_purpose).param == "purpose"
@@ -225,6 +231,42 @@ def test_files_and_batches_are_listed_page_by_page(server):
     inputs = list(server.client.files.list(purpose="batch", order="asc", limit=2))
     assert len(inputs) == 5 and all(file.purpose == "batch" for file in inputs)
     assert len(list(server.client.files.list(limit=3))) == 10
+
+
+def test_a_list_goes_on_after_what_was_deleted_from_it(server):
+    ids = [server.upload(b"x").id for _ in range(7)]
+    listed = []
+    for file in server.client.files.list(limit=2):
+        listed.append(file.id)
+        server.client.files.delete(file.id)
+        wait_for(lambda file=file: not (server.data / "objects/default/files" / file.id).exists(), what="its removal")
+    assert listed == ids[::-1] and list(server.client.files.list()) == []
+
+
+def test_a_batch_that_is_cancelled_while_it_is_validated_tells_of_every_line(server):
+    batch = server.create([chat(str(number), "x" * 2000) for number in range(20_000)])
+    assert server.client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    batch = server.ended(batch.id)
+    output, errors = server.results(batch)
+    assert batch.status == "cancelled" and batch.request_counts.total == 20_000
+    assert [int(line["custom_id"]) for line in sorted(output + errors, key=lambda line: int(line["custom_id"]))] == list(
+        range(20_000)
+    )
+    assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
+
+
+def test_a_client_that_is_refused_while_it_still_sends_reads_why(server):
+    large = b"x" * 30_000_000
+    for path, headers, status in [
+        ("/v1/batches", {"content-type": "application/json"}, 413),
+        ("/v1/files", {"content-type": "text/plain"}, 400),
+        ("/v1/nowhere", {}, 404),
+        ("/v1/models", {}, 405),
+    ]:
+        request = urllib.request.Request(server.url + path, data=large, headers=headers, method="POST")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        assert caught.value.code == status and json.load(caught.value)["error"]["type"] == "invalid_request_error"
 
 
 def test_a_file_can_be_deleted_and_a_running_batch_keeps_its_input(server):

@@ -84,7 +84,7 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
 ), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<Batch>>, ApiError> {
     let limit = query.limit(1..=batches.settings().max_batches_per_page.get().into(), 20)?;
-    let after = query.text("after");
+    let after = query.raw("after");
     match batches.list(&tenant.0, after.clone(), limit).await? {
         Paged::Page(page) => Ok(Json(List::new(page.items.into_iter().map(Batch::from).collect(), page.has_more))),
         Paged::UnknownAfter => Err(unknown_after("batch", &after.unwrap_or_default())),

@@ -12,6 +12,7 @@ use super::error::ApiError;
 use super::files::no_file;
 use super::openapi::Errors;
 use super::{App, Tenant};
+use crate::store::StoreError;
 
 /// Download a file's bytes, or a range of them
 #[utoipa::path(get, path = "/files/{id}/content", tag = "Files",
@@ -43,7 +44,11 @@ pub async fn download(
             return Ok(refused);
         }
     };
-    let bytes = batches.content(&tenant.0, &id, Some(range.clone())).await?;
+    let bytes = match batches.content(&tenant.0, &id, Some(range.clone())).await {
+        // It was deleted just now.
+        Err(StoreError::Missing(_)) => return Err(no_file(&id)),
+        bytes => bytes?,
+    };
     let mut response = (status, Body::from_stream(bytes)).into_response();
     let headers = response.headers_mut();
     put(headers, header::CONTENT_TYPE, "application/octet-stream");

@@ -68,8 +68,7 @@ impl ApiError {
     pub fn of_late_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
         let causes = std::iter::successors(Some(error), |cause| cause.source());
         let late = causes.into_iter().any(<dyn std::error::Error>::is::<TimeoutError>);
-        let message =
-            "The rest of the request body did not come for longer than the server waits (request_body_timeout).";
+        let message = "The rest of the request body did not come for longer than the server waits (client_timeout).";
         late.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
     }
 

@@ -1,16 +1,17 @@
 //! `/files`
 
 use axum::Json;
+use axum::extract::multipart::Field;
 use axum::extract::{Path, Request, State};
 
 use super::batches::unknown_after;
 use super::error::ApiError;
 use super::multipart::{Form, part_text};
 use super::openapi::Errors;
-use super::params::{QueryParams, check_anchor, check_lifetime};
+use super::params::{QueryParams, check_anchor, check_lifetime, missing, unknown_parameter};
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
-use crate::batch::NewFile;
+use crate::batch::{NewFile, shortened};
 use crate::store::{FileQuery, Order, Paged};
 
 /// What a client may upload a file for; `batch_output` is for the server's own.
@@ -25,13 +26,12 @@ const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn upload(State(batches): App, tenant: Tenant, request: Request) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request).await?;
-    let mut upload = batches.upload(&tenant.0);
+    let mut upload = batches.upload(&tenant.0).await?;
     let received = receive(&mut form, &mut upload).await;
     let new = match received.and_then(Received::check) {
         Ok(new) => new,
         Err(error) => {
             upload.abort().await;
-            form.drain().await;
             return Err(error);
         }
     };
@@ -52,35 +52,41 @@ async fn receive(form: &mut Form, upload: &mut crate::batch::Upload<'_>) -> Resu
         match part.name().unwrap_or_default() {
             "file" => {
                 if received.filename.is_some() {
-                    return Err(ApiError::invalid("file", "invalid_value", "There is more than one part 'file'."));
+                    return Err(twice("file"));
                 }
-                received.filename = Some(part.file_name().unwrap_or("upload").to_owned());
+                let name = part.file_name().filter(|name| !name.is_empty());
+                received.filename = Some(name.unwrap_or("upload").to_owned());
                 while let Some(bytes) = part.chunk().await.map_err(|error| super::multipart::broken(&error))? {
                     upload.write(bytes).await?;
                 }
             }
-            "purpose" => received.purpose = Some(part_text(part).await?),
-            "expires_after[anchor]" => received.anchor = Some(part_text(part).await?),
-            "expires_after[seconds]" => received.seconds = Some(part_text(part).await?),
-            other => {
-                let shown: String = other.chars().take(100).collect();
-                let message = format!("Unknown parameter: '{shown}'.");
-                return Err(ApiError::invalid(shown, "unknown_parameter", message));
-            }
+            "purpose" => once(&mut received.purpose, part).await?,
+            "expires_after[anchor]" => once(&mut received.anchor, part).await?,
+            "expires_after[seconds]" => once(&mut received.seconds, part).await?,
+            other => return Err(unknown_parameter(other)),
         }
     }
     Ok(received)
 }
 
+async fn once(text: &mut Option<String>, part: Field<'_>) -> Result<(), ApiError> {
+    if text.is_some() {
+        return Err(twice(part.name().unwrap_or_default()));
+    }
+    *text = Some(part_text(part).await?);
+    Ok(())
+}
+
+fn twice(part: &str) -> ApiError {
+    ApiError::invalid(part, "invalid_value", format!("There is more than one part '{part}'."))
+}
+
 impl Received {
     fn check(self) -> Result<NewFile, ApiError> {
-        let missing = |name: &str| {
-            ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
-        };
         let filename = self.filename.ok_or_else(|| missing("file"))?;
         let purpose = self.purpose.ok_or_else(|| missing("purpose"))?;
         if !PURPOSES.contains(&purpose.as_str()) {
-            let shown: String = purpose.chars().take(100).collect();
+            let shown = shortened(&purpose);
             let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
             let message = format!("Invalid value: '{shown}'. Supported values are: {supported}.");
             return Err(ApiError::invalid("purpose", "invalid_value", message));
@@ -91,8 +97,7 @@ impl Received {
             (None, Some(_)) => return Err(missing("expires_after[anchor]")),
             (Some(anchor), Some(seconds)) => {
                 check_anchor("expires_after[anchor]", &anchor)?;
-                // What is no number is as far out of range as can be.
-                Some(check_lifetime("expires_after[seconds]", seconds.parse().unwrap_or(0))?)
+                Some(check_lifetime("expires_after[seconds]", seconds.parse().ok(), &seconds)?)
             }
         };
         Ok(NewFile { filename: filename.chars().take(255).collect(), purpose, lifetime })
@@ -117,7 +122,7 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
 ), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<File>>, ApiError> {
-    let after = query.text("after");
+    let after = query.raw("after");
     let order = match query.raw("order").as_deref() {
         None | Some("desc") => Order::NewestFirst,
         Some("asc") => Order::OldestFirst,

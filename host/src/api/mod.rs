@@ -4,6 +4,7 @@
 
 mod batches;
 mod content;
+mod drain;
 mod error;
 mod files;
 mod health;
@@ -82,7 +83,8 @@ pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MOST_JSON))
-        .layer(RequestBodyTimeoutLayer::new(settings.request_body_timeout.duration()))
+        .layer(middleware::from_fn(drain::drain))
+        .layer(RequestBodyTimeoutLayer::new(settings.client_timeout.duration()))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
         .layer(middleware::from_fn(tag))
         .with_state(batches)

@@ -8,9 +8,6 @@ use super::error::ApiError;
 /// Longest part that is no file, in bytes.
 const LONGEST_TEXT: usize = 1024;
 
-/// What is read and thrown away of an upload that was refused, in bytes. A client that still sends does not see an answer.
-const DRAINED: usize = 1 << 30;
-
 pub struct Form(Multipart);
 
 impl Form {
@@ -23,19 +20,6 @@ impl Form {
 
     pub async fn next(&mut self) -> Result<Option<Field<'_>>, ApiError> {
         self.0.next_field().await.map_err(|error| broken(&error))
-    }
-
-    /// Reads what is left, within bounds.
-    pub async fn drain(&mut self) {
-        let mut drained = 0_usize;
-        while let Ok(Some(mut part)) = self.0.next_field().await {
-            while let Ok(Some(bytes)) = part.chunk().await {
-                drained = drained.saturating_add(bytes.len());
-                if drained > DRAINED {
-                    return;
-                }
-            }
-        }
     }
 }
 

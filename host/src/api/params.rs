@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use crate::batch::shortened;
 use crate::config::Settings;
 use crate::store::Metadata;
 
@@ -63,9 +64,7 @@ impl Params {
     }
 
     pub fn string(&mut self, name: &str) -> Result<String, ApiError> {
-        self.optional_string(name)?.ok_or_else(|| {
-            ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
-        })
+        self.optional_string(name)?.ok_or_else(|| missing(name))
     }
 
     /// Pairs of strings, as many and as long as the settings allow.
@@ -110,38 +109,48 @@ impl Params {
             Some(Value::Object(given)) => Self(given),
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
-        let within = |error: ApiError, key: &str| error.with_param(format!("{name}.{key}"));
-        let anchor = given.string("anchor").map_err(|error| within(error, "anchor"))?;
-        check_anchor(&format!("{name}.anchor"), &anchor)?;
+        let at = format!("{name}.anchor");
+        match given.take("anchor") {
+            Some(Value::String(anchor)) => check_anchor(&at, &anchor)?,
+            Some(other) => return Err(wrong_type(&at, "a string", &other)),
+            None => return Err(missing(&at)),
+        }
         let at = format!("{name}.seconds");
-        let seconds = match given.take("seconds") {
-            Some(value) => whole_number(&value).ok_or_else(|| wrong_type(&at, "an integer", &value))?,
-            None => {
-                return Err(ApiError::invalid(
-                    &at,
-                    "missing_required_parameter",
-                    format!("Missing required parameter: '{at}'."),
-                ));
-            }
+        let lifetime = match given.take("seconds") {
+            Some(value) if is_whole(&value) => check_lifetime(&at, whole_number(&value), &value.to_string())?,
+            Some(other) => return Err(wrong_type(&at, "an integer", &other)),
+            None => return Err(missing(&at)),
         };
-        let lifetime = check_lifetime(&at, seconds)?;
-        given.end().map(|()| Some(lifetime))
+        match given.0.keys().next() {
+            None => Ok(Some(lifetime)),
+            Some(key) => Err(unknown_parameter(&format!("{name}.{key}"))),
+        }
     }
 
     /// Refuses what was not taken: it is misspelt, or meant for something else.
     pub fn end(self) -> Result<(), ApiError> {
         match self.0.keys().next() {
             None => Ok(()),
-            Some(name) => {
-                let shown: String = name.chars().take(100).collect();
-                let message = format!("Unknown parameter: '{shown}'.");
-                Err(ApiError::invalid(shown, "unknown_parameter", message))
-            }
+            Some(name) => Err(unknown_parameter(name)),
         }
     }
 }
 
+pub fn missing(name: &str) -> ApiError {
+    ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
+}
+
+pub fn unknown_parameter(name: &str) -> ApiError {
+    let shown = shortened(name);
+    let message = format!("Unknown parameter: '{shown}'.");
+    ApiError::invalid(shown, "unknown_parameter", message)
+}
+
 /// A number without a fraction is an integer however it is written.
+fn is_whole(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number.fract() == 0.0)
+}
+
 fn whole_number(value: &Value) -> Option<u64> {
     let written_as_decimal = || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is whole, positive and small")]
@@ -152,15 +161,15 @@ pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
     if anchor == "created_at" {
         return Ok(());
     }
+    let anchor = shortened(anchor);
     let message = format!("Invalid value: '{anchor}'. Supported values are: 'created_at'.");
     Err(ApiError::invalid(name, "invalid_value", message))
 }
 
-pub fn check_lifetime(name: &str, seconds: u64) -> Result<Duration, ApiError> {
-    if LIFETIME.contains(&seconds) {
-        return Ok(Duration::from_secs(seconds));
-    }
-    Err(out_of_range(name, &LIFETIME, &seconds.to_string()))
+/// Seconds, if they are a number, and as the client wrote them.
+pub fn check_lifetime(name: &str, seconds: Option<u64>, written: &str) -> Result<Duration, ApiError> {
+    let fitting = seconds.filter(|seconds| LIFETIME.contains(seconds));
+    fitting.map(Duration::from_secs).ok_or_else(|| out_of_range(name, &LIFETIME, &shortened(written)))
 }
 
 fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
@@ -170,7 +179,7 @@ fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiErro
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
-    let shown: String = name.chars().take(100).collect();
+    let shown = shortened(name);
     let message = format!("Invalid type for '{shown}': expected {expected}, but got {} instead.", kind(got));
     ApiError::invalid(shown, "invalid_type", message)
 }

@@ -45,6 +45,11 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
+/// As much of what a client sent as a message can hold.
+pub fn shortened(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
 fn quoted(values: &[&str]) -> String {
     values.iter().map(|value| format!("'{value}'")).collect::<Vec<_>>().join(", ")
 }
@@ -52,11 +57,11 @@ fn quoted(values: &[&str]) -> String {
 impl Batches {
     pub async fn create(&self, tenant: &str, request: Request) -> Result<BatchRecord, CreateError> {
         if !ENDPOINTS.contains(&request.endpoint.as_str()) {
-            return Err(CreateError::Endpoint(request.endpoint));
+            return Err(CreateError::Endpoint(shortened(&request.endpoint)));
         }
         let Some(window) = self.settings.completion_window(&request.completion_window) else {
             let supported = self.settings.completion_windows.to_string();
-            return Err(CreateError::CompletionWindow { given: request.completion_window, supported });
+            return Err(CreateError::CompletionWindow { given: shortened(&request.completion_window), supported });
         };
         let fingerprint = request.fingerprint();
         let idempotency = request.idempotency_key.map(|key| Idempotency { key, fingerprint });

@@ -19,7 +19,7 @@ use super::request::Context;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
 use crate::plugin::types::{Answer, Failure};
-use crate::store::{BatchRecord, Claim, Result, ResultRow, StoreError};
+use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow, StoreError};
 
 /// Results written in one go at the most; more of them wait in the channel.
 const GROUP: usize = 1024;
@@ -35,13 +35,7 @@ type Recorded = (ResultRow, Share);
 
 impl Batches {
     /// Executes what has no result yet. Returns when everything has one, or early with the reason to stop.
-    pub(super) async fn execute(
-        &self,
-        claim: &Claim,
-        batch: &BatchRecord,
-        provider: &str,
-        stop: &Arc<Stop>,
-    ) -> Result<Option<Reason>> {
+    pub(super) async fn execute(&self, claim: &Claim, batch: &BatchRecord, stop: &Arc<Stop>) -> Result<Option<Reason>> {
         let context = Arc::new(Context {
             tenant: claim.tenant.clone(),
             endpoint: batch.new.endpoint.clone(),
@@ -52,12 +46,16 @@ impl Batches {
             stop: stop.clone(),
         });
         let (results, to_record) = mpsc::channel(GROUP);
-        let recording = self.record(claim, stop, to_record);
+        let recording = self.record(claim, to_record);
         let working = async {
             let kill = CancellationToken::new();
             // If this is given up, so is what it spawned.
             let _guard = kill.clone().drop_guard();
             let tasks = TaskTracker::new();
+            let provider = match &claim.lane {
+                Lane::Execute(provider) => provider.as_str(),
+                Lane::Validate | Lane::Finish => "",
+            };
             let work = Work { context, provider: provider.into(), results, kill: &kill, tasks: &tasks };
             let read = self.send_out(claim, batch, stop, &work).await;
             // The channel ends with the last of its senders.
@@ -135,7 +133,7 @@ impl Batches {
 
     /// Writes results as they come, as many at a time as are there. A write that fails is tried again for as long as the batch is ours:
     /// what was answered is not asked twice.
-    async fn record(&self, claim: &Claim, stop: &Stop, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
+    async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
         let mut group = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
             if group.len() < GROUP && !results.is_closed() {
@@ -152,10 +150,10 @@ impl Batches {
                     Ok(()) => break,
                     Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
                     // A process that must end does not wait for room on the disk.
-                    Err(error) if stop.reason() == Some(Reason::Shutdown) => return Err(error),
+                    Err(error) if self.closing.is_cancelled() => return Err(error),
                     Err(error) => {
                         tracing::error!(batch = claim.batch_id, "results wait to be written: {error}");
-                        self.clock.sleep(patience.pause()).await;
+                        self.closing.run_until_cancelled(self.clock.sleep(patience.pause())).await;
                     }
                 }
             }

@@ -1,6 +1,5 @@
 //! Files: uploaded by clients, read by batches, made by batches.
 
-use std::future::Future;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -40,10 +39,11 @@ pub struct Upload<'a> {
 }
 
 impl Batches {
-    pub fn upload<'a>(&'a self, tenant: &'a str) -> Upload<'a> {
+    pub async fn upload<'a>(&'a self, tenant: &'a str) -> store::Result<Upload<'a>> {
         let id = format!("file-{}", Uuid::new_v4().simple());
+        self.store.begin_object(tenant, &id).await?;
         let writer = self.blobs.writer(tenant, &id);
-        Upload { batches: self, tenant, id, writer }
+        Ok(Upload { batches: self, tenant, id, writer })
     }
 
     pub async fn file(&self, tenant: &str, id: &str) -> store::Result<Option<FileRecord>> {
@@ -86,7 +86,7 @@ impl Upload<'_> {
     /// Completes the upload. The file is there when its record is.
     pub async fn finish(self, new: NewFile) -> Result<FileRecord, UploadError> {
         if self.writer.written() == 0 {
-            self.writer.abort().await;
+            self.abort().await;
             return Err(UploadError::Empty);
         }
         let Self { batches, tenant, id, writer } = self;
@@ -103,12 +103,15 @@ impl Upload<'_> {
         };
         if let Err(error) = batches.store.insert_file(tenant, file.clone()).await {
             batches.blobs.delete(tenant, &file.id).await.ok();
+            batches.store.object_removed(tenant, &file.id).await.ok();
             return Err(error.into());
         }
         Ok(file)
     }
 
-    pub fn abort(self) -> impl Future<Output = ()> {
-        self.writer.abort()
+    /// Gives up. What could not be removed now is at the next start.
+    pub async fn abort(self) {
+        self.writer.abort().await;
+        self.batches.store.object_removed(self.tenant, &self.id).await.ok();
     }
 }

@@ -1,13 +1,14 @@
 //! Finalizing: the results become the two files, in the input's order. It can be repeated from the start at any time.
 
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
 
 use super::Batches;
 use super::input::{InputLine, Lines};
 use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
-use crate::store::{BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status};
+use crate::store::{BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status, StoreError};
 
 /// Results held at a time, in bytes.
 const PAGE: usize = 1 << 20;
@@ -26,11 +27,30 @@ impl Batches {
     /// Writes the files of a batch whose every line has a result, or, if there is a reason, of one that was stopped before.
     pub(super) async fn finalize(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
         self.store.start_finalizing(claim, self.clock.now()).await?;
+        match self.write_files(claim, batch, stopped).await {
+            // It was about to end as expired, and a client was told since that it is being cancelled.
+            Err(StoreError::Overtaken) => self.write_files(claim, batch, Some(Reason::Cancelled)).await,
+            written => written,
+        }
+    }
+
+    async fn write_files(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
         let file = |kind| ResultFile { batches: self, claim, kind, writer: None, buffer: Vec::new() };
         let (mut output, mut error) = (file("output"), file("error"));
         match stopped {
             None => self.copy_results(claim, &mut output, &mut error).await?,
-            Some(reason) => self.copy_with_rest(claim, batch, reason, &mut output, &mut error).await?,
+            Some(reason) => match self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await {
+                Ok(input) => self.copy_with_rest(claim, input, reason, &mut output, &mut error).await?,
+                // Somebody has taken it out of the store. What is done is handed over all the same.
+                Err(StoreError::Missing(cause)) => {
+                    tracing::error!(
+                        batch = batch.new.id,
+                        "the input file is gone, so lines without a result are not told of: {cause}"
+                    );
+                    self.copy_results(claim, &mut output, &mut error).await?;
+                }
+                Err(error) => return Err(error),
+            },
         }
         let at = self.clock.now();
         let expires_at = batch.new.output_lifetime.map(|lifetime| at.after(lifetime));
@@ -71,27 +91,25 @@ impl Batches {
     async fn copy_with_rest(
         &self,
         claim: &Claim,
-        batch: &BatchRecord,
+        input: BoxStream<'static, Result<Bytes>>,
         reason: Reason,
         output: &mut ResultFile<'_>,
         error: &mut ResultFile<'_>,
     ) -> Result<()> {
         let (code, message) = match reason {
-            Reason::Expired => {
-                ("batch_expired", "This request could not be executed before the completion window expired.")
-            }
+            Reason::Expired => ("batch_expired", "This request had no answer before the completion window expired."),
             Reason::Cancelled | Reason::Shutdown => {
-                ("batch_cancelled", "This request was not executed: the batch was cancelled.")
+                ("batch_cancelled", "This request had no answer when the batch was cancelled.")
             }
         };
-        let bytes = self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await?;
-        let mut lines = Lines::new(bytes, usize::MAX);
+        let mut lines = Lines::new(input, usize::MAX);
         let mut rows = Vec::new().into_iter().peekable();
-        let mut after = 0;
+        let (mut after, mut ended) = (0, false);
         while let Some(line) = lines.next().await? {
             let InputLine::Whole { number, bytes } = line else { continue };
-            if rows.peek().is_none() {
+            if rows.peek().is_none() && !ended {
                 rows = self.store.results(claim, after, PAGE).await?.into_iter().peekable();
+                ended = rows.peek().is_none();
             }
             after = number;
             if let Some(row) = rows.next_if(|row: &ResultRow| row.line == number) {
@@ -100,7 +118,7 @@ impl Batches {
             }
             let parsed = std::str::from_utf8(&bytes).map(RequestLine::parse).unwrap_or_default();
             let custom_id = parsed.custom_id.unwrap_or_default();
-            error.add(&not_executed(&batch.new.id, number, &custom_id, code, message)).await?;
+            error.add(&not_executed(&claim.batch_id, number, &custom_id, code, message)).await?;
         }
         Ok(())
     }
@@ -121,9 +139,14 @@ impl ResultFile<'_> {
     }
 
     async fn flush(&mut self) -> Result<()> {
-        let writer = self.writer.get_or_insert_with(|| {
-            self.batches.blobs.writer(&self.claim.tenant, &file_id(&self.claim.batch_id, self.kind))
-        });
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            none => {
+                let (tenant, id) = (&self.claim.tenant, file_id(&self.claim.batch_id, self.kind));
+                self.batches.store.begin_object(tenant, &id).await?;
+                none.insert(self.batches.blobs.writer(tenant, &id))
+            }
+        };
         writer.write(Bytes::from(std::mem::take(&mut self.buffer))).await
     }
 

@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
-
 use super::Batches;
 use crate::clock::Timestamp;
 use crate::store::Result;
@@ -13,21 +11,30 @@ use crate::store::Result;
 /// How often it looks without a hint: files expire by themselves.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// How often it looks for objects that no record leads to, which takes a walk through all of them, and how old they must be: one is
-/// written before its record.
+/// How often batches are looked for that nobody needs to remember.
 const SEARCH: Duration = Duration::from_secs(3600);
+
+/// How long the id of a file that is gone can still be named as the one to begin a page after.
+const REMEMBERED: Duration = Duration::from_secs(86_400);
 
 /// Rows and files removed at a time, so that whoever else writes does not wait long.
 const ROWS: usize = 2000;
 const FILES: usize = 100;
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Chore {
+    Results,
+    Files,
+    FileNames,
+    Batches,
+    Space,
+}
+
 impl Batches {
     pub(super) async fn clear_away(self: Arc<Self>) {
         let mut next_search = self.clock.now();
         while !self.closing.is_cancelled() {
-            if let Err(error) = self.clear_once(&mut next_search).await {
-                tracing::warn!("what is not needed any more stays for now: {error}");
-            }
+            self.clear_once(&mut next_search).await;
             let hint = async {
                 tokio::select! {
                     () = self.garbage.notified() => {}
@@ -38,43 +45,79 @@ impl Batches {
         }
     }
 
-    async fn clear_once(&self, next_search: &mut Timestamp) -> Result<()> {
-        let closing = || self.closing.is_cancelled();
-        while !closing() && self.store.discard_results(ROWS).await? {}
-        while !closing() && self.remove_files().await? {}
-        let ended_before = self.clock.now().before(self.settings.batch_lifetime.duration());
-        while !closing() && self.store.forget_batches(ended_before, FILES).await? {}
-        if self.clock.now() >= *next_search {
-            self.remove_orphans().await?;
-            *next_search = self.clock.now().after(SEARCH);
+    async fn clear_once(&self, next_search: &mut Timestamp) {
+        let now = self.clock.now();
+        let search = now >= *next_search;
+        if search {
+            *next_search = now.after(SEARCH);
         }
-        while !closing() && self.store.compact().await? {}
-        Ok(())
+        for chore in [Chore::Results, Chore::Files, Chore::FileNames, Chore::Batches, Chore::Space] {
+            if chore == Chore::Batches && !search {
+                continue;
+            }
+            while !self.closing.is_cancelled() {
+                match self.do_some(chore).await {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        // It is left for the next time, and keeps nothing else from being done.
+                        tracing::warn!("what is not needed any more stays for now: {error}");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does a part of a chore; whether there may be more of it.
+    async fn do_some(&self, chore: Chore) -> Result<bool> {
+        match chore {
+            Chore::Results => self.store.discard_results(ROWS).await,
+            Chore::Files => self.remove_files().await,
+            Chore::FileNames => self.store.forget_files(self.clock.now().before(REMEMBERED), ROWS).await,
+            Chore::Batches => self.forget_batches().await,
+            Chore::Space => self.store.compact().await,
+        }
     }
 
     /// Removes some files that were deleted or have expired; whether there may be more.
     async fn remove_files(&self) -> Result<bool> {
         let gone = self.store.garbage(self.clock.now(), FILES).await?;
+        let mut failed = None;
         for (tenant, id) in &gone {
             // The bytes first: as long as the row is there, they are found again.
-            self.blobs.delete(tenant, id).await?;
-            self.store.forget_file(tenant, id).await?;
+            let removed = async {
+                self.blobs.delete(tenant, id).await?;
+                self.store.file_removed(tenant, id).await
+            };
+            // One that cannot be removed is no reason to keep the others.
+            failed = removed.await.err().or(failed);
         }
-        Ok(gone.len() == FILES)
+        failed.map_or(Ok(gone.len() == FILES), Err)
     }
 
-    /// Removes objects whose process ended before their record was made.
-    async fn remove_orphans(&self) -> Result<()> {
-        let mut found = self.blobs.unchanged_since(self.clock.now().before(SEARCH), FILES);
-        while let Some(objects) = found.try_next().await? {
-            for (tenant, id) in self.store.unknown_files(objects).await? {
-                tracing::info!(tenant, id, "removed an object that no file leads to");
-                self.blobs.delete(&tenant, &id).await?;
+    /// Forgets some batches that ended long ago; whether there may be more.
+    async fn forget_batches(&self) -> Result<bool> {
+        let ended_before = self.clock.now().before(self.settings.batch_lifetime.duration());
+        let found = self.store.forgettable_batches(ended_before, FILES).await?;
+        let more = found.len() == FILES;
+        if !found.is_empty() {
+            self.store.forget_batches(found).await?;
+        }
+        Ok(more)
+    }
+
+    /// Removes the objects that former processes had begun and did not come to record.
+    pub(super) async fn remove_abandoned(&self) -> Result<()> {
+        loop {
+            let abandoned = self.store.abandoned_objects(FILES).await?;
+            for (tenant, id) in &abandoned {
+                self.blobs.delete(tenant, id).await?;
+                self.store.object_removed(tenant, id).await?;
             }
-            if self.closing.is_cancelled() {
-                break;
+            if abandoned.len() < FILES {
+                return Ok(());
             }
         }
-        Ok(())
     }
 }

@@ -43,21 +43,6 @@ impl Lanes {
     }
 }
 
-impl Place {
-    /// A place in another lane for this one, if there is one there.
-    pub fn move_to(&self, lane: Lane) -> Option<Self> {
-        self.lanes.enter(lane)
-    }
-
-    /// Whom the batch's requests go to, if there are any left to send.
-    pub fn provider(&self) -> &str {
-        match &self.lane {
-            Lane::Execute(provider) => provider,
-            Lane::Validate | Lane::Finish => "",
-        }
-    }
-}
-
 impl Drop for Place {
     fn drop(&mut self) {
         let mut lanes = self.lanes.taken.lock().unwrap_or_else(PoisonError::into_inner);

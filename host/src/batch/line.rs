@@ -97,11 +97,12 @@ impl<'de, W: Wanted> Deserialize<'de> for Place<W> {
                 formatter.write_str("a key")
             }
 
-            fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-                Ok(Place(W::KEYS.iter().position(|wanted| *wanted == key), PhantomData))
+            fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
+                Ok(Place(W::KEYS.iter().position(|wanted| wanted.as_bytes() == key), PhantomData))
             }
         }
-        deserializer.deserialize_str(PlaceVisitor(PhantomData))
+        // As bytes: half a surrogate pair is JSON, though no text.
+        deserializer.deserialize_bytes(PlaceVisitor(PhantomData))
     }
 }
 

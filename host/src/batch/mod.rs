@@ -28,13 +28,13 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use create::{CreateError, Request};
+pub use create::{CreateError, Request, shortened};
 pub use files::{NewFile, Upload, UploadError};
 
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::plugin::Registry;
-use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store};
+use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store, StoreError};
 use memory::Memory;
 use patience::Patience;
 use stop::{Reason, Stop};
@@ -125,15 +125,20 @@ impl Batches {
         self.store.batches(tenant, after, limit).await
     }
 
-    pub async fn cancel(&self, tenant: &str, id: &str) -> Result<Cancel> {
-        let found = self.store.request_cancel(tenant, id, self.clock.now()).await?;
-        let key = (tenant.to_owned(), id.to_owned());
-        if let Some(stop) = self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            stop.because(Reason::Cancelled);
-        } else {
-            // It waits for a place; to be ended it need not wait any longer.
-            self.work.notify_one();
-        }
-        Ok(found)
+    /// On a task of its own: a client who goes away does not leave it half done.
+    pub async fn cancel(self: &Arc<Self>, tenant: &str, id: &str) -> Result<Cancel> {
+        let (batches, tenant, id) = (self.clone(), tenant.to_owned(), id.to_owned());
+        let cancelling = tokio::spawn(async move {
+            let found = batches.store.request_cancel(&tenant, &id, batches.clock.now()).await?;
+            let running = batches.running.lock().unwrap_or_else(PoisonError::into_inner);
+            match running.get(&(tenant, id)) {
+                Some(stop) => stop.because(Reason::Cancelled),
+                // It waits for a place; to be ended it need not wait any longer.
+                None => batches.work.notify_one(),
+            }
+            drop(running);
+            Ok(found)
+        });
+        cancelling.await.unwrap_or(Err(StoreError::Closed))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::stop::Stop;
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::config::Settings;
 use crate::egress::Admitted;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
@@ -37,7 +37,8 @@ impl Context {
     /// Answers a request. Whatever goes wrong, there is an answer; none only if the batch was stopped while the request waited for
     /// another attempt.
     pub async fn answer(&self, id: &str, custom_id: &str, model: &str, body: &str) -> Option<Answer> {
-        let begun = self.clock.now();
+        // The time it may take begins when it is first let out: waiting for a place is not its fault.
+        let mut begun = None;
         let mut attempt = 1_u32;
         loop {
             // Looked up at each attempt: the operator may have mended the plugin meanwhile.
@@ -55,7 +56,7 @@ impl Context {
                         created_at: self.created_at,
                         attempt,
                     };
-                    match self.attempt(&plugin, request).await {
+                    match self.attempt(&plugin, request, &mut begun).await {
                         Ok(Attempt::Done(answer)) => return Some(answer),
                         Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
                         Ok(Attempt::Stopped) => return None,
@@ -64,7 +65,7 @@ impl Context {
                 }
             };
             let pause = self.backoff(attempt).max(after.unwrap_or_default());
-            let end = begun.after(self.settings.max_retry_time.duration());
+            let end = begun.get_or_insert_with(|| self.clock.now()).after(self.settings.max_retry_time.duration());
             let next = self.clock.now().after(pause);
             if attempt as usize >= self.settings.max_attempts.get() || next > end {
                 return Some(otherwise);
@@ -78,7 +79,12 @@ impl Context {
         }
     }
 
-    async fn attempt(&self, plugin: &Plugin, request: Request) -> Result<Attempt, CallError> {
+    async fn attempt(
+        &self,
+        plugin: &Plugin,
+        request: Request,
+        begun: &mut Option<Timestamp>,
+    ) -> Result<Attempt, CallError> {
         let id = request.id.clone();
         let mut step = plugin.begin(&self.tenant, request).await?;
         let mut in_flight = false;
@@ -96,6 +102,7 @@ impl Context {
                 Step::Send { request, state } => {
                     let Some(admitted) = self.admit(plugin, in_flight).await else { return Ok(Attempt::Stopped) };
                     in_flight = true;
+                    begun.get_or_insert_with(|| self.clock.now());
                     let outcome = match plugin.gateway().send(admitted, &self.tenant, request).await {
                         Ok(response) => Outcome::Response(response),
                         Err(error) => Outcome::Error(error),

@@ -1,8 +1,10 @@
 //! Who works on what: claims batches, the oldest first, and takes each through its life.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Batches;
@@ -10,7 +12,7 @@ use super::lanes::{Lanes, Place};
 use super::patience::Patience;
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
-use crate::store::{BatchRecord, Claim, Finish, Lane, Result, Status, StoreError};
+use crate::store::{BatchRecord, Claim, Result, Status, StoreError};
 
 /// How long a claim holds without being renewed, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(30);
@@ -22,20 +24,21 @@ const LOOK: Duration = Duration::from_secs(5);
 impl Batches {
     /// Claims and runs batches until the server closes.
     pub(super) async fn schedule(self: Arc<Self>) {
+        // Before anything of the same name can be written.
+        if let Err(error) = self.remove_abandoned().await {
+            tracing::warn!("what a former process left half done stays for now: {error}");
+        }
         let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), self.work.clone());
         let mut patience = Patience::default();
         while !self.closing.is_cancelled() {
             let now = self.clock.now();
             let claimed = self.store.claim(now, now.after(LEASE), lanes.full()).await;
-            // A batch taken up from another lane may have taken the last place meanwhile.
-            let claimed = claimed.map(|claim| claim.map(|claim| (lanes.enter(claim.lane.clone()), claim)));
             match claimed {
-                Ok(Some((Some(place), claim))) => {
+                Ok(Some(claim)) => {
+                    // Places are taken here alone, so there is one still.
+                    let place = lanes.enter(claim.lane.clone());
                     let batches = self.clone();
                     self.tasks.spawn(async move { batches.run(claim, place).await });
-                }
-                Ok(Some((None, claim))) => {
-                    self.store.release(&claim, now).await.ok();
                 }
                 Ok(None) => {
                     let hint = async {
@@ -56,7 +59,7 @@ impl Batches {
         }
     }
 
-    async fn run(self: &Arc<Self>, claim: Claim, place: Place) {
+    async fn run(self: &Arc<Self>, claim: Claim, place: Option<Place>) {
         let key = (claim.tenant.clone(), claim.batch_id.clone());
         let stop = Arc::new(Stop::default());
         self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), stop.clone());
@@ -64,8 +67,16 @@ impl Batches {
             stop.because(Reason::Shutdown);
         }
         let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().keep(claim.clone())));
-        let lived = self.live(&claim, place, &stop).await;
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        let lived = AssertUnwindSafe(self.live(&claim, &stop)).catch_unwind().await;
+        // A batch that is given back to go on in another lane may have been taken up anew already.
+        {
+            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            if running.get(&key).is_some_and(|current| Arc::ptr_eq(current, &stop)) {
+                running.remove(&key);
+            }
+        }
+        drop(place);
+        let lived = lived.unwrap_or_else(|_| Err(StoreError::Database("the work on it panicked".into())));
         let batch = claim.batch_id.as_str();
         match lived {
             Err(StoreError::Fenced) => tracing::warn!(batch, "another worker has taken over the batch"),
@@ -83,7 +94,7 @@ impl Batches {
         let pause = self.resting.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().pause();
         self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
         let mut patience = Patience::default();
-        while let Err(error) = self.store.release(claim, self.clock.now()).await {
+        while let Err(error) = self.store.release(claim).await {
             if matches!(error, StoreError::Fenced | StoreError::Closed) || self.closing.is_cancelled() {
                 return;
             }
@@ -103,8 +114,8 @@ impl Batches {
     }
 
     /// Takes a batch from wherever it is to its end, or to where it was told to stop.
-    async fn live(&self, claim: &Claim, mut place: Place, stop: &Arc<Stop>) -> Result<()> {
-        let Some(mut batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
+    async fn live(&self, claim: &Claim, stop: &Arc<Stop>) -> Result<()> {
+        let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
         tracing::info!(batch = claim.batch_id, tenant = claim.tenant, status = batch.status.as_str(), "batch taken up");
         let expires_at = batch.new.expires_at;
         let expiry = async {
@@ -119,26 +130,20 @@ impl Batches {
                 stop.because(Reason::Expired);
             }
             if batch.times.in_progress_at.is_none() {
-                let Some(lane) = self.begin(claim, &batch, stop).await? else { return Ok(()) };
-                match place.move_to(lane) {
-                    Some(next) => place = next,
-                    // It goes on, as the oldest, when one of those that wait for the same provider is done.
-                    None => return self.store.release(claim, self.clock.now()).await,
-                }
-                let Some(begun) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
-                batch = begun;
+                return self.begin(claim, &batch, stop).await;
             }
             let stopped = match batch.status {
                 // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
-                Status::Finalizing => (!batch.counts.is_whole()).then_some(Reason::Expired),
-                _ => self.execute(claim, &batch, place.provider(), stop).await?,
+                Status::Finalizing => Some(Reason::Expired),
+                _ => self.execute(claim, &batch, stop).await?,
             };
-            if stopped.is_none() && !self.is_whole(claim).await? {
-                return Err(StoreError::Incomplete);
-            }
+            let whole = self.is_whole(claim).await?;
             match stopped {
-                Some(Reason::Shutdown) => self.store.release(claim, self.clock.now()).await,
-                stopped => self.finalize(claim, &batch, stopped).await,
+                Some(Reason::Shutdown) => self.store.release(claim).await,
+                // In time after all.
+                Some(Reason::Expired) if whole => self.finalize_in_time(claim, &batch, None).await,
+                None if !whole => Err(StoreError::Incomplete),
+                stopped => self.finalize_in_time(claim, &batch, stopped).await,
             }
         };
         let lived = tokio::select! {
@@ -167,30 +172,29 @@ impl Batches {
         Ok(batch.is_none_or(|batch| batch.counts.is_whole()))
     }
 
-    /// Validates a batch, and says where it goes on. None if that was its end, or if it was told to stop.
-    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<Option<Lane>> {
+    /// Finalizes a batch, unless the process ends and it takes too long: it can be repeated.
+    async fn finalize_in_time(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
+        let too_late = async {
+            self.closing.cancelled().await;
+            self.clock.sleep(self.settings.shutdown_grace.duration()).await;
+        };
+        tokio::select! {
+            finalized = self.finalize(claim, batch, stopped) => finalized,
+            () = too_late => self.store.release(claim).await,
+        }
+    }
+
+    /// Validates a batch. If it is good it goes on when its turn comes, in the lane of its provider.
+    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<()> {
+        // A batch that is cancelled or has expired is validated all the same: only then is it known which lines to tell of.
         let verdict = tokio::select! {
             biased;
-            () = stop.asked() => None,
-            verdict = self.validate(claim, batch) => Some(verdict?),
+            () = stop.shutting_down() => return self.store.release(claim).await,
+            verdict = self.validate(claim, batch) => verdict?,
         };
-        let at = self.clock.now();
         match verdict {
-            Some(Verdict::Good(found)) => {
-                let lane = Lane::Execute(found.provider.clone());
-                self.store.start_execution(claim, found, at).await?;
-                Ok(Some(lane))
-            }
-            Some(Verdict::Bad(errors)) => self.store.fail(claim, errors, at).await.map(|()| None),
-            None => {
-                // Nothing was counted yet, so nothing is owed: the batch ends without files.
-                let status = match stop.reason() {
-                    Some(Reason::Cancelled) => Status::Cancelled,
-                    Some(Reason::Expired) => Status::Expired,
-                    Some(Reason::Shutdown) | None => return self.store.release(claim, at).await.map(|()| None),
-                };
-                self.store.finish(claim, Finish { status, output: None, error: None, at }).await.map(|()| None)
-            }
+            Verdict::Good(found) => self.store.start_execution(claim, found, self.clock.now()).await,
+            Verdict::Bad(errors) => self.store.fail(claim, errors, self.clock.now()).await,
         }
     }
 }

@@ -17,16 +17,25 @@ pub enum Reason {
 pub struct Stop {
     reason: OnceLock<Reason>,
     token: CancellationToken,
+    shutdown: CancellationToken,
 }
 
 impl Stop {
     pub fn because(&self, reason: Reason) {
+        if reason == Reason::Shutdown {
+            self.shutdown.cancel();
+        }
         self.reason.get_or_init(|| reason);
         self.token.cancel();
     }
 
     pub fn reason(&self) -> Option<Reason> {
         self.reason.get().copied()
+    }
+
+    /// The process ends, whatever else was asked before.
+    pub async fn shutting_down(&self) {
+        self.shutdown.cancelled().await;
     }
 
     pub async fn asked(&self) {

@@ -10,6 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Batches;
 use super::input::{InputLine, Lines};
 use super::line::RequestLine;
+use super::memory::Share;
 use crate::plugin::types::{BatchContext, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
 use crate::store::{BatchError, BatchRecord, Claim, Result, Validated};
@@ -78,14 +79,17 @@ impl Batches {
         let bytes = self.blobs.read(tenant, file_id, None).await?;
         let lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let pieces =
-            stream::try_unfold(lines, async |mut lines| Ok(next_piece(&mut lines).await?.map(|piece| (piece, lines))));
+        // The next piece is not read before there is room for this one.
+        let pieces = stream::try_unfold((lines, self.memory.validation.clone()), async |(mut lines, memory)| {
+            let Some(piece) = next_piece(&mut lines).await? else { return Ok(None) };
+            let share = memory.take(size(&piece)).await;
+            Ok(Some(((piece, share), (lines, memory))))
+        });
         let judged = pieces
-            .map(|piece: Result<Vec<InputLine>>| {
+            .map(|piece: Result<(Vec<InputLine>, Share)>| {
                 let judge = judge.clone();
                 async move {
-                    let piece = piece?;
-                    let memory = self.memory.validation.take(size(&piece)).await;
+                    let (piece, memory) = piece?;
                     // Each on a task of its own, so that all cores take part.
                     let judging = AbortOnDropHandle::new(tokio::spawn(async move {
                         let judged = judge.judge(piece).await;
@@ -304,7 +308,8 @@ impl Whole {
         }
         if self.unlisted > 0 {
             let (listed, more) = (self.most_errors, self.unlisted);
-            let message = format!("Only the first {listed} faults are listed; there are {more} more.");
+            let at_least = if self.total > self.most_requests { "at least " } else { "" };
+            let message = format!("Only the first {listed} faults are listed; there are {at_least}{more} more.");
             self.errors.push(of_file("too_many_errors", message));
         }
         if self.errors.is_empty() {

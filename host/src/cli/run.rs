@@ -172,7 +172,7 @@ async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -
     }
     let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
     let mut file = tokio::fs::File::open(input).await.map_err(failed)?;
-    let mut upload = batches.upload(TENANT);
+    let mut upload = batches.upload(TENANT).await?;
     let mut buffer = vec![0; 1 << 20];
     loop {
         let read = file.read(&mut buffer).await.map_err(failed)?;

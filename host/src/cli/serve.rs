@@ -53,9 +53,8 @@ impl Serve {
         tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
         ending.cancel();
         let orderly = async {
-            batches.close().await;
             // Clients that hold a connection open are not waited for.
-            tokio::time::timeout(grace, serving).await.ok();
+            tokio::join!(batches.close(), async { tokio::time::timeout(grace, serving).await.ok() });
         };
         tokio::select! {
             () = orderly => tracing::info!("stopped"),

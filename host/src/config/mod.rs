@@ -70,12 +70,12 @@ settings! {
     "Server" "DIR" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
     /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
     "Server" "DIR" plugins: PathBuf = default_plugins(), "BATCHWRIGHT_PLUGINS";
-    /// Connections at a time; more wait to be accepted [default: 4096]
-    "Server" "N" max_connections: NonZeroUsize = at_least_one(4096), "BATCHWRIGHT_MAX_CONNECTIONS";
+    /// Connections at a time; more wait to be accepted [default: 1024]
+    "Server" "N" max_connections: NonZeroUsize = at_least_one(1024), "BATCHWRIGHT_MAX_CONNECTIONS";
     /// Time a client has for the head of a request; a connection without one is closed [default: 1m]
     "Server" "TIME" request_head_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_HEAD_TIMEOUT";
-    /// Time a client has between two pieces of a request's body [default: 1m]
-    "Server" "TIME" request_body_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_BODY_TIMEOUT";
+    /// Time a client has to send a piece of a request's body, or to take a piece of an answer [default: 1m]
+    "Server" "TIME" client_timeout: Span = Span::seconds(60), "BATCHWRIGHT_CLIENT_TIMEOUT";
     /// Time that requests in flight are given at a shutdown [default: 30s]
     "Server" "TIME" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
     /// Log filter, such as `info` or `info,batchwright::egress=debug` [default: info]

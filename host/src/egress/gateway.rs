@@ -75,8 +75,10 @@ impl Gateway {
 
     /// Waits until the plugin's rate and concurrency permit an exchange.
     pub async fn admit(&self) -> Admitted<'_> {
+        let admitted = self.throttle.admit().await;
+        // In this order: who waits for a place must not save up what the rate permits.
         self.until_rate_permits().await;
-        self.throttle.admit().await
+        admitted
     }
 
     /// Performs an exchange, with everything that stands between a guest and the network.

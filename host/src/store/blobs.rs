@@ -1,12 +1,11 @@
 //! The bytes of files: streamed in, streamed out, never whole in memory.
 
 use std::ops::Range;
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
-use futures_util::{StreamExt, TryStreamExt};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -14,10 +13,9 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use tokio::io::AsyncWriteExt;
 
 use super::{Result, StoreError};
-use crate::clock::Timestamp;
 
-/// A part of an upload, in bytes: what a writer holds at the most, twice.
-const PART: usize = 4 << 20;
+/// A part of an upload, in bytes: what a writer holds at the most, twice. As large as local files need it: there may be many at a time.
+const PART: usize = 512 << 10;
 
 /// What is read at a time, in bytes.
 const PIECE: u64 = 512 << 10;
@@ -26,6 +24,7 @@ const PIECE: u64 = 512 << 10;
 #[derive(Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
+    folder: Arc<FilePath>,
 }
 
 impl Blobs {
@@ -33,9 +32,11 @@ impl Blobs {
     pub fn local(folder: &FilePath) -> Result<Self> {
         let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
         std::fs::create_dir_all(folder).map_err(|error| failed(format!("cannot be made: {error}")))?;
-        remove_unfinished(folder).map_err(|error| failed(format!("cannot be tidied: {error}")))?;
+        if let Err(error) = remove_unfinished(folder, "") {
+            tracing::warn!("unfinished objects are left behind in {}: {error}", folder.display());
+        }
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
-        Ok(Self { store: Arc::new(store.with_fsync(true)) })
+        Ok(Self { store: Arc::new(store.with_fsync(true)), folder: folder.into() })
     }
 
     fn path(tenant: &str, id: &str) -> Path {
@@ -46,7 +47,8 @@ impl Blobs {
     pub fn writer(&self, tenant: &str, id: &str) -> BlobWriter {
         let path = Self::path(tenant, id);
         let writer = BufWriter::with_capacity(self.store.clone(), path, PART).with_max_concurrency(1);
-        BlobWriter { writer, written: 0 }
+        let place = self.folder.join(tenant).join("files");
+        BlobWriter { writer, written: 0, place, id: id.to_owned() }
     }
 
     /// The bytes of an object, or of a part of it, in pieces of up to [`PIECE`].
@@ -75,18 +77,6 @@ impl Blobs {
         Ok(Box::pin(pieces))
     }
 
-    /// Objects that have not changed since, as tenant and id, so many at a time at the most.
-    pub fn unchanged_since(&self, since: Timestamp, at_a_time: usize) -> BoxStream<'_, Result<Vec<(String, String)>>> {
-        let found = self.store.list(None).map_err(explain).try_filter_map(move |object| async move {
-            let mut parts = object.location.parts();
-            let (tenant, id) = (parts.next(), parts.nth(1));
-            let old = object.last_modified.timestamp_millis() < since.as_millis();
-            let names = tenant.zip(id).filter(|_| old && parts.next().is_none());
-            Ok(names.map(|(tenant, id)| (tenant.as_ref().to_owned(), id.as_ref().to_owned())))
-        });
-        found.try_chunks(at_a_time).map_err(|error| error.1).boxed()
-    }
-
     /// Removes an object; one that is not there is as good as removed.
     pub async fn delete(&self, tenant: &str, id: &str) -> Result<()> {
         match self.store.delete(&Self::path(tenant, id)).await {
@@ -96,17 +86,18 @@ impl Blobs {
     }
 }
 
-/// Removes what a process was writing when it was killed. A file being written bears its object's name, `#` and a number; nobody else
-/// writes here.
-fn remove_unfinished(folder: &FilePath) -> std::io::Result<()> {
+/// Removes what a process was writing when it was killed, of files whose names begin so. A file being written bears its object's name, `#`
+/// and a number; nobody else writes here.
+fn remove_unfinished(folder: &FilePath, begin: &str) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            remove_unfinished(&entry.path())?;
+            remove_unfinished(&entry.path(), begin)?;
             continue;
         }
         let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+        let name = name.to_str().filter(|name| name.starts_with(begin));
+        let number = name.and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
         if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
             std::fs::remove_file(entry.path())?;
         }
@@ -118,6 +109,9 @@ fn remove_unfinished(folder: &FilePath) -> std::io::Result<()> {
 pub struct BlobWriter {
     writer: BufWriter,
     written: u64,
+    /// The folder it is written in, under this name.
+    place: PathBuf,
+    id: String,
 }
 
 impl BlobWriter {
@@ -131,11 +125,19 @@ impl BlobWriter {
     }
 
     pub async fn finish(mut self) -> Result<u64> {
-        self.writer.shutdown().await.map_err(|error| match error.downcast::<object_store::Error>() {
+        let finished = self.writer.shutdown().await.map_err(|error| match error.downcast::<object_store::Error>() {
             Ok(error) => explain(error),
             Err(error) => explain_io(&error, error.to_string()),
-        })?;
-        Ok(self.written)
+        });
+        if finished.is_err() {
+            // What could not be completed stays otherwise, under a name of its own, until the next start.
+            let (place, begin) = (self.place, format!("{}#", self.id));
+            let removal = tokio::task::spawn_blocking(move || remove_unfinished(&place, &begin));
+            if let Ok(Err(error)) = removal.await {
+                tracing::debug!("an unfinished object is left behind: {error}");
+            }
+        }
+        finished.map(|()| self.written)
     }
 
     /// Gives up and removes what was written.

@@ -34,6 +34,9 @@ pub enum StoreError {
     /// Somebody else holds the batch now.
     #[error("another worker has taken over this batch")]
     Fenced,
+    /// A client cancelled the batch that was about to end in another way.
+    #[error("the batch was cancelled meanwhile")]
+    Overtaken,
     /// Found before anything is made of it.
     #[error("not every line has a result")]
     Incomplete,
@@ -258,8 +261,15 @@ pub struct Validated {
     pub provider: String,
 }
 
+/// A batch in the database.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchKey {
+    tenant: i64,
+    batch: i64,
+}
+
 /// How a batch ends.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Finish {
     /// `Completed`, `Cancelled` or `Expired`.
     pub status: Status,
@@ -286,10 +296,18 @@ pub trait Store: Send + Sync {
     async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>>;
     /// Whether there was such a file. Its bytes stay while a batch reads them.
     async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool>;
+    /// Takes note, before it is written, of an object that the record of a file will lead to.
+    async fn begin_object(&self, tenant: &str, id: &str) -> Result<()>;
+    /// Objects that a process had begun that is gone, as tenant and id.
+    async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>>;
+    /// Takes note that an object which no record leads to is gone.
+    async fn object_removed(&self, tenant: &str, id: &str) -> Result<()>;
     /// Files deleted or expired that no running batch reads, as tenant and id.
     async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
-    /// Forgets a file whose bytes are gone.
-    async fn forget_file(&self, tenant: &str, id: &str) -> Result<()>;
+    /// Takes note that a file's bytes are gone. Its id is remembered for a while, so that a list can go on after it.
+    async fn file_removed(&self, tenant: &str, id: &str) -> Result<()>;
+    /// Removes what is remembered of some files that went before this; whether there may be more.
+    async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
 
     /// One creation for one idempotency key, also when two come at once.
     async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created>;
@@ -301,13 +319,14 @@ pub trait Store: Send + Sync {
     /// The oldest batch that has not ended and that nobody holds, in none of the `full` lanes; never one that this process holds itself.
     async fn claim(&self, now: Timestamp, until: Timestamp, full: Vec<Lane>) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
-    /// Gives a batch back; nobody takes it up before `until`.
-    async fn release(&self, claim: &Claim, until: Timestamp) -> Result<()>;
+    /// Gives a batch back.
+    async fn release(&self, claim: &Claim) -> Result<()>;
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.
     async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()>;
-    /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts.
+    /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts. The batch is given back, to be claimed
+    /// in its new lane when its turn comes.
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
     /// Adds results, and counts them, all at once. A line that has a result keeps the first.
     async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()>;
@@ -317,14 +336,13 @@ pub trait Store: Send + Sync {
     async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()>;
     /// Results in order, beyond `after`: at least one if there is one, and no more once `bytes` are reached.
     async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>>;
-    /// Ends the batch and gives it its files, all at once.
+    /// Ends the batch and gives it its files, all at once. One that was cancelled does not end as expired: [`StoreError::Overtaken`].
     async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
     /// Removes some results of ended batches, whose files hold them; whether there may be more.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
-    /// Removes some batches that ended before this and whose files are gone; whether there may be more.
-    async fn forget_batches(&self, ended_before: Timestamp, limit: usize) -> Result<bool>;
-    /// Which of these files, each a tenant and an id, there is no record of.
-    async fn unknown_files(&self, files: Vec<(String, String)>) -> Result<Vec<(String, String)>>;
+    /// Some batches that ended before this and whose files are gone.
+    async fn forgettable_batches(&self, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>>;
+    async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
     /// Gives the disk back some of the space that is not used any more; whether there may be more.
     async fn compact(&self) -> Result<bool>;
 }

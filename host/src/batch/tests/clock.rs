@@ -120,16 +120,15 @@ async fn what_a_killed_process_left_half_done_is_removed() {
     let mut house = House::new("", "").await;
     let kept = house.upload(b"kept", None).await;
     let files = house.folder.path().join("data/objects").join(TENANT).join("files");
-    let orphan = "file-00000000000000000000000000000000";
-    std::fs::write(files.join(orphan), "its record was not made").unwrap();
-    std::fs::write(files.join(format!("{orphan}#1")), "its bytes were not all written").unwrap();
+    // One upload that was written and not recorded, one that was not written to its end; and what somebody else put there.
+    let written = house.batches().store.begin_object(TENANT, "file-written").await;
+    written.unwrap();
+    for name in ["file-written", "file-unfinished#1", "not-ours"] {
+        std::fs::write(files.join(name), "bytes").unwrap();
+    }
     house.restart().await;
-    assert_eq!(walk(&files), [orphan.to_owned(), kept.id.clone()]);
-    let only_kept = async || {
-        house.clock.advance(HOUR);
-        (walk(&files) == [kept.id.clone()]).then_some(())
-    };
-    eventually("the orphan to be removed", only_kept).await;
+    let only_theirs = async || (walk(&files) == [kept.id.clone(), "not-ours".to_owned()]).then_some(());
+    eventually("the rest to be removed", only_theirs).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -95,10 +95,9 @@ async fn live_through(house: &mut House, prompts: &[&str], events: &[Event]) -> 
     let errors = house.results(ended.error_file_id.as_ref()).await;
     // Who was told that it is being cancelled sees it cancelled.
     prop_assert_eq!(ended.status == Status::Cancelled, cancelled);
-    if ended.status == Status::Failed || ended.times.in_progress_at.is_none() {
-        prop_assert!(
-            ended.status != Status::Failed || ended.errors.iter().all(|error| error.code == "model_not_found")
-        );
+    // The provider was away when the file was validated, so nothing was begun, whatever else was asked.
+    if ended.times.in_progress_at.is_none() {
+        prop_assert!(!ended.errors.is_empty() && ended.errors.iter().all(|error| error.code == "model_not_found"));
         prop_assert_eq!((output.len(), errors.len(), ended.counts.total), (0, 0, 0));
         return Ok(());
     }

@@ -48,6 +48,14 @@ fn lines() -> impl Strategy<Value = Sample> {
         1 => (0..1_000_000_u64).prop_map(move |number| changed(number, r#""content":"hi""#, &deep, &[])),
         1 => by("hi", "\\u00fc\u{fc}\u{1f600}\\ud83d\\ude00", &[]),
         1 => by(r#""POST""#, r#""P\u004fST""#, &[]),
+        // Half a surrogate pair is JSON, though no text.
+        1 => by(r#""content":"hi""#, r#""content":"hi","\ud800":"\udfff""#, &[]),
+        1 => by(r#""model""#, r#""\ud800":1,"model""#, &[]),
+        1 => by(r#"{"custom_id""#, r#"{"\ud800":1,"custom_id""#, &[]),
+        1 => (0..1_000_000_u64).prop_map(|number| {
+            let line = changed(number, r#""custom_id":""#, r#""custom_id":"\ud800"#, &["invalid_request"]);
+            Sample { custom_id: None, ..line }
+        }),
         1 => prop::collection::vec(0x80..0xff_u8, 1..9).prop_map(|bytes| sample(bytes, &["invalid_json_line"])),
         1 => prop::sample::select(vec!["{", "nope", "{} {}", "{'a':1}", "x\u{feff}", "01", "{\"a\":\"\u{1}\"}"])
             .prop_map(|text| sample(text, &["invalid_json_line"])),

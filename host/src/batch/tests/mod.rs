@@ -124,12 +124,12 @@ impl House {
         self.start().await;
     }
 
-    fn batches(&self) -> &Batches {
+    fn batches(&self) -> &Arc<Batches> {
         self.running.as_ref().unwrap()
     }
 
     async fn upload(&self, bytes: &[u8], lifetime: Option<Duration>) -> FileRecord {
-        let mut upload = self.batches().upload(TENANT);
+        let mut upload = self.batches().upload(TENANT).await.unwrap();
         upload.write(Bytes::copy_from_slice(bytes)).await.unwrap();
         let new = NewFile { filename: "in.jsonl".into(), purpose: "batch".into(), lifetime };
         upload.finish(new).await.unwrap()

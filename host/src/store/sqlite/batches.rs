@@ -5,8 +5,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
-    BatchError, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, Status, StoreError,
-    Times, TokenUsage,
+    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, Status,
+    StoreError, Times, TokenUsage,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
@@ -180,7 +180,8 @@ pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Time
     let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
     connection
         .execute(
-            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3,
+             lane = CASE status WHEN 'validating' THEN lane ELSE 'finish' END
              WHERE tenant = ?1 AND id = ?2 AND status IN ('validating', 'in_progress', 'finalizing')",
             params![key, id, now.as_millis()],
         )
@@ -194,8 +195,8 @@ pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Time
     })
 }
 
-/// Removes some batches that ended before this, whose files are gone and whose results are discarded; whether there may be more.
-pub fn forget(connection: &Connection, ended_before: Timestamp, limit: usize) -> Result<bool> {
+/// Some batches that ended before this, whose files are gone and whose results are discarded.
+pub fn forgettable(connection: &Connection, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>> {
     let mut statement = connection
         .prepare_cached(
             "SELECT tenant, key FROM batches
@@ -203,21 +204,29 @@ pub fn forget(connection: &Connection, ended_before: Timestamp, limit: usize) ->
              AND status IN ('completed', 'failed', 'expired', 'cancelled') AND has_results = 0
              AND NOT EXISTS (
                  SELECT 1 FROM files WHERE files.tenant = batches.tenant
-                 AND files.id IN (batches.output_file_id, batches.error_file_id)
+                 AND files.id IN (batches.output_file_id, batches.error_file_id) AND NOT files.removed
              ) LIMIT ?2",
         )
         .map_err(explain)?;
-    let found = statement
-        .query_map(params![ended_before.as_millis(), stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
-        .and_then(Iterator::collect::<rusqlite::Result<Vec<(i64, i64)>>>)
+    let rows = statement
+        .query_map(params![ended_before.as_millis(), stored(limit as u64)], |row| {
+            Ok(BatchKey { tenant: row.get(0)?, batch: row.get(1)? })
+        })
         .map_err(explain)?;
-    for (tenant, key) in &found {
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
+    for BatchKey { tenant, batch } in batches {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
             "DELETE FROM batches WHERE tenant = ?1 AND key = ?2",
         ] {
-            connection.execute(sql, params![tenant, key]).map_err(explain)?;
+            connection
+                .prepare_cached(sql)
+                .and_then(|mut statement| statement.execute(params![tenant, batch]))
+                .map_err(explain)?;
         }
     }
-    Ok(found.len() == limit)
+    Ok(())
 }

@@ -30,6 +30,7 @@ pub fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
         .map_err(explain)?;
+    object_recorded(connection, tenant, &file.id)?;
     let expires_at = file.expires_at.map(Timestamp::as_millis);
     let created_at = file.created_at.as_millis();
     statement
@@ -108,9 +109,11 @@ pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -
 pub fn garbage(connection: &Connection, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
-             WHERE (files.deleted_at IS NOT NULL OR files.expires_at <= ?1)
-             AND NOT EXISTS (
+            "WITH gone (key) AS (
+                 SELECT key FROM files WHERE deleted_at IS NOT NULL UNION SELECT key FROM files WHERE expires_at <= ?1
+             )
+             SELECT tenants.name, files.id FROM gone CROSS JOIN files USING (key) JOIN tenants ON tenants.key = files.tenant
+             WHERE NOT files.removed AND NOT EXISTS (
                  SELECT 1 FROM batches WHERE batches.input_file = files.key
                  AND batches.status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
              ) LIMIT ?2",
@@ -122,24 +125,52 @@ pub fn garbage(connection: &Connection, now: Timestamp, limit: usize) -> Result<
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
 }
 
-pub fn forget(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
-    let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(()) };
-    connection.execute("DELETE FROM files WHERE tenant = ?1 AND id = ?2", params![tenant, id]).map_err(explain)?;
+pub fn begin_object(connection: &Connection, tenant: i64, id: &str, owner: &str) -> Result<()> {
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)")
+        .and_then(|mut statement| statement.execute(params![tenant, id, owner]))
+        .map_err(explain)?;
     Ok(())
 }
 
-/// Those of these files that there is no row of.
-pub fn unknown(connection: &Connection, mut files: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
-    let sql =
-        "SELECT 1 FROM files JOIN tenants ON tenants.key = files.tenant WHERE tenants.name = ?1 AND files.id = ?2";
-    let mut statement = connection.prepare_cached(sql).map_err(explain)?;
-    let mut failed = None;
-    files.retain(|(tenant, id)| match statement.exists(params![tenant, id]) {
-        Ok(known) => !known,
-        Err(error) => {
-            failed = Some(explain(error));
-            false
-        }
-    });
-    failed.map_or(Ok(files), Err)
+/// From now on a record leads to the object, or it is gone.
+pub fn object_recorded(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
+    connection
+        .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
+        .and_then(|mut statement| statement.execute(params![tenant, id]))
+        .map_err(explain)?;
+    Ok(())
+}
+
+pub fn abandoned_objects(connection: &Connection, owner: &str, limit: usize) -> Result<Vec<(String, String)>> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT tenants.name, id FROM pending_objects JOIN tenants ON tenants.key = tenant WHERE owner <> ?1 LIMIT ?2",
+        )
+        .map_err(explain)?;
+    let rows = statement
+        .query_map(params![owner, stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+pub fn removed(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
+    let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(()) };
+    let sql = "UPDATE files SET removed = 1 WHERE tenant = ?1 AND id = ?2";
+    connection.execute(sql, params![tenant, id]).map_err(explain)?;
+    Ok(())
+}
+
+/// Removes the rows of some files that went before this; whether there may be more.
+pub fn forget(connection: &Connection, gone_before: Timestamp, limit: usize) -> Result<bool> {
+    let removed = connection
+        .execute(
+            "DELETE FROM files WHERE key IN (
+                 SELECT key FROM files WHERE removed = 1 AND min(coalesce(deleted_at, expires_at), coalesce(expires_at, deleted_at)) < ?1
+                 LIMIT ?2
+             )",
+            params![gone_before.as_millis(), stored(limit as u64)],
+        )
+        .map_err(explain)?;
+    Ok(removed == limit)
 }

@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
-    BatchError, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Lane, NewBatch, Paged,
-    Result, ResultRow, Store, StoreError, Validated,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Lane,
+    NewBatch, Paged, Result, ResultRow, Store, StoreError, Validated,
 };
 use crate::clock::Timestamp;
 use connection::{Readers, Writer};
@@ -37,10 +37,16 @@ impl SqliteStore {
         let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
         let mut connection = connection::open(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
         migrate(&mut connection).map_err(failed)?;
-        connection::allow_compacting(&connection).map_err(explain)?;
+        if let Err(error) = connection::allow_compacting(&connection) {
+            tracing::warn!("the database cannot be written anew, so it will not give space back: {error}");
+        }
         // This process holds the folder, so whoever held a batch before is gone.
         connection
-            .execute("UPDATE batches SET lease_until = 0, owner = NULL WHERE lease_until > 0 OR owner IS NOT NULL", [])
+            .execute(
+                "UPDATE batches SET lease_until = 0, owner = NULL
+                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')",
+                [],
+            )
             .map_err(explain)?;
         let owner = uuid::Uuid::new_v4().to_string();
         Ok(Self { writer: Writer::start(connection)?, readers: Readers::new(path), owner, _lock: Arc::new(lock) })
@@ -135,13 +141,39 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| files::delete(connection, &tenant, &id, now)).await
     }
 
+    async fn begin_object(&self, tenant: &str, id: &str) -> Result<()> {
+        let (tenant, id, owner) = (tenant.to_owned(), id.to_owned(), self.owner.clone());
+        self.writer
+            .write(move |connection| files::begin_object(connection, make_tenant(connection, &tenant)?, &id, &owner))
+            .await
+    }
+
+    async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>> {
+        let owner = self.owner.clone();
+        self.readers.read(move |connection| files::abandoned_objects(connection, &owner, limit)).await
+    }
+
+    async fn object_removed(&self, tenant: &str, id: &str) -> Result<()> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.writer
+            .write(move |connection| match tenant_key(connection, &tenant)? {
+                Some(tenant) => files::object_recorded(connection, tenant, &id),
+                None => Ok(()),
+            })
+            .await
+    }
+
     async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
         self.readers.read(move |connection| files::garbage(connection, now, limit)).await
     }
 
-    async fn forget_file(&self, tenant: &str, id: &str) -> Result<()> {
+    async fn file_removed(&self, tenant: &str, id: &str) -> Result<()> {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.writer.write(move |connection| files::forget(connection, &tenant, &id)).await
+        self.writer.write(move |connection| files::removed(connection, &tenant, &id)).await
+    }
+
+    async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool> {
+        self.writer.write(move |connection| files::forget(connection, gone_before, limit)).await
     }
 
     async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created> {
@@ -178,9 +210,9 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::renew(connection, &claim, until)).await
     }
 
-    async fn release(&self, claim: &Claim, until: Timestamp) -> Result<()> {
+    async fn release(&self, claim: &Claim) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::release(connection, &claim, until)).await
+        self.writer.write(move |connection| work::release(connection, &claim)).await
     }
 
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {
@@ -227,12 +259,12 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::discard_results(connection, limit)).await
     }
 
-    async fn forget_batches(&self, ended_before: Timestamp, limit: usize) -> Result<bool> {
-        self.writer.write(move |connection| batches::forget(connection, ended_before, limit)).await
+    async fn forgettable_batches(&self, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>> {
+        self.readers.read(move |connection| batches::forgettable(connection, ended_before, limit)).await
     }
 
-    async fn unknown_files(&self, files: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
-        self.readers.read(move |connection| files::unknown(connection, files)).await
+    async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
+        self.writer.write(move |connection| batches::forget(connection, &batches)).await
     }
 
     async fn compact(&self) -> Result<bool> {

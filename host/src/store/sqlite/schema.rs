@@ -99,8 +99,13 @@ const SECOND: &str = "
 ALTER TABLE batches ADD COLUMN idempotency_key TEXT;
 ALTER TABLE batches ADD COLUMN fingerprint BLOB;
 CREATE UNIQUE INDEX batches_idempotency ON batches (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL;
--- Whom its requests go to, once that is known: batches compete for a place with those that go to the same.
-ALTER TABLE batches ADD COLUMN provider TEXT NOT NULL DEFAULT '';
+-- What is to be done next: 'validate', 'execute' and whom its requests go to, or 'finish'. Batches compete for a place within a lane.
+ALTER TABLE batches ADD COLUMN lane TEXT NOT NULL DEFAULT 'validate';
+UPDATE batches SET lane = CASE status WHEN 'validating' THEN 'validate' WHEN 'in_progress' THEN 'execute ' ELSE 'finish' END;
+DROP INDEX batches_running;
+CREATE INDEX batches_running ON batches (lane, key)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+CREATE INDEX batches_expiring ON batches (expires_at) WHERE status = 'in_progress';
 -- The key of the input file, if it was there when the batch was created. It outlives the file.
 ALTER TABLE batches ADD COLUMN input_file INTEGER;
 UPDATE batches SET input_file = (
@@ -111,7 +116,21 @@ UPDATE batches SET input_file = (
 DROP INDEX batches_input;
 CREATE INDEX batches_reading ON batches (input_file)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+-- The bytes of the file are gone; the row stays for a while, so that a list can go on after it.
+ALTER TABLE files ADD COLUMN removed INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX files_removed ON files (removed) WHERE removed = 1;
+CREATE INDEX files_by_tenant ON files (tenant, key);
 CREATE INDEX batches_by_end ON batches (coalesce(completed_at, failed_at, expired_at, cancelled_at));
+-- Deleting a batch looks for its errors.
+CREATE INDEX batch_errors_by_batch ON batch_errors (batch);
+
+-- Objects whose writing has begun and which no record leads to yet. Those of a process that is gone are removed.
+CREATE TABLE pending_objects (
+    tenant INTEGER NOT NULL,
+    id TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    PRIMARY KEY (tenant, id)
+) STRICT, WITHOUT ROWID;
 ";
 
 pub fn migrations() -> Migrations<'static> {
@@ -120,8 +139,87 @@ pub fn migrations() -> Migrations<'static> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::{Lane, Store};
+    use super::super::SqliteStore;
+    use crate::clock::Timestamp;
+
     #[test]
     fn migrations_are_valid() {
         super::migrations().validate().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_database_of_the_first_version_goes_on() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("batchwright.db");
+        let mut old = rusqlite::Connection::open(&path).unwrap();
+        old.pragma_update(None, "journal_mode", "WAL").unwrap();
+        super::migrations().to_version(&mut old, 1).unwrap();
+        old.execute_batch(
+            "INSERT INTO tenants VALUES (1, 'default');
+             INSERT INTO files (tenant, id, bytes, created_at, filename, purpose, deleted_at)
+             VALUES (1, 'file-a', 3, 10, 'a', 'batch', 30), (1, 'file-b', 3, 10, 'b', 'batch', 15);
+             INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status,
+                 owner, lease_until)
+             VALUES (1, 'batch_a', 'e', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
+                    (1, 'batch_b', 'e', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
+                    (1, 'batch_c', 'e', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
+             INSERT INTO results VALUES (1, 1, 1, 0, x'78');",
+        )
+        .unwrap();
+        drop(old);
+        let store = SqliteStore::open(folder.path()).unwrap();
+        let mut found = Vec::new();
+        while let Some(claim) =
+            store.claim(Timestamp::from_millis(100), Timestamp::from_millis(200), Vec::new()).await.unwrap()
+        {
+            let input = store.input_file(&claim).await.unwrap().map(|file| file.id);
+            found.push((claim.batch_id.clone(), claim.lane.clone(), input));
+        }
+        // The input of the second was deleted before the batch was created, that of the first after.
+        assert_eq!(
+            found,
+            [
+                ("batch_a".to_owned(), Lane::Execute(String::new()), Some("file-a".to_owned())),
+                ("batch_b".to_owned(), Lane::Validate, None),
+                ("batch_c".to_owned(), Lane::Finish, Some("file-a".to_owned())),
+            ]
+        );
+        drop(store);
+        let mode = |db: &rusqlite::Connection| db.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0));
+        assert_eq!(mode(&rusqlite::Connection::open(&path).unwrap()).unwrap(), 2);
+    }
+
+    #[tokio::test]
+    async fn the_oldest_is_claimed_that_is_in_no_full_lane() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let store = SqliteStore::open(folder.path()).unwrap();
+        let database = rusqlite::Connection::open(folder.path().join("batchwright.db")).unwrap();
+        database
+            .execute_batch(
+                "INSERT INTO tenants VALUES (1, 't');
+                 INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status, lane)
+                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow'),
+                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow'),
+                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish'),
+                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate'),
+                        (1, 'fast', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute fast'),
+                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish');",
+            )
+            .unwrap();
+        let slow = Lane::Execute("slow".into());
+        let claim = async |now: i64, full: &[Lane]| {
+            let claim = store.claim(Timestamp::from_millis(now), Timestamp::from_millis(2000), full.to_vec()).await;
+            claim.unwrap().map(|claim| (claim.batch_id, claim.lane))
+        };
+        let full = [slow.clone(), Lane::Validate];
+        assert_eq!(claim(100, &full).await, Some(("fast".into(), Lane::Execute("fast".into()))));
+        assert_eq!(claim(100, &full).await, Some(("cancelled".into(), Lane::Finish)));
+        assert_eq!(claim(100, &full).await, None);
+        // One that has expired needs no place among those that wait for the provider.
+        assert_eq!(claim(500, &full).await, Some(("slow 2".into(), Lane::Finish)));
+        assert_eq!(claim(500, &[Lane::Validate]).await, Some(("slow 1".into(), slow)));
+        assert_eq!(claim(500, &[]).await, Some(("new".into(), Lane::Validate)));
+        assert_eq!(claim(500, &[]).await, None);
     }
 }

@@ -2,7 +2,9 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::super::{BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, StoreError, TokenUsage, Validated};
+use super::super::{
+    BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, Status, StoreError, TokenUsage, Validated,
+};
 use super::{explain, files, loaded, stored};
 use crate::clock::Timestamp;
 
@@ -15,37 +17,50 @@ pub fn claim(
     until: Timestamp,
     full: &[Lane],
 ) -> Result<Option<Claim>> {
+    // The lanes are looked up one by one in the index, so that a full one costs nothing however many wait in it.
     let mut statement = connection
         .prepare_cached(
-            "UPDATE batches SET owner = ?3, lease_until = ?2, fence = fence + 1 WHERE key = (
-                 SELECT key FROM batches
-                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND lease_until <= ?1
-                 AND owner IS NOT ?3
-                 AND CASE
-                     WHEN status = 'validating' THEN 'validate'
-                     WHEN status = 'in_progress' AND expires_at > ?1 THEN 'execute ' || provider
-                     ELSE 'finish'
-                 END NOT IN (SELECT value FROM json_each(?4))
-                 ORDER BY key LIMIT 1
+            "WITH RECURSIVE lanes (lane) AS (
+                 SELECT min(lane) FROM batches WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                 UNION ALL
+                 SELECT (
+                     SELECT min(batches.lane) FROM batches
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane > lanes.lane
+                 ) FROM lanes WHERE lanes.lane IS NOT NULL
+             ),
+             oldest (key) AS (
+                 SELECT (
+                     SELECT key FROM batches
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane = lanes.lane
+                     AND lease_until <= ?1 AND owner IS NOT ?3
+                     ORDER BY key LIMIT 1
+                 ) FROM lanes WHERE lane NOT IN (SELECT value FROM json_each(?4))
+                 UNION ALL
+                 SELECT * FROM (
+                     SELECT key FROM batches WHERE status = 'in_progress' AND expires_at <= ?1
+                     AND lease_until <= ?1 AND owner IS NOT ?3 AND 'finish' NOT IN (SELECT value FROM json_each(?4))
+                     ORDER BY expires_at LIMIT 1
+                 )
              )
+             UPDATE batches SET owner = ?3, lease_until = ?2, fence = fence + 1 WHERE key = (SELECT min(key) FROM oldest)
              RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
-             status, expires_at > ?1, provider",
+             CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END",
         )
         .map_err(explain)?;
     let full: Vec<String> = full.iter().map(lane_key).collect();
     let full = serde_json::to_string(&full).map_err(|error| StoreError::Database(error.to_string()))?;
     statement
         .query_row(params![now.as_millis(), until.as_millis(), owner, full], |row| {
-            let (status, in_time): (String, bool) = (row.get(5)?, row.get(6)?);
+            let lane: String = row.get(5)?;
             Ok(Claim {
                 tenant_key: row.get(0)?,
                 batch_key: row.get(1)?,
                 fence: row.get(2)?,
                 batch_id: row.get(3)?,
                 tenant: row.get(4)?,
-                lane: match status.as_str() {
-                    "validating" => Lane::Validate,
-                    "in_progress" if in_time => Lane::Execute(row.get(7)?),
+                lane: match (lane.as_str(), lane.strip_prefix("execute ")) {
+                    ("validate", _) => Lane::Validate,
+                    (_, Some(provider)) => Lane::Execute(provider.to_owned()),
                     _ => Lane::Finish,
                 },
             })
@@ -54,7 +69,7 @@ pub fn claim(
         .map_err(explain)
 }
 
-/// A lane as the query above has it.
+/// A lane as the database has it.
 fn lane_key(lane: &Lane) -> String {
     match lane {
         Lane::Validate => "validate".into(),
@@ -77,12 +92,13 @@ fn change(connection: &Connection, claim: &Claim, sql: &str, more: &[&dyn rusqli
 }
 
 pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
-    change(connection, claim, "lease_until = ?4", &[&until.as_millis()])
+    // What was given back meanwhile stays so.
+    change(connection, claim, "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END", &[&until.as_millis()])
 }
 
-/// Gives a batch back; nobody takes it up before `until`.
-pub fn release(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
-    change(connection, claim, "owner = NULL, lease_until = ?4", &[&until.as_millis()])
+/// Gives a batch back.
+pub fn release(connection: &Connection, claim: &Claim) -> Result<()> {
+    change(connection, claim, "owner = NULL, lease_until = 0", &[])
 }
 
 pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: Timestamp) -> Result<()> {
@@ -117,8 +133,9 @@ pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated
         claim,
         "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
-         total = ?5, model = ?6, provider = ?7, has_results = 1",
-        &[&at.as_millis(), &stored(found.total), &found.model, &found.provider],
+         lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END,
+         total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
+        &[&at.as_millis(), &stored(found.total), &found.model, &lane_key(&Lane::Execute(found.provider.clone()))],
     )
 }
 
@@ -188,7 +205,7 @@ pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -
         connection,
         claim,
         "finalizing_at = coalesce(finalizing_at, ?4),
-         status = CASE status WHEN 'in_progress' THEN 'finalizing' ELSE status END",
+         status = CASE status WHEN 'in_progress' THEN 'finalizing' ELSE status END, lane = 'finish'",
         &[&at.as_millis()],
     )
 }
@@ -222,6 +239,13 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
     }
     let output = finish.output.as_ref().map(|file| &file.id);
     let error = finish.error.as_ref().map(|file| &file.id);
+    let cancelling = "SELECT status = 'cancelling' FROM batches WHERE tenant = ?1 AND key = ?2";
+    let cancelling: bool = connection
+        .query_row(cancelling, params![claim.tenant_key, claim.batch_key], |row| row.get(0))
+        .map_err(explain)?;
+    if cancelling && finish.status == Status::Expired {
+        return Err(StoreError::Overtaken);
+    }
     // As in `fail`.
     change(
         connection,
