@@ -38,7 +38,7 @@ pub fn hostile() -> Result<()> {
 }
 
 fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
-    add_target()?;
+    add_target(TARGET)?;
     let mut build = cargo();
     build.args(["build", "--quiet", "--profile", "guest", "--target", TARGET]);
     for (package, _) in guests {
@@ -77,14 +77,14 @@ fn plugins() -> Result<()> {
 }
 
 /// The target's standard library may be missing on a fresh machine.
-fn add_target() -> Result<()> {
+pub fn add_target(name: &str) -> Result<()> {
     let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output()?;
     let sysroot = String::from_utf8(sysroot.stdout)?;
-    if Path::new(sysroot.trim()).join("lib/rustlib").join(TARGET).exists() {
+    if Path::new(sysroot.trim()).join("lib/rustlib").join(name).exists() {
         return Ok(());
     }
-    let added = run(Command::new("rustup").args(["target", "add", TARGET]).current_dir(root()));
-    ensure!(added.is_ok(), "the target {TARGET} is missing; install it with `rustup target add {TARGET}`");
+    let added = run(Command::new("rustup").args(["target", "add", name]).current_dir(root()));
+    ensure!(added.is_ok(), "the target {name} is missing; install it with `rustup target add {name}`");
     Ok(())
 }
 

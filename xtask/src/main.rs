@@ -1,8 +1,9 @@
-//! Builds, shows, tests and measures Batchwright: `cargo xtask build | demo | test | bench`.
+//! Builds, shows, tests and measures Batchwright: `cargo xtask build | examples | demo | test | bench`.
 
 mod bench;
 mod build;
 mod demo;
+mod examples;
 mod run;
 mod test;
 
@@ -21,6 +22,8 @@ struct Cli {
 enum Task {
     /// Build dist/batchwright and dist/plugins
     Build,
+    /// Build the plugins of `examples` into target/examples
+    Examples,
     /// Build all, then run a batch through the HTTP API and show what happens
     Demo,
     /// Build all, then check formatting, lints, and run every test
@@ -41,6 +44,7 @@ enum Task {
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Build => build::all(),
+        Task::Examples => examples::all(),
         Task::Demo => demo::show(),
         Task::Test { filter, pytest } => test::all(filter.as_deref(), &pytest),
         Task::Bench { name } => bench::measure(name.as_deref()),

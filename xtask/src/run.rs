@@ -1,6 +1,7 @@
 //! Running other programs, and knowing where things are.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -43,4 +44,18 @@ pub fn run(command: &mut Command) -> Result<()> {
         bail!("`{shown}` failed with {status}");
     }
     Ok(())
+}
+
+/// Whether what a folder was installed from has changed since.
+pub fn stale(list: &Path, folder: &Path) -> Result<bool> {
+    Ok(fs::read(installed_from(folder)).ok() != Some(fs::read(list)?))
+}
+
+pub fn mark(list: &Path, folder: &Path) -> Result<()> {
+    fs::copy(list, installed_from(folder))?;
+    Ok(())
+}
+
+fn installed_from(folder: &Path) -> PathBuf {
+    folder.join(".installed-from")
 }

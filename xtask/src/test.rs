@@ -1,19 +1,18 @@
 //! `cargo xtask test`: everything that must hold before a change goes in.
 
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
 
-use crate::build;
-use crate::run::{cargo, root, run, step, target};
+use crate::run::{cargo, mark, root, run, stale, step, target};
+use crate::{build, examples};
 
 pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
     step("formatting");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     build::all()?;
     build::hostile()?;
+    examples::all()?;
     step("lints");
     run(cargo().args(["clippy", "--release", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
     step("unit tests and guest tests");
@@ -62,18 +61,4 @@ fn node(filter: Option<&str>) -> Result<()> {
         node.arg(format!("--test-name-pattern={filter}"));
     }
     run(node.current_dir(&tests))
-}
-
-/// Whether what a folder was installed from has changed since.
-fn stale(list: &Path, folder: &Path) -> Result<bool> {
-    Ok(fs::read(installed_from(folder)).ok() != Some(fs::read(list)?))
-}
-
-fn mark(list: &Path, folder: &Path) -> Result<()> {
-    fs::copy(list, installed_from(folder))?;
-    Ok(())
-}
-
-fn installed_from(folder: &Path) -> PathBuf {
-    folder.join(".installed-from")
 }

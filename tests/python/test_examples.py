@@ -1,0 +1,173 @@
+"""The plugins of `examples`, in four languages, do what their README files say."""
+
+import http.server
+import json
+import os
+import pathlib
+import shutil
+import threading
+
+import openai
+import pytest
+from conftest import ROOT, chat, wait_for
+
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+EXAMPLES = TARGET / "examples"
+FAST = ["--retry-backoff", "10ms", "--cache", TARGET / "examples-cache"]
+
+
+@pytest.fixture
+def provider():
+    """A provider over real HTTP whose answers a test gives: (status, headers, body) for a request's path, headers and body."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            seen.append((self.path, dict(self.headers), body))
+            status, headers, answer = server.answer(body, sum(body == known for _, _, known in seen))
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {**headers, "content-type": "application/json", "content-length": str(len(text))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen = seen
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def start(serve, component, text, model=None, env=None):
+    server = serve(*FAST, env=env, name=component)
+    shutil.copy(EXAMPLES / f"{component}.wasm", server.plugins)
+    server.add_plugin("example", f'component = "{component}.wasm"\n{text}')
+    wait_for(lambda: "plugin loaded plugin=\"example\"" in server.logged(), 60, "the example to be loaded")
+    assert model is None or model in server.models()
+    return server
+
+
+def ask(server, *bodies):
+    """Each body's line of a result file."""
+    lines = [{**chat(str(number), model="m"), "body": {"model": "m", **body}} for number, body in enumerate(bodies)]
+    batch = server.run(lines)
+    assert batch.status == "completed", batch.errors
+    output, errors = server.results(batch)
+    return batch, sorted(output + errors, key=lambda line: int(line["custom_id"]))
+
+
+def user(text):
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+def test_anthropic_in_rust_translates_both_ways(serve, provider):
+    def answer(body, times):
+        prompt = body["messages"][-1]["content"][-1]["text"]
+        if prompt == "busy" and times < 3:
+            error = {"type": "overloaded_error", "message": "Overloaded"}
+            return 529, {"retry-after": "0"}, {"type": "error", "error": error}
+        if prompt == "bad":
+            return 400, {}, {"type": "error", "error": {"type": "invalid_request_error", "message": "too bad"}}
+        content = [{"type": "text", "text": f"said: {prompt}"}]
+        if "tools" in body:
+            content.append({"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"x": 1}})
+        usage = {"input_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 4}
+        reason = "tool_use" if "tools" in body else "end_turn"
+        return 200, {"request-id": "req_1"}, {"id": "msg_1", "content": content, "stop_reason": reason, "usage": usage}
+
+    provider.answer = answer
+    secret = "sk-ant-secret-0123456789"
+    text = (
+        f'[aliases]\nm = "claude"\n[settings]\nbase_url = "{provider.url}"\nmax_tokens = 77\n'
+        '[credentials]\napi_key = "env:ANTHROPIC_KEY"\n'
+    )
+    server = start(serve, "anthropic", text, "m", {"ANTHROPIC_KEY": secret})
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    batch, (plain, busy, bad, called, robot) = ask(
+        server, user("hello"), user("busy"), user("bad"), {**user("look"), "tools": tools},
+        {"messages": [{"role": "robot", "content": "x"}]},
+    )  # fmt: skip
+    completion = openai.types.chat.ChatCompletion.model_validate(plain["response"]["body"])
+    assert completion.choices[0].message.content == "said: hello" and completion.model == "m"
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (10, 4)
+    assert busy["response"]["status_code"] == 200
+    assert bad["response"]["status_code"] == 400
+    assert bad["response"]["body"]["error"] == {
+        "message": "too bad", "type": "invalid_request_error", "param": None, "code": "invalid_request_error"
+    }  # fmt: skip
+    (call,) = openai.types.chat.ChatCompletion.model_validate(called["response"]["body"]).choices[0].message.tool_calls
+    assert (call.id, call.function.name, json.loads(call.function.arguments)) == ("toolu_1", "look", {"x": 1})
+    assert robot["error"]["message"] == "Unknown message role: robot"
+    assert batch.usage.input_tokens == 30 and batch.usage.input_tokens_details.cached_tokens == 9
+    path, headers, body = provider.seen[0]
+    assert path == "/v1/messages" and body["model"] == "claude" and body["max_tokens"] == 77
+    assert {name.lower(): value for name, value in headers.items()}["x-api-key"] == secret
+    server.stop()
+    assert secret not in server.logged()
+
+
+def test_ollama_in_javascript_translates_both_ways(serve, provider):
+    def answer(body, times):
+        prompt = body["messages"][-1]["content"]
+        if prompt == "busy" and times < 2:
+            return 503, {}, {"error": "server busy, please try again"}
+        if prompt == "nobody":
+            return 404, {}, {"error": "model 'llama' not found"}
+        message = {"role": "assistant", "content": f"said: {prompt}"}
+        return 200, {}, {"message": message, "done": True, "done_reason": "length", "prompt_eval_count": 7, "eval_count": 2}
+
+    provider.answer = answer
+    server = start(serve, "ollama", f'[aliases]\nm = "llama"\n[settings]\nbase_url = "{provider.url}/"\n', "m")
+    batch, (plain, busy, nobody, robot, wide) = ask(
+        server, {**user([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]), "max_tokens": 9, "seed": 3},
+        user("busy"), user("nobody"), {"messages": [{"role": "robot"}]}, user("ü€😀"),
+    )  # fmt: skip
+    completion = openai.types.chat.ChatCompletion.model_validate(plain["response"]["body"], strict=True)
+    assert completion.choices[0].message.content == "said: hello" and completion.choices[0].finish_reason == "length"
+    assert busy["response"]["status_code"] == 200
+    assert nobody["response"]["status_code"] == 404
+    assert nobody["response"]["body"]["error"]["message"] == "model 'llama' not found"
+    assert robot["error"]["message"] == "Unknown message role: robot"
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (21, 6)
+    assert wide["response"]["body"]["choices"][0]["message"]["content"] == "said: ü€😀"
+    path, _, body = next(request for request in provider.seen if request[2]["messages"][-1]["content"] == "hello")
+    assert path == "/api/chat" and body["model"] == "llama" and body["stream"] is False
+    assert body["options"] == {"num_predict": 9, "seed": 3}
+
+
+def test_a_policy_in_python_is_enforced_beside_the_standard_rules(serve):
+    policy = (
+        'order = 50\n[settings]\nallowed_models = ["echo"]\nmax_tokens = 100\nbanned_words = ["Project X"]\n'
+        '[limits]\nmemory = "128MiB"\ncall_timeout = "5s"\n'
+    )
+    server = start(serve, "policy-python", policy)
+    good = server.run([chat("a"), chat("b", max_tokens=100)])
+    assert good.status == "completed", good.errors
+    batch = server.run([
+        chat("a", "tell me of PROJECT x"), chat("b", max_tokens=101), chat("c", model="other", stream=True), "no json", chat("e")
+    ])  # fmt: skip
+    found = [(error.line, error.code, error.param) for error in batch.errors.data]
+    # Each line's findings stand in the order of the validators: the policy's, the standard's, the host's.
+    assert found == [
+        (1, "banned_word", "body.messages"),
+        (2, "too_many_tokens", "body.max_tokens"),
+        (3, "model_not_allowed", "body.model"),
+        (3, "streaming_unsupported", "body.stream"),
+        (3, "model_not_found", "body.model"),
+        (4, "invalid_json_line", None),
+    ]
+
+
+def test_a_policy_in_c_is_enforced(serve):
+    server = start(serve, "policy-c", "[settings]\nmax_line_bytes = 200\n")
+    batch = server.run([chat("a"), chat("b", "x" * 200), '{"custom_id":"c\x01"}'])
+    found = [(error.line, error.code) for error in batch.errors.data]
+    assert (2, "line_too_long") in found and (3, "control_character") in found and not [line for line, _ in found if line == 1]
