@@ -25,6 +25,7 @@ fn world(file: &str) -> (Vec<String>, Vec<String>) {
 fn components_that_ship_import_nothing() {
     for (file, export) in [
         ("validator-standard.wasm", "batchwright:plugin/validation@0.1.0"),
+        ("one-model.wasm", "batchwright:plugin/validation@0.1.0"),
         ("inference-openai.wasm", "batchwright:plugin/inference@0.1.0"),
         ("inference-echo.wasm", "batchwright:plugin/inference@0.1.0"),
     ] {

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 HOST = ROOT / "dist/batchwright"
 PLUGINS = ROOT / "dist/plugins"
 STUB = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/stub-provider"
-COMPONENTS = ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm"]
+COMPONENTS = ["validator-standard.wasm", "one-model.wasm", "inference-openai.wasm", "inference-echo.wasm"]
 CHAT = "/v1/chat/completions"
 
 

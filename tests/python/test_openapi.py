@@ -22,7 +22,7 @@ def test_no_request_breaks_what_the_openapi_document_says(serve, tmp_path, reque
     )  # fmt: skip
     print(answer.stdout)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "11 selected / 11 total" in answer.stdout
+    assert "13 selected / 13 total" in answer.stdout
     assert " 500" not in server.logged()
 
 

@@ -1,5 +1,6 @@
 """The plugin directory: what loads, what does not, and swapping a provider by editing or dropping a file."""
 
+import hashlib
 import json
 import shutil
 import urllib.request
@@ -168,3 +169,80 @@ def test_fresh_instances_answer_as_well(serve, stub):
     server = serve(plugins={"p": stub.plugin(["m"], '[limits]\ninstances = "fresh"\n')})
     batch = server.run([chat(str(number), model="m") for number in range(500)])
     assert batch.request_counts.completed == 500
+
+
+def plugins(server):
+    return {plugin["name"]: plugin for plugin in get(server, "/v1/plugins")["data"]}
+
+
+def get(server, path):
+    with urllib.request.urlopen(server.url + path) as answer:
+        return json.load(answer)
+
+
+def test_the_rule_of_one_model_is_off_until_it_is_turned_on(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m", "n"]), "one": 'component = "one-model.wasm"\nenabled = false\n'})
+    lines = [chat("a", model="m"), chat("b", model="n"), "", chat("d", model="m"), chat("e", model="n")]
+    assert server.run(lines).status == "completed"
+    assert plugins(server)["one"]["state"] == "disabled" and plugins(server)["one"]["error"] is None
+    server.add_plugin("one", 'component = "one-model.wasm"\norder = 7\n')
+    wait_for(lambda: plugins(server)["one"]["state"] == "loaded", what="the rule to be loaded")
+    batch = server.run(lines)
+    assert [(error.line, error.code, error.param) for error in batch.errors.data] == [
+        (2, "mismatched_model", "body.model"), (5, "mismatched_model", "body.model")
+    ]  # fmt: skip
+    assert "'n' is not that of the first request, 'm'" in batch.errors.data[0].message
+    assert [plugin["name"] for plugin in get(server, f"/v1/batches/{batch.id}/plugins")["data"]] == ["one", "standard"]
+    # For another endpoint it does not apply, if its file says so.
+    server.add_plugin("one", 'component = "one-model.wasm"\nendpoints = ["/v1/embeddings"]\n')
+    wait_for(lambda: plugins(server)["one"]["endpoints"] == ["/v1/embeddings"], what="the change")
+    assert server.run(lines).status == "completed"
+    # Nor for another tenant.
+    server.add_plugin("one", 'component = "one-model.wasm"\ntenants = ["somebody-else"]\n')
+    wait_for(lambda: "one" not in plugins(server), what="the change")
+    assert server.run(lines).status == "completed"
+
+
+def test_a_bad_file_leaves_the_old_plugin_serving_and_shows_everywhere(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"])})
+    loaded = plugins(server)["p"]
+    assert loaded["state"] == "loaded" and loaded["models"] == ["m"] and loaded["kind"] == "adapter"
+    server.add_plugin("p", "component = 7")
+    wait_for(lambda: plugins(server)["p"]["state"] == "outdated", what="the complaint")
+    outdated = plugins(server)["p"]
+    assert "p.toml" in outdated["error"] and "component" in outdated["error"]
+    assert outdated["sha256"] == loaded["sha256"]
+    assert server.run([chat("a", model="m")]).request_counts.completed == 1
+    server.add_plugin("q", "component = \"missing.wasm\"\nmodels = [\"q\"]")
+    wait_for(lambda: "q" in plugins(server), what="the new file")
+    assert plugins(server)["q"]["state"] == "failed" and "missing.wasm" in plugins(server)["q"]["error"]
+
+
+def test_an_adapter_swapped_fifty_times_in_a_batch_answers_every_request_once(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 16\n")})
+    component = server.plugins / "inference-openai.wasm"
+    # The same component with a custom section that says something else: other bytes, another digest.
+    original = component.read_bytes()
+    other = original + b"\x00\x05\x04note"
+    number = 20_000
+    prompts = [f"!delay 15 {line}" for line in range(number)]
+    batch = server.create([chat(str(line), prompt, model="m") for line, prompt in enumerate(prompts)])
+    swaps = 0
+    while swaps < 50:
+        swaps += 1
+        new = component.with_suffix(".new")
+        new.write_bytes(other if swaps % 2 else original)
+        new.rename(component)
+        wait_for(lambda: server.logged().count('plugin loaded plugin="p"') == swaps + 1, what=f"swap {swaps}")
+    assert server.client.batches.retrieve(batch.id).status == "in_progress", "the batch was over too soon"
+    ended = server.ended(batch.id)
+    output, errors = server.results(ended)
+    assert errors == [] and [line["custom_id"] for line in output] == [str(line) for line in range(number)]
+    for line, prompt in zip(output, prompts):
+        assert line["response"]["body"]["choices"][0]["message"]["content"] == f"stub: {prompt}"
+    counts = stub.counts()
+    assert len(counts) == number and set(counts.values()) == {1}
+    served = get(server, f"/v1/batches/{batch.id}/plugins")["data"]
+    digests = {hashlib.sha256(bytes_).hexdigest() for bytes_ in (original, other)}
+    assert {plugin["sha256"] for plugin in served if plugin["name"] == "p"} == digests
+    assert [plugin["name"] for plugin in served] == ["standard", "p", "p"]

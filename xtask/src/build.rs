@@ -12,8 +12,9 @@ use crate::run::{cargo, root, run, step, target};
 const TARGET: &str = "wasm32-unknown-unknown";
 
 /// Each guest's package, and the file its component becomes.
-const GUESTS: [(&str, &str); 3] = [
+const GUESTS: [(&str, &str); 4] = [
     ("guest-validator", "validator-standard.wasm"),
+    ("guest-one-model", "one-model.wasm"),
     ("guest-inference-openai", "inference-openai.wasm"),
     ("guest-inference-echo", "inference-echo.wasm"),
 ];

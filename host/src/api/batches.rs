@@ -108,7 +108,7 @@ pub async fn cancel(State(batches): App, tenant: Tenant, Path(id): Path<String>)
     }
 }
 
-fn no_batch(id: &str) -> ApiError {
+pub fn no_batch(id: &str) -> ApiError {
     ApiError::not_found(format!("No batch found with id '{id}'."))
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::App;
 use super::error::ApiError;
+use crate::plugin::EntryState;
 
 /// The process runs.
 pub async fn live() -> Json<Value> {
@@ -16,8 +17,12 @@ pub async fn live() -> Json<Value> {
 pub async fn ready(State(batches): App) -> Result<Json<Value>, ApiError> {
     batches.get("default", "none").await?;
     let plugins = batches.registry().current();
-    let failed: Vec<&str> =
-        plugins.entries.iter().filter(|entry| entry.serving.is_none()).map(|entry| entry.name.as_str()).collect();
-    let loaded = plugins.entries.len().saturating_sub(failed.len());
+    let failed: Vec<&str> = plugins
+        .entries
+        .iter()
+        .filter(|entry| entry.state() == EntryState::Failed)
+        .map(|entry| entry.name.as_str())
+        .collect();
+    let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
     Ok(Json(json!({"status": "ok", "plugins": {"loaded": loaded, "failed": failed}})))
 }

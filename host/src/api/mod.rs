@@ -12,6 +12,7 @@ mod models;
 mod multipart;
 mod openapi;
 mod params;
+mod plugins;
 mod server;
 mod wire;
 
@@ -65,6 +66,8 @@ pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
         .routes(routes!(batches::create, batches::list))
         .routes(routes!(batches::get))
         .routes(routes!(batches::cancel))
+        .routes(routes!(plugins::list))
+        .routes(routes!(plugins::of_batch))
         .routes(routes!(models::list));
     let (api, mut described) = api.split_for_parts();
     // The name of a model may hold slashes, which the description of a path cannot say.

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::clock::Timestamp;
-use crate::store::{BatchError, BatchRecord, FileRecord, Metadata};
+use crate::plugin::Entry;
+use crate::store::{BatchError, BatchRecord, FileRecord, Metadata, ServedBy};
 
 #[derive(Serialize, ToSchema)]
 pub struct ErrorBody<'a> {
@@ -316,5 +317,104 @@ pub struct Model {
 impl Identified for Model {
     fn id(&self) -> &str {
         &self.id
+    }
+}
+
+/// All of a kind, without pages: there are few.
+#[derive(Serialize, ToSchema)]
+pub struct Collection<T> {
+    #[schema(pattern = "^list$")]
+    object: &'static str,
+    data: Vec<T>,
+}
+
+impl<T> Collection<T> {
+    pub fn new(data: Vec<T>) -> Self {
+        Self { object: "list", data }
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct Plugin {
+    #[schema(pattern = "^plugin$")]
+    object: &'static str,
+    /// The name of its TOML file.
+    name: String,
+    #[schema(value_type = PluginState)]
+    state: &'static str,
+    /// Why the file as it stands does not load.
+    #[schema(required)]
+    error: Option<String>,
+    /// `validator` or `adapter`; null if nothing is loaded.
+    #[schema(required)]
+    kind: Option<String>,
+    #[schema(required)]
+    version: Option<String>,
+    #[schema(required)]
+    sha256: Option<String>,
+    /// What the component says of itself.
+    #[schema(required)]
+    summary: Option<String>,
+    /// Models it serves, as clients name them, globs included.
+    models: Vec<String>,
+    /// Endpoints it is for; empty means all.
+    endpoints: Vec<String>,
+    /// Unix seconds.
+    #[schema(required)]
+    loaded_at: Option<i64>,
+}
+
+/// `outdated`: the file does not load as it is, and what it was before serves on.
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PluginState {
+    Loaded,
+    Outdated,
+    Failed,
+    Disabled,
+}
+
+impl From<&Entry> for Plugin {
+    fn from(entry: &Entry) -> Self {
+        let plugin = entry.serving.as_deref();
+        Self {
+            object: "plugin",
+            name: entry.name.clone(),
+            state: entry.state().as_str(),
+            error: entry.error.clone(),
+            kind: plugin.map(|plugin| plugin.kind.to_string()),
+            version: plugin.map(|plugin| plugin.description.version.clone()),
+            sha256: plugin.map(|plugin| plugin.sha256.clone()),
+            summary: plugin.map(|plugin| plugin.description.summary.clone()),
+            models: plugin
+                .map(|plugin| plugin.models.iter().chain(plugin.aliases.keys()).cloned().collect())
+                .unwrap_or_default(),
+            endpoints: plugin
+                .map(
+                    |plugin| {
+                        if plugin.endpoints.is_empty() { &plugin.description.endpoints } else { &plugin.endpoints }
+                    },
+                )
+                .cloned()
+                .unwrap_or_default(),
+            loaded_at: plugin.map(|plugin| plugin.loaded_at),
+        }
+    }
+}
+
+/// A plugin that had a part in a batch, as it was then.
+#[derive(Serialize, ToSchema)]
+pub struct BatchPlugin {
+    #[schema(pattern = "^batch.plugin$")]
+    object: &'static str,
+    name: String,
+    kind: String,
+    version: String,
+    sha256: String,
+}
+
+impl From<ServedBy> for BatchPlugin {
+    fn from(by: ServedBy) -> Self {
+        Self { object: "batch.plugin", name: by.name, kind: by.kind, version: by.version, sha256: by.sha256 }
     }
 }

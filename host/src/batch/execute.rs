@@ -17,12 +17,17 @@ use super::memory::Share;
 use super::patience::Patience;
 use super::request::Context;
 use super::result_line::{request_id, row};
+use super::served_by::served_by;
 use super::stop::{Reason, Stop};
+use crate::plugin::Plugin;
 use crate::plugin::types::{Answer, Failure};
 use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow, StoreError};
 
 /// Results written in one go at the most; more of them wait in the channel.
 const GROUP: usize = 1024;
+
+/// Plugins that have answered and are known to the store: held on to, so at the most so many.
+const KNOWN: usize = 64;
 
 /// Numbers of recorded lines held at a time.
 const RECORDED: usize = 10_000;
@@ -30,8 +35,11 @@ const RECORDED: usize = 10_000;
 /// How long results are gathered before they are written. A commit costs the same for one as for many, and nobody waits for a single one.
 const GATHER: std::time::Duration = std::time::Duration::from_millis(10);
 
-/// A result on its way to the store, with the share of the memory budget it takes.
-type Recorded = (ResultRow, Share);
+/// A result on its way to the store, with who gave it and the share of the memory budget it takes.
+type Recorded = (ResultRow, By, Share);
+
+/// The plugin that answered, if one did.
+type By = Option<Arc<Plugin>>;
 
 impl Batches {
     /// Executes what has no result yet. Returns when everything has one, or early with the reason to stop.
@@ -101,13 +109,13 @@ impl Batches {
                 let running = AssertUnwindSafe(run(&context, &batch_id, number, &bytes)).catch_unwind();
                 let ended = kill.run_until_cancelled(running).await.map(|ended| match ended {
                     Ok(row) => row,
-                    Err(_) => Some(panicked(&batch_id, number, &bytes)),
+                    Err(_) => Some((panicked(&batch_id, number, &bytes), None)),
                 });
                 drop(bytes);
                 drop(permits);
-                if let Some(Some(row)) = ended {
+                if let Some(Some((row, by))) = ended {
                     let memory = memory.take(row.payload.len()).await;
-                    results.send((row, memory)).await.ok();
+                    results.send((row, by, memory)).await.ok();
                 }
             });
         }
@@ -135,6 +143,7 @@ impl Batches {
     /// what was answered is not asked twice.
     async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
         let mut group = Vec::new();
+        let mut known: Vec<Arc<Plugin>> = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
             if group.len() < GROUP && !results.is_closed() {
                 tokio::time::sleep(GATHER).await;
@@ -142,11 +151,23 @@ impl Batches {
                     group.push(more);
                 }
             }
-            let (rows, memory): (Vec<_>, Vec<_>) = group.drain(..).unzip();
+            let (mut rows, mut memory, mut new) = (Vec::new(), Vec::new(), Vec::new());
+            for (row, by, share) in group.drain(..) {
+                rows.push(row);
+                memory.push(share);
+                // There are few: one for each model, and one more whenever the operator changes it.
+                if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by))) {
+                    new.push(served_by(&by));
+                    known.push(by);
+                }
+            }
+            if known.len() > KNOWN {
+                known.clear();
+            }
             let rows = Arc::new(rows);
             let mut patience = Patience::default();
             loop {
-                match self.store.record(claim, rows.clone()).await {
+                match self.store.record(claim, rows.clone(), new.clone()).await {
                     Ok(()) => break,
                     Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
                     // A process that must end does not wait for room on the disk.
@@ -174,21 +195,17 @@ struct Work<'a> {
 }
 
 /// Runs one request to its result; none if it was waiting for another attempt when the batch was stopped.
-async fn run(context: &Context, batch: &str, number: u64, bytes: &Bytes) -> Option<ResultRow> {
+async fn run(context: &Context, batch: &str, number: u64, bytes: &Bytes) -> Option<(ResultRow, By)> {
     let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
     let custom_id = line.custom_id.as_deref().unwrap_or_default();
     let (Some(body), Some(model)) = (line.body, line.model.as_deref()) else {
         // Validation let no such line through; the file would have to have changed since.
         let message = "The input file has changed since it was validated.".into();
-        return Some(row(
-            batch,
-            number,
-            custom_id,
-            &Answer::Failure(Failure { code: "invalid_request".into(), message }),
-        ));
+        let failure = Answer::Failure(Failure { code: "invalid_request".into(), message });
+        return Some((row(batch, number, custom_id, &failure), None));
     };
-    let answer = context.answer(&request_id(batch, number), custom_id, model, body).await?;
-    Some(row(batch, number, custom_id, &answer))
+    let (answer, by) = context.answer(&request_id(batch, number), custom_id, model, body).await?;
+    Some((row(batch, number, custom_id, &answer), by))
 }
 
 /// The result of a request whose handling panicked: a fault of ours that must not cost the line.

@@ -16,6 +16,7 @@ mod patience;
 mod request;
 mod result_line;
 mod scheduler;
+mod served_by;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -34,7 +35,7 @@ pub use files::{NewFile, Upload, UploadError};
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::plugin::Registry;
-use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, Store, StoreError};
+use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, ServedBy, Store, StoreError};
 use memory::Memory;
 use patience::Patience;
 use stop::{Reason, Stop};
@@ -118,6 +119,11 @@ impl Batches {
 
     pub async fn get(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
         self.store.batch(tenant, id).await
+    }
+
+    /// The plugins that served a batch so far, if there is such a batch.
+    pub async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
+        self.store.served_by(tenant, id).await
     }
 
     /// Newest first.

@@ -36,17 +36,27 @@ enum Attempt {
 impl Context {
     /// Answers a request. Whatever goes wrong, there is an answer; none only if the batch was stopped while the request waited for
     /// another attempt.
-    pub async fn answer(&self, id: &str, custom_id: &str, model: &str, body: &str) -> Option<Answer> {
+    ///
+    /// With it comes the plugin that gave it, if one did.
+    pub async fn answer(
+        &self,
+        id: &str,
+        custom_id: &str,
+        model: &str,
+        body: &str,
+    ) -> Option<(Answer, Option<Arc<Plugin>>)> {
         // The time it may take begins when it is first let out: waiting for a place is not its fault.
         let mut begun = None;
         let mut attempt = 1_u32;
         loop {
             // Looked up at each attempt: the operator may have mended the plugin meanwhile.
             let route = self.registry.current().route(&self.tenant, model);
+            let mut by = None;
             let (after, otherwise) = match route.filter(|route| route.plugin.handles(&self.endpoint)) {
                 // It served when the batch was validated, and may come back.
                 None => (None, failure("model_not_found", format!("No plugin serves the model '{model}' any more."))),
                 Some(Route { plugin, model }) => {
+                    by = Some(plugin.clone());
                     let request = Request {
                         id: id.to_owned(),
                         custom_id: custom_id.to_owned(),
@@ -57,10 +67,10 @@ impl Context {
                         attempt,
                     };
                     match self.attempt(&plugin, request, &mut begun).await {
-                        Ok(Attempt::Done(answer)) => return Some(answer),
+                        Ok(Attempt::Done(answer)) => return Some((answer, by)),
                         Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
                         Ok(Attempt::Stopped) => return None,
-                        Err(error) => return Some(failure(error.code(), error.to_string())),
+                        Err(error) => return Some((failure(error.code(), error.to_string()), by)),
                     }
                 }
             };
@@ -68,7 +78,7 @@ impl Context {
             let end = begun.get_or_insert_with(|| self.clock.now()).after(self.settings.max_retry_time.duration());
             let next = self.clock.now().after(pause);
             if attempt as usize >= self.settings.max_attempts.get() || next > end {
-                return Some(otherwise);
+                return Some((otherwise, by));
             }
             tracing::debug!(id, attempt, ?pause, "the request is tried again");
             tokio::select! {

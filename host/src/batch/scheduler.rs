@@ -194,7 +194,7 @@ impl Batches {
         };
         match verdict {
             Verdict::Good(found) => self.store.start_execution(claim, found, self.clock.now()).await,
-            Verdict::Bad(errors) => self.store.fail(claim, errors, self.clock.now()).await,
+            Verdict::Bad(errors, judged_by) => self.store.fail(claim, errors, judged_by, self.clock.now()).await,
         }
     }
 }

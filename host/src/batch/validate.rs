@@ -10,10 +10,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Batches;
 use super::input::{InputLine, Lines};
 use super::line::RequestLine;
-use super::memory::Share;
+use super::memory::{Pool, Share};
+use super::served_by::served_by;
 use crate::plugin::types::{BatchContext, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
-use crate::store::{BatchError, BatchRecord, Claim, Result, Validated};
+use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, Validated};
 
 /// What is judged in one piece: lines, or bytes if those are reached first.
 const PIECE_LINES: usize = 1000;
@@ -22,7 +23,8 @@ const PIECE_BYTES: usize = 256 << 10;
 /// What validation found.
 pub enum Verdict {
     Good(Validated),
-    Bad(Vec<BatchError>),
+    /// What is wrong, and the validators that say so.
+    Bad(Vec<BatchError>, Vec<ServedBy>),
 }
 
 /// All that judging a piece needs.
@@ -54,37 +56,47 @@ impl Batches {
     pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<Verdict> {
         let (tenant, file_id) = (&claim.tenant, &batch.new.input_file_id);
         let Some(file) = self.store.input_file(claim).await? else {
-            return Ok(Verdict::Bad(vec![of_input_file(format!(
-                "Cannot find file {file_id}, or the organization does not have access to it."
-            ))]));
+            return Ok(Verdict::Bad(
+                vec![of_input_file(format!(
+                    "Cannot find file {file_id}, or the organization does not have access to it."
+                ))],
+                Vec::new(),
+            ));
         };
         if file.purpose != "batch" {
-            return Ok(Verdict::Bad(vec![of_input_file(format!(
-                "The file {file_id} has the purpose '{}'; an input file must be uploaded with the purpose 'batch'.",
-                file.purpose
-            ))]));
+            return Ok(Verdict::Bad(
+                vec![of_input_file(format!(
+                    "The file {file_id} has the purpose '{}'; an input file must be uploaded with the purpose 'batch'.",
+                    file.purpose
+                ))],
+                Vec::new(),
+            ));
         }
+        let bytes = self.blobs.read(tenant, file_id, None).await?;
+        let mut lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
+        let memory = self.memory.validation.clone();
+        let first = next_piece(&mut lines, &memory).await?;
         let plugins = self.registry.current();
+        let validators = plugins.validators(tenant, &batch.new.endpoint);
+        let judged_by = validators.iter().map(|plugin| served_by(plugin)).collect();
         let judge = Arc::new(Judge {
             tenant: tenant.clone(),
             batch: BatchContext {
                 id: batch.new.id.clone(),
                 endpoint: batch.new.endpoint.clone(),
                 metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
+                first_model: first.as_ref().and_then(|(piece, _)| first_model(piece)),
             },
-            validators: plugins.validators(tenant, &batch.new.endpoint),
+            validators,
             plugins,
             hashers: [RandomState::new(), RandomState::new()],
         });
-        let bytes = self.blobs.read(tenant, file_id, None).await?;
-        let lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         // The next piece is not read before there is room for this one.
-        let pieces = stream::try_unfold((lines, self.memory.validation.clone()), async |(mut lines, memory)| {
-            let Some(piece) = next_piece(&mut lines).await? else { return Ok(None) };
-            let share = memory.take(size(&piece)).await;
-            Ok(Some(((piece, share), (lines, memory))))
+        let rest = stream::try_unfold((lines, memory), async |(mut lines, memory)| {
+            Ok(next_piece(&mut lines, &memory).await?.map(|piece| (piece, (lines, memory))))
         });
+        let pieces = stream::iter(first.map(Ok)).chain(rest);
         let judged = pieces
             .map(|piece: Result<(Vec<InputLine>, Share)>| {
                 let judge = judge.clone();
@@ -105,18 +117,27 @@ impl Batches {
         while let Some(piece) = judged.next().await {
             match piece? {
                 Ok(Ok(piece)) => whole.add(piece),
-                Ok(Err(error)) => return Ok(Verdict::Bad(vec![of_plugin(&error)])),
+                Ok(Err(error)) => return Ok(Verdict::Bad(vec![of_plugin(&error)], judged_by)),
                 Err(_) => return Err(crate::store::StoreError::Closed),
             }
             if whole.total > self.settings.max_requests_per_file {
                 break;
             }
         }
-        Ok(whole.verdict())
+        Ok(whole.verdict(judged_by))
     }
 }
 
-async fn next_piece(lines: &mut Lines) -> Result<Option<Vec<InputLine>>> {
+/// The model that the first request names.
+fn first_model(piece: &[InputLine]) -> Option<String> {
+    match piece.first()? {
+        InputLine::Whole { bytes, .. } => RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from),
+        InputLine::TooLong { .. } => None,
+    }
+}
+
+/// The next lines, with the share of the memory budget that they take.
+async fn next_piece(lines: &mut Lines, memory: &Pool) -> Result<Option<(Vec<InputLine>, Share)>> {
     let mut piece = Vec::new();
     let mut bytes = 0_usize;
     while piece.len() < PIECE_LINES && bytes < PIECE_BYTES {
@@ -126,7 +147,11 @@ async fn next_piece(lines: &mut Lines) -> Result<Option<Vec<InputLine>>> {
         }
         piece.push(line);
     }
-    Ok((!piece.is_empty()).then_some(piece))
+    if piece.is_empty() {
+        return Ok(None);
+    }
+    let share = memory.take(size(&piece)).await;
+    Ok(Some((piece, share)))
 }
 
 fn size(piece: &[InputLine]) -> usize {
@@ -295,7 +320,7 @@ impl Whole {
         }
     }
 
-    fn verdict(mut self) -> Verdict {
+    fn verdict(mut self, judged_by: Vec<ServedBy>) -> Verdict {
         let of_file = |code: &str, message: String| BatchError { code: code.into(), message, param: None, line: None };
         if self.total > self.most_requests {
             let message =
@@ -314,9 +339,9 @@ impl Whole {
         }
         if self.errors.is_empty() {
             let provider = self.providers.into_iter().collect::<Vec<_>>().join(" ");
-            Verdict::Good(Validated { total: self.total, model: self.model.flatten(), provider })
+            Verdict::Good(Validated { total: self.total, model: self.model.flatten(), provider, judged_by })
         } else {
-            Verdict::Bad(self.errors)
+            Verdict::Bad(self.errors, judged_by)
         }
     }
 }

@@ -8,7 +8,7 @@ use clap::Subcommand;
 use super::{Error, user_cache};
 use crate::clock::Clock;
 use crate::config::{LogFormat, Size, default_plugins};
-use crate::plugin::{Inspected, Loader, Plugin as Loaded, Registry};
+use crate::plugin::{Inspected, LoadError, Loader, Plugin as Loaded, Registry};
 use crate::telemetry;
 
 #[derive(Subcommand)]
@@ -64,11 +64,10 @@ fn list(registry: &Registry) {
     for entry in &plugins.entries {
         rows.push(match &entry.serving {
             Some(plugin) => {
-                let state = if entry.error.is_some() { "outdated" } else { "loaded" };
-                let served = serves(plugin);
-                [entry.name.clone(), plugin.kind.to_string(), plugin.description.version.clone(), state.into(), served]
+                let (state, served) = (entry.state().as_str().into(), serves(plugin));
+                [entry.name.clone(), plugin.kind.to_string(), plugin.description.version.clone(), state, served]
             }
-            None => [entry.name.clone(), "-".into(), "-".into(), "failed".into(), "-".into()],
+            None => [entry.name.clone(), "-".into(), "-".into(), entry.state().as_str().into(), "-".into()],
         });
     }
     print!("{}", table(&rows));
@@ -155,6 +154,7 @@ async fn check(loader: &Loader, path: &Path) -> Result<ExitCode, Error> {
         };
         match found {
             Ok((kind, version)) => println!("ok      {} ({kind} {version})", file.display()),
+            Err(LoadError::Disabled { .. }) => println!("off     {}", file.display()),
             Err(error) => {
                 all_well = false;
                 println!("failed  {error}");

@@ -15,6 +15,8 @@ pub enum LoadError {
     Key { file: PathBuf, key: String, message: String },
     #[error("{}: {message}", component.display())]
     Component { component: PathBuf, message: String },
+    #[error("{}: is turned off by `enabled = false`", file.display())]
+    Disabled { file: PathBuf },
     #[error("the compile cache {}: {message}", path.display())]
     Cache { path: PathBuf, message: String },
 }

@@ -63,6 +63,9 @@ impl Loader {
         let text = read_text(file)?;
         let mut manifest = Manifest::parse(file, &text)?;
         let key = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
+        if !manifest.enabled {
+            return Err(LoadError::Disabled { file: file.to_owned() });
+        }
         let name = plugin_name(file)?;
         let component = file.with_file_name("").join(&manifest.component);
         if !component.exists() {

@@ -16,6 +16,9 @@ use crate::config::{Size, Span};
 pub struct Manifest {
     /// The component, beside this file.
     pub component: PathBuf,
+    /// Whether it is loaded at all.
+    #[serde(default = "yes")]
+    pub enabled: bool,
     /// Its SHA-256 in hexadecimal, if the operator pins it.
     pub sha256: Option<String>,
     /// Adapters: the models it serves. A glob routes but is not listed.
@@ -41,6 +44,10 @@ pub struct Manifest {
     pub credentials: BTreeMap<String, String>,
     #[serde(default)]
     pub limits: Limits,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Whether an instance serves one call or many.

@@ -21,4 +21,4 @@ mod wasi;
 pub use error::{CallError, LoadError};
 pub use load::{Inspected, Loader, hex};
 pub use plugin::Plugin;
-pub use registry::{Registry, Route, Snapshot, check_directory};
+pub use registry::{Entry, EntryState, Registry, Route, Snapshot, check_directory};

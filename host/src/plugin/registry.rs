@@ -50,6 +50,38 @@ pub struct Snapshot {
     validators: Vec<Arc<Plugin>>,
 }
 
+/// How things stand with one TOML file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryState {
+    Loaded,
+    /// The file does not load as it is; what it was before serves on.
+    Outdated,
+    Failed,
+    Disabled,
+}
+
+impl EntryState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Loaded => "loaded",
+            Self::Outdated => "outdated",
+            Self::Failed => "failed",
+            Self::Disabled => "disabled",
+        }
+    }
+}
+
+impl Entry {
+    pub fn state(&self) -> EntryState {
+        match (&self.serving, &self.error) {
+            (Some(_), None) => EntryState::Loaded,
+            (Some(_), Some(_)) => EntryState::Outdated,
+            (None, Some(_)) => EntryState::Failed,
+            (None, None) => EntryState::Disabled,
+        }
+    }
+}
+
 impl Snapshot {
     /// Where requests for this model go, if anywhere.
     pub fn route(&self, tenant: &str, model: &str) -> Option<Route> {
@@ -230,6 +262,7 @@ impl Registry {
             if !unchanged {
                 match self.loader.load(&file).await {
                     Ok(plugin) => serving = Some(Arc::new(plugin)),
+                    Err(LoadError::Disabled { .. }) => serving = None,
                     Err(failed) => error = Some(failed.to_string()),
                 }
             }
@@ -277,7 +310,7 @@ fn announce(entry: &Entry) {
             tracing::error!(plugin = entry.name, "plugin not changed, the one before serves on: {error}")
         }
         (Some(error), None) => tracing::error!(plugin = entry.name, "plugin not loaded: {error}"),
-        (None, None) => {}
+        (None, None) => tracing::info!(plugin = entry.name, "plugin turned off"),
     }
 }
 

@@ -47,6 +47,8 @@ pub struct BatchContext {
     pub id: String,
     pub endpoint: String,
     pub metadata: Vec<(String, String)>,
+    /// Of the first request of the file.
+    pub first_model: Option<String>,
 }
 
 /// One line of an input file.

@@ -259,6 +259,16 @@ pub struct Validated {
     pub model: Option<String>,
     /// See [`Lane::Execute`].
     pub provider: String,
+    pub judged_by: Vec<ServedBy>,
+}
+
+/// A plugin that had a part in a batch, as it was then.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ServedBy {
+    pub name: String,
+    pub kind: String,
+    pub version: String,
+    pub sha256: String,
 }
 
 /// A batch in the database.
@@ -324,12 +334,14 @@ pub trait Store: Send + Sync {
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.
-    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()>;
+    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, by: Vec<ServedBy>, at: Timestamp) -> Result<()>;
     /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts. The batch is given back, to be claimed
     /// in its new lane when its turn comes.
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
-    /// Adds results, and counts them, all at once. A line that has a result keeps the first.
-    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()>;
+    /// Adds results, counts them, and remembers who served them, all at once. A line that has a result keeps the first.
+    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>, by: Vec<ServedBy>) -> Result<()>;
+    /// The plugins that served a batch, in the order of their first part in it; none if there is no such batch.
+    async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>>;
     /// Lines that have a result, in order, beyond `after`.
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>>;
     /// `InProgress` to `Finalizing`; a batch that is being cancelled keeps its status.

@@ -85,7 +85,8 @@ impl Exports {
         lines: Vec<types::Line>,
     ) -> wasmtime::Result<Vec<types::Violation>> {
         let Self::Validator(guest) = self else { return Err(wrong_world("validate")) };
-        let batch = validation::Batch { id: batch.id, endpoint: batch.endpoint, metadata: batch.metadata };
+        let types::BatchContext { id, endpoint, metadata, first_model } = batch;
+        let batch = validation::Batch { id, endpoint, metadata, first_model };
         let lines: Vec<_> =
             lines.into_iter().map(|line| validation::Line { number: line.number, text: line.text }).collect();
         let violations = guest.batchwright_plugin_validation().call_validate(store, &batch, &lines).await?;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, Status,
-    StoreError, Times, TokenUsage,
+    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, ServedBy,
+    Status, StoreError, Times, TokenUsage,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
@@ -220,6 +220,7 @@ pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
     for BatchKey { tenant, batch } in batches {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
+            "DELETE FROM batch_plugins WHERE tenant = ?1 AND batch = ?2",
             "DELETE FROM batches WHERE tenant = ?1 AND key = ?2",
         ] {
             connection
@@ -229,4 +230,21 @@ pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
+    let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
+    let batch: Option<i64> = connection
+        .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| row.get(0))
+        .optional()
+        .map_err(explain)?;
+    let Some(batch) = batch else { return Ok(None) };
+    let sql = "SELECT name, kind, version, sha256 FROM batch_plugins WHERE tenant = ?1 AND batch = ?2 ORDER BY rowid";
+    let mut statement = connection.prepare_cached(sql).map_err(explain)?;
+    let rows = statement
+        .query_map(params![tenant, batch], |row| {
+            Ok(ServedBy { name: row.get(0)?, kind: row.get(1)?, version: row.get(2)?, sha256: row.get(3)? })
+        })
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map(Some).map_err(explain)
 }

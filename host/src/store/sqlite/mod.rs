@@ -15,7 +15,7 @@ use rusqlite::{Connection, OptionalExtension};
 
 use super::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Lane,
-    NewBatch, Paged, Result, ResultRow, Store, StoreError, Validated,
+    NewBatch, Paged, Result, ResultRow, ServedBy, Store, StoreError, Validated,
 };
 use crate::clock::Timestamp;
 use connection::{Readers, Writer};
@@ -220,9 +220,9 @@ impl Store for SqliteStore {
         self.readers.read(move |connection| files::input_of(connection, &claim)).await
     }
 
-    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, at: Timestamp) -> Result<()> {
+    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, by: Vec<ServedBy>, at: Timestamp) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::fail(connection, &claim, &errors, at)).await
+        self.writer.write(move |connection| work::fail(connection, &claim, &errors, &by, at)).await
     }
 
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()> {
@@ -230,9 +230,14 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::start_execution(connection, &claim, &found, at)).await
     }
 
-    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>) -> Result<()> {
+    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>, by: Vec<ServedBy>) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::record(connection, &claim, &rows)).await
+        self.writer.write(move |connection| work::record(connection, &claim, &rows, &by)).await
+    }
+
+    async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.readers.read(move |connection| batches::served_by(connection, &tenant, &id)).await
     }
 
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {

@@ -124,6 +124,17 @@ CREATE INDEX batches_by_end ON batches (coalesce(completed_at, failed_at, expire
 -- Deleting a batch looks for its errors.
 CREATE INDEX batch_errors_by_batch ON batch_errors (batch);
 
+-- The plugins that served a batch, as they were then.
+CREATE TABLE batch_plugins (
+    tenant INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    version TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    PRIMARY KEY (tenant, batch, name, sha256, version)
+) STRICT;
+
 -- Objects whose writing has begun and which no record leads to yet. Those of a process that is gone are removed.
 CREATE TABLE pending_objects (
     tenant INTEGER NOT NULL,

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, Status, StoreError, TokenUsage, Validated,
+    BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, ServedBy, Status, StoreError, TokenUsage, Validated,
 };
 use super::{explain, files, loaded, stored};
 use crate::clock::Timestamp;
@@ -101,7 +101,29 @@ pub fn release(connection: &Connection, claim: &Claim) -> Result<()> {
     change(connection, claim, "owner = NULL, lease_until = 0", &[])
 }
 
-pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: Timestamp) -> Result<()> {
+/// Remembers plugins that have a part in the batch, each once.
+fn serve(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Result<()> {
+    for ServedBy { name, kind, version, sha256 } in by {
+        connection
+            .prepare_cached(
+                "INSERT OR IGNORE INTO batch_plugins (tenant, batch, name, sha256, version, kind) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            )
+            .and_then(|mut insert| {
+                insert.execute(params![claim.tenant_key, claim.batch_key, name, sha256, version, kind])
+            })
+            .map_err(explain)?;
+    }
+    Ok(())
+}
+
+pub fn fail(
+    connection: &Connection,
+    claim: &Claim,
+    errors: &[BatchError],
+    by: &[ServedBy],
+    at: Timestamp,
+) -> Result<()> {
+    serve(connection, claim, by)?;
     // A client who was told that the batch is being cancelled sees it cancelled.
     change(
         connection,
@@ -128,6 +150,7 @@ pub fn fail(connection: &Connection, claim: &Claim, errors: &[BatchError], at: T
 }
 
 pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated, at: Timestamp) -> Result<()> {
+    serve(connection, claim, &found.judged_by)?;
     change(
         connection,
         claim,
@@ -139,7 +162,8 @@ pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated
     )
 }
 
-pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow]) -> Result<()> {
+pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow], by: &[ServedBy]) -> Result<()> {
+    serve(connection, claim, by)?;
     let mut insert = connection
         .prepare_cached(
             "INSERT OR IGNORE INTO results (tenant, batch, line, ending, payload) VALUES (?1, ?2, ?3, ?4, ?5)",

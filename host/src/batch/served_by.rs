@@ -1,0 +1,14 @@
+//! Which plugins served a batch.
+
+use crate::plugin::Plugin;
+use crate::store::ServedBy;
+
+/// What is remembered of a plugin.
+pub fn served_by(plugin: &Plugin) -> ServedBy {
+    ServedBy {
+        name: plugin.name.clone(),
+        kind: plugin.kind.to_string(),
+        version: plugin.description.version.clone(),
+        sha256: plugin.sha256.clone(),
+    }
+}
