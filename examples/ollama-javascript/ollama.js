@@ -72,7 +72,12 @@ export const inference = {
   },
 
   resume(state, outcome) {
-    const request = JSON.parse(text(state));
+    let request;
+    try {
+      request = JSON.parse(text(state));
+    } catch {
+      return failure("adapter_error", "The state is not the adapter's own.");
+    }
     if (outcome.tag === "error") {
       const unreachable = fail("provider_unreachable", outcome.val.message);
       const hopeless = ["not-allowed", "too-large"].includes(outcome.val.fault);

@@ -4,6 +4,7 @@ Built with componentize-py; see README.md beside this file.
 """
 
 import json
+import re
 
 from componentize_py_types import Err
 from wit_world import exports
@@ -55,7 +56,14 @@ class Validation(exports.Validation):
         return [violation for line in lines for violation in judge(line)]
 
 
+# JSON nested deeper than this is not read: a parser that calls itself runs out of stack.
+DEEPEST = 100
+
+
 def judge(line):
+    if line.text.count("[") + line.text.count("{") > DEEPEST and depth(line.text) > DEEPEST:
+        yield Violation(line.number, "nested_too_deep", f"This line is nested deeper than {DEEPEST} levels.", None)
+        return
     try:
         body = json.loads(line.text)["body"]
         fields = body.items()
@@ -76,6 +84,18 @@ def judge(line):
         if name != "model" and (word := banned_in(value)):
             message = f"The word '{word}' is banned by this server's policy."
             yield Violation(line.number, "banned_word", message, f"body.{name}")
+
+
+def depth(text):
+    """How deep a JSON text is nested."""
+    deepest = level = 0
+    for token in re.finditer(r'"(?:[^"\]|\.)*"|[\[{]|[\]}]', text):
+        if token[0] in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif token[0] in "]}":
+            level -= 1
+    return deepest
 
 
 def banned_in(value):

@@ -9,7 +9,7 @@ import threading
 
 import openai
 import pytest
-from conftest import ROOT, chat, wait_for
+from conftest import ROOT, chat, run_host, wait_for
 
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 EXAMPLES = TARGET / "examples"
@@ -171,3 +171,40 @@ def test_a_policy_in_c_is_enforced(serve):
     batch = server.run([chat("a"), chat("b", "x" * 200), '{"custom_id":"c\x01"}'])
     found = [(error.line, error.code) for error in batch.errors.data]
     assert (2, "line_too_long") in found and (3, "control_character") in found and not [line for line, _ in found if line == 1]
+
+
+@pytest.mark.parametrize(
+    "component, folder, settings",
+    [
+        ("anthropic", "anthropic-rust", {}),
+        ("ollama", "ollama-javascript", {"base_url": "http://127.0.0.1:11434"}),
+        ("policy-python", "policy-python", {"banned_words": ["project x"], "max_tokens": 4096}),
+        ("policy-c", "policy-c", {}),
+    ],
+)
+def test_each_example_passes_the_tests_for_plugins_and_its_own_cases(component, folder, settings, tmp_path):
+    cases = ROOT / "examples" / folder / "cases"
+    tested = run_host(
+        "plugin", "test", EXAMPLES / f"{component}.wasm", "--cases", cases, "--settings", json.dumps(settings),
+        env={"XDG_CACHE_HOME": str(TARGET / "examples-cache")}, timeout=120,
+    )  # fmt: skip
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert " 0 failed" in tested.stdout and "memory " in tested.stdout and "time " in tested.stdout
+    for case in cases.glob("*.json"):
+        assert f"ok      case {case.name}" in tested.stdout
+
+
+def test_a_case_that_does_not_hold_is_told_of(tmp_path):
+    case = json.loads((ROOT / "examples/anthropic-rust/cases/answer.json").read_text())
+    case["answer"]["body"]["choices"][0]["message"]["content"] = "London."
+    (tmp_path / "wrong.json").write_text(json.dumps(case))
+    (tmp_path / "broken.json").write_text("{}")
+    tested = run_host("plugin", "test", EXAMPLES / "anthropic.wasm", "--cases", tmp_path)
+    assert tested.returncode == 1
+    assert 'failed  case wrong.json: answer.body.choices[0].message.content is "Paris.", expected was "London."' in tested.stdout
+    assert "failed  case broken.json: is no case" in tested.stdout
+
+
+def test_a_component_that_remembers_is_found_out():
+    tested = run_host("plugin", "test", TARGET / "hostile/hostile.wasm")
+    assert tested.returncode == 1 and "two instances differ" in tested.stdout

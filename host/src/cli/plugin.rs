@@ -8,7 +8,8 @@ use clap::Subcommand;
 use super::{Error, user_cache};
 use crate::clock::Clock;
 use crate::config::{LogFormat, Size, default_plugins};
-use crate::plugin::{Inspected, LoadError, Loader, Plugin as Loaded, Registry};
+use crate::plugin::types::Kind;
+use crate::plugin::{Inspected, LoadError, Loader, Plugin as Loaded, Registry, conformance};
 use crate::telemetry;
 
 #[derive(Subcommand)]
@@ -28,6 +29,17 @@ pub enum Plugin {
     Check {
         /// A component (.wasm), a TOML file, or a directory
         path: PathBuf,
+    },
+    /// Test a component against the contract: good, odd and hostile input, and cases that its author recorded
+    Test {
+        /// A component (.wasm), or a TOML file with settings and limits for one
+        file: PathBuf,
+        /// Folder of recorded cases (*.json)
+        #[arg(long, value_name = "DIR")]
+        cases: Option<PathBuf>,
+        /// Settings for a component that is given without a TOML file
+        #[arg(long, value_name = "JSON", default_value = "{}")]
+        settings: String,
     },
 }
 
@@ -49,6 +61,7 @@ impl Plugin {
                 Ok(ExitCode::SUCCESS)
             }
             Self::Check { path } => check(&loader, &path).await,
+            Self::Test { file, cases, settings } => test(&loader, &file, cases.as_deref(), &settings).await,
         }
     }
 }
@@ -162,4 +175,57 @@ async fn check(loader: &Loader, path: &Path) -> Result<ExitCode, Error> {
         }
     }
     Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
+async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
+    let plugin = if file.extension().is_some_and(|extension| extension == "toml") {
+        loader.load(file).await?
+    } else {
+        load_alone(loader, file, settings).await?
+    };
+    let description = &plugin.description;
+    println!("{} {} {}, {}", plugin.kind, description.name, description.version, description.summary);
+    let report = conformance::check(&plugin, cases).await;
+    for check in &report.checks {
+        match &check.problem {
+            None => println!("ok      {}", check.name),
+            Some(problem) => println!("failed  {}: {problem}", check.name),
+        }
+    }
+    for timing in &report.timings {
+        let (median, longest) = (timing.median.as_micros(), timing.longest.as_micros());
+        println!("time    {}: median {median} us, longest {longest} us, {} calls", timing.function, timing.calls);
+    }
+    println!("memory  {} of an instance", size_text(report.memory as u64));
+    let failed = report.failed();
+    println!("{} checks, {failed} failed", report.checks.len());
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Loads a component with a TOML file made for it: with these settings, the default limits, and credentials that open nothing.
+async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result<Loaded, Error> {
+    let other = |message: String| Error::Other(message);
+    let settings: toml::Table = serde_json::from_str(settings).map_err(|error| {
+        other(format!("--settings: {error}; give a JSON object, such as '{{\"base_url\": \"…\"}}'"))
+    })?;
+    let inspected = loader.inspect(component).await?;
+    let failed = |error: std::io::Error| other(format!("no temporary folder can be made: {error}"));
+    let folder = tempfile::TempDir::new().map_err(failed)?;
+    let beside = |name: &str| folder.path().join(name);
+    std::fs::copy(component, beside("component.wasm")).map_err(failed)?;
+    std::fs::write(beside("secret"), "not-a-secret").map_err(failed)?;
+    let mut manifest = toml::Table::new();
+    manifest.insert("component".into(), "component.wasm".into());
+    if inspected.kind == Kind::Adapter {
+        manifest.insert("models".into(), vec![toml::Value::from("m")].into());
+    }
+    manifest.insert("settings".into(), settings.into());
+    let source = toml::Value::from(format!("file:{}", beside("secret").display()));
+    let needs = inspected.description.credentials.iter();
+    let credentials: toml::Table = needs.map(|need| (need.name.clone(), source.clone())).collect();
+    manifest.insert("credentials".into(), credentials.into());
+    let file = beside("plugin.toml");
+    std::fs::write(&file, manifest.to_string()).map_err(failed)?;
+    Ok(loader.load(&file).await?)
 }

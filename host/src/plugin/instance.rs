@@ -156,6 +156,11 @@ impl Instance {
         allow(&mut self.store, limits, units);
     }
 
+    /// Linear memory it holds, in bytes.
+    pub fn memory(&self) -> usize {
+        self.store.data().memory.used
+    }
+
     /// Whether the guest was ever refused memory.
     pub fn was_refused_memory(&self) -> bool {
         self.store.data().memory.refused

@@ -6,6 +6,7 @@
 mod answer;
 mod bindings;
 mod cache;
+pub mod conformance;
 mod engine;
 mod error;
 mod instance;

@@ -109,6 +109,16 @@ impl Plugin {
         self.checked(step, "resume")
     }
 
+    /// Linear memory of the idle instance that holds most, in bytes.
+    pub fn most_memory(&self) -> usize {
+        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = pools.values().flat_map(|pool| {
+            let idle = pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            idle.iter().map(Instance::memory).collect::<Vec<_>>()
+        });
+        held.max().unwrap_or(0)
+    }
+
     /// The way out for the exchanges that its steps ask for.
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
