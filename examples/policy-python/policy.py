@@ -89,7 +89,7 @@ def judge(line):
 def depth(text):
     """How deep a JSON text is nested."""
     deepest = level = 0
-    for token in re.finditer(r'"(?:[^"\]|\.)*"|[\[{]|[\]}]', text):
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
         if token[0] in "[{":
             level += 1
             deepest = max(deepest, level)
