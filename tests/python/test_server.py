@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 import time
 import urllib.request
 
@@ -52,6 +53,9 @@ def test_an_upload_that_is_cut_off_leaves_nothing(serve):
         wait_for(files, what="the beginning of the upload")
     wait_for(lambda: not files(), what="the removal of what was written")
     assert list(server.client.files.list()) == []
+    database = sqlite3.connect(server.data / "batchwright.db")
+    noted = lambda: database.execute("SELECT count(*) FROM pending_objects").fetchone()[0]  # noqa: E731
+    wait_for(lambda: noted() == 0, what="the removal of its note")
 
 
 def test_a_client_that_does_not_take_its_answer_is_let_go(serve):

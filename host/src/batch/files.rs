@@ -1,6 +1,7 @@
 //! Files: uploaded by clients, read by batches, made by batches.
 
 use std::ops::Range;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,10 +33,26 @@ pub enum UploadError {
 
 /// An upload under way. Its bytes are on the disk before anything else is known of it.
 pub struct Upload<'a> {
+    begun: Begun<'a>,
+    writer: BlobWriter,
+}
+
+/// An object whose writing was noted. Given up, it is left to whoever clears away.
+struct Begun<'a> {
     batches: &'a Batches,
     tenant: &'a str,
     id: String,
-    writer: BlobWriter,
+    recorded: bool,
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if !self.recorded {
+            let given_up = (self.tenant.to_owned(), std::mem::take(&mut self.id));
+            self.batches.given_up.lock().unwrap_or_else(PoisonError::into_inner).push(given_up);
+            self.batches.garbage.notify_one();
+        }
+    }
 }
 
 impl Batches {
@@ -43,7 +60,7 @@ impl Batches {
         let id = format!("file-{}", Uuid::new_v4().simple());
         self.store.begin_object(tenant, &id).await?;
         let writer = self.blobs.writer(tenant, &id);
-        Ok(Upload { batches: self, tenant, id, writer })
+        Ok(Upload { begun: Begun { batches: self, tenant, id, recorded: false }, writer })
     }
 
     pub async fn file(&self, tenant: &str, id: &str) -> store::Result<Option<FileRecord>> {
@@ -76,7 +93,7 @@ impl Batches {
 
 impl Upload<'_> {
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), UploadError> {
-        let limit = self.batches.settings.max_file_size;
+        let limit = self.begun.batches.settings.max_file_size;
         if self.writer.written().saturating_add(bytes.len() as u64) > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
@@ -89,29 +106,25 @@ impl Upload<'_> {
             self.abort().await;
             return Err(UploadError::Empty);
         }
-        let Self { batches, tenant, id, writer } = self;
+        let Self { mut begun, writer } = self;
         let bytes = writer.finish().await?;
+        let batches = begun.batches;
         let created_at = batches.clock.now();
         let by_default = (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
         let file = FileRecord {
-            id,
+            id: begun.id.clone(),
             bytes,
             created_at,
             expires_at: new.lifetime.or(by_default).map(|lifetime| created_at.after(lifetime)),
             filename: new.filename,
             purpose: new.purpose,
         };
-        if let Err(error) = batches.store.insert_file(tenant, file.clone()).await {
-            batches.blobs.delete(tenant, &file.id).await.ok();
-            batches.store.object_removed(tenant, &file.id).await.ok();
-            return Err(error.into());
-        }
+        batches.store.insert_file(begun.tenant, file.clone()).await?;
+        begun.recorded = true;
         Ok(file)
     }
 
-    /// Gives up. What could not be removed now is at the next start.
     pub async fn abort(self) {
         self.writer.abort().await;
-        self.batches.store.object_removed(self.tenant, &self.id).await.ok();
     }
 }

@@ -1,7 +1,7 @@
 //! Clears away what nobody needs any more: results that are in files, the bytes of files that are gone, batches long ended, and the space
 //! they took.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::Batches;
@@ -23,6 +23,7 @@ const FILES: usize = 100;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Chore {
+    GivenUp,
     Results,
     Files,
     FileNames,
@@ -51,7 +52,7 @@ impl Batches {
         if search {
             *next_search = now.after(SEARCH);
         }
-        for chore in [Chore::Results, Chore::Files, Chore::FileNames, Chore::Batches, Chore::Space] {
+        for chore in [Chore::GivenUp, Chore::Results, Chore::Files, Chore::FileNames, Chore::Batches, Chore::Space] {
             if chore == Chore::Batches && !search {
                 continue;
             }
@@ -72,6 +73,7 @@ impl Batches {
     /// Does a part of a chore; whether there may be more of it.
     async fn do_some(&self, chore: Chore) -> Result<bool> {
         match chore {
+            Chore::GivenUp => self.remove_given_up().await,
             Chore::Results => self.store.discard_results(ROWS).await,
             Chore::Files => self.remove_files().await,
             Chore::FileNames => self.store.forget_files(self.clock.now().before(REMEMBERED), ROWS).await,
@@ -105,6 +107,24 @@ impl Batches {
             self.store.forget_batches(found).await?;
         }
         Ok(more)
+    }
+
+    /// Removes an object whose writing was given up; whether there was one.
+    async fn remove_given_up(&self) -> Result<bool> {
+        let next = || self.given_up.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let Some((tenant, id)) = next() else { return Ok(false) };
+        let removed = async {
+            // A client who went away at the last moment may have a file all the same.
+            if self.store.give_up_object(&tenant, &id).await? {
+                self.blobs.delete(&tenant, &id).await?;
+            }
+            Ok(())
+        };
+        if let Err(error) = removed.await {
+            self.given_up.lock().unwrap_or_else(PoisonError::into_inner).push((tenant, id));
+            return Err(error);
+        }
+        Ok(true)
     }
 
     /// Removes the objects that former processes had begun and did not come to record.

@@ -58,6 +58,8 @@ pub struct Batches {
     resting: Mutex<HashMap<(String, String), Patience>>,
     /// There may be a batch to work on.
     work: Arc<Notify>,
+    /// Objects whose writing was given up here, as tenant and id.
+    given_up: Mutex<Vec<(String, String)>>,
     /// There may be something to clear away.
     garbage: Notify,
     closing: CancellationToken,
@@ -83,6 +85,7 @@ impl Batches {
             running: Mutex::default(),
             resting: Mutex::default(),
             work: Arc::default(),
+            given_up: Mutex::default(),
             garbage: Notify::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),

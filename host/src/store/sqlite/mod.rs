@@ -157,8 +157,19 @@ impl Store for SqliteStore {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
         self.writer
             .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::object_recorded(connection, tenant, &id),
+                Some(tenant) => files::object_recorded(connection, tenant, &id).map(drop),
                 None => Ok(()),
+            })
+            .await
+    }
+
+    async fn give_up_object(&self, tenant: &str, id: &str) -> Result<bool> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        // Writes go in the order they came in: if its record was on the way, it is there now.
+        self.writer
+            .write(move |connection| match tenant_key(connection, &tenant)? {
+                Some(tenant) => files::object_recorded(connection, tenant, &id),
+                None => Ok(false),
             })
             .await
     }
