@@ -15,7 +15,7 @@ use wasmtime::component::{Component, Linker};
 use super::bindings::v0_1;
 use super::cache::Cache;
 use super::error::LoadError;
-use super::instance::{self, Instance, State, Template, in_time};
+use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest, Source};
 use super::plugin::{Plugin, explain};
@@ -145,7 +145,16 @@ impl Loader {
         let (made, refused) = Instance::new(&template, &self.engine, limits, &log).await;
         let error =
             |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
-        let mut instance = made.map_err(|found| failed(error("instantiate", &found, refused)))?;
+        let mut instance = made.map_err(|found| {
+            let message = error("instantiate", &found, refused);
+            // What fails without a trap of the guest's own does so because its types are not those of the contract.
+            let trapped = refused || found.is::<wasmtime::Trap>() || found.is::<OutOfTime>() || found.is::<Asleep>();
+            failed(if trapped {
+                message
+            } else {
+                format!("{message} Build it anew with the contract of this version.")
+            })
+        })?;
         instance.allow(limits, 1);
         let described = in_time(limits, 1, instance.exports.describe(&mut instance.store)).await;
         let (description, schema) =
