@@ -219,7 +219,7 @@ def test_a_bad_file_leaves_the_old_plugin_serving_and_shows_everywhere(serve, st
 
 
 def test_an_adapter_swapped_fifty_times_in_a_batch_answers_every_request_once(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 10\n")})
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 7\n")})
     component = server.plugins / "inference-openai.wasm"
     # The same component with a custom section that says something else: other bytes, another digest.
     original = component.read_bytes()
