@@ -15,7 +15,7 @@ use crate::config::Settings;
 use crate::store::Metadata;
 
 /// How long files may be kept that say so themselves, in seconds.
-pub const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
+const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
 
 /// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
 pub struct Params(Map<String, Value>);

@@ -115,8 +115,10 @@ impl Batches {
         let Some((tenant, id)) = next() else { return Ok(false) };
         let removed = async {
             // A client who went away at the last moment may have a file all the same.
-            if self.store.give_up_object(&tenant, &id).await? {
+            if self.store.is_pending(&tenant, &id).await? {
+                // The bytes first: as long as they are noted, they are found again.
                 self.blobs.delete(&tenant, &id).await?;
+                self.store.object_removed(&tenant, &id).await?;
             }
             Ok(())
         };

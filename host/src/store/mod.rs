@@ -310,8 +310,8 @@ pub trait Store: Send + Sync {
     async fn begin_object(&self, tenant: &str, id: &str) -> Result<()>;
     /// Objects that a process had begun that is gone, as tenant and id.
     async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>>;
-    /// Whether an object that was begun has no record; from then on it gets none.
-    async fn give_up_object(&self, tenant: &str, id: &str) -> Result<bool>;
+    /// Whether an object that was begun has no record yet, those on their way to the store included.
+    async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool>;
     /// Takes note that an object which no record leads to is gone.
     async fn object_removed(&self, tenant: &str, id: &str) -> Result<()>;
     /// Files deleted or expired that no running batch reads, as tenant and id.

@@ -133,13 +133,20 @@ pub fn begin_object(connection: &Connection, tenant: i64, id: &str, owner: &str)
     Ok(())
 }
 
-/// From now on a record leads to the object, or it is gone; whether that was not so already.
-pub fn object_recorded(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
-    let changed = connection
+/// From now on a record leads to the object, or it is gone.
+pub fn object_recorded(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
+    connection
         .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
         .and_then(|mut statement| statement.execute(params![tenant, id]))
         .map_err(explain)?;
-    Ok(changed == 1)
+    Ok(())
+}
+
+pub fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
+    connection
+        .prepare_cached("SELECT 1 FROM pending_objects WHERE tenant = ?1 AND id = ?2")
+        .and_then(|mut statement| statement.exists(params![tenant, id]))
+        .map_err(explain)
 }
 
 pub fn abandoned_objects(connection: &Connection, owner: &str, limit: usize) -> Result<Vec<(String, String)>> {

@@ -157,18 +157,18 @@ impl Store for SqliteStore {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
         self.writer
             .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::object_recorded(connection, tenant, &id).map(drop),
+                Some(tenant) => files::object_recorded(connection, tenant, &id),
                 None => Ok(()),
             })
             .await
     }
 
-    async fn give_up_object(&self, tenant: &str, id: &str) -> Result<bool> {
+    async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool> {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        // Writes go in the order they came in: if its record was on the way, it is there now.
+        // Asked in the row of writes, which go in the order they came in: a record that was on its way is there now.
         self.writer
             .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::object_recorded(connection, tenant, &id),
+                Some(tenant) => files::is_pending(connection, tenant, &id),
                 None => Ok(false),
             })
             .await
