@@ -163,17 +163,37 @@ const failure = (code, message) => done(fail(code, message));
 const retry = (otherwise) => ({ tag: "retry", val: { afterMilliseconds: null, otherwise } });
 
 // QuickJS has no TextEncoder and no TextDecoder.
-const utf8 = (string) => {
-  const bytes = [];
-  for (const escaped of encodeURIComponent(string).match(/%..|[^]/g) ?? []) {
-    bytes.push(escaped.length === 3 ? Number.parseInt(escaped.slice(1), 16) : escaped.charCodeAt(0));
+function utf8(string) {
+  const bytes = new Uint8Array(string.length * 3);
+  let length = 0;
+  for (let at = 0; at < string.length; at++) {
+    let code = string.charCodeAt(at);
+    if (code < 0x80) {
+      bytes[length++] = code;
+      continue;
+    }
+    if (code < 0x800) {
+      bytes[length++] = 0xc0 | (code >> 6);
+    } else {
+      // JSON.stringify leaves no half of a pair.
+      if (code >= 0xd800 && code < 0xdc00) {
+        code = 0x10000 + ((code & 0x3ff) << 10) + (string.charCodeAt(++at) & 0x3ff);
+        bytes[length++] = 0xf0 | (code >> 18);
+        bytes[length++] = 0x80 | ((code >> 12) & 0x3f);
+      } else {
+        bytes[length++] = 0xe0 | (code >> 12);
+      }
+      bytes[length++] = 0x80 | ((code >> 6) & 0x3f);
+    }
+    bytes[length++] = 0x80 | (code & 0x3f);
   }
-  return new Uint8Array(bytes);
-};
+  return bytes.slice(0, length);
+}
 
 // Throws where the bytes are no UTF-8.
-const text = (bytes) => {
-  let escaped = "";
-  for (const byte of bytes) escaped += `%${byte.toString(16).padStart(2, "0")}`;
-  return decodeURIComponent(escaped);
-};
+function text(bytes) {
+  const pieces = [];
+  for (let at = 0; at < bytes.length; at += 4096) pieces.push(String.fromCharCode(...bytes.subarray(at, at + 4096)));
+  const letters = pieces.join("");
+  return /[^\0-\x7f]/.test(letters) ? decodeURIComponent(escape(letters)) : letters;
+}

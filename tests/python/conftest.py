@@ -26,6 +26,17 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=25, help="of the crash test")
 
 
+# What was contained, and how: a line each at the end of the tests.
+CONTAINED = []
+
+
+def pytest_terminal_summary(terminalreporter):
+    if CONTAINED:
+        terminalreporter.section("contained")
+        for name, how in CONTAINED:
+            terminalreporter.write_line(f"{name:<34} {' '.join(how.split())[:200]}")
+
+
 def wait_for(condition, seconds=30, what="the condition"):
     """Waits until a condition gives something, and returns that."""
     end = time.monotonic() + seconds

@@ -1,85 +1,401 @@
-"""A plugin that means harm: its own request fails with a message that names the limit, and nothing else is harmed."""
+"""Plugins that mean harm, and providers: each is contained where it stands, with a message that says what to do, while other batches run."""
 
+import base64
+import contextlib
+import http.server
+import json
 import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
 
 import pytest
-from conftest import STUB, chat, wait_for
+from conftest import CONTAINED, ROOT, STUB, chat, run_host, wait_for
 
-HOSTILE = STUB.parents[1] / "hostile/hostile.wasm"
+TARGET = STUB.parents[1]
+HOSTILE = TARGET / "hostile"
+SECRET = "sk-Secret/of+the=0perator"
 
 
 @pytest.fixture
-def hostile(serve, stub):
-    def start(more=""):
-        text = f'component = "hostile.wasm"\nmodels = ["hostile"]\nallow = ["{stub.url[7:]}", "*.example.com"]\n{more}'
-        server = serve(plugins={"hostile": text, "p": stub.plugin(["m"])})
-        shutil.copy(HOSTILE, server.plugins / "hostile.wasm")
-        # Written again, so that the watch sees a component that was not there at first.
-        server.add_plugin("hostile", text + "# there now\n")
+def provider():
+    """A provider that means harm, over real HTTP."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            kind, _, argument = urllib.parse.unquote(self.path[1:]).partition("?")
+            with contextlib.suppress(OSError):
+                getattr(self, kind.replace("-", "_"))(argument)
+
+        do_GET = do_POST
+
+        def answer(self, body, status=200, **headers):
+            self.send_response(status)
+            for name, value in {**headers, "content-length": str(len(body))}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def stream(self, _):
+            self.send_response(200)
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            while True:
+                self.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+
+        def drip(self, _):
+            self.send_response(200)
+            self.send_header("content-length", "1000000")
+            self.end_headers()
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+        def headers_without_end(self, _):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                self.wfile.write(b"x-a: " + b"x" * 1000 + b"\r\n")
+
+        def silence(self, _):
+            time.sleep(60)
+
+        def nonsense(self, _):
+            self.wfile.write(b"\x00\x01\x02 this is not HTTP\r\n\r\n")
+            self.close_connection = True
+
+        def encoded(self, _):
+            self.answer(b"\x1f\x8b...", content_encoding="gzip")
+
+        def redirect(self, to):
+            self.answer(b"", 302, location=to)
+
+        def echo(self, _):
+            key = self.headers["authorization"] or "none"
+            secret = key.removeprefix("Bearer ")
+            body = {
+                "headers": dict(self.headers), "url": urllib.parse.quote(key), "base64": base64.b64encode(f"u:{secret}".encode()).decode(),
+                "slashes": "SLASHES",
+            }  # fmt: skip
+            text = json.dumps(body).replace("SLASHES", secret.replace("/", "\\/"))
+            self.answer(text.encode(), x_echo=key, x_again=base64.urlsafe_b64encode(secret.encode()).decode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def bystander(stub):
+    """A batch of somebody else's that runs the while. It must end untouched: each line answered, each prompt sent once."""
+
+    @contextlib.contextmanager
+    def beside(server):
+        prompts = [f"!delay 20 {number}" for number in range(5000)]
+        batch = server.create([chat(str(number), prompt, model="m") for number, prompt in enumerate(prompts)])
+        yield
+        ended = server.ended(batch.id)
+        output, errors = server.results(ended)
+        assert errors == [] and [line["custom_id"] for line in output] == [str(number) for number in range(5000)]
+        assert all(line["response"]["status_code"] == 200 for line in output)
+        counts = stub.counts()
+        assert set(counts.values()) == {1} and len(counts) == 5000
+
+    return beside
+
+
+@pytest.fixture
+def hostile(serve, stub, provider):
+    def start(more="", env=None, arguments=(), allow=()):
+        hosts = [stub.url[7:], provider.url[7:], "*.example.com", "*.example.com:80", *allow]
+        text = f'component = "hostile.wasm"\nmodels = ["hostile"]\nallow = {json.dumps(hosts)}\n{more}'
+        server = serve("--retry-backoff", "10ms", "--max-attempts", "2", *arguments, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")}, env=env)
+        shutil.copy(HOSTILE / "hostile.wasm", server.plugins / "hostile.wasm")
+        server.add_plugin("hostile", text)
         wait_for(lambda: "hostile" in server.models(), what="the plugin")
         return server
 
     return start
 
 
-def test_each_misdeed_fails_its_own_request_and_names_the_limit(hostile):
-    server = hostile('[limits]\nmemory = "32MiB"\nmax_steps = 50\n')
-    expected = {
-        "loop": ("plugin_timeout", "call_timeout"),
-        "memory": ("plugin_out_of_memory", "32MiB of memory in `begin`; the limit is [limits] memory"),
-        "trap": ("plugin_failed", "`begin`"),
-        "recursion": ("plugin_failed", "stack"),
-        "not-json": ("plugin_contract_violation", "not JSON"),
-        "not-object": ("plugin_contract_violation", "not a JSON object"),
-        "bad-status": ("plugin_contract_violation", "7 is not a status"),
-        "endless": ("plugin_contract_violation", "max_steps"),
-        "big-state": ("plugin_contract_violation", "state"),
-    }
-    well = server.create([chat(str(number), model="m") for number in range(500)])
-    batch = server.run([chat(order, model="hostile") for order in expected] + [chat("fine", model="hostile")])
-    assert batch.status == "completed"
+def plugin_states(server):
+    with urllib.request.urlopen(server.url + "/v1/plugins") as answer:
+        return {plugin["name"]: plugin for plugin in json.load(answer)["data"]}
+
+
+def ask(server, cases, model="hostile"):
+    """Each case's end in words: the error's code and message, or the answer's body."""
+    batch = server.run([chat(order, model=model) for order in cases])
+    assert batch.status == "completed", batch.errors
     output, errors = server.results(batch)
-    assert [line["custom_id"] for line in output] == ["fine"]
-    assert [line["custom_id"] for line in errors] == list(expected)
+    ends = {line["custom_id"]: json.dumps(line["response"]["body"]) for line in output}
     for line in errors:
-        code, part = expected[line["custom_id"]]
-        assert line["error"]["code"] == code and part in line["error"]["message"], line
-        assert "`hostile`" in line["error"]["message"], line
-    assert server.ended(well.id).request_counts.completed == 500
-    assert "panicked" not in server.logged()
+        ends[line["custom_id"]] = f"{line['error']['code']}: {line['error']['message']}"
+    assert list(ends.keys()) and len(ends) == len(cases)
+    return batch, ends
 
 
-def test_a_gigantic_answer_is_not_taken(hostile):
-    server = hostile('[limits]\nanswer = "1MiB"\n')
-    _, (line,) = server.results(server.run([chat("gigantic", model="hostile")]))
-    assert line["error"]["code"] == "plugin_answer_too_large" and "[limits] answer" in line["error"]["message"]
+def hold(ends, cases):
+    for order, parts in cases.items():
+        for part in parts:
+            assert part in ends[order], f"{order}: {ends[order]}"
+        CONTAINED.append((order, ends[order]))
 
 
-def test_only_what_is_allowed_is_reached_and_headers_cannot_be_forged(hostile, stub):
+def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander):
+    server = hostile('[limits]\nmemory = "96MiB"\nmax_steps = 50\n')
+    name = "Plugin `hostile`"
+    cases = {
+        "loop": ["plugin_timeout", name, "100ms", "[limits] call_timeout"],
+        "memory": ["plugin_out_of_memory", name, "96MiB of memory in `begin`", "[limits] memory"],
+        "recursion": ["plugin_out_of_memory", name, "call stack of 512KiB"],
+        "trap": ["plugin_failed", name, "`begin`"],
+        "gigantic": ["plugin_answer_too_large", name, "16MiB", "[limits] answer"],
+        "many": ["plugin_answer_too_large", name, "[limits] answer"],
+        "not-utf8": ["plugin_failed", name, "utf-8"],
+        "not-utf8-failure": ["plugin_failed", name, "utf-8"],
+        "not-json": ["plugin_contract_violation", name, "not JSON"],
+        "not-object": ["plugin_contract_violation", name, "not a JSON object"],
+        "two-lines": ['{"x": "y"}'],
+        "bad-status": ["plugin_contract_violation", name, "7 is not a status"],
+        "long-failure": ["ccccc"],
+        "endless": ["plugin_contract_violation", name, "[limits] max_steps"],
+        "big-state": ["plugin_contract_violation", name, "state"],
+        "wait-forever": ["plugin_contract_violation", name, "[limits] max_wait"],
+        "retry-forever": ["tired"],
+        "log": ["{}"],
+    }
+    with bystander(server):
+        batch, ends = ask(server, cases)
+        hold(ends, cases)
+    assert batch.request_counts.total == len(cases)
+    assert len(ends["long-failure"]) < 10_000
+    logged = server.logged()
+    assert "panicked" not in logged
+    # Of ten thousand lines a hundred are kept, cut, on one line each, and the rest is counted.
+    lines = [line for line in logged.splitlines() if 'plugin="hostile"' in line and " line " in line]
+    assert 50 <= len(lines) <= 300 and all(len(line) < 1500 and "\x1b[2J" not in line for line in lines)
+    assert not any(line.startswith("2026-01-01") for line in logged.splitlines())
+
+
+def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provider, tmp_path):
+    library = tmp_path / "resolve.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/resolver/resolve.c", "-ldl"], check=True)
+    names = {
+        "metadata.example.com": "169.254.169.254", "mapped.example.com": "::ffff:169.254.169.254", "home.example.com": "127.0.0.1",
+        "office.example.com": "10.0.0.7", "named.internal": "169.254.169.254",
+    }  # fmt: skip
+    hosts = ",".join(f"{name}={address}" for name, address in names.items())
+    server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"])
+    host = provider.url[7:]
+    refused = ["not-allowed", "`allow` in", "hostile.toml"]
+    cases = {
+        "method http://h/".replace("http://h", stub.url): ["protocol", "method"],
+        f"header-value {stub.url}/": ["protocol", "header"],
+        f"header-name {stub.url}/": ["protocol", "header name"],
+        "send http://127.0.0.2/": [*refused, "127.0.0.2:80"],
+        "send http://169.254.169.254/latest/meta-data": refused,
+        "send http://2852039166/": [*refused, "169.254.169.254"],
+        "send http://0xa9fea9fe/": [*refused, "169.254.169.254"],
+        "send http://0251.0376.0251.0376/": [*refused, "169.254.169.254"],
+        "send http://0xa9.254.0251.254/": [*refused, "169.254.169.254"],
+        "send http://169.16689662/": [*refused, "169.254.169.254"],
+        "send http://[::ffff:169.254.169.254]/": refused,
+        "send http://[::ffff:a9fe:a9fe]/": refused,
+        "send http://[64:ff9b::a9fe:a9fe]/": refused,
+        "send http://[fd00:ec2::254]/": refused,
+        "send http://\u2460\u2461\u2466.0.0.2/": [*refused, "127.0.0.2"],
+        "send http://metadata.example.com/": ["not-allowed", "resolves to 169.254.169.254"],
+        "send http://mapped.example.com/": ["not-allowed", "resolves to ::ffff:169.254.169.254"],
+        "send http://home.example.com/": ["not-allowed", "private address 127.0.0.1"],
+        "send http://office.example.com/": ["not-allowed", "private address 10.0.0.7"],
+        "send http://named.internal/": ["not-allowed", "resolves to 169.254.169.254"],
+        "send file:///etc/passwd": ["not-allowed", "scheme"],
+        f"send http://user:pw@{host}/": ["not-allowed", "user name"],
+        f"send http://{host}@169.254.169.254/": ["not-allowed"],
+        f"send http://169.254.169.254#@{host}/": refused,
+        f"send http://169.254.169.254\\@{host}/": refused,
+        f"send //{host}/": ["not-allowed", "URL"],
+        "send /v1/x": ["not-allowed", "URL"],
+        f"send {provider.url}/redirect?http://169.254.169.254/": ["not followed"],
+        f"follow {provider.url}/redirect?http://169.254.169.254/": refused,
+        f"follow {provider.url}/redirect?http://metadata.example.com/": ["not-allowed", "resolves to"],
+    }
+    with bystander(server):
+        _, ends = ask(server, cases)
+        hold(ends, cases)
+    # An absolute URL in a path stays a path of the host that is allowed; and headers are the host's to set.
+    _, ends = ask(server, [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"])
+    forged = ends[f"forged {stub.url}/v1/chat/completions"]
+    for part in ["evil.example", "chunked", "gzip", "Bearer"]:
+        assert part not in forged, forged
+    # Without a credential the plugin's own authorization is not sent either: the header is the host's.
+    assert "x-fine" in forged and "authorization" not in forged.lower()
+    CONTAINED.append(("forged Host, Content-Length, …", "dropped; the host sets them"))
+    CONTAINED.append(("absolute URL in a path", "sent to the allowed host, as a path"))
+
+
+def test_each_misdeed_of_a_provider_ends_its_own_request(hostile, bystander, provider):
+    server = hostile(
+        '[limits]\nmax_response = "1MiB"\nfirst_byte_timeout = "1s"\nexchange_timeout = "2s"\nmemory = "64MiB"\n'
+    )
+    cases = {
+        f"send {provider.url}/stream": ["too-large", "[limits] max_response"],
+        f"send {provider.url}/drip": ["timeout", "[limits] exchange_timeout"],
+        f"send {provider.url}/silence": ["timeout", "[limits] first_byte_timeout"],
+        f"send {provider.url}/headers-without-end": ["protocol"],
+        f"send {provider.url}/nonsense": ["protocol"],
+        f"send {provider.url}/encoded": ["protocol", "gzip"],
+        f"loop-after {provider.url}/echo": ["plugin_timeout", "`resume`"],
+    }
+    with bystander(server):
+        _, ends = ask(server, cases)
+        hold(ends, cases)
+
+
+def test_nothing_of_a_credential_comes_to_light(hostile, provider):
+    credentials = '[credentials]\napi_key = "env:HOSTILE_KEY"\n'
+    server = hostile(credentials, env={"HOSTILE_KEY": SECRET}, arguments=["--log-level", "debug"])
+    order = f"memory-after {provider.url}/echo"
+    refused = f"send {provider.url}/nonsense"
+    _, ends = ask(server, [order, refused, "kept"])
+    assert ends[order].count("[redacted]") >= 5, ends[order]
+    # And what it is that must not be found: the whole, and pieces of it in other forms.
+    encoded = base64.b64encode(b"u:" + SECRET.encode()).decode()
+    pieces = [SECRET, SECRET[3:], urllib.parse.quote(SECRET), SECRET.replace("/", "\\/"), encoded[6:-4]]
+    server.stop()
+    files = [path for path in server.folder.rglob("*") if path.is_file() and path.suffix not in (".wasm", ".cwasm")]
+    assert any(path.suffix.startswith(".db") or "sqlite" in path.name for path in files), files
+    for path in files:
+        content = path.read_bytes()
+        for piece in pieces:
+            assert piece.encode() not in content, f"{piece} is in {path}"
+            assert piece.lower().encode() not in content.lower(), f"{piece} is in {path}"
+    for end in ends.values():
+        assert not any(piece in end for piece in pieces), end
+    assert "[redacted]" in server.logged()
+    CONTAINED.append(("provider echoes the credential", "[redacted] in guest, results, log and database"))
+
+
+BAD_COMPONENTS = {
+    "describe-trap": ["`describe-trap` failed in `describe`", "unreachable"],
+    "describe-loop": ["100ms of CPU time in one call of `describe`", "[limits] call_timeout"],
+    "describe-outside": ["`describe`", "out of bounds"],
+    "describe-gigantic": ["`describe`", "out of bounds"],
+    "describe-not-utf8": ["`describe`", "utf-8"],
+    "schema-not-json": ["`describe`", "settings-schema is not JSON"],
+    "configure-trap": ["settings", "`configure-trap` failed in `configure`"],
+    "start-loop": ["`instantiate`", "[limits] call_timeout"],
+    "huge-table": ["asks for more than a plugin may have", "1000000", "100000"],
+    "huge-memory": ["more than 64MiB of memory in `instantiate`", "[limits] memory"],
+    "slow": ["compiling takes longer than 2s", "compile_timeout"],
+    "core-module": ["is a core WebAssembly module, not a component", "wasm-tools component new"],
+    "truncated": ["is no component that can be compiled", "cut short"],
+    "text": ["is no WebAssembly component"],
+    "unknown-world": ["exports wasi:cli/run@0.2.0, where a plugin exports", "build it for the world"],
+    "later-version": ["batchwright:plugin/inference@0.2.0", "batchwright:plugin/inference@0.1.0"],
+    "wrong-type": ["not of the type that the contract has", "Build it anew"],
+    "unknown-import": ["wasi:http/outgoing-handler", "plugins may import WASI"],
+}
+BAD_FILES = {
+    "claims-a-model": ('models = ["m"]', ["`m` is served by the plugin `p` already", "take it out of one of the two files"]),
+    "alias-cycle": ('[aliases]\na = "b"\nb = "a"', ["aliases", "`a` = `b`, `b` = `a` is a cycle", "lead to one of those"]),
+    "settings-refused": ('models = ["x1"]\n[settings]\nx = "refuse"', ["settings", "these settings are refused"]),
+    "settings-trap": ('models = ["x2"]\n[settings]\nx = "trap"', ["settings", "failed in `configure`"]),
+    "settings-loop": ('models = ["x3"]\n[settings]\nx = "loop"', ["`configure`", "[limits] call_timeout"]),
+    "too-much": ('models = ["x4"]\n[limits]\ntable_elements = 1000000', ["limits.table_elements", "100000"]),
+    "wrong-pin": (f'models = ["x5"]\nsha256 = "{"0" * 64}"', ["sha256", "check where it comes from"]),
+    "leads-out": ('models = ["x6"]', ["component", "leads out of the plugin directory"]),
+}  # fmt: skip
+
+
+def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
+    server = hostile(arguments=["--compile-timeout", "2s"])
+    with bystander(server):
+        whole = (HOSTILE / "hostile.wasm").read_bytes()
+        for name in BAD_COMPONENTS:
+            content = {"truncated": whole[:5000], "text": b"#!/bin/sh\necho hello\n"}.get(name)
+            content = content if content is not None else (HOSTILE / f"{name}.wasm").read_bytes()
+            (server.plugins / f"{name}.wasm").write_bytes(content)
+            server.add_plugin(name, f'component = "{name}.wasm"\nmodels = ["{name}"]\n')
+        for name, (text, _) in BAD_FILES.items():
+            component = "../hostile.wasm" if name == "leads-out" else "hostile.wasm"
+            server.add_plugin(name, f'component = "{component}"\n{text}\n')
+        expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}}
+        wait_for(lambda: all(plugin_states(server).get(name, {}).get("error") for name in expected), 60, "all complaints")
+        states = plugin_states(server)
+        for name, parts in expected.items():
+            assert states[name]["state"] == "failed", states[name]
+            for part in parts:
+                assert part in states[name]["error"], f"{name}: {states[name]['error']}"
+            assert name in states[name]["error"]
+            CONTAINED.append((name, states[name]["error"].removeprefix(f"{server.plugins}/")))
+        assert states["p"]["state"] == states["hostile"]["state"] == "loaded"
+    # The same in the log.
+    assert all(f'plugin="{name}"' in server.logged() for name in expected)
+
+
+def test_a_table_that_grows_stops_at_its_limit(hostile):
     server = hostile()
-    other = stub.url.replace("127.0.0.1", "127.0.0.2")
-    orders = [
-        f"send {stub.url}/v1/chat/completions", f"forged {stub.url}/v1/chat/completions",
-        f"header {stub.url}/", f"send {other}/", "send http://169.254.169.254/", "send http://2852039166/",
-        "send http://[::ffff:169.254.169.254]/", "send file:///etc/passwd", "send http://user:pw@x.example.com/", "send /v1/x",
-    ]  # fmt: skip
-    output, errors = server.results(server.run([chat(order, model="hostile") for order in orders]))
-    plain, forged = [line["response"]["body"]["choices"][0]["message"]["content"] for line in output]
-    assert '"host":"127.0.0.1:' in plain
-    assert "evil.example" not in forged and "chunked" not in forged and '"x-fine":"1"' in forged
-    messages = [line["response"]["body"]["error"]["message"] for line in errors]
-    assert [message.split(": ")[0] for message in messages] == ["TransportFault::Protocol"] + ["TransportFault::NotAllowed"] * 7
-    assert "to `allow` in" in messages[1] and "127.0.0.2" in messages[1]
+    shutil.copy(HOSTILE / "growing-table.wasm", server.plugins)
+    server.add_plugin("growing", 'component = "growing-table.wasm"\nmodels = ["growing"]\n[limits]\ntable_elements = 5000\n')
+    wait_for(lambda: "growing" in server.models(), what="the plugin")
+    _, ends = ask(server, ["growing-table"], model="growing")
+    hold(ends, {"growing-table": ["plugin_out_of_memory", "more than 5000 elements in `begin`", "[limits] table_elements"]})
+
+
+def test_compiling_is_held_to_its_memory(tmp_path):
+    component = TARGET / "examples/policy-python.wasm"
+    checked = run_host("plugin", "check", component, "--cache", tmp_path / "cache", "--compile-memory", "64MiB")
+    assert checked.returncode == 1 and "more memory than 64MiB, the setting compile_memory" in checked.stdout
+    CONTAINED.append(("compiling takes much memory", checked.stdout.strip()))
+
+
+@pytest.mark.parametrize("version", ["0.2", "0.3"])
+def test_wasi_is_an_empty_world(hostile, stub, version):
+    server = hostile(env={"HOSTILE_SECRET": "in the environment"})
+    shutil.copy(HOSTILE / f"wasi-{version}.wasm", server.plugins)
+    server.add_plugin("curious", f'component = "wasi-{version}.wasm"\nmodels = ["curious"]\n[limits]\ncall_timeout = "20ms"\n')
+    wait_for(lambda: "curious" in server.models(), what="the plugin")
+    cases = {
+        "look": ["[] [] clock true true"],
+        "read /etc/passwd": ["Err("],
+        f"read {server.plugins}/p.toml": ["Err("],
+        "write /tmp/x": ["Err("],
+        f"connect {stub.url[7:]}": ["Err("],
+        "resolve localhost": ["Err("],
+        "flood": ["plugin_timeout", "[limits] call_timeout"],
+        "sleep": ["plugin_timeout", "waits in `begin` and does not come back"],
+        "exit": ["plugin_failed"],
+    }
+    if version == "0.3":
+        cases["look"] = [*cases["look"], "p3 [] [] 0 random true clock true"]
+        cases["resolve-p3 localhost"] = ["plugin_failed", "cannot block"]
+        cases["sleep-p3"] = ["plugin_failed", "cannot block"]
+    # By itself, before the flood.
+    _, ends = ask(server, ["print"], model="curious")
+    assert "said" in ends["print"]
+    _, ends = ask(server, cases, model="curious")
+    for order, parts in cases.items():
+        for part in parts:
+            assert part in ends[order], f"{order}: {ends[order]}"
+        CONTAINED.append((f"WASI {version}: {order.split(' /')[0]}", ends[order]))
+    logged = server.logged()
+    assert 'said aloud [31m plugin="curious"' in logged and 'and aside plugin="curious"' in logged
+    assert logged.count('plugin="curious"') < 400
 
 
 def test_a_fresh_instance_remembers_nothing(hostile):
     server = hostile('[limits]\ninstances = "fresh"\n')
     output, _ = server.results(server.run([chat(str(number), model="hostile") for number in range(50)]))
     assert {line["response"]["body"]["seen"] for line in output} == {1}
-
-
-def test_settings_that_a_plugin_refuses_keep_it_from_loading(hostile):
-    server = hostile()
-    server.add_plugin("refused", 'component = "hostile.wasm"\nmodels = ["r"]\n[settings]\nx = "refuse"\n')
-    wait_for(lambda: "these settings are refused" in server.logged(), what="the complaint")
-    assert "r" not in server.models()

@@ -33,12 +33,8 @@ fn guests() -> Result<()> {
     components(&GUESTS, &root().join("dist/plugins"))
 }
 
-/// Builds the plugin that means harm, for the tests alone.
-pub fn hostile() -> Result<()> {
-    components(&[("guest-hostile", "hostile.wasm")], &target().join("hostile"))
-}
-
-fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
+/// Builds guests' packages as components.
+pub fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
     add_target(TARGET)?;
     let mut build = cargo();
     build.args(["build", "--quiet", "--profile", "guest", "--target", TARGET]);
@@ -90,7 +86,7 @@ pub fn add_target(name: &str) -> Result<()> {
 }
 
 /// Leaves a file alone that is as it should be, so that a server watching it sees no change.
-fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|found| found == bytes) {
         return Ok(());
     }

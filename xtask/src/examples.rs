@@ -5,16 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use wasi_preview1_component_adapter_provider::{
-    WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER,
-};
-use wit_bindgen_core::{Files, wit_parser::Resolve};
-use wit_component::ComponentEncoder;
 
 use crate::build::add_target;
 use crate::run::{cargo, mark, root, run, stale, step, target};
 
-const RUST_TARGET: &str = "wasm32-wasip2";
+pub const WASI_TARGET: &str = "wasm32-wasip2";
 
 /// Builds them all into `target/examples`.
 pub fn all() -> Result<()> {
@@ -23,24 +18,25 @@ pub fn all() -> Result<()> {
     fs::create_dir_all(&to)?;
     rust(&to)?;
     let python = tools()?;
+    install_cargo_tools()?;
     policy_in_python(&python, &to)?;
     policy_in_c(&python, &to)?;
     javascript(&to)
 }
 
 fn rust(to: &Path) -> Result<()> {
-    add_target(RUST_TARGET)?;
+    add_target(WASI_TARGET)?;
     run(cargo().args([
         "build",
         "--quiet",
         "--profile",
         "guest",
         "--target",
-        RUST_TARGET,
+        WASI_TARGET,
         "--package",
         "anthropic-adapter",
     ]))?;
-    let built = target().join(RUST_TARGET).join("guest/anthropic_adapter.wasm");
+    let built = target().join(WASI_TARGET).join("guest/anthropic_adapter.wasm");
     fs::copy(built, to.join("anthropic.wasm")).context("failed to copy the component")?;
     Ok(())
 }
@@ -92,46 +88,39 @@ fn javascript(to: &Path) -> Result<()> {
     run(command.current_dir(folder))
 }
 
-/// What `wit-bindgen c`, `zig cc` and `wasm-tools component new` do.
+/// As its README file says: `wit-bindgen c`, `zig cc`, `wasm-tools component new`.
 fn policy_in_c(python: &Path, to: &Path) -> Result<()> {
     let source = root().join("examples/policy-c/policy.c");
     let built = to.join("policy-c.wasm");
     if newer(&built, &[source.clone(), root().join("examples/requirements.txt")]) {
         return Ok(());
     }
+    let tool = |name: &str| cargo_tools().join("bin").join(name);
     let folder = to.join("policy-c");
     fs::create_dir_all(&folder)?;
-    let mut resolve = Resolve::default();
-    let (package, _) = resolve.push_path(wit())?;
-    let world = resolve.select_world(&[package], Some("validator"))?;
-    let mut files = Files::default();
-    wit_bindgen_c::Opts::default().build().generate(&mut resolve, world, &mut files)?;
-    for (name, bytes) in files.iter() {
-        fs::write(folder.join(name), bytes)?;
-    }
+    run(Command::new(tool("wit-bindgen")).arg("c").arg(wit()).args(["--world", "validator"]).current_dir(&folder))?;
     let mut compile = Command::new(python);
-    compile.args([
-        "-m",
-        "ziglang",
-        "cc",
-        "--target=wasm32-wasi",
-        "-mexec-model=reactor",
-        "-Os",
-        "-s",
-        "-Wall",
-        "-Werror",
-        "-I.",
-    ]);
-    compile.arg(&source).args(["validator.c", "validator_component_type.o", "-o", "policy.wasm"]);
-    let cache = to.join("zig-cache");
-    run(compile.current_dir(&folder).env("ZIG_GLOBAL_CACHE_DIR", &cache).env("ZIG_LOCAL_CACHE_DIR", &cache))?;
-    let module = fs::read(folder.join("policy.wasm"))?;
-    let component = ComponentEncoder::default()
-        .validate(true)
-        .module(&module)?
-        .adapter(WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER)?
-        .encode()?;
-    fs::write(built, component)?;
+    compile.args(["-m", "ziglang", "cc", "--target=wasm32-wasi", "-mexec-model=reactor"]);
+    compile.args(["-Os", "-s", "-Wall", "-Werror", "-I."]).arg(&source);
+    compile.args(["validator.c", "validator_component_type.o", "-o", "policy.core.wasm"]);
+    run(compile.current_dir(&folder))?;
+    let mut encode = Command::new(tool("wasm-tools"));
+    run(encode.args(["component", "new", "policy.core.wasm", "-o"]).arg(built).current_dir(&folder))
+}
+
+/// Where `wit-bindgen` and `wasm-tools` are installed.
+fn cargo_tools() -> PathBuf {
+    target().join("cargo-tools")
+}
+
+/// The two public tools that C needs, in the versions that the README files name.
+fn install_cargo_tools() -> Result<()> {
+    for (package, version, features) in [("wit-bindgen-cli", "0.61.1", "c"), ("wasm-tools", "1.263.0", "component")] {
+        let mut install = cargo();
+        install.args(["install", "--locked", "--quiet", "--version", version, "--root"]).arg(cargo_tools());
+        // It knows by itself whether there is anything to do.
+        run(install.args(["--no-default-features", "--features", features, package]))?;
+    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod demo;
 mod examples;
+mod hostile;
 mod run;
 mod test;
 
@@ -22,7 +23,7 @@ struct Cli {
 enum Task {
     /// Build dist/batchwright and dist/plugins
     Build,
-    /// Build the plugins of `examples` into target/examples
+    /// Build the plugins of `examples` into target/examples, and those that mean harm into target/hostile
     Examples,
     /// Build all, then run a batch through the HTTP API and show what happens
     Demo,
@@ -44,7 +45,7 @@ enum Task {
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Build => build::all(),
-        Task::Examples => examples::all(),
+        Task::Examples => examples::all().and_then(|()| hostile::all()),
         Task::Demo => demo::show(),
         Task::Test { filter, pytest } => test::all(filter.as_deref(), &pytest),
         Task::Bench { name } => bench::measure(name.as_deref()),

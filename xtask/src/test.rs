@@ -5,13 +5,13 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::run::{cargo, mark, root, run, stale, step, target};
-use crate::{build, examples};
+use crate::{build, examples, hostile};
 
 pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
     step("formatting");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     build::all()?;
-    build::hostile()?;
+    hostile::all()?;
     examples::all()?;
     step("lints");
     run(cargo().args(["clippy", "--release", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;

@@ -362,6 +362,8 @@ pub struct Plugin {
     /// Unix seconds.
     #[schema(required)]
     loaded_at: Option<i64>,
+    /// Fingerprint and name of the key that signed it, where signatures are asked for
+    signed_by: Option<String>,
 }
 
 /// `outdated`: the file does not load as it is, and what it was before serves on.
@@ -398,6 +400,7 @@ impl From<&Entry> for Plugin {
                 .cloned()
                 .unwrap_or_default(),
             loaded_at: plugin.map(|plugin| plugin.loaded_at),
+            signed_by: plugin.and_then(|plugin| plugin.signed_by.clone()),
         }
     }
 }

@@ -7,14 +7,15 @@ mod progress;
 mod run;
 mod serve;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{ConfigError, Given, Settings};
-use crate::plugin::LoadError;
+use crate::plugin::signature::TrustedKeys;
+use crate::plugin::{LoadError, Loading, compile};
 use crate::store::StoreError;
 
 #[derive(Parser)]
@@ -37,6 +38,14 @@ enum Command {
     Plugin(plugin::Plugin),
     /// Work with the batches of a server
     Batch(batch::Batch),
+    /// Compile a component from standard input to standard output: what the host starts for each
+    #[command(name = compile::COMMAND, hide = true)]
+    Compile {
+        #[arg(long)]
+        memory: u64,
+        #[arg(long)]
+        concurrent: bool,
+    },
 }
 
 /// Settings, wherever they are given.
@@ -82,6 +91,15 @@ impl Error {
 
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Compile { memory, concurrent } = cli.command {
+        return compile::process(concurrent, memory).map_or_else(
+            |error| {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            },
+            |()| ExitCode::SUCCESS,
+        );
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -95,6 +113,7 @@ pub fn main() -> ExitCode {
             Command::Run(run) => run.run().await,
             Command::Plugin(plugin) => plugin.run().await,
             Command::Batch(batch) => batch.run().await,
+            Command::Compile { .. } => Ok(ExitCode::SUCCESS),
         }
     });
     // What still runs on a blocking thread, a compilation given up say, is not waited for.
@@ -126,6 +145,26 @@ impl EndSignals {
             _ = self.terminate.recv() => {}
         }
     }
+}
+
+/// How plugins are loaded, as settings have it.
+fn loading(settings: &Settings) -> Result<Loading, Error> {
+    Ok(Loading {
+        cache: settings.cache.clone(),
+        compile_timeout: settings.compile_timeout,
+        compile_memory: settings.compile_memory,
+        trusted_keys: trusted_keys(&settings.trusted_keys)?,
+        compiler: None,
+    })
+}
+
+/// The keys of a file; an empty path is none.
+fn trusted_keys(file: &Path) -> Result<Option<TrustedKeys>, Error> {
+    if file.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let keys = TrustedKeys::read(file);
+    Ok(Some(keys.map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?))
 }
 
 /// The cache of compiled plugins for commands that have no data folder.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::progress::Progress;
-use super::{EndSignals, Error, SettingsArgs, user_cache};
+use super::{EndSignals, Error, SettingsArgs, loading, user_cache};
 use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
@@ -138,7 +138,7 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let clock = Clock::system();
     let store = SqliteStore::open(&settings.data)?;
     let blobs = Blobs::local(&settings.data.join("objects"))?;
-    let registry = Registry::open(&settings.plugins, Loader::new(&settings.cache, clock.clone())?).await?;
+    let registry = Registry::open(&settings.plugins, Loader::new(loading(&settings)?, clock.clone())?).await?;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
         eprintln!("warning: a plugin does not load: {error}");
     }

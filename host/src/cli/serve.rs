@@ -7,7 +7,7 @@ use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{EndSignals, Error, SettingsArgs};
+use super::{EndSignals, Error, SettingsArgs, loading};
 use crate::batch::Batches;
 use crate::clock::Clock;
 use crate::plugin::{Loader, Registry, check_directory};
@@ -30,7 +30,7 @@ impl Serve {
         check_directory(&settings.plugins)?;
         let store = SqliteStore::open(&settings.data)?;
         let blobs = Blobs::local(&settings.data.join("objects"))?;
-        let registry = Registry::open(&settings.plugins, Loader::new(&settings.cache, clock.clone())?).await?;
+        let registry = Registry::open(&settings.plugins, Loader::new(loading(&settings)?, clock.clone())?).await?;
         let _watcher = registry.watch().inspect_err(|error| tracing::warn!("{error}")).ok();
         let listen = settings.listen;
         let listener = TcpListener::bind(listen).await.map_err(|error| {

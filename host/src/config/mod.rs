@@ -84,6 +84,12 @@ settings! {
     "Server" "FORMAT" log_format: LogFormat = LogFormat::Text, "BATCHWRIGHT_LOG_FORMAT";
     /// Folder of compiled plugins, written by the host alone [default: DATA/cache]
     "Server" "DIR" cache: PathBuf = PathBuf::new(), "BATCHWRIGHT_CACHE";
+    /// Time that compiling one plugin may take; more is refused [default: 1m]
+    "Server" "TIME" compile_timeout: Span = COMPILE_TIMEOUT, "BATCHWRIGHT_COMPILE_TIMEOUT";
+    /// Memory that compiling one plugin may take; more is refused [default: 4GiB]
+    "Server" "SIZE" compile_memory: Size = COMPILE_MEMORY, "BATCHWRIGHT_COMPILE_MEMORY";
+    /// Public keys (one a line, as OpenSSH writes them): only plugins that one of them signed are loaded [default: unsigned ones are, too]
+    "Server" "FILE" trusted_keys: PathBuf = PathBuf::new(), "BATCHWRIGHT_TRUSTED_KEYS";
 
     /// Largest input file [default: 200MiB]
     "Limits" "SIZE" max_file_size: Size = Size::mib(200), "BATCHWRIGHT_MAX_FILE_SIZE";
@@ -128,6 +134,10 @@ settings! {
     /// Longest pause of our own choosing between attempts [default: 1m]
     "Execution" "TIME" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
 }
+
+/// What compiling one plugin may take.
+pub const COMPILE_TIMEOUT: Span = Span::seconds(60);
+pub const COMPILE_MEMORY: Size = Size::mib(4096);
 
 /// The folder `plugins` beside the running program, or in the working directory if it does not know where it is.
 pub fn default_plugins() -> PathBuf {

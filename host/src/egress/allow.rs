@@ -1,6 +1,6 @@
 //! Which hosts a plugin may reach, and how near their addresses may be.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use url::{Host, Url};
 
@@ -126,7 +126,8 @@ impl Target {
                 "{host} resolves to the private address {address}, which a wildcard does not cover; to allow it, add \"{host}:{port}\" to `allow` in {file}."
             ),
             Reach::Restricted => format!(
-                "{host} resolves to {address}, a link-local, metadata or reserved address; to allow it, add the address \"{address}:{port}\" itself to `allow` in {file} and use it in the URL."
+                "{host} resolves to {address}, a link-local, metadata or reserved address; to allow it, add the address \"{}\" itself to `allow` in {file} and use it in the URL.",
+                SocketAddr::new(address, port)
             ),
         };
         Err(TransportError::new(Fault::NotAllowed, message))

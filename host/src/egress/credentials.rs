@@ -1,12 +1,35 @@
 //! Secrets: added to what goes out, blanked in what comes back, shown nowhere.
 
+use aho_corasick::{AhoCorasick, MatchKind};
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 
 /// What stands where a secret stood.
 const BLANK: &str = "[redacted]";
 
 /// The shortest secret that is looked for in what comes back: `none` and `EMPTY`, which local model servers take, are words of any answer.
 const SHORTEST: usize = 8;
+
+/// What is written in hexadecimal in a URL: all but letters and digits, what RFC 3986 reserves, the same with paths as they are, and what
+/// JavaScript's two functions do not keep.
+const IN_URLS: [&AsciiSet; 5] = [NON_ALPHANUMERIC, RESERVED, IN_PATHS, IN_COMPONENTS, IN_URIS];
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+const IN_PATHS: &AsciiSet = &RESERVED.remove(b'/');
+const IN_COMPONENTS: &AsciiSet = &RESERVED.remove(b'!').remove(b'*').remove(b'\'').remove(b'(').remove(b')');
+const IN_URIS: &AsciiSet = &IN_COMPONENTS
+    .remove(b';')
+    .remove(b',')
+    .remove(b'/')
+    .remove(b'?')
+    .remove(b':')
+    .remove(b'@')
+    .remove(b'&')
+    .remove(b'=')
+    .remove(b'+')
+    .remove(b'$')
+    .remove(b'#');
 
 /// One header with a secret in it.
 pub struct Credential {
@@ -18,8 +41,11 @@ pub struct Credential {
 /// The secrets of one plugin.
 #[derive(Default)]
 pub struct Secrets {
+    /// Headers that are for secrets alone, whether there is one or not.
+    reserved: Vec<HeaderName>,
     headers: Vec<(HeaderName, HeaderValue)>,
-    searched: Vec<String>,
+    /// Every form a secret may come back in; none if there is nothing to look for.
+    searched: Option<AhoCorasick>,
 }
 
 impl std::fmt::Debug for Secrets {
@@ -29,22 +55,33 @@ impl std::fmt::Debug for Secrets {
 }
 
 impl Secrets {
-    /// Fails for a secret that no header can hold, with its header's name.
-    pub fn new(credentials: Vec<Credential>) -> Result<Self, HeaderName> {
-        let mut secrets = Self::default();
+    /// Fails for a secret that no header can hold, with its header's name. What a plugin writes into a header that is `reserved` never
+    /// leaves, as little as what it writes where a secret goes.
+    pub fn new(credentials: Vec<Credential>, reserved: Vec<HeaderName>) -> Result<Self, HeaderName> {
+        let mut secrets = Self { reserved, ..Self::default() };
+        let mut forms = Vec::new();
         for Credential { header, prefix, secret } in credentials {
             let Ok(mut value) = HeaderValue::try_from(format!("{prefix}{secret}")) else { return Err(header) };
             value.set_sensitive(true);
             secrets.headers.push((header, value));
             if secret.len() >= SHORTEST {
-                secrets.searched.push(secret);
+                forms.extend(forms_of(&secret));
             }
+        }
+        if !forms.is_empty() {
+            let mut search = AhoCorasick::builder();
+            // The names of headers come in lower case, and so may hexadecimal digits.
+            search.match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(true);
+            secrets.searched = search.build(forms).ok();
         }
         Ok(secrets)
     }
 
     /// Sets the headers, in place of whatever stands there.
     pub fn add_to(&self, headers: &mut HeaderMap) {
+        for name in &self.reserved {
+            headers.remove(name);
+        }
         for (name, value) in &self.headers {
             headers.insert(name.clone(), value.clone());
         }
@@ -52,31 +89,40 @@ impl Secrets {
 
     /// Blanks every secret in a text.
     pub fn blank(&self, text: &mut String) {
-        for secret in &self.searched {
-            if text.contains(secret.as_str()) {
-                *text = text.replace(secret.as_str(), BLANK);
-            }
+        if let Some(search) = self.searched.as_ref().filter(|search| search.is_match(text.as_str())) {
+            *text = search.replace_all(text, &vec![BLANK; search.patterns_len()]);
         }
     }
 
     /// Blanks every secret in a body.
     pub fn blank_bytes(&self, body: &mut Vec<u8>) {
-        for secret in &self.searched {
-            let finder = memchr::memmem::Finder::new(secret.as_bytes());
-            if finder.find(body).is_none() {
-                continue;
-            }
-            let mut blanked = Vec::with_capacity(body.len());
-            let mut copied = 0;
-            for at in finder.find_iter(body) {
-                blanked.extend_from_slice(body.get(copied..at).unwrap_or_default());
-                blanked.extend_from_slice(BLANK.as_bytes());
-                copied = at.saturating_add(secret.len());
-            }
-            blanked.extend_from_slice(body.get(copied..).unwrap_or_default());
-            *body = blanked;
+        if let Some(search) = self.searched.as_ref().filter(|search| search.is_match(body.as_slice())) {
+            *body = search.replace_all_bytes(body, &vec![BLANK; search.patterns_len()]);
         }
     }
+}
+
+/// A secret as it is, and as a server that shows what it was sent may write it: in JSON, in a URL, in base64.
+fn forms_of(secret: &str) -> Vec<String> {
+    let json = serde_json::Value::from(secret).to_string();
+    let mut forms = vec![
+        secret.to_owned(),
+        json.trim_matches('"').to_owned(),
+        json.trim_matches('"').replace('/', "\\/"),
+        url::form_urlencoded::byte_serialize(secret.as_bytes()).collect(),
+    ];
+    forms.extend(IN_URLS.iter().map(|set| percent_encode(secret.as_bytes(), set).to_string()));
+    // Something may stand before and after it in what was encoded: the digits that depend on that are left out.
+    for (before, skipped) in [(0, 0), (1, 2), (2, 3)] {
+        let bytes = [vec![0; before].as_slice(), secret.as_bytes()].concat();
+        for encoding in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
+            let digits = encoding.encode(&bytes);
+            forms.extend(digits.get(skipped..bytes.len().saturating_mul(8) / 6).map(str::to_owned));
+        }
+    }
+    forms.sort();
+    forms.dedup();
+    forms
 }
 
 #[cfg(test)]
@@ -89,14 +135,17 @@ mod tests {
             prefix: "Bearer ".into(),
             secret: secret.into(),
         };
-        Secrets::new(vec![credential("authorization", "sk-verysecret"), credential("x-key", "none")]).unwrap()
+        let credentials = vec![credential("authorization", "sk-verysecret"), credential("x-key", "none")];
+        Secrets::new(credentials, vec!["x-other-key".parse().unwrap()]).unwrap()
     }
 
     #[test]
     fn a_plugins_own_header_gives_way_and_the_secret_is_blanked_on_its_way_back() {
         let mut headers = HeaderMap::new();
         headers.append("authorization", HeaderValue::from_static("Bearer forged"));
+        headers.append("x-other-key", HeaderValue::from_static("forged"));
         secrets().add_to(&mut headers);
+        assert!(!headers.contains_key("x-other-key"));
         assert_eq!(headers.get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer sk-verysecret"]);
         let mut body = b"none: sk-verysecret, sk-verysecret".to_vec();
         secrets().blank_bytes(&mut body);
@@ -108,9 +157,43 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_is_found_however_it_is_written() {
+        let secret = "s/k+very=\"secret\"~0";
+        let credential = Credential { header: "x-key".parse().unwrap(), prefix: String::new(), secret: secret.into() };
+        let secrets = Secrets::new(vec![credential], Vec::new()).unwrap();
+        let json = serde_json::to_string(secret).unwrap();
+        for shown in [
+            secret.to_owned(),
+            secret.to_uppercase(),
+            json.clone(),
+            json.replace('/', "\\/"),
+            url::form_urlencoded::Serializer::new(String::new()).append_pair("key", secret).finish(),
+            percent_encode(secret.as_bytes(), NON_ALPHANUMERIC).to_string().to_lowercase(),
+            "s/k%2Bvery%3D%22secret%22~0".into(),
+            "s%2Fk%2Bvery%3D%22secret%22~0".into(),
+            "s/k+very=%22secret%22~0".into(),
+        ] {
+            let mut text = shown.clone();
+            secrets.blank(&mut text);
+            assert!(text.contains(BLANK) && !text.contains("very") && !text.contains("VERY"), "{shown}: {text}");
+        }
+        for before in ["", "a", "ab", "user:"] {
+            for after in ["", "b", "bc"] {
+                for encoding in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
+                    let mut body = encoding.encode(format!("{before}{secret}{after}")).into_bytes();
+                    secrets.blank_bytes(&mut body);
+                    let text = String::from_utf8(body).unwrap();
+                    // No more of it is left than the digits it shares with its neighbours.
+                    assert!(text.contains(BLANK) && text.len() < BLANK.len() + 18, "{before} {after}: {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_secret_that_no_header_can_hold_is_refused() {
         let credential =
             Credential { header: http::header::AUTHORIZATION, prefix: String::new(), secret: "a\nb".into() };
-        assert_eq!(Secrets::new(vec![credential]).unwrap_err(), http::header::AUTHORIZATION);
+        assert_eq!(Secrets::new(vec![credential], Vec::new()).unwrap_err(), http::header::AUTHORIZATION);
     }
 }

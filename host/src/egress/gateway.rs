@@ -37,7 +37,6 @@ const HOST_SET: [HeaderName; 11] = [
     header::TRAILER,
     header::PROXY_AUTHORIZATION,
     header::EXPECT,
-    // Bodies are not decoded, and a secret must be found in what comes back.
     header::ACCEPT_ENCODING,
     header::RANGE,
 ];
@@ -142,6 +141,8 @@ impl Gateway {
         headers
             .entry(header::USER_AGENT)
             .or_insert(HeaderValue::from_static(concat!("batchwright/", env!("CARGO_PKG_VERSION"))));
+        // Bodies are not decoded here, and a secret must be found in what comes back.
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         self.secrets.add_to(&mut headers);
         let mut prepared = Request::new(Full::new(Bytes::from(request.body)));
         *prepared.method_mut() = method;
@@ -215,9 +216,18 @@ impl Gateway {
             .map(|(name, value)| {
                 let mut value = String::from_utf8_lossy(value.as_bytes()).into_owned();
                 self.secrets.blank(&mut value);
-                (name.as_str().to_owned(), value)
+                let mut name = name.as_str().to_owned();
+                self.secrets.blank(&mut name);
+                (name, value)
             })
             .collect();
+        if let Some(coding) = head.headers.get(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
+            let coding = String::from_utf8_lossy(coding.as_bytes());
+            return Err(TransportError::new(
+                Fault::Protocol,
+                format!("The provider encoded its answer as `{}`, though it was asked not to.", coding.escape_debug()),
+            ));
+        }
         let max = self.bounds.max_response;
         let expected = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         let mut bytes = Vec::with_capacity(expected.min(max).min(1 << 20));

@@ -37,6 +37,12 @@ fn checked_answer(answer: Answer) -> Result<Answer, String> {
         Answer::Failure(mut failure) => {
             shorten(&mut failure.code, LONGEST_CODE);
             shorten(&mut failure.message, LONGEST_MESSAGE);
+            for text in [&mut failure.code, &mut failure.message] {
+                // They are shown to people, on terminals too.
+                if text.contains(char::is_control) {
+                    *text = text.replace(char::is_control, " ");
+                }
+            }
             Ok(Answer::Failure(failure))
         }
     }
@@ -116,9 +122,10 @@ mod tests {
 
     #[test]
     fn a_failures_words_are_kept_short() {
-        let failure = Failure { code: "c".repeat(1000), message: "ü".repeat(10_000) };
+        let failure = Failure { code: "c".repeat(1000), message: "\x1b[2Jü\n".repeat(10_000) };
         let Ok(Step::Done(Answer::Failure(failure))) = checked(Step::Done(Answer::Failure(failure))) else { panic!() };
         assert_eq!((failure.code.len(), failure.message.chars().count()), (LONGEST_CODE, LONGEST_MESSAGE));
+        assert!(failure.message.starts_with(" [2Jü  [2J"), "{}", failure.message);
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {

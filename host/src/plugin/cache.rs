@@ -4,14 +4,19 @@
 //! the host alone. A name holds the component's digest and the engine's fingerprint: another wasmtime, processor or setting compiles anew.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use tempfile::NamedTempFile;
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use super::error::LoadError;
+
+/// What the folder holds at the most, in bytes, besides what was used within the last hour: what was used longest ago goes first.
+const MOST: u64 = 2 << 30;
+const IN_USE: Duration = Duration::from_secs(3600);
 
 pub struct Cache {
     folder: PathBuf,
@@ -41,65 +46,132 @@ impl Cache {
                 found.uid()
             )));
         }
-        Ok(Self { folder: folder.to_owned() })
+        let cache = Self { folder: folder.to_owned() };
+        cache.tidy(MOST);
+        Ok(cache)
     }
 
-    /// The compiled form of `bytes`, whose SHA-256 is `digest`. Blocks for as long as compiling takes.
-    pub fn load_or_compile(&self, engine: &Engine, digest: &str, bytes: &[u8]) -> wasmtime::Result<Component> {
+    /// Where the compiled form of a component lies for this engine.
+    pub fn path(&self, engine: &Engine, sha256: &str) -> PathBuf {
         let mut fingerprint = DefaultHasher::new();
         engine.precompile_compatibility_hash().hash(&mut fingerprint);
-        let path = self.folder.join(format!("{digest}-{:016x}.cwasm", fingerprint.finish()));
-        if path.exists() {
-            match load(engine, &path) {
-                Ok(component) => return Ok(component),
-                Err(error) => tracing::warn!("{} is compiled anew: {error:#}", path.display()),
-            }
+        self.folder.join(format!("{sha256}-{:016x}.cwasm", fingerprint.finish()))
+    }
+
+    /// What was kept there, if it is there and whole.
+    pub fn load(&self, engine: &Engine, path: &Path) -> Option<Component> {
+        if !path.exists() {
+            return None;
         }
-        let compiled = engine.precompile_component(bytes)?;
-        match self.keep(&path, &compiled) {
-            Ok(()) => load(engine, &path),
+        match load(engine, path) {
+            Ok(component) => {
+                // So that `tidy` knows that it is in use.
+                std::fs::File::open(path).and_then(|file| file.set_modified(SystemTime::now())).ok();
+                Some(component)
+            }
             Err(error) => {
-                tracing::warn!("the compile cache {} keeps nothing: {error}", self.folder.display());
-                Component::from_binary(engine, bytes)
+                tracing::warn!("{} is compiled anew: {error:#}", path.display());
+                None
             }
         }
     }
 
-    fn keep(&self, path: &Path, compiled: &[u8]) -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
-        file.write_all(compiled)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
+    /// A file to compile into, which nobody else can write to.
+    pub fn output(&self) -> std::io::Result<NamedTempFile> {
+        NamedTempFile::new_in(&self.folder).or_else(|error| {
+            tracing::warn!("the compile cache {} keeps nothing: {error}", self.folder.display());
+            NamedTempFile::new()
+        })
+    }
+
+    /// Takes over what was compiled, and loads it.
+    pub fn keep(&self, engine: &Engine, output: NamedTempFile, path: &Path) -> wasmtime::Result<Component> {
+        output.as_file().sync_all()?;
+        if output.path().parent() != Some(&self.folder) {
+            return load(engine, output.path());
+        }
+        output.persist(path)?;
+        let loaded = load(engine, path);
+        self.tidy(MOST);
+        loaded
+    }
+
+    /// Removes what was not used for long, beyond so many bytes, and what a former process left unfinished.
+    fn tidy(&self, most: u64) {
+        let Ok(found) = std::fs::read_dir(&self.folder) else { return };
+        let mut files: Vec<(SystemTime, u64, PathBuf)> = found
+            .flatten()
+            .filter_map(|entry| {
+                let found = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+                Some((found.modified().ok()?, found.len(), entry.path()))
+            })
+            .collect();
+        // The newest first: they stay.
+        files.sort_by(|one, other| other.cmp(one));
+        let mut kept = 0_u64;
+        for (used, size, path) in files {
+            kept = kept.saturating_add(size);
+            let in_use = used.elapsed().is_ok_and(|since| since < IN_USE);
+            let finished = path.extension().is_some_and(|extension| extension == "cwasm");
+            if !in_use && (kept > most || !finished) {
+                std::fs::remove_file(path).ok();
+            }
+        }
     }
 }
 
 #[expect(unsafe_code, reason = "the one place that loads compiled code")]
 fn load(engine: &Engine, path: &Path) -> wasmtime::Result<Component> {
-    // SAFETY: the file was written by `keep` from the output of `precompile_component`, in a folder that `open` found to be writable
-    // by this user alone; wasmtime checks that this engine can run it.
+    // SAFETY: the file holds what our own compiling process wrote into a file that `output` made, in a folder that `open` found to be
+    // writable by this user alone, or under a name that nobody else may write to; wasmtime checks that this engine can run it.
     unsafe { Component::deserialize_file(engine, path) }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use super::super::engine::{Flavour, compiler, start};
     use super::*;
 
     const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";
 
-    #[test]
-    fn what_was_compiled_is_loaded_and_what_is_damaged_is_compiled_anew() {
+    fn open() -> (tempfile::TempDir, Cache) {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(&folder.path().join("cache")).unwrap();
-        let engine = super::super::engine::start().unwrap();
-        cache.load_or_compile(&engine, "00", EMPTY).unwrap();
-        let file = std::fs::read_dir(&cache.folder).unwrap().next().unwrap().unwrap().path();
-        // Given other bytes under the same digest, it must come from the folder.
-        cache.load_or_compile(&engine, "00", b"not wasm").unwrap();
-        std::fs::write(&file, b"damaged").unwrap();
-        assert!(cache.load_or_compile(&engine, "00", b"not wasm").is_err());
-        cache.load_or_compile(&engine, "00", EMPTY).unwrap();
-        cache.load_or_compile(&engine, "00", b"not wasm").unwrap();
+        (folder, cache)
+    }
+
+    #[test]
+    fn what_was_compiled_is_loaded_and_what_is_damaged_is_not() {
+        let (_folder, cache) = open();
+        for flavour in [Flavour::Plain, Flavour::Concurrent] {
+            let engine = start(flavour).unwrap();
+            let path = cache.path(&engine, "00");
+            assert!(cache.load(&engine, &path).is_none());
+            let mut output = cache.output().unwrap();
+            output.write_all(&compiler(flavour).unwrap().precompile_component(EMPTY).unwrap()).unwrap();
+            cache.keep(&engine, output, &path).unwrap();
+            assert!(cache.load(&engine, &path).is_some());
+            std::fs::write(&path, b"damaged").unwrap();
+            assert!(cache.load(&engine, &path).is_none());
+        }
+    }
+
+    #[test]
+    fn what_was_not_used_for_long_goes_first() {
+        let (_folder, cache) = open();
+        let ages = [("old.cwasm", 3), ("older.cwasm", 4), ("young.cwasm", 0), ("left", 5), ("begun", 0)];
+        for (name, hours) in ages {
+            let path = cache.folder.join(name);
+            std::fs::write(&path, [0; 100]).unwrap();
+            let used = SystemTime::now() - Duration::from_secs(hours * 3600 + 60);
+            std::fs::File::open(&path).unwrap().set_modified(used).unwrap();
+        }
+        cache.tidy(300);
+        let left: std::collections::BTreeSet<_> =
+            std::fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left.into_iter().collect::<Vec<_>>(), ["begun", "old.cwasm", "young.cwasm"]);
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub enum LoadError {
     Manifest { file: PathBuf, message: String },
     #[error("{}: {key}: {message}", file.display())]
     Key { file: PathBuf, key: String, message: String },
+    #[error("{}: signature: {message}", file.display())]
+    Signature { file: PathBuf, message: String },
     #[error("{}: {message}", component.display())]
     Component { component: PathBuf, message: String },
     #[error("{}: is turned off by `enabled = false`", file.display())]
@@ -32,6 +34,16 @@ pub enum CallError {
     Asleep { plugin: String, function: &'static str },
     #[error("Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory.")]
     Memory { plugin: String, function: &'static str, limit: String },
+    #[error(
+        "Plugin `{plugin}` asked for a table of more than {limit} elements in `{function}`; the limit is [limits] table_elements."
+    )]
+    Table { plugin: String, function: &'static str, limit: u32 },
+    #[error("Plugin `{plugin}` held more than {limit} handles in `{function}`; the limit is [limits] handles.")]
+    Handles { plugin: String, function: &'static str, limit: u32 },
+    #[error(
+        "Plugin `{plugin}` used up its call stack of {limit} in `{function}`; this limit is the same for all plugins."
+    )]
+    Stack { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer.")]
     Answer { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
@@ -47,7 +59,9 @@ impl CallError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Cpu { .. } | Self::Asleep { .. } => "plugin_timeout",
-            Self::Memory { .. } => "plugin_out_of_memory",
+            Self::Memory { .. } | Self::Table { .. } | Self::Handles { .. } | Self::Stack { .. } => {
+                "plugin_out_of_memory"
+            }
             Self::Answer { .. } => "plugin_answer_too_large",
             Self::Trap { .. } | Self::Configure { .. } => "plugin_failed",
             Self::Contract { .. } => "plugin_contract_violation",

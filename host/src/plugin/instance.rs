@@ -8,13 +8,10 @@ use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use super::bindings::v0_1::{self, Exports, logging};
-use super::engine::TICK;
+use super::engine::{Flavour, TICK};
 use super::log::PluginLog;
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
-
-/// Handles a guest may hold at a time; those of a language runtime's standard streams and clocks are a dozen.
-const HANDLES: usize = 1000;
 
 /// The CPU time of the running call is used up.
 #[derive(Debug, thiserror::Error)]
@@ -53,15 +50,23 @@ pub struct State {
 pub struct MemoryLimit {
     limit: usize,
     used: usize,
-    /// Whether the guest was refused memory; what it does then is its own affair, mostly a trap.
-    pub refused: bool,
+    table_elements: usize,
+    /// What the guest was refused last; what it does then is its own affair, mostly a trap.
+    refused: Option<Refused>,
+}
+
+/// What a guest asked for and did not get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    Memory,
+    Table,
 }
 
 impl ResourceLimiter for MemoryLimit {
     fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         let used = self.used.saturating_add(desired.saturating_sub(current));
         if used > self.limit {
-            self.refused = true;
+            self.refused = Some(Refused::Memory);
             return Ok(false);
         }
         self.used = used;
@@ -69,7 +74,11 @@ impl ResourceLimiter for MemoryLimit {
     }
 
     fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(desired <= 100_000)
+        if desired > self.table_elements {
+            self.refused = Some(Refused::Table);
+            return Ok(false);
+        }
+        Ok(true)
     }
 
     fn instances(&self) -> usize {
@@ -104,10 +113,13 @@ impl logging::Host for State {
     }
 }
 
-/// What plugins may import: WASI 0.2 as an empty world, and the log.
-pub fn linker(engine: &Engine) -> wasmtime::Result<wasmtime::component::Linker<State>> {
+/// What plugins may import: WASI as an empty world, and the log.
+pub fn linker(engine: &Engine, flavour: Flavour) -> wasmtime::Result<wasmtime::component::Linker<State>> {
     let mut linker = wasmtime::component::Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    if flavour == Flavour::Concurrent {
+        wasmtime_wasi::p3::add_to_linker(&mut linker)?;
+    }
     logging::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
     Ok(linker)
 }
@@ -131,13 +143,14 @@ impl Instance {
         engine: &Engine,
         limits: &Limits,
         log: &Arc<PluginLog>,
-    ) -> (wasmtime::Result<Self>, bool) {
-        let memory = MemoryLimit { limit: limits.memory.in_memory(), used: 0, refused: false };
+    ) -> (wasmtime::Result<Self>, Option<Refused>) {
+        let table_elements = limits.table_elements.get() as usize;
+        let memory = MemoryLimit { limit: limits.memory.in_memory(), used: 0, table_elements, refused: None };
         let state = State { memory, ticks_left: 0, world: None, log: log.clone() };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.answer.in_memory());
-        store.set_max_component_handles(HANDLES);
+        store.set_max_component_handles(limits.handles.get() as usize);
         store.epoch_deadline_callback(on_tick);
         allow(&mut store, limits, 1);
         let exports = match template {
@@ -161,8 +174,8 @@ impl Instance {
         self.store.data().memory.used
     }
 
-    /// Whether the guest was ever refused memory.
-    pub fn was_refused_memory(&self) -> bool {
+    /// What the guest was refused, if it ever was.
+    pub fn refused(&self) -> Option<Refused> {
         self.store.data().memory.refused
     }
 }
@@ -171,7 +184,9 @@ fn allow(store: &mut Store<State>, limits: &Limits, units: u32) {
     let ticks = limits.call_timeout.duration().as_millis().div_ceil(TICK.as_millis());
     // One tick more: the first may come at once.
     let ticks = u32::try_from(ticks).unwrap_or(u32::MAX).saturating_mul(units.max(1)).saturating_add(1);
-    store.data_mut().ticks_left = ticks;
+    let state = store.data_mut();
+    state.ticks_left = ticks;
+    state.memory.refused = None;
     store.set_epoch_deadline(1);
 }
 

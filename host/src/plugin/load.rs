@@ -2,38 +2,63 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
 use wasmtime::Engine;
 use wasmtime::component::{Component, Linker};
 
 use super::bindings::v0_1;
 use super::cache::Cache;
+use super::compile::Compiler;
+use super::engine::Flavour;
 use super::error::LoadError;
+use super::files::{ComponentFile, Files};
 use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest, Source};
 use super::plugin::{Plugin, explain};
+use super::signature::{TrustedKeys, statement};
 use super::types::{Description, Kind};
 use crate::clock::Clock;
+use crate::config::{Size, Span};
 use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets};
 
-/// Largest component, and the longest that compiling one may take.
-const MOST_COMPONENT: u64 = 64 << 20;
-const COMPILE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Largest component, in bytes.
+pub const MOST_COMPONENT: u64 = 64 << 20;
+
+/// How plugins are loaded: what an operator has a say in.
+#[derive(Clone, Debug)]
+pub struct Loading {
+    /// Folder of compiled components.
+    pub cache: PathBuf,
+    pub compile_timeout: Span,
+    pub compile_memory: Size,
+    /// Whose signatures are asked for; none if unsigned plugins are loaded too.
+    pub trusted_keys: Option<TrustedKeys>,
+    /// The program that compiles, if it is not this one.
+    pub compiler: Option<PathBuf>,
+}
 
 /// What all plugins are loaded with.
 pub struct Loader {
+    plain: World,
+    /// Started when the first component asks for it.
+    concurrent: OnceLock<World>,
+    compiler: Compiler,
+    trusted_keys: Option<TrustedKeys>,
+    /// Plugins read and compiled at a time: each holds its component in memory.
+    turns: Semaphore,
+    clock: Clock,
+}
+
+/// An engine, and what it links components to.
+#[derive(Clone)]
+struct World {
     engine: Engine,
     linker: Linker<State>,
-    cache: Arc<Cache>,
-    compiling: Arc<Semaphore>,
-    clock: Clock,
 }
 
 /// A component by itself: what can be said of it without an operator's settings.
@@ -45,48 +70,74 @@ pub struct Inspected {
     pub sha256: String,
     pub size: usize,
     template: Template,
+    engine: Engine,
     log: Arc<PluginLog>,
 }
 
+impl World {
+    fn start(flavour: Flavour) -> Result<Self, String> {
+        let engine = super::engine::start(flavour)?;
+        let linker = instance::linker(&engine, flavour).map_err(|error| format!("{error:#}"))?;
+        Ok(Self { engine, linker })
+    }
+}
+
 impl Loader {
-    pub fn new(cache: &Path, clock: Clock) -> Result<Self, LoadError> {
+    pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
-        let engine = super::engine::start().map_err(failed)?;
-        let linker = instance::linker(&engine).map_err(|error| failed(format!("{error:#}")))?;
+        let Loading { cache, compile_timeout, compile_memory, trusted_keys, compiler } = loading;
+        let compiler = Compiler::new(Cache::open(&cache)?, compiler, compile_timeout, compile_memory);
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let compiling = Arc::new(Semaphore::new(threads));
-        Ok(Self { engine, linker, cache: Arc::new(Cache::open(cache)?), compiling, clock })
+        let (concurrent, turns) = (OnceLock::new(), Semaphore::new(threads.max(2)));
+        Ok(Self {
+            plain: World::start(Flavour::Plain).map_err(failed)?,
+            concurrent,
+            compiler,
+            trusted_keys,
+            turns,
+            clock,
+        })
+    }
+
+    /// The right to read and load one plugin.
+    pub async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        // It never closes, so there is always one.
+        self.turns.acquire().await.ok()
     }
 
     /// Loads the plugin whose TOML file this is.
     pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
-        let text = read_text(file)?;
-        let mut manifest = Manifest::parse(file, &text)?;
-        let key = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
-        if !manifest.enabled {
-            return Err(LoadError::Disabled { file: file.to_owned() });
-        }
-        let name = plugin_name(file)?;
-        let component = file.with_file_name("").join(&manifest.component);
-        if !component.exists() {
-            let message = format!(
-                "there is no {} beside this file; build or copy the component there",
-                manifest.component.display()
-            );
-            return Err(key("component", message));
-        }
-        let inspected = self.inspect_with(&component, &name, &manifest.limits).await?;
+        let read = file.to_owned();
+        let files = tokio::task::spawn_blocking(move || Files::read(&read)).await;
+        let failed =
+            |error: tokio::task::JoinError| LoadError::Manifest { file: file.to_owned(), message: error.to_string() };
+        self.load_files(files.map_err(failed)??).await
+    }
+
+    /// Loads the plugin that was read from these files.
+    pub async fn load_files(&self, files: Files) -> Result<Plugin, LoadError> {
+        let Files { file, text, mut manifest, component, signature } = files;
+        let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
+        let name = plugin_name(&file)?;
         if let Some(pinned) = &manifest.sha256
-            && !pinned.eq_ignore_ascii_case(&inspected.sha256)
+            && !pinned.eq_ignore_ascii_case(&component.sha256)
         {
             return Err(key(
                 "sha256",
                 format!(
                     "the component has {}, not {pinned}; check where it comes from before you change the pin",
-                    inspected.sha256
+                    component.sha256
                 ),
             ));
         }
+        let signed_by = match &self.trusted_keys {
+            None => None,
+            Some(keys) => {
+                let signer = keys.verify(&statement(&name, &text, &component.sha256), signature.as_deref());
+                Some(signer.map_err(|message| LoadError::Signature { file: file.clone(), message })?)
+            }
+        };
+        let inspected = self.inspect_with(component, &name, &manifest.limits).await?;
         check_kind(&manifest, &inspected, &key)?;
         add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
         check_settings(&manifest, &inspected.description.settings_schema, &key)?;
@@ -101,6 +152,7 @@ impl Loader {
             kind: inspected.kind,
             description: inspected.description,
             sha256: inspected.sha256,
+            signed_by,
             limits: manifest.limits,
             order: manifest.order.unwrap_or(100),
             endpoints: manifest.endpoints,
@@ -110,7 +162,7 @@ impl Loader {
             loaded_at: self.clock.now().as_seconds(),
             settings,
             template: inspected.template,
-            engine: self.engine.clone(),
+            engine: inspected.engine,
             log: inspected.log,
             gateway,
             pools: Mutex::new(HashMap::new()),
@@ -123,102 +175,91 @@ impl Loader {
     /// What a component says of itself, without settings.
     pub async fn inspect(&self, component: &Path) -> Result<Inspected, LoadError> {
         let name = component.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
-        self.inspect_with(component, &name, &Limits::default()).await
+        self.inspect_with(ComponentFile::read(component)?, &name, &Limits::default()).await
     }
 
-    async fn inspect_with(&self, path: &Path, name: &str, limits: &Limits) -> Result<Inspected, LoadError> {
-        let failed = |message: String| LoadError::Component { component: path.to_owned(), message };
-        let file = path.to_owned();
-        let reading = tokio::task::spawn_blocking(move || {
-            let bytes = read_component(&file)?;
-            check_header(&bytes).map_err(|message| LoadError::Component { component: file, message })?;
-            let sha256 = hex(&Sha256::digest(&bytes));
-            Ok::<_, LoadError>((bytes, sha256))
-        });
-        let (bytes, sha256) = reading.await.map_err(|error| failed(error.to_string()))??;
+    async fn inspect_with(&self, file: ComponentFile, name: &str, limits: &Limits) -> Result<Inspected, LoadError> {
+        let ComponentFile { path, bytes, sha256 } = file;
+        let failed = |message: String| LoadError::Component { component: path.clone(), message };
+        check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
-        let component = self.compile(&sha256, bytes).await.map_err(failed)?;
+        let flavour = Flavour::of(&bytes);
+        let World { engine, linker } = self.world(flavour).map_err(failed)?;
+        let component = self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
+        drop(bytes);
         let imports: Vec<String> =
-            component.component_type().imports(&self.engine).map(|(name, _)| name.to_owned()).collect();
-        let (kind, template) = self.template(&component).map_err(failed)?;
+            component.component_type().imports(&engine).map(|(name, _)| name.to_owned()).collect();
+        let (kind, template) = template(&engine, &linker, &component).map_err(failed)?;
         let log = Arc::new(PluginLog::new(name));
-        let (made, refused) = Instance::new(&template, &self.engine, limits, &log).await;
+        let (made, refused) = Instance::new(&template, &engine, limits, &log).await;
         let error =
             |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
         let mut instance = made.map_err(|found| {
             let message = error("instantiate", &found, refused);
             // What fails without a trap of the guest's own does so because its types are not those of the contract.
-            let trapped = refused || found.is::<wasmtime::Trap>() || found.is::<OutOfTime>() || found.is::<Asleep>();
+            let trapped = refused.is_some()
+                || found.is::<wasmtime::Trap>()
+                || found.is::<OutOfTime>()
+                || found.is::<Asleep>()
+                || found.to_string().contains("exceeds the limit");
             failed(if trapped {
                 message
             } else {
-                format!("{message} Build it anew with the contract of this version.")
+                format!("an export is not of the type that the contract has: {:#}. Build it anew with the contract of this version.", found)
             })
         })?;
         instance.allow(limits, 1);
         let described = in_time(limits, 1, instance.exports.describe(&mut instance.store)).await;
-        let (description, schema) =
-            described.map_err(|found| failed(error("describe", &found, instance.was_refused_memory())))?;
+        let (description, schema) = described.map_err(|found| failed(error("describe", &found, instance.refused())))?;
         let description = check_description(description, &schema, kind)
             .map_err(|message| failed(format!("`describe`: {message}")))?;
-        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, template, log })
+        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, template, engine, log })
     }
 
-    /// Compiles in a bounded pool, off the async threads. What takes too long is given up, though its thread runs on to the end.
-    async fn compile(&self, sha256: &str, bytes: Vec<u8>) -> Result<Component, String> {
-        let (engine, cache, sha256) = (self.engine.clone(), self.cache.clone(), sha256.to_owned());
-        let compiling = self.compiling.clone();
-        let work = async move {
-            let permit = compiling.acquire_owned().await.ok();
-            tokio::task::spawn_blocking(move || {
-                let _permit = permit;
-                cache.load_or_compile(&engine, &sha256, &bytes)
-            })
-            .await
-        };
-        match tokio::time::timeout(COMPILE_TIMEOUT, work).await {
-            Ok(Ok(Ok(component))) => Ok(component),
-            Ok(Ok(Err(error))) => Err(format!("is no component that can be compiled: {error:#}")),
-            Ok(Err(error)) => Err(format!("the compiler failed: {error}")),
-            Err(_) => Err(format!("compiling takes longer than {COMPILE_TIMEOUT:?}; make the component smaller")),
+    fn world(&self, flavour: Flavour) -> Result<World, String> {
+        if flavour == Flavour::Plain {
+            return Ok(self.plain.clone());
         }
-    }
-
-    /// Which world it is of, and whether the host has what it imports.
-    fn template(&self, component: &Component) -> Result<(Kind, Template), String> {
-        let exports: Vec<String> =
-            component.component_type().exports(&self.engine).map(|(name, _)| name.to_owned()).collect();
-        let has = |interface: &str| exports.iter().any(|name| same_interface(name, interface));
-        let kind = match (has(v0_1::VALIDATION), has(v0_1::INFERENCE)) {
-            (true, false) => Kind::Validator,
-            (false, true) => Kind::Adapter,
-            (true, true) => {
-                return Err("exports both `validation` and `inference`; a plugin is one or the other".into());
-            }
-            (false, false) => {
-                return Err(format!(
-                    "exports {}, where a plugin exports {} or {}; build it for the world `validator` or `adapter` of batchwright:plugin@0.1.0",
-                    list(&exports),
-                    v0_1::VALIDATION,
-                    v0_1::INFERENCE,
-                ));
-            }
-        };
-        if !has(v0_1::PLUGIN) {
-            return Err(format!("exports {}, but not {}", list(&exports), v0_1::PLUGIN));
+        if let Some(world) = self.concurrent.get() {
+            return Ok(world.clone());
         }
-        let linked = self.linker.instantiate_pre(component).map_err(|error| {
-            format!("imports what the host does not have: {error:#}; plugins may import WASI 0.2 (as an empty world) and batchwright:plugin/logging")
-        })?;
-        let template = match kind {
-            Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
-            Kind::Adapter => v0_1::adapter::AdapterPre::new(linked).map(Template::Adapter),
-        };
-        let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
-        Ok((kind, template))
+        let world = World::start(flavour)?;
+        Ok(self.concurrent.get_or_init(|| world).clone())
     }
 }
 
+/// Which world it is of, and whether the host has what it imports.
+fn template(engine: &Engine, linker: &Linker<State>, component: &Component) -> Result<(Kind, Template), String> {
+    let exports: Vec<String> = component.component_type().exports(engine).map(|(name, _)| name.to_owned()).collect();
+    let has = |interface: &str| exports.iter().any(|name| same_interface(name, interface));
+    let kind = match (has(v0_1::VALIDATION), has(v0_1::INFERENCE)) {
+        (true, false) => Kind::Validator,
+        (false, true) => Kind::Adapter,
+        (true, true) => {
+            return Err("exports both `validation` and `inference`; a plugin is one or the other".into());
+        }
+        (false, false) => {
+            return Err(format!(
+                "exports {}, where a plugin exports {} or {}; build it for the world `validator` or `adapter` of batchwright:plugin@0.1.0",
+                list(&exports),
+                v0_1::VALIDATION,
+                v0_1::INFERENCE,
+            ));
+        }
+    };
+    if !has(v0_1::PLUGIN) {
+        return Err(format!("exports {}, but not {}", list(&exports), v0_1::PLUGIN));
+    }
+    let linked = linker.instantiate_pre(component).map_err(|error| {
+        format!("imports what the host does not have: {error:#}; plugins may import WASI 0.2 and 0.3 (as an empty world) and batchwright:plugin/logging")
+    })?;
+    let template = match kind {
+        Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
+        Kind::Adapter => v0_1::adapter::AdapterPre::new(linked).map(Template::Adapter),
+    };
+    let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
+    Ok((kind, template))
+}
 fn list(names: &[String]) -> String {
     if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
@@ -241,20 +282,6 @@ pub fn plugin_name(file: &Path) -> Result<String, LoadError> {
         return Err(LoadError::Manifest { file: file.to_owned(), message });
     }
     Ok(stem.to_owned())
-}
-
-pub fn read_text(path: &Path) -> Result<String, LoadError> {
-    std::fs::read_to_string(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
-}
-
-pub fn read_component(path: &Path) -> Result<Vec<u8>, LoadError> {
-    let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
-    let size = std::fs::metadata(path).map_err(unreadable)?.len();
-    if size > MOST_COMPONENT {
-        let message = format!("has {size} bytes; a component has at most {MOST_COMPONENT}");
-        return Err(LoadError::Component { component: path.to_owned(), message });
-    }
-    std::fs::read(path).map_err(unreadable)
 }
 
 /// Tells a component from what is often taken for one.
@@ -386,7 +413,8 @@ fn secrets(
         let message = format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
         return Err(key(&format!("credentials.{}", need.name), message));
     }
-    Secrets::new(credentials).map_err(|header| {
+    let headers = description.credentials.iter().filter_map(|need| http::HeaderName::try_from(&need.header).ok());
+    Secrets::new(credentials, headers.collect()).map_err(|header| {
         key("credentials", format!("the secret for the header `{header}` has characters no header can hold"))
     })
 }
@@ -412,9 +440,4 @@ fn bounds(limits: &Limits) -> Bounds {
         exchange_timeout: limits.exchange_timeout.duration(),
         max_response: limits.max_response.in_memory(),
     }
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -71,11 +71,17 @@ pub struct Limits {
     pub call_timeout: Span,
     /// What a guest may hand over in one call.
     pub answer: Size,
+    /// Elements of each of its tables.
+    pub table_elements: NonZeroU32,
+    /// Handles it may hold at a time; those of a language runtime's standard streams and clocks are a dozen.
+    pub handles: NonZeroU32,
     pub instances: Instances,
     /// Calls after which an instance makes way for a new one.
     pub max_calls: NonZeroU32,
     /// Steps of one attempt, so that `resume` comes to an end.
     pub max_steps: NonZeroU32,
+    /// One pause that an adapter asks for: who polls a provider asks again before long.
+    pub max_wait: Span,
     /// Exchanges in flight.
     pub concurrency: NonZeroUsize,
     /// Exchanges begun in a minute; absent is no bound.
@@ -94,9 +100,12 @@ impl Default for Limits {
             memory: Size::mib(64),
             call_timeout: Span::milliseconds(100),
             answer: Size::mib(16),
+            table_elements: NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN),
+            handles: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
             instances: Instances::Tenant,
             max_calls: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
             max_steps: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
+            max_wait: Span::seconds(3600),
             concurrency: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             requests_per_minute: None,
             connect_timeout: Span::seconds(10),
@@ -109,6 +118,9 @@ impl Default for Limits {
 
 /// The largest `[limits] memory`: what one slot of the instance pool reserves.
 pub const MOST_MEMORY: Size = Size::mib(4096);
+
+/// The largest `[limits] table_elements`, likewise.
+pub const MOST_TABLE: usize = 100_000;
 
 impl Manifest {
     /// Reads the text of `file`, which is named in errors.
@@ -128,6 +140,16 @@ impl Manifest {
         if manifest.limits.memory > MOST_MEMORY {
             return Err(invalid("limits.memory", format!("{} is more than {MOST_MEMORY}", manifest.limits.memory)));
         }
+        if manifest.limits.table_elements.get() as usize > MOST_TABLE {
+            let message = format!("{} is more than {MOST_TABLE}", manifest.limits.table_elements);
+            return Err(invalid("limits.table_elements", message));
+        }
+        if let Some(cycle) = cycle(&manifest.aliases) {
+            let message = format!(
+                "{cycle} is a cycle; an alias is what clients say for a name that the provider knows, so let each lead to one of those"
+            );
+            return Err(invalid("aliases", message));
+        }
         for (name, source) in &manifest.credentials {
             // The value is not shown: it may be a secret that someone wrote here by mistake.
             if Source::parse(source).is_none() {
@@ -141,10 +163,34 @@ impl Manifest {
     }
 }
 
+/// Aliases that lead back to where they began, as `a = b, b = a`.
+fn cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
+    aliases.keys().find_map(|start| {
+        let mut shown = Vec::new();
+        let mut at = start;
+        // One that runs into a cycle further on is told of by the cycle itself.
+        for _ in 0..aliases.len() {
+            let next = aliases.get(at)?;
+            shown.push(format!("`{at}` = `{next}`"));
+            if next == start {
+                return Some(shown.join(", "));
+            }
+            at = next;
+        }
+        None
+    })
+}
+
 /// Where a secret is kept.
 pub enum Source<'a> {
     Env(&'a str),
     File(&'a Path),
+}
+
+/// The secret that `env:NAME` or `file:PATH` leads to.
+pub fn read_secret(source: &str) -> Result<String, String> {
+    let parsed = Source::parse(source).ok_or("must be `env:NAME` or `file:PATH`; a secret never stands here itself")?;
+    parsed.read()
 }
 
 impl<'a> Source<'a> {
@@ -208,6 +254,12 @@ mod tests {
             ("component = 'x.wasm'\n[limits]\nmemory = '5GiB'", vec!["limits.memory", "4GiB"]),
             ("component = 'x.wasm'\n[limits]\nconcurrency = 0", vec!["line 3"]),
             ("component = 'x.wasm'\n[limits]\ncall_timeout = 'long'", vec!["line 3", "100ms"]),
+            ("component = 'x.wasm'\n[limits]\ntable_elements = 1000000", vec!["limits.table_elements", "100000"]),
+            (
+                "component = 'x.wasm'\n[aliases]\na = 'b'\nb = 'c'\nc = 'b'",
+                vec!["aliases", "`b` = `c`, `c` = `b` is a cycle"],
+            ),
+            ("component = 'x.wasm'\n[aliases]\na = 'a'", vec!["aliases", "`a` = `a` is a cycle"]),
             ("", vec!["component"]),
         ] {
             let error = parse(text).unwrap_err();

@@ -6,9 +6,11 @@
 mod answer;
 mod bindings;
 mod cache;
+pub mod compile;
 pub mod conformance;
 mod engine;
 mod error;
+mod files;
 mod instance;
 mod load;
 mod log;
@@ -16,10 +18,13 @@ mod manifest;
 #[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
 mod plugin;
 mod registry;
+pub mod signature;
 pub mod types;
 mod wasi;
 
 pub use error::{CallError, LoadError};
-pub use load::{Inspected, Loader, hex};
+pub use files::{Files, hex};
+pub use load::{Inspected, Loader, Loading, MOST_COMPONENT, plugin_name};
+pub use manifest::read_secret;
 pub use plugin::Plugin;
 pub use registry::{Entry, EntryState, Registry, Route, Snapshot, check_directory};

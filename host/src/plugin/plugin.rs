@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
-use wasmtime::Engine;
+use wasmtime::{Engine, Trap};
 
 use super::answer::{checked, shorten};
+use super::engine::STACK;
 use super::error::CallError;
-use super::instance::{Asleep, Instance, OutOfTime, Template, in_time};
+use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
 use super::log::PluginLog;
 use super::manifest::{Instances, Limits};
 use super::types::{BatchContext, Description, Kind, Line, Outcome, Request, Step, Violation};
@@ -25,6 +27,8 @@ pub struct Plugin {
     pub kind: Kind,
     pub description: Description,
     pub sha256: String,
+    /// Fingerprint of the key that its files are signed with, where signatures are asked for.
+    pub signed_by: Option<String>,
     pub limits: Limits,
     /// Validators: place in the order, and the endpoints it is for.
     pub order: i64,
@@ -137,7 +141,14 @@ impl Plugin {
     }
 
     fn checked(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
-        checked(step).map_err(|message| CallError::Contract { plugin: self.name.clone(), function, message })
+        let longest = self.limits.max_wait;
+        let checked = match step {
+            Step::Wait { milliseconds, .. } if Duration::from_millis(milliseconds) > longest.duration() => {
+                Err(format!("it asks for a pause of {milliseconds} ms; the limit is {longest}, [limits] max_wait."))
+            }
+            step => checked(step),
+        };
+        checked.map_err(|message| CallError::Contract { plugin: self.name.clone(), function, message })
     }
 
     fn pool(&self, tenant: &str) -> Arc<Pool> {
@@ -164,8 +175,8 @@ impl Plugin {
 
     /// A new instance, configured.
     pub(super) async fn instantiate(&self) -> Result<Instance, CallError> {
-        let (made, refused_memory) = Instance::new(&self.template, &self.engine, &self.limits, &self.log).await;
-        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused_memory))?;
+        let (made, refused) = Instance::new(&self.template, &self.engine, &self.limits, &self.log).await;
+        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused))?;
         instance.allow(&self.limits, 1);
         let call = instance.exports.configure(&mut instance.store, &self.settings);
         let called = in_time(&self.limits, 1, call).await;
@@ -175,7 +186,7 @@ impl Plugin {
                 shorten(&mut message, 1000);
                 Err(CallError::Configure { plugin: self.name.clone(), message })
             }
-            Err(error) => Err(self.explain("configure", &error, instance.was_refused_memory())),
+            Err(error) => Err(self.explain("configure", &error, instance.refused())),
         }
     }
 
@@ -188,12 +199,17 @@ impl Plugin {
                 }
                 Ok(value)
             }
-            Err(error) => Err(self.explain(function, &error, lease.instance.was_refused_memory())),
+            Err(error) => Err(self.explain(function, &error, lease.instance.refused())),
         }
     }
 
-    pub(super) fn explain(&self, function: &'static str, error: &wasmtime::Error, refused_memory: bool) -> CallError {
-        explain(&self.name, &self.limits, function, error, refused_memory)
+    pub(super) fn explain(
+        &self,
+        function: &'static str,
+        error: &wasmtime::Error,
+        refused: Option<Refused>,
+    ) -> CallError {
+        explain(&self.name, &self.limits, function, error, refused)
     }
 }
 
@@ -203,7 +219,7 @@ pub(super) fn explain(
     limits: &Limits,
     function: &'static str,
     error: &wasmtime::Error,
-    refused_memory: bool,
+    refused: Option<Refused>,
 ) -> CallError {
     let plugin = plugin.to_owned();
     if error.is::<OutOfTime>() {
@@ -212,12 +228,20 @@ pub(super) fn explain(
     if error.is::<Asleep>() {
         return CallError::Asleep { plugin, function };
     }
-    if refused_memory {
-        return CallError::Memory { plugin, function, limit: limits.memory.to_string() };
+    match refused {
+        Some(Refused::Memory) => return CallError::Memory { plugin, function, limit: limits.memory.to_string() },
+        Some(Refused::Table) => return CallError::Table { plugin, function, limit: limits.table_elements.get() },
+        None => {}
+    }
+    if error.downcast_ref::<Trap>() == Some(&Trap::StackOverflow) {
+        return CallError::Stack { plugin, function, limit: format!("{}KiB", STACK >> 10) };
     }
     let mut message = error.root_cause().to_string();
     if message.contains("fuel allocated for hostcalls") {
         return CallError::Answer { plugin, function, limit: limits.answer.to_string() };
+    }
+    if message.contains("store handle limit exceeded") {
+        return CallError::Handles { plugin, function, limit: limits.handles.get() };
     }
     shorten(&mut message, 500);
     CallError::Trap { plugin, function, message }

@@ -8,12 +8,11 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use globset::{Glob, GlobMatcher};
 use notify::{RecursiveMode, Watcher};
-use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::error::LoadError;
-use super::load::{Loader, hex, plugin_name, read_component};
-use super::manifest::{Manifest, Source};
+use super::files::Files;
+use super::load::{Loader, plugin_name};
 use super::plugin::Plugin;
 use super::types::Kind;
 
@@ -252,19 +251,29 @@ impl Registry {
             Ok(name) => (name, None),
             Err(error) => (file.display().to_string(), Some(error.to_string())),
         };
-        let read = file.clone();
-        let fingerprint = tokio::task::spawn_blocking(move || fingerprint(&read)).await.unwrap_or_default();
         let known = before.entries.iter().find(|known| known.name == name);
         let mut serving = known.and_then(|known| known.serving.clone());
+        let _turn = self.loader.turn().await;
+        let read = file.clone();
+        let files = tokio::task::spawn_blocking(move || Files::read(&read)).await;
+        let mut fingerprint = String::new();
         if error.is_none() {
-            // One that failed is tried again: what was in its way may be gone.
-            let unchanged = known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
-            if !unchanged {
-                match self.loader.load(&file).await {
-                    Ok(plugin) => serving = Some(Arc::new(plugin)),
-                    Err(LoadError::Disabled { .. }) => serving = None,
-                    Err(failed) => error = Some(failed.to_string()),
+            match files {
+                Ok(Ok(files)) => {
+                    fingerprint = files.fingerprint();
+                    // One that failed is tried again: what was in its way may be gone.
+                    let unchanged =
+                        known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
+                    if !unchanged {
+                        match self.loader.load_files(files).await {
+                            Ok(plugin) => serving = Some(Arc::new(plugin)),
+                            Err(failed) => error = Some(failed.to_string()),
+                        }
+                    }
                 }
+                Ok(Err(LoadError::Disabled { .. })) => serving = None,
+                Ok(Err(failed)) => error = Some(failed.to_string()),
+                Err(failed) => error = Some(failed.to_string()),
             }
         }
         Entry { name, file, serving, error, fingerprint }
@@ -312,20 +321,4 @@ fn announce(entry: &Entry) {
         (Some(error), None) => tracing::error!(plugin = entry.name, "plugin not loaded: {error}"),
         (None, None) => tracing::info!(plugin = entry.name, "plugin turned off"),
     }
-}
-
-/// What a plugin is made of: its file, its component, and its secrets.
-fn fingerprint(file: &Path) -> String {
-    let mut digest = Sha256::new();
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    digest.update(text.as_bytes());
-    if let Ok(manifest) = Manifest::parse(file, &text) {
-        let component = file.with_file_name("").join(&manifest.component);
-        digest.update(read_component(&component).unwrap_or_default());
-        for source in manifest.credentials.values() {
-            let secret = Source::parse(source).and_then(|source| source.read().ok());
-            digest.update(secret.unwrap_or_default().as_bytes());
-        }
-    }
-    hex(&digest.finalize())
 }

@@ -1,15 +1,16 @@
 //! An adapter that does, request by request, what no adapter should: the host must contain each.
 //!
-//! The request's `custom_id` says what to do.
+//! The request's `custom_id` says what to do: an order and its argument. What goes wrong before a request comes is in `wat/`.
 
 #![expect(clippy::panic, reason = "a trap is one of the things to contain")]
 
 mod bindings;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
+use bindings::batchwright::plugin::logging::{Level, log};
 use bindings::exports::batchwright::plugin::{
-    inference::{self, Answer, Exchange, Header, HttpRequest, Outcome, Pause, Response, Step},
+    inference::{self, Answer, Exchange, Failure, Header, HttpRequest, Outcome, Pause, Response, Step, TransportFault},
     plugin,
 };
 
@@ -18,6 +19,8 @@ struct Component;
 thread_local! {
     /// Requests this instance has seen.
     static SEEN: Cell<u64> = const { Cell::new(0) };
+    /// What it kept of one request, to show in another.
+    static KEPT: RefCell<Vec<String>> = RefCell::default();
 }
 
 impl plugin::Guest for Component {
@@ -27,24 +30,34 @@ impl plugin::Guest for Component {
             version: "0.0.1".into(),
             summary: "Does what no adapter should".into(),
             endpoints: Vec::new(),
-            credentials: Vec::new(),
+            credentials: vec![plugin::Credential {
+                name: "api_key".into(),
+                header: "authorization".into(),
+                prefix: "Bearer ".into(),
+                required: false,
+            }],
             settings_schema: r#"{"type":"object"}"#.into(),
         }
     }
 
     fn configure(settings: String) -> Result<(), String> {
-        if settings.contains("refuse") { Err("these settings are refused".into()) } else { Ok(()) }
+        KEPT.with_borrow_mut(|kept| kept.push(settings.clone()));
+        match settings {
+            settings if settings.contains("refuse") => Err("these settings are refused".into()),
+            settings if settings.contains("trap") => panic!("as ordered"),
+            settings if settings.contains("loop") => forever(),
+            _ => Ok(()),
+        }
     }
 }
 
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
         SEEN.set(SEEN.get() + 1);
-        let (order, url) = request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
+        KEPT.with_borrow_mut(|kept| kept.push(request.body.clone()));
+        let (order, argument) = request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
         match order {
-            "loop" => loop {
-                std::hint::black_box(0);
-            },
+            "loop" => forever(),
             "memory" => {
                 let mut held = Vec::new();
                 loop {
@@ -53,37 +66,92 @@ impl inference::Guest for Component {
             }
             "trap" => panic!("as ordered"),
             "recursion" => done(200, format!(r#"{{"depth":{}}}"#, depth(0))),
-            "gigantic" => done(200, format!(r#"{{"x":"{}"}}"#, "x".repeat(4 << 20))),
+            "gigantic" => done(200, format!(r#"{{"x":"{}"}}"#, "x".repeat(20 << 20))),
+            "many" => many(),
+            "not-utf8" => done(200, broken_text(b"{\"x\":\"\xff\xfe\"}")),
+            "not-utf8-failure" => fail(&broken_text(b"\xff"), broken_text(b"\xc3\x28")),
             "not-json" => done(200, "{oops".into()),
             "not-object" => done(200, "[]".into()),
+            "two-lines" => done(200, "{\"x\":\n\"y\"}\r\n".into()),
             "bad-status" => done(7, "{}".into()),
+            "long-failure" => fail(&"c".repeat(100_000), "m\n\u{1b}[31m".repeat(100_000)),
             "endless" => pause(),
             "big-state" => Step::Wait(Pause { milliseconds: 0, state: vec![0; 1 << 20] }),
-            "send" => send(url, Vec::new()),
-            "header" => send(url, vec![("x-a", "1\r\nx-forged: 2")]),
-            "forged" => send(
-                url,
-                vec![
+            "wait-forever" => Step::Wait(Pause { milliseconds: u64::MAX, state: Vec::new() }),
+            "retry-forever" => Step::Retry(inference::Advice {
+                after_milliseconds: Some(u64::MAX),
+                otherwise: Answer::Failure(Failure { code: "tired".into(), message: "No attempt is left.".into() }),
+            }),
+            "log" => {
+                for line in 0..10_000 {
+                    let message =
+                        format!("line {line}\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J {}", "x".repeat(5000));
+                    log(Level::Error, &message);
+                }
+                done(200, "{}".into())
+            }
+            "kept" => done(200, format!(r#"{{"kept":{}}}"#, KEPT.with_borrow(|kept| quoted(&kept.concat())))),
+            "send" | "follow" | "memory-after" | "loop-after" => send("POST", argument, &[], order),
+            "method" => send("GET / HTTP/1.1\r\nx: ", argument, &[], order),
+            "header-value" => send("POST", argument, &[("x-a", "1\r\nx-forged: 2")], order),
+            "header-name" => send("POST", argument, &[("x-a: 1\r\nx-forged", "2")], order),
+            "forged" => {
+                let headers = [
                     ("host", "evil.example"),
                     ("content-length", "1"),
                     ("transfer-encoding", "chunked"),
+                    ("authorization", "Bearer forged"),
+                    ("Authorization", "Bearer forged too"),
+                    ("accept-encoding", "gzip"),
+                    ("connection", "x-fine"),
                     ("x-fine", "1"),
-                ],
-            ),
+                ];
+                send("POST", argument, &headers, order)
+            }
             _ => done(200, format!(r#"{{"seen":{}}}"#, SEEN.get())),
         }
     }
 
     fn resume(state: Vec<u8>, outcome: Outcome) -> Step {
+        let order = String::from_utf8_lossy(&state).into_owned();
         match outcome {
-            Outcome::Elapsed if state == b"endless" => pause(),
+            Outcome::Elapsed if order == "endless" => pause(),
             Outcome::Elapsed => done(200, "{}".into()),
-            Outcome::Response(response) => done(200, String::from_utf8_lossy(&response.body).into_owned()),
+            Outcome::Response(_) if order == "loop-after" => forever(),
+            Outcome::Response(response) if order == "memory-after" => {
+                // Everything it ever saw, shown: no secret may be in it.
+                let headers = response.headers.iter().map(|header| format!("{}: {}\n", header.name, header.value));
+                let seen = format!("{}{}", headers.collect::<String>(), String::from_utf8_lossy(&response.body));
+                log(Level::Warn, &seen);
+                done(200, format!(r#"{{"seen":{}}}"#, quoted(&seen)))
+            }
+            Outcome::Response(response) => {
+                let location = response.headers.iter().find(|header| header.name == "location");
+                match location.filter(|_| order == "follow") {
+                    Some(location) => send("GET", &location.value, &[], "followed"),
+                    None if (300..400).contains(&response.status) => done(200, r#"{"redirect":"not followed"}"#.into()),
+                    None => done(200, String::from_utf8_lossy(&response.body).into_owned()),
+                }
+            }
             Outcome::Error(error) => {
-                let message = error.message.replace(['"', '\\'], "'");
-                done(500, format!(r#"{{"error":{{"message":"{:?}: {message}"}}}}"#, error.fault))
+                let fault = match error.fault {
+                    TransportFault::NameResolution => "name-resolution",
+                    TransportFault::Connection => "connection",
+                    TransportFault::Tls => "tls",
+                    TransportFault::Timeout => "timeout",
+                    TransportFault::Protocol => "protocol",
+                    TransportFault::TooLarge => "too-large",
+                    TransportFault::NotAllowed => "not-allowed",
+                };
+                fail(fault, error.message)
             }
         }
+    }
+}
+
+fn forever() -> ! {
+    loop {
+        std::hint::black_box(0);
     }
 }
 
@@ -91,15 +159,46 @@ fn done(status: u16, body: String) -> Step {
     Step::Done(Answer::Response(Response { status, request_id: None, body, usage: None }))
 }
 
+fn fail(code: &str, message: String) -> Step {
+    Step::Done(Answer::Failure(Failure { code: code.into(), message }))
+}
+
 fn pause() -> Step {
     Step::Wait(Pause { milliseconds: 0, state: b"endless".to_vec() })
 }
 
-fn send(url: &str, headers: Vec<(&str, &str)>) -> Step {
-    let headers = headers.into_iter().map(|(name, value)| Header { name: name.into(), value: value.into() }).collect();
+fn send(method: &str, url: &str, headers: &[(&str, &str)], order: &str) -> Step {
+    let headers = headers.iter().map(|(name, value)| Header { name: (*name).into(), value: (*value).into() }).collect();
     let body = br#"{"messages":[{"content":"!headers"}]}"#.to_vec();
-    let request = HttpRequest { method: "POST".into(), url: url.into(), headers, body };
+    let request = HttpRequest { method: method.into(), url: url.into(), headers, body };
+    Step::Send(Exchange { request, state: order.as_bytes().to_vec() })
+}
+
+/// Few bytes each, and many of them.
+fn many() -> Step {
+    let header = || Header { name: "a".into(), value: "b".into() };
+    let headers = std::iter::repeat_with(header).take(500_000).collect();
+    let request = HttpRequest { method: "POST".into(), url: String::new(), headers, body: Vec::new() };
     Step::Send(Exchange { request, state: Vec::new() })
+}
+
+/// A JSON string.
+fn quoted(text: &str) -> String {
+    let escaped: String = text
+        .chars()
+        .map(|letter| match letter {
+            '"' | '\\' => format!("\\{letter}"),
+            letter if letter.is_control() => " ".into(),
+            letter => letter.to_string(),
+        })
+        .collect();
+    format!("\"{escaped}\"")
+}
+
+#[expect(unsafe_code, reason = "no text is what the host must not take for one")]
+fn broken_text(bytes: &[u8]) -> String {
+    // SAFETY: it is only passed on, byte by byte.
+    unsafe { String::from_utf8_unchecked(bytes.to_vec()) }
 }
 
 /// Recursion that no optimizer turns into a loop.

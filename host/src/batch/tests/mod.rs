@@ -5,6 +5,7 @@
 mod clock;
 mod events;
 mod lines;
+mod tenants;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use tempfile::TempDir;
 use super::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::{Given, Settings};
-use crate::plugin::{Loader, Registry};
+use crate::plugin::{Loader, Loading, Registry};
 use crate::store::{BatchRecord, Blobs, FileRecord, SqliteStore};
 
 const TENANT: &str = "default";
@@ -80,6 +81,8 @@ struct House {
     stub: Stub,
     clock: Clock,
     settings: String,
+    /// Who uploads, creates and asks.
+    tenant: &'static str,
     running: Option<Arc<Batches>>,
 }
 
@@ -99,7 +102,8 @@ impl House {
             stub.url
         );
         std::fs::write(plugins.join("provider.toml"), text).unwrap();
-        let mut house = Self { folder, stub, clock: Clock::system(), settings: settings.into(), running: None };
+        let mut house =
+            Self { folder, stub, clock: Clock::system(), settings: settings.into(), tenant: TENANT, running: None };
         house.start().await;
         house
     }
@@ -108,7 +112,14 @@ impl House {
         let given: Given = toml::from_str(&self.settings).unwrap();
         let mut settings = Settings::resolve(given, None).unwrap();
         settings.data = self.folder.path().join("data");
-        let loader = Loader::new(CACHE.path(), self.clock.clone()).unwrap();
+        let loading = Loading {
+            cache: CACHE.path().to_owned(),
+            compile_timeout: settings.compile_timeout,
+            compile_memory: settings.compile_memory,
+            trusted_keys: None,
+            compiler: Some(built("dist/batchwright")),
+        };
+        let loader = Loader::new(loading, self.clock.clone()).unwrap();
         let registry = Registry::open(&self.folder.path().join("plugins"), loader).await.unwrap();
         let store = eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
         let blobs = Blobs::local(&settings.data.join("objects")).unwrap();
@@ -124,12 +135,21 @@ impl House {
         self.start().await;
     }
 
+    /// Adds a plugin of a component that xtask built.
+    async fn add_plugin(&mut self, name: &str, component: &str, text: &str) {
+        let plugins = self.folder.path().join("plugins");
+        std::fs::copy(built(component), plugins.join(format!("{name}.wasm"))).unwrap();
+        let text = format!("component = \"{name}.wasm\"\n{text}");
+        std::fs::write(plugins.join(format!("{name}.toml")), text).unwrap();
+        self.restart().await;
+    }
+
     fn batches(&self) -> &Arc<Batches> {
         self.running.as_ref().unwrap()
     }
 
     async fn upload(&self, bytes: &[u8], lifetime: Option<Duration>) -> FileRecord {
-        let mut upload = self.batches().upload(TENANT).await.unwrap();
+        let mut upload = self.batches().upload(self.tenant).await.unwrap();
         upload.write(Bytes::copy_from_slice(bytes)).await.unwrap();
         let new = NewFile { filename: "in.jsonl".into(), purpose: "batch".into(), lifetime };
         upload.finish(new).await.unwrap()
@@ -144,7 +164,7 @@ impl House {
             output_lifetime,
             idempotency_key: None,
         };
-        self.batches().create(TENANT, request).await.unwrap().new.id
+        self.batches().create(self.tenant, request).await.unwrap().new.id
     }
 
     async fn create(&self, lines: &[Value]) -> String {
@@ -153,7 +173,7 @@ impl House {
     }
 
     async fn batch(&self, id: &str) -> BatchRecord {
-        self.batches().get(TENANT, id).await.unwrap().unwrap()
+        self.batches().get(self.tenant, id).await.unwrap().unwrap()
     }
 
     async fn until(&self, id: &str, what: &str, condition: impl Fn(&BatchRecord) -> bool) -> BatchRecord {
@@ -167,7 +187,8 @@ impl House {
     /// The lines of a file of results; none if there is no file.
     async fn results(&self, id: Option<&String>) -> Vec<Value> {
         let Some(id) = id else { return Vec::new() };
-        let pieces: Vec<Bytes> = self.batches().content(TENANT, id, None).await.unwrap().try_collect().await.unwrap();
+        let pieces: Vec<Bytes> =
+            self.batches().content(self.tenant, id, None).await.unwrap().try_collect().await.unwrap();
         let text = String::from_utf8(pieces.concat()).unwrap();
         assert!(text.ends_with('\n'));
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

@@ -1,0 +1,123 @@
+//! `batchwright plugin`
+
+mod new;
+mod pull;
+mod show;
+mod sign;
+mod test;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use super::{Error, trusted_keys, user_cache};
+use crate::clock::Clock;
+use crate::config::{COMPILE_MEMORY, COMPILE_TIMEOUT, LogFormat, Size, Span, default_plugins};
+use crate::plugin::{Loader, Loading, Registry};
+use crate::telemetry;
+
+#[derive(Subcommand)]
+pub enum Plugin {
+    /// List the plugins of a directory, with those that do not load
+    List {
+        /// Folder of the plugins [default: the folder `plugins` beside this program]
+        #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
+        plugins: Option<PathBuf>,
+        #[command(flatten)]
+        given: Given,
+    },
+    /// Show what a component is: its kind, imports, endpoints, credentials and settings
+    Inspect {
+        /// A component (.wasm)
+        file: PathBuf,
+        #[command(flatten)]
+        given: Given,
+    },
+    /// Check that plugins load: a component, a TOML file, or a directory of them
+    Check {
+        /// A component (.wasm), a TOML file, or a directory
+        path: PathBuf,
+        #[command(flatten)]
+        given: Given,
+    },
+    /// Begin a plugin: a small project that builds with public tools and passes `plugin test`
+    New(new::New),
+    /// Test a component against the contract: good, odd and hostile input, and cases that its author recorded
+    Test {
+        /// A component (.wasm), or a TOML file with settings and limits for one
+        file: PathBuf,
+        /// Folder of recorded cases (*.json)
+        #[arg(long, value_name = "DIR")]
+        cases: Option<PathBuf>,
+        /// Settings for a component that is given without a TOML file
+        #[arg(long, value_name = "JSON", default_value = "{}")]
+        settings: String,
+        #[command(flatten)]
+        given: Given,
+    },
+    /// Fetch a component from an OCI registry; it is loaded when you say so in its TOML file
+    Pull(pull::Pull),
+    /// Sign a TOML file together with the component it names
+    Sign(sign::Sign),
+    /// Check the signatures of TOML files and the components they name
+    Verify(sign::Verify),
+}
+
+/// How plugins are loaded, as in the settings of `serve`.
+#[derive(Args)]
+pub struct Given {
+    /// Folder of compiled plugins [default: a folder of the user's]
+    #[arg(long, env = "BATCHWRIGHT_CACHE", value_name = "DIR", hide_env_values = true)]
+    cache: Option<PathBuf>,
+    /// Time that compiling one plugin may take [default: 1m]
+    #[arg(long, env = "BATCHWRIGHT_COMPILE_TIMEOUT", value_name = "TIME", hide_env_values = true)]
+    compile_timeout: Option<Span>,
+    /// Memory that compiling one plugin may take [default: 4GiB]
+    #[arg(long, env = "BATCHWRIGHT_COMPILE_MEMORY", value_name = "SIZE", hide_env_values = true)]
+    compile_memory: Option<Size>,
+    /// Public keys: only plugins that one of them signed are loaded
+    #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
+    trusted_keys: Option<PathBuf>,
+}
+
+impl Given {
+    fn loader(self) -> Result<Loader, Error> {
+        let loading = Loading {
+            cache: self.cache.unwrap_or_else(user_cache),
+            compile_timeout: self.compile_timeout.unwrap_or(COMPILE_TIMEOUT),
+            compile_memory: self.compile_memory.unwrap_or(COMPILE_MEMORY),
+            trusted_keys: trusted_keys(&self.trusted_keys.unwrap_or_default())?,
+            compiler: None,
+        };
+        Ok(Loader::new(loading, Clock::system())?)
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
+impl Plugin {
+    pub async fn run(self) -> Result<ExitCode, Error> {
+        telemetry::start("off", LogFormat::Text).map_err(Error::Other)?;
+        match self {
+            Self::List { plugins, given } => {
+                let plugins = plugins.unwrap_or_else(default_plugins);
+                let registry = Registry::open(&plugins, given.loader()?).await?;
+                show::list(&registry);
+                Ok(ExitCode::SUCCESS)
+            }
+            Self::Inspect { file, given } => {
+                let inspected = given.loader()?.inspect(&file).await?;
+                print!("{}", show::describe(&file, &inspected));
+                Ok(ExitCode::SUCCESS)
+            }
+            Self::Check { path, given } => show::check(&given.loader()?, &path).await,
+            Self::New(new) => new.run(),
+            Self::Test { file, cases, settings, given } => {
+                test::test(&given.loader()?, &file, cases.as_deref(), &settings).await
+            }
+            Self::Pull(pull) => pull.run().await,
+            Self::Sign(sign) => sign.run(),
+            Self::Verify(verify) => verify.run(),
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! `batchwright plugin pull`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use futures_util::TryStreamExt;
+use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::manifest::{OciDescriptor, OciImageManifest, OciManifest};
+use oci_client::secrets::RegistryAuth;
+use oci_client::{Client, Reference};
+
+use super::{Given, show};
+use crate::cli::Error;
+use crate::plugin::types::Kind;
+use crate::plugin::{Inspected, MOST_COMPONENT, plugin_name, read_secret};
+
+/// Media types of a layer that is a component: of the CNCF's "Wasm OCI Artifact layout", and what was in use before it.
+const COMPONENT_TYPES: [&str; 3] = [
+    "application/wasm",
+    "application/vnd.wasm.content.layer.v1+wasm",
+    "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm",
+];
+
+/// How long a registry may keep silent, and how long all of it may take.
+const SILENCE: Duration = Duration::from_secs(30);
+const TOTAL: Duration = Duration::from_secs(600);
+
+/// The component is stored under its digest, so nothing that is in use is ever overwritten. A TOML file that pins it is written beside it,
+/// with `enabled = false`; if there is one already, it stays as it is, and what to put there is printed.
+#[derive(Args)]
+pub struct Pull {
+    /// What to fetch: REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST
+    #[arg(value_name = "REF")]
+    reference: String,
+    /// The plugin directory
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    /// The plugin's name, which its TOML file will have [default: the last part of the repository]
+    #[arg(long)]
+    name: Option<String>,
+    /// A user of the registry [default: as `docker login` left it]
+    #[arg(long, requires = "password")]
+    username: Option<String>,
+    /// Where the password or token is: env:NAME or file:PATH
+    #[arg(long, value_name = "SOURCE", requires = "username")]
+    password: Option<String>,
+    /// Speak HTTP without TLS: for a registry in your own network
+    #[arg(long)]
+    plain_http: bool,
+    #[command(flatten)]
+    given: Given,
+}
+
+impl Pull {
+    pub async fn run(self) -> Result<ExitCode, Error> {
+        let failed = |message: String| Error::Other(format!("failed to pull {}: {message}", self.reference));
+        let reference: Reference = self.reference.parse().map_err(|error| {
+            failed(format!("{error}; write REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST"))
+        })?;
+        let name = self.name.as_deref().or_else(|| reference.repository().rsplit('/').next()).unwrap_or_default();
+        let manifest = PathBuf::from(format!("{name}.toml"));
+        if plugin_name(&manifest)? != name {
+            return Err(failed(format!("`{}` is no name for a plugin; choose one with --name", name.escape_debug())));
+        }
+        if !self.to.is_dir() {
+            return Err(failed(format!(
+                "there is no folder {}; make it, or name another with --to",
+                self.to.display()
+            )));
+        }
+        let (bytes, digest) = tokio::time::timeout(TOTAL, self.fetch(&reference))
+            .await
+            .unwrap_or_else(|_| Err(format!("it takes longer than {TOTAL:?}")))
+            .map_err(failed)?;
+        let exact = reference.clone_with_digest(digest);
+        // Beside the others first, so that a registry's mistake never stands among the plugins.
+        let unwritable = |error: std::io::Error| failed(format!("{} cannot be written to: {error}", self.to.display()));
+        let mut file = tempfile::Builder::new().suffix(".partial").tempfile_in(&self.to).map_err(unwritable)?;
+        std::io::Write::write_all(&mut file, &bytes).map_err(unwritable)?;
+        file.as_file().sync_all().map_err(unwritable)?;
+        drop(bytes);
+        let inspected = self.given.loader()?.inspect(file.path()).await?;
+        let short = inspected.sha256.get(..12).unwrap_or_default();
+        let component = format!("{name}-{short}.wasm");
+        let path = self.to.join(&component);
+        file.persist(&path).map_err(|error| unwritable(error.error))?;
+        // Temporary files are their owner's alone; this one is for the server's user, too.
+        readable(&path).map_err(unwritable)?;
+        let manifest = self.to.join(manifest);
+        let text = manifest_text(&exact, &component, &inspected);
+        let written = match std::fs::OpenOptions::new().write(true).create_new(true).open(&manifest) {
+            Ok(mut file) => std::io::Write::write_all(&mut file, text.as_bytes()).map(|()| true).map_err(unwritable)?,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(unwritable(error)),
+        };
+        report(&exact, &path, &manifest, written, &component, &inspected);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The component's bytes, and the digest of the manifest that names them.
+    async fn fetch(&self, reference: &Reference) -> Result<(Vec<u8>, String), String> {
+        let auth = self.auth(reference)?;
+        // One may have been chosen already, which is as good.
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let registry = reference.resolve_registry().to_owned();
+        let protocol =
+            if self.plain_http { ClientProtocol::HttpsExcept(vec![registry]) } else { ClientProtocol::Https };
+        let config = ClientConfig {
+            protocol,
+            read_timeout: Some(SILENCE),
+            connect_timeout: Some(SILENCE),
+            user_agent: concat!("batchwright/", env!("CARGO_PKG_VERSION")),
+            ..ClientConfig::default()
+        };
+        let client = Client::try_from(config).map_err(|error| error.to_string())?;
+        let (manifest, digest) = client.pull_manifest(reference, &auth).await.map_err(|error| explain(&error))?;
+        let OciManifest::Image(manifest) = manifest else {
+            return Err("it is an index of several images; name one of them by its digest".into());
+        };
+        let layer = component_layer(&manifest)?;
+        let too_large = || format!("its component is larger than {MOST_COMPONENT} bytes");
+        if u64::try_from(layer.size).map_or(true, |size| size > MOST_COMPONENT) {
+            return Err(too_large());
+        }
+        let mut stream = client.pull_blob_stream(reference, layer).await.map_err(|error| explain(&error))?.stream;
+        let mut bytes = Vec::new();
+        // The stream fails at its end if the digest is not the manifest's.
+        while let Some(piece) = stream.try_next().await.map_err(|error| error.to_string())? {
+            // Whatever the manifest said of its size.
+            if (bytes.len().saturating_add(piece.len()) as u64) > MOST_COMPONENT {
+                return Err(too_large());
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok((bytes, digest))
+    }
+
+    fn auth(&self, reference: &Reference) -> Result<RegistryAuth, String> {
+        if let (Some(username), Some(password)) = (&self.username, &self.password) {
+            let password = read_secret(password).map_err(|error| format!("--password: {error}"))?;
+            return Ok(RegistryAuth::Basic(username.clone(), password));
+        }
+        match docker_credential::get_credential(reference.resolve_registry()) {
+            Ok(DockerCredential::UsernamePassword(username, password)) => Ok(RegistryAuth::Basic(username, password)),
+            Ok(DockerCredential::IdentityToken(_)) => {
+                Err("`docker login` left an identity token, which is not supported; use --username and --password"
+                    .into())
+            }
+            Err(
+                CredentialRetrievalError::ConfigNotFound
+                | CredentialRetrievalError::ConfigReadError
+                | CredentialRetrievalError::NoCredentialConfigured,
+            ) => Ok(RegistryAuth::Anonymous),
+            Err(error) => {
+                Err(format!("what `docker login` left cannot be used: {error}; use --username and --password"))
+            }
+        }
+    }
+}
+
+/// The one layer that is a component.
+fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String> {
+    let is_component = |layer: &&OciDescriptor| COMPONENT_TYPES.contains(&layer.media_type.as_str());
+    let mut found = manifest.layers.iter().filter(is_component);
+    match (found.next(), found.next()) {
+        (Some(layer), None) => Ok(layer),
+        (Some(_), Some(_)) => Err("it has several layers of WebAssembly, where a plugin is one".into()),
+        (None, _) => {
+            let types: Vec<&str> = manifest.layers.iter().map(|layer| layer.media_type.as_str()).collect();
+            let types = if types.is_empty() { "none".to_owned() } else { types.join(", ") };
+            Err(format!("no layer of it is a component (application/wasm); its layers are {types}"))
+        }
+    }
+}
+
+fn explain(error: &OciDistributionError) -> String {
+    match error {
+        OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
+            format!("the registry wants to know who asks ({error}); use --username and --password")
+        }
+        OciDistributionError::RegistryError { envelope, .. }
+            if envelope.errors.iter().any(|error| {
+                matches!(error.code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound)
+            }) =>
+        {
+            "the registry knows no such thing; check the repository, and the tag or digest".into()
+        }
+        OciDistributionError::RequestError(request) => {
+            // The outermost says least.
+            let mut innermost: &dyn std::error::Error = request;
+            while let Some(cause) = innermost.source() {
+                innermost = cause;
+            }
+            format!("{request}: {innermost}")
+        }
+        error => error.to_string(),
+    }
+}
+
+/// The TOML file to begin with: off, until somebody has looked at it.
+fn manifest_text(exact: &Reference, component: &str, inspected: &Inspected) -> String {
+    let description = &inspected.description;
+    let one_line = |text: &str| text.replace(|letter: char| letter.is_control(), " ");
+    let mut text = format!(
+        "# {} {}: {}\n# From {exact}\ncomponent = \"{component}\"\nsha256 = \"{}\"\nenabled = false  # look at the rest, then take this line away\n",
+        one_line(&description.name),
+        description.version,
+        one_line(&description.summary),
+        inspected.sha256,
+    );
+    if inspected.kind == Kind::Adapter {
+        text.push_str("models = []  # what it is to serve\n");
+    }
+    let properties = description.settings_schema.get("properties").and_then(|found| found.as_object());
+    for (place, (name, schema)) in properties.into_iter().flatten().enumerate() {
+        if place == 0 {
+            text.push_str("\n[settings]\n");
+        }
+        let about = schema.get("description").and_then(|about| about.as_str()).unwrap_or_default();
+        text.push_str(&format!("# {} = …  # {}\n", one_line(name), one_line(about)));
+    }
+    for (place, need) in description.credentials.iter().enumerate() {
+        if place == 0 {
+            text.push_str("\n[credentials]\n");
+        }
+        let required = if need.required { "required" } else { "optional" };
+        text.push_str(&format!("# {} = \"env:NAME\"  # {required}, sent as `{}`\n", one_line(&need.name), need.header));
+    }
+    text
+}
+
+fn readable(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+}
+
+#[expect(clippy::print_stdout, reason = "what was done is the command's output")]
+fn report(exact: &Reference, path: &Path, manifest: &Path, written: bool, component: &str, inspected: &Inspected) {
+    println!("pulled {exact}");
+    print!("{}", show::describe(path, inspected));
+    let manifest = manifest.display();
+    if written {
+        println!("\n{manifest} names it and is turned off: look at it, then take `enabled = false` away.");
+    } else {
+        println!("\n{manifest} stays as it is. To use this component, put there:\n");
+        println!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);
+    }
+}

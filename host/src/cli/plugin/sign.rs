@@ -1,0 +1,99 @@
+//! `batchwright plugin sign` and `verify`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use ssh_key::PrivateKey;
+
+use crate::cli::Error;
+use crate::plugin::signature::{TrustedKeys, sign, signature_file, statement};
+use crate::plugin::{Files, plugin_name, read_secret};
+
+/// Make a key with `ssh-keygen -t ed25519 -f KEY`; its public half, KEY.pub, is what servers trust.
+#[derive(Args)]
+pub struct Sign {
+    /// The plugin's TOML file; the signature lands beside it, in FILE.sig
+    file: PathBuf,
+    /// A private key as OpenSSH writes it (Ed25519 or ECDSA P-256)
+    #[arg(long, value_name = "FILE", required_unless_present = "statement")]
+    key: Option<PathBuf>,
+    /// Where the key's passphrase is, if it has one: env:NAME or file:PATH
+    #[arg(long, value_name = "SOURCE")]
+    passphrase: Option<String>,
+    /// Print what is to be signed and sign nothing: for a key that lies elsewhere, with
+    /// `ssh-keygen -Y sign -n batchwright-plugin`
+    #[arg(long, conflicts_with_all = ["key", "passphrase"])]
+    statement: bool,
+}
+
+/// Status 0 only if every file has a signature of one of the keys that fits.
+#[derive(Args)]
+pub struct Verify {
+    /// TOML files of plugins
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Public keys as OpenSSH writes them, one a line
+    #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
+    trusted_keys: PathBuf,
+}
+
+/// What is signed for a TOML file, and the signature it has.
+fn read(file: &Path) -> Result<(String, Option<String>), Error> {
+    let files = Files::read_any(file)?;
+    Ok((statement(&plugin_name(file)?, &files.text, &files.component.sha256), files.signature))
+}
+
+#[expect(clippy::print_stdout, reason = "what was done is the command's output")]
+impl Sign {
+    pub fn run(self) -> Result<ExitCode, Error> {
+        let (statement, _) = read(&self.file)?;
+        if self.statement {
+            print!("{statement}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        let Some(key) = self.key else { return Err(Error::Other("say which key with --key".into())) };
+        let path = key.display();
+        let unusable = |error: String| Error::Other(format!("the key {path}: {error}"));
+        let text = std::fs::read(&key).map_err(|error| unusable(format!("cannot be read: {error}")))?;
+        let key = PrivateKey::from_openssh(&text).map_err(|error| {
+            unusable(format!("is no private key as OpenSSH writes it: {error}; make one with `ssh-keygen -t ed25519`"))
+        })?;
+        let key = match (key.is_encrypted(), &self.passphrase) {
+            (false, _) => key,
+            (true, None) => return Err(unusable("has a passphrase; say where it is with --passphrase".into())),
+            (true, Some(source)) => {
+                let passphrase = read_secret(source).map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
+                key.decrypt(passphrase).map_err(|_| unusable("the passphrase does not open it".into()))?
+            }
+        };
+        let signature = sign(&key, &statement).map_err(unusable)?;
+        let to = signature_file(&self.file);
+        let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
+        std::fs::write(&to, signature).map_err(failed)?;
+        println!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
+impl Verify {
+    pub fn run(self) -> Result<ExitCode, Error> {
+        let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
+        let mut all_well = true;
+        for file in &self.files {
+            let verified = read(file).map_err(|error| error.to_string()).and_then(|(statement, signature)| {
+                keys.verify(&statement, signature.as_deref())
+                    .map_err(|message| format!("{}: signature: {message}", file.display()))
+            });
+            match verified {
+                Ok(signer) => println!("ok      {} signed by {signer}", file.display()),
+                Err(problem) => {
+                    all_well = false;
+                    println!("failed  {problem}");
+                }
+            }
+        }
+        Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}

@@ -1,0 +1,64 @@
+//! `batchwright plugin test`
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::show::size_text;
+use crate::cli::Error;
+use crate::plugin::types::Kind;
+use crate::plugin::{Loader, Plugin, conformance};
+
+#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
+pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
+    let plugin = if file.extension().is_some_and(|extension| extension == "toml") {
+        loader.load(file).await?
+    } else {
+        load_alone(loader, file, settings).await?
+    };
+    let description = &plugin.description;
+    println!("{} {} {}, {}", plugin.kind, description.name, description.version, description.summary);
+    let report = conformance::check(&plugin, cases).await;
+    for check in &report.checks {
+        match &check.problem {
+            None => println!("ok      {}", check.name),
+            Some(problem) => println!("failed  {}: {problem}", check.name),
+        }
+    }
+    for (function, calls) in report.calls() {
+        let (count, memory) = (calls.count(), size_text(calls.memory as u64));
+        let (median, longest) = (calls.median().as_micros(), calls.longest().as_micros());
+        println!(
+            "cost    {function}: {count} calls, CPU time {median} us (median) to {longest} us, memory up to {memory}"
+        );
+    }
+    let failed = report.failed();
+    println!("{} checks, {failed} failed", report.checks.len());
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Loads a component with a TOML file made for it: with these settings, the default limits, and credentials that open nothing.
+async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result<Plugin, Error> {
+    let other = |message: String| Error::Other(message);
+    let settings: toml::Table = serde_json::from_str(settings).map_err(|error| {
+        other(format!("--settings: {error}; give a JSON object, such as '{{\"base_url\": \"…\"}}'"))
+    })?;
+    let inspected = loader.inspect(component).await?;
+    let failed = |error: std::io::Error| other(format!("no temporary folder can be made: {error}"));
+    let folder = tempfile::TempDir::new().map_err(failed)?;
+    let beside = |name: &str| folder.path().join(name);
+    std::fs::copy(component, beside("component.wasm")).map_err(failed)?;
+    std::fs::write(beside("secret"), "not-a-secret").map_err(failed)?;
+    let mut manifest = toml::Table::new();
+    manifest.insert("component".into(), "component.wasm".into());
+    if inspected.kind == Kind::Adapter {
+        manifest.insert("models".into(), vec![toml::Value::from("m")].into());
+    }
+    manifest.insert("settings".into(), settings.into());
+    let source = toml::Value::from(format!("file:{}", beside("secret").display()));
+    let needs = inspected.description.credentials.iter();
+    let credentials: toml::Table = needs.map(|need| (need.name.clone(), source.clone())).collect();
+    manifest.insert("credentials".into(), credentials.into());
+    let file = beside("plugin.toml");
+    std::fs::write(&file, manifest.to_string()).map_err(failed)?;
+    Ok(loader.load(&file).await?)
+}

@@ -1,0 +1,129 @@
+//! Compiles components in a process of its own, which is held to time and memory and ended when it goes past them.
+//!
+//! A component from a stranger can make a compiler work for hours or ask for all the memory there is; here it costs the host nothing but
+//! its own loading. The process runs at a low priority, so that batches do not feel it.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+use wasmtime::Engine;
+use wasmtime::component::Component;
+
+use super::cache::Cache;
+use super::engine::{self, Flavour};
+use super::load::MOST_COMPONENT;
+use crate::config::{Size, Span};
+
+/// The hidden command that the process is started with.
+pub const COMMAND: &str = "compile-component";
+
+/// What of the compiler's complaint is shown, in bytes.
+const LONGEST_COMPLAINT: u64 = 4000;
+
+pub struct Compiler {
+    cache: Arc<Cache>,
+    /// The program that has `COMMAND`: this one.
+    program: PathBuf,
+    timeout: Span,
+    memory: Size,
+}
+
+impl Compiler {
+    pub fn new(cache: Cache, program: Option<PathBuf>, timeout: Span, memory: Size) -> Self {
+        Self { cache: Arc::new(cache), program: program.unwrap_or_else(this_program), timeout, memory }
+    }
+
+    /// The compiled form of a component whose SHA-256 is `sha256`: from the cache, or compiled now.
+    pub async fn component(
+        &self,
+        engine: &Engine,
+        flavour: Flavour,
+        sha256: &str,
+        bytes: &[u8],
+    ) -> Result<Component, String> {
+        let path = self.cache.path(engine, sha256);
+        let (cache, loading, found) = (self.cache.clone(), engine.clone(), path.clone());
+        let cached = tokio::task::spawn_blocking(move || cache.load(&loading, &found)).await;
+        if let Ok(Some(component)) = cached {
+            return Ok(component);
+        }
+        let output = self.cache.output().map_err(|error| format!("there is no room for its compiled form: {error}"))?;
+        self.run(flavour, bytes, output.reopen().map_err(|error| error.to_string())?).await?;
+        let (cache, engine) = (self.cache.clone(), engine.clone());
+        let kept = tokio::task::spawn_blocking(move || cache.keep(&engine, output, &path)).await;
+        kept.map_err(|error| error.to_string())?
+            .map_err(|error| format!("asks for more than a plugin may have: {error:#}"))
+    }
+
+    /// Runs the process: the component goes in, compiled code comes out.
+    async fn run(&self, flavour: Flavour, bytes: &[u8], output: std::fs::File) -> Result<(), String> {
+        let failed = |error: std::io::Error| format!("the compiler does not start: {error}");
+        let mut command = Command::new(&self.program);
+        command.arg(COMMAND).args(["--memory", &self.memory.bytes().to_string()]);
+        if flavour == Flavour::Concurrent {
+            command.arg("--concurrent");
+        }
+        command.stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);
+        // It compiles and does nothing else: nothing of the operator's belongs in there.
+        command.env_clear();
+        let mut child = command.spawn().map_err(failed)?;
+        let (mut input, complaint) = (child.stdin.take(), child.stderr.take());
+        let work = async {
+            if let Some(input) = &mut input {
+                // One that ended early says why by itself.
+                input.write_all(bytes).await.ok();
+            }
+            drop(input);
+            let mut said = Vec::new();
+            if let Some(complaint) = complaint {
+                complaint.take(LONGEST_COMPLAINT).read_to_end(&mut said).await.ok();
+            }
+            (child.wait().await, said)
+        };
+        // Dropping the work ends the process.
+        let ended = tokio::time::timeout(self.timeout.duration(), work).await;
+        let Ok((status, said)) = ended else {
+            return Err(format!(
+                "compiling takes longer than {}; make the component smaller, or raise the setting compile_timeout",
+                self.timeout
+            ));
+        };
+        match status.map_err(failed)? {
+            status if status.success() => Ok(()),
+            // 1 is the compiler's own word; anything else is its sudden end.
+            status if status.code() == Some(1) => Err(format!(
+                "is no component that can be compiled: {}; it may be damaged, cut short, or built with features that this version does not know",
+                String::from_utf8_lossy(&said).trim_end()
+            )),
+            status => Err(format!(
+                "compiling broke off ({status}); it may need more memory than {}, the setting compile_memory",
+                self.memory
+            )),
+        }
+    }
+}
+
+/// Also when its file was replaced since it was started.
+fn this_program() -> PathBuf {
+    let linux = PathBuf::from("/proc/self/exe");
+    if linux.exists() { linux } else { std::env::current_exe().unwrap_or(linux) }
+}
+
+/// The process: compiles what comes on standard input and writes the result to standard output.
+pub fn process(concurrent: bool, memory: u64) -> Result<(), String> {
+    let mut limit: Rlimit = getrlimit(Resource::Data);
+    limit.current = Some(limit.maximum.unwrap_or(u64::MAX).min(memory));
+    setrlimit(Resource::Data, limit).map_err(|error| format!("its memory cannot be bounded: {error}"))?;
+    // Not a condition: a system may forbid it.
+    nice(10).ok();
+    let flavour = if concurrent { Flavour::Concurrent } else { Flavour::Plain };
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    let compiled = engine::compiler(flavour)?.precompile_component(&bytes).map_err(|error| format!("{error:#}"))?;
+    std::io::stdout().lock().write_all(&compiled).map_err(|error| format!("the result cannot be written: {error}"))
+}

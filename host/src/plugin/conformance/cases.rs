@@ -1,0 +1,222 @@
+//! Recorded conversations, which an author keeps beside a component.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{ONE, Report, TWO, context, cut, request};
+use crate::egress::HttpResponse;
+use crate::plugin::error::CallError;
+use crate::plugin::plugin::Plugin;
+use crate::plugin::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
+
+/// A recorded case: a file that an author adds.
+#[derive(Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum Case {
+    Adapter { request: CaseRequest, exchanges: Vec<Exchange>, answer: Value },
+    Validator { batch: CaseBatch, lines: Vec<String>, violations: Vec<Value> },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CaseRequest {
+    endpoint: String,
+    #[serde(default)]
+    model: Option<String>,
+    body: Value,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CaseBatch {
+    endpoint: String,
+    #[serde(default)]
+    metadata: std::collections::BTreeMap<String, String>,
+    #[serde(default)]
+    first_model: Option<String>,
+}
+
+/// What the adapter is to send, as far as it is said, and what comes back.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Exchange {
+    #[serde(default)]
+    request: Value,
+    response: CaseResponse,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CaseResponse {
+    status: u16,
+    #[serde(default)]
+    headers: std::collections::BTreeMap<String, String>,
+    body: Value,
+}
+
+impl Report {
+    /// Plays every case of a folder.
+    pub(super) async fn cases(&mut self, plugin: &Plugin, folder: &Path) {
+        let files = match std::fs::read_dir(folder) {
+            Ok(files) => files,
+            Err(error) => return self.note(folder.display().to_string(), Err(format!("cannot be read: {error}"))),
+        };
+        let mut paths: Vec<_> = files.flatten().map(|file| file.path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+        paths.sort();
+        if paths.is_empty() {
+            self.note(folder.display().to_string(), Err("there is no .json file in it".into()));
+        }
+        for path in paths {
+            let found = match read_case(&path) {
+                Ok(Case::Adapter { request, exchanges, answer }) if plugin.kind == Kind::Adapter => {
+                    self.replay(plugin, request, exchanges, &answer).await
+                }
+                Ok(Case::Validator { batch, lines, violations }) if plugin.kind == Kind::Validator => {
+                    self.judge(plugin, batch, lines, &violations).await
+                }
+                Ok(_) => Err(format!("is a case for the other kind; this is a plugin of kind {}", plugin.kind)),
+                Err(error) => Err(error),
+            };
+            let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            self.note(format!("case {name}"), found);
+        }
+    }
+
+    /// Plays a recorded conversation; each step on the other instance.
+    async fn replay(
+        &mut self,
+        plugin: &Plugin,
+        case: CaseRequest,
+        exchanges: Vec<Exchange>,
+        expected: &Value,
+    ) -> Result<(), String> {
+        let mut asked = request(&case.endpoint, &case.body.to_string());
+        asked.model = case.model.or_else(|| Some(case.body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
+        let failed = |error: CallError| error.to_string();
+        let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
+        for (place, (exchange, tenant)) in exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate() {
+            let Step::Send { request, state } = step else {
+                return Err(format!("exchange {}: the adapter sends nothing, its step is {step:?}", place + 1));
+            };
+            let headers: serde_json::Map<String, Value> =
+                request.headers.iter().map(|(name, value)| (name.to_lowercase(), value.clone().into())).collect();
+            let sent = serde_json::json!({
+                "method": request.method, "url": request.url, "headers": headers, "body": as_json(&request.body),
+            });
+            contains(&sent, &exchange.request, "request")
+                .map_err(|problem| format!("exchange {}: {problem}", place + 1))?;
+            let CaseResponse { status, headers, body } = exchange.response;
+            let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
+            let outcome = Outcome::Response(HttpResponse { status, headers: headers.into_iter().collect(), body });
+            step = self.resume(plugin, tenant, &state, outcome).await.map_err(failed)?;
+        }
+        contains(&shown(&step), expected, "answer")
+    }
+
+    async fn judge(
+        &mut self,
+        plugin: &Plugin,
+        batch: CaseBatch,
+        lines: Vec<String>,
+        expected: &[Value],
+    ) -> Result<(), String> {
+        let context = BatchContext {
+            metadata: batch.metadata.into_iter().collect(),
+            first_model: batch.first_model,
+            ..context(&batch.endpoint)
+        };
+        let lines: Vec<Line> = (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
+        let found = self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.to_string())?;
+        let found: Vec<Value> = found
+            .into_iter()
+            .map(|found| {
+                serde_json::json!({"line": found.line, "code": found.code, "message": found.message, "param": found.param})
+            })
+            .collect();
+        if found.len() != expected.len() {
+            return Err(format!("there are {} findings and not {}: {found:?}", found.len(), expected.len()));
+        }
+        found.iter().zip(expected).try_for_each(|(found, expected)| contains(found, expected, "violations"))
+    }
+}
+
+fn read_case(path: &Path) -> Result<Case, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+    serde_json::from_str(&text).map_err(|error| {
+        format!(
+            "is no case ({error}): one has `request`, `exchanges` and `answer`, or `batch`, `lines` and `violations`"
+        )
+    })
+}
+
+fn as_json(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into())
+}
+
+/// A step as a case has it.
+fn shown(step: &Step) -> Value {
+    let answer = |answer: &Answer| match answer {
+        Answer::Response(response) => {
+            let usage = response.usage.map(|usage| {
+                serde_json::json!({
+                    "input_tokens": usage.input_tokens, "cached_input_tokens": usage.cached_input_tokens,
+                    "output_tokens": usage.output_tokens, "reasoning_tokens": usage.reasoning_tokens,
+                })
+            });
+            serde_json::json!({"status": response.status, "body": as_json(response.body.as_bytes()), "usage": usage})
+        }
+        Answer::Failure(failure) => serde_json::json!({"code": failure.code, "message": failure.message}),
+    };
+    match step {
+        Step::Done(done) => answer(done),
+        Step::Retry { after_milliseconds, otherwise } => {
+            serde_json::json!({"retry": {"after_milliseconds": after_milliseconds, "otherwise": answer(otherwise)}})
+        }
+        Step::Wait { milliseconds, .. } => serde_json::json!({"wait": milliseconds}),
+        Step::Send { request, .. } => serde_json::json!({"send": {"method": request.method, "url": request.url}}),
+    }
+}
+
+/// Whether everything that is expected is there; of an object only the members that are named.
+fn contains(found: &Value, expected: &Value, place: &str) -> Result<(), String> {
+    match (found, expected) {
+        (_, Value::Null) if place == "request" => Ok(()),
+        (Value::Object(found), Value::Object(expected)) => expected.iter().try_for_each(|(key, value)| {
+            let place = format!("{place}.{key}");
+            match found.get(key) {
+                Some(found) => contains(found, value, &place),
+                None => Err(format!("{place} is missing")),
+            }
+        }),
+        (Value::Array(found), Value::Array(expected)) if found.len() == expected.len() => (0..)
+            .zip(found.iter().zip(expected))
+            .try_for_each(|(index, (found, expected))| contains(found, expected, &format!("{place}[{index}]"))),
+        _ if found == expected => Ok(()),
+        _ => Err(format!("{place} is {}, expected was {}", cut(&found.to_string()), cut(&expected.to_string()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_expected_must_be_there_and_more_may() {
+        let found = json!({"a": {"b": [1, {"c": "x", "d": 2}]}, "e": null});
+        assert_eq!(contains(&found, &json!({"a": {"b": [1, {"c": "x"}]}}), "answer"), Ok(()));
+        assert_eq!(contains(&found, &Value::Null, "request"), Ok(()));
+        for (expected, problem) in [
+            (json!({"a": {"b": [1]}}), "answer.a.b is [1,{\"c\":\"x\",\"d\":2}], expected was [1]"),
+            (json!({"z": 1}), "answer.z is missing"),
+            (json!({"a": {"b": [1, {"c": "y"}]}}), "answer.a.b[1].c is \"x\", expected was \"y\""),
+            (json!({"e": 1}), "answer.e is null, expected was 1"),
+        ] {
+            assert_eq!(contains(&found, &expected, "answer"), Err(problem.to_owned()));
+        }
+    }
+}

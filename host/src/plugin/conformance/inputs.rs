@@ -1,0 +1,69 @@
+//! What a component is given to see what it does with it.
+
+use crate::egress::Fault;
+
+/// Endpoints of the API, each with a body that is as it should be.
+pub const ENDPOINTS: [(&str, &str); 5] = [
+    ("/v1/chat/completions", r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#),
+    ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
+    ("/v1/embeddings", r#"{"model":"m","input":["a","b"]}"#),
+    ("/v1/responses", r#"{"model":"m","input":"hi"}"#),
+    ("/v1/moderations", r#"{"model":"m","input":"hi"}"#),
+];
+
+/// Bodies that a client may send and that validators may have let through.
+pub const ODD_BODIES: [&str; 9] = [
+    "{}",
+    r#"{"model":"m","messages":[]}"#,
+    r#"{"model":"m","messages":null,"input":null,"prompt":null}"#,
+    r#"{"model":"m","messages":[{"role":"user","content":7},7,null,[]]}"#,
+    r#"{"model":"m","messages":[{"role":"user","content":"\u0000 ü 😀 \ud83d\ude00"}],"n":1e999}"#,
+    r#"{"model":"m","messages":[{"role":"user","content":"\ud800"}],"\udfff":1}"#,
+    r#"{"model":"m","model":"n","messages":[{"role":"user","content":"x"}]}"#,
+    r#"{"model":"m","messages":[{"role":"user","content":[{"type":"nobody knows"}]}],"tools":"x","stop":{}}"#,
+    r#"{"model":"m","input":{"a":[[[[[[[[]]]]]]]]},"prompt":[[1,2],[3]]}"#,
+];
+
+/// Bodies that a provider may answer with.
+pub const ODD_ANSWERS: [&[u8]; 12] = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"<html><body>an error page</body></html>",
+    b"{\"error\":\"as a string\"}",
+    b"{\"error\":{\"message\":\"m\",\"type\":\"t\"}}",
+    b"{\"choices\":[],\"usage\":{\"prompt_tokens\":-1}}",
+    b"\xff\xfe not UTF-8",
+    b"{\"error\":{\"message\":\"\xff\"}}",
+    b"{\"id\":\"\xff\",\"choices\":[{\"message\":{\"content\":\"\xff\"}}]}",
+    b"{\"message\":{\"content\":null},\"content\":[{\"type\":\"text\"}],\"usage\":7",
+];
+
+pub const FAULTS: [Fault; 7] = [
+    Fault::NameResolution,
+    Fault::Connection,
+    Fault::Tls,
+    Fault::Timeout,
+    Fault::Protocol,
+    Fault::TooLarge,
+    Fault::NotAllowed,
+];
+
+/// Lines of an input file, good and bad.
+pub const LINES: [&str; 14] = [
+    r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#,
+    r#"{"custom_id":"b","method":"POST","url":"/v1/embeddings","body":{"model":"m","input":"hi"}}"#,
+    "{}",
+    "[]",
+    "null",
+    "7",
+    "\"text\"",
+    "no json",
+    "{\"custom_id\":",
+    r#"{"custom_id":7,"method":[],"url":{},"body":"x"}"#,
+    r#"{"custom_id":"\ud800","method":"POST","url":"/v1/chat/completions","body":{"\udfff":1e999}}"#,
+    "{\"custom_id\":\"\u{0}\u{1}\"}",
+    r#"{"custom_id":"ü😀","method":"get","url":"","body":{"model":null,"messages":{},"stream":"yes"}}"#,
+    r#"{"custom_id":"c","custom_id":"d","body":{},"body":[]}"#,
+];

@@ -1,0 +1,290 @@
+//! Is a component what the contract asks for? It is given good, odd and hostile input, and what its author recorded; whatever it does is
+//! noted.
+//!
+//! Two tenants stand for two instances: a plugin is pure, so both must say the same, also when they are asked again.
+
+mod cases;
+mod inputs;
+
+use std::fmt::Debug;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES};
+
+use super::error::CallError;
+use super::plugin::Plugin;
+use super::types::{BatchContext, Kind, Line, Outcome, Request, Step, Violation};
+use crate::egress::{HttpResponse, TransportError};
+
+/// Tenants of the two instances; what one was told the other must not need to know.
+const ONE: &str = "one";
+const TWO: &str = "two";
+
+/// How one check went.
+pub struct Check {
+    pub name: String,
+    /// What is wrong; none if nothing is.
+    pub problem: Option<String>,
+}
+
+/// What the calls of one function took.
+#[derive(Default)]
+pub struct Calls {
+    /// CPU time of each: theirs, and the host's for passing arguments and results.
+    times: Vec<Duration>,
+    /// The most linear memory an instance held after one, in bytes.
+    pub memory: usize,
+}
+
+impl Calls {
+    pub fn count(&self) -> usize {
+        self.times.len()
+    }
+
+    pub fn median(&self) -> Duration {
+        let mut times = self.times.clone();
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    }
+
+    pub fn longest(&self) -> Duration {
+        self.times.iter().max().copied().unwrap_or_default()
+    }
+
+    fn note(&mut self, begun: Duration, plugin: &Plugin) {
+        self.times.push(cpu_time().saturating_sub(begun));
+        self.memory = self.memory.max(plugin.most_memory());
+    }
+}
+
+/// CPU time of this thread. A check is polled by one thread alone, and calls run where they are polled.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
+}
+
+#[derive(Default)]
+pub struct Report {
+    pub checks: Vec<Check>,
+    begin: Calls,
+    resume: Calls,
+    validate: Calls,
+}
+
+/// Runs all checks, and the cases of a folder.
+pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
+    let mut report = Report::default();
+    match plugin.kind {
+        Kind::Adapter => report.adapter(plugin).await,
+        Kind::Validator => report.validator(plugin).await,
+    }
+    if let Some(folder) = cases {
+        report.cases(plugin, folder).await;
+    }
+    report
+}
+
+impl Report {
+    pub fn failed(&self) -> usize {
+        self.checks.iter().filter(|check| check.problem.is_some()).count()
+    }
+
+    /// Each function that was called, with what its calls took.
+    pub fn calls(&self) -> impl Iterator<Item = (&'static str, &Calls)> {
+        let all = [("begin", &self.begin), ("resume", &self.resume), ("validate", &self.validate)];
+        all.into_iter().filter(|(_, calls)| calls.count() > 0)
+    }
+
+    fn note(&mut self, name: impl Into<String>, found: Result<(), String>) {
+        self.checks.push(Check { name: name.into(), problem: found.err() });
+    }
+
+    async fn begin(&mut self, plugin: &Plugin, tenant: &str, request: &Request) -> Result<Step, CallError> {
+        let begun = cpu_time();
+        let step = plugin.begin(tenant, request.clone()).await;
+        self.begin.note(begun, plugin);
+        step
+    }
+
+    async fn resume(
+        &mut self,
+        plugin: &Plugin,
+        tenant: &str,
+        state: &[u8],
+        outcome: Outcome,
+    ) -> Result<Step, CallError> {
+        let begun = cpu_time();
+        let step = plugin.resume(tenant, state, outcome).await;
+        self.resume.note(begun, plugin);
+        step
+    }
+
+    async fn validate(
+        &mut self,
+        plugin: &Plugin,
+        tenant: &str,
+        batch: &BatchContext,
+        lines: &[Line],
+    ) -> Result<Vec<Violation>, CallError> {
+        let begun = cpu_time();
+        let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
+        self.validate.note(begun, plugin);
+        found.map(|mut violations| {
+            violations.sort_by_key(|violation| violation.line);
+            violations
+        })
+    }
+
+    async fn adapter(&mut self, plugin: &Plugin) {
+        let handled: Vec<_> = ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)).collect();
+        if handled.is_empty() {
+            self.note("handles an endpoint", Err("`describe` names no endpoint of the Batch API".into()));
+        }
+        for (endpoint, body) in &handled {
+            let good = request(endpoint, body);
+            let (begun, same) = self.begin_twice(plugin, &good).await;
+            self.note(format!("{endpoint}: begins, the same from every instance"), same);
+            if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = begun {
+                self.outcomes(plugin, endpoint, &state).await;
+            }
+            for (place, body) in ODD_BODIES.iter().enumerate() {
+                let (_, same) = self.begin_twice(plugin, &request(endpoint, body)).await;
+                self.note(format!("{endpoint}: odd body {}", place + 1), same);
+            }
+            let long = format!(r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#, "x".repeat(1 << 20));
+            let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
+            self.note(format!("{endpoint}: a body of a MiB"), same);
+        }
+        if plugin.handles("/v1/chat/completions") {
+            let robot = r#"{"model":"m","messages":[{"role":"robot","content":"x"}]}"#;
+            let refused = match self.begin(plugin, ONE, &request("/v1/chat/completions", robot)).await {
+                Ok(Step::Done(_)) => Ok(()),
+                Ok(_) => Err("a message with the role `robot` is sent on; the contract has it refused".into()),
+                Err(error) => Err(error.to_string()),
+            };
+            self.note("refuses an unknown role before anything is sent", refused);
+        }
+        let stranger = self.resume(plugin, TWO, b"not its own", Outcome::Elapsed).await;
+        self.note("takes a state that is not its own", stranger.map(drop).map_err(|error| error.to_string()));
+    }
+
+    async fn begin_twice(&mut self, plugin: &Plugin, request: &Request) -> (Option<Step>, Result<(), String>) {
+        let first = self.begin(plugin, ONE, request).await;
+        let others = [self.begin(plugin, TWO, request).await, self.begin(plugin, ONE, request).await];
+        let same = others.iter().try_for_each(|other| same(&first, other));
+        (first.ok(), same)
+    }
+
+    /// Every outcome of an exchange, on both instances.
+    async fn outcomes(&mut self, plugin: &Plugin, endpoint: &str, state: &[u8]) {
+        for status in [200, 201, 204, 301, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 529, 599] {
+            let mut found = Ok(());
+            for body in ODD_ANSWERS {
+                let outcome = || {
+                    let headers = vec![
+                        ("content-type".to_owned(), "application/json".to_owned()),
+                        ("retry-after".to_owned(), "Wed, 21 Oct 2015 07:28:00 GMT".to_owned()),
+                    ];
+                    Outcome::Response(HttpResponse { status, headers, body: body.to_vec() })
+                };
+                let one = self.resume(plugin, ONE, state, outcome()).await;
+                let two = self.resume(plugin, TWO, state, outcome()).await;
+                found = found.and(same(&one, &two)).map_err(|problem| {
+                    format!("{problem}; the body was {}", String::from_utf8_lossy(body).escape_debug())
+                });
+            }
+            self.note(format!("{endpoint}: answers of status {status}"), found);
+        }
+        let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1 << 20));
+        let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
+        let long = Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
+        let found = self.resume(plugin, ONE, state, long).await;
+        self.note(format!("{endpoint}: an answer of a MiB"), found.map(drop).map_err(|error| error.to_string()));
+        for fault in FAULTS {
+            let outcome = || Outcome::Error(TransportError { fault, message: "It did not work.".into() });
+            let one = self.resume(plugin, ONE, state, outcome()).await;
+            let two = self.resume(plugin, TWO, state, outcome()).await;
+            self.note(format!("{endpoint}: {fault:?} in place of an answer"), same(&one, &two));
+        }
+    }
+
+    async fn validator(&mut self, plugin: &Plugin) {
+        let numbered = |texts: &[&str]| -> Vec<Line> {
+            (1..).zip(texts).map(|(number, text)| Line { number, text: (*text).to_owned() }).collect()
+        };
+        let lines = numbered(&LINES);
+        for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)) {
+            let batch = context(endpoint);
+            let whole = self.validate(plugin, ONE, &batch, &lines).await;
+            let again = self.validate(plugin, TWO, &batch, &lines).await;
+            self.note(format!("{endpoint}: judges odd lines, the same from every instance"), same(&whole, &again));
+            let mut one_by_one = Ok(Vec::new());
+            for line in &lines {
+                let found = self.validate(plugin, ONE, &batch, std::slice::from_ref(line)).await;
+                one_by_one = one_by_one.and_then(|mut all: Vec<Violation>| {
+                    all.extend(found?);
+                    Ok(all)
+                });
+            }
+            self.note(format!("{endpoint}: judges each line alone as it does among others"), same(&whole, &one_by_one));
+            let none = self.validate(plugin, ONE, &batch, &[]).await;
+            self.note(
+                format!("{endpoint}: no lines, no findings"),
+                match none {
+                    Ok(found) if found.is_empty() => Ok(()),
+                    Ok(found) => Err(format!("found {found:?}")),
+                    Err(error) => Err(error.to_string()),
+                },
+            );
+        }
+        let batch = context("/v1/chat/completions");
+        let long = format!(r#"{{"custom_id":"{}"}}"#, "x".repeat(1 << 20));
+        let deep = format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
+        for (name, text) in [("a line of a MiB", &long), ("a line nested 10,000 deep", &deep)] {
+            let found = self.validate(plugin, ONE, &batch, &numbered(&[text])).await;
+            self.note(name, found.map(drop).map_err(|error| error.to_string()));
+        }
+        let many: Vec<&str> = LINES.iter().copied().cycle().take(1000).collect();
+        let found = self.validate(plugin, ONE, &batch, &numbered(&many)).await;
+        self.note("a thousand lines in one call", found.map(drop).map_err(|error| error.to_string()));
+    }
+}
+
+fn request(endpoint: &str, body: &str) -> Request {
+    Request {
+        id: format!("batch_req_{}", "0".repeat(32)),
+        custom_id: "case".into(),
+        endpoint: endpoint.into(),
+        model: "m".into(),
+        body: body.into(),
+        created_at: 1_700_000_000,
+        attempt: 1,
+    }
+}
+
+fn context(endpoint: &str) -> BatchContext {
+    let metadata = vec![("team".into(), "research".into())];
+    BatchContext {
+        id: format!("batch_{}", "0".repeat(32)),
+        endpoint: endpoint.into(),
+        metadata,
+        first_model: Some("m".into()),
+    }
+}
+
+/// Whether two instances said the same; a call that failed is a problem by itself.
+fn same<T: Debug>(one: &Result<T, CallError>, other: &Result<T, CallError>) -> Result<(), String> {
+    match (one, other) {
+        (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
+        (Ok(one), Ok(other)) => {
+            let (one, other) = (format!("{one:?}"), format!("{other:?}"));
+            if one == other { Ok(()) } else { Err(format!("two instances differ: {} and {}", cut(&one), cut(&other))) }
+        }
+    }
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(300).collect()
+}

@@ -1,0 +1,112 @@
+//! What a plugin is made of, each file read once: nothing is judged by other bytes than those that are loaded.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::error::LoadError;
+use super::load::MOST_COMPONENT;
+use super::manifest::{Manifest, Source};
+use super::signature::signature_file;
+
+/// Largest TOML file and signature, in bytes.
+const MOST_TEXT: u64 = 1 << 20;
+
+/// A component's file.
+pub struct ComponentFile {
+    pub path: PathBuf,
+    pub bytes: Vec<u8>,
+    /// In hexadecimal.
+    pub sha256: String,
+}
+
+impl ComponentFile {
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
+        let size = std::fs::metadata(path).map_err(unreadable)?.len();
+        if size > MOST_COMPONENT {
+            let message = format!("has {size} bytes; a component has at most {MOST_COMPONENT}");
+            return Err(LoadError::Component { component: path.to_owned(), message });
+        }
+        let bytes = std::fs::read(path).map_err(unreadable)?;
+        let sha256 = sha256(&bytes);
+        Ok(Self { path: path.to_owned(), bytes, sha256 })
+    }
+}
+
+/// All that a TOML file stands for.
+pub struct Files {
+    pub file: PathBuf,
+    pub text: String,
+    pub manifest: Manifest,
+    pub component: ComponentFile,
+    /// The text of its signature, if there is one.
+    pub signature: Option<String>,
+}
+
+impl Files {
+    /// The files of a plugin that is to be loaded.
+    pub fn read(file: &Path) -> Result<Self, LoadError> {
+        Self::read_if(file, true)
+    }
+
+    /// The files of a plugin, whether it is turned off or not.
+    pub fn read_any(file: &Path) -> Result<Self, LoadError> {
+        Self::read_if(file, false)
+    }
+
+    fn read_if(file: &Path, enabled: bool) -> Result<Self, LoadError> {
+        let text = read_text(file)?;
+        let manifest = Manifest::parse(file, &text)?;
+        if enabled && !manifest.enabled {
+            return Err(LoadError::Disabled { file: file.to_owned() });
+        }
+        let component = file.with_file_name("").join(&manifest.component);
+        if !component.exists() {
+            let message = format!(
+                "there is no {} beside this file; build or copy the component there",
+                manifest.component.display()
+            );
+            return Err(LoadError::Key { file: file.to_owned(), key: "component".into(), message });
+        }
+        let signature = signature_file(file);
+        let signature = if signature.exists() { Some(read_text(&signature)?) } else { None };
+        let component = ComponentFile::read(&component)?;
+        Ok(Self { file: file.to_owned(), text, manifest, component, signature })
+    }
+
+    /// Changes when any of them does, or a secret.
+    pub fn fingerprint(&self) -> String {
+        let mut digest = Sha256::new();
+        let mut add = |part: &str| {
+            digest.update(part.len().to_le_bytes());
+            digest.update(part);
+        };
+        add(&self.text);
+        add(&self.component.sha256);
+        add(self.signature.as_deref().unwrap_or_default());
+        for source in self.manifest.credentials.values() {
+            let secret = Source::parse(source).and_then(|source| source.read().ok());
+            add(secret.as_deref().unwrap_or_default());
+        }
+        hex(&digest.finalize())
+    }
+}
+
+pub fn read_text(path: &Path) -> Result<String, LoadError> {
+    let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
+    if std::fs::metadata(path).map_err(unreadable)?.len() > MOST_TEXT {
+        let message = format!("has more than {MOST_TEXT} bytes");
+        return Err(LoadError::Manifest { file: path.to_owned(), message });
+    }
+    std::fs::read_to_string(path).map_err(unreadable)
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}

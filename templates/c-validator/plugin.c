@@ -1,0 +1,59 @@
+/* A validator: no request may ask for more tokens than a setting allows. */
+
+#include <stdio.h>
+
+#include "json.h"
+#include "validator.h"
+
+static double max_tokens;
+
+void exports_batchwright_plugin_plugin_describe(exports_batchwright_plugin_plugin_description_t *ret) {
+    memset(ret, 0, sizeof *ret);
+    validator_string_dup(&ret->name, "{{name}}");
+    validator_string_dup(&ret->version, "0.1.0");
+    validator_string_dup(&ret->summary, "Holds requests to a number of tokens");
+    validator_string_dup(&ret->settings_schema,
+                         "{\"type\":\"object\",\"properties\":{\"max_tokens\":{\"type\":\"integer\",\"minimum\":1,\"default\":4096,"
+                         "\"description\":\"The most tokens a request may ask for\"}},\"additionalProperties\":false}");
+}
+
+bool exports_batchwright_plugin_plugin_configure(exports_batchwright_plugin_plugin_json_t *settings, validator_string_t *err) {
+    /* The host fills in the schema's defaults. */
+    bool found = json_number(json_member((json_t){settings->ptr, settings->len}, "max_tokens"), &max_tokens);
+    if (!found) validator_string_dup(err, "max_tokens is missing");
+    exports_batchwright_plugin_plugin_json_free(settings);
+    return found;
+}
+
+static void report(exports_batchwright_plugin_validation_list_violation_t *found, uint64_t line, const char *field) {
+    char message[80], param[80];
+    exports_batchwright_plugin_validation_violation_t *grown = realloc(found->ptr, (found->len + 1) * sizeof *grown);
+    if (!grown) abort();
+    found->ptr = grown;
+    exports_batchwright_plugin_validation_violation_t *violation = &grown[found->len++];
+    snprintf(message, sizeof message, "At most %.0f tokens may be asked for.", max_tokens);
+    snprintf(param, sizeof param, "body.%s", field);
+    violation->line = line;
+    validator_string_dup(&violation->code, "too_many_tokens");
+    validator_string_dup(&violation->message, message);
+    violation->param.is_some = true;
+    validator_string_dup(&violation->param.val, param);
+}
+
+void exports_batchwright_plugin_validation_validate(exports_batchwright_plugin_validation_batch_t *batch,
+                                                    exports_batchwright_plugin_validation_list_line_t *lines,
+                                                    exports_batchwright_plugin_validation_list_violation_t *ret) {
+    static const char *const fields[] = {"max_tokens", "max_completion_tokens"};
+    ret->ptr = NULL;
+    ret->len = 0;
+    for (size_t index = 0; index < lines->len; index++) {
+        /* What is wrong with the form of a line is for the standard rules to say. */
+        json_t body = json_member((json_t){lines->ptr[index].text.ptr, lines->ptr[index].text.len}, "body");
+        for (size_t field = 0; field < 2; field++) {
+            double asked;
+            if (json_number(json_member(body, fields[field]), &asked) && asked > max_tokens) report(ret, lines->ptr[index].number, fields[field]);
+        }
+    }
+    exports_batchwright_plugin_validation_batch_free(batch);
+    exports_batchwright_plugin_validation_list_line_free(lines);
+}

@@ -1,0 +1,149 @@
+// An adapter: passes chat completions on to `base_url`, with the model's name there.
+
+const ROLES = ["system", "developer", "user", "assistant", "tool", "function"];
+
+let baseUrl = "";
+
+export const plugin = {
+  describe() {
+    return {
+      name: "{{name}}",
+      version: "0.1.0",
+      summary: "Passes chat completions on",
+      endpoints: ["/v1/chat/completions"],
+      // The host adds the secret on the way out; it never comes by here.
+      credentials: [{ name: "api_key", header: "authorization", prefix: "Bearer ", required: false }],
+      settingsSchema: JSON.stringify({
+        type: "object",
+        properties: {
+          base_url: { type: "string", pattern: "^https?://", description: "What stands before /chat/completions" },
+        },
+        required: ["base_url"],
+        additionalProperties: false,
+      }),
+    };
+  },
+
+  // An exception's text is the error.
+  configure(settings) {
+    baseUrl = JSON.parse(settings).base_url.replace(/\/+$/, "");
+  },
+};
+
+export const inference = {
+  begin(request) {
+    let body;
+    try {
+      // Whole numbers beyond 2^53 are rounded here.
+      body = JSON.parse(request.body);
+    } catch (error) {
+      return done(failure("invalid_request", `The body cannot be read: ${error.message}.`));
+    }
+    for (const message of Array.isArray(body.messages) ? body.messages : []) {
+      if (!ROLES.includes(message?.role)) {
+        return done(failure("invalid_request", `Unknown message role: ${message?.role ?? "none"}`));
+      }
+    }
+    const exchange = {
+      request: {
+        method: "POST",
+        url: `${baseUrl}/chat/completions`,
+        headers: [{ name: "content-type", value: "application/json" }],
+        body: utf8(JSON.stringify({ ...body, model: request.model })),
+      },
+      // What `resume` must know of the request goes here: it may run in another instance.
+      state: new Uint8Array(),
+    };
+    return { tag: "send", val: exchange };
+  },
+
+  resume(_state, outcome) {
+    if (outcome.tag === "elapsed") return done(failure("adapter_error", "This adapter never waits."));
+    if (outcome.tag === "error") {
+      const unreachable = failure("provider_unreachable", outcome.val.message);
+      const hopeless = ["not-allowed", "too-large"].includes(outcome.val.fault);
+      return hopeless ? done(unreachable) : retry(undefined, unreachable);
+    }
+    const { status, headers } = outcome.val;
+    let body = null;
+    try {
+      body = JSON.parse(text(outcome.val.body));
+    } catch {
+      // Not JSON, or not even UTF-8.
+    }
+    const isObject = typeof body === "object" && body !== null && !Array.isArray(body);
+    if (status >= 200 && status < 300) {
+      if (isObject) return done(response(status, body, usage(body)));
+      return done(failure("invalid_provider_response", "The provider's answer is no JSON object."));
+    }
+    if (!isObject || !("error" in body)) {
+      const message = `The provider answered with status ${status}.`;
+      body = { error: { message, type: "provider_error", param: null, code: null } };
+    }
+    const refused = response(status, body, undefined);
+    return status === 429 || status >= 500 ? retry(retryAfter(headers), refused) : done(refused);
+  },
+};
+
+function usage(body) {
+  const tokens = (value) => (Number.isSafeInteger(value) && value >= 0 ? value : undefined);
+  const prompt = tokens(body.usage?.prompt_tokens);
+  const completion = tokens(body.usage?.completion_tokens);
+  if (prompt === undefined || completion === undefined) return undefined;
+  return {
+    inputTokens: prompt,
+    cachedInputTokens: tokens(body.usage.prompt_tokens_details?.cached_tokens) ?? 0,
+    outputTokens: completion,
+    reasoningTokens: tokens(body.usage.completion_tokens_details?.reasoning_tokens) ?? 0,
+  };
+}
+
+// The header's seconds, in milliseconds; its other form, a date, is left to the host's own backoff.
+function retryAfter(headers) {
+  const value = headers.find((header) => header.name.toLowerCase() === "retry-after")?.value ?? "";
+  return /^\d{1,6}$/.test(value) ? Number(value) * 1000 : undefined;
+}
+
+const response = (status, body, usage) => ({
+  tag: "response",
+  val: { status, requestId: undefined, body: JSON.stringify(body), usage },
+});
+const failure = (code, message) => ({ tag: "failure", val: { code, message } });
+const done = (answer) => ({ tag: "done", val: answer });
+const retry = (afterMilliseconds, otherwise) => ({ tag: "retry", val: { afterMilliseconds, otherwise } });
+
+// QuickJS has no TextEncoder and no TextDecoder.
+function utf8(string) {
+  const bytes = new Uint8Array(string.length * 3);
+  let length = 0;
+  for (let at = 0; at < string.length; at++) {
+    let code = string.charCodeAt(at);
+    if (code < 0x80) {
+      bytes[length++] = code;
+      continue;
+    }
+    if (code < 0x800) {
+      bytes[length++] = 0xc0 | (code >> 6);
+    } else {
+      // JSON.stringify leaves no half of a pair.
+      if (code >= 0xd800 && code < 0xdc00) {
+        code = 0x10000 + ((code & 0x3ff) << 10) + (string.charCodeAt(++at) & 0x3ff);
+        bytes[length++] = 0xf0 | (code >> 18);
+        bytes[length++] = 0x80 | ((code >> 12) & 0x3f);
+      } else {
+        bytes[length++] = 0xe0 | (code >> 12);
+      }
+      bytes[length++] = 0x80 | ((code >> 6) & 0x3f);
+    }
+    bytes[length++] = 0x80 | (code & 0x3f);
+  }
+  return bytes.slice(0, length);
+}
+
+// Throws where the bytes are no UTF-8.
+function text(bytes) {
+  const pieces = [];
+  for (let at = 0; at < bytes.length; at += 4096) pieces.push(String.fromCharCode(...bytes.subarray(at, at + 4096)));
+  const letters = pieces.join("");
+  return /[^\0-\x7f]/.test(letters) ? decodeURIComponent(escape(letters)) : letters;
+}

@@ -1,0 +1,72 @@
+// A validator: no request may ask for more tokens than a setting allows.
+
+let maxTokens = 0;
+
+export const plugin = {
+  describe() {
+    return {
+      name: "{{name}}",
+      version: "0.1.0",
+      summary: "Holds requests to a number of tokens",
+      endpoints: [],
+      credentials: [],
+      settingsSchema: JSON.stringify({
+        type: "object",
+        properties: {
+          max_tokens: { type: "integer", minimum: 1, default: 4096, description: "The most tokens a request may ask for" },
+        },
+        additionalProperties: false,
+      }),
+    };
+  },
+
+  // The host fills in the schema's defaults.
+  configure(settings) {
+    maxTokens = JSON.parse(settings).max_tokens;
+  },
+};
+
+export const validation = {
+  validate(_batch, lines) {
+    return lines.flatMap(judge);
+  },
+};
+
+function judge(line) {
+  let body;
+  if (depth(line.text) > 100) {
+    // A parser that calls itself would run out of stack.
+    const message = "This line is nested deeper than 100 levels.";
+    return [{ line: line.number, code: "nested_too_deep", message, param: undefined }];
+  }
+  try {
+    body = JSON.parse(line.text).body;
+  } catch {
+    // What is wrong with the form of a line is for the standard rules to say.
+    return [];
+  }
+  return ["max_tokens", "max_completion_tokens"]
+    .filter((name) => typeof body?.[name] === "number" && body[name] > maxTokens)
+    .map((name) => ({
+      line: line.number,
+      code: "too_many_tokens",
+      message: `At most ${maxTokens} tokens may be asked for.`,
+      param: `body.${name}`,
+    }));
+}
+
+function depth(text) {
+  let deepest = 0;
+  let level = 0;
+  let inString = false;
+  for (let at = 0; at < text.length; at++) {
+    const letter = text[at];
+    if (inString) {
+      if (letter === "\\") at++;
+      else if (letter === '"') inString = false;
+    } else if (letter === '"') inString = true;
+    else if (letter === "[" || letter === "{") deepest = Math.max(deepest, ++level);
+    else if (letter === "]" || letter === "}") level--;
+  }
+  return deepest;
+}

@@ -1,0 +1,113 @@
+"""An adapter: passes chat completions on to `base_url`, with the model's name there."""
+
+import json
+
+from componentize_py_types import Err
+from wit_world import exports
+from wit_world.exports.inference import (
+    Advice, Answer_Failure, Answer_Response, Exchange, Failure, Header, HttpRequest, Outcome_Elapsed, Outcome_Error,
+    Response, Step_Done, Step_Retry, Step_Send, TransportFault, Usage,
+)  # fmt: skip
+from wit_world.exports.plugin import Credential, Description
+
+SETTINGS = {
+    "type": "object",
+    "properties": {
+        "base_url": {"type": "string", "pattern": "^https?://", "description": "What stands before /chat/completions"},
+    },
+    "required": ["base_url"],
+    "additionalProperties": False,
+}
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+
+settings = {}
+
+
+class Plugin(exports.Plugin):
+    def describe(self):
+        return Description(
+            name="{{name}}",
+            version="0.1.0",
+            summary="Passes chat completions on",
+            endpoints=["/v1/chat/completions"],
+            # The host adds the secret on the way out; it never comes by here.
+            credentials=[Credential("api_key", "authorization", "Bearer ", False)],
+            settings_schema=json.dumps(SETTINGS),
+        )
+
+    def configure(self, given):
+        settings.update(json.loads(given))
+        if "?" in settings["base_url"]:
+            raise Err("base_url must not have a query")
+
+
+class Inference(exports.Inference):
+    def begin(self, request):
+        try:
+            body = json.loads(request.body)
+            messages = body.get("messages")
+            for message in messages if isinstance(messages, list) else []:
+                role = message.get("role") if isinstance(message, dict) else None
+                if not isinstance(role, str) or role not in ROLES:
+                    return Step_Done(failure("invalid_request", f"Unknown message role: {role}"))
+            # Half a surrogate pair and numbers that no float holds are no JSON any more when they are written again.
+            body = json.dumps({**body, "model": request.model}, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            return Step_Done(failure("invalid_request", f"The body cannot be read: {ascii(str(error))}"))
+        url = settings["base_url"].rstrip("/") + "/chat/completions"
+        headers = [Header("content-type", "application/json")]
+        # What `resume` must know of the request goes into the state: it may run in another instance.
+        return Step_Send(Exchange(HttpRequest("POST", url, headers, body), b""))
+
+    def resume(self, state, outcome):
+        if isinstance(outcome, Outcome_Elapsed):
+            return Step_Done(failure("adapter_error", "This adapter never waits."))
+        if isinstance(outcome, Outcome_Error):
+            unreachable = failure("provider_unreachable", outcome.value.message)
+            if outcome.value.fault in (TransportFault.NOT_ALLOWED, TransportFault.TOO_LARGE):
+                return Step_Done(unreachable)
+            return Step_Retry(Advice(None, unreachable))
+        status, headers = outcome.value.status, outcome.value.headers
+        try:
+            body = json.loads(outcome.value.body)
+        except (ValueError, RecursionError):
+            body = None
+        if 200 <= status < 300:
+            if not isinstance(body, dict):
+                return Step_Done(failure("invalid_provider_response", "The provider's answer is no JSON object."))
+            return Step_Done(response(status, body, usage(body)))
+        if not isinstance(body, dict) or "error" not in body:
+            message = f"The provider answered with status {status}."
+            body = {"error": {"message": message, "type": "provider_error", "param": None, "code": None}}
+        refused = response(status, body, None)
+        return Step_Retry(Advice(retry_after(headers), refused)) if status == 429 or status >= 500 else Step_Done(refused)
+
+
+def usage(body):
+    def tokens(*path):
+        value = body
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+    prompt, completion = tokens("usage", "prompt_tokens"), tokens("usage", "completion_tokens")
+    if prompt is None or completion is None:
+        return None
+    cached = tokens("usage", "prompt_tokens_details", "cached_tokens") or 0
+    return Usage(prompt, cached, completion, tokens("usage", "completion_tokens_details", "reasoning_tokens") or 0)
+
+
+def retry_after(headers):
+    """The header's seconds, in milliseconds; its other form, a date, is left to the host's own backoff."""
+    for header in headers:
+        if header.name.lower() == "retry-after" and header.value.isascii() and header.value.isdigit():
+            return min(int(header.value), 10**6) * 1000
+    return None
+
+
+def response(status, body, counted):
+    return Answer_Response(Response(status, None, json.dumps(body), counted))
+
+
+def failure(code, message):
+    return Answer_Failure(Failure(code, message))

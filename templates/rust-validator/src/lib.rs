@@ -1,0 +1,66 @@
+//! A validator: no request may ask for more tokens than a setting allows.
+
+use std::cell::Cell;
+
+use serde_json::{Value, json};
+
+wit_bindgen::generate!({ path: "wit", world: "validator" });
+
+use exports::batchwright::plugin::{plugin, validation::*};
+
+struct Component;
+export!(Component);
+
+thread_local! {
+    static MAX_TOKENS: Cell<u64> = const { Cell::new(u64::MAX) };
+}
+
+impl plugin::Guest for Component {
+    fn describe() -> plugin::Description {
+        plugin::Description {
+            name: "{{name}}".into(),
+            version: "0.1.0".into(),
+            summary: "Holds requests to a number of tokens".into(),
+            endpoints: Vec::new(),
+            credentials: Vec::new(),
+            settings_schema: json!({
+                "type": "object",
+                "properties": {"max_tokens": {
+                    "type": "integer", "minimum": 1, "default": 4096, "description": "The most tokens a request may ask for",
+                }},
+                "additionalProperties": false,
+            })
+            .to_string(),
+        }
+    }
+
+    fn configure(settings: String) -> Result<(), String> {
+        let settings: Value = serde_json::from_str(&settings).map_err(|error| error.to_string())?;
+        // The host fills in the schema's defaults.
+        MAX_TOKENS.set(settings["max_tokens"].as_u64().ok_or("max_tokens is missing")?);
+        Ok(())
+    }
+}
+
+impl Guest for Component {
+    fn validate(_batch: Batch, lines: Vec<Line>) -> Vec<Violation> {
+        lines.iter().flat_map(judge).collect()
+    }
+}
+
+fn judge(line: &Line) -> Vec<Violation> {
+    // What is wrong with the form of a line is for the standard rules to say.
+    let Ok(request) = serde_json::from_str::<Value>(&line.text) else { return Vec::new() };
+    let most = MAX_TOKENS.get();
+    let asked = |name: &&str| request["body"][*name].as_f64().is_some_and(|tokens| tokens > most as f64);
+    ["max_tokens", "max_completion_tokens"]
+        .into_iter()
+        .filter(asked)
+        .map(|name| Violation {
+            line: line.number,
+            code: "too_many_tokens".into(),
+            message: format!("At most {most} tokens may be asked for."),
+            param: Some(format!("body.{name}")),
+        })
+        .collect()
+}

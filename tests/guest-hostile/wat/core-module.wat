@@ -1,0 +1,3 @@
+;; module
+;; No component at all.
+(module (func (export "run")))

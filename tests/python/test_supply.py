@@ -1,0 +1,298 @@
+"""Where plugins come from: registries, pins and signatures."""
+
+import hashlib
+import http.client
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import urllib.request
+
+import pytest
+from conftest import PLUGINS, STUB, chat, run_host, wait_for
+
+HOSTILE = STUB.parents[1] / "hostile"
+ECHO = PLUGINS / "inference-echo.wasm"
+WASM = "application/wasm"
+
+
+class Registry:
+    """Debian's docker-registry, on loopback, with what is pushed to it over its own API."""
+
+    def __init__(self, folder, users=False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = "127.0.0.1:%d" % free.getsockname()[1]
+        self.storage = folder / "registry"
+        config = {
+            "version": "0.1", "log": {"level": "warn"}, "http": {"addr": self.address},
+            "storage": {"filesystem": {"rootdirectory": str(self.storage)}},
+        }  # fmt: skip
+        if users:
+            # `batch` with the password `pass word`.
+            (folder / "htpasswd").write_text("batch:$2b$04$f5OmI5pwgNQwG7B0h8t0deV0//sCKZwtm/tSzQf35dLadX82oqw0K\n")
+            config["auth"] = {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}}
+        # YAML takes JSON.
+        (folder / "registry.yml").write_text(json.dumps(config))
+        command = [shutil.which("docker-registry") or "/usr/bin/docker-registry", "serve", folder / "registry.yml"]
+        with open(folder / "registry.log", "wb") as log:
+            self.child = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_for(lambda: self.ask("GET", "/v2/")[0] in (200, 401), what="the registry")
+
+    def ask(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection(self.address)
+        try:
+            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, dict(answer.headers), answer.read()
+        except OSError:
+            return 0, {}, b""
+        finally:
+            connection.close()
+
+    def blob(self, name, content):
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        _, headers, _ = self.ask("POST", f"/v2/{name}/blobs/uploads/")
+        place = headers["Location"].removeprefix(f"http://{self.address}")
+        status, _, answer = self.ask("PUT", f"{place}&digest={digest}", content, content_type="application/octet-stream")
+        assert status == 201, answer
+        return digest
+
+    def push(self, name, tag, *layers):
+        """Pushes an artifact of layers (media type, content), as `wkg` and `oras` do; returns its digest."""
+        config = b"{}"
+        described = [
+            {"mediaType": kind, "digest": self.blob(name, content), "size": len(content)} for kind, content in layers
+        ]
+        manifest = json.dumps({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": {"mediaType": "application/vnd.wasm.config.v0+json", "digest": self.blob(name, config), "size": len(config)},
+            "layers": described,
+        }).encode()  # fmt: skip
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        status, _, answer = self.ask("PUT", f"/v2/{name}/manifests/{tag}", manifest, content_type=kind)
+        assert status == 201, answer
+        return "sha256:" + hashlib.sha256(manifest).hexdigest()
+
+    def spoil(self, content):
+        """Changes a blob where it is stored."""
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.storage / f"docker/registry/v2/blobs/sha256/{digest[:2]}/{digest}/data"
+        changed = bytearray(path.read_bytes())
+        changed[-1] ^= 1
+        path.write_bytes(changed)
+
+
+@pytest.fixture
+def registry(tmp_path):
+    registries = []
+
+    def start(**more):
+        folder = tmp_path / f"registry{len(registries)}"
+        folder.mkdir()
+        registries.append(Registry(folder, **more))
+        return registries[-1]
+
+    yield start
+    for registry in registries:
+        registry.child.kill()
+        registry.child.wait()
+
+
+def pull(registry, reference, to, *more, **options):
+    return run_host("plugin", "pull", f"{registry.address}/{reference}", "--to", to, "--plain-http", *more, **options)
+
+
+def states(server):
+    with urllib.request.urlopen(server.url + "/v1/plugins") as answer:
+        return {plugin["name"]: plugin for plugin in json.load(answer)["data"]}
+
+
+def test_a_pulled_plugin_is_pinned_and_off_until_somebody_turns_it_on(serve, registry):
+    registry = registry()
+    content = ECHO.read_bytes()
+    digest = registry.push("team/parrot", "1.0", (WASM, content))
+    server = serve(plugins={})
+    pulled = pull(registry, "team/parrot:1.0", server.plugins)
+    assert pulled.returncode == 0, pulled.stderr
+    sha256 = hashlib.sha256(content).hexdigest()
+    component = f"parrot-{sha256[:12]}.wasm"
+    assert f"@{digest}" in pulled.stdout and "imports    nothing" in pulled.stdout and sha256 in pulled.stdout
+    manifest = server.plugins / "parrot.toml"
+    text = manifest.read_text()
+    assert f'component = "{component}"' in text and f'sha256 = "{sha256}"' in text and f"@{digest}" in text
+    assert (server.plugins / component).read_bytes() == content
+    wait_for(lambda: states(server).get("parrot", {}).get("state") == "disabled", what="the plugin that is off")
+    # Somebody looks at it and turns it on.
+    manifest.write_text(text.replace("enabled = false", "enabled = true ").replace("models = []", 'models = ["parrot"]'))
+    wait_for(lambda: "parrot" in server.models(), what="the plugin")
+    assert server.run([chat("a", model="parrot")]).request_counts.completed == 1
+    # A later version comes under its own name; what serves is not touched.
+    later = content + b"\x00\x05\x04note"
+    digest = registry.push("team/parrot", "1.0", (WASM, later))
+    kept = manifest.read_text()
+    pulled = pull(registry, f"team/parrot@{digest}", server.plugins)
+    assert pulled.returncode == 0 and "stays as it is" in pulled.stdout
+    assert manifest.read_text() == kept and (server.plugins / component).read_bytes() == content
+    lines = [line for line in pulled.stdout.splitlines() if line.startswith(("component =", "sha256 ="))]
+    changed = [line for line in kept.splitlines() if not line.startswith(("component =", "sha256 ="))]
+    manifest.write_text("\n".join(lines + changed))
+    wait_for(lambda: states(server)["parrot"]["sha256"] == hashlib.sha256(later).hexdigest(), what="the later version")
+    assert states(server)["parrot"]["state"] == "loaded"
+
+
+def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
+    registry = registry()
+    content = ECHO.read_bytes()
+    registry.push("p", "good", (WASM, content))
+    registry.push("p", "image", ("application/vnd.oci.image.layer.v1.tar+gzip", b"x"))
+    registry.push("p", "several", (WASM, content), (WASM, content + b"\x00\x05\x04note"))
+    registry.push("p", "module", (WASM, (HOSTILE / "core-module.wasm").read_bytes()))
+    spoiled = content + b"\x00\x05\x04spoi"
+    registry.push("p", "spoiled", (WASM, spoiled))
+    registry.spoil(spoiled)
+    index = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}).encode()
+    registry.ask("PUT", "/v2/p/manifests/index", index, content_type="application/vnd.oci.image.index.v1+json")
+    to = tmp_path / "plugins"
+    to.mkdir()
+    for reference, parts in {
+        "p:missing": ["p:missing", "the registry knows no such thing"],
+        "nobody/knows:1": ["nobody/knows"],
+        "p:image": ["no layer of it is a component (application/wasm)", "tar+gzip"],
+        "p:several": ["several layers of WebAssembly"],
+        "p:module": ["core WebAssembly module"],
+        "p:spoiled": ["igest"],
+        "p:index": ["index of several images"],
+        f"p@sha256:{'0' * 64}": ["p@sha256:000"],
+        "P:UPPER CASE": ["REGISTRY/REPOSITORY:TAG"],
+    }.items():
+        pulled = pull(registry, reference, to)
+        assert pulled.returncode != 0, reference
+        for part in parts:
+            assert part in pulled.stderr, pulled.stderr
+        assert "panicked" not in pulled.stderr and list(to.iterdir()) == [], reference
+    # Without TLS where TLS is meant, nobody there at all, no folder, no name.
+    address = f"{registry.address}/p:good"
+    assert "failed to pull" in run_host("plugin", "pull", address, "--to", to).stderr
+    assert "refused" in run_host("plugin", "pull", "127.0.0.1:1/p:good", "--to", to, "--plain-http").stderr
+    assert "--to" in pull(registry, "p:good", tmp_path / "nowhere").stderr
+    assert "no name for a plugin" in pull(registry, "p:good", to, "--name", "../b").stderr
+    assert list(to.iterdir()) == []
+    assert pull(registry, "p:good", to, "--name", "other").returncode == 0
+    assert {path.suffix for path in to.iterdir()} == {".toml", ".wasm"} and (to / "other.toml").exists()
+
+
+def test_a_registry_may_ask_who_pulls(registry, tmp_path):
+    registry = registry(users=True)
+    refused = pull(registry, "p:1", tmp_path, env={"DOCKER_CONFIG": str(tmp_path)})
+    assert refused.returncode != 0 and "--username" in refused.stderr
+    who = ["--username", "batch", "--password", "env:REGISTRY_PASSWORD"]
+    known = pull(registry, "p:1", tmp_path, *who, env={"REGISTRY_PASSWORD": "pass word"})
+    assert "--username" not in known.stderr and "knows no such thing" in known.stderr, known.stderr
+    wrong = pull(registry, "p:1", tmp_path, *who, env={"REGISTRY_PASSWORD": "password"})
+    assert wrong.returncode != 0 and "password" not in wrong.stderr.replace("--password", "")
+    # As `docker login` leaves it.
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.address: {"auth": "YmF0Y2g6cGFzcyB3b3Jk"}}}))
+    known = pull(registry, "p:1", tmp_path, env={"DOCKER_CONFIG": str(tmp_path)})
+    assert "knows no such thing" in known.stderr, known.stderr
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """Key pairs, by name."""
+
+    def make(name, passphrase="", kind="ed25519"):
+        path = tmp_path / name
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", name, "-f", path], check=True)
+        return path
+
+    return make
+
+
+def test_only_what_is_signed_is_loaded_where_signatures_are_asked_for(serve, stub, keys, tmp_path):
+    ours, theirs = keys("ours"), keys("theirs", kind="ecdsa")
+    trusted = tmp_path / "trusted"
+    trusted.write_text("# the platform team\n" + pathlib.Path(f"{ours}.pub").read_text())
+    server = serve("--trusted-keys", trusted, plugins={"p": stub.plugin(["m"])})
+
+    def state(name):
+        return states(server).get(name, {})
+
+    wait_for(lambda: {"p", "standard"} <= set(states(server)), what="the complaints")
+    assert state("p")["state"] == state("standard")["state"] == "failed"
+    assert "p.toml: signature: there is none" in state("p")["error"] and "plugin sign" in state("p")["error"]
+
+    def sign(name, key, *more, **options):
+        return run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", key, *more, **options)
+
+    signed = sign("p", ours)
+    assert signed.returncode == 0, signed.stderr
+    assert sign("standard", ours).returncode == 0
+    wait_for(lambda: state("p").get("state") == state("standard").get("state") == "loaded", what="the signed plugins")
+    assert state("p")["signed_by"].startswith("SHA256:") and state("p")["signed_by"].endswith(" ours")
+    assert server.run([chat("a", model="m")]).request_counts.completed == 1
+    # OpenSSH's own tool finds the signature good, over the statement that is printed.
+    (tmp_path / "allowed").write_text("team " + pathlib.Path(f"{ours}.pub").read_text())
+    statement = run_host("plugin", "sign", server.plugins / "p.toml", "--statement")
+    assert statement.stdout.startswith("batchwright plugin v1\nname p\nmanifest sha256:"), statement.stderr
+    verified = subprocess.run(
+        ["ssh-keygen", "-Y", "verify", "-f", tmp_path / "allowed", "-I", "team", "-n", "batchwright-plugin",
+         "-s", server.plugins / "p.toml.sig"], input=statement.stdout, text=True, capture_output=True,
+    )  # fmt: skip
+    assert verified.returncode == 0 and "Good" in verified.stdout, verified.stderr
+    # A changed file, a changed component, somebody else's key: what was serves on.
+    text = (server.plugins / "p.toml").read_text()
+    server.add_plugin("p", text.replace('["m"]', '["m", "n"]'))
+    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
+    assert "changed after it was signed" in state("p")["error"] and "n" not in server.models()
+    sign("p", theirs)
+    wait_for(lambda: "a key that is not in" in state("p")["error"], what="the complaint")
+    sign("p", ours)
+    wait_for(lambda: "n" in server.models(), what="the file as it is signed now")
+    component = server.plugins / "inference-openai.wasm"
+    component.write_bytes(component.read_bytes() + b"\x00\x05\x04note")
+    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
+    assert server.run([chat("a", model="n")]).request_counts.completed == 1
+    verify = ["plugin", "verify", "--trusted-keys", trusted, server.plugins / "p.toml", server.plugins / "standard.toml"]
+    verified = run_host(*verify)
+    assert verified.returncode == 1 and "changed after it was signed" in verified.stdout and "ok " in verified.stdout
+    sign("p", ours)
+    assert run_host(*verify).returncode == 0
+    # Under another name it is another plugin.
+    for end in ["toml", "toml.sig"]:
+        shutil.copy(server.plugins / f"p.{end}", server.plugins / f"q.{end}")
+    wait_for(lambda: state("q").get("state") == "failed", what="the complaint")
+    assert "changed after it was signed" in state("q")["error"]
+
+
+def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys, tmp_path):
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    shutil.copy(ECHO, folder)
+    manifest = folder / "e.toml"
+    manifest.write_text('component = "inference-echo.wasm"\nmodels = ["e"]\n')
+    key = keys("locked", "open sesame")
+    trusted = tmp_path / "locked.pub"
+    sign = ["plugin", "sign", manifest, "--key", key]
+    assert "--passphrase" in run_host(*sign).stderr
+    wrong = run_host(*sign, "--passphrase", "env:P", env={"P": "wrong"})
+    assert wrong.returncode != 0 and "does not open it" in wrong.stderr
+    assert run_host(*sign, "--passphrase", "env:P", env={"P": "open sesame"}).returncode == 0
+    check = ["plugin", "check", manifest, "--trusted-keys", trusted]
+    assert run_host(*check).returncode == 0
+    # The key stays where it is, and OpenSSH signs the statement.
+    statement = run_host("plugin", "sign", manifest, "--statement").stdout
+    plain = keys("plain")
+    signature = subprocess.run(
+        ["ssh-keygen", "-Y", "sign", "-n", "batchwright-plugin", "-f", plain], input=statement.encode(), capture_output=True, check=True
+    ).stdout  # fmt: skip
+    (folder / "e.toml.sig").write_bytes(signature)
+    assert "a key that is not in" in run_host(*check).stdout
+    assert run_host("plugin", "check", manifest, "--trusted-keys", f"{plain}.pub").returncode == 0
+    for content, part in [("", "holds no public key"), ("ssh-ed25519 nonsense", "line 1")]:
+        bad = tmp_path / "bad"
+        bad.write_text(content)
+        refused = run_host("plugin", "check", manifest, "--trusted-keys", bad)
+        assert refused.returncode == 3 and part in refused.stderr and "trusted_keys" in refused.stderr, refused.stderr
+    assert "is no private key" in run_host("plugin", "sign", manifest, "--key", trusted).stderr
