@@ -399,3 +399,17 @@ def test_a_fresh_instance_remembers_nothing(hostile):
     server = hostile('[limits]\ninstances = "fresh"\n')
     output, _ = server.results(server.run([chat(str(number), model="hostile") for number in range(50)]))
     assert {line["response"]["body"]["seen"] for line in output} == {1}
+
+
+def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub):
+    server = hostile(arguments=["--compile-timeout", "4s"])
+    shutil.copy(HOSTILE / "slow.wasm", server.plugins)
+    server.add_plugin("slow", 'component = "slow.wasm"\nmodels = ["slow"]\n')
+    server.add_plugin("good", stub.plugin(["good"]))
+    wait_for(lambda: "good" in server.models(), what="the good plugin")
+    assert "slow" not in plugin_states(server), "it was there only after the slow one"
+    wait_for(lambda: plugin_states(server).get("slow", {}).get("state") == "failed", what="the complaint")
+    # It is not compiled again for every change of something else.
+    server.add_plugin("good", stub.plugin(["good", "better"]))
+    wait_for(lambda: "better" in server.models(), 3, "the change")
+    assert server.run([chat("a", model="better")]).request_counts.completed == 1

@@ -3,14 +3,17 @@
 //! A component from a stranger can make a compiler work for hours or ask for all the memory there is; here it costs the host nothing but
 //! its own loading. The process runs at a low priority, so that batches do not feel it.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+use tokio::sync::Semaphore;
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
@@ -25,8 +28,16 @@ pub const COMMAND: &str = "compile-component";
 /// What of the compiler's complaint is shown, in bytes.
 const LONGEST_COMPLAINT: u64 = 4000;
 
+/// How long a component that could not be compiled is not tried again, and how many of them are remembered.
+const REST: Duration = Duration::from_secs(300);
+const REMEMBERED: usize = 1000;
+
 pub struct Compiler {
     cache: Arc<Cache>,
+    /// Compilers at a time.
+    permits: Semaphore,
+    /// By SHA-256: when a component could not be compiled, and why. Every change in the plugin directory asks for it again.
+    failures: Mutex<HashMap<String, (Instant, String)>>,
     /// The program that has `COMMAND`: this one.
     program: PathBuf,
     timeout: Span,
@@ -35,7 +46,15 @@ pub struct Compiler {
 
 impl Compiler {
     pub fn new(cache: Cache, program: Option<PathBuf>, timeout: Span, memory: Size) -> Self {
-        Self { cache: Arc::new(cache), program: program.unwrap_or_else(this_program), timeout, memory }
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self {
+            cache: Arc::new(cache),
+            permits: Semaphore::new(threads),
+            failures: Mutex::default(),
+            program: program.unwrap_or_else(this_program),
+            timeout,
+            memory,
+        }
     }
 
     /// The compiled form of a component whose SHA-256 is `sha256`: from the cache, or compiled now.
@@ -52,12 +71,31 @@ impl Compiler {
         if let Ok(Some(component)) = cached {
             return Ok(component);
         }
+        let _permit = self.permits.acquire().await;
+        if let Some(message) = self.failed_lately(sha256) {
+            return Err(message);
+        }
         let output = self.cache.output().map_err(|error| format!("there is no room for its compiled form: {error}"))?;
-        self.run(flavour, bytes, output.reopen().map_err(|error| error.to_string())?).await?;
+        let file = output.reopen().map_err(|error| format!("its compiled form has no place: {error}"))?;
+        self.run(flavour, bytes, file).await.inspect_err(|message| self.note_failure(sha256, message))?;
         let (cache, engine) = (self.cache.clone(), engine.clone());
         let kept = tokio::task::spawn_blocking(move || cache.keep(&engine, output, &path)).await;
         kept.map_err(|error| error.to_string())?
             .map_err(|error| format!("asks for more than a plugin may have: {error:#}"))
+    }
+
+    fn failed_lately(&self, sha256: &str) -> Option<String> {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, message) = failures.get(sha256)?;
+        (since.elapsed() < REST).then(|| message.clone())
+    }
+
+    fn note_failure(&self, sha256: &str, message: &str) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.retain(|_, (since, _)| since.elapsed() < REST);
+        if failures.len() < REMEMBERED {
+            failures.insert(sha256.to_owned(), (Instant::now(), message.to_owned()));
+        }
     }
 
     /// Runs the process: the component goes in, compiled code comes out.

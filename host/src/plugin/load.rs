@@ -29,6 +29,9 @@ use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets};
 /// Largest component, in bytes.
 pub const MOST_COMPONENT: u64 = 64 << 20;
 
+/// Plugins read and loaded at a time.
+const TURNS: usize = 8;
+
 /// How plugins are loaded: what an operator has a say in.
 #[derive(Clone, Debug)]
 pub struct Loading {
@@ -49,7 +52,7 @@ pub struct Loader {
     concurrent: OnceLock<World>,
     compiler: Compiler,
     trusted_keys: Option<TrustedKeys>,
-    /// Plugins read and compiled at a time: each holds its component in memory.
+    /// To load a plugin: each holds its component in memory.
     turns: Semaphore,
     clock: Clock,
 }
@@ -87,8 +90,7 @@ impl Loader {
         let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
         let Loading { cache, compile_timeout, compile_memory, trusted_keys, compiler } = loading;
         let compiler = Compiler::new(Cache::open(&cache)?, compiler, compile_timeout, compile_memory);
-        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let (concurrent, turns) = (OnceLock::new(), Semaphore::new(threads.max(2)));
+        let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
         Ok(Self {
             plain: World::start(Flavour::Plain).map_err(failed)?,
             concurrent,

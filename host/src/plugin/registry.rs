@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use globset::{Glob, GlobMatcher};
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
@@ -20,6 +22,7 @@ use super::types::Kind;
 const QUIET: Duration = Duration::from_millis(200);
 
 /// One TOML file of the directory and what became of it.
+#[derive(Clone)]
 pub struct Entry {
     pub name: String,
     pub file: PathBuf,
@@ -217,21 +220,36 @@ impl Registry {
         let _one_at_a_time = self.reading.lock().await;
         let before = self.current.load_full();
         let files = self.files()?;
-        // Side by side: a component that takes long to compile does not hold up the others.
-        let entries = futures_util::future::join_all(files.into_iter().map(|file| self.entry(file, &before))).await;
-        self.current.store(Arc::new(Snapshot::build(entries, &before)));
-        for entry in &self.current.load().entries {
-            let known = before.entries.iter().find(|known| known.name == entry.name);
+        // Until its turn comes, each stays as it was.
+        let mut entries: Vec<Entry> =
+            before.entries.iter().filter(|entry| files.contains(&entry.file)).cloned().collect();
+        let mut loading: FuturesUnordered<_> = files.into_iter().map(|file| self.entry(file, &before)).collect();
+        while let Some(entry) = loading.next().await {
+            entries.retain(|known| known.name != entry.name);
+            entries.push(entry);
+            // One that takes long to compile does not hold up the others; at the start there is nobody to wait for them.
+            if !before.entries.is_empty() {
+                self.publish(&entries, &before);
+            }
+        }
+        self.publish(&entries, &before);
+        Ok(())
+    }
+
+    /// Makes these the plugins from now on. Where two want the same, those of `before` go first.
+    fn publish(&self, entries: &[Entry], before: &Snapshot) {
+        let last = self.current.swap(Arc::new(Snapshot::build(entries.to_vec(), before)));
+        let now = self.current.load();
+        let known_in = |entries: &'_ [Entry], name: &str| entries.iter().position(|entry| entry.name == name);
+        for entry in &now.entries {
+            let known = known_in(&last.entries, &entry.name).and_then(|place| last.entries.get(place));
             if known.is_none_or(|known| known.fingerprint != entry.fingerprint || known.error != entry.error) {
                 announce(entry);
             }
         }
-        let gone =
-            before.entries.iter().filter(|old| !self.current.load().entries.iter().any(|new| new.name == old.name));
-        for entry in gone {
+        for entry in last.entries.iter().filter(|old| known_in(&now.entries, &old.name).is_none()) {
             tracing::info!(plugin = entry.name, "plugin removed");
         }
-        Ok(())
     }
 
     fn files(&self) -> Result<Vec<PathBuf>, LoadError> {

@@ -97,7 +97,9 @@ impl Given {
 #[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 impl Plugin {
     pub async fn run(self) -> Result<ExitCode, Error> {
-        telemetry::start("off", LogFormat::Text).map_err(Error::Other)?;
+        // What a component says is for its author to see.
+        let filter = if matches!(self, Self::Test { .. }) { "off,batchwright::plugin::log=debug" } else { "off" };
+        telemetry::start(filter, LogFormat::Text).map_err(Error::Other)?;
         match self {
             Self::List { plugins, given } => {
                 let plugins = plugins.unwrap_or_else(default_plugins);

@@ -69,7 +69,13 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
         let required = if need.required { "required" } else { "optional" };
         rows.push(["credential".into(), format!("{} ({required}), sent as `{}: {prefix}…`", need.name, need.header)]);
     }
+    if description.credentials.is_empty() {
+        rows.push(["credential".into(), "none".into()]);
+    }
     let settings = description.settings_schema.get("properties").and_then(|found| found.as_object());
+    if settings.is_none_or(serde_json::Map::is_empty) {
+        rows.push(["setting".into(), "none".into()]);
+    }
     for (name, schema) in settings.into_iter().flatten() {
         let text = schema.get("description").and_then(|text| text.as_str()).unwrap_or_default();
         rows.push(["setting".into(), format!("{name}: {text}")]);
