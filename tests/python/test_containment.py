@@ -4,6 +4,8 @@ import base64
 import contextlib
 import http.server
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import threading
@@ -152,7 +154,7 @@ def hold(ends, cases):
         CONTAINED.append((order, ends[order]))
 
 
-def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander):
+def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander, stub):
     server = hostile('[limits]\nmemory = "96MiB"\nmax_steps = 50\n')
     name = "Plugin `hostile`"
     cases = {
@@ -162,6 +164,7 @@ def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander):
         "trap": ["plugin_failed", name, "`begin`"],
         "gigantic": ["plugin_answer_too_large", name, "16MiB", "[limits] answer"],
         "many": ["plugin_answer_too_large", name, "[limits] answer"],
+        f"headers {stub.url}/": ["protocol: The adapter's request has 30000 headers; it may have 200"],
         "not-utf8": ["plugin_failed", name, "utf-8"],
         "not-utf8-failure": ["plugin_failed", name, "utf-8"],
         "not-json": ["plugin_contract_violation", name, "not JSON"],
@@ -193,7 +196,9 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/resolver/resolve.c", "-ldl"], check=True)
     names = {
         "metadata.example.com": "169.254.169.254", "mapped.example.com": "::ffff:169.254.169.254", "home.example.com": "127.0.0.1",
-        "office.example.com": "10.0.0.7", "named.internal": "169.254.169.254",
+        "office.example.com": "10.0.0.7", "named.internal": "169.254.169.254", "nat64.example.com": "64:ff9b::a9fe:a9fe",
+        "6to4.example.com": "2002:a9fe:a9fe::1", "ec2.example.com": "fd00:ec2::254", "alibaba.example.com": "100.100.100.200",
+        "any.example.com": "0.0.0.0", "loop.example.com": "::1", "link.example.com": "fe80::1",
     }  # fmt: skip
     hosts = ",".join(f"{name}={address}" for name, address in names.items())
     server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"])
@@ -217,6 +222,7 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         "send http://\u2460\u2461\u2466.0.0.2/": [*refused, "127.0.0.2"],
         "send http://metadata.example.com/": ["not-allowed", "resolves to 169.254.169.254"],
         "send http://mapped.example.com/": ["not-allowed", "resolves to ::ffff:169.254.169.254"],
+        **{f"send http://{name}.example.com/": ["not-allowed", "resolves to"] for name in ("nat64", "6to4", "ec2", "alibaba", "any", "loop", "link")},
         "send http://home.example.com/": ["not-allowed", "private address 127.0.0.1"],
         "send http://office.example.com/": ["not-allowed", "private address 10.0.0.7"],
         "send http://named.internal/": ["not-allowed", "resolves to 169.254.169.254"],
@@ -236,6 +242,8 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         hold(ends, cases)
     # An absolute URL in a path stays a path of the host that is allowed; and headers are the host's to set.
     _, ends = ask(server, [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"])
+    in_path = ends[f"forged {stub.url}/http://169.254.169.254/"]
+    assert f'host\\\\\\":\\\\\\"{stub.url[7:]}' in in_path or stub.url[7:] in in_path, in_path
     forged = ends[f"forged {stub.url}/v1/chat/completions"]
     for part in ["evil.example", "chunked", "gzip", "Bearer"]:
         assert part not in forged, forged
@@ -270,6 +278,7 @@ def test_nothing_of_a_credential_comes_to_light(hostile, provider):
     refused = f"send {provider.url}/nonsense"
     _, ends = ask(server, [order, refused, "kept"])
     assert ends[order].count("[redacted]") >= 5, ends[order]
+    assert '"kept": ' in ends["kept"] and "messages" in ends["kept"], ends["kept"]
     # And what it is that must not be found: the whole, and pieces of it in other forms.
     encoded = base64.b64encode(b"u:" + SECRET.encode()).decode()
     pieces = [SECRET, SECRET[3:], urllib.parse.quote(SECRET), SECRET.replace("/", "\\/"), encoded[6:-4]]
@@ -287,6 +296,13 @@ def test_nothing_of_a_credential_comes_to_light(hostile, provider):
     CONTAINED.append(("provider echoes the credential", "[redacted] in guest, results, log and database"))
 
 
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 BAD_COMPONENTS = {
     "describe-trap": ["`describe-trap` failed in `describe`", "unreachable"],
     "describe-loop": ["100ms of CPU time in one call of `describe`", "[limits] call_timeout"],
@@ -294,6 +310,8 @@ BAD_COMPONENTS = {
     "describe-gigantic": ["`describe`", "out of bounds"],
     "describe-not-utf8": ["`describe`", "utf-8"],
     "schema-not-json": ["`describe`", "settings-schema is not JSON"],
+    "host-credential": ["`describe`", "credential `key` cannot go into the header `host`"],
+    "schema-bomb": ["settings-schema comes to", "it may have 10000"],
     "configure-trap": ["settings", "`configure-trap` failed in `configure`"],
     "start-loop": ["`instantiate`", "[limits] call_timeout"],
     "huge-table": ["asks for more than a plugin may have", "1000000", "100000"],
@@ -320,7 +338,7 @@ BAD_FILES = {
 
 
 def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
-    server = hostile(arguments=["--compile-timeout", "2s"])
+    server = hostile(arguments=["--compile-timeout", "2s"], env={"AAA_SECRET": "not-for-clients"})
     with bystander(server):
         whole = (HOSTILE / "hostile.wasm").read_bytes()
         for name in BAD_COMPONENTS:
@@ -331,7 +349,18 @@ def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
         for name, (text, _) in BAD_FILES.items():
             component = "../hostile.wasm" if name == "leads-out" else "hostile.wasm"
             server.add_plugin(name, f'component = "{component}"\n{text}\n')
-        expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}}
+        # What is no file at all, or one without an end.
+        os.mkfifo(server.plugins / "pipe.toml")
+        os.mkfifo(server.plugins / "piped.wasm")
+        server.add_plugin("piped", 'component = "piped.wasm"\nmodels = ["piped"]\n')
+        server.add_plugin("secret", f'component = "hostile.wasm"\nmodels = ["s"]\n[credentials]\napi_key = "file:{server.plugins}/piped.wasm"\n')
+        (server.plugins / "endless.toml").symlink_to("/dev/zero")
+        (server.plugins / "environ.toml").symlink_to("/proc/self/environ")
+        links = {
+            "pipe": ["no ordinary file"], "piped": ["no ordinary file"], "secret": ["credentials.api_key", "no ordinary file"],
+            "endless": ["no ordinary file"], "environ": ["line 1, column"],
+        }  # fmt: skip
+        expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}, **links}
         wait_for(lambda: all(plugin_states(server).get(name, {}).get("error") for name in expected), 60, "all complaints")
         states = plugin_states(server)
         for name, parts in expected.items():
@@ -341,6 +370,9 @@ def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
             assert name in states[name]["error"]
             CONTAINED.append((name, states[name]["error"].removeprefix(f"{server.plugins}/")))
         assert states["p"]["state"] == states["hostile"]["state"] == "loaded"
+        assert "not-for-clients" not in json.dumps(states) and "not-for-clients" not in server.logged()
+    compilers = [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if b"compile-component" in read(path)]
+    assert not any(f"\nPPid:\t{server.child.pid}\n".encode() in read(path.with_name("status")) for path in compilers)
     # The same in the log.
     assert all(f'plugin="{name}"' in server.logged() for name in expected)
 
@@ -413,3 +445,22 @@ def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub)
     server.add_plugin("good", stub.plugin(["good", "better"]))
     wait_for(lambda: "better" in server.models(), 3, "the change")
     assert server.run([chat("a", model="better")]).request_counts.completed == 1
+
+
+def test_a_component_cannot_forge_what_is_shown_of_it():
+    shown = run_host("plugin", "inspect", HOSTILE / "liar.wasm")
+    assert shown.returncode == 0, shown.stderr
+    assert [line for line in shown.stdout.splitlines() if line.startswith("sha256")] == shown.stdout.splitlines()[-1:]
+    assert "\x1b" not in shown.stdout and "harmless imports nothing" in " ".join(shown.stdout.split())
+    CONTAINED.append(("summary with forged lines", next(line for line in shown.stdout.splitlines() if "harmless" in line)))
+
+
+def test_what_was_compiled_is_kept_and_nothing_else_is_touched(tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache/thesis.docx").write_text("years of work")
+    os.utime(tmp_path / "cache/thesis.docx", (0, 0))
+    for _ in range(2):
+        checked = run_host("plugin", "check", HOSTILE / "hostile.wasm", "--cache", "cache", cwd=tmp_path)
+        assert checked.returncode == 0, checked.stdout
+    kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
+    assert kept == [".cwasm", ".docx"]

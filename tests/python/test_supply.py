@@ -117,7 +117,7 @@ def test_a_pulled_plugin_is_pinned_and_off_until_somebody_turns_it_on(serve, reg
     pulled = pull(registry, "team/parrot:1.0", server.plugins)
     assert pulled.returncode == 0, pulled.stderr
     sha256 = hashlib.sha256(content).hexdigest()
-    component = f"parrot-{sha256[:12]}.wasm"
+    component = f"parrot-{sha256[:16]}.wasm"
     assert f"@{digest}" in pulled.stdout and "imports nothing" in " ".join(pulled.stdout.split()) and sha256 in pulled.stdout
     manifest = server.plugins / "parrot.toml"
     text = manifest.read_text()
@@ -158,13 +158,13 @@ def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
     to.mkdir()
     for reference, parts in {
         "p:missing": ["p:missing", "the registry knows no such thing"],
-        "nobody/knows:1": ["nobody/knows"],
+        "nobody/knows:1": ["the registry knows no such thing"],
         "p:image": ["no layer of it is a component (application/wasm)", "tar+gzip"],
         "p:several": ["several layers of WebAssembly"],
         "p:module": ["core WebAssembly module"],
         "p:spoiled": ["igest"],
         "p:index": ["index of several images"],
-        f"p@sha256:{'0' * 64}": ["p@sha256:000"],
+        f"p@sha256:{'0' * 64}": ["the registry knows no such thing"],
         "P:UPPER CASE": ["REGISTRY/REPOSITORY:TAG"],
     }.items():
         pulled = pull(registry, reference, to)
@@ -259,6 +259,16 @@ def test_only_what_is_signed_is_loaded_where_signatures_are_asked_for(serve, stu
     assert verified.returncode == 1 and "changed after it was signed" in verified.stdout and "ok " in verified.stdout
     sign("p", ours)
     assert run_host(*verify).returncode == 0
+    # To turn it off takes a signature, too.
+    signed = (server.plugins / "p.toml").read_text()
+    server.add_plugin("p", "enabled = false\n" + signed)
+    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
+    assert server.run([chat("a", model="n")]).request_counts.completed == 1
+    sign("p", ours)
+    wait_for(lambda: state("p")["state"] == "disabled", what="the plugin to be turned off")
+    server.add_plugin("p", signed)
+    sign("p", ours)
+    wait_for(lambda: state("p")["state"] == "loaded", what="the plugin")
     # Under another name it is another plugin.
     for end in ["toml", "toml.sig"]:
         shutil.copy(server.plugins / f"p.{end}", server.plugins / f"q.{end}")

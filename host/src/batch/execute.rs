@@ -52,6 +52,7 @@ impl Batches {
             clock: self.clock.clone(),
             settings: self.settings.clone(),
             stop: stop.clone(),
+            bodies: self.memory.bodies.clone(),
         });
         let (results, to_record) = mpsc::channel(GROUP);
         let recording = self.record(claim, to_record);

@@ -8,11 +8,13 @@ use tokio::sync::{Mutex as Turn, Notify, OwnedSemaphorePermit, Semaphore};
 /// A share of a pool, given back when it is dropped.
 pub type Share = Option<OwnedSemaphorePermit>;
 
-/// Three pools. Lines in flight are held for as long as a provider thinks, so validation and results, which always move on, must not wait
+/// Four pools. Lines in flight are held for as long as a provider thinks, so validation and results, which always move on, must not wait
 /// for them.
 pub struct Memory {
     /// Lines in flight: half of the budget, shared between the providers they go to.
     pub lines: SharedPool,
+    /// What adapters made of lines that is much larger than these, until it is sent: as much again, shared in the same way.
+    pub bodies: SharedPool,
     /// Results on their way to the store: a quarter.
     pub results: Pool,
     /// Pieces being validated: a quarter.
@@ -21,7 +23,8 @@ pub struct Memory {
 
 impl Memory {
     pub fn new(budget: usize) -> Self {
-        Self { lines: SharedPool::new(budget / 2), results: Pool::new(budget / 4), validation: Pool::new(budget / 4) }
+        let shared = || SharedPool::new(budget / 2);
+        Self { lines: shared(), bodies: shared(), results: Pool::new(budget / 4), validation: Pool::new(budget / 4) }
     }
 }
 
@@ -52,6 +55,7 @@ fn kib(bytes: usize) -> u32 {
 /// A pool in which no holder can take everything: one that takes more must leave as much free as it then holds. So the first gets up to
 /// a half, a second half of the rest, and so on; and one that holds nothing is always given what it asks for, so that however many are
 /// stuck, the next one moves. What is held beyond the pool for that is one item each.
+#[derive(Clone)]
 pub struct SharedPool(Arc<Shared>);
 
 struct Shared {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::memory::SharedPool;
 use super::stop::Stop;
 use crate::clock::{Clock, Timestamp};
 use crate::config::Settings;
@@ -20,7 +21,12 @@ pub struct Context {
     pub clock: Clock,
     pub settings: Settings,
     pub stop: Arc<Stop>,
+    /// Memory for bodies that are larger than their lines.
+    pub bodies: SharedPool,
 }
+
+/// What a body may have more than its line and is not counted.
+const SMALL: usize = 64 << 10;
 
 /// How one attempt ended.
 enum Attempt {
@@ -96,6 +102,7 @@ impl Context {
         begun: &mut Option<Timestamp>,
     ) -> Result<Attempt, CallError> {
         let id = request.id.clone();
+        let counted = request.body.len().saturating_add(SMALL);
         let mut step = plugin.begin(&self.tenant, request).await?;
         let mut in_flight = false;
         for _ in 0..plugin.limits.max_steps.get() {
@@ -110,6 +117,12 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
+                    // Before it waits for its turn: many may wait, and a line of ten bytes may have become one of ten million.
+                    let more = request.body.len().saturating_sub(counted);
+                    let _share = match more {
+                        0 => None,
+                        more => Some(self.bodies.take(&plugin.name.as_str().into(), more).await),
+                    };
                     let Some(admitted) = self.admit(plugin, in_flight).await else { return Ok(Attempt::Stopped) };
                     in_flight = true;
                     begun.get_or_insert_with(|| self.clock.now());

@@ -40,12 +40,7 @@ enum Command {
     Batch(batch::Batch),
     /// Compile a component from standard input to standard output: what the host starts for each
     #[command(name = compile::COMMAND, hide = true)]
-    Compile {
-        #[arg(long)]
-        memory: u64,
-        #[arg(long)]
-        concurrent: bool,
-    },
+    Compile(compile::Process),
 }
 
 /// Settings, wherever they are given.
@@ -91,14 +86,9 @@ impl Error {
 
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Command::Compile { memory, concurrent } = cli.command {
-        return compile::process(concurrent, memory).map_or_else(
-            |error| {
-                eprintln!("{error}");
-                ExitCode::FAILURE
-            },
-            |()| ExitCode::SUCCESS,
-        );
+    if let Command::Compile(process) = cli.command {
+        // Before there are threads that it has no use for.
+        return process.run();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -113,7 +103,7 @@ pub fn main() -> ExitCode {
             Command::Run(run) => run.run().await,
             Command::Plugin(plugin) => plugin.run().await,
             Command::Batch(batch) => batch.run().await,
-            Command::Compile { .. } => Ok(ExitCode::SUCCESS),
+            Command::Compile(process) => Ok(process.run()),
         }
     });
     // What still runs on a blocking thread, a compilation given up say, is not waited for.

@@ -27,7 +27,7 @@ struct Entry {
     pattern: Pattern,
     /// None is the default port of https: what goes unencrypted, credentials included, is written out.
     port: Option<u16>,
-    /// The scheme of the URL that an entry comes from; none allows both.
+    /// The scheme of the URL that an entry comes from, https where no port is written; none allows both.
     scheme: Option<String>,
 }
 
@@ -138,7 +138,7 @@ fn parse(entry: &str) -> Option<Entry> {
     if let Some(domain) = entry.strip_prefix("*.") {
         let (domain, port) = split_port(domain)?;
         let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
-        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port, scheme: None });
+        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port, scheme: scheme(port) });
     }
     if entry.contains('*') {
         return None;
@@ -148,7 +148,12 @@ fn parse(entry: &str) -> Option<Entry> {
         Some(found) => found,
         None => split_port(entry).map(|(host, port)| (host.to_owned(), port))?,
     };
-    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port, scheme: None })
+    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port, scheme: scheme(port) })
+}
+
+/// A host without a port means https on its own port: what goes unencrypted is written out.
+fn scheme(port: Option<u16>) -> Option<String> {
+    port.is_none().then(|| "https".into())
 }
 
 fn split_port(text: &str) -> Option<(&str, Option<u16>)> {
@@ -200,6 +205,7 @@ mod tests {
             "http://127.0.0.1/",
             "http://api.example.com:443/",
             "http://a.example.org/",
+            "http://a.example.org:443/",
             "https://user@api.example.com/",
             "ftp://api.example.com/",
             "https://api.example.com@evil.net/",

@@ -41,6 +41,14 @@ const HOST_SET: [HeaderName; 11] = [
     header::RANGE,
 ];
 
+/// The most headers of a request.
+const MOST_HEADERS: usize = 200;
+
+/// Whether a header is the connection's or the host's own.
+pub fn is_host_header(name: &HeaderName) -> bool {
+    HOST_SET.contains(name)
+}
+
 /// Exchanges of one plugin: its allow-list, its secrets, its bounds, and a connection pool for each tenant.
 pub struct Gateway {
     allow: Arc<AllowList>,
@@ -126,6 +134,11 @@ impl Gateway {
             .ok()
             .filter(|method| !matches!(*method, Method::CONNECT | Method::TRACE))
             .ok_or_else(|| invalid(format!("method `{}`", request.method.escape_debug())))?;
+        if request.headers.len() > MOST_HEADERS {
+            let number = request.headers.len();
+            let message = format!("The adapter's request has {number} headers; it may have {MOST_HEADERS}.");
+            return Err(TransportError::new(Fault::Protocol, message));
+        }
         let mut headers = HeaderMap::with_capacity(request.headers.len().saturating_add(2));
         for (name, value) in request.headers {
             let Ok(parsed) = HeaderName::from_bytes(name.as_bytes()) else {
@@ -134,7 +147,7 @@ impl Gateway {
             let Ok(value) = HeaderValue::try_from(value) else {
                 return Err(invalid(format!("value of the header `{parsed}`")));
             };
-            if !HOST_SET.contains(&parsed) {
+            if !is_host_header(&parsed) {
                 headers.append(parsed, value);
             }
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub use allow::AllowList;
 pub use credentials::{Credential, Secrets};
-pub use gateway::{Gateway, https};
+pub use gateway::{Gateway, https, is_host_header};
 pub use throttle::Admitted;
 
 /// An exchange as an adapter asks for it: input like any other, not yet checked.

@@ -2,7 +2,7 @@
 
 use serde_json::value::RawValue;
 
-use super::types::{Answer, Response, Step};
+use super::types::{Answer, Failure, Response, Step};
 
 /// Largest state of an exchange or a pause, in bytes.
 const MOST_STATE: usize = 64 << 10;
@@ -18,10 +18,25 @@ pub fn checked(step: Step) -> Result<Step, String> {
             Err(format!("a state of {} bytes is more than {MOST_STATE}.", state.len()))
         }
         Step::Retry { after_milliseconds, otherwise } => {
-            Ok(Step::Retry { after_milliseconds, otherwise: checked_answer(otherwise)? })
+            Ok(Step::Retry { after_milliseconds, otherwise: brief(checked_answer(otherwise)?) })
         }
         Step::Done(answer) => Ok(Step::Done(checked_answer(answer)?)),
         step => Ok(step),
+    }
+}
+
+/// An answer as it is kept while a request waits for its next attempt, which may be long, and many do.
+fn brief(answer: Answer) -> Answer {
+    match answer {
+        Answer::Response(response) if response.body.len() > MOST_STATE => Answer::Failure(Failure {
+            code: "answer_too_large".into(),
+            message: format!(
+                "No attempt is left. The last answer, of status {}, had {} bytes, more than is kept between attempts.",
+                response.status,
+                response.body.len()
+            ),
+        }),
+        answer => answer,
     }
 }
 
@@ -35,23 +50,16 @@ fn checked_answer(answer: Answer) -> Result<Answer, String> {
             Ok(Answer::Response(Response { body, ..response }))
         }
         Answer::Failure(mut failure) => {
-            shorten(&mut failure.code, LONGEST_CODE);
-            shorten(&mut failure.message, LONGEST_MESSAGE);
-            for text in [&mut failure.code, &mut failure.message] {
-                // They are shown to people, on terminals too.
-                if text.contains(char::is_control) {
-                    *text = text.replace(char::is_control, " ");
-                }
-            }
+            failure.code = for_people(&failure.code, LONGEST_CODE);
+            failure.message = for_people(&failure.message, LONGEST_MESSAGE);
             Ok(Answer::Failure(failure))
         }
     }
 }
 
-pub fn shorten(text: &mut String, characters: usize) {
-    if let Some((end, _)) = text.char_indices().nth(characters) {
-        text.truncate(end);
-    }
+/// A guest's words as they may be shown to people, on a terminal, in a log or a table: on one line, and not too long.
+pub fn for_people(text: &str, characters: usize) -> String {
+    text.chars().take(characters).map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
 /// A JSON object without line breaks; every value stays as it was written, numbers of any size included.
@@ -90,7 +98,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::plugin::types::Failure;
 
     fn response(status: u16, body: &str) -> Result<String, String> {
         let answer = Answer::Response(Response { status, request_id: None, body: body.into(), usage: None });
@@ -126,6 +133,20 @@ mod tests {
         let Ok(Step::Done(Answer::Failure(failure))) = checked(Step::Done(Answer::Failure(failure))) else { panic!() };
         assert_eq!((failure.code.len(), failure.message.chars().count()), (LONGEST_CODE, LONGEST_MESSAGE));
         assert!(failure.message.starts_with(" [2Jü  [2J"), "{}", failure.message);
+    }
+
+    #[test]
+    fn what_is_kept_between_attempts_is_small() {
+        let otherwise = |body: String| {
+            let otherwise = Answer::Response(Response { status: 503, request_id: None, body, usage: None });
+            match checked(Step::Retry { after_milliseconds: None, otherwise }) {
+                Ok(Step::Retry { otherwise, .. }) => otherwise,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(matches!(otherwise("{}".into()), Answer::Response(_)));
+        let large = otherwise(format!(r#"{{"x":"{}"}}"#, "x".repeat(MOST_STATE)));
+        assert!(matches!(large, Answer::Failure(failure) if failure.message.contains("status 503")));
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {

@@ -16,6 +16,8 @@ use super::error::LoadError;
 
 /// What the folder holds at the most, in bytes, besides what was used within the last hour: what was used longest ago goes first.
 const MOST: u64 = 2 << 30;
+/// How the names of files begin that are being compiled into.
+const UNFINISHED: &str = ".compiling-";
 const IN_USE: Duration = Duration::from_secs(3600);
 
 pub struct Cache {
@@ -34,7 +36,7 @@ impl Cache {
         let found = std::fs::metadata(folder).map_err(|error| failed(format!("cannot be read: {error}")))?;
         if found.permissions().mode() & 0o022 != 0 {
             return Err(failed(format!(
-                "others may write to it (mode {:03o}), and what is in it is run; make it yours alone with `chmod 700`",
+                "others may write to it (mode {:03o}), and what is in it is run; empty it, and make it yours alone with `chmod 700`",
                 found.permissions().mode() & 0o777
             )));
         }
@@ -46,7 +48,9 @@ impl Cache {
                 found.uid()
             )));
         }
-        let cache = Self { folder: folder.to_owned() };
+        // Names of temporary files are whole, and so must this be to compare with them.
+        let folder = std::fs::canonicalize(folder).map_err(|error| failed(format!("cannot be found: {error}")))?;
+        let cache = Self { folder };
         cache.tidy(MOST);
         Ok(cache)
     }
@@ -61,6 +65,11 @@ impl Cache {
     /// What was kept there, if it is there and whole.
     pub fn load(&self, engine: &Engine, path: &Path) -> Option<Component> {
         if !path.exists() {
+            return None;
+        }
+        // The folder may have been open to others once.
+        if !is_ours(path) {
+            tracing::warn!("{} may be somebody else's and is compiled anew", path.display());
             return None;
         }
         match load(engine, path) {
@@ -78,9 +87,11 @@ impl Cache {
 
     /// A file to compile into, which nobody else can write to.
     pub fn output(&self) -> std::io::Result<NamedTempFile> {
-        NamedTempFile::new_in(&self.folder).or_else(|error| {
+        let mut file = tempfile::Builder::new();
+        file.prefix(UNFINISHED);
+        file.tempfile_in(&self.folder).or_else(|error| {
             tracing::warn!("the compile cache {} keeps nothing: {error}", self.folder.display());
-            NamedTempFile::new()
+            file.tempfile()
         })
     }
 
@@ -102,7 +113,9 @@ impl Cache {
         let mut files: Vec<(SystemTime, u64, PathBuf)> = found
             .flatten()
             .filter_map(|entry| {
-                let found = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+                let name = entry.file_name();
+                let ours = name.to_str().is_some_and(|name| name.starts_with(UNFINISHED) || is_compiled(name));
+                let found = entry.metadata().ok().filter(|found| ours && found.is_file())?;
                 Some((found.modified().ok()?, found.len(), entry.path()))
             })
             .collect();
@@ -118,6 +131,21 @@ impl Cache {
             }
         }
     }
+}
+
+/// Whether a name is one that `path` gives: the folder may be somebody's who keeps other things there.
+fn is_compiled(name: &str) -> bool {
+    let digits = |text: &str, number: usize| text.len() == number && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let parts = name.strip_suffix(".cwasm").and_then(|name| name.split_once('-'));
+    parts.is_some_and(|(sha256, fingerprint)| digits(sha256, 64) && digits(fingerprint, 16))
+}
+
+/// Whether a file is this user's own, or root's, and nobody else may write to it.
+fn is_ours(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| {
+        let owner = [rustix::process::geteuid().as_raw(), 0].contains(&found.uid());
+        found.is_file() && owner && found.permissions().mode() & 0o022 == 0
+    })
 }
 
 #[expect(unsafe_code, reason = "the one place that loads compiled code")]
@@ -147,11 +175,16 @@ mod tests {
         let (_folder, cache) = open();
         for flavour in [Flavour::Plain, Flavour::Concurrent] {
             let engine = start(flavour).unwrap();
-            let path = cache.path(&engine, "00");
+            let path = cache.path(&engine, &"0".repeat(64));
             assert!(cache.load(&engine, &path).is_none());
             let mut output = cache.output().unwrap();
             output.write_all(&compiler(flavour).unwrap().precompile_component(EMPTY).unwrap()).unwrap();
             cache.keep(&engine, output, &path).unwrap();
+            assert!(cache.load(&engine, &path).is_some());
+            let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            mode(0o666);
+            assert!(cache.load(&engine, &path).is_none(), "others could have written it");
+            mode(0o600);
             assert!(cache.load(&engine, &path).is_some());
             std::fs::write(&path, b"damaged").unwrap();
             assert!(cache.load(&engine, &path).is_none());
@@ -161,7 +194,16 @@ mod tests {
     #[test]
     fn what_was_not_used_for_long_goes_first() {
         let (_folder, cache) = open();
-        let ages = [("old.cwasm", 3), ("older.cwasm", 4), ("young.cwasm", 0), ("left", 5), ("begun", 0)];
+        let name = |digit: &str| format!("{}-{}.cwasm", digit.repeat(64), digit.repeat(16));
+        let ages = [
+            (name("b"), 3),
+            (name("c"), 4),
+            (name("a"), 0),
+            (format!("{UNFINISHED}left"), 5),
+            (format!("{UNFINISHED}begun"), 0),
+            ("thesis.docx".into(), 1000),
+            ("other.cwasm".into(), 1000),
+        ];
         for (name, hours) in ages {
             let path = cache.folder.join(name);
             std::fs::write(&path, [0; 100]).unwrap();
@@ -171,7 +213,8 @@ mod tests {
         cache.tidy(300);
         let left: std::collections::BTreeSet<_> =
             std::fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(left.into_iter().collect::<Vec<_>>(), ["begun", "old.cwasm", "young.cwasm"]);
+        let left: Vec<_> = left.iter().map(|name| name.to_str().unwrap()).collect();
+        assert_eq!(left, [&format!("{UNFINISHED}begun"), &name("a"), &name("b"), "other.cwasm", "thesis.docx"]);
     }
 
     #[test]

@@ -6,10 +6,11 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -80,8 +81,15 @@ impl Compiler {
         self.run(flavour, bytes, file).await.inspect_err(|message| self.note_failure(sha256, message))?;
         let (cache, engine) = (self.cache.clone(), engine.clone());
         let kept = tokio::task::spawn_blocking(move || cache.keep(&engine, output, &path)).await;
-        kept.map_err(|error| error.to_string())?
-            .map_err(|error| format!("asks for more than a plugin may have: {error:#}"))
+        kept.map_err(|error| error.to_string())?.map_err(|error| {
+            let error = format!("{error:#}");
+            let what = if error.contains("pooling allocator") {
+                "asks for more than a plugin may have"
+            } else {
+                "its compiled form does not load"
+            };
+            format!("{what}: {error}")
+        })
     }
 
     fn failed_lately(&self, sha256: &str) -> Option<String> {
@@ -103,6 +111,10 @@ impl Compiler {
         let failed = |error: std::io::Error| format!("the compiler does not start: {error}");
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).args(["--memory", &self.memory.bytes().to_string()]);
+        // Its own clock, should this process end before it.
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+        let seconds = self.timeout.duration().as_secs().saturating_add(10).saturating_mul(threads);
+        command.args(["--seconds", &seconds.to_string(), "--parent", &std::process::id().to_string()]);
         if flavour == Flavour::Concurrent {
             command.arg("--concurrent");
         }
@@ -138,6 +150,9 @@ impl Compiler {
                 "is no component that can be compiled: {}; it may be damaged, cut short, or built with features that this version does not know",
                 String::from_utf8_lossy(&said).trim_end()
             )),
+            status if status.code() == Some(i32::from(UNWRITTEN)) => {
+                Err(format!("its compiled form cannot be kept: {}", String::from_utf8_lossy(&said).trim_end()))
+            }
             status => Err(format!(
                 "compiling broke off ({status}); it may need more memory than {}, the setting compile_memory",
                 self.memory
@@ -152,16 +167,65 @@ fn this_program() -> PathBuf {
     if linux.exists() { linux } else { std::env::current_exe().unwrap_or(linux) }
 }
 
-/// The process: compiles what comes on standard input and writes the result to standard output.
-pub fn process(concurrent: bool, memory: u64) -> Result<(), String> {
-    let mut limit: Rlimit = getrlimit(Resource::Data);
-    limit.current = Some(limit.maximum.unwrap_or(u64::MAX).min(memory));
-    setrlimit(Resource::Data, limit).map_err(|error| format!("its memory cannot be bounded: {error}"))?;
-    // Not a condition: a system may forbid it.
-    nice(10).ok();
-    let flavour = if concurrent { Flavour::Concurrent } else { Flavour::Plain };
-    let mut bytes = Vec::new();
-    std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    let compiled = engine::compiler(flavour)?.precompile_component(&bytes).map_err(|error| format!("{error:#}"))?;
-    std::io::stdout().lock().write_all(&compiled).map_err(|error| format!("the result cannot be written: {error}"))
+/// How the process ends when its result cannot be written; 1 is what it finds in the component.
+const UNWRITTEN: u8 = 3;
+
+/// What the process is told.
+#[derive(Args)]
+pub struct Process {
+    /// Most memory, in bytes
+    #[arg(long)]
+    memory: u64,
+    /// Most CPU time, in seconds
+    #[arg(long)]
+    seconds: u64,
+    /// The process that started it, and ends it by its own end
+    #[arg(long)]
+    parent: u32,
+    #[arg(long)]
+    concurrent: bool,
+}
+
+impl Process {
+    /// Compiles what comes on standard input and writes the result to standard output.
+    pub fn run(self) -> ExitCode {
+        match self.compile() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err((code, message)) => {
+                eprintln!("{message}");
+                ExitCode::from(code)
+            }
+        }
+    }
+
+    fn compile(self) -> Result<(), (u8, String)> {
+        self.bound().map_err(|error| (UNWRITTEN, format!("the compiler cannot be bounded: {error}")))?;
+        let flavour = if self.concurrent { Flavour::Concurrent } else { Flavour::Plain };
+        let mut bytes = Vec::new();
+        let read = std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes);
+        read.map_err(|error| (UNWRITTEN, format!("the component does not come through: {error}")))?;
+        let compiler = engine::compiler(flavour).map_err(|message| (UNWRITTEN, message))?;
+        let compiled = compiler.precompile_component(&bytes).map_err(|error| (1, format!("{error:#}")))?;
+        std::io::stdout().lock().write_all(&compiled).map_err(|error| (UNWRITTEN, error.to_string()))
+    }
+
+    fn bound(&self) -> std::io::Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            // It may have ended before this was heard.
+            if getppid().is_none_or(|parent| parent.as_raw_nonzero().get().cast_unsigned() != self.parent) {
+                return Err(std::io::Error::other("whoever started it is gone"));
+            }
+        }
+        for (resource, most) in [(Resource::Data, self.memory), (Resource::Cpu, self.seconds), (Resource::Core, 0)] {
+            let mut limit: Rlimit = getrlimit(resource);
+            limit.current = Some(limit.maximum.unwrap_or(u64::MAX).min(most));
+            setrlimit(resource, limit)?;
+        }
+        // Not a condition: a system may forbid it.
+        nice(10).ok();
+        Ok(())
+    }
 }

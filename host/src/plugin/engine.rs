@@ -15,6 +15,9 @@ const INSTANCES: u32 = 1000;
 /// Core modules, memories and tables in one component: those of other languages' runtimes have a handful.
 const PARTS: u32 = 32;
 
+/// Memories in one component; more would let one component take many slots of the pool.
+const MEMORIES: u32 = 4;
+
 /// Stack of a guest, in bytes, for every plugin: enough for the runtimes of other languages.
 pub const STACK: usize = 512 << 10;
 
@@ -87,7 +90,7 @@ fn pool() -> PoolingAllocationConfig {
         .total_tables(INSTANCES * 4)
         .total_stacks(INSTANCES)
         .max_core_instances_per_component(PARTS)
-        .max_memories_per_component(PARTS)
+        .max_memories_per_component(MEMORIES)
         .max_tables_per_component(PARTS)
         .max_memory_size(usize::try_from(MOST_MEMORY.bytes()).unwrap_or(usize::MAX))
         .table_elements(MOST_TABLE)

@@ -1,7 +1,10 @@
 //! What a plugin is made of, each file read once: nothing is judged by other bytes than those that are loaded.
 
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
 use super::error::LoadError;
@@ -23,12 +26,7 @@ pub struct ComponentFile {
 impl ComponentFile {
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
-        let size = std::fs::metadata(path).map_err(unreadable)?.len();
-        if size > MOST_COMPONENT {
-            let message = format!("has {size} bytes; a component has at most {MOST_COMPONENT}");
-            return Err(LoadError::Component { component: path.to_owned(), message });
-        }
-        let bytes = std::fs::read(path).map_err(unreadable)?;
+        let bytes = read_bounded(path, MOST_COMPONENT).map_err(unreadable)?;
         let sha256 = sha256(&bytes);
         Ok(Self { path: path.to_owned(), bytes, sha256 })
     }
@@ -93,13 +91,28 @@ impl Files {
     }
 }
 
+/// Reads a file of text.
 pub fn read_text(path: &Path) -> Result<String, LoadError> {
-    let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
-    if std::fs::metadata(path).map_err(unreadable)?.len() > MOST_TEXT {
-        let message = format!("has more than {MOST_TEXT} bytes");
-        return Err(LoadError::Manifest { file: path.to_owned(), message });
+    let bytes = read_bounded(path, MOST_TEXT);
+    let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
+    text.map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
+}
+
+/// Reads a file of so many bytes at the most. What stands in the plugin directory may be anything: a pipe that nobody writes to, a device
+/// without an end, a file that grows.
+pub fn read_bounded(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).custom_flags(i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0));
+    let file = options.open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("it is no ordinary file"));
     }
-    std::fs::read_to_string(path).map_err(unreadable)
+    let mut bytes = Vec::new();
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(std::io::Error::other(format!("it has more than {most} bytes")));
+    }
+    Ok(bytes)
 }
 
 pub fn sha256(bytes: &[u8]) -> String {

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
 use wasmtime::Engine;
 use wasmtime::component::{Component, Linker};
 
+use super::answer::for_people;
 use super::bindings::v0_1;
 use super::cache::Cache;
 use super::compile::Compiler;
@@ -20,14 +21,18 @@ use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_tim
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest, Source};
 use super::plugin::{Plugin, explain};
+use super::schema;
 use super::signature::{TrustedKeys, statement};
 use super::types::{Description, Kind};
 use crate::clock::Clock;
 use crate::config::{Size, Span};
-use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets};
+use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets, is_host_header};
 
 /// Largest component, in bytes.
 pub const MOST_COMPONENT: u64 = 64 << 20;
+
+/// Longest complaint about a component, in characters.
+const LONGEST_MESSAGE: usize = 2000;
 
 /// Plugins read and loaded at a time.
 const TURNS: usize = 8;
@@ -116,6 +121,14 @@ impl Loader {
         self.load_files(files.map_err(failed)??).await
     }
 
+    /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
+    pub fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
+        let Some(keys) = &self.trusted_keys else { return Ok(()) };
+        let Files { text, component, signature, .. } = Files::read_any(file)?;
+        let signer = keys.verify(&statement(&plugin_name(file)?, &text, &component.sha256), signature.as_deref());
+        signer.map(drop).map_err(|message| LoadError::Signature { file: file.to_owned(), message })
+    }
+
     /// Loads the plugin that was read from these files.
     pub async fn load_files(&self, files: Files) -> Result<Plugin, LoadError> {
         let Files { file, text, mut manifest, component, signature } = files;
@@ -141,14 +154,16 @@ impl Loader {
         };
         let inspected = self.inspect_with(component, &name, &manifest.limits).await?;
         check_kind(&manifest, &inspected, &key)?;
-        add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
-        check_settings(&manifest, &inspected.description.settings_schema, &key)?;
-        let secrets = secrets(&manifest, &inspected.description, &key)?;
+        // Only what the operator wrote opens a way: a component that names a host in a default must not.
         let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
+        schema::add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
+        let settings = Value::Object(std::mem::take(&mut manifest.settings));
+        schema::check(&settings, &inspected.description.settings_schema)
+            .map_err(|(place, message)| key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE)))?;
+        let secrets = secrets(&manifest, &inspected.description, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
         let gateway = Gateway::new(allow, secrets, bounds(&manifest.limits));
-        let settings = Value::Object(manifest.settings).to_string();
         let plugin = Plugin {
             name,
             kind: inspected.kind,
@@ -162,7 +177,7 @@ impl Loader {
             models: manifest.models,
             aliases: manifest.aliases,
             loaded_at: self.clock.now().as_seconds(),
-            settings,
+            settings: settings.to_string(),
             template: inspected.template,
             engine: inspected.engine,
             log: inspected.log,
@@ -170,7 +185,8 @@ impl Loader {
             pools: Mutex::new(HashMap::new()),
         };
         // Proves that the settings are taken; the instance itself belongs to no tenant.
-        plugin.instantiate().await.map_err(|error| key("settings", error.to_string()))?;
+        let taken = plugin.instantiate().await;
+        taken.map_err(|error| key("settings", for_people(&error.to_string(), LONGEST_MESSAGE)))?;
         Ok(plugin)
     }
 
@@ -182,7 +198,11 @@ impl Loader {
 
     async fn inspect_with(&self, file: ComponentFile, name: &str, limits: &Limits) -> Result<Inspected, LoadError> {
         let ComponentFile { path, bytes, sha256 } = file;
-        let failed = |message: String| LoadError::Component { component: path.clone(), message };
+        // What is told here holds words of the component's own.
+        let failed = |message: String| LoadError::Component {
+            component: path.clone(),
+            message: for_people(&message, LONGEST_MESSAGE),
+        };
         check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
         let flavour = Flavour::of(&bytes);
@@ -333,58 +353,39 @@ fn check_kind(
     Ok(())
 }
 
-fn check_description(mut description: Description, schema: &str, kind: Kind) -> Result<Description, String> {
-    if description.name.is_empty() || description.name.chars().count() > 64 {
+fn check_description(mut description: Description, settings: &str, kind: Kind) -> Result<Description, String> {
+    let Description { name, version, summary, endpoints, credentials, .. } = &mut description;
+    *name = for_people(name, 65);
+    if name.is_empty() || name.chars().count() > 64 {
         return Err("the name must have 1 to 64 characters".into());
     }
-    semver::Version::parse(&description.version)
-        .map_err(|error| format!("the version `{}` is not a semantic version: {error}", description.version))?;
-    super::answer::shorten(&mut description.summary, 200);
-    if kind == Kind::Validator && !description.credentials.is_empty() {
+    *version = for_people(version, 100);
+    semver::Version::parse(version)
+        .map_err(|error| format!("the version `{version}` is not a semantic version: {error}"))?;
+    *summary = for_people(summary, 200);
+    if endpoints.len() > 100 || credentials.len() > 100 {
+        return Err("it names more than 100 endpoints or credentials".into());
+    }
+    for endpoint in endpoints {
+        *endpoint = for_people(endpoint, 200);
+    }
+    if kind == Kind::Validator && !credentials.is_empty() {
         return Err("a validator makes no exchanges and has no credentials".into());
     }
-    for need in &description.credentials {
-        http::HeaderName::try_from(need.header.as_str())
-            .map_err(|_| format!("the credential `{}` names no header: `{}`", need.name, need.header.escape_debug()))?;
-    }
-    description.settings_schema =
-        serde_json::from_str(schema).map_err(|error| format!("settings-schema is not JSON: {error}"))?;
-    jsonschema::draft202012::meta::validate(&description.settings_schema)
-        .map_err(|error| format!("settings-schema is not a JSON Schema: {error}"))?;
-    Ok(description)
-}
-
-/// Puts in what the schema says of absent settings: the allow-list is made of settings, so none may hide in the component.
-fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
-    for (name, property) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
-        if let Some(default) = property.get("default")
-            && !settings.contains_key(name)
-        {
-            settings.insert(name.clone(), default.clone());
+    for need in credentials {
+        let fits = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+        if need.name.is_empty() || need.name.len() > 64 || !need.name.chars().all(fits) {
+            return Err(format!("`{}` is no name for a credential: lower-case letters, digits and `_`", need.name));
         }
-    }
-}
-
-fn check_settings(
-    manifest: &Manifest,
-    schema: &Value,
-    key: &impl Fn(&str, String) -> LoadError,
-) -> Result<(), LoadError> {
-    let validator = jsonschema::draft202012::new(schema)
-        .map_err(|error| key("component", format!("its settings-schema is not usable: {error}")))?;
-    let settings = Value::Object(manifest.settings.clone());
-    if let Some(error) = validator.iter_errors(&settings).next() {
-        let place = error.instance_path().to_string().replace('/', ".");
-        let known: Vec<&String> =
-            schema.get("properties").and_then(Value::as_object).map(|known| known.keys().collect()).unwrap_or_default();
-        let hint = if known.is_empty() {
-            "this plugin has no settings".into()
-        } else {
-            format!("known settings are {}", known.into_iter().map(String::as_str).collect::<Vec<_>>().join(", "))
+        let header = http::HeaderName::try_from(need.header.as_str());
+        let Some(header) = header.ok().filter(|header| !is_host_header(header)) else {
+            return Err(format!("the credential `{}` cannot go into the header `{}`", need.name, need.header));
         };
-        return Err(key(&format!("settings{place}"), format!("{error}; {hint}")));
+        need.header = header.as_str().to_owned();
+        need.prefix = for_people(&need.prefix, 100);
     }
-    Ok(())
+    description.settings_schema = schema::parse(settings)?;
+    Ok(description)
 }
 
 fn secrets(

@@ -1,6 +1,6 @@
 //! A plugin's TOML file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Component, Path, PathBuf};
 
@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::LoadError;
+use super::files::read_bounded;
 use crate::config::{Size, Span};
 
 /// The file as it stands, each key of the right type.
@@ -116,6 +117,9 @@ impl Default for Limits {
     }
 }
 
+/// Longest secret in a file, in bytes.
+const MOST_SECRET: u64 = 64 << 10;
+
 /// The largest `[limits] memory`: what one slot of the instance pool reserves.
 pub const MOST_MEMORY: Size = Size::mib(4096);
 
@@ -127,7 +131,8 @@ impl Manifest {
     pub fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
         let manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
             file: file.to_owned(),
-            message: error.to_string().trim_end().to_owned(),
+            // Without the line itself: it may hold a secret that somebody wrote there, and this is shown to clients.
+            message: format!("{}{}", place(text, error.span()), error.message()),
         })?;
         let invalid = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
         if manifest.component.components().any(|part| !matches!(part, Component::Normal(_))) {
@@ -163,22 +168,36 @@ impl Manifest {
     }
 }
 
-/// Aliases that lead back to where they began, as `a = b, b = a`.
+/// Where in a text something is wrong, in words.
+fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
+    let Some(before) = span.and_then(|span| text.get(..span.start)) else { return String::new() };
+    let line = before.matches('\n').count().saturating_add(1);
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count().saturating_add(1);
+    format!("line {line}, column {column}: ")
+}
+
+/// Aliases that lead back to where they began, as `a` = `b`, `b` = `a`.
 fn cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
-    aliases.keys().find_map(|start| {
-        let mut shown = Vec::new();
+    // Those from which every way was followed before.
+    let mut seen = HashSet::new();
+    for start in aliases.keys() {
+        let mut way: Vec<&String> = Vec::new();
         let mut at = start;
-        // One that runs into a cycle further on is told of by the cycle itself.
-        for _ in 0..aliases.len() {
-            let next = aliases.get(at)?;
-            shown.push(format!("`{at}` = `{next}`"));
-            if next == start {
-                return Some(shown.join(", "));
+        while let Some(next) = aliases.get(at) {
+            if !seen.insert(at) {
+                let circle = way.iter().skip_while(|known| **known != at);
+                let shown: Vec<_> =
+                    circle.filter_map(|from| Some(format!("`{from}` = `{}`", aliases.get(*from)?))).collect();
+                if !shown.is_empty() {
+                    return Some(shown.join(", "));
+                }
+                break;
             }
+            way.push(at);
             at = next;
         }
-        None
-    })
+    }
+    None
 }
 
 /// Where a secret is kept.
@@ -208,7 +227,9 @@ impl<'a> Source<'a> {
             Self::Env(name) => std::env::var(name)
                 .map_err(|_| format!("the environment variable {name} is not set; export it and start again"))?,
             Self::File(path) => {
-                std::fs::read_to_string(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?
+                let bytes = read_bounded(path, MOST_SECRET);
+                let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
+                text.map_err(|error| format!("failed to read {}: {error}", path.display()))?
             }
         };
         let secret = secret.trim_end_matches(['\r', '\n']);

@@ -18,12 +18,14 @@ mod manifest;
 #[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
 mod plugin;
 mod registry;
+mod schema;
 pub mod signature;
 pub mod types;
 mod wasi;
 
+pub use answer::for_people;
 pub use error::{CallError, LoadError};
-pub use files::{Files, hex};
+pub use files::{ComponentFile, Files, hex, sha256};
 pub use load::{Inspected, Loader, Loading, MOST_COMPONENT, plugin_name};
 pub use manifest::read_secret;
 pub use plugin::Plugin;

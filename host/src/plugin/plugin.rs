@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::{Engine, Trap};
 
-use super::answer::{checked, shorten};
+use super::answer::{checked, for_people};
 use super::engine::STACK;
 use super::error::CallError;
 use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
@@ -84,11 +84,9 @@ impl Plugin {
                 let message = format!("it judged line {}, which it was not given.", violation.line);
                 return Err(CallError::Contract { plugin: self.name.clone(), function: FUNCTION, message });
             }
-            shorten(&mut violation.code, 64);
-            shorten(&mut violation.message, 1000);
-            if let Some(param) = &mut violation.param {
-                shorten(param, 200);
-            }
+            violation.code = for_people(&violation.code, 64);
+            violation.message = for_people(&violation.message, 1000);
+            violation.param = violation.param.as_deref().map(|param| for_people(param, 200));
         }
         Ok(violations)
     }
@@ -182,9 +180,8 @@ impl Plugin {
         let called = in_time(&self.limits, 1, call).await;
         match called {
             Ok(Ok(())) => Ok(instance),
-            Ok(Err(mut message)) => {
-                shorten(&mut message, 1000);
-                Err(CallError::Configure { plugin: self.name.clone(), message })
+            Ok(Err(message)) => {
+                Err(CallError::Configure { plugin: self.name.clone(), message: for_people(&message, 1000) })
             }
             Err(error) => Err(self.explain("configure", &error, instance.refused())),
         }
@@ -236,13 +233,12 @@ pub(super) fn explain(
     if error.downcast_ref::<Trap>() == Some(&Trap::StackOverflow) {
         return CallError::Stack { plugin, function, limit: format!("{}KiB", STACK >> 10) };
     }
-    let mut message = error.root_cause().to_string();
+    let message = for_people(&error.root_cause().to_string(), 500);
     if message.contains("fuel allocated for hostcalls") {
         return CallError::Answer { plugin, function, limit: limits.answer.to_string() };
     }
     if message.contains("store handle limit exceeded") {
         return CallError::Handles { plugin, function, limit: limits.handles.get() };
     }
-    shorten(&mut message, 500);
     CallError::Trap { plugin, function, message }
 }

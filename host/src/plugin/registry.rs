@@ -18,8 +18,9 @@ use super::load::{Loader, plugin_name};
 use super::plugin::Plugin;
 use super::types::Kind;
 
-/// How long the directory must be quiet before it is read again: copying a component takes several writes.
+/// How long the directory must be quiet before it is read again, as copying a component takes several writes; and how long that is waited for.
 const QUIET: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// One TOML file of the directory and what became of it.
 #[derive(Clone)]
@@ -273,12 +274,14 @@ impl Registry {
         let mut serving = known.and_then(|known| known.serving.clone());
         let _turn = self.loader.turn().await;
         let read = file.clone();
-        let files = tokio::task::spawn_blocking(move || Files::read(&read)).await;
+        // With its secrets, which are files too.
+        let files =
+            tokio::task::spawn_blocking(move || Files::read(&read).map(|files| (files.fingerprint(), files))).await;
         let mut fingerprint = String::new();
         if error.is_none() {
             match files {
-                Ok(Ok(files)) => {
-                    fingerprint = files.fingerprint();
+                Ok(Ok((read, files))) => {
+                    fingerprint = read;
                     // One that failed is tried again: what was in its way may be gone.
                     let unchanged =
                         known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
@@ -289,7 +292,10 @@ impl Registry {
                         }
                     }
                 }
-                Ok(Err(LoadError::Disabled { .. })) => serving = None,
+                Ok(Err(LoadError::Disabled { .. })) => match self.loader.check_disabled(&file) {
+                    Ok(()) => serving = None,
+                    Err(failed) => error = Some(failed.to_string()),
+                },
                 Ok(Err(failed)) => error = Some(failed.to_string()),
                 Err(failed) => error = Some(failed.to_string()),
             }
@@ -307,17 +313,20 @@ impl Registry {
                 self.folder.display()
             )
         };
-        let mut watcher = notify::recommended_watcher(move |event: Result<notify::Event, notify::Error>| {
+        let note = move |event: Result<notify::Event, notify::Error>| {
             if event.is_ok_and(|event| !event.kind.is_access()) {
                 changed.try_send(()).ok();
             }
-        })
-        .map_err(failed)?;
+        };
+        // A link out of the directory must not have everything there watched.
+        let config = notify::Config::default().with_follow_symlinks(false);
+        let mut watcher = notify::RecommendedWatcher::new(note, config).map_err(failed)?;
         watcher.watch(&self.folder, RecursiveMode::Recursive).map_err(failed)?;
         let registry = Arc::downgrade(self);
         tokio::spawn(async move {
             while changes.recv().await.is_some() {
-                while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {}
+                let quiet = async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
+                tokio::time::timeout(PATIENCE, quiet).await.ok();
                 let Some(registry) = registry.upgrade() else { return };
                 if let Err(error) = registry.read().await {
                     tracing::error!("the plugins stay as they are: {error}");

@@ -36,7 +36,8 @@ impl plugin::Guest for Component {
                 prefix: "Bearer ".into(),
                 required: false,
             }],
-            settings_schema: r#"{"type":"object"}"#.into(),
+            // A default that names a host must not open the way there.
+            settings_schema: r#"{"type":"object","properties":{"home":{"default":"http://169.254.169.254/"}}}"#.into(),
         }
     }
 
@@ -68,6 +69,10 @@ impl inference::Guest for Component {
             "recursion" => done(200, format!(r#"{{"depth":{}}}"#, depth(0))),
             "gigantic" => done(200, format!(r#"{{"x":"{}"}}"#, "x".repeat(20 << 20))),
             "many" => many(),
+            "headers" => {
+                let headers = [("host", "x"); 30_000];
+                send("POST", argument, &headers, order)
+            }
             "not-utf8" => done(200, broken_text(b"{\"x\":\"\xff\xfe\"}")),
             "not-utf8-failure" => fail(&broken_text(b"\xff"), broken_text(b"\xc3\x28")),
             "not-json" => done(200, "{oops".into()),

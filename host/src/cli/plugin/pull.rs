@@ -16,7 +16,7 @@ use oci_client::{Client, Reference};
 use super::{Given, show};
 use crate::cli::Error;
 use crate::plugin::types::Kind;
-use crate::plugin::{Inspected, MOST_COMPONENT, plugin_name, read_secret};
+use crate::plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
 
 /// Media types of a layer that is a component: of the CNCF's "Wasm OCI Artifact layout", and what was in use before it.
 const COMPONENT_TYPES: [&str; 3] = [
@@ -82,12 +82,19 @@ impl Pull {
         let mut file = tempfile::Builder::new().suffix(".partial").tempfile_in(&self.to).map_err(unwritable)?;
         std::io::Write::write_all(&mut file, &bytes).map_err(unwritable)?;
         file.as_file().sync_all().map_err(unwritable)?;
+        let sha256 = sha256(&bytes);
         drop(bytes);
         let inspected = self.given.loader()?.inspect(file.path()).await?;
-        let short = inspected.sha256.get(..12).unwrap_or_default();
+        if inspected.sha256 != sha256 {
+            return Err(failed(format!("somebody changed it in {} meanwhile", self.to.display())));
+        }
+        let short = sha256.get(..16).unwrap_or_default();
         let component = format!("{name}-{short}.wasm");
         let path = self.to.join(&component);
-        file.persist(&path).map_err(|error| unwritable(error.error))?;
+        let there = ComponentFile::read(&path).is_ok_and(|there| there.sha256 == sha256);
+        if !there {
+            file.persist_noclobber(&path).map_err(|error| unwritable(error.error))?;
+        }
         // Temporary files are their owner's alone; this one is for the server's user, too.
         readable(&path).map_err(unwritable)?;
         let manifest = self.to.join(manifest);
@@ -121,7 +128,8 @@ impl Pull {
         let OciManifest::Image(manifest) = manifest else {
             return Err("it is an index of several images; name one of them by its digest".into());
         };
-        let layer = component_layer(&manifest)?;
+        // From this registry, wherever else it says it lies.
+        let layer = &OciDescriptor { urls: None, ..component_layer(&manifest)?.clone() };
         let too_large = || format!("its component is larger than {MOST_COMPONENT} bytes");
         if u64::try_from(layer.size).map_or(true, |size| size > MOST_COMPONENT) {
             return Err(too_large());

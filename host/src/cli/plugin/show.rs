@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::cli::Error;
 use crate::config::Size;
-use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry};
+use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 
 #[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 pub fn list(registry: &Registry) {
@@ -78,7 +78,8 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
     }
     for (name, schema) in settings.into_iter().flatten() {
         let text = schema.get("description").and_then(|text| text.as_str()).unwrap_or_default();
-        rows.push(["setting".into(), format!("{name}: {text}")]);
+        let default = schema.get("default").map(|default| format!(" (default {default})")).unwrap_or_default();
+        rows.push(["setting".into(), for_people(&format!("{name}: {text}{default}"), 500)]);
     }
     let size = inspected.size as u64;
     rows.push(["size".into(), size_text(size)]);

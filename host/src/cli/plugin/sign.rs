@@ -1,5 +1,7 @@
 //! `batchwright plugin sign` and `verify`
 
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -70,10 +72,21 @@ impl Sign {
         let signature = sign(&key, &statement).map_err(unusable)?;
         let to = signature_file(&self.file);
         let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
-        std::fs::write(&to, signature).map_err(failed)?;
+        write(&to, signature.as_bytes()).map_err(failed)?;
         println!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Puts a new file in the place of what is there, a link to somewhere else included.
+fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
 }
 
 #[expect(clippy::print_stdout, reason = "what is found is the command's output")]
