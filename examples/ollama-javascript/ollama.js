@@ -35,13 +35,13 @@ export const inference = {
   begin(request) {
     let body;
     try {
-      body = JSON.parse(request.body);
+      body = read(request.body);
     } catch (error) {
       return failure("invalid_request", `The body cannot be read: ${error.message}.`);
     }
     if (!Array.isArray(body.messages)) return failure("invalid_request", "Messages must be an array.");
     for (const message of body.messages) {
-      if (!ROLES.includes(message?.role)) return failure("invalid_request", `Unknown message role: ${message?.role ?? "none"}`);
+      if (!ROLES.includes(message?.role)) return failure("invalid_request", `Unknown message role: ${typeof message?.role === "string" ? message.role.toWellFormed() : "none"}`);
     }
     const asked = {
       model: request.model,
@@ -86,7 +86,7 @@ export const inference = {
     const { status, body } = outcome.val;
     let answer;
     try {
-      answer = JSON.parse(text(body));
+      answer = read(text(body));
     } catch {
       answer = null;
     }
@@ -161,6 +161,27 @@ const fail = (code, message) => ({ tag: "failure", val: { code, message } });
 const done = (answer) => ({ tag: "done", val: answer });
 const failure = (code, message) => done(fail(code, message));
 const retry = (otherwise) => ({ tag: "retry", val: { afterMilliseconds: null, otherwise } });
+
+// JSON of a client or a provider, which may be anything.
+function read(json) {
+  // A parser that calls itself would run out of stack.
+  if (depth(json) > 100) throw new Error("it is nested deeper than 100 levels");
+  return JSON.parse(json, (_, value) => {
+    if (value === Infinity || value === -Infinity) throw new Error("it holds a number that is too large");
+    return value;
+  });
+}
+
+function depth(json) {
+  let deepest = 0;
+  let level = 0;
+  if ((json.match(/[[{]/g) ?? []).length <= 100) return 0;
+  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+    if (token === "[" || token === "{") deepest = Math.max(deepest, ++level);
+    else if (token === "]" || token === "}") level--;
+  }
+  return deepest;
+}
 
 // QuickJS has no TextEncoder and no TextDecoder.
 function utf8(string) {

@@ -106,7 +106,12 @@ static bool known_role(json_t role) {
 }
 
 static step_t begin(const exports_batchwright_plugin_inference_request_t *request) {
-    json_t body = {request->body.ptr, request->body.len}, messages = json_member(body, "messages");
+    static const char TWICE[] = "The body names its model or its messages more than once.";
+    size_t models, lists;
+    json_t body = {request->body.ptr, request->body.len};
+    json_t model = json_member_counted(body, "model", &models), messages = json_member_counted(body, "messages", &lists);
+    /* Which of two counts is up to whoever reads it; the provider may take the other one. */
+    if (models > 1 || lists > 1) return done(failure("invalid_request", TWICE, sizeof TWICE - 1));
     const uint8_t *at = NULL;
     for (json_t message = json_next(messages, &at); message.ptr; message = json_next(messages, &at)) {
         json_t role = json_member(message, "role");
@@ -120,7 +125,6 @@ static step_t begin(const exports_batchwright_plugin_inference_request_t *reques
         return refused;
     }
     /* The body as it is, with another model: no number and no text in it changes. The host saw to it that it is an object. */
-    json_t model = json_member(body, "model");
     text_t asked = {NULL, 0}, url = {NULL, 0};
     if (model.ptr) {
         add(&asked, body.ptr, (size_t)(model.ptr - body.ptr));
@@ -169,8 +173,8 @@ static step_t answered(const exports_batchwright_plugin_inference_http_response_
         "{\"error\":{\"message\":\"The provider answered with status %u.\",\"type\":\"provider_error\",\"param\":null,\"code\":null}}";
     static const char NO_OBJECT[] = "The provider's answer is no JSON object.";
     json_t body = {given->body.ptr, given->body.len};
-    const uint8_t *end = body.ptr + body.len, *first = json_space(body.ptr, end), *past = first < end && *first == '{' ? json_past(first, end) : NULL;
-    bool is_object = past && json_space(past, end) == end && is_utf8(body.ptr, end);
+    const uint8_t *end = body.ptr + body.len, *first = body.len ? json_space(body.ptr, end) : end;
+    bool is_object = first < end && *first == '{' && json_valid(first, end) && is_utf8(body.ptr, end);
     if (given->status >= 200 && given->status < 300) {
         if (!is_object) return done(failure("invalid_provider_response", NO_OBJECT, sizeof NO_OBJECT - 1));
         answer_t answer = response(given->status, body.ptr, body.len);

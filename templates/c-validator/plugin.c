@@ -25,17 +25,24 @@ bool exports_batchwright_plugin_plugin_configure(exports_batchwright_plugin_plug
     return found;
 }
 
-static void report(exports_batchwright_plugin_validation_list_violation_t *found, uint64_t line, const char *field) {
-    char message[80], param[80];
+static exports_batchwright_plugin_validation_violation_t *
+add(exports_batchwright_plugin_validation_list_violation_t *found, uint64_t line, const char *code, const char *message) {
     exports_batchwright_plugin_validation_violation_t *grown = realloc(found->ptr, (found->len + 1) * sizeof *grown);
     if (!grown) abort();
     found->ptr = grown;
     exports_batchwright_plugin_validation_violation_t *violation = &grown[found->len++];
+    memset(violation, 0, sizeof *violation);
+    violation->line = line;
+    validator_string_dup(&violation->code, code);
+    validator_string_dup(&violation->message, message);
+    return violation;
+}
+
+static void too_many(exports_batchwright_plugin_validation_list_violation_t *found, uint64_t line, const char *field) {
+    char message[80], param[80];
     snprintf(message, sizeof message, "At most %.0f tokens may be asked for.", max_tokens);
     snprintf(param, sizeof param, "body.%s", field);
-    violation->line = line;
-    validator_string_dup(&violation->code, "too_many_tokens");
-    validator_string_dup(&violation->message, message);
+    exports_batchwright_plugin_validation_violation_t *violation = add(found, line, "too_many_tokens", message);
     violation->param.is_some = true;
     validator_string_dup(&violation->param.val, param);
 }
@@ -47,11 +54,16 @@ void exports_batchwright_plugin_validation_validate(exports_batchwright_plugin_v
     ret->ptr = NULL;
     ret->len = 0;
     for (size_t index = 0; index < lines->len; index++) {
-        /* What is wrong with the form of a line is for the standard rules to say. */
-        json_t body = json_member((json_t){lines->ptr[index].text.ptr, lines->ptr[index].text.len}, "body");
+        json_t line = {lines->ptr[index].text.ptr, lines->ptr[index].text.len};
+        /* Not let through: what this reader does not take (a depth of more than 512) another one may. */
+        if (!json_valid(line.ptr, line.ptr + line.len)) {
+            add(ret, lines->ptr[index].number, "unreadable_line", "This line cannot be read as JSON.");
+            continue;
+        }
+        json_t body = json_member(line, "body");
         for (size_t field = 0; field < 2; field++) {
             double asked;
-            if (json_number(json_member(body, fields[field]), &asked) && asked > max_tokens) report(ret, lines->ptr[index].number, fields[field]);
+            if (json_number(json_member(body, fields[field]), &asked) && asked > max_tokens) too_many(ret, lines->ptr[index].number, fields[field]);
         }
     }
     exports_batchwright_plugin_validation_batch_free(batch);

@@ -1,5 +1,6 @@
-/* As much of JSON as a plugin needs: finds values in a text, without building or copying anything. A value that is not there, and what is found
- * in a text that is no JSON, is the empty span. Nothing calls itself, so depth costs no stack. */
+/* As much of JSON as a plugin needs: finds values in a text, without building or copying anything. A value that is not there is the empty span.
+ * What is found in a text that is no JSON may be anything within it: ask `json_valid` first where that matters. Nothing calls itself, so depth
+ * costs no stack. */
 
 #ifndef JSON_H
 #define JSON_H
@@ -52,7 +53,9 @@ static inline const uint8_t *json_past(const uint8_t *at, const uint8_t *end) {
             at++;
             continue;
         } else {
-            while (at < end && !strchr(" \t\r\n,:{}[]\"", *at)) at++;
+            const uint8_t *begin = at;
+            while (at < end && *at && !strchr(" \t\r\n,:{}[]\"", *at)) at++;
+            if (at == begin) return NULL;
         }
         if (depth == 0) return at;
     }
@@ -82,10 +85,12 @@ static inline bool json_is(json_t value, const char *text) {
 }
 
 /* An object's member of this name; the last one, as most parsers have it. */
-static inline json_t json_member(json_t object, const char *name) {
+static inline json_t json_member_counted(json_t object, const char *name, size_t *count) {
     json_t found = {NULL, 0};
-    const uint8_t *at = object.ptr, *end = at + object.len;
-    if (object.len == 0 || *(at = json_space(at, end)) != '{') return found;
+    *count = 0;
+    if (object.len == 0) return found;
+    const uint8_t *end = object.ptr + object.len, *at = json_space(object.ptr, end);
+    if (at >= end || *at != '{') return found;
     at++;
     for (;;) {
         at = json_space(at, end);
@@ -98,17 +103,25 @@ static inline json_t json_member(json_t object, const char *name) {
         at = json_space(at + 1, end);
         past = json_past(at, end);
         if (!past) return found;
-        if (json_is(key, name)) found = (json_t){at, (size_t)(past - at)};
+        if (json_is(key, name)) {
+            found = (json_t){at, (size_t)(past - at)};
+            ++*count;
+        }
         at = json_space(past, end);
         if (at < end && *at == ',') at++;
     }
 }
 
+static inline json_t json_member(json_t object, const char *name) {
+    size_t count;
+    return json_member_counted(object, name, &count);
+}
+
 /* The next element of an array; `*at` is NULL for the first one. */
 static inline json_t json_next(json_t array, const uint8_t **at) {
-    const uint8_t *end = array.ptr + array.len, *begin = *at ? *at : array.ptr;
     json_t none = {NULL, 0};
     if (array.len == 0 || array.ptr[0] != '[') return none;
+    const uint8_t *end = array.ptr + array.len, *begin = *at ? *at : array.ptr;
     begin = json_space(*at ? begin : begin + 1, end);
     if (begin < end && *begin == ',') begin = json_space(begin + 1, end);
     const uint8_t *past = begin < end && *begin != ']' ? json_past(begin, end) : NULL;
@@ -117,14 +130,100 @@ static inline json_t json_next(json_t array, const uint8_t **at) {
     return (json_t){begin, (size_t)(past - begin)};
 }
 
-/* A value as a number, if it is one. */
+/* Past the number that begins here, as RFC 8259 has it; NULL if it is none. */
+static inline const uint8_t *json_past_number(const uint8_t *at, const uint8_t *end) {
+#define JSON_DIGITS() \
+    if (at >= end || *at < '0' || *at > '9') return NULL; \
+    while (at < end && *at >= '0' && *at <= '9') at++
+    if (at < end && *at == '-') at++;
+    if (at < end && *at == '0') {
+        at++;
+    } else {
+        JSON_DIGITS();
+    }
+    if (at < end && *at == '.') {
+        at++;
+        JSON_DIGITS();
+    }
+    if (at < end && (*at == 'e' || *at == 'E')) {
+        at++;
+        if (at < end && (*at == '+' || *at == '-')) at++;
+        JSON_DIGITS();
+    }
+#undef JSON_DIGITS
+    return at;
+}
+
+/* A value as a number, if it is one; however long it is. */
 static inline bool json_number(json_t value, double *number) {
-    char digits[64], *end;
-    if (value.len == 0 || value.len >= sizeof digits || !strchr("-0123456789", value.ptr[0])) return false;
+    const uint8_t *end = value.ptr + value.len;
+    if (value.len == 0 || json_past_number(value.ptr, end) != end) return false;
+    char *digits = malloc(value.len + 1);
+    if (!digits) abort();
     memcpy(digits, value.ptr, value.len);
     digits[value.len] = 0;
-    *number = strtod(digits, &end);
-    return *end == 0;
+    *number = strtod(digits, NULL);
+    free(digits);
+    return true;
+}
+
+/* Whether a text is one JSON value and nothing else, in UTF-8 or not, no deeper than this. */
+static inline bool json_valid(const uint8_t *at, const uint8_t *end) {
+    enum { DEEPEST = 512 };
+    static const char *const words[] = {"true", "false", "null"};
+    uint8_t open[DEEPEST];
+    size_t depth = 0;
+    for (;;) {
+        /* A value begins here, or a member's name before it. */
+        at = json_space(at, end);
+        bool ended = false;
+        if (depth && open[depth - 1] == '{') {
+            if (at >= end || *at != '"' || !(at = json_past_string(at, end))) return false;
+            at = json_space(at, end);
+            if (at >= end || *at != ':') return false;
+            at = json_space(at + 1, end);
+        }
+        if (at >= end) return false;
+        if (*at == '{' || *at == '[') {
+            uint8_t bracket = *at;
+            if (depth == DEEPEST) return false;
+            at = json_space(at + 1, end);
+            ended = at < end && *at == bracket + 2;
+            if (!ended) {
+                open[depth++] = bracket;
+                continue;
+            }
+            at++;
+        } else if (*at == '"') {
+            const uint8_t *past = json_past_string(at, end);
+            if (!past) return false;
+            for (at++; at < past - 1; at++) {
+                if (*at < 0x20) return false;
+                if (*at == '\\' && !memchr("\"\\/bfnrtu", *++at, 9)) return false;
+            }
+            at = past;
+        } else if (*at == '-' || (*at >= '0' && *at <= '9')) {
+            if (!(at = json_past_number(at, end))) return false;
+        } else {
+            size_t word = 0;
+            while (word < 3 && ((size_t)(end - at) < strlen(words[word]) || memcmp(at, words[word], strlen(words[word])) != 0)) word++;
+            if (word == 3) return false;
+            at += strlen(words[word]);
+        }
+        /* A value has ended: what is around it goes on, or ends, too. */
+        for (;;) {
+            at = json_space(at, end);
+            if (depth == 0) return at == end;
+            if (at >= end) return false;
+            if (*at == ',') {
+                at++;
+                break;
+            }
+            if (*at != open[depth - 1] + 2) return false;
+            depth--;
+            at++;
+        }
+    }
 }
 
 #endif

@@ -35,13 +35,13 @@ export const inference = {
     let body;
     try {
       // Whole numbers beyond 2^53 are rounded here.
-      body = JSON.parse(request.body);
+      body = read(request.body);
     } catch (error) {
       return done(failure("invalid_request", `The body cannot be read: ${error.message}.`));
     }
     for (const message of Array.isArray(body.messages) ? body.messages : []) {
       if (!ROLES.includes(message?.role)) {
-        return done(failure("invalid_request", `Unknown message role: ${message?.role ?? "none"}`));
+        return done(failure("invalid_request", `Unknown message role: ${typeof message?.role === "string" ? message.role.toWellFormed() : "none"}`));
       }
     }
     const exchange = {
@@ -67,7 +67,7 @@ export const inference = {
     const { status, headers } = outcome.val;
     let body = null;
     try {
-      body = JSON.parse(text(outcome.val.body));
+      body = read(text(outcome.val.body));
     } catch {
       // Not JSON, or not even UTF-8.
     }
@@ -84,6 +84,27 @@ export const inference = {
     return status === 429 || status >= 500 ? retry(retryAfter(headers), refused) : done(refused);
   },
 };
+
+// JSON of a client or a provider, which may be anything.
+function read(json) {
+  // A parser that calls itself would run out of stack.
+  if (depth(json) > 100) throw new Error("it is nested deeper than 100 levels");
+  return JSON.parse(json, (_, value) => {
+    if (value === Infinity || value === -Infinity) throw new Error("it holds a number that is too large");
+    return value;
+  });
+}
+
+function depth(json) {
+  let deepest = 0;
+  let level = 0;
+  if ((json.match(/[[{]/g) ?? []).length <= 100) return 0;
+  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+    if (token === "[" || token === "{") deepest = Math.max(deepest, ++level);
+    else if (token === "]" || token === "}") level--;
+  }
+  return deepest;
+}
 
 function usage(body) {
   const tokens = (value) => (Number.isSafeInteger(value) && value >= 0 ? value : undefined);

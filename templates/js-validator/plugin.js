@@ -41,9 +41,10 @@ function judge(line) {
   }
   try {
     body = JSON.parse(line.text).body;
-  } catch {
-    // What is wrong with the form of a line is for the standard rules to say.
-    return [];
+  } catch (error) {
+    // Not let through: what this reader does not take another one may.
+    const message = `This line cannot be read: ${error.message}.`;
+    return [{ line: line.number, code: "unreadable_line", message, param: undefined }];
   }
   return ["max_tokens", "max_completion_tokens"]
     .filter((name) => typeof body?.[name] === "number" && body[name] > maxTokens)
@@ -59,6 +60,7 @@ function depth(text) {
   let deepest = 0;
   let level = 0;
   let inString = false;
+  if ((text.match(/[[{]/g) ?? []).length <= 100) return 0;
   for (let at = 0; at < text.length; at++) {
     const letter = text[at];
     if (inString) {

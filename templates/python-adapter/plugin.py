@@ -1,6 +1,7 @@
 """An adapter: passes chat completions on to `base_url`, with the model's name there."""
 
 import json
+import re
 
 from componentize_py_types import Err
 from wit_world import exports
@@ -44,15 +45,14 @@ class Plugin(exports.Plugin):
 class Inference(exports.Inference):
     def begin(self, request):
         try:
-            body = json.loads(request.body)
+            body = read(request.body)
             messages = body.get("messages")
             for message in messages if isinstance(messages, list) else []:
                 role = message.get("role") if isinstance(message, dict) else None
                 if not isinstance(role, str) or role not in ROLES:
-                    return Step_Done(failure("invalid_request", f"Unknown message role: {role}"))
-            # Half a surrogate pair and numbers that no float holds are no JSON any more when they are written again.
-            body = json.dumps({**body, "model": request.model}, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
+                    return Step_Done(failure("invalid_request", f"Unknown message role: {role if isinstance(role, str) and role.isascii() else ascii(role)}"))
+            body = json.dumps({**body, "model": request.model}, ensure_ascii=False).encode()
+        except ValueError as error:
             return Step_Done(failure("invalid_request", f"The body cannot be read: {ascii(str(error))}"))
         url = settings["base_url"].rstrip("/") + "/chat/completions"
         headers = [Header("content-type", "application/json")]
@@ -69,8 +69,8 @@ class Inference(exports.Inference):
             return Step_Retry(Advice(None, unreachable))
         status, headers = outcome.value.status, outcome.value.headers
         try:
-            body = json.loads(outcome.value.body)
-        except (ValueError, RecursionError):
+            body = read(outcome.value.body.decode())
+        except ValueError:
             body = None
         if 200 <= status < 300:
             if not isinstance(body, dict):
@@ -81,6 +81,26 @@ class Inference(exports.Inference):
             body = {"error": {"message": message, "type": "provider_error", "param": None, "code": None}}
         refused = response(status, body, None)
         return Step_Retry(Advice(retry_after(headers), refused)) if status == 429 or status >= 500 else Step_Done(refused)
+
+
+def read(text):
+    """JSON of a client or a provider, which may be anything."""
+    if depth(text) > 100:
+        # A parser that calls itself would run out of stack.
+        raise ValueError("it is nested deeper than 100 levels")
+    value = json.loads(text)
+    # Half a surrogate pair, and numbers that no float holds, are no JSON any more when they are written again.
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+def depth(text):
+    deepest = level = 0
+    if text.count("[") + text.count("{") > 100:
+        for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+            level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+            deepest = max(deepest, level)
+    return deepest
 
 
 def usage(body):
@@ -100,8 +120,8 @@ def usage(body):
 def retry_after(headers):
     """The header's seconds, in milliseconds; its other form, a date, is left to the host's own backoff."""
     for header in headers:
-        if header.name.lower() == "retry-after" and header.value.isascii() and header.value.isdigit():
-            return min(int(header.value), 10**6) * 1000
+        if header.name.lower() == "retry-after" and len(header.value) < 7 and header.value.isascii() and header.value.isdigit():
+            return int(header.value) * 1000
     return None
 
 

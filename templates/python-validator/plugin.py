@@ -47,8 +47,12 @@ def judge(line):
     try:
         body = json.loads(line.text)["body"]
         asked = {name: body.get(name) for name in ("max_tokens", "max_completion_tokens")}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        # What is wrong with the form of a line is for the standard rules to say.
+    except ValueError as error:
+        # Not let through: what this reader does not take (a number of 5,000 digits) another one may.
+        yield Violation(line.number, "unreadable_line", f"This line cannot be read: {ascii(str(error))}", None)
+        return
+    except (KeyError, TypeError, AttributeError):
+        # What is wrong with the form of a request is for the standard rules to say.
         return
     most = settings["max_tokens"]
     for name, tokens in asked.items():

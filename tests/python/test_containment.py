@@ -296,6 +296,12 @@ def test_nothing_of_a_credential_comes_to_light(hostile, provider):
     CONTAINED.append(("provider echoes the credential", "[redacted] in guest, results, log and database"))
 
 
+def compilers_of(server):
+    """Compilers that a server has started and that have not ended."""
+    compilers = [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if b"compile-component" in read(path)]
+    return [path for path in compilers if f"\nPPid:\t{server.child.pid}\n".encode() in read(path.with_name("status"))]
+
+
 def read(path):
     try:
         return path.read_bytes()
@@ -371,10 +377,20 @@ def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
             CONTAINED.append((name, states[name]["error"].removeprefix(f"{server.plugins}/")))
         assert states["p"]["state"] == states["hostile"]["state"] == "loaded"
         assert "not-for-clients" not in json.dumps(states) and "not-for-clients" not in server.logged()
-    compilers = [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if b"compile-component" in read(path)]
-    assert not any(f"\nPPid:\t{server.child.pid}\n".encode() in read(path.with_name("status")) for path in compilers)
+    wait_for(lambda: not compilers_of(server), what="the end of the compilers")
     # The same in the log.
     assert all(f'plugin="{name}"' in server.logged() for name in expected)
+
+
+def test_lines_that_grow_in_a_guest_take_no_more_memory_than_there_is_for_them(hostile, provider):
+    server = hostile('[limits]\nfirst_byte_timeout = "100ms"\n')
+    orders = [f"inflate {provider.url}/silence#{number}" for number in range(60)]
+    _, ends = ask(server, orders)
+    assert all("timeout" in end for end in ends.values()), ends
+    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{server.child.pid}/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) >> 10
+    assert peak < 350, f"{peak} MiB for 60 bodies of 12 MiB"
+    CONTAINED.append(("lines of 70 bytes become 12 MiB", f"60 of them wait in turn: {peak} MiB at the peak"))
 
 
 def test_a_table_that_grows_stops_at_its_limit(hostile):
@@ -434,16 +450,18 @@ def test_a_fresh_instance_remembers_nothing(hostile):
 
 
 def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub):
-    server = hostile(arguments=["--compile-timeout", "4s"])
+    server = hostile(arguments=["--compile-timeout", "8s"])
     shutil.copy(HOSTILE / "slow.wasm", server.plugins)
     server.add_plugin("slow", 'component = "slow.wasm"\nmodels = ["slow"]\n')
+    # It is being compiled when the other comes.
+    wait_for(lambda: compilers_of(server), what="the compiler")
     server.add_plugin("good", stub.plugin(["good"]))
-    wait_for(lambda: "good" in server.models(), what="the good plugin")
+    wait_for(lambda: "good" in server.models(), 6, "the good plugin")
     assert "slow" not in plugin_states(server), "it was there only after the slow one"
     wait_for(lambda: plugin_states(server).get("slow", {}).get("state") == "failed", what="the complaint")
     # It is not compiled again for every change of something else.
     server.add_plugin("good", stub.plugin(["good", "better"]))
-    wait_for(lambda: "better" in server.models(), 3, "the change")
+    wait_for(lambda: "better" in server.models(), 6, "the change")
     assert server.run([chat("a", model="better")]).request_counts.completed == 1
 
 

@@ -38,7 +38,11 @@ class Registry:
         command = [shutil.which("docker-registry") or "/usr/bin/docker-registry", "serve", folder / "registry.yml"]
         with open(folder / "registry.log", "wb") as log:
             self.child = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(lambda: self.ask("GET", "/v2/")[0] in (200, 401), what="the registry")
+        try:
+            wait_for(lambda: self.ask("GET", "/v2/")[0] in (200, 401), what="the registry")
+        except AssertionError:
+            self.child.kill()
+            raise
 
     def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection(self.address)
@@ -100,7 +104,9 @@ def registry(tmp_path):
         registry.child.wait()
 
 
-def pull(registry, reference, to, *more, **options):
+def pull(registry, reference, to, *more, env=None, **options):
+    # Nobody's own login.
+    options["env"] = {"DOCKER_CONFIG": str(registry.storage), **(env or {})}
     return run_host("plugin", "pull", f"{registry.address}/{reference}", "--to", to, "--plain-http", *more, **options)
 
 

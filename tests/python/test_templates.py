@@ -77,7 +77,8 @@ def test_a_new_validator_judges(serve, tmp_path, lang):
     wait_for(lambda: f'plugin loaded plugin="{name}"' in server.logged(), 60, "the plugin")
     batch = server.run([chat("a", max_tokens=100), chat("b", max_tokens=101), chat("c", max_completion_tokens=1e6), "no json"])
     assert [(error.line, error.code, error.param) for error in batch.errors.data] == [
-        (2, "too_many_tokens", "body.max_tokens"), (3, "too_many_tokens", "body.max_completion_tokens"), (4, "invalid_json_line", None),
+        (2, "too_many_tokens", "body.max_tokens"), (3, "too_many_tokens", "body.max_completion_tokens"), (4, "unreadable_line", None),
+        (4, "invalid_json_line", None),
     ]  # fmt: skip
     assert batch.errors.data[0].message == "At most 100 tokens may be asked for."
 
@@ -93,3 +94,4 @@ def test_mistakes_are_named_and_nothing_is_written_over(tmp_path):
     refused = run_host(*new, "mine")
     assert refused.returncode != 0 and "is there already" in refused.stderr
     assert (tmp_path / "mine/src/lib.rs").read_text() == "my work"
+    assert "there is no folder" in run_host(*new[:-1], tmp_path / "nowhere", "other").stderr

@@ -88,6 +88,13 @@ impl SharedPool {
         Self(Arc::new(Shared { state: Mutex::new(state), freed: Notify::new() }))
     }
 
+    /// A share, if there is room at once.
+    pub fn try_take(&self, holder: &Arc<str>, bytes: usize) -> Option<HolderShare> {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let taken = self.0.lock().take(holder, bytes);
+        taken.then(|| HolderShare { pool: self.0.clone(), holder: holder.clone(), bytes })
+    }
+
     pub async fn take(&self, holder: &Arc<str>, bytes: usize) -> HolderShare {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         let turn = self.0.lock().holders.entry(holder.clone()).or_default().turn.clone();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::memory::SharedPool;
+use super::memory::{HolderShare, SharedPool};
 use super::stop::Stop;
 use crate::clock::{Clock, Timestamp};
 use crate::config::Settings;
@@ -63,16 +63,16 @@ impl Context {
                 None => (None, failure("model_not_found", format!("No plugin serves the model '{model}' any more."))),
                 Some(Route { plugin, model }) => {
                     by = Some(plugin.clone());
-                    let request = Request {
+                    let request = || Request {
                         id: id.to_owned(),
                         custom_id: custom_id.to_owned(),
                         endpoint: self.endpoint.clone(),
-                        model,
+                        model: model.clone(),
                         body: body.to_owned(),
                         created_at: self.created_at,
                         attempt,
                     };
-                    match self.attempt(&plugin, request, &mut begun).await {
+                    match self.attempt(&plugin, id, request, &mut begun).await {
                         Ok(Attempt::Done(answer)) => return Some((answer, by)),
                         Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
                         Ok(Attempt::Stopped) => return None,
@@ -98,12 +98,11 @@ impl Context {
     async fn attempt(
         &self,
         plugin: &Plugin,
-        request: Request,
+        id: &str,
+        request: impl Fn() -> Request,
         begun: &mut Option<Timestamp>,
     ) -> Result<Attempt, CallError> {
-        let id = request.id.clone();
-        let counted = request.body.len().saturating_add(SMALL);
-        let mut step = plugin.begin(&self.tenant, request).await?;
+        let (mut step, mut share) = self.begin(plugin, request).await?;
         let mut in_flight = false;
         for _ in 0..plugin.limits.max_steps.get() {
             step = match step {
@@ -117,12 +116,6 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
-                    // Before it waits for its turn: many may wait, and a line of ten bytes may have become one of ten million.
-                    let more = request.body.len().saturating_sub(counted);
-                    let _share = match more {
-                        0 => None,
-                        more => Some(self.bodies.take(&plugin.name.as_str().into(), more).await),
-                    };
                     let Some(admitted) = self.admit(plugin, in_flight).await else { return Ok(Attempt::Stopped) };
                     in_flight = true;
                     begun.get_or_insert_with(|| self.clock.now());
@@ -130,6 +123,7 @@ impl Context {
                         Ok(response) => Outcome::Response(response),
                         Err(error) => Outcome::Error(error),
                     };
+                    share.take();
                     plugin.resume(&self.tenant, &state, outcome).await?
                 }
                 Step::Wait { milliseconds, state } => {
@@ -146,6 +140,32 @@ impl Context {
                 plugin.limits.max_steps
             ),
         })
+    }
+
+    /// The first step. Many requests may wait to be let out, and a line of ten bytes may have become a body of ten million: one for which
+    /// there is no room is not kept while it waits, but made again when there is, which a pure function makes as it was.
+    async fn begin(
+        &self,
+        plugin: &Plugin,
+        request: impl Fn() -> Request,
+    ) -> Result<(Step, Option<HolderShare>), CallError> {
+        let first = request();
+        let counted = first.body.len().saturating_add(SMALL);
+        let step = plugin.begin(&self.tenant, first).await?;
+        let more = match &step {
+            Step::Send { request, .. } => request.body.len().saturating_sub(counted),
+            _ => 0,
+        };
+        if more == 0 {
+            return Ok((step, None));
+        }
+        let holder = plugin.name.as_str().into();
+        if let Some(share) = self.bodies.try_take(&holder, more) {
+            return Ok((step, Some(share)));
+        }
+        drop(step);
+        let share = self.bodies.take(&holder, more).await;
+        Ok((plugin.begin(&self.tenant, request()).await?, Some(share)))
     }
 
     /// Waits to be let out to the provider; none if the batch is stopped before this request has sent anything. One that has is in flight,

@@ -110,6 +110,17 @@ impl Gateway {
         Ok(response)
     }
 
+    /// Whether an adapter's request would be sent, were it asked for.
+    pub fn check(&self, request: &HttpRequest) -> Result<(), TransportError> {
+        let copy = HttpRequest {
+            method: request.method.clone(),
+            url: request.url.clone(),
+            headers: request.headers.clone(),
+            body: Vec::new(),
+        };
+        self.prepare(self.checked(&request.url)?, copy).map(drop)
+    }
+
     /// Normalises a URL and holds it against the allow-list.
     fn checked(&self, text: &str) -> Result<Uri, TransportError> {
         if let Some(last) = &*self.last_checked.load()

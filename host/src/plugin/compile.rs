@@ -5,12 +5,14 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -33,10 +35,14 @@ const LONGEST_COMPLAINT: u64 = 4000;
 const REST: Duration = Duration::from_secs(300);
 const REMEMBERED: usize = 1000;
 
-pub struct Compiler {
-    cache: Arc<Cache>,
+pub struct Compiler(Arc<Inner>);
+
+struct Inner {
+    cache: Cache,
     /// Compilers at a time.
     permits: Semaphore,
+    /// What is being compiled, by where it will be kept. It goes on when nobody waits any more: whoever asks next finds it.
+    running: Mutex<HashMap<PathBuf, Running>>,
     /// By SHA-256: when a component could not be compiled, and why. Every change in the plugin directory asks for it again.
     failures: Mutex<HashMap<String, (Instant, String)>>,
     /// The program that has `COMMAND`: this one.
@@ -45,17 +51,26 @@ pub struct Compiler {
     memory: Size,
 }
 
+type Running = Shared<BoxFuture<'static, Result<Component, String>>>;
+
+/// Why nothing was compiled: because of the component, or of what there is to compile it with.
+enum Failure {
+    Component(String),
+    Passing(String),
+}
+
 impl Compiler {
     pub fn new(cache: Cache, program: Option<PathBuf>, timeout: Span, memory: Size) -> Self {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        Self {
-            cache: Arc::new(cache),
+        Self(Arc::new(Inner {
+            cache,
             permits: Semaphore::new(threads),
+            running: Mutex::default(),
             failures: Mutex::default(),
             program: program.unwrap_or_else(this_program),
             timeout,
             memory,
-        }
+        }))
     }
 
     /// The compiled form of a component whose SHA-256 is `sha256`: from the cache, or compiled now.
@@ -64,31 +79,76 @@ impl Compiler {
         engine: &Engine,
         flavour: Flavour,
         sha256: &str,
-        bytes: &[u8],
+        bytes: &Arc<Vec<u8>>,
     ) -> Result<Component, String> {
-        let path = self.cache.path(engine, sha256);
-        let (cache, loading, found) = (self.cache.clone(), engine.clone(), path.clone());
-        let cached = tokio::task::spawn_blocking(move || cache.load(&loading, &found)).await;
+        let path = self.0.cache.path(engine, sha256);
+        let (inner, loading, found) = (self.0.clone(), engine.clone(), path.clone());
+        let cached = tokio::task::spawn_blocking(move || inner.cache.load(&loading, &found)).await;
         if let Ok(Some(component)) = cached {
             return Ok(component);
         }
-        let _permit = self.permits.acquire().await;
-        if let Some(message) = self.failed_lately(sha256) {
+        if let Some(message) = self.0.failed_lately(sha256) {
             return Err(message);
         }
-        let output = self.cache.output().map_err(|error| format!("there is no room for its compiled form: {error}"))?;
-        let file = output.reopen().map_err(|error| format!("its compiled form has no place: {error}"))?;
-        self.run(flavour, bytes, file).await.inspect_err(|message| self.note_failure(sha256, message))?;
-        let (cache, engine) = (self.cache.clone(), engine.clone());
-        let kept = tokio::task::spawn_blocking(move || cache.keep(&engine, output, &path)).await;
-        kept.map_err(|error| error.to_string())?.map_err(|error| {
-            let error = format!("{error:#}");
-            let what = if error.contains("pooling allocator") {
-                "asks for more than a plugin may have"
-            } else {
-                "its compiled form does not load"
+        let running = {
+            let mut all = self.0.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let (inner, engine, sha256, bytes) = (self.0.clone(), engine.clone(), sha256.to_owned(), bytes.clone());
+            let place = path.clone();
+            let start = || {
+                let work = tokio::spawn(async move { inner.compile(engine, flavour, sha256, bytes, place).await });
+                let ended = |ended: Result<_, tokio::task::JoinError>| {
+                    ended.unwrap_or_else(|error| Err(format!("the compiler failed: {error}")))
+                };
+                work.map(ended).boxed().shared()
             };
-            format!("{what}: {error}")
+            all.entry(path).or_insert_with(start).clone()
+        };
+        running.await
+    }
+}
+
+impl Inner {
+    async fn compile(
+        self: Arc<Self>,
+        engine: Engine,
+        flavour: Flavour,
+        sha256: String,
+        bytes: Arc<Vec<u8>>,
+        path: PathBuf,
+    ) -> Result<Component, String> {
+        let permit = self.permits.acquire().await;
+        let compiled = self.make(&engine, flavour, &bytes, &path).await;
+        drop(permit);
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
+        compiled.map_err(|failure| match failure {
+            Failure::Passing(message) => message,
+            Failure::Component(message) => {
+                self.note_failure(&sha256, &message);
+                message
+            }
+        })
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        engine: &Engine,
+        flavour: Flavour,
+        bytes: &[u8],
+        path: &Path,
+    ) -> Result<Component, Failure> {
+        let nowhere =
+            |error: std::io::Error| Failure::Passing(format!("there is no room for its compiled form: {error}"));
+        let output = self.cache.output().map_err(nowhere)?;
+        self.run(flavour, bytes, output.reopen().map_err(nowhere)?).await?;
+        let (inner, engine, path) = (self.clone(), engine.clone(), path.to_owned());
+        let kept = tokio::task::spawn_blocking(move || inner.cache.keep(&engine, output, &path)).await;
+        kept.map_err(|error| Failure::Passing(error.to_string()))?.map_err(|error| {
+            let error = format!("{error:#}");
+            if error.contains("pooling allocator") {
+                Failure::Component(format!("asks for more than a plugin may have: {error}"))
+            } else {
+                Failure::Passing(format!("its compiled form does not load: {error}"))
+            }
         })
     }
 
@@ -107,8 +167,8 @@ impl Compiler {
     }
 
     /// Runs the process: the component goes in, compiled code comes out.
-    async fn run(&self, flavour: Flavour, bytes: &[u8], output: std::fs::File) -> Result<(), String> {
-        let failed = |error: std::io::Error| format!("the compiler does not start: {error}");
+    async fn run(&self, flavour: Flavour, bytes: &[u8], output: std::fs::File) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| Failure::Passing(format!("the compiler does not start: {error}"));
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).args(["--memory", &self.memory.bytes().to_string()]);
         // Its own clock, should this process end before it.
@@ -138,25 +198,26 @@ impl Compiler {
         // Dropping the work ends the process.
         let ended = tokio::time::timeout(self.timeout.duration(), work).await;
         let Ok((status, said)) = ended else {
-            return Err(format!(
+            return Err(Failure::Component(format!(
                 "compiling takes longer than {}; make the component smaller, or raise the setting compile_timeout",
                 self.timeout
-            ));
+            )));
         };
         match status.map_err(failed)? {
             status if status.success() => Ok(()),
             // 1 is the compiler's own word; anything else is its sudden end.
-            status if status.code() == Some(1) => Err(format!(
+            status if status.code() == Some(1) => Err(Failure::Component(format!(
                 "is no component that can be compiled: {}; it may be damaged, cut short, or built with features that this version does not know",
                 String::from_utf8_lossy(&said).trim_end()
-            )),
+            ))),
             status if status.code() == Some(i32::from(UNWRITTEN)) => {
-                Err(format!("its compiled form cannot be kept: {}", String::from_utf8_lossy(&said).trim_end()))
+                let said = String::from_utf8_lossy(&said);
+                Err(Failure::Passing(format!("its compiled form cannot be kept: {}", said.trim_end())))
             }
-            status => Err(format!(
+            status => Err(Failure::Component(format!(
                 "compiling broke off ({status}); it may need more memory than {}, the setting compile_memory",
                 self.memory
-            )),
+            ))),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
@@ -18,7 +19,7 @@ const MOST_TEXT: u64 = 1 << 20;
 /// A component's file.
 pub struct ComponentFile {
     pub path: PathBuf,
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<Vec<u8>>,
     /// In hexadecimal.
     pub sha256: String,
 }
@@ -28,7 +29,7 @@ impl ComponentFile {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
         let bytes = read_bounded(path, MOST_COMPONENT).map_err(unreadable)?;
         let sha256 = sha256(&bytes);
-        Ok(Self { path: path.to_owned(), bytes, sha256 })
+        Ok(Self { path: path.to_owned(), bytes: Arc::new(bytes), sha256 })
     }
 }
 

@@ -122,9 +122,13 @@ impl Loader {
     }
 
     /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
-    pub fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
+    pub async fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
         let Some(keys) = &self.trusted_keys else { return Ok(()) };
-        let Files { text, component, signature, .. } = Files::read_any(file)?;
+        let read = file.to_owned();
+        let files = tokio::task::spawn_blocking(move || Files::read_any(&read)).await;
+        let failed =
+            |error: tokio::task::JoinError| LoadError::Manifest { file: file.to_owned(), message: error.to_string() };
+        let Files { text, component, signature, .. } = files.map_err(failed)??;
         let signer = keys.verify(&statement(&plugin_name(file)?, &text, &component.sha256), signature.as_deref());
         signer.map(drop).map_err(|message| LoadError::Signature { file: file.to_owned(), message })
     }
@@ -317,7 +321,7 @@ fn check_header(bytes: &[u8]) -> Result<(), String> {
         (Some(b"\x7fELF"), _) => {
             Err("is compiled code; the host takes portable components only and compiles them itself".into())
         }
-        _ => Err("is no WebAssembly component; it may be damaged or cut short".into()),
+        _ => Err("is no WebAssembly component (give a .wasm file); it may be damaged or cut short".into()),
     }
 }
 

@@ -111,6 +111,31 @@ impl Plugin {
         self.checked(step, "resume")
     }
 
+    /// Whether `describe` still says what it said when the plugin was loaded.
+    pub async fn describe_again(&self) -> Result<(), String> {
+        let mut instance = self.instantiate().await.map_err(|error| error.to_string())?;
+        for _ in 0..2 {
+            instance.allow(&self.limits, 1);
+            let called = in_time(&self.limits, 1, instance.exports.describe(&mut instance.store)).await;
+            let (found, schema) =
+                called.map_err(|error| self.explain("describe", &error, instance.refused()).to_string())?;
+            let known = &self.description;
+            let same_schema =
+                serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref() == Some(&known.settings_schema);
+            if found.name != known.name
+                || found.version != known.version
+                || found.endpoints != known.endpoints
+                || !same_schema
+            {
+                return Err(format!(
+                    "it was {} {} at first and is now {} {}",
+                    known.name, known.version, found.name, found.version
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Linear memory of the idle instance that holds most, in bytes.
     pub fn most_memory(&self) -> usize {
         let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);

@@ -292,7 +292,7 @@ impl Registry {
                         }
                     }
                 }
-                Ok(Err(LoadError::Disabled { .. })) => match self.loader.check_disabled(&file) {
+                Ok(Err(LoadError::Disabled { .. })) => match self.loader.check_disabled(&file).await {
                     Ok(()) => serving = None,
                     Err(failed) => error = Some(failed.to_string()),
                 },
@@ -324,12 +324,25 @@ impl Registry {
         watcher.watch(&self.folder, RecursiveMode::Recursive).map_err(failed)?;
         let registry = Arc::downgrade(self);
         tokio::spawn(async move {
-            while changes.recv().await.is_some() {
+            let mut changed = changes.recv().await.is_some();
+            while changed {
                 let quiet = async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
                 tokio::time::timeout(PATIENCE, quiet).await.ok();
                 let Some(registry) = registry.upgrade() else { return };
-                if let Err(error) = registry.read().await {
+                let read = tokio::select! {
+                    read = registry.read() => Some(read),
+                    // It is read again with the change. What is being compiled goes on meanwhile.
+                    more = changes.recv() => {
+                        changed = more.is_some();
+                        None
+                    }
+                };
+                drop(registry);
+                if let Some(Err(error)) = &read {
                     tracing::error!("the plugins stay as they are: {error}");
+                }
+                if read.is_some() {
+                    changed = changes.recv().await.is_some();
                 }
             }
         });

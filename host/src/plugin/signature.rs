@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ssh_key::{HashAlg, LineEnding, PrivateKey, PublicKey, SshSig};
+use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, PublicKey, SshSig};
 
 use super::files::{read_text, sha256};
 
@@ -51,6 +51,13 @@ impl TrustedKeys {
             let key = PublicKey::from_openssh(line).map_err(|error| {
                 format!("{} line {number}: is no public key as in `ssh-ed25519 AAAA… name`: {error}", file.display())
             })?;
+            if !matches!(key.algorithm(), Algorithm::Ed25519 | Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }) {
+                return Err(format!(
+                    "{} line {number}: is a key of type {}; signatures are by Ed25519 or ECDSA P-256",
+                    file.display(),
+                    key.algorithm()
+                ));
+            }
             keys.push(key);
         }
         if keys.is_empty() {
@@ -71,6 +78,12 @@ impl TrustedKeys {
             let signer = PublicKey::from(signature.public_key().clone()).fingerprint(HashAlg::Sha256);
             return Err(format!("is by {signer}, a key that is not in {}", self.file.display()));
         };
+        if signature.namespace() != NAMESPACE {
+            return Err(format!(
+                "was made for `{}` and not for `{NAMESPACE}` (-n of ssh-keygen)",
+                signature.namespace()
+            ));
+        }
         key.verify(NAMESPACE, statement.as_bytes(), &signature).map_err(|_| {
             "does not fit: the file, its component or its name was changed after it was signed; look at what changed, \
              then sign it again"

@@ -49,8 +49,14 @@ impl Guest for Component {
 }
 
 fn judge(line: &Line) -> Vec<Violation> {
-    // What is wrong with the form of a line is for the standard rules to say.
-    let Ok(request) = serde_json::from_str::<Value>(&line.text) else { return Vec::new() };
+    let request = match serde_json::from_str::<Value>(&line.text) {
+        Ok(request) => request,
+        // Not let through: what this reader does not take (half a surrogate pair, a number beyond all bounds) another one may.
+        Err(error) => {
+            let message = format!("This line cannot be read: {error}.");
+            return vec![Violation { line: line.number, code: "unreadable_line".into(), message, param: None }];
+        }
+    };
     let most = MAX_TOKENS.get();
     let asked = |name: &&str| request["body"][*name].as_f64().is_some_and(|tokens| tokens > most as f64);
     ["max_tokens", "max_completion_tokens"]

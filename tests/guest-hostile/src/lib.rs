@@ -73,6 +73,13 @@ impl inference::Guest for Component {
                 let headers = [("host", "x"); 30_000];
                 send("POST", argument, &headers, order)
             }
+            "inflate" => match send("POST", argument, &[], order) {
+                Step::Send(mut exchange) => {
+                    exchange.request.body = vec![b'x'; 12 << 20];
+                    Step::Send(exchange)
+                }
+                step => step,
+            },
             "not-utf8" => done(200, broken_text(b"{\"x\":\"\xff\xfe\"}")),
             "not-utf8-failure" => fail(&broken_text(b"\xff"), broken_text(b"\xc3\x28")),
             "not-json" => done(200, "{oops".into()),

@@ -82,6 +82,11 @@ pub struct Given {
 }
 
 impl Given {
+    /// Signatures are of TOML files.
+    fn of_component_alone(self) -> Self {
+        Self { trusted_keys: None, ..self }
+    }
+
     fn loader(self) -> Result<Loader, Error> {
         let loading = Loading {
             cache: self.cache.unwrap_or_else(user_cache),
@@ -108,13 +113,15 @@ impl Plugin {
                 Ok(ExitCode::SUCCESS)
             }
             Self::Inspect { file, given } => {
-                let inspected = given.loader()?.inspect(&file).await?;
+                let inspected = given.of_component_alone().loader()?.inspect(&file).await?;
                 print!("{}", show::describe(&file, &inspected));
                 Ok(ExitCode::SUCCESS)
             }
             Self::Check { path, given } => show::check(&given.loader()?, &path).await,
             Self::New(new) => new.run(),
             Self::Test { file, cases, settings, given } => {
+                let is_toml = file.extension().is_some_and(|extension| extension == "toml");
+                let given = if is_toml { given } else { given.of_component_alone() };
                 test::test(&given.loader()?, &file, cases.as_deref(), &settings).await
             }
             Self::Pull(pull) => pull.run().await,

@@ -83,7 +83,9 @@ impl New {
             (Lang::C, Kind::Validator) => files!("c-validator": "README.md", "Makefile", "plugin.c", ".gitignore"),
         };
         let shared: &[Template] = match self.kind {
-            Kind::Adapter => files!("adapter": "{{name}}.toml", "cases/answer.json", "cases/busy.json"),
+            Kind::Adapter => {
+                files!("adapter": "{{name}}.toml", "cases/answer.json", "cases/busy.json", "cases/timeout.json")
+            }
             Kind::Validator => files!("validator": "{{name}}.toml", "cases/tokens.json"),
         };
         let library: &[Template] = match self.lang {
@@ -106,6 +108,9 @@ impl New {
                 "{} is there already; choose another name, or another folder with --to",
                 folder.display()
             )),
+            std::io::ErrorKind::NotFound => {
+                Error::Other(format!("there is no folder {}; make it, or name another with --to", self.to.display()))
+            }
             _ => failed(&folder, error),
         })?;
         for (place, text) in self.templates().into_iter().flatten() {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use docker_credential::{CredentialRetrievalError, DockerCredential};
+use docker_credential::DockerCredential;
 use futures_util::TryStreamExt;
 use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
@@ -158,14 +158,8 @@ impl Pull {
                 Err("`docker login` left an identity token, which is not supported; use --username and --password"
                     .into())
             }
-            Err(
-                CredentialRetrievalError::ConfigNotFound
-                | CredentialRetrievalError::ConfigReadError
-                | CredentialRetrievalError::NoCredentialConfigured,
-            ) => Ok(RegistryAuth::Anonymous),
-            Err(error) => {
-                Err(format!("what `docker login` left cannot be used: {error}; use --username and --password"))
-            }
+            // Whatever is wrong with it, the registry may answer anybody; if it does not, it says so.
+            Err(_) => Ok(RegistryAuth::Anonymous),
         }
     }
 }

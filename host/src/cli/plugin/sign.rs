@@ -42,6 +42,13 @@ pub struct Verify {
 
 /// What is signed for a TOML file, and the signature it has.
 fn read(file: &Path) -> Result<(String, Option<String>), Error> {
+    if file.extension().is_none_or(|extension| extension != "toml") {
+        let message = format!(
+            "{} is no TOML file; a signature is of a plugin's TOML file and the component it names",
+            file.display()
+        );
+        return Err(Error::Other(message));
+    }
     let files = Files::read_any(file)?;
     Ok((statement(&plugin_name(file)?, &files.text, &files.component.sha256), files.signature))
 }
@@ -59,7 +66,7 @@ impl Sign {
         let unusable = |error: String| Error::Other(format!("the key {path}: {error}"));
         let text = std::fs::read(&key).map_err(|error| unusable(format!("cannot be read: {error}")))?;
         let key = PrivateKey::from_openssh(&text).map_err(|error| {
-            unusable(format!("is no private key as OpenSSH writes it: {error}; make one with `ssh-keygen -t ed25519`"))
+            unusable(format!("is no private key as OpenSSH writes it: {error}; give the private half; `ssh-keygen -t ed25519` makes a pair"))
         })?;
         let key = match (key.is_encrypted(), &self.passphrase) {
             (false, _) => key,

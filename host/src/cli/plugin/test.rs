@@ -11,6 +11,9 @@ use crate::plugin::{Loader, Plugin, conformance};
 #[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
     let plugin = if file.extension().is_some_and(|extension| extension == "toml") {
+        if settings != "{}" {
+            return Err(Error::Other("--settings is for a component alone; a TOML file has its own".into()));
+        }
         loader.load(file).await?
     } else {
         load_alone(loader, file, settings).await?
@@ -52,6 +55,15 @@ async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result
     manifest.insert("component".into(), "component.wasm".into());
     if inspected.kind == Kind::Adapter {
         manifest.insert("models".into(), vec![toml::Value::from("m")].into());
+    }
+    // As an operator would write them: a default alone opens no host.
+    let mut settings = settings;
+    let schema = &inspected.description.settings_schema;
+    for (name, property) in schema.get("properties").and_then(|found| found.as_object()).into_iter().flatten() {
+        let default = property.get("default").and_then(|default| toml::Value::try_from(default).ok());
+        if let Some(default) = default.filter(|_| !settings.contains_key(name)) {
+            settings.insert(name.clone(), default);
+        }
     }
     manifest.insert("settings".into(), settings.into());
     let source = toml::Value::from(format!("file:{}", beside("secret").display()));

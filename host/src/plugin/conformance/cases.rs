@@ -5,18 +5,33 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::inputs::FAULTS;
 use super::{ONE, Report, TWO, context, cut, request};
-use crate::egress::HttpResponse;
+use crate::egress::{Fault, HttpResponse, TransportError};
 use crate::plugin::error::CallError;
 use crate::plugin::plugin::Plugin;
 use crate::plugin::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 
 /// A recorded case: a file that an author adds.
-#[derive(Deserialize)]
-#[serde(untagged, deny_unknown_fields)]
 enum Case {
-    Adapter { request: CaseRequest, exchanges: Vec<Exchange>, answer: Value },
-    Validator { batch: CaseBatch, lines: Vec<String>, violations: Vec<Value> },
+    Adapter(AdapterCase),
+    Validator(ValidatorCase),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AdapterCase {
+    request: CaseRequest,
+    exchanges: Vec<Exchange>,
+    answer: Value,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ValidatorCase {
+    batch: CaseBatch,
+    lines: Vec<String>,
+    violations: Vec<Value>,
 }
 
 #[derive(Deserialize)]
@@ -38,13 +53,36 @@ struct CaseBatch {
     first_model: Option<String>,
 }
 
-/// What the adapter is to send, as far as it is said, and what comes back.
+/// What the adapter is to send, as far as it is said, and what comes of it; or the end of a pause that it asked for.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Exchange {
     #[serde(default)]
     request: Value,
-    response: CaseResponse,
+    response: Option<CaseResponse>,
+    /// A fault as the contract names it, such as `timeout`.
+    error: Option<String>,
+    #[serde(default)]
+    elapsed: bool,
+}
+
+impl Exchange {
+    fn outcome(self) -> Result<Outcome, String> {
+        match (self.response, self.error, self.elapsed) {
+            (Some(CaseResponse { status, headers, body }), None, false) => {
+                let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
+                Ok(Outcome::Response(HttpResponse { status, headers: headers.into_iter().collect(), body }))
+            }
+            (None, Some(name), false) => {
+                let named = |fault: &&Fault| format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""));
+                let fault =
+                    *FAULTS.iter().find(named).ok_or_else(|| format!("`{name}` is no fault of the contract"))?;
+                Ok(Outcome::Error(TransportError { fault, message: "It did not work.".into() }))
+            }
+            (None, None, true) => Ok(Outcome::Elapsed),
+            _ => Err("has one of `response`, `error` and `elapsed`".into()),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -71,12 +109,8 @@ impl Report {
         }
         for path in paths {
             let found = match read_case(&path) {
-                Ok(Case::Adapter { request, exchanges, answer }) if plugin.kind == Kind::Adapter => {
-                    self.replay(plugin, request, exchanges, &answer).await
-                }
-                Ok(Case::Validator { batch, lines, violations }) if plugin.kind == Kind::Validator => {
-                    self.judge(plugin, batch, lines, &violations).await
-                }
+                Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => self.replay(plugin, case).await,
+                Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => self.judge(plugin, case).await,
                 Ok(_) => Err(format!("is a case for the other kind; this is a plugin of kind {}", plugin.kind)),
                 Err(error) => Err(error),
             };
@@ -86,43 +120,37 @@ impl Report {
     }
 
     /// Plays a recorded conversation; each step on the other instance.
-    async fn replay(
-        &mut self,
-        plugin: &Plugin,
-        case: CaseRequest,
-        exchanges: Vec<Exchange>,
-        expected: &Value,
-    ) -> Result<(), String> {
-        let mut asked = request(&case.endpoint, &case.body.to_string());
-        asked.model = case.model.or_else(|| Some(case.body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
+    async fn replay(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
+        let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, answer } = case;
+        let mut asked = request(&endpoint, &body.to_string());
+        asked.model = model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
         let failed = |error: CallError| error.to_string();
         let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
         for (place, (exchange, tenant)) in exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate() {
-            let Step::Send { request, state } = step else {
-                return Err(format!("exchange {}: the adapter sends nothing, its step is {step:?}", place + 1));
+            let here = |problem: String| format!("exchange {}: {problem}", place + 1);
+            let state = match step {
+                Step::Send { request, state } if !exchange.elapsed => {
+                    let headers: serde_json::Map<String, Value> = request
+                        .headers
+                        .iter()
+                        .map(|(name, value)| (name.to_lowercase(), value.clone().into()))
+                        .collect();
+                    let sent = serde_json::json!({
+                        "method": request.method, "url": request.url, "headers": headers, "body": as_json(&request.body),
+                    });
+                    contains(&sent, &exchange.request, "request").map_err(here)?;
+                    state
+                }
+                Step::Wait { state, .. } if exchange.elapsed => state,
+                step => return Err(here(format!("the adapter's step is another one, {}", cut(&format!("{step:?}"))))),
             };
-            let headers: serde_json::Map<String, Value> =
-                request.headers.iter().map(|(name, value)| (name.to_lowercase(), value.clone().into())).collect();
-            let sent = serde_json::json!({
-                "method": request.method, "url": request.url, "headers": headers, "body": as_json(&request.body),
-            });
-            contains(&sent, &exchange.request, "request")
-                .map_err(|problem| format!("exchange {}: {problem}", place + 1))?;
-            let CaseResponse { status, headers, body } = exchange.response;
-            let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
-            let outcome = Outcome::Response(HttpResponse { status, headers: headers.into_iter().collect(), body });
-            step = self.resume(plugin, tenant, &state, outcome).await.map_err(failed)?;
+            step = self.resume(plugin, tenant, &state, exchange.outcome().map_err(here)?).await.map_err(failed)?;
         }
-        contains(&shown(&step), expected, "answer")
+        contains(&shown(&step), &answer, "answer")
     }
 
-    async fn judge(
-        &mut self,
-        plugin: &Plugin,
-        batch: CaseBatch,
-        lines: Vec<String>,
-        expected: &[Value],
-    ) -> Result<(), String> {
+    async fn judge(&mut self, plugin: &Plugin, case: ValidatorCase) -> Result<(), String> {
+        let ValidatorCase { batch, lines, violations: expected } = case;
         let context = BatchContext {
             metadata: batch.metadata.into_iter().collect(),
             first_model: batch.first_model,
@@ -130,7 +158,7 @@ impl Report {
         };
         let lines: Vec<Line> = (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
         let found = self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.to_string())?;
-        let found: Vec<Value> = found
+        let mut found: Vec<Value> = found
             .into_iter()
             .map(|found| {
                 serde_json::json!({"line": found.line, "code": found.code, "message": found.message, "param": found.param})
@@ -139,17 +167,31 @@ impl Report {
         if found.len() != expected.len() {
             return Err(format!("there are {} findings and not {}: {found:?}", found.len(), expected.len()));
         }
-        found.iter().zip(expected).try_for_each(|(found, expected)| contains(found, expected, "violations"))
+        // They may stand in any order.
+        for expected in &expected {
+            match found.iter().position(|found| contains(found, expected, "violations").is_ok()) {
+                Some(place) => drop(found.remove(place)),
+                None => {
+                    let line = found.iter().find(|found| found.get("line") == expected.get("line"));
+                    return contains(line.unwrap_or(&Value::Null), expected, "violations");
+                }
+            }
+        }
+        Ok(())
     }
 }
 
 fn read_case(path: &Path) -> Result<Case, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
-    serde_json::from_str(&text).map_err(|error| {
-        format!(
-            "is no case ({error}): one has `request`, `exchanges` and `answer`, or `batch`, `lines` and `violations`"
-        )
-    })
+    let value: Value = serde_json::from_str(&text).map_err(|error| format!("is not JSON: {error}"))?;
+    let is_no_case = |error: serde_json::Error| format!("is no case: {error}");
+    match (value.get("request"), value.get("batch")) {
+        (Some(_), None) => serde_json::from_value(value).map(Case::Adapter).map_err(is_no_case),
+        (None, Some(_)) => serde_json::from_value(value).map(Case::Validator).map_err(is_no_case),
+        _ => {
+            Err("is no case: one has `request`, `exchanges` and `answer`, or `batch`, `lines` and `violations`".into())
+        }
+    }
 }
 
 fn as_json(bytes: &[u8]) -> Value {

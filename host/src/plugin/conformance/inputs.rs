@@ -12,7 +12,7 @@ pub const ENDPOINTS: [(&str, &str); 5] = [
 ];
 
 /// Bodies that a client may send and that validators may have let through.
-pub const ODD_BODIES: [&str; 9] = [
+pub const ODD_BODIES: [&str; 12] = [
     "{}",
     r#"{"model":"m","messages":[]}"#,
     r#"{"model":"m","messages":null,"input":null,"prompt":null}"#,
@@ -20,12 +20,15 @@ pub const ODD_BODIES: [&str; 9] = [
     r#"{"model":"m","messages":[{"role":"user","content":"\u0000 ü 😀 \ud83d\ude00"}],"n":1e999}"#,
     r#"{"model":"m","messages":[{"role":"user","content":"\ud800"}],"\udfff":1}"#,
     r#"{"model":"m","model":"n","messages":[{"role":"user","content":"x"}]}"#,
+    r#"{"model":"m","messages":[{"role":"\ud800","content":"x"}]}"#,
+    r#"{"model":"m","messages":[{"role":{"toString":1,"valueOf":2},"content":"x"}]}"#,
+    r#"{"model":"m","seed":123456789012345678901234567890,"messages":[{"role":"user","content":"x"}],"__proto__":{"a":1}}"#,
     r#"{"model":"m","messages":[{"role":"user","content":[{"type":"nobody knows"}]}],"tools":"x","stop":{}}"#,
     r#"{"model":"m","input":{"a":[[[[[[[[]]]]]]]]},"prompt":[[1,2],[3]]}"#,
 ];
 
 /// Bodies that a provider may answer with.
-pub const ODD_ANSWERS: [&[u8]; 12] = [
+pub const ODD_ANSWERS: [&[u8]; 20] = [
     b"",
     b"{}",
     b"[]",
@@ -35,6 +38,14 @@ pub const ODD_ANSWERS: [&[u8]; 12] = [
     b"{\"error\":{\"message\":\"m\",\"type\":\"t\"}}",
     b"{\"choices\":[],\"usage\":{\"prompt_tokens\":-1}}",
     b"\xff\xfe not UTF-8",
+    b"\xef\xbb\xbf{\"id\":\"x\"}",
+    b"{oops}",
+    b"{\"id\":1,}",
+    b"{\"id\":[\x00]}",
+    b"{\"id\":NaN}",
+    b"{\"id\":1e999}",
+    b"{\"id\":\"\\ud800\"}",
+    b"{\"id\":\"x\",\"usage\":{\"prompt_tokens\":18446744073709551616,\"completion_tokens\":1.5}}",
     b"{\"error\":{\"message\":\"\xff\"}}",
     b"{\"id\":\"\xff\",\"choices\":[{\"message\":{\"content\":\"\xff\"}}]}",
     b"{\"message\":{\"content\":null},\"content\":[{\"type\":\"text\"}],\"usage\":7",
@@ -51,7 +62,7 @@ pub const FAULTS: [Fault; 7] = [
 ];
 
 /// Lines of an input file, good and bad.
-pub const LINES: [&str; 14] = [
+pub const LINES: [&str; 15] = [
     r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#,
     r#"{"custom_id":"b","method":"POST","url":"/v1/embeddings","body":{"model":"m","input":"hi"}}"#,
     "{}",
@@ -64,6 +75,15 @@ pub const LINES: [&str; 14] = [
     r#"{"custom_id":7,"method":[],"url":{},"body":"x"}"#,
     r#"{"custom_id":"\ud800","method":"POST","url":"/v1/chat/completions","body":{"\udfff":1e999}}"#,
     "{\"custom_id\":\"\u{0}\u{1}\"}",
+    "{\"custom_id\":\"z\",\"body\":[\u{0}]}",
     r#"{"custom_id":"ü😀","method":"get","url":"","body":{"model":null,"messages":{},"stream":"yes"}}"#,
     r#"{"custom_id":"c","custom_id":"d","body":{},"body":[]}"#,
 ];
+
+/// Another request than any of those above.
+pub const OTHER_BODY: &str =
+    r#"{"model":"other","messages":[{"role":"user","content":"other"}],"input":"other","prompt":"other"}"#;
+
+/// What providers may write where seconds are meant.
+pub const ODD_RETRY_AFTER: [&str; 6] =
+    ["3", "0x10", "-1", "1e9", "", "99999999999999999999999999999999999999999999999999999999999999999999999999999999"];

@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES};
+use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES, ODD_RETRY_AFTER, OTHER_BODY};
 
 use super::error::CallError;
 use super::plugin::Plugin;
-use super::types::{BatchContext, Kind, Line, Outcome, Request, Step, Violation};
+use super::types::{Answer, BatchContext, Kind, Line, Outcome, Request, Step, Violation};
 use crate::egress::{HttpResponse, TransportError};
 
 /// Tenants of the two instances; what one was told the other must not need to know.
@@ -76,6 +76,8 @@ pub struct Report {
 /// Runs all checks, and the cases of a folder.
 pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
     let mut report = Report::default();
+    let described = plugin.describe_again().await;
+    report.note("`describe` says the same again, after `configure`", described);
     match plugin.kind {
         Kind::Adapter => report.adapter(plugin).await,
         Kind::Validator => report.validator(plugin).await,
@@ -132,7 +134,15 @@ impl Report {
         let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
         self.validate.note(begun, plugin);
         found.map(|mut violations| {
-            violations.sort_by_key(|violation| violation.line);
+            // They may stand in any order.
+            violations.sort_by(|one, other| {
+                (one.line, &one.code, &one.param, &one.message).cmp(&(
+                    other.line,
+                    &other.code,
+                    &other.param,
+                    &other.message,
+                ))
+            });
             violations
         })
     }
@@ -146,6 +156,13 @@ impl Report {
             let good = request(endpoint, body);
             let (begun, same) = self.begin_twice(plugin, &good).await;
             self.note(format!("{endpoint}: begins, the same from every instance"), same);
+            if let Some(Step::Send { request, .. }) = &begun {
+                let sendable = plugin.gateway().check(request).map_err(|error| error.to_string());
+                self.note(format!("{endpoint}: what it sends is a request the host would send"), sendable);
+            }
+            // The other instance sees somebody else's request last: whoever keeps one outside of the state is found out.
+            let other = Request { custom_id: "other".into(), model: "other".into(), ..request(endpoint, OTHER_BODY) };
+            self.begin(plugin, TWO, &other).await.ok();
             if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = begun {
                 self.outcomes(plugin, endpoint, &state).await;
             }
@@ -153,6 +170,9 @@ impl Report {
                 let (_, same) = self.begin_twice(plugin, &request(endpoint, body)).await;
                 self.note(format!("{endpoint}: odd body {}", place + 1), same);
             }
+            let deep = format!(r#"{{"model":"m","messages":[],"x":{}{}}}"#, "[".repeat(5000), "]".repeat(5000));
+            let (_, same) = self.begin_twice(plugin, &request(endpoint, &deep)).await;
+            self.note(format!("{endpoint}: a body nested 5,000 deep"), same);
             let long = format!(r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#, "x".repeat(1 << 20));
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
             self.note(format!("{endpoint}: a body of a MiB"), same);
@@ -160,8 +180,9 @@ impl Report {
         if plugin.handles("/v1/chat/completions") {
             let robot = r#"{"model":"m","messages":[{"role":"robot","content":"x"}]}"#;
             let refused = match self.begin(plugin, ONE, &request("/v1/chat/completions", robot)).await {
-                Ok(Step::Done(_)) => Ok(()),
-                Ok(_) => Err("a message with the role `robot` is sent on; the contract has it refused".into()),
+                Ok(Step::Done(Answer::Failure(_))) => Ok(()),
+                Ok(Step::Done(Answer::Response(response))) if response.status >= 400 => Ok(()),
+                Ok(_) => Err("a message with the role `robot` is not refused, as `begin` of the contract asks".into()),
                 Err(error) => Err(error.to_string()),
             };
             self.note("refuses an unknown role before anything is sent", refused);
@@ -197,6 +218,23 @@ impl Report {
             }
             self.note(format!("{endpoint}: answers of status {status}"), found);
         }
+        for value in ODD_RETRY_AFTER {
+            let outcome = || {
+                let headers = vec![("retry-after".to_owned(), value.to_owned())];
+                Outcome::Response(HttpResponse { status: 429, headers, body: b"{}".to_vec() })
+            };
+            let one = self.resume(plugin, ONE, state, outcome()).await;
+            let two = self.resume(plugin, TWO, state, outcome()).await;
+            let shown: String = value.chars().take(20).collect();
+            self.note(format!("{endpoint}: 429 with retry-after {shown}"), same(&one, &two));
+        }
+        let deep = format!(r#"{{"error":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000)).into_bytes();
+        for status in [200, 503] {
+            let answer = Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
+            let found = self.resume(plugin, ONE, state, answer).await;
+            let found = found.map(drop).map_err(|error| error.to_string());
+            self.note(format!("{endpoint}: an answer of status {status} nested 10,000 deep"), found);
+        }
         let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1 << 20));
         let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
         let long = Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
@@ -229,6 +267,10 @@ impl Report {
                 });
             }
             self.note(format!("{endpoint}: judges each line alone as it does among others"), same(&whole, &one_by_one));
+            let bare = BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
+            let found = self.validate(plugin, ONE, &bare, &lines).await;
+            let found = found.map(drop).map_err(|error| error.to_string());
+            self.note(format!("{endpoint}: a batch without metadata whose first line names no model"), found);
             let none = self.validate(plugin, ONE, &batch, &[]).await;
             self.note(
                 format!("{endpoint}: no lines, no findings"),
