@@ -22,7 +22,7 @@ use wasmtime::component::Component;
 
 use super::cache::Cache;
 use super::engine::{self, Flavour};
-use super::load::MOST_COMPONENT;
+use super::files::MOST_COMPONENT;
 use crate::config::{Size, Span};
 
 /// The hidden command that the process is started with.

@@ -1,20 +1,16 @@
 //! What a plugin is made of, each file read once: nothing is judged by other bytes than those that are loaded.
 
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
 use super::error::LoadError;
-use super::load::MOST_COMPONENT;
 use super::manifest::{Manifest, Source};
-use super::signature::signature_file;
+use super::read::{hex, read_bounded, read_text, sha256};
 
-/// Largest TOML file and signature, in bytes.
-const MOST_TEXT: u64 = 1 << 20;
+/// Largest component, in bytes.
+pub const MOST_COMPONENT: u64 = 64 << 20;
 
 /// A component's file.
 pub struct ComponentFile {
@@ -92,35 +88,9 @@ impl Files {
     }
 }
 
-/// Reads a file of text.
-pub fn read_text(path: &Path) -> Result<String, LoadError> {
-    let bytes = read_bounded(path, MOST_TEXT);
-    let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
-    text.map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
-}
-
-/// Reads a file of so many bytes at the most. What stands in the plugin directory may be anything: a pipe that nobody writes to, a device
-/// without an end, a file that grows.
-pub fn read_bounded(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
-    let mut options = std::fs::OpenOptions::new();
-    options.read(true).custom_flags(i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0));
-    let file = options.open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(std::io::Error::other("it is no ordinary file"));
-    }
-    let mut bytes = Vec::new();
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > most {
-        return Err(std::io::Error::other(format!("it has more than {most} bytes")));
-    }
-    Ok(bytes)
-}
-
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+/// Where the signature of a TOML file lies: beside it, with `.sig` at the end of its name.
+pub fn signature_file(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(".sig");
+    file.with_file_name(name)
 }

@@ -28,9 +28,6 @@ use crate::clock::Clock;
 use crate::config::{Size, Span};
 use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets, is_host_header};
 
-/// Largest component, in bytes.
-pub const MOST_COMPONENT: u64 = 64 << 20;
-
 /// Longest complaint about a component, in characters.
 const LONGEST_MESSAGE: usize = 2000;
 

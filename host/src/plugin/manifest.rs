@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::LoadError;
-use super::files::read_bounded;
+use super::read::read_bounded;
 use crate::config::{Size, Span};
 
 /// The file as it stands, each key of the right type.
@@ -168,12 +168,18 @@ impl Manifest {
     }
 }
 
-/// Where in a text something is wrong, in words.
+/// Where in a text something is wrong, in words: the line and its key, never its value.
 fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
     let Some(before) = span.and_then(|span| text.get(..span.start)) else { return String::new() };
     let line = before.matches('\n').count().saturating_add(1);
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count().saturating_add(1);
-    format!("line {line}, column {column}: ")
+    let whole = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
+    let key = whole.split_once('=').map(|(key, _)| key.trim()).filter(|key| {
+        let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.');
+        !key.is_empty() && key.len() <= 64 && key.chars().all(fits)
+    });
+    let key = key.map(|key| format!(" (`{key}`)")).unwrap_or_default();
+    format!("line {line}, column {column}{key}: ")
 }
 
 /// Aliases that lead back to where they began, as `a` = `b`, `b` = `a`.
@@ -291,5 +297,7 @@ mod tests {
         let error = parse("component = 'x.wasm'\n[credentials]\napi_key = 'sk-secret'").unwrap_err();
         assert!(error.contains("credentials.api_key") && error.contains("env:NAME"), "{error}");
         assert!(!error.contains("sk-secret"), "{error}");
+        let error = parse("component = 'x.wasm'\n[credentials]\napi_key = sk-secret").unwrap_err();
+        assert!(error.contains("line 3") && error.contains("api_key") && !error.contains("sk-secret"), "{error}");
     }
 }

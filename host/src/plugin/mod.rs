@@ -17,6 +17,7 @@ mod log;
 mod manifest;
 #[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
 mod plugin;
+mod read;
 mod registry;
 mod schema;
 pub mod signature;
@@ -25,8 +26,9 @@ mod wasi;
 
 pub use answer::for_people;
 pub use error::{CallError, LoadError};
-pub use files::{ComponentFile, Files, hex, sha256};
-pub use load::{Inspected, Loader, Loading, MOST_COMPONENT, plugin_name};
+pub use files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
+pub use load::{Inspected, Loader, Loading, plugin_name};
 pub use manifest::read_secret;
 pub use plugin::Plugin;
+pub use read::{hex, sha256};
 pub use registry::{Entry, EntryState, Registry, Route, Snapshot, check_directory};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, PublicKey, SshSig};
 
-use super::files::{read_text, sha256};
+use super::read::{read_text, sha256};
 
 /// Keeps a signature made for something else from counting here.
 pub const NAMESPACE: &str = "batchwright-plugin";
@@ -16,13 +16,6 @@ pub const NAMESPACE: &str = "batchwright-plugin";
 pub fn statement(name: &str, manifest: &str, component_sha256: &str) -> String {
     let manifest = sha256(manifest.as_bytes());
     format!("batchwright plugin v1\nname {name}\nmanifest sha256:{manifest}\ncomponent sha256:{component_sha256}\n")
-}
-
-/// Where the signature of a TOML file lies: beside it, with `.sig` at the end of its name.
-pub fn signature_file(file: &Path) -> PathBuf {
-    let mut name = file.file_name().unwrap_or_default().to_owned();
-    name.push(".sig");
-    file.with_file_name(name)
 }
 
 /// The signature of a statement, as text.

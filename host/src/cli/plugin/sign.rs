@@ -9,8 +9,8 @@ use clap::Args;
 use ssh_key::PrivateKey;
 
 use crate::cli::Error;
-use crate::plugin::signature::{TrustedKeys, sign, signature_file, statement};
-use crate::plugin::{Files, plugin_name, read_secret};
+use crate::plugin::signature::{TrustedKeys, sign, statement};
+use crate::plugin::{Files, plugin_name, read_secret, signature_file};
 
 /// Make a key with `ssh-keygen -t ed25519 -f KEY`; its public half, KEY.pub, is what servers trust.
 #[derive(Args)]
