@@ -243,7 +243,7 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
     # An absolute URL in a path stays a path of the host that is allowed; and headers are the host's to set.
     _, ends = ask(server, [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"])
     in_path = ends[f"forged {stub.url}/http://169.254.169.254/"]
-    assert f'host\\\\\\":\\\\\\"{stub.url[7:]}' in in_path or stub.url[7:] in in_path, in_path
+    assert stub.url[7:] in in_path, in_path
     forged = ends[f"forged {stub.url}/v1/chat/completions"]
     for part in ["evil.example", "chunked", "gzip", "Bearer"]:
         assert part not in forged, forged

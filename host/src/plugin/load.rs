@@ -111,30 +111,31 @@ impl Loader {
 
     /// Loads the plugin whose TOML file this is.
     pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
-        let read = file.to_owned();
-        let files = tokio::task::spawn_blocking(move || Files::read(&read)).await;
-        let failed =
-            |error: tokio::task::JoinError| LoadError::Manifest { file: file.to_owned(), message: error.to_string() };
-        self.load_files(files.map_err(failed)??).await
+        self.load_files(read_off_thread(file, Files::read).await?).await
     }
 
     /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
     pub async fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
-        let Some(keys) = &self.trusted_keys else { return Ok(()) };
-        let read = file.to_owned();
-        let files = tokio::task::spawn_blocking(move || Files::read_any(&read)).await;
-        let failed =
-            |error: tokio::task::JoinError| LoadError::Manifest { file: file.to_owned(), message: error.to_string() };
-        let Files { text, component, signature, .. } = files.map_err(failed)??;
-        let signer = keys.verify(&statement(&plugin_name(file)?, &text, &component.sha256), signature.as_deref());
-        signer.map(drop).map_err(|message| LoadError::Signature { file: file.to_owned(), message })
+        if self.trusted_keys.is_none() {
+            return Ok(());
+        }
+        let files = read_off_thread(file, Files::read_any).await?;
+        self.signer(&plugin_name(file)?, &files).map(drop)
+    }
+
+    /// Who signed these files; nobody where signatures are not asked for.
+    fn signer(&self, name: &str, files: &Files) -> Result<Option<String>, LoadError> {
+        let Some(keys) = &self.trusted_keys else { return Ok(None) };
+        let signer = keys.verify(&statement(name, &files.text, &files.component.sha256), files.signature.as_deref());
+        signer.map(Some).map_err(|message| LoadError::Signature { file: files.file.clone(), message })
     }
 
     /// Loads the plugin that was read from these files.
     pub async fn load_files(&self, files: Files) -> Result<Plugin, LoadError> {
-        let Files { file, text, mut manifest, component, signature } = files;
+        let name = plugin_name(&files.file)?;
+        let signed_by = self.signer(&name, &files)?;
+        let Files { file, mut manifest, component, .. } = files;
         let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
-        let name = plugin_name(&file)?;
         if let Some(pinned) = &manifest.sha256
             && !pinned.eq_ignore_ascii_case(&component.sha256)
         {
@@ -146,13 +147,6 @@ impl Loader {
                 ),
             ));
         }
-        let signed_by = match &self.trusted_keys {
-            None => None,
-            Some(keys) => {
-                let signer = keys.verify(&statement(&name, &text, &component.sha256), signature.as_deref());
-                Some(signer.map_err(|message| LoadError::Signature { file: file.clone(), message })?)
-            }
-        };
         let inspected = self.inspect_with(component, &name, &manifest.limits).await?;
         check_kind(&manifest, &inspected, &key)?;
         // Only what the operator wrote opens a way: a component that names a host in a default must not.
@@ -224,7 +218,8 @@ impl Loader {
                 || found.is::<wasmtime::Trap>()
                 || found.is::<OutOfTime>()
                 || found.is::<Asleep>()
-                || found.to_string().contains("exceeds the limit");
+                // The pool of instances is used up, which is nobody's fault.
+                || found.is::<wasmtime::PoolConcurrencyLimitError>();
             failed(if trapped {
                 message
             } else {
@@ -283,6 +278,13 @@ fn template(engine: &Engine, linker: &Linker<State>, component: &Component) -> R
     let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
     Ok((kind, template))
 }
+/// Reads a plugin's files, away from the threads that serve.
+async fn read_off_thread(file: &Path, read: fn(&Path) -> Result<Files, LoadError>) -> Result<Files, LoadError> {
+    let place = file.to_owned();
+    let files = tokio::task::spawn_blocking(move || read(&place)).await;
+    files.map_err(|error| LoadError::Manifest { file: file.to_owned(), message: error.to_string() })?
+}
+
 fn list(names: &[String]) -> String {
     if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }

@@ -32,3 +32,4 @@ pub use manifest::read_secret;
 pub use plugin::Plugin;
 pub use read::{hex, sha256};
 pub use registry::{Entry, EntryState, Registry, Route, Snapshot, check_directory};
+pub use schema::add_defaults;

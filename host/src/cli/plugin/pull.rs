@@ -84,7 +84,7 @@ impl Pull {
         file.as_file().sync_all().map_err(unwritable)?;
         let sha256 = sha256(&bytes);
         drop(bytes);
-        let inspected = self.given.loader()?.inspect(file.path()).await?;
+        let inspected = self.given.of_component_alone().loader()?.inspect(file.path()).await?;
         if inspected.sha256 != sha256 {
             return Err(failed(format!("somebody changed it in {} meanwhile", self.to.display())));
         }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use super::show::size_text;
 use crate::cli::Error;
 use crate::plugin::types::Kind;
-use crate::plugin::{Loader, Plugin, conformance};
+use crate::plugin::{Loader, Plugin, add_defaults, conformance};
 
 #[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
@@ -42,9 +42,10 @@ pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: 
 /// Loads a component with a TOML file made for it: with these settings, the default limits, and credentials that open nothing.
 async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result<Plugin, Error> {
     let other = |message: String| Error::Other(message);
-    let settings: toml::Table = serde_json::from_str(settings).map_err(|error| {
+    let unusable = |error: &dyn std::fmt::Display| {
         other(format!("--settings: {error}; give a JSON object, such as '{{\"base_url\": \"…\"}}'"))
-    })?;
+    };
+    let mut settings = serde_json::from_str(settings).map_err(|error| unusable(&error))?;
     let inspected = loader.inspect(component).await?;
     let failed = |error: std::io::Error| other(format!("no temporary folder can be made: {error}"));
     let folder = tempfile::TempDir::new().map_err(failed)?;
@@ -57,15 +58,8 @@ async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result
         manifest.insert("models".into(), vec![toml::Value::from("m")].into());
     }
     // As an operator would write them: a default alone opens no host.
-    let mut settings = settings;
-    let schema = &inspected.description.settings_schema;
-    for (name, property) in schema.get("properties").and_then(|found| found.as_object()).into_iter().flatten() {
-        let default = property.get("default").and_then(|default| toml::Value::try_from(default).ok());
-        if let Some(default) = default.filter(|_| !settings.contains_key(name)) {
-            settings.insert(name.clone(), default);
-        }
-    }
-    manifest.insert("settings".into(), settings.into());
+    add_defaults(&mut settings, &inspected.description.settings_schema);
+    manifest.insert("settings".into(), toml::Table::try_from(settings).map_err(|error| unusable(&error))?.into());
     let source = toml::Value::from(format!("file:{}", beside("secret").display()));
     let needs = inspected.description.credentials.iter();
     let credentials: toml::Table = needs.map(|need| (need.name.clone(), source.clone())).collect();
