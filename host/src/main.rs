@@ -6,11 +6,15 @@ mod cli;
 mod clock;
 mod config;
 mod egress;
+mod memory;
 mod plugin;
 mod store;
 mod telemetry;
 
 use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     cli::main()

@@ -2,17 +2,26 @@
 
 use std::fmt::Write;
 use std::ops::Range;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::Stream;
 
 use super::error::ApiError;
 use super::files::no_file;
+use super::lists::{FREE, held};
 use super::openapi::Errors;
 use super::{App, Tenant};
+use crate::batch::Batches;
+use crate::memory::Holder;
 use crate::store::StoreError;
+
+/// What is read of a file at a time while there is memory for it, in bytes.
+const DOWNLOAD_PIECE: usize = 256 << 10;
 
 /// Download a file's bytes, or a range of them
 #[utoipa::path(get, path = "/files/{id}/content", tag = "Files",
@@ -44,11 +53,12 @@ pub async fn download(
             return Ok(refused);
         }
     };
-    let bytes = match batches.content(&tenant.0, &id, Some(range.clone())).await {
+    match batches.content_size(&tenant.0, &id).await {
         // It was deleted just now.
         Err(StoreError::Missing(_)) => return Err(no_file(&id)),
-        bytes => bytes?,
+        found => found?,
     };
+    let bytes = pieces(batches, tenant.0, id, range.clone());
     let mut response = (status, Body::from_stream(bytes)).into_response();
     let headers = response.headers_mut();
     put(headers, header::CONTENT_TYPE, "application/octet-stream");
@@ -60,6 +70,29 @@ pub async fn download(
         put(headers, header::CONTENT_RANGE, &format!("bytes {}-{last}/{size}", range.start));
     }
     Ok(response)
+}
+
+/// The bytes of a file, each piece read when the client has the one before it: a larger one as long as there is memory for it.
+fn pieces(
+    batches: Arc<Batches>,
+    tenant: String,
+    id: String,
+    range: Range<u64>,
+) -> impl Stream<Item = Result<Bytes, StoreError>> {
+    let holder: Holder = tenant.as_str().into();
+    futures_util::stream::try_unfold(range.start, move |at| {
+        let (batches, tenant, id, holder) = (batches.clone(), tenant.clone(), id.clone(), holder.clone());
+        async move {
+            if at >= range.end {
+                return Ok(None);
+            }
+            let share = batches.memory().clients.try_take(&holder, DOWNLOAD_PIECE);
+            let piece = if share.is_some() { DOWNLOAD_PIECE } else { FREE };
+            let next = at.saturating_add(piece as u64).min(range.end);
+            let bytes = batches.content(&tenant, &id, at..next).await?;
+            Ok(Some((held(bytes, share), next)))
+        }
+    })
 }
 
 fn put(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {

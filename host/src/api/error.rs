@@ -1,11 +1,10 @@
 //! Error objects: `{"error": {"message", "type", "param", "code"}}`, for every 4xx and 5xx.
 
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use tower_http::timeout::TimeoutError;
-
+use super::pace::TooSlow;
 use super::wire;
 use crate::batch::{CreateError, UploadError};
 use crate::store::StoreError;
@@ -13,7 +12,8 @@ use crate::store::StoreError;
 /// The SDKs retry some statuses by themselves unless they are told not to.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct ApiError {
     status: StatusCode,
     kind: &'static str,
@@ -21,11 +21,13 @@ pub struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
     should_retry: Option<bool>,
+    /// Seconds.
+    retry_after: Option<u32>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into(), param: None, code: None, should_retry: None }
+        Self { status, kind, message: message.into(), param: None, code: None, should_retry: None, retry_after: None }
     }
 
     /// 400: a parameter is not as it should be.
@@ -67,9 +69,19 @@ impl ApiError {
     /// 408, if that is why a body could not be read.
     pub fn of_late_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
         let causes = std::iter::successors(Some(error), |cause| cause.source());
-        let late = causes.into_iter().any(<dyn std::error::Error>::is::<TimeoutError>);
-        let message = "The rest of the request body did not come for longer than the server waits (client_timeout).";
+        let late = causes.into_iter().any(<dyn std::error::Error>::is::<TooSlow>);
+        let message = "The rest of the request body came more slowly than the server waits for: a piece within client_timeout, and 4 KiB/s on average.";
         late.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
+    }
+
+    /// 503: the client is to come back in a moment.
+    pub fn overloaded() -> Self {
+        let message = "The server is busy; try again in a moment.";
+        Self { retry_after: Some(1), ..Self::unavailable(message).with_code("server_overloaded") }
+    }
+
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
     }
 
     pub fn range_not_satisfiable(message: impl Into<String>) -> Self {
@@ -104,11 +116,11 @@ impl From<StoreError> for ApiError {
                     ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
                 }
             }
-            StoreError::Closed => Self::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "server_error",
-                "The server is shutting down; try again in a moment.",
-            ),
+            StoreError::Closed => Self::unavailable("The server is shutting down; try again in a moment."),
+            StoreError::NotReady(cause) => {
+                tracing::warn!("a request was refused: {cause}");
+                Self::unavailable("The server is not ready; try again in a while.").with_code("server_not_ready")
+            }
             error => Self::internal(error),
         }
     }
@@ -122,6 +134,9 @@ impl From<CreateError> for ApiError {
             CreateError::CompletionWindow { .. } => Self::invalid("completion_window", "invalid_value", message),
             CreateError::Conflict(_) => {
                 Self::conflict(message).with_param("idempotency_key").with_code("idempotency_conflict")
+            }
+            CreateError::NotReady => {
+                Self { retry_after: Some(30), ..Self::unavailable(message).with_code("server_not_ready") }
             }
             CreateError::Store(error) => error.into(),
         }
@@ -153,6 +168,9 @@ impl IntoResponse for ApiError {
         if let Some(retry) = self.should_retry {
             let value = HeaderValue::from_static(if retry { "true" } else { "false" });
             response.headers_mut().insert(SHOULD_RETRY, value);
+        }
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

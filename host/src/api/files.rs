@@ -1,17 +1,22 @@
 //! `/files`
 
+use std::pin::pin;
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::multipart::Field;
 use axum::extract::{Path, Request, State};
+use axum::response::Response;
 
 use super::batches::unknown_after;
 use super::error::ApiError;
-use super::multipart::{Form, part_text};
+use super::lists::stream_list;
+use super::multipart::{Form, broken, part_text};
 use super::openapi::Errors;
 use super::params::{QueryParams, check_anchor, check_lifetime, missing, unknown_parameter};
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
-use crate::batch::{NewFile, shortened};
+use crate::batch::{NewFile, Upload, shortened};
 use crate::store::{FileQuery, Order, Paged};
 
 /// What a client may upload a file for; `batch_output` is for the server's own.
@@ -46,7 +51,10 @@ struct Received {
     seconds: Option<String>,
 }
 
-async fn receive(form: &mut Form, upload: &mut crate::batch::Upload<'_>) -> Result<Received, ApiError> {
+/// How long a client may pause before what was gathered of its upload is written.
+const PAUSE: Duration = Duration::from_millis(50);
+
+async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiError> {
     let mut received = Received::default();
     while let Some(mut part) = form.next().await? {
         match part.name().unwrap_or_default() {
@@ -56,7 +64,17 @@ async fn receive(form: &mut Form, upload: &mut crate::batch::Upload<'_>) -> Resu
                 }
                 let name = part.file_name().filter(|name| !name.is_empty());
                 received.filename = Some(name.unwrap_or("upload").to_owned());
-                while let Some(bytes) = part.chunk().await.map_err(|error| super::multipart::broken(&error))? {
+                loop {
+                    let mut next = pin!(part.chunk());
+                    let chunk = tokio::select! {
+                        biased;
+                        chunk = &mut next => chunk,
+                        () = tokio::time::sleep(PAUSE) => {
+                            upload.flush().await?;
+                            next.await
+                        }
+                    };
+                    let Some(bytes) = chunk.map_err(|error| broken(&error))? else { break };
                     upload.write(bytes).await?;
                 }
             }
@@ -121,7 +139,7 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("order" = inline(Option<Direction>), Query, description = "By age; newest first if absent"),
     ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
 ), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
-pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Json<List<File>>, ApiError> {
+pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
     let after = query.raw("after");
     let order = match query.raw("order").as_deref() {
         None | Some("desc") => Order::NewestFirst,
@@ -135,18 +153,26 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
         }
     };
     let most = batches.settings().max_files_per_page.get().into();
-    let query = FileQuery {
-        purpose: query.text("purpose"),
-        order,
-        after: after.clone(),
-        limit: query.limit(1..=most, most)?,
-        now: batches.clock().now(),
+    let limit = query.limit(1..=most, most)?;
+    let (purpose, now) = (query.text("purpose"), batches.clock().now());
+    let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
+    let page = move |after: Option<String>, limit: usize, bytes: usize| {
+        let limit = limit.min((bytes / LISTED_BYTES).max(1));
+        let query = FileQuery { purpose: purpose.clone(), order, after, limit, now };
+        let (batches, tenant) = (batches.clone(), tenant.0.clone());
+        async move {
+            match batches.files(&tenant, query).await? {
+                Paged::Page(page) => Ok(Some((page.items.into_iter().map(File::from).collect(), page.has_more))),
+                Paged::UnknownAfter => Ok(None),
+            }
+        }
     };
-    match batches.files(&tenant.0, query).await? {
-        Paged::Page(page) => Ok(Json(List::new(page.items.into_iter().map(File::from).collect(), page.has_more))),
-        Paged::UnknownAfter => Err(unknown_after("file", &after.unwrap_or_default())),
-    }
+    let listed = stream_list(after.clone(), limit, of_clients, page).await?;
+    listed.ok_or_else(|| unknown_after("file", &after.unwrap_or_default()))
 }
+
+/// What an entry of a list takes in memory and in an answer, in bytes.
+const LISTED_BYTES: usize = 700;
 
 /// Delete a file
 ///
@@ -162,5 +188,5 @@ pub async fn delete(State(batches): App, tenant: Tenant, Path(id): Path<String>)
 }
 
 pub fn no_file(id: &str) -> ApiError {
-    ApiError::not_found(format!("No file found with id '{id}'."))
+    ApiError::not_found(format!("No file found with id '{}'.", shortened(id)))
 }

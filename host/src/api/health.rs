@@ -2,27 +2,45 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
-use super::error::ApiError;
 use crate::plugin::EntryState;
 
-/// The process runs.
+/// The process runs. It asks nobody: a supervisor restarts what does not answer.
 pub async fn live() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-/// The server can do its work: the database answers, and the plugins are loaded.
-pub async fn ready(State(batches): App) -> Result<Json<Value>, ApiError> {
-    batches.get("default", "none").await?;
+/// The store answers, so that files and batches can be read, downloaded and deleted: what a load balancer asks.
+pub async fn serving(State(batches): App) -> Response {
+    if batches.is_serving().await {
+        Json(json!({"status": "ok"})).into_response()
+    } else {
+        unavailable(&["The database does not answer.".to_owned()], json!({}))
+    }
+}
+
+/// A batch that is created now would be validated, executed and kept.
+pub async fn ready(State(batches): App) -> Response {
+    let readiness = batches.readiness().await;
     let plugins = batches.registry().current();
-    let failed: Vec<&str> = plugins
-        .entries
-        .iter()
-        .filter(|entry| entry.state() == EntryState::Failed)
-        .map(|entry| entry.name.as_str())
-        .collect();
+    let failed = plugins.entries.iter().filter(|entry| entry.state() == EntryState::Failed).count();
     let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
-    Ok(Json(json!({"status": "ok", "plugins": {"loaded": loaded, "failed": failed}})))
+    let plugins = json!({"loaded": loaded, "failed": failed});
+    if readiness.reasons.is_empty() {
+        Json(json!({"status": "ok", "plugins": plugins})).into_response()
+    } else {
+        unavailable(&readiness.reasons, plugins)
+    }
+}
+
+/// An error object, and beside it what a person looks for.
+fn unavailable(reasons: &[String], plugins: Value) -> Response {
+    let error =
+        json!({"message": reasons.join(" "), "type": "server_error", "param": null, "code": "server_not_ready"});
+    let body = json!({"error": error, "status": "unavailable", "reasons": reasons, "plugins": plugins});
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }

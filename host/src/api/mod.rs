@@ -3,14 +3,17 @@
 //! Architecture invariant: wire types live here alone; nothing below knows JSON of the API, statuses or headers.
 
 mod batches;
+mod connections;
 mod content;
 mod drain;
 mod error;
 mod files;
 mod health;
+mod lists;
 mod models;
 mod multipart;
 mod openapi;
+mod pace;
 mod params;
 mod plugins;
 mod server;
@@ -26,21 +29,20 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::timeout::RequestBodyTimeoutLayer;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::batch::Batches;
+use crate::batch::{Batches, shortened};
 use crate::config::Settings;
 use error::ApiError;
-pub use server::serve;
+pub use server::{serve, serve_admin};
 
 /// Every route is here under both: clients of the llama-stack of 2025 use the second.
 const PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
 
 /// Largest body of a request that is no upload, in bytes.
-const MOST_JSON: usize = 1 << 20;
+const MOST_JSON: usize = 128 << 10;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -48,6 +50,12 @@ type App = axum::extract::State<Arc<Batches>>;
 
 /// Whose request it is. There is one tenant until keys tell them apart.
 struct Tenant(String);
+
+impl Tenant {
+    fn of(_: &Request) -> Self {
+        Self("default".into())
+    }
+}
 
 impl<S: Sync> FromRequestParts<S> for Tenant {
     type Rejection = std::convert::Infallible;
@@ -75,10 +83,7 @@ pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
     described.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
     let document = Json(openapi::document(described, settings));
-    let mut router = Router::new()
-        .route("/health/live", get(health::live))
-        .route("/health/ready", get(health::ready))
-        .route("/openapi.json", get(async move || document));
+    let mut router = health_routes().route("/openapi.json", get(async move || document));
     for prefix in PREFIXES {
         router = router.nest(prefix, api.clone());
     }
@@ -87,10 +92,22 @@ pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MOST_JSON))
         .layer(middleware::from_fn(drain::drain))
-        .layer(RequestBodyTimeoutLayer::new(settings.client_timeout.duration()))
+        .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
         .layer(middleware::from_fn(tag))
         .with_state(batches)
+}
+
+fn health_routes() -> Router<Arc<Batches>> {
+    Router::new()
+        .route("/health/live", get(health::live))
+        .route("/health/serving", get(health::serving))
+        .route("/health/ready", get(health::ready))
+}
+
+/// Health alone, for a listener of its own.
+pub fn admin_router(batches: Arc<Batches>) -> Router {
+    health_routes().fallback(unknown_route).layer(middleware::from_fn(tag)).with_state(batches)
 }
 
 /// Gives each answer an id, and the log a line.
@@ -113,9 +130,9 @@ async fn tag(request: Request, next: Next) -> Response {
 }
 
 async fn unknown_route(method: Method, uri: Uri) -> ApiError {
-    ApiError::not_found(format!("Invalid URL ({method} {})", uri.path()))
+    ApiError::not_found(format!("Invalid URL ({method} {})", shortened(uri.path())))
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> ApiError {
-    ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", uri.path()))
+    ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", shortened(uri.path())))
 }

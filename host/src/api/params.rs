@@ -2,57 +2,80 @@
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
+use bytes::BytesMut;
+use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::batch::shortened;
+use super::lists::{FREE, room_for};
+use super::{MOST_JSON, Tenant};
+use crate::batch::{Batches, shortened};
 use crate::config::Settings;
+use crate::memory::Share;
 use crate::store::Metadata;
 
 /// How long files may be kept that say so themselves, in seconds.
 const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
 
 /// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
-pub struct Params(Map<String, Value>);
+pub struct Params {
+    given: Map<String, Value>,
+    _share: Option<Share>,
+}
 
-impl<S: Send + Sync> FromRequest<S> for Params {
+/// What a body takes once it is more than what every connection has: as bytes, and as values.
+const MEMORY: usize = 10 * MOST_JSON;
+
+impl FromRequest<Arc<Batches>> for Params {
     type Rejection = Response;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
-        let refused = |error: ApiError| error.into_response();
-        let body = bytes::Bytes::from_request(request, state).await.map_err(|rejection| {
-            if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
-                refused(ApiError::too_large("The request body is larger than 1 MiB."))
-            } else {
-                let late = ApiError::of_late_body(&rejection);
-                refused(late.unwrap_or_else(|| {
-                    ApiError::bad_request(format!("The request body could not be read: {rejection}."))
-                }))
-            }
-        })?;
-        match serde_json::from_slice(&body) {
-            Ok(Value::Object(object)) => Ok(Self(object)),
-            Ok(other) => {
-                let message = format!("The request body must be a JSON object, but it is {}.", kind(&other));
-                Err(refused(ApiError::bad_request(message)))
-            }
-            Err(error) => {
-                let message = format!("We could not parse the JSON body of your request: {error}.");
-                Err(refused(ApiError::bad_request(message)))
-            }
-        }
+    async fn from_request(request: Request, batches: &Arc<Batches>) -> Result<Self, Response> {
+        Self::read(request, batches).await.map_err(IntoResponse::into_response)
     }
 }
 
 impl Params {
+    async fn read(request: Request, batches: &Batches) -> Result<Self, ApiError> {
+        let tenant = Tenant::of(&request);
+        let mut body = request.into_body();
+        let (mut bytes, mut share) = (BytesMut::new(), None);
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| {
+                let late = ApiError::of_late_body(&error);
+                late.unwrap_or_else(|| ApiError::bad_request(format!("The request body could not be read: {error}.")))
+            })?;
+            let Ok(data) = frame.into_data() else { continue };
+            if bytes.len().saturating_add(data.len()) > MOST_JSON {
+                let limit = MOST_JSON >> 10;
+                return Err(ApiError::too_large(format!("The request body is larger than {limit} KiB.")));
+            }
+            if share.is_none() && bytes.len().saturating_add(data.len()) > FREE {
+                share = Some(room_for(&batches.memory().clients, &tenant.0.as_str().into(), MEMORY).await?);
+            }
+            bytes.extend_from_slice(&data);
+        }
+        match serde_json::from_slice(&bytes) {
+            Ok(Value::Object(given)) => Ok(Self { given, _share: share }),
+            Ok(other) => {
+                let message = format!("The request body must be a JSON object, but it is {}.", kind(&other));
+                Err(ApiError::bad_request(message))
+            }
+            Err(error) => {
+                let message = format!("We could not parse the JSON body of your request: {error}.");
+                Err(ApiError::bad_request(message))
+            }
+        }
+    }
+
     /// A value that is neither absent nor null.
     fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name).filter(|value| !value.is_null())
+        self.given.remove(name).filter(|value| !value.is_null())
     }
 
     pub fn optional_string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
@@ -106,7 +129,7 @@ impl Params {
     pub fn lifetime(&mut self, name: &str) -> Result<Option<Duration>, ApiError> {
         let mut given = match self.take(name) {
             None => return Ok(None),
-            Some(Value::Object(given)) => Self(given),
+            Some(Value::Object(given)) => Self { given, _share: None },
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
         let at = format!("{name}.anchor");
@@ -121,7 +144,7 @@ impl Params {
             Some(other) => return Err(wrong_type(&at, "an integer", &other)),
             None => return Err(missing(&at)),
         };
-        match given.0.keys().next() {
+        match given.given.keys().next() {
             None => Ok(Some(lifetime)),
             Some(key) => Err(unknown_parameter(&format!("{name}.{key}"))),
         }
@@ -129,7 +152,7 @@ impl Params {
 
     /// Refuses what was not taken: it is misspelt, or meant for something else.
     pub fn end(self) -> Result<(), ApiError> {
-        match self.0.keys().next() {
+        match self.given.keys().next() {
             None => Ok(()),
             Some(name) => Err(unknown_parameter(name)),
         }

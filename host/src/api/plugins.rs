@@ -9,13 +9,14 @@ use super::openapi::Errors;
 use super::wire::{BatchPlugin, Collection, Plugin};
 use super::{App, Tenant};
 
-/// List the plugins, those included that do not load
+/// List the plugins, including those that do not load
+///
+/// Why one does not load is the operator's to know: the log and `batchwright plugin list` say it.
 #[utoipa::path(get, path = "/plugins", tag = "Plugins",
     responses((status = 200, body = Collection<Plugin>, description = "All plugins, by name"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant) -> Json<Collection<Plugin>> {
     let plugins = batches.registry().current();
-    let shown =
-        plugins.entries.iter().filter(|entry| entry.serving.as_ref().is_none_or(|plugin| plugin.serves(&tenant.0)));
+    let shown = plugins.entries.iter().filter(|entry| entry.is_shown_to(&tenant.0));
     Json(Collection::new(shown.map(Plugin::from).collect()))
 }
 

@@ -342,7 +342,7 @@ pub struct Plugin {
     name: String,
     #[schema(value_type = PluginState)]
     state: &'static str,
-    /// Why the file as it stands does not load.
+    /// That the file as it is does not load, if so.
     #[schema(required)]
     error: Option<String>,
     /// `validator` or `adapter`; null if nothing is loaded.
@@ -383,7 +383,10 @@ impl From<&Entry> for Plugin {
             object: "plugin",
             name: entry.name.clone(),
             state: entry.state().as_str(),
-            error: entry.error.clone(),
+            error: entry
+                .error
+                .is_some()
+                .then(|| "The plugin's file does not load; the server's log says why.".to_owned()),
             kind: plugin.map(|plugin| plugin.kind.to_string()),
             version: plugin.map(|plugin| plugin.description.version.clone()),
             sha256: plugin.map(|plugin| plugin.sha256.clone()),

@@ -41,6 +41,8 @@ pub enum CreateError {
     CompletionWindow { given: String, supported: String },
     #[error("Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key.")]
     Conflict(String),
+    #[error("The server takes no batches now, as its rules are not complete; try again in a while.")]
+    NotReady,
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -63,6 +65,10 @@ impl Batches {
             let supported = self.settings.completion_windows.to_string();
             return Err(CreateError::CompletionWindow { given: shortened(&request.completion_window), supported });
         };
+        if let Err(why) = self.registry.current().check_required(&self.settings.required_plugins, tenant, &ENDPOINTS) {
+            tracing::warn!(tenant, "no batch is created: {why}");
+            return Err(CreateError::NotReady);
+        }
         let fingerprint = request.fingerprint();
         let idempotency = request.idempotency_key.map(|key| Idempotency { key, fingerprint });
         let created_at = self.clock.now();

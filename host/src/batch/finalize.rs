@@ -1,17 +1,38 @@
 //! Finalizing: the results become the two files, in the input's order. It can be repeated from the start at any time.
 
 use bytes::Bytes;
-use futures_util::stream::BoxStream;
 
 use super::Batches;
-use super::input::{InputLine, Lines};
+use super::input::{Input, InputLine};
 use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
+use super::validate::lost_input;
+use crate::memory::{Holder, Share};
 use crate::store::{BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status, StoreError};
 
-/// Results held at a time, in bytes.
-const PAGE: usize = 1 << 20;
+/// Results held at a time, in bytes; and what is gathered of each file before it is written.
+const PAGE: usize = 256 << 10;
+
+/// What finalizing a batch takes: a page, the input that is read beside it, and what is gathered of both files.
+const MEMORY: usize = 4 * PAGE;
+
+/// What is read of the input at a time, in bytes.
+const READ: u64 = 128 << 10;
+
+/// A line is held as it is read and as it is written.
+const COPIES: usize = 2;
+
+/// How a batch ends.
+#[derive(Clone, Copy, Debug)]
+pub enum End {
+    /// Every line has a result.
+    Whole,
+    /// Lines without a result are told of with the reason.
+    Stopped(Reason),
+    /// The input is lost: what has a result is kept, the rest cannot be told of.
+    InputLost,
+}
 
 /// One of the two files; it is not made before it has a line.
 struct ResultFile<'a> {
@@ -23,41 +44,91 @@ struct ResultFile<'a> {
     buffer: Vec<u8>,
 }
 
+/// Results of a batch in order, a page at a time, within memory that one which is larger than a page is waited for.
+struct Rows<'a> {
+    batches: &'a Batches,
+    claim: &'a Claim,
+    page: std::iter::Peekable<std::vec::IntoIter<ResultRow>>,
+    after: u64,
+    ended: bool,
+    share: Share,
+}
+
+impl<'a> Rows<'a> {
+    async fn new(batches: &'a Batches, claim: &'a Claim) -> Self {
+        let holder: Holder = claim.tenant.as_str().into();
+        let share = batches.memory.finalizing.take(&holder, MEMORY).await;
+        Self { batches, claim, page: Vec::new().into_iter().peekable(), after: 0, ended: false, share }
+    }
+
+    /// The next result, if there is one.
+    async fn peek(&mut self) -> Result<Option<&ResultRow>> {
+        if self.page.peek().is_none() && !self.ended {
+            let store = &self.batches.store;
+            let mut page = store.results(self.claim, self.after, PAGE).await?;
+            if let Some(size) = page.too_large {
+                self.hold(size).await;
+                page = store.results(self.claim, self.after, size).await?;
+            }
+            self.ended = page.rows.is_empty();
+            self.after = page.rows.last().map_or(self.after, |row| row.line);
+            self.page = page.rows.into_iter().peekable();
+        }
+        Ok(self.page.peek())
+    }
+
+    fn take(&mut self) -> Option<ResultRow> {
+        self.page.next()
+    }
+
+    /// Has memory for something of this size, which is not read yet. Nothing is held while it waits: others may wait for the same.
+    async fn hold(&mut self, size: usize) {
+        let bytes = MEMORY.saturating_add(size.saturating_mul(COPIES));
+        if bytes > self.share.bytes() {
+            self.share.settle(0);
+            self.share.cover(bytes).await;
+        }
+    }
+}
+
 impl Batches {
-    /// Writes the files of a batch whose every line has a result, or, if there is a reason, of one that was stopped before.
-    pub(super) async fn finalize(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
+    /// Writes the files of a batch and ends it.
+    pub(super) async fn finalize(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
         self.store.start_finalizing(claim, self.clock.now()).await?;
-        match self.write_files(claim, batch, stopped).await {
+        match self.write_files(claim, batch, end).await {
             // It was about to end as expired, and a client was told since that it is being cancelled.
-            Err(StoreError::Overtaken) => self.write_files(claim, batch, Some(Reason::Cancelled)).await,
+            Err(StoreError::Overtaken) => self.write_files(claim, batch, End::Stopped(Reason::Cancelled)).await,
             written => written,
         }
     }
 
-    async fn write_files(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
+    async fn write_files(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
         let file = |kind| ResultFile { batches: self, claim, kind, writer: None, buffer: Vec::new() };
         let (mut output, mut error) = (file("output"), file("error"));
-        match stopped {
-            None => self.copy_results(claim, &mut output, &mut error).await?,
-            Some(reason) => match self.blobs.read(&claim.tenant, &batch.new.input_file_id, None).await {
+        let mut errors = Vec::new();
+        match end {
+            End::Whole => self.copy_results(claim, &mut output, &mut error).await?,
+            End::Stopped(reason) => match self.open_input(claim, READ).await {
                 Ok(input) => self.copy_with_rest(claim, input, reason, &mut output, &mut error).await?,
                 // Somebody has taken it out of the store. What is done is handed over all the same.
                 Err(StoreError::Missing(cause)) => {
-                    tracing::error!(
-                        batch = batch.new.id,
-                        "the input file is gone, so lines without a result are not told of: {cause}"
-                    );
+                    errors.push(lost_input(claim, &batch.new.input_file_id, &cause));
                     self.copy_results(claim, &mut output, &mut error).await?;
                 }
                 Err(error) => return Err(error),
             },
+            End::InputLost => {
+                errors.push(lost_input(claim, &batch.new.input_file_id, "it is missing"));
+                self.copy_results(claim, &mut output, &mut error).await?;
+            }
         }
         let at = self.clock.now();
         let expires_at = batch.new.output_lifetime.map(|lifetime| at.after(lifetime));
-        let status = match stopped {
-            None | Some(Reason::Shutdown) => Status::Completed,
-            Some(Reason::Cancelled) => Status::Cancelled,
-            Some(Reason::Expired) => Status::Expired,
+        let status = match end {
+            End::Whole | End::Stopped(Reason::Shutdown) => Status::Completed,
+            End::Stopped(Reason::Cancelled) => Status::Cancelled,
+            End::Stopped(Reason::Expired) => Status::Expired,
+            End::InputLost => Status::Failed,
         };
         let record = |kind: &str, bytes: Option<u64>| {
             bytes.map(|bytes| FileRecord {
@@ -70,28 +141,35 @@ impl Batches {
             })
         };
         let (output, error) = (record("output", output.finish().await?), record("error", error.finish().await?));
-        self.store.finish(claim, Finish { status, output, error, at }).await?;
+        self.store.finish(claim, Finish { status, errors, output, error, at }).await?;
         self.garbage.notify_one();
         Ok(())
     }
 
+    /// The input of a batch, as it was when the batch was created.
+    pub(super) async fn open_input(&self, claim: &Claim, piece: u64) -> Result<Input> {
+        let Some(file) = self.store.input_file(claim).await? else {
+            return Err(StoreError::Missing("it has no record".into()));
+        };
+        // Validation held the lines to the limit of its day; today's may be lower.
+        Input::open(&self.blobs, &claim.tenant, &file.id, file.bytes, usize::MAX, piece).await
+    }
+
     async fn copy_results(&self, claim: &Claim, output: &mut ResultFile<'_>, error: &mut ResultFile<'_>) -> Result<()> {
-        let mut after = 0;
-        loop {
-            let rows = self.store.results(claim, after, PAGE).await?;
-            let Some(last) = rows.last() else { return Ok(()) };
-            after = last.line;
-            for row in rows {
+        let mut rows = Rows::new(self, claim).await;
+        while rows.peek().await?.is_some() {
+            if let Some(row) = rows.take() {
                 place(row, output, error).await?;
             }
         }
+        Ok(())
     }
 
     /// Reads the input once more, beside the results, so that lines that were not executed are told of in their place.
     async fn copy_with_rest(
         &self,
         claim: &Claim,
-        input: BoxStream<'static, Result<Bytes>>,
+        mut input: Input,
         reason: Reason,
         output: &mut ResultFile<'_>,
         error: &mut ResultFile<'_>,
@@ -102,20 +180,27 @@ impl Batches {
                 ("batch_cancelled", "This request had no answer when the batch was cancelled.")
             }
         };
-        let mut lines = Lines::new(input, usize::MAX);
-        let mut rows = Vec::new().into_iter().peekable();
-        let (mut after, mut ended) = (0, false);
-        while let Some(line) = lines.next().await? {
-            let InputLine::Whole { number, bytes } = line else { continue };
-            if rows.peek().is_none() && !ended {
-                rows = self.store.results(claim, after, PAGE).await?.into_iter().peekable();
-                ended = rows.peek().is_none();
-            }
-            after = number;
-            if let Some(row) = rows.next_if(|row: &ResultRow| row.line == number) {
-                place(row, output, error).await?;
+        let mut rows = Rows::new(self, claim).await;
+        while let Some(line) = input.next().await? {
+            let (number, held, range) = match line {
+                InputLine::Whole { number, bytes } => (number, Some(bytes), None),
+                InputLine::Large { number, range } => (number, None, Some(range)),
+                InputLine::TooLong { .. } => continue,
+            };
+            if rows.peek().await?.is_some_and(|row| row.line == number) {
+                if let Some(row) = rows.take() {
+                    place(row, output, error).await?;
+                }
                 continue;
             }
+            let bytes = match (held, range) {
+                (None, Some(range)) => {
+                    rows.hold(usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)).await;
+                    input.large(range).await?
+                }
+                (held, _) => held,
+            };
+            let Some(bytes) = bytes else { continue };
             let parsed = std::str::from_utf8(&bytes).map(RequestLine::parse).unwrap_or_default();
             let custom_id = parsed.custom_id.unwrap_or_default();
             error.add(&not_executed(&claim.batch_id, number, &custom_id, code, message)).await?;
@@ -144,7 +229,7 @@ impl ResultFile<'_> {
             none => {
                 let (tenant, id) = (&self.claim.tenant, file_id(&self.claim.batch_id, self.kind));
                 self.batches.store.begin_object(tenant, &id).await?;
-                none.insert(self.batches.blobs.writer(tenant, &id))
+                none.insert(self.batches.blobs.writer(tenant, &id).await?)
             }
         };
         writer.write(Bytes::from(std::mem::take(&mut self.buffer))).await

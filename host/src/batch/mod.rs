@@ -3,16 +3,17 @@
 //! Architecture invariant: this room knows no HTTP routes, no SQL and no WebAssembly. What is to last it hands to `store`, what
 //! concerns a provider to `plugin`, and it asks `clock` what time it is.
 
+mod backoff;
 mod create;
 mod execute;
 mod files;
 mod finalize;
+mod gate;
 mod input;
 mod janitor;
 mod lanes;
 mod line;
-mod memory;
-mod patience;
+mod readiness;
 mod request;
 mod result_line;
 mod scheduler;
@@ -23,7 +24,9 @@ mod tests;
 mod validate;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -34,15 +37,21 @@ pub use files::{NewFile, Upload, UploadError};
 
 use crate::clock::Clock;
 use crate::config::Settings;
+use crate::egress::Queue;
+use crate::memory::Memory;
 use crate::plugin::Registry;
-use crate::store::{BatchRecord, Blobs, Cancel, Paged, Result, ServedBy, Store, StoreError};
-use memory::Memory;
-use patience::Patience;
+use crate::store::{BatchError, BatchRecord, Blobs, Cancel, Paged, Result, ServedBy, Store, StoreError};
+use backoff::Backoff;
+use gate::Gate;
+use readiness::Probes;
 use stop::{Reason, Stop};
 
 /// The API's endpoints that a batch can be for.
 pub const ENDPOINTS: [&str; 5] =
     ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations"];
+
+/// How long the store may take to be closed; it can also be left as it is.
+const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// All batches and files of a server.
 pub struct Batches {
@@ -52,16 +61,21 @@ pub struct Batches {
     clock: Clock,
     settings: Settings,
     memory: Memory,
+    gate: Gate,
+    queues: AtomicU64,
+    probes: Probes,
     /// How to stop the batches that are being worked on here, by tenant and id.
     running: Mutex<HashMap<(String, String), Arc<Stop>>>,
     /// Batches that could not go on, and how long they rest.
-    resting: Mutex<HashMap<(String, String), Patience>>,
+    resting: Mutex<HashMap<(String, String), Backoff>>,
     /// There may be a batch to work on.
     work: Arc<Notify>,
     /// Objects whose writing was given up here, as tenant and id.
     given_up: Mutex<Vec<(String, String)>>,
     /// There may be something to clear away.
     garbage: Notify,
+    /// The end has been announced: the server is not ready any more.
+    draining: CancellationToken,
     closing: CancellationToken,
     tasks: TaskTracker,
 }
@@ -73,8 +87,8 @@ impl Batches {
         registry: Arc<Registry>,
         clock: Clock,
         settings: Settings,
+        memory: Memory,
     ) -> Arc<Self> {
-        let memory = Memory::new(settings.memory_budget.in_memory());
         Arc::new(Self {
             store,
             blobs,
@@ -82,11 +96,15 @@ impl Batches {
             clock,
             settings,
             memory,
+            gate: Gate::default(),
+            queues: AtomicU64::new(0),
+            probes: Probes::default(),
             running: Mutex::default(),
             resting: Mutex::default(),
             work: Arc::default(),
             given_up: Mutex::default(),
             garbage: Notify::new(),
+            draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -98,8 +116,14 @@ impl Batches {
         self.tasks.spawn(self.clone().clear_away());
     }
 
+    /// Says from now on that the server is not ready, and works on.
+    pub fn drain(&self) {
+        self.draining.cancel();
+    }
+
     /// Stops work: nothing new is begun, what is in flight gets `shutdown_grace`, the rest is left for the next start.
     pub async fn close(&self) {
+        self.draining.cancel();
         self.closing.cancel();
         for stop in self.running.lock().unwrap_or_else(PoisonError::into_inner).values() {
             stop.because(Reason::Shutdown);
@@ -108,8 +132,22 @@ impl Batches {
         self.tasks.wait().await;
     }
 
+    /// Ends the use of the store, after everything else: what was written is put into its place.
+    pub async fn close_store(&self) {
+        tokio::time::timeout(STORE_TIMEOUT, self.store.close()).await.ok();
+    }
+
     pub fn clock(&self) -> &Clock {
         &self.clock
+    }
+
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// A number that no other batch has.
+    fn next_queue(&self) -> Queue {
+        self.queues.fetch_add(1, Ordering::Relaxed)
     }
 
     pub fn settings(&self) -> &Settings {
@@ -120,8 +158,14 @@ impl Batches {
         &self.registry
     }
 
+    /// A batch, with the first few of its errors.
     pub async fn get(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
         self.store.batch(tenant, id).await
+    }
+
+    /// All errors of a batch.
+    pub async fn errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
+        self.store.batch_errors(tenant, id).await
     }
 
     /// The plugins that served a batch so far, if there is such a batch.
@@ -129,9 +173,15 @@ impl Batches {
         self.store.served_by(tenant, id).await
     }
 
-    /// Newest first.
-    pub async fn list(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>> {
-        self.store.batches(tenant, after, limit).await
+    /// Newest first. The page ends before the limit where its entries take more than so many bytes.
+    pub async fn list(
+        &self,
+        tenant: &str,
+        after: Option<String>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Paged<BatchRecord>> {
+        self.store.batches(tenant, after, limit, bytes).await
     }
 
     /// On a task of its own: a client who goes away does not leave it half done.

@@ -1,13 +1,18 @@
 //! One request, from its line to its answer: the adapter says what to do next, and it is done.
+//!
+//! What a request makes beyond its line (the body that an adapter writes, a response, the answer) is within its share of the pool
+//! `exchanges`, from before it is sent until its result is committed. What turns out larger than the share is dropped, room is waited
+//! for, and the guest's call is made again: a pure function answers as before.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::memory::{HolderShare, SharedPool};
+use super::gate::Gate;
 use super::stop::Stop;
 use crate::clock::{Clock, Timestamp};
 use crate::config::Settings;
-use crate::egress::Admitted;
+use crate::egress::{Admitted, Queue};
+use crate::memory::Share;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
 
@@ -21,12 +26,18 @@ pub struct Context {
     pub clock: Clock,
     pub settings: Settings,
     pub stop: Arc<Stop>,
-    /// Memory for bodies that are larger than their lines.
-    pub bodies: SharedPool,
+    /// Closed while results cannot be written.
+    pub gate: Gate,
+    /// Requests of one batch wait in one queue for their provider.
+    pub queue: Queue,
 }
 
-/// What a body may have more than its line and is not counted.
-const SMALL: usize = 64 << 10;
+/// An answer, the plugin that gave it if one did, and the memory it takes.
+pub struct Answered {
+    pub answer: Answer,
+    pub by: Option<Arc<Plugin>>,
+    pub share: Option<Share>,
+}
 
 /// How one attempt ended.
 enum Attempt {
@@ -39,23 +50,22 @@ enum Attempt {
     Stopped,
 }
 
+/// A request under way at a provider: what it holds.
+struct Exchange<'a> {
+    plugin: &'a Plugin,
+    place: Option<Admitted>,
+    share: Share,
+}
+
 impl Context {
     /// Answers a request. Whatever goes wrong, there is an answer; none only if the batch was stopped while the request waited for
-    /// another attempt.
-    ///
-    /// With it comes the plugin that gave it, if one did.
-    pub async fn answer(
-        &self,
-        id: &str,
-        custom_id: &str,
-        model: &str,
-        body: &str,
-    ) -> Option<(Answer, Option<Arc<Plugin>>)> {
+    /// its first exchange or for another attempt.
+    pub async fn answer(&self, id: &str, custom_id: &str, model: &str, body: &str) -> Option<Answered> {
         // The time it may take begins when it is first let out: waiting for a place is not its fault.
         let mut begun = None;
         let mut attempt = 1_u32;
         loop {
-            // Looked up at each attempt: the operator may have mended the plugin meanwhile.
+            // Looked up at each attempt: the operator may have repaired the plugin meanwhile.
             let route = self.registry.current().route(&self.tenant, model);
             let mut by = None;
             let (after, otherwise) = match route.filter(|route| route.plugin.handles(&self.endpoint)) {
@@ -72,11 +82,17 @@ impl Context {
                         created_at: self.created_at,
                         attempt,
                     };
-                    match self.attempt(&plugin, id, request, &mut begun).await {
-                        Ok(Attempt::Done(answer)) => return Some((answer, by)),
+                    let mut exchange = Exchange { plugin: &plugin, place: None, share: plugin.gateway().share() };
+                    let attempted = self.attempt(&mut exchange, id, request, &mut begun).await;
+                    let share = exchange.share;
+                    match attempted {
+                        Ok(Attempt::Done(answer)) => return Some(Answered { answer, by, share: Some(share) }),
                         Ok(Attempt::Again { after, otherwise }) => (after, otherwise),
                         Ok(Attempt::Stopped) => return None,
-                        Err(error) => return Some((failure(error.code(), error.to_string()), by)),
+                        Err(error) => {
+                            let answer = failure(error.code(), error.to_string());
+                            return Some(Answered { answer, by, share: Some(share) });
+                        }
                     }
                 }
             };
@@ -84,7 +100,7 @@ impl Context {
             let end = begun.get_or_insert_with(|| self.clock.now()).after(self.settings.max_retry_time.duration());
             let next = self.clock.now().after(pause);
             if attempt as usize >= self.settings.max_attempts.get() || next > end {
-                return Some((otherwise, by));
+                return Some(Answered { answer: otherwise, by, share: None });
             }
             tracing::debug!(id, attempt, ?pause, "the request is tried again");
             tokio::select! {
@@ -97,18 +113,36 @@ impl Context {
 
     async fn attempt(
         &self,
-        plugin: &Plugin,
+        exchange: &mut Exchange<'_>,
         id: &str,
         request: impl Fn() -> Request,
         begun: &mut Option<Timestamp>,
     ) -> Result<Attempt, CallError> {
-        let (mut step, mut share) = self.begin(plugin, request).await?;
-        let mut in_flight = false;
+        let plugin = exchange.plugin;
+        // A place first, and what it makes after: who waits for a place holds no memory that others under way need.
+        let Some(place) = self.admit(plugin).await else { return Ok(Attempt::Stopped) };
+        exchange.place = Some(place);
+        tokio::select! {
+            biased;
+            () = exchange.share.cover(plugin.gateway().expected()) => {}
+            () = self.stop.asked() => return Ok(Attempt::Stopped),
+        }
+        let mut step = plugin.begin(&self.tenant, request()).await?;
+        if let Err(bytes) = exchange.fits(&step, 0) {
+            drop(step);
+            exchange.share.cover(bytes).await;
+            step = plugin.begin(&self.tenant, request()).await?;
+            exchange.fits(&step, 0).map_err(|_| exchange.grew("begin"))?;
+        }
         for _ in 0..plugin.limits.max_steps.get() {
             step = match step {
                 Step::Done(answer) => {
-                    if let Answer::Response(Response { status, request_id: Some(theirs), .. }) = &answer {
-                        tracing::debug!(plugin = plugin.name, id, status, provider_request_id = theirs, "answered");
+                    if let Answer::Response(response) = &answer {
+                        plugin.gateway().brought(response.body.len());
+                        let Response { status, request_id, .. } = response;
+                        if let Some(theirs) = request_id {
+                            tracing::debug!(plugin = plugin.name, id, status, provider_request_id = theirs, "answered");
+                        }
                     }
                     return Ok(Attempt::Done(answer));
                 }
@@ -116,19 +150,18 @@ impl Context {
                     return Ok(Attempt::Again { after: after_milliseconds.map(Duration::from_millis), otherwise });
                 }
                 Step::Send { request, state } => {
-                    let Some(admitted) = self.admit(plugin, in_flight).await else { return Ok(Attempt::Stopped) };
-                    in_flight = true;
                     begun.get_or_insert_with(|| self.clock.now());
-                    let outcome = match plugin.gateway().send(admitted, &self.tenant, request).await {
-                        Ok(response) => Outcome::Response(response),
-                        Err(error) => Outcome::Error(error),
-                    };
-                    share.take();
-                    plugin.resume(&self.tenant, &state, outcome).await?
+                    let mut outcome = exchange.send(&self.tenant, request).await;
+                    exchange.resume(&self.tenant, &state, &mut outcome).await?
                 }
                 Step::Wait { milliseconds, state } => {
+                    // A request that is in flight goes on for as long as its batch is let.
+                    exchange.place = None;
+                    exchange.share.settle(0);
                     self.clock.sleep(Duration::from_millis(milliseconds)).await;
-                    plugin.resume(&self.tenant, &state, Outcome::Elapsed).await?
+                    exchange.place = Some(plugin.gateway().admit(self.queue).await);
+                    exchange.share.cover(plugin.gateway().expected()).await;
+                    exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?
                 }
             };
         }
@@ -142,45 +175,26 @@ impl Context {
         })
     }
 
-    /// The first step. Many requests may wait to be let out, and a line of ten bytes may have become a body of ten million: one for which
-    /// there is no room is not kept while it waits, but made again when there is, which a pure function makes as it was.
-    async fn begin(
-        &self,
-        plugin: &Plugin,
-        request: impl Fn() -> Request,
-    ) -> Result<(Step, Option<HolderShare>), CallError> {
-        let first = request();
-        let counted = first.body.len().saturating_add(SMALL);
-        let step = plugin.begin(&self.tenant, first).await?;
-        let more = match &step {
-            Step::Send { request, .. } => request.body.len().saturating_sub(counted),
-            _ => 0,
-        };
-        if more == 0 {
-            return Ok((step, None));
-        }
-        let holder = plugin.name.as_str().into();
-        if let Some(share) = self.bodies.try_take(&holder, more) {
-            return Ok((step, Some(share)));
-        }
-        drop(step);
-        let share = self.bodies.take(&holder, more).await;
-        Ok((plugin.begin(&self.tenant, request()).await?, Some(share)))
-    }
-
-    /// Waits to be let out to the provider; none if the batch is stopped before this request has sent anything. One that has is in flight,
-    /// and goes on for as long as it is let.
-    async fn admit<'a>(&self, plugin: &'a Plugin, in_flight: bool) -> Option<Admitted<'a>> {
-        if in_flight {
-            return Some(plugin.gateway().admit().await);
-        }
+    /// Waits to be let out to the provider; none if the batch is stopped before.
+    async fn admit(&self, plugin: &Plugin) -> Option<Admitted> {
         if self.stop.reason().is_some() {
             return None;
         }
-        // Whoever is let in at once need not listen for a stop.
+        let admitted = async {
+            loop {
+                let admitted = plugin.gateway().admit(self.queue).await;
+                if self.gate.is_open() {
+                    return admitted;
+                }
+                // What cannot be written is not asked for.
+                drop(admitted);
+                self.gate.open().await;
+            }
+        };
+        // Who is let in at once need not listen for a stop.
         tokio::select! {
             biased;
-            admitted = plugin.gateway().admit() => Some(admitted),
+            admitted = admitted => Some(admitted),
             () = self.stop.asked() => None,
         }
     }
@@ -192,6 +206,52 @@ impl Context {
         let longest = self.settings.max_retry_backoff.duration();
         let pause = self.settings.retry_backoff.duration().saturating_mul(doubled).min(longest);
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+impl Exchange<'_> {
+    /// Whether what a guest made fits into the share, beside so many bytes that stay; if not, how large the share has to be.
+    fn fits(&mut self, step: &Step, beside: usize) -> Result<(), usize> {
+        let made = match step {
+            Step::Send { request, .. } => request.body.len(),
+            // The line of the result is a copy of the body.
+            Step::Done(Answer::Response(response)) => response.body.len().saturating_mul(2),
+            Step::Done(Answer::Failure(_)) | Step::Wait { .. } | Step::Retry { .. } => 0,
+        };
+        let bytes = beside.saturating_add(made);
+        if self.share.try_cover(bytes) { Ok(()) } else { Err(bytes) }
+    }
+
+    async fn send(&mut self, tenant: &str, request: crate::egress::HttpRequest) -> Outcome {
+        let gateway = self.plugin.gateway();
+        let Some(place) = &self.place else { return Outcome::Elapsed };
+        match gateway.send(place, tenant, request, &mut self.share).await {
+            Ok(response) => {
+                gateway.brought(response.body.len());
+                Outcome::Response(response)
+            }
+            Err(error) => Outcome::Error(error),
+        }
+    }
+
+    async fn resume(&mut self, tenant: &str, state: &[u8], outcome: &mut Outcome) -> Result<Step, CallError> {
+        let beside = match &*outcome {
+            Outcome::Response(response) => response.body.len(),
+            Outcome::Error(_) | Outcome::Elapsed => 0,
+        };
+        let step = self.plugin.resume(tenant, state, outcome).await?;
+        let Err(bytes) = self.fits(&step, beside) else { return Ok(step) };
+        drop(step);
+        self.share.cover(bytes).await;
+        let step = self.plugin.resume(tenant, state, outcome).await?;
+        self.fits(&step, beside).map_err(|_| self.grew("resume"))?;
+        Ok(step)
+    }
+
+    /// The same call made more the second time.
+    fn grew(&self, function: &'static str) -> CallError {
+        let message = "it answers the same call differently each time.".into();
+        CallError::Contract { plugin: self.plugin.name.clone(), function, message }
     }
 }
 

@@ -8,8 +8,10 @@ use futures_util::FutureExt;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Batches;
-use super::lanes::{Lanes, Place};
-use super::patience::Patience;
+use super::backoff::Backoff;
+use super::execute::Executed;
+use super::finalize::End;
+use super::lanes::{Lanes, Next, Place};
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
 use crate::store::{BatchRecord, Claim, Result, Status, StoreError};
@@ -17,6 +19,9 @@ use crate::store::{BatchRecord, Claim, Result, Status, StoreError};
 /// How long a claim holds without being renewed, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(30);
 const RENEWAL: Duration = Duration::from_secs(10);
+
+/// Failures in a row after which a batch that has been cancelled or has expired ends without what cannot be read.
+const HOPELESS: u32 = 20;
 
 /// How often work is looked for without a hint: a lease or a rest may have ended.
 const LOOK: Duration = Duration::from_secs(5);
@@ -28,19 +33,13 @@ impl Batches {
         if let Err(error) = self.remove_abandoned().await {
             tracing::warn!("what a former process left half done stays for now: {error}");
         }
-        let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), self.work.clone());
-        let mut patience = Patience::default();
+        let max_executing = self.settings.max_executing_batches.get();
+        let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), max_executing, self.work.clone());
+        let mut backoff = Backoff::default();
         while !self.closing.is_cancelled() {
-            let now = self.clock.now();
-            let claimed = self.store.claim(now, now.after(LEASE), lanes.full()).await;
-            match claimed {
-                Ok(Some(claim)) => {
-                    // Places are taken here alone, so there is one still.
-                    let place = lanes.enter(claim.lane.clone());
-                    let batches = self.clone();
-                    self.tasks.spawn(async move { batches.run(claim, place).await });
-                }
-                Ok(None) => {
+            match self.claim_next(&lanes).await {
+                Ok(true) => {}
+                Ok(false) => {
                     let hint = async {
                         tokio::select! {
                             () = self.work.notified() => {}
@@ -51,15 +50,34 @@ impl Batches {
                 }
                 Err(error) => {
                     tracing::error!("no batch can be claimed: {error}");
-                    self.closing.run_until_cancelled(self.clock.sleep(patience.pause())).await;
+                    self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
                     continue;
                 }
             }
-            patience = Patience::default();
+            backoff = Backoff::default();
         }
     }
 
-    async fn run(self: &Arc<Self>, claim: Claim, place: Option<Place>) {
+    /// Gives the next batch its turn; whether there was one.
+    async fn claim_next(self: &Arc<Self>, lanes: &Arc<Lanes>) -> Result<bool> {
+        let now = self.clock.now();
+        let waiting = self.store.waiting(now).await?;
+        let place = match lanes.next(&waiting) {
+            Next::Nothing => return Ok(false),
+            Next::Returned => return Ok(true),
+            Next::Claim(place) => place,
+        };
+        let Some(waiting) = waiting.get(place) else { return Ok(false) };
+        if let Some(claim) = self.store.claim(waiting, now, now.after(LEASE)).await? {
+            // Places are taken here alone, so there is one still.
+            let place = lanes.take(&claim.lane);
+            let (batches, lanes) = (self.clone(), lanes.clone());
+            self.tasks.spawn(async move { batches.run(claim, &lanes, place).await });
+        }
+        Ok(true)
+    }
+
+    async fn run(self: &Arc<Self>, claim: Claim, lanes: &Arc<Lanes>, place: Place) {
         let key = (claim.tenant.clone(), claim.batch_id.clone());
         let stop = Arc::new(Stop::default());
         self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), stop.clone());
@@ -67,7 +85,7 @@ impl Batches {
             stop.because(Reason::Shutdown);
         }
         let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().keep(claim.clone())));
-        let lived = AssertUnwindSafe(self.live(&claim, &stop)).catch_unwind().await;
+        let lived = AssertUnwindSafe(self.live(&claim, &stop, lanes, place)).catch_unwind().await;
         // A batch that is given back to go on in another lane may have been taken up anew already.
         {
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -75,7 +93,6 @@ impl Batches {
                 running.remove(&key);
             }
         }
-        drop(place);
         let lived = lived.unwrap_or_else(|_| Err(StoreError::Database("the work on it panicked".into())));
         let batch = claim.batch_id.as_str();
         match lived {
@@ -93,12 +110,12 @@ impl Batches {
     async fn rest(&self, claim: &Claim, key: (String, String)) {
         let pause = self.resting.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().pause();
         self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
-        let mut patience = Patience::default();
-        while let Err(error) = self.store.release(claim).await {
+        let mut backoff = Backoff::default();
+        while let Err(error) = self.store.release(claim, None).await {
             if matches!(error, StoreError::Fenced | StoreError::Closed) || self.closing.is_cancelled() {
                 return;
             }
-            self.closing.run_until_cancelled(self.clock.sleep(patience.pause())).await;
+            self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
         }
         self.work.notify_one();
     }
@@ -114,7 +131,10 @@ impl Batches {
     }
 
     /// Takes a batch from wherever it is to its end, or to where it was told to stop.
-    async fn live(&self, claim: &Claim, stop: &Arc<Stop>) -> Result<()> {
+    async fn live(&self, claim: &Claim, stop: &Arc<Stop>, lanes: &Arc<Lanes>, place: Place) -> Result<()> {
+        // One that executes gives its place back between its turns, and counts as worked on until its files are written; others hold theirs.
+        let _worked_on = lanes.work_on(&claim.lane);
+        let mut place = Some(place);
         let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
         tracing::info!(batch = claim.batch_id, tenant = claim.tenant, status = batch.status.as_str(), "batch taken up");
         let expires_at = batch.new.expires_at;
@@ -132,19 +152,34 @@ impl Batches {
             if batch.times.in_progress_at.is_none() {
                 return self.begin(claim, &batch, stop).await;
             }
-            let stopped = match batch.status {
+            let lost = self.is_hopeless(claim) && stop.reason().is_some();
+            let stopped = match (batch.status, stop.reason()) {
+                _ if lost => Err(StoreError::Missing("it could not be read again and again".into())),
                 // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
-                Status::Finalizing => Some(Reason::Expired),
-                _ => self.execute(claim, &batch, stop).await?,
+                (Status::Finalizing, _) => Ok(Executed::Stopped(Reason::Expired)),
+                (_, Some(reason)) => Ok(Executed::Stopped(reason)),
+                (_, None) => self.execute(claim, &batch, stop, lanes, &mut place).await,
             };
             let whole = self.is_whole(claim).await?;
-            match stopped {
-                Some(Reason::Shutdown) => self.store.release(claim).await,
+            let end = match stopped {
+                Ok(Executed::Stopped(Reason::Shutdown)) => return self.store.release(claim, None).await,
+                Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
                 // In time after all.
-                Some(Reason::Expired) if whole => self.finalize_in_time(claim, &batch, None).await,
-                None if !whole => Err(StoreError::Incomplete),
-                stopped => self.finalize_in_time(claim, &batch, stopped).await,
-            }
+                Ok(_) if whole => End::Whole,
+                Ok(Executed::Stopped(reason)) => End::Stopped(reason),
+                Ok(Executed::TurnOver) => return self.store.release(claim, Some(self.clock.now())).await,
+                Ok(Executed::All) => return Err(StoreError::Incomplete),
+                Err(StoreError::Missing(cause)) => {
+                    tracing::error!(batch = claim.batch_id, "the batch ends, as its input cannot be read: {cause}");
+                    match stop.reason() {
+                        Some(Reason::Shutdown) => return self.store.release(claim, None).await,
+                        _ if whole => End::Whole,
+                        _ => End::InputLost,
+                    }
+                }
+                Err(error) => return Err(error),
+            };
+            self.finalize_in_time(claim, &batch, end).await
         };
         let lived = tokio::select! {
             lived = living => lived,
@@ -166,6 +201,12 @@ impl Batches {
         lived
     }
 
+    /// Whether work on a batch has failed so often that trying again will not help.
+    fn is_hopeless(&self, claim: &Claim) -> bool {
+        let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        resting.get(&(claim.tenant.clone(), claim.batch_id.clone())).is_some_and(|rest| rest.pauses() >= HOPELESS)
+    }
+
     /// Whether every line of a batch has its result.
     async fn is_whole(&self, claim: &Claim) -> Result<bool> {
         let batch = self.store.batch(&claim.tenant, &claim.batch_id).await?;
@@ -173,14 +214,14 @@ impl Batches {
     }
 
     /// Finalizes a batch, unless the process ends and it takes too long: it can be repeated.
-    async fn finalize_in_time(&self, claim: &Claim, batch: &BatchRecord, stopped: Option<Reason>) -> Result<()> {
+    async fn finalize_in_time(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
         let too_late = async {
             self.closing.cancelled().await;
             self.clock.sleep(self.settings.shutdown_grace.duration()).await;
         };
         tokio::select! {
-            finalized = self.finalize(claim, batch, stopped) => finalized,
-            () = too_late => self.store.release(claim).await,
+            finalized = self.finalize(claim, batch, end) => finalized,
+            () = too_late => self.store.release(claim, None).await,
         }
     }
 
@@ -189,7 +230,7 @@ impl Batches {
         // A batch that is cancelled or has expired is validated all the same: only then is it known which lines to tell of.
         let verdict = tokio::select! {
             biased;
-            () = stop.shutting_down() => return self.store.release(claim).await,
+            () = stop.shutting_down() => return self.store.release(claim, None).await,
             verdict = self.validate(claim, batch) => verdict?,
         };
         match verdict {

@@ -2,23 +2,40 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::{StreamExt, stream};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Batches;
-use super::input::{InputLine, Lines};
+use super::input::{Input, InputLine};
 use super::line::RequestLine;
-use super::memory::{Pool, Share};
 use super::served_by::served_by;
-use crate::plugin::types::{BatchContext, Line, Violation};
+use super::{Batches, ENDPOINTS};
+use crate::memory::{Holder, Pool, Share};
+use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
-use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, Validated};
+use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};
 
 /// What is judged in one piece: lines, or bytes if those are reached first.
 const PIECE_LINES: usize = 1000;
 const PIECE_BYTES: usize = 256 << 10;
+
+/// A piece is held as it was read, as text, and as the copy that all validators but the last are given.
+const COPIES: usize = 3;
+
+/// What is read of a file at a time, in bytes.
+const READ: u64 = 256 << 10;
+
+/// What the hash of a `custom_id` takes in a table that has just grown, in bytes; and the shortest line that has one.
+const HASH_BYTES: u64 = 68;
+const SHORTEST_LINE: u64 = 17;
+
+/// Memory for hashes that every validation has, in bytes.
+const FREE_HASHES: u64 = 64 << 10;
+
+/// Text of all errors of a batch, in bytes; they are in every answer about it.
+const MOST_ERROR_BYTES: usize = 256 << 10;
 
 /// What validation found.
 pub enum Verdict {
@@ -40,6 +57,8 @@ struct Judge {
 struct Judged {
     requests: Vec<Known>,
     violations: Vec<Violation>,
+    /// Violations beyond these.
+    unlisted: u64,
     /// The plugins that its requests go to.
     providers: BTreeSet<String>,
 }
@@ -72,11 +91,25 @@ impl Batches {
                 Vec::new(),
             ));
         }
-        let bytes = self.blobs.read(tenant, file_id, None).await?;
-        let mut lines = Lines::new(bytes, self.settings.max_line_size.in_memory());
-        let memory = self.memory.validation.clone();
-        let first = next_piece(&mut lines, &memory).await?;
+        let holder: Holder = tenant.as_str().into();
+        let hashes = HASH_BYTES.saturating_mul(self.settings.max_requests_per_file.min(file.bytes / SHORTEST_LINE));
+        let _hashes = match hashes > FREE_HASHES {
+            true => Some(self.memory.custom_ids.take(&holder, usize::try_from(hashes).unwrap_or(usize::MAX)).await),
+            false => None,
+        };
+        let longest = self.settings.max_line_size.in_memory();
+        let input = match Input::open(&self.blobs, tenant, file_id, file.bytes, longest, READ).await {
+            Ok(input) => input,
+            Err(StoreError::Missing(cause)) => {
+                return Ok(Verdict::Bad(vec![lost_input(claim, file_id, &cause)], Vec::new()));
+            }
+            Err(error) => return Err(error),
+        };
+        let mut pieces = Pieces { input, next: None, memory: self.memory.validation.clone(), holder };
+        let first = pieces.next().await?;
         let plugins = self.registry.current();
+        // A batch that was created before a rule went away waits for it to come back.
+        plugins.check_required(&self.settings.required_plugins, tenant, &ENDPOINTS).map_err(StoreError::NotReady)?;
         let validators = plugins.validators(tenant, &batch.new.endpoint);
         let judged_by = validators.iter().map(|plugin| served_by(plugin)).collect();
         let judge = Arc::new(Judge {
@@ -93,9 +126,7 @@ impl Batches {
         });
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         // The next piece is not read before there is room for this one.
-        let rest = stream::try_unfold((lines, memory), async |(mut lines, memory)| {
-            Ok(next_piece(&mut lines, &memory).await?.map(|piece| (piece, (lines, memory))))
-        });
+        let rest = stream::try_unfold(pieces, async |mut pieces| Ok(pieces.next().await?.map(|piece| (piece, pieces))));
         let pieces = stream::iter(first.map(Ok)).chain(rest);
         let judged = pieces
             .map(|piece: Result<(Vec<InputLine>, Share)>| {
@@ -108,7 +139,7 @@ impl Batches {
                         drop(memory);
                         judged
                     }));
-                    Ok::<_, crate::store::StoreError>(judging.await)
+                    Ok::<_, StoreError>(judging.await)
                 }
             })
             .buffered(threads.saturating_mul(2));
@@ -118,7 +149,7 @@ impl Batches {
             match piece? {
                 Ok(Ok(piece)) => whole.add(piece),
                 Ok(Err(error)) => return Ok(Verdict::Bad(vec![of_plugin(&error)], judged_by)),
-                Err(_) => return Err(crate::store::StoreError::Closed),
+                Err(_) => return Err(StoreError::Closed),
             }
             if whole.total > self.settings.max_requests_per_file {
                 break;
@@ -128,38 +159,74 @@ impl Batches {
     }
 }
 
+/// The error of a batch whose input cannot be read any more, with the cause for the operator alone.
+pub fn lost_input(claim: &Claim, file: &str, cause: &str) -> BatchError {
+    tracing::error!(batch = claim.batch_id, file, "the bytes of an input file are gone: {cause}");
+    let message =
+        format!("The content of the input file {file} is lost or damaged; upload it again and create a new batch.");
+    BatchError { code: "input_file_lost".into(), message, param: Some("input_file_id".into()), line: None }
+}
+
 /// The model that the first request names.
 fn first_model(piece: &[InputLine]) -> Option<String> {
     match piece.first()? {
         InputLine::Whole { bytes, .. } => RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from),
-        InputLine::TooLong { .. } => None,
+        InputLine::Large { .. } | InputLine::TooLong { .. } => None,
     }
 }
 
-/// The next lines, with the share of the memory budget that they take.
-async fn next_piece(lines: &mut Lines, memory: &Pool) -> Result<Option<(Vec<InputLine>, Share)>> {
-    let mut piece = Vec::new();
-    let mut bytes = 0_usize;
-    while piece.len() < PIECE_LINES && bytes < PIECE_BYTES {
-        let Some(line) = lines.next().await? else { break };
-        if let InputLine::Whole { bytes: text, .. } = &line {
-            bytes = bytes.saturating_add(text.len());
+/// A file in pieces, each with the share of memory that it takes.
+struct Pieces {
+    input: Input,
+    /// A large line that was found at the end of the last piece.
+    next: Option<(u64, Range<u64>)>,
+    memory: Pool,
+    holder: Holder,
+}
+
+impl Pieces {
+    /// The next lines. A large line is a piece of its own.
+    async fn next(&mut self) -> Result<Option<(Vec<InputLine>, Share)>> {
+        if let Some((number, range)) = self.next.take()
+            && let Some(piece) = self.large(number, range).await?
+        {
+            return Ok(Some(piece));
         }
-        piece.push(line);
+        let mut share = self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
+        let mut piece = Vec::new();
+        let mut bytes = 0_usize;
+        while piece.len() < PIECE_LINES && bytes < PIECE_BYTES {
+            match self.input.next().await? {
+                None => break,
+                Some(InputLine::Large { number, range }) if piece.is_empty() => {
+                    drop(share);
+                    if let Some(piece) = self.large(number, range).await? {
+                        return Ok(Some(piece));
+                    }
+                    share = self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
+                }
+                Some(InputLine::Large { number, range }) => {
+                    self.next = Some((number, range));
+                    break;
+                }
+                Some(line) => {
+                    if let InputLine::Whole { bytes: text, .. } = &line {
+                        bytes = bytes.saturating_add(text.len());
+                    }
+                    piece.push(line);
+                }
+            }
+        }
+        share.settle(bytes.saturating_mul(COPIES));
+        Ok((!piece.is_empty()).then_some((piece, share)))
     }
-    if piece.is_empty() {
-        return Ok(None);
-    }
-    let share = memory.take(size(&piece)).await;
-    Ok(Some((piece, share)))
-}
 
-fn size(piece: &[InputLine]) -> usize {
-    let bytes = |line: &InputLine| match line {
-        InputLine::Whole { bytes, .. } => bytes.len(),
-        InputLine::TooLong { .. } => 0,
-    };
-    piece.iter().map(bytes).sum()
+    async fn large(&mut self, number: u64, range: Range<u64>) -> Result<Option<(Vec<InputLine>, Share)>> {
+        let size = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        let share = self.memory.take(&self.holder, size.saturating_mul(COPIES)).await;
+        let bytes = self.input.large(range).await?;
+        Ok(bytes.map(|bytes| (vec![InputLine::Whole { number, bytes }], share)))
+    }
 }
 
 impl Judge {
@@ -170,7 +237,7 @@ impl Judge {
         for line in piece {
             let (number, text) = match line {
                 InputLine::Whole { number, bytes } => (number, String::from_utf8(bytes.into())),
-                InputLine::TooLong { number } => {
+                InputLine::Large { number, .. } | InputLine::TooLong { number } => {
                     requests.push(Known { line: number, custom_id: None, model: None });
                     violations.push(violation(
                         number,
@@ -190,14 +257,19 @@ impl Judge {
             requests.push(self.know(number, &text));
             lines.push(Line { number, text });
         }
+        let mut unlisted = 0_u64;
+        let mut found = |judged: Judgement| {
+            violations.extend(judged.violations);
+            unlisted = unlisted.saturating_add(judged.unlisted);
+        };
         if let Some((last, others)) = self.validators.split_last() {
             for validator in others {
-                violations.extend(validator.validate(&self.tenant, self.batch.clone(), lines.clone()).await?);
+                found(validator.validate(&self.tenant, self.batch.clone(), lines.clone()).await?);
             }
-            violations.extend(last.validate(&self.tenant, self.batch.clone(), lines).await?);
+            found(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
         let providers = self.judge_models(&requests, &mut violations);
-        Ok(Judged { requests, violations, providers })
+        Ok(Judged { requests, violations, unlisted, providers })
     }
 
     fn know(&self, number: u64, text: &str) -> Known {
@@ -268,6 +340,7 @@ struct Whole {
     model: Option<Option<String>>,
     providers: BTreeSet<String>,
     errors: Vec<BatchError>,
+    error_bytes: usize,
     most_errors: usize,
     unlisted: u64,
 }
@@ -281,6 +354,7 @@ impl Whole {
             model: None,
             providers: BTreeSet::new(),
             errors: Vec::new(),
+            error_bytes: 0,
             most_errors,
             unlisted: 0,
         }
@@ -288,6 +362,7 @@ impl Whole {
 
     fn add(&mut self, mut piece: Judged) {
         self.providers.append(&mut piece.providers);
+        self.unlisted = self.unlisted.saturating_add(piece.unlisted);
         let mut violations = piece.violations;
         for request in piece.requests {
             self.total = self.total.saturating_add(1);
@@ -311,11 +386,12 @@ impl Whole {
         // A stable sort: findings about one line stay in the order of the validators.
         violations.sort_by_key(|violation| violation.line);
         for found in violations {
-            if self.errors.len() >= self.most_errors {
+            if self.errors.len() >= self.most_errors || self.error_bytes >= MOST_ERROR_BYTES {
                 self.unlisted = self.unlisted.saturating_add(1);
                 continue;
             }
             let Violation { line, code, message, param } = found;
+            self.error_bytes = self.error_bytes.saturating_add(message.len()).saturating_add(100);
             self.errors.push(BatchError { code, message, param, line: Some(line) });
         }
     }
@@ -332,14 +408,14 @@ impl Whole {
                 .push(of_file("empty_file", "The input file is empty. A batch needs at least one request.".into()));
         }
         if self.unlisted > 0 {
-            let (listed, more) = (self.most_errors, self.unlisted);
+            let (listed, more) = (self.errors.len(), self.unlisted);
             let at_least = if self.total > self.most_requests { "at least " } else { "" };
             let message = format!("Only the first {listed} faults are listed; there are {at_least}{more} more.");
             self.errors.push(of_file("too_many_errors", message));
         }
         if self.errors.is_empty() {
-            let provider = self.providers.into_iter().collect::<Vec<_>>().join(" ");
-            Verdict::Good(Validated { total: self.total, model: self.model.flatten(), provider, judged_by })
+            let (model, plugins) = (self.model.flatten(), self.providers);
+            Verdict::Good(Validated { total: self.total, model, plugins, judged_by })
         } else {
             Verdict::Bad(self.errors, judged_by)
         }

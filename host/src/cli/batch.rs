@@ -1,6 +1,6 @@
 //! `batchwright batch`: the batches of a server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Error;
 use super::client::Client;
+use super::place::{Target, check};
 use super::progress::Progress;
 use super::run::first_url;
 
@@ -72,6 +73,9 @@ enum Action {
         /// Where the requests go that failed
         #[arg(short, long, value_name = "FILE")]
         errors: Option<PathBuf>,
+        /// Overwrite files that are there
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -94,7 +98,9 @@ impl Batch {
             Action::Get { id } => show(&client.get(&format!("batches/{id}")).await?, self.json),
             Action::Watch { id } => return follow(&client, &id, self.json).await,
             Action::Cancel { id } => show(&client.post(&format!("batches/{id}/cancel"), &json!({})).await?, self.json),
-            Action::Download { id, output, errors } => return download(&client, &id, output, errors).await,
+            Action::Download { id, output, errors, force } => {
+                return download(&client, &id, &output, errors.as_deref(), force).await;
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -143,28 +149,45 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
     }
 }
 
-async fn download(client: &Client, id: &str, output: PathBuf, errors: Option<PathBuf>) -> Result<ExitCode, Error> {
+async fn download(
+    client: &Client,
+    id: &str,
+    output: &Path,
+    errors: Option<&Path>,
+    force: bool,
+) -> Result<ExitCode, Error> {
+    let output = Target::find(output)?;
+    let errors = errors.map(Target::find).transpose()?;
+    check(&[Some(&output), errors.as_ref()].into_iter().flatten().collect::<Vec<_>>(), force, |_| false)?;
     let batch = client.get(&format!("batches/{id}")).await?;
-    let places = [("output_file_id", Some(output)), ("error_file_id", errors)];
-    let mut found = false;
+    let places = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
+    let (mut found, mut all_here) = (false, true);
     for (key, to) in places {
         let file = text(&batch, key);
         if file.is_empty() {
+            if let Some(to) = to.filter(|to| to.exists()) {
+                eprintln!("the batch has no {key}; {} stays as it is", to.given.display());
+            }
             continue;
         }
         found = true;
-        match to {
-            Some(to) => {
-                client.download(file, &to).await?;
-                eprintln!("{key} {file} -> {}", to.display());
-            }
-            None => eprintln!("{key} {file} is not downloaded; name a place for it with --errors"),
+        let Some(to) = to else {
+            all_here = false;
+            eprintln!("{key} {file} is not downloaded; name a place for it with --errors");
+            continue;
+        };
+        let pieces = client.content(file).await?;
+        if to.path().is_some() {
+            to.place(to.draft(None, pieces).await?, force)?;
+        } else {
+            to.write_through(pieces).await?;
         }
+        eprintln!("{key} {file} -> {}", to.given.display());
     }
-    if found {
-        return Ok(ExitCode::SUCCESS);
+    if !found {
+        return Err(Error::Other(format!("the batch has no files; its status is '{}'", text(&batch, "status"))));
     }
-    Err(Error::Other(format!("the batch has no files; its status is '{}'", text(&batch, "status"))))
+    Ok(if all_here { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {

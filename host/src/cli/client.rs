@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -13,7 +13,7 @@ use hyper_util::client::legacy::Client as HyperClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use url::Url;
 
 use super::Error;
@@ -74,23 +74,15 @@ impl Client {
         self.json(self.request(Method::POST, "files", Some(&kind), body)?).await
     }
 
-    /// Writes the bytes of a file of the server to a file here.
-    pub async fn download(&self, id: &str, to: &Path) -> Result<(), Error> {
-        let failed = |error: std::io::Error| Error::Other(format!("failed to write {}: {error}", to.display()));
+    /// The bytes of a file of the server, as they come. One that breaks off before its end is an error.
+    pub async fn content(&self, id: &str) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
         let request = self.request(Method::GET, &format!("files/{id}/content"), None, empty())?;
         let response = self.send(request).await?;
         if !response.status().is_success() {
             return Err(refusal(response).await);
         }
-        let mut file = tokio::fs::File::create(to).await.map_err(failed)?;
-        let mut body = response.into_body();
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| Error::Other(format!("the download broke off: {error}")))?;
-            if let Ok(bytes) = frame.into_data() {
-                file.write_all(&bytes).await.map_err(failed)?;
-            }
-        }
-        file.flush().await.map_err(failed)
+        let broken = |error: hyper::Error| Error::Other(format!("the download broke off: {error}"));
+        Ok(response.into_body().into_data_stream().map_err(broken))
     }
 
     fn request(&self, method: Method, path: &str, kind: Option<&str>, body: Body) -> Result<Request<Body>, Error> {

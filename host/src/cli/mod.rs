@@ -2,9 +2,11 @@
 
 mod batch;
 mod client;
+mod place;
 mod plugin;
 mod progress;
 mod run;
+mod run_state;
 mod serve;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{ConfigError, Given, Settings};
+use crate::memory::Memory;
 use crate::plugin::signature::TrustedKeys;
 use crate::plugin::{LoadError, Loading, compile};
 use crate::store::StoreError;
@@ -68,16 +71,23 @@ pub enum Error {
     Plugin(#[from] LoadError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Plugins that have to be there are not.
+    #[error("{0}")]
+    Required(String),
+    /// What was asked for cannot be done as it was asked for; nothing was done.
+    #[error("{0}")]
+    Usage(String),
     #[error("{0}")]
     Other(String),
 }
 
 impl Error {
-    /// 3 is a setting, 4 a plugin, 5 the data folder or the disk; 2 is what clap says of the command line itself.
+    /// 2 is the command line, by clap's word or ours; 3 a setting, 4 a plugin, 5 the data folder or the disk.
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) => 3,
-            Self::Plugin(_) => 4,
+            Self::Usage(_) => 2,
+            Self::Plugin(_) | Self::Required(_) => 4,
             Self::Store(_) => 5,
             Self::Other(_) => 1,
         }
@@ -129,22 +139,31 @@ impl EndSignals {
         })
     }
 
-    async fn next(&mut self) {
+    async fn next(&mut self) -> EndSignal {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => EndSignal::Interrupt,
+            _ = self.terminate.recv() => EndSignal::Terminate,
         }
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EndSignal {
+    /// A person at the terminal.
+    Interrupt,
+    /// A supervisor.
+    Terminate,
+}
+
 /// How plugins are loaded, as settings have it.
-fn loading(settings: &Settings) -> Result<Loading, Error> {
+fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
     Ok(Loading {
         cache: settings.cache.clone(),
         compile_timeout: settings.compile_timeout,
         compile_memory: settings.compile_memory,
         trusted_keys: trusted_keys(&settings.trusted_keys)?,
         compiler: None,
+        memory: memory.clone(),
     })
 }
 

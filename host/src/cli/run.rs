@@ -1,31 +1,38 @@
 //! `batchwright run`: one batch without a server.
 //!
-//! Its state is a data folder like a server's, beside the output. It goes when the batch has ended; until then the same command
-//! continues where the last one stopped.
+//! Its state is a data folder like a server's, beside the output. It goes when both files of results are in place; until then the same
+//! command continues where the last one stopped. It records which files this run has placed, as these alone may be replaced by its own
+//! continuation. A run has no completion window.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use clap::Args;
-use futures_util::TryStreamExt;
-use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use futures_util::{Stream, stream};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
+use super::place::{Target, check};
 use super::progress::Progress;
+use super::run_state::{Note, Places, remove};
 use super::{EndSignals, Error, SettingsArgs, loading, user_cache};
-use crate::batch::{Batches, NewFile, Request};
+use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
 use crate::clock::Clock;
-use crate::config::Settings;
-use crate::plugin::{Loader, Registry, check_directory};
-use crate::store::{BatchRecord, Blobs, Paged, SqliteStore, Status};
+use crate::config::{CompletionWindows, Settings};
+use crate::memory::Memory;
+use crate::plugin::{Loader, Registry, check_directory, hex};
+use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status};
 use crate::telemetry;
 
 const TENANT: &str = "default";
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The completion window of a run: none that anybody will see the end of.
+const WINDOW: &str = "99years";
 
 #[derive(Args)]
 pub struct Run {
@@ -40,17 +47,14 @@ pub struct Run {
     /// Endpoint of the batch [default: that of the first line]
     #[arg(long)]
     endpoint: Option<String>,
+    /// Overwrite files of earlier runs
+    #[arg(long)]
+    force: bool,
+    /// End an unfinished run: write the answers it has, and the rest as `batch_cancelled`
+    #[arg(long)]
+    partial: bool,
     #[command(flatten)]
     settings: SettingsArgs,
-}
-
-/// What an unfinished run was of.
-#[derive(Debug, Deserialize, PartialEq, Serialize)]
-struct Unfinished {
-    input: PathBuf,
-    bytes: u64,
-    modified: u128,
-    endpoint: String,
 }
 
 impl Run {
@@ -58,61 +62,65 @@ impl Run {
         let own_cache = self.settings.given.cache.is_some();
         let own_level = self.settings.given.log_level.is_some();
         let mut settings = self.settings.resolve()?;
-        let state = PathBuf::from(format!("{}.batchwright", self.output.display()));
-        settings.data.clone_from(&state);
-        if !own_cache {
-            settings.cache = user_cache();
-        }
         // What is wrong with plugins is told as a warning of our own.
         let level = if own_level { settings.log_level.as_str() } else { "warn,batchwright::plugin=off" };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
-        let errors = self.errors.unwrap_or_else(|| errors_beside(&self.output));
-        let unfinished = describe(&self.input, self.endpoint)?;
+        let places = Places::find(&self.input, &self.output, self.errors)?;
+        let mut before = Note::read(&places.state)?;
+        if let Some(status) = before.as_ref().and_then(|note| note.finished) {
+            // It ended in the moment after its files were placed.
+            remove(&places.state)?;
+            if !self.force {
+                eprintln!("this run had finished; its results are in place");
+                return Ok(ExitCode::from(status));
+            }
+            before = None;
+        }
+        let ours = |target: &Target| before.iter().flat_map(|note| &note.placed).any(|written| target.holds(written));
+        check(&[&places.output, &places.errors], self.force, ours)?;
+        settings.data.clone_from(&places.state);
+        settings.completion_windows = CompletionWindows::of(WINDOW)?;
+        if !own_cache {
+            settings.cache = user_cache();
+        }
         check_directory(&settings.plugins)?;
+        let had_state = places.state.exists();
+        if self.partial && !had_state {
+            return Err(Error::Usage(format!("there is no unfinished run: {} is not there", places.state.display())));
+        }
         let batches = open(settings).await?;
-        let id = match begin(&batches, &state, &self.input, unfinished).await {
-            Ok(id) => id,
+        let begun = begin(&batches, &places, before, self.endpoint, self.partial).await;
+        let (id, mut note) = match begun {
+            Ok(begun) => begun,
             Err(error) => {
                 // What holds no batch is no unfinished run.
                 if unfinished_batch(&batches).await.is_ok_and(|found| found.is_none()) {
-                    std::fs::remove_dir_all(&state).ok();
+                    std::fs::remove_dir_all(&places.state).ok();
                 }
                 return Err(error);
             }
         };
+        if self.partial {
+            batches.cancel(TENANT, &id).await?;
+        }
         batches.start();
         let ended = watch(&batches, &id).await?;
         batches.close().await;
-        let Some(batch) = ended else {
+        let Some(mut batch) = ended else {
             let batch = find(&batches, &id).await?;
             let done = batch.counts.completed.saturating_add(batch.counts.failed);
             eprintln!("stopped: {done} of {} done and kept; the same command continues", batch.counts.total);
             return Ok(ExitCode::from(130));
         };
-        copy(&batches, batch.output_file_id.as_deref(), &self.output).await?;
-        copy(&batches, batch.error_file_id.as_deref(), &errors).await?;
+        batch.errors = batches.errors(TENANT, &id).await?;
+        place(&batches, &batch, &places, &mut note, self.force).await?;
         // Only now is everything where it belongs.
-        std::fs::remove_dir_all(&state)
-            .map_err(|error| Error::Other(format!("failed to remove {}: {error}", state.display())))?;
-        Ok(report(&batch, &self.output, &errors))
+        let status = report(&batch, &places.output, &places.errors);
+        note.finished = Some(status);
+        note.write(&places.state)?;
+        remove(&places.state)?;
+        Ok(ExitCode::from(status))
     }
-}
-
-fn errors_beside(output: &Path) -> PathBuf {
-    let name = output.to_string_lossy();
-    PathBuf::from(format!("{}.errors.jsonl", name.strip_suffix(".jsonl").unwrap_or(&name)))
-}
-
-fn describe(input: &Path, endpoint: Option<String>) -> Result<Unfinished, Error> {
-    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
-    let metadata = std::fs::metadata(input).map_err(failed)?;
-    let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-    let endpoint = match endpoint {
-        Some(endpoint) => endpoint,
-        None => first_url(input).map_err(failed)?.unwrap_or_else(|| "/v1/chat/completions".into()),
-    };
-    let input = std::fs::canonicalize(input).map_err(failed)?;
-    Ok(Unfinished { input, bytes: metadata.len(), modified: modified.as_nanos(), endpoint })
 }
 
 /// The `url` of the first line that has one.
@@ -121,7 +129,6 @@ pub fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     struct Url {
         url: String,
     }
-    use std::io::Read;
     // A look at the beginning is enough; a file that has none there fails validation.
     let beginning = BufReader::new(std::fs::File::open(input)?.take(16 << 20));
     for line in beginning.split(b'\n') {
@@ -138,68 +145,126 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let clock = Clock::system();
     let store = SqliteStore::open(&settings.data)?;
     let blobs = Blobs::local(&settings.data.join("objects"))?;
-    let registry = Registry::open(&settings.plugins, Loader::new(loading(&settings)?, clock.clone())?).await?;
+    let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
+    let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
+    let registry = Registry::open(&settings.plugins, loader).await?;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
         eprintln!("warning: a plugin does not load: {error}");
     }
-    Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings))
+    Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings, memory))
 }
 
 /// Begins the batch, or finds the one that was begun before. Returns its id.
-async fn begin(batches: &Batches, state: &Path, input: &Path, now: Unfinished) -> Result<String, Error> {
-    let note = state.join("run.json");
-    let found = unfinished_batch(batches).await?;
-    if found.is_some()
-        && let Ok(text) = std::fs::read_to_string(&note)
-    {
-        let other = |why: &str| {
-            Error::Other(format!(
-                "{} holds an unfinished run {why}; finish that one, or delete the folder",
-                state.display()
-            ))
-        };
-        let before: Unfinished = serde_json::from_str(&text).map_err(|_| other("that cannot be read"))?;
-        if before != now {
-            return Err(other(&format!("of {} as it was then", before.input.display())));
+async fn begin(
+    batches: &Arc<Batches>,
+    places: &Places,
+    before: Option<Note>,
+    endpoint: Option<String>,
+    partial: bool,
+) -> Result<(String, Note), Error> {
+    if let (Some(batch), Some(note)) = (unfinished_batch(batches).await?, before) {
+        if !partial {
+            note.check(places, endpoint.as_deref())?;
+            eprintln!("continuing an unfinished run");
         }
+        return Ok((batch.new.id, note));
     }
-    // The note first: whatever happens after it, the next run knows what this folder is for. The folder holds one batch at the most.
-    let written = serde_json::to_vec(&now).map_err(std::io::Error::from).and_then(|text| std::fs::write(&note, text));
-    written.map_err(|error| Error::Other(format!("failed to write {}: {error}", note.display())))?;
-    if let Some(batch) = found {
-        eprintln!("continuing an unfinished run");
-        return Ok(batch.new.id);
+    if partial {
+        let message = format!("{} holds no unfinished run", places.state.display());
+        return Err(Error::Usage(message));
     }
-    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
-    let mut file = tokio::fs::File::open(input).await.map_err(failed)?;
+    batches
+        .registry()
+        .current()
+        .check_required(&batches.settings().required_plugins, TENANT, &ENDPOINTS)
+        .map_err(Error::Required)?;
+    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", places.input.display()));
+    let endpoint = match endpoint {
+        Some(endpoint) => endpoint,
+        None => first_url(&places.input).map_err(failed)?.unwrap_or_else(|| "/v1/chat/completions".into()),
+    };
+    let told = |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", places.input.display()));
+    let mut file = std::fs::File::open(&places.input).map_err(failed)?;
     let mut upload = batches.upload(TENANT).await?;
-    let mut buffer = vec![0; 1 << 20];
+    let (mut buffer, mut digest, mut size) = (vec![0; 1 << 20], Sha256::new(), 0_u64);
     loop {
-        let read = file.read(&mut buffer).await.map_err(failed)?;
+        let read = file.read(&mut buffer).map_err(failed)?;
         let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
-        upload
-            .write(Bytes::copy_from_slice(bytes))
-            .await
-            .map_err(|error| Error::Other(format!("{}: {error}", input.display())))?;
+        digest.update(bytes);
+        size = size.saturating_add(read as u64);
+        upload.write(Bytes::copy_from_slice(bytes)).await.map_err(|error| told(&error))?;
     }
-    let filename = input.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let filename = places.input.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let new = NewFile { filename, purpose: "batch".into(), lifetime: None };
-    let file = upload.finish(new).await.map_err(|error| Error::Other(format!("{}: {error}", input.display())))?;
+    let file = upload.finish(new).await.map_err(|error| told(&error))?;
+    let note = Note {
+        input: places.input.clone(),
+        bytes: size,
+        sha256: hex(&digest.finalize()),
+        endpoint: endpoint.clone(),
+        placed: Vec::new(),
+        finished: None,
+    };
+    // The note first: whatever happens after it, the next run knows what this folder is for.
+    note.write(&places.state)?;
     let request = Request {
         input_file_id: file.id,
-        endpoint: now.endpoint.clone(),
-        completion_window: "24h".into(),
+        endpoint,
+        completion_window: WINDOW.into(),
         metadata: None,
         output_lifetime: None,
         idempotency_key: None,
     };
     let batch = batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
-    Ok(batch.new.id)
+    Ok((batch.new.id, note))
+}
+
+/// Puts the results in their places, those of a former attempt included. A file without a line is not written.
+async fn place(
+    batches: &Arc<Batches>,
+    batch: &BatchRecord,
+    places: &Places,
+    note: &mut Note,
+    force: bool,
+) -> Result<(), Error> {
+    for (target, id) in [(&places.output, &batch.output_file_id), (&places.errors, &batch.error_file_id)] {
+        let Some(id) = id else { continue };
+        if target.path().is_none() {
+            target.write_through(content(batches, id).await?).await?;
+            continue;
+        }
+        if note.placed.iter().any(|written| target.holds(written)) {
+            continue;
+        }
+        let draft = target.draft(Some(&places.state), content(batches, id).await?).await?;
+        let overwrite = force || note.placed.iter().any(|written| target.holds(written));
+        note.placed.retain(|written| written.path != draft.digested.path);
+        note.placed.push(draft.digested.clone());
+        note.write(&places.state)?;
+        target.place(draft, overwrite)?;
+    }
+    Ok(())
+}
+
+/// The content of a file of results, piece by piece.
+async fn content(batches: &Arc<Batches>, id: &str) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
+    let (batches, id) = (batches.clone(), id.to_owned());
+    let size = batches.content_size(TENANT, &id).await?;
+    Ok(stream::try_unfold(0, move |at: u64| {
+        let (batches, id) = (batches.clone(), id.clone());
+        async move {
+            if at >= size {
+                return Ok(None);
+            }
+            let next = at.saturating_add(PIECE).min(size);
+            Ok(Some((batches.content(TENANT, &id, at..next).await?, next)))
+        }
+    }))
 }
 
 /// The batch of a folder that a former run left.
 async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Error> {
-    Ok(match batches.list(TENANT, None, 1).await? {
+    Ok(match batches.list(TENANT, None, 1, usize::MAX).await? {
         Paged::Page(page) => page.items.into_iter().next(),
         Paged::UnknownAfter => None,
     })
@@ -224,8 +289,8 @@ async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error
             return Ok(Some(batch));
         }
         tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            () = signals.next() => {
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
+            _ = signals.next() => {
                 progress.end();
                 eprintln!("stopping: requests in flight are finished first, a second Ctrl-C leaves them");
                 tokio::spawn(async move {
@@ -238,27 +303,7 @@ async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error
     }
 }
 
-/// Writes a result file to its place, whole or not at all. One without a line is not there, nor is what a former run left in its place.
-async fn copy(batches: &Batches, id: Option<&str>, to: &Path) -> Result<(), Error> {
-    let failed = |error: std::io::Error| Error::Other(format!("failed to write {}: {error}", to.display()));
-    let Some(id) = id else {
-        return match std::fs::remove_file(to) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
-            _ => Ok(()),
-        };
-    };
-    let beside = PathBuf::from(format!("{}.partial", to.display()));
-    let mut file = tokio::fs::File::create(&beside).await.map_err(failed)?;
-    let mut bytes = batches.content(TENANT, id, None).await?;
-    while let Some(piece) = bytes.try_next().await? {
-        file.write_all(&piece).await.map_err(failed)?;
-    }
-    file.flush().await.map_err(failed)?;
-    file.sync_all().await.map_err(failed)?;
-    std::fs::rename(&beside, to).map_err(failed)
-}
-
-fn report(batch: &BatchRecord, output: &Path, errors: &Path) -> ExitCode {
+fn report(batch: &BatchRecord, output: &Target, errors: &Target) -> u8 {
     for error in &batch.errors {
         let place = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
@@ -266,18 +311,24 @@ fn report(batch: &BatchRecord, output: &Path, errors: &Path) -> ExitCode {
     }
     let counts = batch.counts;
     match batch.status {
-        Status::Failed => eprintln!("rejected: nothing was executed; mend the input and run again"),
+        Status::Failed if counts.total == 0 => {
+            eprintln!("rejected: nothing was executed; correct the input and run again")
+        }
         status => {
             let (completed, failed) = (counts.completed, counts.failed);
             eprintln!("{}: {completed} of {} answered, {failed} failed", status.as_str(), counts.total);
-            if batch.output_file_id.is_some() {
-                eprintln!("answers: {}", output.display());
-            }
-            if batch.error_file_id.is_some() {
-                eprintln!("errors: {}", errors.display());
+            for (what, id, target) in
+                [("answers", &batch.output_file_id, output), ("errors", &batch.error_file_id, errors)]
+            {
+                let place = target.given.display();
+                if id.is_some() {
+                    eprintln!("{what}: {place}");
+                } else if target.exists() {
+                    eprintln!("{what}: none; {place} is of an earlier run and stays as it is");
+                }
             }
         }
     }
     let every_line = batch.status == Status::Completed && counts.failed == 0;
-    if every_line { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    u8::from(!every_line)
 }

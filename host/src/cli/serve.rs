@@ -1,19 +1,27 @@
 //! `batchwright serve`
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use super::{EndSignals, Error, SettingsArgs, loading};
+use super::{EndSignal, EndSignals, Error, SettingsArgs, loading};
 use crate::batch::Batches;
 use crate::clock::Clock;
+use crate::config::Settings;
+use crate::memory::Memory;
 use crate::plugin::{Loader, Registry, check_directory};
 use crate::store::{Blobs, SqliteStore};
 use crate::{api, telemetry};
 use rustix::process::{Resource, getrlimit, setrlimit};
+
+/// What answers that are being read have at least, once everything else has ended.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
 pub struct Serve {
@@ -30,38 +38,83 @@ impl Serve {
         check_directory(&settings.plugins)?;
         let store = SqliteStore::open(&settings.data)?;
         let blobs = Blobs::local(&settings.data.join("objects"))?;
-        let registry = Registry::open(&settings.plugins, Loader::new(loading(&settings)?, clock.clone())?).await?;
+        let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
+        let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
+        let registry = Registry::open(&settings.plugins, loader).await?;
         let _watcher = registry.watch().inspect_err(|error| tracing::warn!("{error}")).ok();
-        let listen = settings.listen;
-        let listener = TcpListener::bind(listen).await.map_err(|error| {
-            Error::Other(format!(
-                "failed to listen on {listen}: {error}; choose another address with --listen (port 0 picks a free one)"
-            ))
-        })?;
-        let address =
-            listener.local_addr().map_err(|error| Error::Other(format!("failed to listen on {listen}: {error}")))?;
-        let grace = settings.shutdown_grace.duration();
-        let batches = Batches::new(Arc::new(store), blobs, registry, clock, settings.clone());
+        let (listener, address) = bind(settings.listen, "--listen").await?;
+        let admin = match settings.admin_listen.0 {
+            Some(address) => Some(bind(address, "--admin-listen").await?),
+            None => None,
+        };
+        if !address.ip().is_loopback() {
+            tracing::warn!(
+                %address,
+                "there are no keys yet: whoever reaches this address reads and deletes everything; listen on loopback, or let only trusted clients through"
+            );
+        }
+        let settings = Arc::new(settings);
+        let batches = Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
         let app = api::router(batches.clone(), &settings);
         let mut signals = EndSignals::listen()?;
         println_now(&format!("listening on http://{address}"));
         let ending = CancellationToken::new();
-        let ended = ending.clone();
-        let serving = tokio::spawn(async move { api::serve(listener, app, &settings, ended.cancelled()).await });
-        signals.next().await;
-        tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
-        ending.cancel();
-        let orderly = async {
-            // Clients that hold a connection open are not waited for.
-            tokio::join!(batches.close(), async { tokio::time::timeout(grace, serving).await.ok() });
-        };
+        let tasks = TaskTracker::new();
+        if let Some((listener, address)) = admin {
+            println_now(&format!("health on http://{address}"));
+            let (router, settings, ended) = (api::admin_router(batches.clone()), settings.clone(), ending.clone());
+            tasks.spawn(async move { api::serve_admin(listener, router, &settings, ended.cancelled()).await });
+        }
+        let (of_api, ended) = (settings.clone(), ending.clone());
+        tasks.spawn(async move { api::serve(listener, app, &of_api, ended.cancelled()).await });
+        // Tells the log at once if the server is not ready.
+        let first_look = batches.clone();
+        tokio::spawn(async move { first_look.readiness().await });
+        let signal = signals.next().await;
         tokio::select! {
-            () = orderly => tracing::info!("stopped"),
-            () = signals.next() => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
+            () = shut_down(&settings, &batches, signal, &ending, &tasks) => tracing::info!("stopped"),
+            _ = signals.next() => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Ends in order: not ready, but working on for `shutdown_delay`, so that a load balancer turns away; then what is in flight is finished
+/// within `shutdown_grace`, while clients are still answered; then the listeners close.
+async fn shut_down(
+    settings: &Settings,
+    batches: &Batches,
+    signal: EndSignal,
+    ending: &CancellationToken,
+    tasks: &TaskTracker,
+) {
+    let (delay, grace) = (settings.shutdown_delay.duration(), settings.shutdown_grace.duration());
+    batches.drain();
+    if signal == EndSignal::Terminate && !delay.is_zero() {
+        tracing::info!("not ready any more; shutting down in {delay:?}");
+        tokio::time::sleep(delay).await;
+    }
+    tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
+    let begun = Instant::now();
+    batches.close().await;
+    ending.cancel();
+    tasks.close();
+    // Clients that hold a connection open are not waited for.
+    let left = grace.saturating_sub(begun.elapsed()).max(LAST_ANSWERS);
+    tokio::time::timeout(left, tasks.wait()).await.ok();
+    batches.close_store().await;
+}
+
+async fn bind(listen: SocketAddr, flag: &str) -> Result<(TcpListener, SocketAddr), Error> {
+    let failed = |error: std::io::Error| {
+        Error::Other(format!(
+            "failed to listen on {listen}: {error}; choose another address with {flag} (port 0 picks a free one)"
+        ))
+    };
+    let listener = TcpListener::bind(listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
 }
 
 /// Every connection is a file, and many systems let a process have few unless it asks for more.

@@ -76,6 +76,12 @@ settings! {
     "Server" "TIME" request_head_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_HEAD_TIMEOUT";
     /// Time a client has to send a piece of a request's body, or to take a piece of an answer [default: 1m]
     "Server" "TIME" client_timeout: Span = Span::seconds(60), "BATCHWRIGHT_CLIENT_TIMEOUT";
+    /// Connections from one address at a time; 0 is no bound of its own, as clients behind a proxy share one [default: 0]
+    "Server" "N" max_connections_per_address: usize = 0, "BATCHWRIGHT_MAX_CONNECTIONS_PER_ADDRESS";
+    /// Address for health alone, beside that of the API; never short of connections [default: none]
+    "Server" "ADDR" admin_listen: OptionalAddress = OptionalAddress(None), "BATCHWRIGHT_ADMIN_LISTEN";
+    /// Time after SIGTERM in which the server works on but says that it is not ready, so that load balancers turn away [default: 0s]
+    "Server" "TIME" shutdown_delay: Span = Span::seconds(0), "BATCHWRIGHT_SHUTDOWN_DELAY";
     /// Time that requests in flight are given at a shutdown [default: 30s]
     "Server" "TIME" shutdown_grace: Span = Span::seconds(30), "BATCHWRIGHT_SHUTDOWN_GRACE";
     /// Log filter, such as `info` or `info,batchwright::egress=debug` [default: info]
@@ -90,6 +96,10 @@ settings! {
     "Server" "SIZE" compile_memory: Size = COMPILE_MEMORY, "BATCHWRIGHT_COMPILE_MEMORY";
     /// Public keys (one a line, as OpenSSH writes them): only plugins that one of them signed are loaded [default: unsigned ones are, too]
     "Server" "FILE" trusted_keys: PathBuf = PathBuf::new(), "BATCHWRIGHT_TRUSTED_KEYS";
+
+    /// Plugins without which no batch is created, by name, separated by commas; `none` requires none [default: a validator for each endpoint
+    /// that is served]
+    "Server" "LIST" required_plugins: RequiredPlugins = RequiredPlugins::Validators, "BATCHWRIGHT_REQUIRED_PLUGINS";
 
     /// Largest input file [default: 200MiB]
     "Limits" "SIZE" max_file_size: Size = Size::mib(200), "BATCHWRIGHT_MAX_FILE_SIZE";
@@ -119,10 +129,14 @@ settings! {
 
     /// Batches executed at a time of those that go to one provider; also batches validated, and finished, at a time [default: 16]
     "Execution" "N" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
+    /// Batches executed at a time, of all providers together; each provider has at least one [default: 64]
+    "Execution" "N" max_executing_batches: NonZeroUsize = at_least_one(64), "BATCHWRIGHT_MAX_EXECUTING_BATCHES";
     /// Requests of one batch under way at a time [default: 256]
     "Execution" "N" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
-    /// Memory for lines and results under way, over all batches [default: 64MiB]
-    "Execution" "SIZE" memory_budget: Size = Size::mib(64), "BATCHWRIGHT_MEMORY_BUDGET";
+    /// Memory for all that clients and providers send and are sent: lines, responses, results, uploads, lists [default: 64MiB]
+    "Execution" "SIZE" memory_budget: Size = MEMORY_BUDGET, "BATCHWRIGHT_MEMORY_BUDGET";
+    /// Memory for the instances of all plugins [default: 128MiB]
+    "Execution" "SIZE" instance_memory: Size = INSTANCE_MEMORY, "BATCHWRIGHT_INSTANCE_MEMORY";
     /// Time that requests in flight are given when their batch is cancelled or expires [default: 10s]
     "Execution" "TIME" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
     /// Attempts at a request, the first one included [default: 10]
@@ -134,6 +148,10 @@ settings! {
     /// Longest pause of our own choosing between attempts [default: 1m]
     "Execution" "TIME" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
 }
+
+/// Memory that is bounded as a whole.
+pub const MEMORY_BUDGET: Size = Size::mib(64);
+pub const INSTANCE_MEMORY: Size = Size::mib(128);
 
 /// What compiling one plugin may take.
 pub const COMPILE_TIMEOUT: Span = Span::seconds(60);
@@ -207,6 +225,13 @@ impl TryFrom<Listed> for CompletionWindows {
     }
 }
 
+impl CompletionWindows {
+    /// This window alone.
+    pub fn of(name: &str) -> Result<Self, ConfigError> {
+        name.parse().map_err(|message| ConfigError::Value { setting: "completion_windows", message })
+    }
+}
+
 impl Default for CompletionWindows {
     fn default() -> Self {
         Self(vec![("24h".into(), Duration::from_secs(86_400))])
@@ -229,6 +254,51 @@ impl std::fmt::Display for CompletionWindows {
     fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
         let names: Vec<_> = self.0.iter().map(|(name, _)| format!("'{name}'")).collect();
         formatter.write_str(&names.join(", "))
+    }
+}
+
+/// An address, or none.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct OptionalAddress(pub Option<SocketAddr>);
+
+impl std::str::FromStr for OptionalAddress {
+    type Err = std::net::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(|address| Self(Some(address)))
+    }
+}
+
+/// The plugins without which no batch is created.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(try_from = "Listed")]
+pub enum RequiredPlugins {
+    /// A validator for each endpoint that an adapter serves.
+    Validators,
+    /// Those of these names.
+    Named(Vec<String>),
+}
+
+impl TryFrom<Listed> for RequiredPlugins {
+    type Error = String;
+
+    fn try_from(Listed(names): Listed) -> Result<Self, String> {
+        names.join(",").parse()
+    }
+}
+
+impl std::str::FromStr for RequiredPlugins {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names: Vec<String> =
+            text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        match names.as_slice() {
+            [none] if none == "none" => Ok(Self::Named(Vec::new())),
+            [] => Err("name at least one plugin, or write `none` to require none".into()),
+            _ => Ok(Self::Named(names)),
+        }
     }
 }
 

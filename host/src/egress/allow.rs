@@ -90,11 +90,30 @@ impl AllowList {
             .max();
         match limit {
             Some(limit) => Ok(Target { host, port, limit, file: self.file.clone() }),
-            None => refused(format!(
+            None => Err(TransportError::new(
+                Fault::NotAllowed,
+                "The plugin asked for a host that the operator does not allow.",
+            )
+            .with_detail(format!(
                 "The host {host}:{port} is not allowed; to allow it, add \"{host}:{port}\" to `allow` in {}.",
                 self.file
-            )),
+            ))),
         }
+    }
+
+    /// Whether this URL leads to one of the hosts.
+    pub fn covers(&self, url: &Url) -> bool {
+        self.check(url).is_ok()
+    }
+}
+
+/// Whether a URL leads to this machine.
+pub fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        None => false,
     }
 }
 
@@ -130,7 +149,8 @@ impl Target {
                 SocketAddr::new(address, port)
             ),
         };
-        Err(TransportError::new(Fault::NotAllowed, message))
+        let public = "The provider's address is one that the operator does not allow.";
+        Err(TransportError::new(Fault::NotAllowed, public).with_detail(message))
     }
 }
 
@@ -177,7 +197,7 @@ mod tests {
     }
 
     fn check(list: &AllowList, url: &str) -> Result<Target, String> {
-        list.check(&Url::parse(url).unwrap()).map_err(|error| error.message)
+        list.check(&Url::parse(url).unwrap()).map_err(|error| error.detail().to_owned())
     }
 
     #[test]

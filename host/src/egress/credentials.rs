@@ -5,6 +5,10 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use url::Url;
+
+use super::allow::is_loopback;
+use super::{AllowList, Fault, TransportError};
 
 /// What stands where a secret stood.
 const BLANK: &str = "[redacted]";
@@ -33,9 +37,28 @@ const IN_URIS: &AsciiSet = &IN_COMPONENTS
 
 /// One header with a secret in it.
 pub struct Credential {
+    /// As the plugin calls it.
+    pub name: String,
     pub header: HeaderName,
     pub prefix: String,
     pub secret: String,
+    /// The hosts it belongs to. No other host gets it, whatever the plugin's allow-list has.
+    pub hosts: AllowList,
+}
+
+/// Why credentials cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretsError {
+    #[error("the secret for the header `{0}` has characters no header can hold")]
+    Header(HeaderName),
+}
+
+/// A header as it is sent, and the hosts that get it.
+struct Sent {
+    name: String,
+    header: HeaderName,
+    value: HeaderValue,
+    hosts: AllowList,
 }
 
 /// The secrets of one plugin.
@@ -43,7 +66,9 @@ pub struct Credential {
 pub struct Secrets {
     /// Headers that are for secrets alone, whether there is one or not.
     reserved: Vec<HeaderName>,
-    headers: Vec<(HeaderName, HeaderValue)>,
+    headers: Vec<Sent>,
+    /// Whether a secret may go over plain HTTP to another machine.
+    plain_http: bool,
     /// Every form a secret may come back in; none if there is nothing to look for.
     searched: Option<AhoCorasick>,
 }
@@ -55,15 +80,21 @@ impl std::fmt::Debug for Secrets {
 }
 
 impl Secrets {
-    /// Fails for a secret that no header can hold, with its header's name. What a plugin writes into a header that is `reserved` never
-    /// leaves, as little as what it writes where a secret goes.
-    pub fn new(credentials: Vec<Credential>, reserved: Vec<HeaderName>) -> Result<Self, HeaderName> {
-        let mut secrets = Self { reserved, ..Self::default() };
+    /// Fails for a secret that no header can hold. What a plugin writes into a header that is `reserved` never leaves, as little as what
+    /// it writes where a secret goes.
+    pub fn new(
+        credentials: Vec<Credential>,
+        reserved: Vec<HeaderName>,
+        plain_http: bool,
+    ) -> Result<Self, SecretsError> {
+        let mut secrets = Self { reserved, plain_http, ..Self::default() };
         let mut forms = Vec::new();
-        for Credential { header, prefix, secret } in credentials {
-            let Ok(mut value) = HeaderValue::try_from(format!("{prefix}{secret}")) else { return Err(header) };
+        for Credential { name, header, prefix, secret, hosts } in credentials {
+            let Ok(mut value) = HeaderValue::try_from(format!("{prefix}{secret}")) else {
+                return Err(SecretsError::Header(header));
+            };
             value.set_sensitive(true);
-            secrets.headers.push((header, value));
+            secrets.headers.push(Sent { name, header, value, hosts });
             if secret.len() >= SHORTEST {
                 forms.extend(forms_of(&secret));
             }
@@ -77,12 +108,29 @@ impl Secrets {
         Ok(secrets)
     }
 
-    /// Sets the headers, in place of whatever stands there.
-    pub fn add_to(&self, headers: &mut HeaderMap) {
-        for name in &self.reserved {
+    /// The headers for a URL: those of the credentials that belong to its host.
+    pub fn for_url(&self, url: &Url) -> Result<Vec<(HeaderName, HeaderValue)>, TransportError> {
+        let belonging: Vec<_> = self.headers.iter().filter(|sent| sent.hosts.covers(url)).collect();
+        if let Some(sent) = belonging.first()
+            && url.scheme() == "http"
+            && !self.plain_http
+            && !is_loopback(url)
+        {
+            let (name, host) = (&sent.name, url.host_str().unwrap_or_default());
+            let message = "The plugin's credential may not be sent over plain HTTP.";
+            let hint = "use https, or set `allow_plain_http = true` in the plugin's file if its network is trusted";
+            return Err(TransportError::new(Fault::NotAllowed, message)
+                .with_detail(format!("The credential `{name}` is not sent to {host} over plain HTTP; {hint}.")));
+        }
+        Ok(belonging.into_iter().map(|sent| (sent.header.clone(), sent.value.clone())).collect())
+    }
+
+    /// Sets the headers of [`Self::for_url`], in place of whatever stands there. No header that is for a secret leaves with another value.
+    pub fn add_to(&self, headers: &mut HeaderMap, own: &[(HeaderName, HeaderValue)]) {
+        for name in self.reserved.iter().chain(self.headers.iter().map(|sent| &sent.header)) {
             headers.remove(name);
         }
-        for (name, value) in &self.headers {
+        for (name, value) in own {
             headers.insert(name.clone(), value.clone());
         }
     }
@@ -129,14 +177,41 @@ fn forms_of(secret: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn secrets() -> Secrets {
-        let credential = |header: &str, secret: &str| Credential {
+    fn credential(header: &str, prefix: &str, secret: &str, hosts: &[&str]) -> Credential {
+        let urls: Vec<Url> = hosts.iter().map(|url| Url::parse(url).unwrap()).collect();
+        Credential {
+            name: "api_key".into(),
             header: header.parse().unwrap(),
-            prefix: "Bearer ".into(),
+            prefix: prefix.into(),
             secret: secret.into(),
+            hosts: AllowList::new(String::new(), &urls, &[]).unwrap(),
+        }
+    }
+
+    fn secrets() -> Secrets {
+        let hosts = ["https://api.example.com", "http://models.internal", "http://127.0.0.1:8000"];
+        let credentials = vec![
+            credential("authorization", "Bearer ", "sk-verysecret", &hosts),
+            credential("x-key", "Bearer ", "none", &["https://other.example.com"]),
+        ];
+        Secrets::new(credentials, vec!["x-other-key".parse().unwrap()], false).unwrap()
+    }
+
+    #[test]
+    fn a_credential_goes_to_its_hosts_alone_and_not_over_plain_http() {
+        let secrets = secrets();
+        let names = |url: &str| {
+            let headers = secrets.for_url(&Url::parse(url).unwrap())?;
+            Ok::<_, TransportError>(headers.into_iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>())
         };
-        let credentials = vec![credential("authorization", "sk-verysecret"), credential("x-key", "none")];
-        Secrets::new(credentials, vec!["x-other-key".parse().unwrap()]).unwrap()
+        assert_eq!(names("https://api.example.com/v1").unwrap(), ["authorization"]);
+        assert_eq!(names("https://other.example.com/v1").unwrap(), ["x-key"]);
+        assert_eq!(names("https://evil.example.com/v1").unwrap(), [""; 0]);
+        assert_eq!(names("http://api.example.com:443/").unwrap(), [""; 0]);
+        assert_eq!(names("http://127.0.0.1:8000/v1").unwrap(), ["authorization"]);
+        let refused = names("http://models.internal/v1").unwrap_err();
+        assert!(!refused.message.contains("models.internal") && refused.detail().contains("models.internal"));
+        assert!(refused.detail().contains("allow_plain_http = true"), "{}", refused.detail());
     }
 
     #[test]
@@ -144,7 +219,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.append("authorization", HeaderValue::from_static("Bearer forged"));
         headers.append("x-other-key", HeaderValue::from_static("forged"));
-        secrets().add_to(&mut headers);
+        headers.append("x-key", HeaderValue::from_static("forged"));
+        let own = secrets().for_url(&Url::parse("https://api.example.com/v1").unwrap()).unwrap();
+        secrets().add_to(&mut headers, &own);
+        assert!(!headers.contains_key("x-key"));
         assert!(!headers.contains_key("x-other-key"));
         assert_eq!(headers.get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer sk-verysecret"]);
         let mut body = b"none: sk-verysecret, sk-verysecret".to_vec();
@@ -159,8 +237,7 @@ mod tests {
     #[test]
     fn a_secret_is_found_however_it_is_written() {
         let secret = "s/k+very=\"secret\"~0";
-        let credential = Credential { header: "x-key".parse().unwrap(), prefix: String::new(), secret: secret.into() };
-        let secrets = Secrets::new(vec![credential], Vec::new()).unwrap();
+        let secrets = Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
         let json = serde_json::to_string(secret).unwrap();
         for shown in [
             secret.to_owned(),
@@ -192,8 +269,8 @@ mod tests {
 
     #[test]
     fn a_secret_that_no_header_can_hold_is_refused() {
-        let credential =
-            Credential { header: http::header::AUTHORIZATION, prefix: String::new(), secret: "a\nb".into() };
-        assert_eq!(Secrets::new(vec![credential], Vec::new()).unwrap_err(), http::header::AUTHORIZATION);
+        let credential = credential("authorization", "", "a\nb", &[]);
+        let refused = Secrets::new(vec![credential], Vec::new(), false).unwrap_err();
+        assert!(refused.to_string().contains("`authorization`"), "{refused}");
     }
 }

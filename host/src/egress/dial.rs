@@ -10,16 +10,57 @@ use std::time::Duration;
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tower::Service;
 use url::{Host, Url};
 
 use super::allow::{AllowList, Target};
 use super::{Fault, TransportError};
 
+/// Names being resolved at a time, for one plugin and over all plugins. Each takes a thread of those that files are read on, and keeps it
+/// for as long as the system's resolver likes.
+const LOOKUPS_PER_PLUGIN: usize = 4;
+const LOOKUPS: usize = 64;
+
+/// Resolves names for one plugin; a slow name server keeps no thread from others.
+#[derive(Clone)]
+pub struct Resolver {
+    all: Arc<Semaphore>,
+    own: Arc<Semaphore>,
+}
+
+impl Default for Resolver {
+    fn default() -> Self {
+        Self { all: Arc::new(Semaphore::new(LOOKUPS)), own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)) }
+    }
+}
+
+impl Resolver {
+    /// A resolver for another plugin, beside this one.
+    pub fn beside(&self) -> Self {
+        Self { all: self.all.clone(), own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)) }
+    }
+
+    async fn lookup(&self, name: &str, port: u16) -> std::io::Result<Vec<IpAddr>> {
+        // They never close, so there is always a permit.
+        let permits = (self.own.clone().acquire_owned().await, self.all.clone().acquire_owned().await);
+        let name = name.to_owned();
+        // On a task of its own: a caller that gives up does not give back the thread.
+        let looking = tokio::spawn(async move {
+            let found =
+                tokio::net::lookup_host((name.as_str(), port)).await.map(|found| found.map(|at| at.ip()).collect());
+            drop(permits);
+            found
+        });
+        looking.await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+    }
+}
+
 /// Opens connections for one plugin, within its allow-list.
 #[derive(Clone)]
 pub struct Dialer {
     pub allow: Arc<AllowList>,
+    pub resolver: Resolver,
     pub connect_timeout: Duration,
 }
 
@@ -28,16 +69,19 @@ impl Dialer {
         let url = Url::parse(&uri.to_string())
             .map_err(|error| TransportError::new(Fault::NotAllowed, format!("The URL is not valid: {error}.")))?;
         let target = self.allow.check(&url)?;
-        tokio::time::timeout(self.connect_timeout, connect(&target)).await.unwrap_or_else(|_| {
+        let connecting = connect(&self.resolver, &target);
+        tokio::time::timeout(self.connect_timeout, connecting).await.unwrap_or_else(|_| {
             let (host, port, limit) = (&target.host, target.port, self.connect_timeout);
-            Err(TransportError::new(Fault::Timeout, format!("Connecting to {host}:{port} took longer than {limit:?}.")))
+            let took = format!("took longer than {limit:?} ([limits] connect_timeout).");
+            let error = TransportError::new(Fault::Timeout, format!("Connecting to the provider {took}"));
+            Err(error.with_detail(format!("Connecting to {host}:{port} {took}")))
         })
     }
 }
 
-async fn connect(target: &Target) -> Result<TokioIo<TcpStream>, TransportError> {
+async fn connect(resolver: &Resolver, target: &Target) -> Result<TokioIo<TcpStream>, TransportError> {
     let mut last = None;
-    for address in resolve(target).await? {
+    for address in resolve(resolver, target).await? {
         target.check_address(address)?;
         match TcpStream::connect(SocketAddr::new(address, target.port)).await {
             Ok(stream) => {
@@ -51,24 +95,24 @@ async fn connect(target: &Target) -> Result<TokioIo<TcpStream>, TransportError> 
     let (host, port) = (&target.host, target.port);
     Err(match last {
         Some((address, error)) => {
-            TransportError::new(Fault::Connection, format!("Connecting to {host}:{port} ({address}) failed: {error}."))
+            TransportError::new(Fault::Connection, format!("Connecting to the provider failed: {error}."))
+                .with_detail(format!("Connecting to {host}:{port} ({address}) failed: {error}."))
         }
-        None => TransportError::new(Fault::NameResolution, format!("The name {host} has no address.")),
+        None => TransportError::new(Fault::NameResolution, "The provider's name has no address.")
+            .with_detail(format!("The name {host} has no address.")),
     })
 }
 
-async fn resolve(target: &Target) -> Result<Vec<IpAddr>, TransportError> {
+async fn resolve(resolver: &Resolver, target: &Target) -> Result<Vec<IpAddr>, TransportError> {
     let name = match &target.host {
         Host::Ipv4(address) => return Ok(vec![IpAddr::V4(*address)]),
         Host::Ipv6(address) => return Ok(vec![IpAddr::V6(*address)]),
         Host::Domain(name) => name,
     };
-    match tokio::net::lookup_host((name.as_str(), target.port)).await {
-        Ok(addresses) => Ok(addresses.map(|address| address.ip()).collect()),
-        Err(error) => {
-            Err(TransportError::new(Fault::NameResolution, format!("The name {name} cannot be resolved: {error}.")))
-        }
-    }
+    resolver.lookup(name, target.port).await.map_err(|error| {
+        TransportError::new(Fault::NameResolution, "The provider's name cannot be resolved.")
+            .with_detail(format!("The name {name} cannot be resolved: {error}."))
+    })
 }
 
 impl Service<Uri> for Dialer {

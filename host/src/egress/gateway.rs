@@ -1,8 +1,8 @@
 //! One plugin's way out.
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -11,17 +11,19 @@ use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Body, Incoming};
+use hyper::body::Incoming;
 use hyper_rustls::builderstates::WantsSchemes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use url::Url;
 
-use super::dial::Dialer;
-use super::throttle::{Admitted, Throttle};
+use super::dial::{Dialer, Resolver};
+use super::explain::explain;
+use super::throttle::{Admitted, Queue, Throttle};
 use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, TransportError};
+use crate::memory::{Holder, Pool, Share};
 
 /// How long a connection that nobody uses stays open.
 const IDLE: Duration = Duration::from_secs(60);
@@ -49,16 +51,49 @@ pub fn is_host_header(name: &HeaderName) -> bool {
     HOST_SET.contains(name)
 }
 
+/// The least that an exchange is counted for: the buffers of its connection, and what it is made of.
+const SMALLEST_EXCHANGE: usize = 8 << 10;
+
+/// What an exchange's share grows by at a time.
+const STEP: usize = 64 << 10;
+
+/// How much a connection reads ahead of who takes it, in bytes.
+const READ_AHEAD: usize = 64 << 10;
+
+/// How often trouble with a provider is written to the log at the level of a warning.
+const WARNING: Duration = Duration::from_secs(10);
+
+/// What a gateway shares with those of other plugins.
+#[derive(Clone)]
+pub struct Shared {
+    /// Memory of exchanges.
+    pub exchanges: Pool,
+    pub resolver: Resolver,
+}
+
 /// Exchanges of one plugin: its allow-list, its secrets, its bounds, and a connection pool for each tenant.
 pub struct Gateway {
+    plugin: Holder,
     allow: Arc<AllowList>,
     secrets: Secrets,
     bounds: Bounds,
     throttle: Throttle,
     rate: Option<DefaultDirectRateLimiter>,
+    exchanges: Pool,
+    resolver: Resolver,
+    /// The size of what an exchange brings, as it was lately: so much is taken before one begins.
+    expected: AtomicUsize,
     clients: Mutex<HashMap<String, Arc<Clients>>>,
     /// The last URL that passed the checks: adapters mostly use one.
-    last_checked: ArcSwapOption<(String, Uri)>,
+    last_checked: ArcSwapOption<Checked>,
+    last_warned: Mutex<Option<Instant>>,
+}
+
+/// A URL that may be followed, and the credentials that go with it.
+struct Checked {
+    text: String,
+    uri: Uri,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// The connections of one tenant. TLS is set up when it is first asked for: reading the system's certificates takes a while.
@@ -67,47 +102,108 @@ struct Clients {
     tls: OnceLock<Client<HttpsConnector<Dialer>, Full<Bytes>>>,
 }
 
+/// When an exchange has to be over. It moves by as long as the exchange waited for memory, which is not the provider's fault.
+struct Deadline(Instant);
+
+impl Deadline {
+    async fn cover(&mut self, share: &mut Share, bytes: usize) {
+        if share.try_cover(bytes) {
+            return;
+        }
+        let begun = Instant::now();
+        share.cover(bytes).await;
+        self.0 = self.0.checked_add(begun.elapsed()).unwrap_or(self.0);
+    }
+}
+
 impl Gateway {
-    pub fn new(allow: AllowList, secrets: Secrets, bounds: Bounds) -> Self {
+    pub fn new(plugin: &str, allow: AllowList, secrets: Secrets, bounds: Bounds, shared: &Shared) -> Self {
         Self {
+            plugin: plugin.into(),
             allow: Arc::new(allow),
             secrets,
             throttle: Throttle::new(bounds.concurrency),
             rate: bounds.requests_per_minute.map(|number| RateLimiter::direct(quota(number))),
             bounds,
+            exchanges: shared.exchanges.clone(),
+            resolver: shared.resolver.beside(),
+            expected: AtomicUsize::new(0),
             clients: Mutex::default(),
             last_checked: ArcSwapOption::empty(),
+            last_warned: Mutex::default(),
         }
     }
 
-    /// Waits until the plugin's rate and concurrency permit an exchange.
-    pub async fn admit(&self) -> Admitted<'_> {
-        let admitted = self.throttle.admit().await;
-        // In this order: who waits for a place must not save up what the rate permits.
-        self.until_rate_permits().await;
-        admitted
+    /// Waits until the plugin may have one more exchange under way. Those of one queue wait for each other, queues take turns.
+    pub async fn admit(&self, queue: Queue) -> Admitted {
+        self.throttle.admit(queue).await
     }
 
-    /// Performs an exchange, with everything that stands between a guest and the network.
+    /// A share of the memory of exchanges, without any bytes yet.
+    pub fn share(&self) -> Share {
+        self.exchanges.share(&self.plugin)
+    }
+
+    /// Bytes that an exchange will take, as far as can be told before it begins.
+    pub fn expected(&self) -> usize {
+        self.expected.load(Ordering::Relaxed).saturating_mul(2).max(SMALLEST_EXCHANGE)
+    }
+
+    /// Takes note of how much an exchange brought: what is expected rises at once and falls slowly.
+    pub fn brought(&self, bytes: usize) {
+        let known = self.expected.load(Ordering::Relaxed);
+        let next = if bytes >= known { bytes } else { known.saturating_sub(known.saturating_sub(bytes).div_ceil(16)) };
+        if next != known {
+            self.expected.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// Performs an exchange, with everything that stands between a guest and the network. What comes back is within `share`, which waits
+    /// for room as it grows.
     pub async fn send(
         &self,
-        admitted: Admitted<'_>,
+        admitted: &Admitted,
         tenant: &str,
         request: HttpRequest,
+        share: &mut Share,
     ) -> Result<HttpResponse, TransportError> {
-        let uri = self.checked(&request.url)?;
-        let request = self.prepare(uri, request)?;
+        // In this order: who waits for a place must not save up what the rate permits.
+        self.until_rate_permits().await;
+        let sent = self.send_now(admitted, tenant, request, share).await;
+        if let Err(error) = &sent {
+            self.report(error);
+        }
+        sent
+    }
+
+    async fn send_now(
+        &self,
+        admitted: &Admitted,
+        tenant: &str,
+        request: HttpRequest,
+        share: &mut Share,
+    ) -> Result<HttpResponse, TransportError> {
+        let checked = self.checked(&request.url)?;
+        let sent = request.body.len();
+        let request = self.prepare(&checked, request)?;
         let clients = self.clients(tenant);
-        let exchange = self.exchange(&clients, request);
-        let response = timeout(self.bounds.exchange_timeout, exchange).await.unwrap_or_else(|_| {
-            let limit = self.bounds.exchange_timeout;
-            Err(TransportError::new(
-                Fault::Timeout,
-                format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
-            ))
-        })?;
+        let begun = Instant::now();
+        let end = begun.checked_add(self.bounds.exchange_timeout).unwrap_or(begun);
+        let response = self.exchange(&clients, request, Deadline(end), share, sent).await?;
         admitted.answered(response.status);
         Ok(response)
+    }
+
+    /// Tells the operator of an exchange that brought no response: one in a while, the rest at the level of details.
+    fn report(&self, error: &TransportError) {
+        let (plugin, detail) = (&*self.plugin, error.detail());
+        let mut last = self.last_warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < WARNING) {
+            tracing::debug!(plugin, "exchange failed: {detail}");
+        } else {
+            *last = Some(Instant::now());
+            tracing::warn!(plugin, "exchange failed: {detail}");
+        }
     }
 
     /// Whether an adapter's request would be sent, were it asked for.
@@ -118,27 +214,29 @@ impl Gateway {
             headers: request.headers.clone(),
             body: Vec::new(),
         };
-        self.prepare(self.checked(&request.url)?, copy).map(drop)
+        self.prepare(&*self.checked(&request.url)?, copy).map(drop)
     }
 
-    /// Normalises a URL and holds it against the allow-list.
-    fn checked(&self, text: &str) -> Result<Uri, TransportError> {
+    /// Normalizes a URL, holds it against the allow-list and finds its credentials.
+    fn checked(&self, text: &str) -> Result<Arc<Checked>, TransportError> {
         if let Some(last) = &*self.last_checked.load()
-            && last.0 == text
+            && last.text == text
         {
-            return Ok(last.1.clone());
+            return Ok(last.clone());
         }
         let invalid =
             |error: String| TransportError::new(Fault::NotAllowed, format!("The adapter's URL is not valid: {error}."));
         let mut url = Url::parse(text).map_err(|error| invalid(error.to_string()))?;
         url.set_fragment(None);
         self.allow.check(&url)?;
+        let headers = self.secrets.for_url(&url)?;
         let uri: Uri = url.as_str().parse().map_err(|error: http::uri::InvalidUri| invalid(error.to_string()))?;
-        self.last_checked.store(Some(Arc::new((text.to_owned(), uri.clone()))));
-        Ok(uri)
+        let checked = Arc::new(Checked { text: text.to_owned(), uri, headers });
+        self.last_checked.store(Some(checked.clone()));
+        Ok(checked)
     }
 
-    fn prepare(&self, uri: Uri, request: HttpRequest) -> Result<Request<Full<Bytes>>, TransportError> {
+    fn prepare(&self, checked: &Checked, request: HttpRequest) -> Result<Request<Full<Bytes>>, TransportError> {
         let invalid =
             |what: String| TransportError::new(Fault::Protocol, format!("The adapter's {what} is not valid HTTP."));
         let method = Method::from_bytes(request.method.as_bytes())
@@ -167,10 +265,10 @@ impl Gateway {
             .or_insert(HeaderValue::from_static(concat!("batchwright/", env!("CARGO_PKG_VERSION"))));
         // Bodies are not decoded here, and a secret must be found in what comes back.
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        self.secrets.add_to(&mut headers);
+        self.secrets.add_to(&mut headers, &checked.headers);
         let mut prepared = Request::new(Full::new(Bytes::from(request.body)));
         *prepared.method_mut() = method;
-        *prepared.uri_mut() = uri;
+        *prepared.uri_mut() = checked.uri.clone();
         *prepared.headers_mut() = headers;
         Ok(prepared)
     }
@@ -187,28 +285,40 @@ impl Gateway {
         if let Some(found) = clients.get(tenant) {
             return found.clone();
         }
-        let dialer = Dialer { allow: self.allow.clone(), connect_timeout: self.bounds.connect_timeout };
+        let dialer = self.dialer();
         let plain = client(dialer);
         let made = Arc::new(Clients { plain, tls: OnceLock::new() });
         clients.insert(tenant.to_owned(), made.clone());
         made
     }
 
+    fn dialer(&self) -> Dialer {
+        Dialer {
+            allow: self.allow.clone(),
+            resolver: self.resolver.clone(),
+            connect_timeout: self.bounds.connect_timeout,
+        }
+    }
+
+    /// `sent` is the size of the request's body, which is counted until the response begins.
     async fn exchange(
         &self,
         clients: &Arc<Clients>,
         request: Request<Full<Bytes>>,
+        end: Deadline,
+        share: &mut Share,
+        sent: usize,
     ) -> Result<HttpResponse, TransportError> {
-        let limit = self.bounds.first_byte_timeout;
-        let sent = if request.uri().scheme_str() == Some("https") {
+        let limit = self.bounds.first_byte_timeout.min(end.0.saturating_duration_since(Instant::now()));
+        let sending = if request.uri().scheme_str() == Some("https") {
             let client = self.tls_client(clients).await?;
             timeout(limit, client.request(request)).await
         } else {
             timeout(limit, clients.plain.request(request)).await
         };
-        match sent {
-            Ok(Ok(response)) => self.receive(response).await,
-            Ok(Err(error)) => Err(self.explain(&error)),
+        match sending {
+            Ok(Ok(response)) => self.receive(response, end, share, sent).await,
+            Ok(Err(error)) => Err(explain(&self.secrets, &error)),
             Err(_) => Err(TransportError::new(
                 Fault::Timeout,
                 format!("The provider sent no response within {limit:?} ([limits] first_byte_timeout)."),
@@ -223,7 +333,7 @@ impl Gateway {
         if let Some(client) = clients.tls.get() {
             return Ok(client.clone());
         }
-        let dialer = Dialer { allow: self.allow.clone(), connect_timeout: self.bounds.connect_timeout };
+        let dialer = self.dialer();
         let made = tokio::task::spawn_blocking(move || {
             client(https().https_only().enable_all_versions().wrap_connector(dialer))
         });
@@ -232,7 +342,13 @@ impl Gateway {
         Ok(clients.tls.get_or_init(|| made).clone())
     }
 
-    async fn receive(&self, response: Response<Incoming>) -> Result<HttpResponse, TransportError> {
+    async fn receive(
+        &self,
+        response: Response<Incoming>,
+        mut end: Deadline,
+        share: &mut Share,
+        sent: usize,
+    ) -> Result<HttpResponse, TransportError> {
         let (head, mut body) = response.into_parts();
         let headers = head
             .headers
@@ -253,49 +369,39 @@ impl Gateway {
             ));
         }
         let max = self.bounds.max_response;
-        let expected = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-        let mut bytes = Vec::with_capacity(expected.min(max).min(1 << 20));
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| self.explain(&error))?;
+        let mut bytes = Vec::new();
+        loop {
+            let frame = tokio::time::timeout_at(end.0, body.frame()).await.map_err(|_| {
+                let limit = self.bounds.exchange_timeout;
+                TransportError::new(
+                    Fault::Timeout,
+                    format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
+                )
+            })?;
+            let Some(frame) = frame else { break };
+            let frame = frame.map_err(|error| explain(&self.secrets, &error))?;
             let Ok(data) = frame.into_data() else { continue };
-            if bytes.len().saturating_add(data.len()) > max {
+            let size = bytes.len().saturating_add(data.len());
+            if size > max {
                 return Err(TransportError::new(
                     Fault::TooLarge,
                     format!("The response is larger than {max} bytes ([limits] max_response)."),
                 ));
             }
+            if size > bytes.capacity() {
+                // By a quarter each time, so that growing costs little, and little is held that is not used.
+                let capacity = size.saturating_add((size / 4).max(1024)).min(max);
+                if sent.saturating_add(capacity) > share.bytes() {
+                    end.cover(share, sent.saturating_add(capacity).next_multiple_of(STEP)).await;
+                }
+                bytes.reserve_exact(capacity.saturating_sub(bytes.len()));
+            }
             bytes.extend_from_slice(&data);
         }
+        // What blanks secrets, and the guest that reads the body, make a copy.
+        end.cover(share, bytes.len().saturating_mul(2)).await;
         self.secrets.blank_bytes(&mut bytes);
         Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
-    }
-
-    /// What went wrong, told by the innermost error that says so.
-    fn explain(&self, error: &(dyn Error + 'static)) -> TransportError {
-        let mut fault = Fault::Protocol;
-        let mut message = String::new();
-        let mut next = Some(error);
-        while let Some(cause) = next {
-            next = cause.source();
-            if let Some(known) = cause.downcast_ref::<TransportError>() {
-                return TransportError::new(known.fault, known.message.clone());
-            }
-            if cause.is::<std::io::Error>() {
-                fault = Fault::Connection;
-            }
-            if let Some(hidden) = cause.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref())
-                && hidden.is::<rustls::Error>()
-            {
-                fault = Fault::Tls;
-            }
-            if cause.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_incomplete_message()) {
-                fault = Fault::Connection;
-            }
-            message = cause.to_string();
-        }
-        let mut message = format!("The exchange with the provider failed: {message}.");
-        self.secrets.blank(&mut message);
-        TransportError::new(fault, message)
     }
 }
 
@@ -317,7 +423,13 @@ fn client<C>(connector: C) -> Client<C, Full<Bytes>>
 where
     C: hyper_util::client::legacy::connect::Connect + Clone,
 {
-    Client::builder(TokioExecutor::new()).pool_idle_timeout(IDLE).pool_timer(TokioTimer::new()).build(connector)
+    let mut builder = Client::builder(TokioExecutor::new());
+    builder.pool_idle_timeout(IDLE).pool_timer(TokioTimer::new());
+    builder.http1_max_buf_size(READ_AHEAD);
+    let window = u32::try_from(READ_AHEAD).unwrap_or(u32::MAX);
+    builder.http2_initial_stream_window_size(window.saturating_mul(4));
+    builder.http2_initial_connection_window_size(window.saturating_mul(16));
+    builder.build(connector)
 }
 
 #[cfg(test)]

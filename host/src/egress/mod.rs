@@ -7,15 +7,17 @@ mod address;
 mod allow;
 mod credentials;
 mod dial;
+mod explain;
 mod gateway;
 mod throttle;
 
 use std::time::Duration;
 
-pub use allow::AllowList;
+pub use allow::{AllowList, is_loopback};
 pub use credentials::{Credential, Secrets};
-pub use gateway::{Gateway, https, is_host_header};
-pub use throttle::Admitted;
+pub use dial::Resolver;
+pub use gateway::{Gateway, Shared, https, is_host_header};
+pub use throttle::{Admitted, Queue};
 
 /// An exchange as an adapter asks for it: input like any other, not yet checked.
 #[derive(Debug)]
@@ -46,17 +48,29 @@ pub enum Fault {
     NotAllowed,
 }
 
-/// An exchange that brought no response. The message is for people and holds no secret.
+/// An exchange that brought no response.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct TransportError {
     pub fault: Fault,
+    /// For plugins and clients: without hosts, addresses, paths and secrets.
     pub message: String,
+    /// For the operator, where there is more to say: with hosts and files, without secrets.
+    detail: Option<String>,
 }
 
 impl TransportError {
-    fn new(fault: Fault, message: impl Into<String>) -> Self {
-        Self { fault, message: message.into() }
+    pub fn new(fault: Fault, message: impl Into<String>) -> Self {
+        Self { fault, message: message.into(), detail: None }
+    }
+
+    fn with_detail(self, detail: impl Into<String>) -> Self {
+        Self { detail: Some(detail.into()), ..self }
+    }
+
+    /// The operator's text.
+    pub fn detail(&self) -> &str {
+        self.detail.as_deref().unwrap_or(&self.message)
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -41,6 +41,8 @@ struct Inner {
     cache: Cache,
     /// Compilers at a time.
     permits: Semaphore,
+    /// Components that plugins use, by where their compiled form is kept: plugins of one component share its code.
+    in_use: Mutex<HashMap<PathBuf, Weak<Component>>>,
     /// What is being compiled, by where it will be kept. It goes on when nobody waits any more: whoever asks next finds it.
     running: Mutex<HashMap<PathBuf, Running>>,
     /// By SHA-256: when a component could not be compiled, and why. Every change in the plugin directory asks for it again.
@@ -65,6 +67,7 @@ impl Compiler {
         Self(Arc::new(Inner {
             cache,
             permits: Semaphore::new(threads),
+            in_use: Mutex::default(),
             running: Mutex::default(),
             failures: Mutex::default(),
             program: program.unwrap_or_else(this_program),
@@ -73,15 +76,38 @@ impl Compiler {
         }))
     }
 
-    /// The compiled form of a component whose SHA-256 is `sha256`: from the cache, or compiled now.
+    /// The compiled form of a component whose SHA-256 is `sha256`: one that is in use, from the cache, or compiled now.
     pub async fn component(
         &self,
         engine: &Engine,
         flavour: Flavour,
         sha256: &str,
         bytes: &Arc<Vec<u8>>,
-    ) -> Result<Component, String> {
+    ) -> Result<Arc<Component>, String> {
         let path = self.0.cache.path(engine, sha256);
+        let in_use = || self.0.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(component) = in_use().get(&path).and_then(Weak::upgrade) {
+            return Ok(component);
+        }
+        let component = Arc::new(self.load(engine, flavour, sha256, bytes, path.clone()).await?);
+        let mut in_use = in_use();
+        in_use.retain(|_, component| component.strong_count() > 0);
+        // Another plugin may have loaded the same one meanwhile.
+        let known = in_use.get(&path).and_then(Weak::upgrade);
+        Ok(known.unwrap_or_else(|| {
+            in_use.insert(path, Arc::downgrade(&component));
+            component
+        }))
+    }
+
+    async fn load(
+        &self,
+        engine: &Engine,
+        flavour: Flavour,
+        sha256: &str,
+        bytes: &Arc<Vec<u8>>,
+        path: PathBuf,
+    ) -> Result<Component, String> {
         let (inner, loading, found) = (self.0.clone(), engine.clone(), path.clone());
         let cached = tokio::task::spawn_blocking(move || inner.cache.load(&loading, &found)).await;
         if let Ok(Some(component)) = cached {
@@ -214,10 +240,17 @@ impl Inner {
                 let said = String::from_utf8_lossy(&said);
                 Err(Failure::Passing(format!("its compiled form cannot be kept: {}", said.trim_end())))
             }
-            status => Err(Failure::Component(format!(
-                "compiling broke off ({status}); it may need more memory than {}, the setting compile_memory",
-                self.memory
-            ))),
+            status => {
+                let how = if status.code() == Some(i32::from(NO_MEMORY)) {
+                    "no memory left".into()
+                } else {
+                    status.to_string()
+                };
+                Err(Failure::Component(format!(
+                    "compiling broke off ({how}); it may need more memory than {}, the setting compile_memory",
+                    self.memory
+                )))
+            }
         }
     }
 }
@@ -230,6 +263,9 @@ fn this_program() -> PathBuf {
 
 /// How the process ends when its result cannot be written; 1 is what it finds in the component.
 const UNWRITTEN: u8 = 3;
+
+/// How it ends when its memory does not even hold the component.
+const NO_MEMORY: u8 = 4;
 
 /// What the process is told.
 #[derive(Args)]
@@ -264,7 +300,10 @@ impl Process {
         let flavour = if self.concurrent { Flavour::Concurrent } else { Flavour::Plain };
         let mut bytes = Vec::new();
         let read = std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes);
-        read.map_err(|error| (UNWRITTEN, format!("the component does not come through: {error}")))?;
+        read.map_err(|error| {
+            let code = if error.kind() == std::io::ErrorKind::OutOfMemory { NO_MEMORY } else { UNWRITTEN };
+            (code, format!("the component does not come through: {error}"))
+        })?;
         let compiler = engine::compiler(flavour).map_err(|message| (UNWRITTEN, message))?;
         let compiled = compiler.precompile_component(&bytes).map_err(|error| (1, format!("{error:#}")))?;
         std::io::stdout().lock().write_all(&compiled).map_err(|error| (UNWRITTEN, error.to_string()))

@@ -48,13 +48,22 @@ pub enum CallError {
     Answer { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
     Trap { plugin: String, function: &'static str, message: String },
-    #[error("Plugin `{plugin}` refused its settings: {message}")]
+    /// What it says may hold its settings, which are the operator's.
+    #[error("Plugin `{plugin}` refused its settings; the server's log says more.")]
     Configure { plugin: String, message: String },
     #[error("Plugin `{plugin}` broke the contract in `{function}`: {message}")]
     Contract { plugin: String, function: &'static str, message: String },
 }
 
 impl CallError {
+    /// The operator's text.
+    pub fn detail(&self) -> String {
+        match self {
+            Self::Configure { plugin, message } => format!("Plugin `{plugin}` refused its settings: {message}"),
+            error => error.to_string(),
+        }
+    }
+
     /// A stable word for programs.
     pub fn code(&self) -> &'static str {
         match self {

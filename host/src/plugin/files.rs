@@ -80,8 +80,8 @@ impl Files {
         add(&self.text);
         add(&self.component.sha256);
         add(self.signature.as_deref().unwrap_or_default());
-        for source in self.manifest.credentials.values() {
-            let secret = Source::parse(source).and_then(|source| source.read().ok());
+        for given in self.manifest.credentials.values() {
+            let secret = Source::parse(&given.from).and_then(|source| source.read().ok());
             add(secret.as_deref().unwrap_or_default());
         }
         hex(&digest.finalize())

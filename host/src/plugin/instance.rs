@@ -1,17 +1,21 @@
 //! One sandbox: an instance of a component in a store of its own, held to its plugin's limits.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use wasmtime::component::HasSelf;
-use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
+use wasmtime::{Engine, PoolConcurrencyLimitError, ResourceLimiterAsync, Store, StoreContextMut, UpdateDeadline};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use super::bindings::v0_1::{self, Exports, logging};
 use super::engine::{Flavour, TICK};
+use super::instances::{Instances, OVERHEAD};
 use super::log::PluginLog;
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
+use crate::memory::{Holder, Share};
 
 /// The CPU time of the running call is used up.
 #[derive(Debug, thiserror::Error)]
@@ -26,15 +30,63 @@ pub struct Asleep;
 /// What a call may wait beyond its CPU time. Guests do no I/O and have nothing to wait for, but a language's runtime has clocks.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// What the linear memory of an instance may grow by and the instance is still kept, in bytes.
+const KEPT_GROWTH: usize = 8 << 20;
+
+/// How long a slot of wasmtime's pool is waited for.
+const SLOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long calls of an instance have waited for memory: that is not the guest's fault.
+#[derive(Default)]
+pub struct Waited(AtomicU64);
+
+impl Waited {
+    fn add(&self, since: Instant) {
+        let waited = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.fetch_add(waited, Ordering::Relaxed);
+    }
+
+    fn so_far(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// Counts a wait while it goes on, so that whoever looks meanwhile sees it.
+async fn counted(waited: &Waited, wait: impl Future<Output = ()>) {
+    const LOOK: Duration = Duration::from_secs(1);
+    let mut wait = std::pin::pin!(wait);
+    loop {
+        let since = Instant::now();
+        let done = tokio::time::timeout(LOOK, &mut wait).await.is_ok();
+        waited.add(since);
+        if done {
+            return;
+        }
+    }
+}
+
 /// Runs a call within the time on the clock that its CPU time leaves it. An instance whose call is given up must not be used again.
 pub async fn in_time<T>(
     limits: &Limits,
     units: u32,
+    waited: &Waited,
     call: impl Future<Output = wasmtime::Result<T>>,
 ) -> wasmtime::Result<T> {
     // Other guests and requests take turns with this one, so its time on the clock is many times that on the processor.
     let most = limits.call_timeout.duration().saturating_mul(units.max(1)).saturating_mul(10).saturating_add(PATIENCE);
-    tokio::time::timeout(most, call).await.unwrap_or_else(|_| Err(wasmtime::Error::new(Asleep)))
+    let begun = Instant::now();
+    let before = waited.so_far();
+    let mut call = std::pin::pin!(call);
+    loop {
+        let excused = waited.so_far().saturating_sub(before);
+        let left = most.saturating_add(excused).saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Err(wasmtime::Error::new(Asleep));
+        }
+        if let Ok(done) = tokio::time::timeout(left, &mut call).await {
+            return done;
+        }
+    }
 }
 
 /// What a store knows besides the guest.
@@ -50,6 +102,9 @@ pub struct State {
 pub struct MemoryLimit {
     limit: usize,
     used: usize,
+    share: Share,
+    instances: Arc<Instances>,
+    waited: Arc<Waited>,
     table_elements: usize,
     /// What the guest was refused last; what it does then is its own affair, mostly a trap.
     refused: Option<Refused>,
@@ -62,18 +117,23 @@ pub enum Refused {
     Table,
 }
 
-impl ResourceLimiter for MemoryLimit {
-    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+#[async_trait::async_trait]
+impl ResourceLimiterAsync for MemoryLimit {
+    async fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         let used = self.used.saturating_add(desired.saturating_sub(current));
         if used > self.limit {
             self.refused = Some(Refused::Memory);
             return Ok(false);
         }
+        let held = OVERHEAD.saturating_add(used);
+        if !self.share.try_cover(held) {
+            counted(&self.waited, self.instances.cover(&mut self.share, held)).await;
+        }
         self.used = used;
         Ok(true)
     }
 
-    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    async fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         if desired > self.table_elements {
             self.refused = Some(Refused::Table);
             return Ok(false);
@@ -134,39 +194,77 @@ pub struct Instance {
     pub store: Store<State>,
     pub exports: Exports,
     pub calls: u32,
+    pub waited: Arc<Waited>,
+    /// Linear memory it had when it was configured, in bytes.
+    pub at_first: usize,
 }
 
 impl Instance {
-    /// Makes a sandbox. Its start code runs within the time of one call.
+    /// Makes a sandbox. It waits for memory and for a slot of wasmtime's pool; its start code runs within the time of one call.
     pub async fn new(
         template: &Template,
         engine: &Engine,
         limits: &Limits,
         log: &Arc<PluginLog>,
+        place: (&Arc<Instances>, &Holder),
+    ) -> (wasmtime::Result<Self>, Option<Refused>) {
+        let begun = Instant::now();
+        loop {
+            let (made, refused) = Self::make(template, engine, limits, log, place).await;
+            let full = made.as_ref().is_err_and(|error| error.is::<PoolConcurrencyLimitError>());
+            if !full || begun.elapsed() > SLOT_TIMEOUT {
+                return (made, refused);
+            }
+            place.0.wait_for_slot().await;
+        }
+    }
+
+    async fn make(
+        template: &Template,
+        engine: &Engine,
+        limits: &Limits,
+        log: &Arc<PluginLog>,
+        (instances, holder): (&Arc<Instances>, &Holder),
     ) -> (wasmtime::Result<Self>, Option<Refused>) {
         let table_elements = limits.table_elements.get() as usize;
-        let memory = MemoryLimit { limit: limits.memory.in_memory(), used: 0, table_elements, refused: None };
+        let waited = Arc::new(Waited::default());
+        let memory = MemoryLimit {
+            limit: limits.memory.in_memory(),
+            used: 0,
+            share: instances.share(holder).await,
+            instances: instances.clone(),
+            waited: waited.clone(),
+            table_elements,
+            refused: None,
+        };
         let state = State { memory, ticks_left: 0, world: None, log: log.clone() };
         let mut store = Store::new(engine, state);
-        store.limiter(|state| &mut state.memory);
+        store.limiter_async(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.answer.in_memory());
         store.set_max_component_handles(limits.handles.get() as usize);
         store.epoch_deadline_callback(on_tick);
         allow(&mut store, limits, 1);
         let exports = match template {
             Template::Validator(pre) => {
-                in_time(limits, 1, pre.instantiate_async(&mut store)).await.map(Exports::Validator)
+                in_time(limits, 1, &waited, pre.instantiate_async(&mut store)).await.map(Exports::Validator)
             }
-            Template::Adapter(pre) => in_time(limits, 1, pre.instantiate_async(&mut store)).await.map(Exports::Adapter),
+            Template::Adapter(pre) => {
+                in_time(limits, 1, &waited, pre.instantiate_async(&mut store)).await.map(Exports::Adapter)
+            }
         };
         let refused = store.data().memory.refused;
-        (exports.map(|exports| Self { store, exports, calls: 0 }), refused)
+        (exports.map(|exports| Self { store, exports, calls: 0, waited, at_first: 0 }), refused)
     }
 
     /// Grants the next call its CPU time, `units` times that of one call.
     pub fn allow(&mut self, limits: &Limits, units: u32) {
         self.calls = self.calls.saturating_add(1);
         allow(&mut self.store, limits, units);
+    }
+
+    /// Whether one large call has made it hold much more than it needs for others: linear memory never shrinks.
+    pub fn is_bloated(&self) -> bool {
+        self.memory() > self.at_first.saturating_add(KEPT_GROWTH)
     }
 
     /// Linear memory it holds, in bytes.

@@ -14,19 +14,22 @@ use super::answer::for_people;
 use super::bindings::v0_1;
 use super::cache::Cache;
 use super::compile::Compiler;
+use super::credentials::secrets;
 use super::engine::Flavour;
 use super::error::LoadError;
 use super::files::{ComponentFile, Files};
 use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
+use super::instances::Instances;
 use super::log::PluginLog;
-use super::manifest::{Limits, Manifest, Source};
+use super::manifest::{Limits, Manifest};
 use super::plugin::{Plugin, explain};
 use super::schema;
 use super::signature::{TrustedKeys, statement};
 use super::types::{Description, Kind};
 use crate::clock::Clock;
 use crate::config::{Size, Span};
-use crate::egress::{AllowList, Bounds, Credential, Gateway, Secrets, is_host_header};
+use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
+use crate::memory::Memory;
 
 /// Longest complaint about a component, in characters.
 const LONGEST_MESSAGE: usize = 2000;
@@ -35,7 +38,7 @@ const LONGEST_MESSAGE: usize = 2000;
 const TURNS: usize = 8;
 
 /// How plugins are loaded: what an operator has a say in.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Loading {
     /// Folder of compiled components.
     pub cache: PathBuf,
@@ -45,6 +48,8 @@ pub struct Loading {
     pub trusted_keys: Option<TrustedKeys>,
     /// The program that compiles, if it is not this one.
     pub compiler: Option<PathBuf>,
+    /// What instances and exchanges take memory from.
+    pub memory: Memory,
 }
 
 /// What all plugins are loaded with.
@@ -56,6 +61,8 @@ pub struct Loader {
     trusted_keys: Option<TrustedKeys>,
     /// To load a plugin: each holds its component in memory.
     turns: Semaphore,
+    instances: Arc<Instances>,
+    shared: Shared,
     clock: Clock,
 }
 
@@ -74,6 +81,7 @@ pub struct Inspected {
     pub imports: Vec<String>,
     pub sha256: String,
     pub size: usize,
+    component: Arc<Component>,
     template: Template,
     engine: Engine,
     log: Arc<PluginLog>,
@@ -90,7 +98,7 @@ impl World {
 impl Loader {
     pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
-        let Loading { cache, compile_timeout, compile_memory, trusted_keys, compiler } = loading;
+        let Loading { cache, compile_timeout, compile_memory, trusted_keys, compiler, memory } = loading;
         let compiler = Compiler::new(Cache::open(&cache)?, compiler, compile_timeout, compile_memory);
         let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
         Ok(Self {
@@ -99,6 +107,8 @@ impl Loader {
             compiler,
             trusted_keys,
             turns,
+            instances: Instances::start(memory.instances),
+            shared: Shared { exchanges: memory.exchanges, resolver: Resolver::default() },
             clock,
         })
     }
@@ -155,10 +165,10 @@ impl Loader {
         let settings = Value::Object(std::mem::take(&mut manifest.settings));
         schema::check(&settings, &inspected.description.settings_schema)
             .map_err(|(place, message)| key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE)))?;
-        let secrets = secrets(&manifest, &inspected.description, &key)?;
+        let secrets = secrets(&manifest, &inspected.description, &file, &urls, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
-        let gateway = Gateway::new(allow, secrets, bounds(&manifest.limits));
+        let gateway = Gateway::new(&name, allow, secrets, bounds(&manifest.limits), &self.shared);
         let plugin = Plugin {
             name,
             kind: inspected.kind,
@@ -173,15 +183,17 @@ impl Loader {
             aliases: manifest.aliases,
             loaded_at: self.clock.now().as_seconds(),
             settings: settings.to_string(),
+            _component: inspected.component,
             template: inspected.template,
             engine: inspected.engine,
             log: inspected.log,
             gateway,
+            instances: self.instances.clone(),
             pools: Mutex::new(HashMap::new()),
         };
         // Proves that the settings are taken; the instance itself belongs to no tenant.
-        let taken = plugin.instantiate().await;
-        taken.map_err(|error| key("settings", for_people(&error.to_string(), LONGEST_MESSAGE)))?;
+        let taken = plugin.instantiate(&plugin.holder(None)).await;
+        taken.map_err(|error| key("settings", for_people(&error.detail(), LONGEST_MESSAGE)))?;
         Ok(plugin)
     }
 
@@ -208,7 +220,8 @@ impl Loader {
             component.component_type().imports(&engine).map(|(name, _)| name.to_owned()).collect();
         let (kind, template) = template(&engine, &linker, &component).map_err(failed)?;
         let log = Arc::new(PluginLog::new(name));
-        let (made, refused) = Instance::new(&template, &engine, limits, &log).await;
+        let holder = format!("{name}/").into();
+        let (made, refused) = Instance::new(&template, &engine, limits, &log, (&self.instances, &holder)).await;
         let error =
             |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
         let mut instance = made.map_err(|found| {
@@ -227,11 +240,12 @@ impl Loader {
             })
         })?;
         instance.allow(limits, 1);
-        let described = in_time(limits, 1, instance.exports.describe(&mut instance.store)).await;
+        let waited = instance.waited.clone();
+        let described = in_time(limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
         let (description, schema) = described.map_err(|found| failed(error("describe", &found, instance.refused())))?;
         let description = check_description(description, &schema, kind)
             .map_err(|message| failed(format!("`describe`: {message}")))?;
-        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, template, engine, log })
+        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, component, template, engine, log })
     }
 
     fn world(&self, flavour: Flavour) -> Result<World, String> {
@@ -389,40 +403,6 @@ fn check_description(mut description: Description, settings: &str, kind: Kind) -
     }
     description.settings_schema = schema::parse(settings)?;
     Ok(description)
-}
-
-fn secrets(
-    manifest: &Manifest,
-    description: &Description,
-    key: &impl Fn(&str, String) -> LoadError,
-) -> Result<Secrets, LoadError> {
-    let mut credentials = Vec::new();
-    for (name, source) in &manifest.credentials {
-        let at = format!("credentials.{name}");
-        let Some(need) = description.credentials.iter().find(|need| need.name == *name) else {
-            let known: Vec<&str> = description.credentials.iter().map(|need| need.name.as_str()).collect();
-            let message = if known.is_empty() {
-                "the component takes no credentials".into()
-            } else {
-                format!("the component knows no such credential; it has {}", known.join(", "))
-            };
-            return Err(key(&at, message));
-        };
-        let Some(source) = Source::parse(source) else { continue };
-        let secret = source.read().map_err(|message| key(&at, message))?;
-        let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
-        credentials.push(Credential { header, prefix: need.prefix.clone(), secret });
-    }
-    if let Some(need) =
-        description.credentials.iter().find(|need| need.required && !manifest.credentials.contains_key(&need.name))
-    {
-        let message = format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
-        return Err(key(&format!("credentials.{}", need.name), message));
-    }
-    let headers = description.credentials.iter().filter_map(|need| http::HeaderName::try_from(&need.header).ok());
-    Secrets::new(credentials, headers.collect()).map_err(|header| {
-        key("credentials", format!("the secret for the header `{header}` has characters no header can hold"))
-    })
 }
 
 /// Every URL in a setting, at any depth.

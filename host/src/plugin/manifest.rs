@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use super::error::LoadError;
@@ -42,7 +44,10 @@ pub struct Manifest {
     #[serde(default)]
     pub settings: Map<String, Value>,
     #[serde(default)]
-    pub credentials: BTreeMap<String, String>,
+    pub credentials: BTreeMap<String, GivenCredential>,
+    /// Whether credentials may be sent over plain HTTP to other machines.
+    #[serde(default)]
+    pub allow_plain_http: bool,
     #[serde(default)]
     pub limits: Limits,
 }
@@ -51,10 +56,49 @@ fn yes() -> bool {
     true
 }
 
+/// A credential: `"env:NAME"`, or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
+#[derive(Debug)]
+pub struct GivenCredential {
+    /// `env:NAME` or `file:PATH`.
+    pub from: String,
+    /// Hosts that get it besides those of the settings' URLs.
+    pub hosts: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for GivenCredential {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Table {
+            from: String,
+            #[serde(default)]
+            hosts: Vec<String>,
+        }
+        struct GivenVisitor;
+        impl<'de> Visitor<'de> for GivenVisitor {
+            type Value = GivenCredential;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+                formatter.write_str("`env:NAME`, `file:PATH` or a table with `from` and `hosts`")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, from: &str) -> Result<Self::Value, E> {
+                Ok(GivenCredential { from: from.to_owned(), hosts: Vec::new() })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                let Table { from, hosts } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(GivenCredential { from, hosts })
+            }
+        }
+        deserializer.deserialize_any(GivenVisitor)
+    }
+}
+
 /// Whether an instance serves one call or many.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
-pub enum Instances {
+pub enum Isolation {
     /// One tenant's calls, one after the other.
     #[default]
     Tenant,
@@ -76,7 +120,7 @@ pub struct Limits {
     pub table_elements: NonZeroU32,
     /// Handles it may hold at a time; those of a language runtime's standard streams and clocks are a dozen.
     pub handles: NonZeroU32,
-    pub instances: Instances,
+    pub instances: Isolation,
     /// Calls after which an instance makes way for a new one.
     pub max_calls: NonZeroU32,
     /// Steps of one attempt, so that `resume` comes to an end.
@@ -103,7 +147,7 @@ impl Default for Limits {
             answer: Size::mib(16),
             table_elements: NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN),
             handles: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
-            instances: Instances::Tenant,
+            instances: Isolation::Tenant,
             max_calls: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
             max_steps: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
             max_wait: Span::seconds(3600),
@@ -155,9 +199,9 @@ impl Manifest {
             );
             return Err(invalid("aliases", message));
         }
-        for (name, source) in &manifest.credentials {
+        for (name, given) in &manifest.credentials {
             // The value is not shown: it may be a secret that someone wrote here by mistake.
-            if Source::parse(source).is_none() {
+            if Source::parse(&given.from).is_none() {
                 return Err(invalid(
                     &format!("credentials.{name}"),
                     "must be `env:NAME` or `file:PATH`; a secret never stands in this file".into(),

@@ -5,20 +5,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
+use wasmtime::component::Component;
 use wasmtime::{Engine, Trap};
 
 use super::answer::{checked, for_people};
 use super::engine::STACK;
 use super::error::CallError;
 use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
+use super::instances::{Instances, Kept};
 use super::log::PluginLog;
-use super::manifest::{Instances, Limits};
-use super::types::{BatchContext, Description, Kind, Line, Outcome, Request, Step, Violation};
+use super::manifest::{Isolation, Limits};
+use super::types::{BatchContext, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation};
 use crate::egress::Gateway;
+use crate::memory::Holder;
 
 /// Lines and bytes for which a validator is granted the CPU time of one call.
 const LINES_A_UNIT: usize = 1000;
 const BYTES_A_UNIT: usize = 1 << 20;
+
+/// Text of violations that is kept of one call, in bytes.
+const VIOLATION_BYTES: usize = 256 << 10;
 
 /// A component with its settings, checked and ready.
 pub struct Plugin {
@@ -40,16 +46,21 @@ pub struct Plugin {
     /// Unix seconds.
     pub loaded_at: i64,
     pub(super) settings: String,
+    /// Shared with other plugins of the same component for as long as this one is there.
+    pub(super) _component: Arc<Component>,
     pub(super) template: Template,
     pub(super) engine: Engine,
     pub(super) log: Arc<PluginLog>,
     pub(super) gateway: Gateway,
+    pub(super) instances: Arc<Instances>,
     pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
 }
 
 /// One tenant's instances of one plugin. No instance ever changes pools.
 pub(super) struct Pool {
-    idle: Mutex<Vec<Instance>>,
+    idle: Arc<Kept>,
+    /// Whose memory its instances take.
+    holder: Holder,
     /// Calls are short and hold a thread while they run, so more instances than threads gain little.
     permits: Semaphore,
 }
@@ -63,12 +74,7 @@ struct Lease<'a> {
 
 impl Plugin {
     /// What is wrong with these lines.
-    pub async fn validate(
-        &self,
-        tenant: &str,
-        batch: BatchContext,
-        lines: Vec<Line>,
-    ) -> Result<Vec<Violation>, CallError> {
+    pub async fn validate(&self, tenant: &str, batch: BatchContext, lines: Vec<Line>) -> Result<Judgement, CallError> {
         const FUNCTION: &str = "validate";
         let bytes: usize = lines.iter().map(|line| line.text.len()).sum();
         let units = lines.len().div_ceil(LINES_A_UNIT).max(bytes.div_ceil(BYTES_A_UNIT));
@@ -76,47 +82,60 @@ impl Plugin {
         let pool = self.pool(tenant);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
         let mut lease = self.lease(&pool, units).await?;
+        let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
-        let called = in_time(&self.limits, units, call).await;
-        let mut violations = self.settle(lease, FUNCTION, called)?;
-        for violation in &mut violations {
+        let called = in_time(&self.limits, units, &waited, call).await;
+        let mut violations: Vec<Violation> = self.settle(lease, FUNCTION, called)?;
+        // In one go with the call, so that not many wait as large as a guest can make them. They may stand in any order.
+        violations.sort_by_key(|violation| violation.line);
+        let (mut kept, mut bytes, mut unlisted) = (Vec::new(), 0_usize, 0_u64);
+        for mut violation in violations {
             if !numbers.contains(&violation.line) {
                 let message = format!("it judged line {}, which it was not given.", violation.line);
                 return Err(CallError::Contract { plugin: self.name.clone(), function: FUNCTION, message });
             }
+            if bytes >= VIOLATION_BYTES {
+                unlisted = unlisted.saturating_add(1);
+                continue;
+            }
             violation.code = for_people(&violation.code, 64);
             violation.message = for_people(&violation.message, 1000);
             violation.param = violation.param.as_deref().map(|param| for_people(param, 200));
+            bytes = bytes.saturating_add(violation.message.len()).saturating_add(100);
+            kept.push(violation);
         }
-        Ok(violations)
+        Ok(Judgement { violations: kept, unlisted })
     }
 
     /// The first step of a request.
     pub async fn begin(&self, tenant: &str, request: Request) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1).await?;
+        let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.begin(&mut lease.instance.store, request);
-        let called = in_time(&self.limits, 1, call).await;
+        let called = in_time(&self.limits, 1, &waited, call).await;
         let step = self.settle(lease, "begin", called)?;
         self.checked(step, "begin")
     }
 
-    /// The next step.
-    pub async fn resume(&self, tenant: &str, state: &[u8], outcome: Outcome) -> Result<Step, CallError> {
+    /// The next step. The outcome is as it was when this returns, so that the call can be made again; after an error it may be gone.
+    pub async fn resume(&self, tenant: &str, state: &[u8], outcome: &mut Outcome) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1).await?;
+        let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
-        let called = in_time(&self.limits, 1, call).await;
+        let called = in_time(&self.limits, 1, &waited, call).await;
         let step = self.settle(lease, "resume", called)?;
         self.checked(step, "resume")
     }
 
     /// Whether `describe` still says what it said when the plugin was loaded.
     pub async fn describe_again(&self) -> Result<(), String> {
-        let mut instance = self.instantiate().await.map_err(|error| error.to_string())?;
+        let mut instance = self.instantiate(&self.holder(None)).await.map_err(|error| error.to_string())?;
         for _ in 0..2 {
             instance.allow(&self.limits, 1);
-            let called = in_time(&self.limits, 1, instance.exports.describe(&mut instance.store)).await;
+            let waited = instance.waited.clone();
+            let called = in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
             let (found, schema) =
                 called.map_err(|error| self.explain("describe", &error, instance.refused()).to_string())?;
             let known = &self.description;
@@ -139,11 +158,7 @@ impl Plugin {
     /// Linear memory of the idle instance that holds most, in bytes.
     pub fn most_memory(&self) -> usize {
         let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = pools.values().flat_map(|pool| {
-            let idle = pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            idle.iter().map(Instance::memory).collect::<Vec<_>>()
-        });
-        held.max().unwrap_or(0)
+        pools.values().map(|pool| pool.idle.max_memory()).max().unwrap_or(0)
     }
 
     /// The way out for the exchanges that its steps ask for.
@@ -180,44 +195,59 @@ impl Plugin {
             return pool.clone();
         }
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let pool = Arc::new(Pool { idle: Mutex::default(), permits: Semaphore::new(threads.saturating_mul(2)) });
+        let pool = Arc::new(Pool {
+            idle: self.instances.place(),
+            holder: self.holder(Some(tenant)),
+            permits: Semaphore::new(threads.saturating_mul(2)),
+        });
         pools.insert(tenant.to_owned(), pool.clone());
         pool
     }
 
     async fn lease<'a>(&self, pool: &'a Pool, units: u32) -> Result<Lease<'a>, CallError> {
         let permit = pool.permits.acquire().await.ok();
-        let idle = pool.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut instance = match idle {
+        let mut instance = match pool.idle.take() {
             Some(instance) => instance,
-            None => self.instantiate().await?,
+            None => self.instantiate(&pool.holder).await?,
         };
         instance.allow(&self.limits, units);
         Ok(Lease { pool, instance, _permit: permit })
     }
 
-    /// A new instance, configured.
-    pub(super) async fn instantiate(&self) -> Result<Instance, CallError> {
-        let (made, refused) = Instance::new(&self.template, &self.engine, &self.limits, &self.log).await;
+    /// A new instance, configured. It waits for memory and for a slot of wasmtime's pool.
+    pub(super) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
+        let place = (&self.instances, holder);
+        let (made, refused) = Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
         let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused))?;
         instance.allow(&self.limits, 1);
+        let waited = instance.waited.clone();
         let call = instance.exports.configure(&mut instance.store, &self.settings);
-        let called = in_time(&self.limits, 1, call).await;
+        let called = in_time(&self.limits, 1, &waited, call).await;
         match called {
-            Ok(Ok(())) => Ok(instance),
+            Ok(Ok(())) => {
+                instance.at_first = instance.memory();
+                Ok(instance)
+            }
             Ok(Err(message)) => {
-                Err(CallError::Configure { plugin: self.name.clone(), message: for_people(&message, 1000) })
+                let message = for_people(&message, 1000);
+                Err(self.told(CallError::Configure { plugin: self.name.clone(), message }))
             }
             Err(error) => Err(self.explain("configure", &error, instance.refused())),
         }
+    }
+
+    /// Who holds the memory of an instance.
+    pub(super) fn holder(&self, tenant: Option<&str>) -> Holder {
+        format!("{}/{}", self.name, tenant.unwrap_or_default()).into()
     }
 
     /// Ends a lease: the instance is kept after a call that went well, and thrown away after one that did not.
     fn settle<T>(&self, lease: Lease, function: &'static str, called: wasmtime::Result<T>) -> Result<T, CallError> {
         match called {
             Ok(value) => {
-                if self.limits.instances == Instances::Tenant && lease.instance.calls < self.limits.max_calls.get() {
-                    lease.pool.idle.lock().unwrap_or_else(PoisonError::into_inner).push(lease.instance);
+                let fresh = lease.instance.calls < self.limits.max_calls.get() && !lease.instance.is_bloated();
+                if self.limits.instances == Isolation::Tenant && fresh {
+                    self.instances.keep(&lease.pool.idle, lease.instance);
                 }
                 Ok(value)
             }
@@ -231,7 +261,13 @@ impl Plugin {
         error: &wasmtime::Error,
         refused: Option<Refused>,
     ) -> CallError {
-        explain(&self.name, &self.limits, function, error, refused)
+        self.told(explain(&self.name, &self.limits, function, error, refused))
+    }
+
+    /// Tells the operator of a failed call.
+    fn told(&self, error: CallError) -> CallError {
+        self.log.write(tracing::Level::WARN, &error.detail());
+        error
     }
 }
 

@@ -16,7 +16,9 @@ use super::error::LoadError;
 use super::files::Files;
 use super::load::{Loader, plugin_name};
 use super::plugin::Plugin;
+use super::read::read_text;
 use super::types::Kind;
+use crate::config::RequiredPlugins;
 
 /// How long the directory must be quiet before it is read again, as copying a component takes several writes; and how long that is waited for.
 const QUIET: Duration = Duration::from_millis(200);
@@ -29,8 +31,10 @@ pub struct Entry {
     pub file: PathBuf,
     /// The plugin that serves under this name: of the file as it is, or, if that does not load, as it was.
     pub serving: Option<Arc<Plugin>>,
-    /// Why the file as it is does not load.
+    /// Why the file as it is does not load, in the operator's words: with paths, hosts and names of secrets.
     pub error: Option<String>,
+    /// The tenants that the file names, as far as it could be read: all if there are none.
+    tenants: Option<Vec<String>>,
     /// What the files were when they were last read.
     fingerprint: String,
 }
@@ -75,6 +79,15 @@ impl EntryState {
 }
 
 impl Entry {
+    /// Whether a tenant gets to know of it. A file that cannot be read may be anybody's.
+    pub fn is_shown_to(&self, tenant: &str) -> bool {
+        let is_for = |tenants: &[String]| tenants.is_empty() || tenants.iter().any(|known| known == tenant);
+        match &self.serving {
+            Some(plugin) => plugin.serves(tenant),
+            None => self.tenants.as_deref().is_some_and(is_for),
+        }
+    }
+
     pub fn state(&self) -> EntryState {
         match (&self.serving, &self.error) {
             (Some(_), None) => EntryState::Loaded,
@@ -111,6 +124,39 @@ impl Snapshot {
             .collect();
         models.sort_by_key(|(model, _)| *model);
         models
+    }
+
+    /// Whether the plugins are there without which no batch is created; an error says which are not.
+    pub fn check_required(&self, required: &RequiredPlugins, tenant: &str, endpoints: &[&str]) -> Result<(), String> {
+        match required {
+            RequiredPlugins::Named(names) => {
+                let loaded =
+                    |name: &String| self.entries.iter().any(|entry| entry.name == *name && entry.serving.is_some());
+                let missing: Vec<&str> = names.iter().filter(|name| !loaded(name)).map(String::as_str).collect();
+                if missing.is_empty() {
+                    return Ok(());
+                }
+                Err(format!("required plugins are not loaded: {} (required_plugins)", missing.join(", ")))
+            }
+            RequiredPlugins::Validators => {
+                let adapters = || self.adapters().filter(|plugin| plugin.serves(tenant));
+                let judged = |endpoint: &str| !self.validators(tenant, endpoint).is_empty();
+                let unjudged = endpoints
+                    .iter()
+                    .find(|endpoint| adapters().any(|plugin| plugin.handles(endpoint)) && !judged(endpoint));
+                match unjudged {
+                    None => Ok(()),
+                    Some(endpoint) => Err(format!(
+                        "no validator is loaded for {endpoint}, so lines would be sent unchecked; load one, or say which plugins have to be there (required_plugins)"
+                    )),
+                }
+            }
+        }
+    }
+
+    /// Adapters that are loaded.
+    pub fn adapters(&self) -> impl Iterator<Item = &Plugin> {
+        self.entries.iter().filter_map(|entry| entry.serving.as_deref()).filter(|plugin| plugin.kind == Kind::Adapter)
     }
 
     /// The validators of a batch, in order.
@@ -278,6 +324,7 @@ impl Registry {
         let files =
             tokio::task::spawn_blocking(move || Files::read(&read).map(|files| (files.fingerprint(), files))).await;
         let mut fingerprint = String::new();
+        let tenants = tenants_of(&file);
         if error.is_none() {
             match files {
                 Ok(Ok((read, files))) => {
@@ -300,7 +347,7 @@ impl Registry {
                 Err(failed) => error = Some(failed.to_string()),
             }
         }
-        Entry { name, file, serving, error, fingerprint }
+        Entry { name, file, serving, error, tenants, fingerprint }
     }
 
     /// Watches the directory from now on. The watch ends when what it returns is dropped.
@@ -348,6 +395,17 @@ impl Registry {
         });
         Ok(watcher)
     }
+}
+
+/// The tenants that a TOML file names, whatever else is wrong with it.
+fn tenants_of(file: &Path) -> Option<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Tenants {
+        #[serde(default)]
+        tenants: Vec<String>,
+    }
+    let text = read_text(file).ok()?;
+    toml::from_str::<Tenants>(&text).ok().map(|found| found.tenants)
 }
 
 fn announce(entry: &Entry) {

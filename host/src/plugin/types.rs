@@ -67,6 +67,14 @@ pub struct Violation {
     pub param: Option<String>,
 }
 
+/// What a validator found in the lines of one call.
+#[derive(Debug, Default)]
+pub struct Judgement {
+    pub violations: Vec<Violation>,
+    /// Violations beyond these.
+    pub unlisted: u64,
+}
+
 /// A request as an adapter is given it.
 #[derive(Clone, Debug)]
 pub struct Request {

@@ -1,30 +1,37 @@
 //! The bytes of files: streamed in, streamed out, never whole in memory.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
-use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
-use tokio::io::AsyncWriteExt;
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload};
 
 use super::{Result, StoreError};
 
-/// A part of an upload, in bytes: what a writer holds at the most, twice. As large as local files need it: there may be many at a time.
-const PART: usize = 512 << 10;
+/// What is read at a time where nothing else is asked for, in bytes.
+pub const PIECE: u64 = 512 << 10;
 
-/// What is read at a time, in bytes.
-const PIECE: u64 = 512 << 10;
+/// An object that is written and removed to see whether the store takes one, and its size.
+const PROBE: &str = "probe";
+const PROBE_BYTES: usize = 64 << 10;
 
 /// An object store with a folder for each tenant.
 #[derive(Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     folder: Arc<FilePath>,
+    /// Device and inode of the folder: those of a disk that is not mounted, or of a folder that was made anew, are others.
+    identity: (u64, u64),
+}
+
+fn identity(folder: &FilePath) -> std::io::Result<(u64, u64)> {
+    let found = std::fs::metadata(folder)?;
+    Ok((found.dev(), found.ino()))
 }
 
 impl Blobs {
@@ -36,7 +43,8 @@ impl Blobs {
             tracing::warn!("unfinished objects are left behind in {}: {error}", folder.display());
         }
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
-        Ok(Self { store: Arc::new(store.with_fsync(true)), folder: folder.into() })
+        let identity = identity(folder).map_err(|error| failed(error.to_string()))?;
+        Ok(Self { store: Arc::new(store.with_fsync(true)), folder: folder.into(), identity })
     }
 
     fn path(tenant: &str, id: &str) -> Path {
@@ -44,37 +52,68 @@ impl Blobs {
     }
 
     /// Begins an object, which is there once the writer has finished.
-    pub fn writer(&self, tenant: &str, id: &str) -> BlobWriter {
+    pub async fn writer(&self, tenant: &str, id: &str) -> Result<BlobWriter> {
         let path = Self::path(tenant, id);
-        let writer = BufWriter::with_capacity(self.store.clone(), path, PART).with_max_concurrency(1);
         let place = self.folder.join(tenant).join("files");
-        BlobWriter { writer, written: 0, place, id: id.to_owned() }
+        let upload = self.store.put_multipart(&path).await.map_err(explain)?;
+        Ok(BlobWriter { upload, written: 0, place, id: id.to_owned() })
     }
 
-    /// The bytes of an object, or of a part of it, in pieces of up to [`PIECE`].
+    /// The size of an object in bytes.
+    pub async fn size(&self, tenant: &str, id: &str) -> Result<u64> {
+        Ok(self.store.head(&Self::path(tenant, id)).await.map_err(explain)?.size)
+    }
+
+    /// Some bytes of an object.
+    pub async fn read_range(&self, tenant: &str, id: &str, range: Range<u64>) -> Result<Bytes> {
+        let end = range.end;
+        let expected = end.saturating_sub(range.start);
+        let read = self.store.get_range(&Self::path(tenant, id), range).await.map_err(explain);
+        match read {
+            Ok(bytes) if bytes.len() as u64 == expected => Ok(bytes),
+            read => {
+                let size = self.size(tenant, id).await?;
+                if size < end {
+                    return Err(StoreError::Missing(format!("it has {size} bytes, fewer than it had")));
+                }
+                read.and_then(|_| Err(StoreError::Objects("a read was cut short".into())))
+            }
+        }
+    }
+
+    /// The bytes of an object, or of a part of it, in pieces of up to `piece`.
     pub async fn read(
         &self,
         tenant: &str,
         id: &str,
         range: Option<Range<u64>>,
+        piece: u64,
     ) -> Result<BoxStream<'static, Result<Bytes>>> {
-        let path = Self::path(tenant, id);
-        let size = self.store.head(&path).await.map_err(explain)?.size;
+        let size = self.size(tenant, id).await?;
         let Range { start, end } = range.unwrap_or(0..size);
-        let (store, end) = (self.store.clone(), end.min(size));
+        let (blobs, tenant, id, end) = (self.clone(), tenant.to_owned(), id.to_owned(), end.min(size));
         // Piece by piece, and not as the store would stream it: from a local file those are 8 KiB, each a trip to another thread.
         let pieces = futures_util::stream::try_unfold(start, move |at| {
-            let (store, path) = (store.clone(), path.clone());
+            let (blobs, tenant, id) = (blobs.clone(), tenant.clone(), id.clone());
             async move {
                 if at >= end {
                     return Ok(None);
                 }
-                let next = at.saturating_add(PIECE).min(end);
-                let piece = store.get_range(&path, at..next).await.map_err(explain)?;
-                Ok(Some((piece, next)))
+                let next = at.saturating_add(piece.max(1)).min(end);
+                Ok(Some((blobs.read_range(&tenant, &id, at..next).await?, next)))
             }
         });
         Ok(Box::pin(pieces))
+    }
+
+    /// Whether the store is the one that was opened, and takes an object.
+    pub async fn probe(&self) -> Result<()> {
+        if identity(&self.folder).ok() != Some(self.identity) {
+            return Err(StoreError::Missing("the folder of objects is gone, or another is in its place".into()));
+        }
+        let path = Path::from(PROBE);
+        self.store.put(&path, PutPayload::from(vec![b'.'; PROBE_BYTES])).await.map_err(explain)?;
+        self.store.delete(&path).await.map_err(explain)
     }
 
     /// Removes an object; one that is not there is as good as removed.
@@ -107,7 +146,7 @@ fn remove_unfinished(folder: &FilePath, begin: &str) -> std::io::Result<()> {
 
 /// An object being written. Dropped before the end, it leaves nothing that can be read.
 pub struct BlobWriter {
-    writer: BufWriter,
+    upload: Box<dyn MultipartUpload>,
     written: u64,
     /// The folder it is written in, under this name.
     place: PathBuf,
@@ -115,9 +154,10 @@ pub struct BlobWriter {
 }
 
 impl BlobWriter {
+    /// Writes bytes, which the caller gathers: each call is a trip to another thread.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.written = self.written.saturating_add(bytes.len() as u64);
-        self.writer.put(bytes).await.map_err(explain)
+        self.upload.put_part(PutPayload::from(bytes)).await.map_err(explain)
     }
 
     pub fn written(&self) -> u64 {
@@ -125,10 +165,7 @@ impl BlobWriter {
     }
 
     pub async fn finish(mut self) -> Result<u64> {
-        let finished = self.writer.shutdown().await.map_err(|error| match error.downcast::<object_store::Error>() {
-            Ok(error) => explain(error),
-            Err(error) => explain_io(&error, error.to_string()),
-        });
+        let finished = self.upload.complete().await.map_err(explain);
         if finished.is_err() {
             // What could not be completed stays otherwise, under a name of its own, until the next start.
             let (place, begin) = (self.place, format!("{}#", self.id));
@@ -137,12 +174,12 @@ impl BlobWriter {
                 tracing::debug!("an unfinished object is left behind: {error}");
             }
         }
-        finished.map(|()| self.written)
+        finished.map(|_| self.written)
     }
 
     /// Gives up and removes what was written.
     pub async fn abort(mut self) {
-        if let Err(error) = self.writer.abort().await {
+        if let Err(error) = self.upload.abort().await {
             tracing::debug!("an unfinished object is left behind: {error}");
         }
     }

@@ -8,13 +8,13 @@
 mod blobs;
 mod sqlite;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
-pub use blobs::{BlobWriter, Blobs};
+pub use blobs::{BlobWriter, Blobs, PIECE};
 pub use sqlite::SqliteStore;
 
 use crate::clock::Timestamp;
@@ -42,6 +42,9 @@ pub enum StoreError {
     Incomplete,
     #[error("the server is shutting down")]
     Closed,
+    /// The store could do it, but something else that the work needs is not there.
+    #[error("the server is not ready: {0}")]
+    NotReady(String),
 }
 
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -209,15 +212,41 @@ pub struct BatchRecord {
     pub usage: TokenUsage,
 }
 
+/// Errors that a batch is given with where not all are asked for.
+pub const FIRST_ERRORS: usize = 5;
+
+impl BatchRecord {
+    /// Whether it has more errors than it was given with. The last of them says so.
+    pub fn has_more_errors(&self) -> bool {
+        self.errors.len() > FIRST_ERRORS
+    }
+}
+
 /// What has to be done for a batch next. Batches of one lane compete for a place, those of different lanes do not: what waits for a
 /// provider must not hold up what waits for another, or for none.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
     Validate,
-    /// Its requests go to this provider, or to this set of them.
-    Execute(String),
+    /// Its requests go to these plugins.
+    Execute(BTreeSet<String>),
     /// Nothing is to be sent any more.
     Finish,
+}
+
+/// A batch that nobody works on.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    pub lane: Lane,
+    /// When it was created, or had its last turn.
+    pub since: Timestamp,
+    key: BatchKey,
+}
+
+impl Waiting {
+    #[cfg(test)]
+    pub fn of(lane: Lane, since: Timestamp) -> Self {
+        Self { lane, since, key: BatchKey { tenant: 0, batch: 0 } }
+    }
 }
 
 /// The right to work on a batch until the lease ends or is taken over.
@@ -257,8 +286,8 @@ pub struct Validated {
     pub total: u64,
     /// The model of all requests, if it is one.
     pub model: Option<String>,
-    /// See [`Lane::Execute`].
-    pub provider: String,
+    /// The plugins that its requests go to.
+    pub plugins: BTreeSet<String>,
     pub judged_by: Vec<ServedBy>,
 }
 
@@ -272,17 +301,27 @@ pub struct ServedBy {
 }
 
 /// A batch in the database.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchKey {
     tenant: i64,
     batch: i64,
 }
 
+/// Some results of a batch.
+#[derive(Debug, Default)]
+pub struct Results {
+    pub rows: Vec<ResultRow>,
+    /// The size of the next one, if it alone is larger than what was asked for; there are no rows then.
+    pub too_large: Option<usize>,
+}
+
 /// How a batch ends.
 #[derive(Clone, Debug)]
 pub struct Finish {
-    /// `Completed`, `Cancelled` or `Expired`.
+    /// `Completed`, `Cancelled`, `Expired` or `Failed`.
     pub status: Status,
+    /// Why it failed, if it did.
+    pub errors: Vec<BatchError>,
     pub output: Option<FileRecord>,
     pub error: Option<FileRecord>,
     pub at: Timestamp,
@@ -323,16 +362,29 @@ pub trait Store: Send + Sync {
 
     /// One creation for one idempotency key, also when two come at once.
     async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created>;
+    /// A batch, with the first few of its errors.
     async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
-    /// Newest first.
-    async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>>;
+    /// All errors of a batch.
+    async fn batch_errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>>;
+    /// Newest first. The page ends before the limit where its entries take more than so many bytes; of the errors of each entry there are
+    /// the first few.
+    async fn batches(
+        &self,
+        tenant: &str,
+        after: Option<String>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Paged<BatchRecord>>;
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
 
-    /// The oldest batch that has not ended and that nobody holds, in none of the `full` lanes; never one that this process holds itself.
-    async fn claim(&self, now: Timestamp, until: Timestamp, full: Vec<Lane>) -> Result<Option<Claim>>;
+    /// Of each lane the batch that waits for longest, among those that have not ended and that nobody holds; never one that this process
+    /// holds itself.
+    async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>>;
+    /// Claims a batch, if nobody has claimed it meanwhile.
+    async fn claim(&self, waiting: &Waiting, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
-    /// Gives a batch back.
-    async fn release(&self, claim: &Claim) -> Result<()>;
+    /// Gives a batch back. One that has had its turn waits behind those that wait since before `turn`.
+    async fn release(&self, claim: &Claim, turn: Option<Timestamp>) -> Result<()>;
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.
@@ -348,8 +400,8 @@ pub trait Store: Send + Sync {
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>>;
     /// `InProgress` to `Finalizing`; a batch that is being cancelled keeps its status.
     async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()>;
-    /// Results in order, beyond `after`: at least one if there is one, and no more once `bytes` are reached.
-    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>>;
+    /// Results in order, beyond `after`, of so many bytes in all.
+    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Results>;
     /// Ends the batch and gives it its files, all at once. One that was cancelled does not end as expired: [`StoreError::Overtaken`].
     async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
     /// Removes some results of ended batches, whose files hold them; whether there may be more.
@@ -359,6 +411,14 @@ pub trait Store: Send + Sync {
     async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
     /// Gives the disk back some of the space that is not used any more; whether there may be more.
     async fn compact(&self) -> Result<bool>;
+    /// Puts everything into its place. Nothing can be written any more.
+    async fn close(&self);
+    /// Whether it can read and write; an error says why not.
+    async fn probe(&self, now: Timestamp) -> Result<()>;
+    /// Whether it can read.
+    async fn probe_read(&self) -> Result<()>;
+    /// Files that were recorded last, as tenant and id.
+    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
 }
 
 /// Which files to list.

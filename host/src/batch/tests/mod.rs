@@ -14,7 +14,6 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::TryStreamExt;
 use proptest::test_runner::Config as ProptestConfig;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,6 +21,7 @@ use tempfile::TempDir;
 use super::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::{Given, Settings};
+use crate::memory::Memory;
 use crate::plugin::{Loader, Loading, Registry};
 use crate::store::{BatchRecord, Blobs, FileRecord, SqliteStore};
 
@@ -112,18 +112,20 @@ impl House {
         let given: Given = toml::from_str(&self.settings).unwrap();
         let mut settings = Settings::resolve(given, None).unwrap();
         settings.data = self.folder.path().join("data");
+        let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
         let loading = Loading {
             cache: CACHE.path().to_owned(),
             compile_timeout: settings.compile_timeout,
             compile_memory: settings.compile_memory,
             trusted_keys: None,
             compiler: Some(built("dist/batchwright")),
+            memory: memory.clone(),
         };
         let loader = Loader::new(loading, self.clock.clone()).unwrap();
         let registry = Registry::open(&self.folder.path().join("plugins"), loader).await.unwrap();
         let store = eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
         let blobs = Blobs::local(&settings.data.join("objects")).unwrap();
-        let batches = Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings);
+        let batches = Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings, memory);
         batches.start();
         self.running = Some(batches);
     }
@@ -172,8 +174,14 @@ impl House {
         self.create_of(&file, None).await
     }
 
+    /// A batch with all its errors.
     async fn batch(&self, id: &str) -> BatchRecord {
-        self.batches().get(self.tenant, id).await.unwrap().unwrap()
+        let batches = self.batches();
+        let mut batch = batches.get(self.tenant, id).await.unwrap().unwrap();
+        if batch.has_more_errors() {
+            batch.errors = batches.errors(self.tenant, id).await.unwrap();
+        }
+        batch
     }
 
     async fn until(&self, id: &str, what: &str, condition: impl Fn(&BatchRecord) -> bool) -> BatchRecord {
@@ -187,9 +195,9 @@ impl House {
     /// The lines of a file of results; none if there is no file.
     async fn results(&self, id: Option<&String>) -> Vec<Value> {
         let Some(id) = id else { return Vec::new() };
-        let pieces: Vec<Bytes> =
-            self.batches().content(self.tenant, id, None).await.unwrap().try_collect().await.unwrap();
-        let text = String::from_utf8(pieces.concat()).unwrap();
+        let size = self.batches().content_size(self.tenant, id).await.unwrap();
+        let bytes = self.batches().content(self.tenant, id, 0..size).await.unwrap();
+        let text = String::from_utf8(bytes.into()).unwrap();
         assert!(text.ends_with('\n'));
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }

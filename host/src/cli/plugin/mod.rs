@@ -13,7 +13,10 @@ use clap::{Args, Subcommand};
 
 use super::{Error, trusted_keys, user_cache};
 use crate::clock::Clock;
-use crate::config::{COMPILE_MEMORY, COMPILE_TIMEOUT, LogFormat, Size, Span, default_plugins};
+use crate::config::{
+    COMPILE_MEMORY, COMPILE_TIMEOUT, INSTANCE_MEMORY, LogFormat, MEMORY_BUDGET, Size, Span, default_plugins,
+};
+use crate::memory::Memory;
 use crate::plugin::{Loader, Loading, Registry};
 use crate::telemetry;
 
@@ -94,6 +97,7 @@ impl Given {
             compile_memory: self.compile_memory.unwrap_or(COMPILE_MEMORY),
             trusted_keys: trusted_keys(&self.trusted_keys.unwrap_or_default())?,
             compiler: None,
+            memory: Memory::new(MEMORY_BUDGET.in_memory(), INSTANCE_MEMORY.in_memory()),
         };
         Ok(Loader::new(loading, Clock::system())?)
     }

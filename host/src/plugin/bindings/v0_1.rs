@@ -4,7 +4,7 @@ use wasmtime::Store;
 
 use super::super::instance::State;
 use super::super::types;
-use crate::egress::{Fault, HttpRequest};
+use crate::egress::{Fault, HttpRequest, HttpResponse, TransportError};
 
 /// What this module's components export, by which they are known.
 pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
@@ -111,12 +111,15 @@ impl Exports {
         &self,
         store: &mut Store<State>,
         state: &[u8],
-        outcome: types::Outcome,
+        outcome: &mut types::Outcome,
     ) -> wasmtime::Result<types::Step> {
         let Self::Adapter(guest) = self else { return Err(wrong_world("resume")) };
-        let outcome = outcome.into();
+        // Lent, not copied: a response may be large, and the call may be made again.
+        let lent = std::mem::replace(outcome, types::Outcome::Elapsed).into();
         let state = state.to_vec();
-        Ok(guest.batchwright_plugin_inference().call_resume(store, &state, &outcome).await?.into())
+        let called = guest.batchwright_plugin_inference().call_resume(store, &state, &lent).await;
+        *outcome = lent.into();
+        Ok(called?.into())
     }
 }
 
@@ -193,6 +196,31 @@ impl From<types::Outcome> for inference::Outcome {
                 message: error.message,
             }),
             types::Outcome::Elapsed => Self::Elapsed,
+        }
+    }
+}
+
+impl From<inference::Outcome> for types::Outcome {
+    fn from(from: inference::Outcome) -> Self {
+        match from {
+            inference::Outcome::Response(response) => Self::Response(HttpResponse {
+                status: response.status,
+                headers: response.headers.into_iter().map(|header| (header.name, header.value)).collect(),
+                body: response.body,
+            }),
+            inference::Outcome::Error(error) => Self::Error(TransportError::new(
+                match error.fault {
+                    inference::TransportFault::NameResolution => Fault::NameResolution,
+                    inference::TransportFault::Connection => Fault::Connection,
+                    inference::TransportFault::Tls => Fault::Tls,
+                    inference::TransportFault::Timeout => Fault::Timeout,
+                    inference::TransportFault::Protocol => Fault::Protocol,
+                    inference::TransportFault::TooLarge => Fault::TooLarge,
+                    inference::TransportFault::NotAllowed => Fault::NotAllowed,
+                },
+                error.message,
+            )),
+            inference::Outcome::Elapsed => Self::Elapsed,
         }
     }
 }

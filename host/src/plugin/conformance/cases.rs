@@ -77,7 +77,7 @@ impl Exchange {
                 let named = |fault: &&Fault| format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""));
                 let fault =
                     *FAULTS.iter().find(named).ok_or_else(|| format!("`{name}` is no fault of the contract"))?;
-                Ok(Outcome::Error(TransportError { fault, message: "It did not work.".into() }))
+                Ok(Outcome::Error(TransportError::new(fault, "It did not work.")))
             }
             (None, None, true) => Ok(Outcome::Elapsed),
             _ => Err("has one of `response`, `error` and `elapsed`".into()),

@@ -16,7 +16,7 @@ use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES, ODD_RETRY_AFTER,
 
 use super::error::CallError;
 use super::plugin::Plugin;
-use super::types::{Answer, BatchContext, Kind, Line, Outcome, Request, Step, Violation};
+use super::types::{Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation};
 use crate::egress::{HttpResponse, TransportError};
 
 /// Tenants of the two instances; what one was told the other must not need to know.
@@ -115,10 +115,10 @@ impl Report {
         plugin: &Plugin,
         tenant: &str,
         state: &[u8],
-        outcome: Outcome,
+        mut outcome: Outcome,
     ) -> Result<Step, CallError> {
         let begun = cpu_time();
-        let step = plugin.resume(tenant, state, outcome).await;
+        let step = plugin.resume(tenant, state, &mut outcome).await;
         self.resume.note(begun, plugin);
         step
     }
@@ -133,7 +133,7 @@ impl Report {
         let begun = cpu_time();
         let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
         self.validate.note(begun, plugin);
-        found.map(|mut violations| {
+        found.map(|Judgement { mut violations, .. }| {
             // They may stand in any order.
             violations.sort_by(|one, other| {
                 (one.line, &one.code, &one.param, &one.message).cmp(&(
@@ -157,7 +157,7 @@ impl Report {
             let (begun, same) = self.begin_twice(plugin, &good).await;
             self.note(format!("{endpoint}: begins, the same from every instance"), same);
             if let Some(Step::Send { request, .. }) = &begun {
-                let sendable = plugin.gateway().check(request).map_err(|error| error.to_string());
+                let sendable = plugin.gateway().check(request).map_err(|error| error.detail().to_owned());
                 self.note(format!("{endpoint}: what it sends is a request the host would send"), sendable);
             }
             // The other instance sees somebody else's request last: whoever keeps one outside of the state is found out.
@@ -241,7 +241,7 @@ impl Report {
         let found = self.resume(plugin, ONE, state, long).await;
         self.note(format!("{endpoint}: an answer of a MiB"), found.map(drop).map_err(|error| error.to_string()));
         for fault in FAULTS {
-            let outcome = || Outcome::Error(TransportError { fault, message: "It did not work.".into() });
+            let outcome = || Outcome::Error(TransportError::new(fault, "It did not work."));
             let one = self.resume(plugin, ONE, state, outcome()).await;
             let two = self.resume(plugin, TWO, state, outcome()).await;
             self.note(format!("{endpoint}: {fault:?} in place of an answer"), same(&one, &two));

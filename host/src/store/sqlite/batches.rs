@@ -5,8 +5,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, Idempotency, NewBatch, Page, Paged, Result, ServedBy,
-    Status, StoreError, Times, TokenUsage,
+    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency, NewBatch, Page, Paged,
+    Result, ServedBy, Status, StoreError, Times, TokenUsage,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
@@ -59,14 +59,25 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
     Ok((row.get("key")?, record))
 }
 
-fn errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchError>> {
+/// The first few errors; if there are more, the last of these says so.
+fn first_errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchError>> {
+    let mut found = errors(connection, tenant, batch, FIRST_ERRORS.saturating_add(1))?;
+    if found.len() > FIRST_ERRORS {
+        found.truncate(FIRST_ERRORS);
+        let message = format!("There are more errors than these {FIRST_ERRORS}; the batch by itself has all of them.");
+        found.push(BatchError { code: "too_many_errors".into(), message, param: None, line: None });
+    }
+    Ok(found)
+}
+
+fn errors(connection: &Connection, tenant: i64, batch: i64, limit: usize) -> Result<Vec<BatchError>> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT code, message, param, line FROM batch_errors WHERE tenant = ?1 AND batch = ?2 ORDER BY place",
+            "SELECT code, message, param, line FROM batch_errors WHERE tenant = ?1 AND batch = ?2 ORDER BY place LIMIT ?3",
         )
         .map_err(explain)?;
     let rows = statement
-        .query_map(params![tenant, batch], |row| {
+        .query_map(params![tenant, batch, stored(limit as u64)], |row| {
             Ok(BatchError {
                 code: row.get(0)?,
                 message: row.get(1)?,
@@ -76,6 +87,16 @@ fn errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchE
         })
         .map_err(explain)?;
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+/// All errors of a batch.
+pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
+    let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(Vec::new()) };
+    let batch = connection
+        .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| row.get(0))
+        .optional()
+        .map_err(explain)?;
+    batch.map_or(Ok(Vec::new()), |batch| errors(connection, tenant, batch, usize::MAX))
 }
 
 /// Makes a batch, unless the key came before: the index on keys is what decides between two at once.
@@ -99,7 +120,7 @@ pub fn create(
     if idempotency.is_none_or(|idempotency| idempotency.fingerprint.as_slice() != fingerprint) {
         return Ok(Created::Conflict);
     }
-    record.errors = errors(connection, tenant, batch)?;
+    record.errors = first_errors(connection, tenant, batch)?;
     Ok(Created::Before(Box::new(record)))
 }
 
@@ -138,11 +159,24 @@ pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Bat
         .and_then(|mut statement| statement.query_row(params![tenant, id], from_row).optional())
         .map_err(explain)?;
     let Some((key, mut record)) = found else { return Ok(None) };
-    record.errors = errors(connection, tenant, key)?;
+    record.errors = first_errors(connection, tenant, key)?;
     Ok(Some(record))
 }
 
-pub fn list(connection: &Connection, tenant: &str, after: Option<&str>, limit: usize) -> Result<Paged<BatchRecord>> {
+/// Roughly what a batch takes in memory and in an answer, in bytes.
+fn size(record: &BatchRecord) -> usize {
+    let metadata = record.new.metadata.iter().flatten().map(|(key, value)| key.len().saturating_add(value.len()));
+    let errors = record.errors.iter().map(|error| error.message.len().saturating_add(200));
+    metadata.chain(errors).fold(1500, usize::saturating_add)
+}
+
+pub fn list(
+    connection: &Connection,
+    tenant: &str,
+    after: Option<&str>,
+    limit: usize,
+    bytes: usize,
+) -> Result<Paged<BatchRecord>> {
     let tenant = tenant_key(connection, tenant)?.unwrap_or(0);
     let before = match after {
         None => i64::MAX,
@@ -158,19 +192,18 @@ pub fn list(connection: &Connection, tenant: &str, after: Option<&str>, limit: u
         }
     };
     let mut statement = connection
-        .prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC LIMIT ?3"
-        ))
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC"))
         .map_err(explain)?;
-    let rows = statement
-        .query_map(params![tenant, before, stored(limit as u64).saturating_add(1)], from_row)
-        .map_err(explain)?;
-    let mut found = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(explain)?;
-    let has_more = found.len() > limit;
-    found.truncate(limit);
-    let mut items = Vec::with_capacity(found.len());
-    for (key, mut record) in found {
-        record.errors = errors(connection, tenant, key)?;
+    let mut rows = statement.query(params![tenant, before]).map_err(explain)?;
+    let (mut items, mut held, mut has_more) = (Vec::new(), 0_usize, false);
+    while let Some(row) = rows.next().map_err(explain)? {
+        has_more = items.len() >= limit || (held >= bytes && !items.is_empty());
+        if has_more {
+            break;
+        }
+        let (key, mut record) = from_row(row).map_err(explain)?;
+        record.errors = first_errors(connection, tenant, key)?;
+        held = held.saturating_add(size(&record));
         items.push(record);
     }
     Ok(Paged::Page(Page { items, has_more }))

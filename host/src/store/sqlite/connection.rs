@@ -1,7 +1,8 @@
 //! Connections: one thread that writes and commits in groups, and a pool that reads.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
@@ -9,6 +10,9 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::super::{Result, StoreError};
 use super::explain;
+
+/// How long a statement waits for another process that holds the database.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Writes waiting at a time; more callers wait to be let in.
 const QUEUE: usize = 1024;
@@ -19,6 +23,31 @@ const GROUP: usize = 256;
 /// Connections that read.
 const READERS: usize = 4;
 
+/// Bytes of the write-ahead log after which it is copied into the database, and the size to which its file is cut.
+const WAL_CHECKPOINT: u64 = 16 << 20;
+const WAL_KEPT: i64 = 32 << 20;
+
+/// How long a checkpoint waits for those that read. It goes on to read from the database alone, so it need not wait for those that begin.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Growth of the log after a checkpoint that somebody kept from beginning it anew, before the next attempt.
+const RETRY_GROWTH: u64 = 8 << 20;
+
+/// Why the database cannot be used any more, if SQLite has found it damaged.
+static DAMAGE: OnceLock<String> = OnceLock::new();
+
+pub fn damage() -> Option<String> {
+    DAMAGE.get().cloned()
+}
+
+/// Remembers damage for those who ask for the state of the store.
+pub fn note_damage(error: &rusqlite::Error) {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    if matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase)) {
+        DAMAGE.get_or_init(|| error.to_string());
+    }
+}
+
 pub fn open(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     // Rows of a kilobyte or two fit a larger page better; this has an effect on a new database alone.
@@ -28,8 +57,10 @@ pub fn open(path: &Path) -> rusqlite::Result<Connection> {
     // A commit is on the disk before anybody is told of it.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
-    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.pragma_update(None, "journal_size_limit", WAL_KEPT)?;
+    // Checkpoints are ours: SQLite's own never begin the log anew while somebody reads.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
@@ -69,7 +100,14 @@ pub fn compact(connection: &Connection) -> Result<bool> {
 /// What is told to a waiting caller once the group's fate is known.
 type Reply = Box<dyn FnOnce(Result<()>) + Send>;
 /// One write: how it went by itself, and its reply. Given an error in place of the connection, it does nothing and has failed with that.
-type Job = Box<dyn FnOnce(Result<&Connection>) -> (Result<()>, Reply) + Send>;
+type Write = Box<dyn FnOnce(Result<&Connection>) -> (Result<()>, Reply) + Send>;
+
+/// What the thread that writes is asked for.
+enum Job {
+    Write(Write),
+    /// To put everything into the database and end.
+    Close(oneshot::Sender<()>),
+}
 
 /// The thread that writes. Each write is whole or not at all; those that wait together are committed together, so that many share
 /// the price of one commit.
@@ -94,7 +132,7 @@ impl Writer {
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
         let (sender, receiver) = oneshot::channel();
-        let job: Job = Box::new(move |connection| {
+        let job: Write = Box::new(move |connection| {
             let done = connection.and_then(write);
             let by_itself = done.as_ref().map(drop).map_err(StoreError::clone);
             let reply: Reply = Box::new(move |committed| {
@@ -103,15 +141,82 @@ impl Writer {
             });
             (by_itself, reply)
         });
-        self.jobs.send(job).await.map_err(|_| StoreError::Closed)?;
+        self.jobs.send(Job::Write(job)).await.map_err(|_| StoreError::Closed)?;
         receiver.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Ends the thread once what waits is written. Nothing is left beside the database then.
+    pub async fn close(&self) {
+        let (sender, closed) = oneshot::channel();
+        if self.jobs.send(Job::Close(sender)).await.is_ok() {
+            closed.await.ok();
+        }
+    }
+}
+
+thread_local! {
+    /// Pages in the write-ahead log after the last commit of this thread.
+    static WAL_PAGES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// The write-ahead log of the connection that writes: bounded, whoever reads.
+struct Wal {
+    page_size: u64,
+    /// Pages at which the next checkpoint is due.
+    due: u64,
+}
+
+impl Wal {
+    fn of(connection: &Connection) -> Self {
+        connection.wal_hook(Some(|_, pages| {
+            WAL_PAGES.set(u64::try_from(pages).unwrap_or(0));
+            Ok(())
+        }));
+        let page_size = connection.pragma_query_value(None, "page_size", |row| row.get::<_, i64>(0));
+        let page_size = page_size.ok().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096).max(512);
+        Self { page_size, due: WAL_CHECKPOINT / page_size }
+    }
+
+    /// Copies the log into the database once it is large, and begins it anew.
+    fn keep_small(&mut self, connection: &Connection) {
+        let pages = WAL_PAGES.get();
+        if pages < self.due {
+            return;
+        }
+        connection.busy_timeout(CHECKPOINT_PATIENCE).ok();
+        let busy = connection.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
+        connection.busy_timeout(BUSY_TIMEOUT).ok();
+        self.due = match busy {
+            Ok(0) => {
+                WAL_PAGES.set(0);
+                WAL_CHECKPOINT / self.page_size
+            }
+            // Somebody reads for long, a backup say.
+            Ok(_) => pages.saturating_add(RETRY_GROWTH / self.page_size),
+            Err(error) => {
+                tracing::warn!("the write-ahead log was not copied into the database: {error}");
+                pages.saturating_add(RETRY_GROWTH / self.page_size)
+            }
+        };
     }
 }
 
 fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
-    while let Some(first) = waiting.blocking_recv() {
+    let mut wal = Wal::of(connection);
+    let mut next = waiting.blocking_recv();
+    while let Some(job) = next {
+        let first = match job {
+            Job::Write(first) => first,
+            Job::Close(closed) => {
+                connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).ok();
+                closed.send(()).ok();
+                return;
+            }
+        };
+        wal.keep_small(connection);
         let mut replies = Vec::new();
-        let committed = group(connection, first, &mut waiting, &mut replies);
+        let mut after = None;
+        let committed = group(connection, first, &mut waiting, &mut replies, &mut after);
         if let Err(error) = &committed {
             tracing::error!("a group of writes came to nothing: {error}");
             if !connection.is_autocommit() {
@@ -121,15 +226,18 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
         for reply in replies {
             reply(committed.clone());
         }
+        next = after.or_else(|| waiting.blocking_recv());
     }
 }
 
-/// Runs a group of writes in one transaction, each in a savepoint so that one that fails takes no other with it.
+/// Runs a group of writes in one transaction, each in a savepoint so that one that fails takes no other with it. `after` is what was taken
+/// from the queue and does not belong to the group.
 fn group(
     connection: &Connection,
-    first: Job,
+    first: Write,
     waiting: &mut mpsc::Receiver<Job>,
     replies: &mut Vec<Reply>,
+    after: &mut Option<Job>,
 ) -> Result<()> {
     let execute =
         |sql: &str| connection.prepare_cached(sql).and_then(|mut statement| statement.execute([])).map_err(explain);
@@ -151,7 +259,15 @@ fn group(
             execute("ROLLBACK TO one")?;
         }
         execute("RELEASE one")?;
-        next = if replies.len() < GROUP { waiting.try_recv().ok() } else { None };
+        next = match waiting.try_recv() {
+            Ok(Job::Write(write)) if replies.len() < GROUP => Some(write),
+            // It has its turn after this group.
+            Ok(job) => {
+                *after = Some(job);
+                None
+            }
+            Err(_) => None,
+        };
     }
     execute("COMMIT").map(drop)
 }
@@ -193,7 +309,7 @@ impl Readers {
 fn open_reader(path: &Path) -> rusqlite::Result<Connection> {
     let connection =
         Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
-    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }

@@ -94,6 +94,19 @@ pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<
     Ok(Paged::Page(Page { items, has_more }))
 }
 
+/// The files that were recorded last and that clients can see, as tenant and id.
+pub fn newest(connection: &Connection, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+    let sql = format!(
+        "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
+         WHERE {LIVE} ORDER BY files.key DESC LIMIT ?"
+    );
+    let mut statement = connection.prepare_cached(&sql).map_err(explain)?;
+    let rows = statement
+        .query_map(params![now.as_millis(), stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
 pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<bool> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(false) };
     let changed = connection

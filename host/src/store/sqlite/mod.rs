@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Lane,
-    NewBatch, Paged, Result, ResultRow, ServedBy, Store, StoreError, Validated,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, NewBatch,
+    Paged, Result, ResultRow, Results, ServedBy, Store, StoreError, Validated, Waiting,
 };
 use crate::clock::Timestamp;
 use connection::{Readers, Writer};
@@ -113,6 +113,7 @@ fn loaded(number: i64) -> u64 {
 
 #[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
 fn explain(error: rusqlite::Error) -> StoreError {
+    connection::note_damage(&error);
     match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(error.to_string()),
         _ => StoreError::Database(error.to_string()),
@@ -201,9 +202,20 @@ impl Store for SqliteStore {
         self.readers.read(move |connection| batches::get(connection, &tenant, &id)).await
     }
 
-    async fn batches(&self, tenant: &str, after: Option<String>, limit: usize) -> Result<Paged<BatchRecord>> {
+    async fn batch_errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        self.readers.read(move |connection| batches::all_errors(connection, &tenant, &id)).await
+    }
+
+    async fn batches(
+        &self,
+        tenant: &str,
+        after: Option<String>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Paged<BatchRecord>> {
         let tenant = tenant.to_owned();
-        self.readers.read(move |connection| batches::list(connection, &tenant, after.as_deref(), limit)).await
+        self.readers.read(move |connection| batches::list(connection, &tenant, after.as_deref(), limit, bytes)).await
     }
 
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
@@ -211,9 +223,14 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| batches::request_cancel(connection, &tenant, &id, now)).await
     }
 
-    async fn claim(&self, now: Timestamp, until: Timestamp, full: Vec<Lane>) -> Result<Option<Claim>> {
+    async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>> {
         let owner = self.owner.clone();
-        self.writer.write(move |connection| work::claim(connection, &owner, now, until, &full)).await
+        self.readers.read(move |connection| work::waiting(connection, &owner, now)).await
+    }
+
+    async fn claim(&self, waiting: &Waiting, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+        let (owner, key) = (self.owner.clone(), waiting.key);
+        self.writer.write(move |connection| work::claim(connection, &owner, key, now, until)).await
     }
 
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
@@ -221,9 +238,9 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::renew(connection, &claim, until)).await
     }
 
-    async fn release(&self, claim: &Claim) -> Result<()> {
+    async fn release(&self, claim: &Claim, turn: Option<Timestamp>) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::release(connection, &claim)).await
+        self.writer.write(move |connection| work::release(connection, &claim, turn)).await
     }
 
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {
@@ -261,7 +278,7 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::start_finalizing(connection, &claim, at)).await
     }
 
-    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>> {
+    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Results> {
         let claim = claim.clone();
         self.readers.read(move |connection| work::results(connection, &claim, after, bytes)).await
     }
@@ -285,5 +302,38 @@ impl Store for SqliteStore {
 
     async fn compact(&self) -> Result<bool> {
         self.writer.write(connection::compact).await
+    }
+
+    async fn close(&self) {
+        self.writer.close().await;
+    }
+
+    async fn probe(&self, now: Timestamp) -> Result<()> {
+        let write = self.writer.write(move |connection| {
+            let sql = "INSERT OR REPLACE INTO probe (key, at) VALUES (1, ?1)";
+            connection.execute(sql, [now.as_millis()]).map(drop).map_err(explain)
+        });
+        write.await?;
+        self.probe_read().await
+    }
+
+    async fn probe_read(&self) -> Result<()> {
+        self.readers
+            .read(|connection| {
+                if let Some(damage) = connection::damage() {
+                    return Err(StoreError::Database(damage));
+                }
+                for table in ["tenants", "files", "batches", "batch_errors", "results", "batch_plugins"] {
+                    let mut statement =
+                        connection.prepare_cached(&format!("SELECT * FROM {table} LIMIT 1")).map_err(explain)?;
+                    statement.query([]).and_then(|mut rows| rows.next().map(drop)).map_err(explain)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+        self.readers.read(move |connection| files::newest(connection, now, limit)).await
     }
 }

@@ -144,12 +144,29 @@ CREATE TABLE pending_objects (
 ) STRICT, WITHOUT ROWID;
 ";
 
+const THIRD: &str = "
+-- When it was created, or had its last turn: batches of a lane take turns.
+ALTER TABLE batches ADD COLUMN waits_since INTEGER NOT NULL DEFAULT 0;
+UPDATE batches SET waits_since = created_at;
+DROP INDEX batches_running;
+CREATE INDEX batches_running ON batches (lane, waits_since, key)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+
+-- Written now and then to see whether it can be.
+CREATE TABLE probe (
+    key INTEGER PRIMARY KEY,
+    at INTEGER NOT NULL
+) STRICT;
+";
+
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(SECOND)])
+    Migrations::new(vec![M::up(FIRST), M::up(SECOND), M::up(THIRD)])
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::super::super::{Lane, Store};
     use super::super::SqliteStore;
     use crate::clock::Timestamp;
@@ -181,17 +198,18 @@ mod tests {
         drop(old);
         let store = SqliteStore::open(folder.path()).unwrap();
         let mut found = Vec::new();
-        while let Some(claim) =
-            store.claim(Timestamp::from_millis(100), Timestamp::from_millis(200), Vec::new()).await.unwrap()
-        {
+        let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(200));
+        for waiting in store.waiting(now).await.unwrap() {
+            let claim = store.claim(&waiting, now, until).await.unwrap().unwrap();
             let input = store.input_file(&claim).await.unwrap().map(|file| file.id);
             found.push((claim.batch_id.clone(), claim.lane.clone(), input));
         }
+        found.sort_by(|one, other| one.0.cmp(&other.0));
         // The input of the second was deleted before the batch was created, that of the first after.
         assert_eq!(
             found,
             [
-                ("batch_a".to_owned(), Lane::Execute(String::new()), Some("file-a".to_owned())),
+                ("batch_a".to_owned(), Lane::Execute(BTreeSet::new()), Some("file-a".to_owned())),
                 ("batch_b".to_owned(), Lane::Validate, None),
                 ("batch_c".to_owned(), Lane::Finish, Some("file-a".to_owned())),
             ]
@@ -202,35 +220,45 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_oldest_is_claimed_that_is_in_no_full_lane() {
+    async fn of_each_lane_the_one_that_waits_for_longest_is_found_and_claimed_once() {
         let folder = tempfile::TempDir::new().unwrap();
         let store = SqliteStore::open(folder.path()).unwrap();
         let database = rusqlite::Connection::open(folder.path().join("batchwright.db")).unwrap();
         database
             .execute_batch(
                 "INSERT INTO tenants VALUES (1, 't');
-                 INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status, lane)
-                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow'),
-                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow'),
-                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish'),
-                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate'),
-                        (1, 'fast', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute fast'),
-                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish');",
+                 INSERT INTO batches
+                     (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status, lane, waits_since)
+                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
+                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
+                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
+                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
+                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute fast slow', 0),
+                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);",
             )
             .unwrap();
-        let slow = Lane::Execute("slow".into());
-        let claim = async |now: i64, full: &[Lane]| {
-            let claim = store.claim(Timestamp::from_millis(now), Timestamp::from_millis(2000), full.to_vec()).await;
-            claim.unwrap().map(|claim| (claim.batch_id, claim.lane))
+        let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(2000));
+        let claim = async |lane: &Lane, now| {
+            let waiting = store.waiting(now).await.unwrap().into_iter().find(|waiting| waiting.lane == *lane)?;
+            let claim = store.claim(&waiting, now, until).await.unwrap().unwrap();
+            assert!(store.claim(&waiting, now, until).await.unwrap().is_none(), "it is claimed twice");
+            Some((claim.batch_id.clone(), claim))
         };
-        let full = [slow.clone(), Lane::Validate];
-        assert_eq!(claim(100, &full).await, Some(("fast".into(), Lane::Execute("fast".into()))));
-        assert_eq!(claim(100, &full).await, Some(("cancelled".into(), Lane::Finish)));
-        assert_eq!(claim(100, &full).await, None);
+        let slow = Lane::Execute(["slow".to_owned()].into());
+        let both = Lane::Execute(["fast".to_owned(), "slow".to_owned()].into());
+        assert_eq!(store.waiting(now).await.unwrap().len(), 4);
+        assert_eq!(claim(&both, now).await.unwrap().0, "both");
+        assert_eq!(claim(&Lane::Finish, now).await.unwrap().0, "cancelled");
+        assert!(claim(&Lane::Finish, now).await.is_none());
+        let (id, held) = claim(&slow, now).await.unwrap();
+        assert_eq!(id, "slow 2");
+        // One that has had its turn is behind the other.
+        store.release(&held, Some(Timestamp::from_millis(50))).await.unwrap();
+        assert_eq!(claim(&slow, now).await.unwrap().0, "slow 1");
         // One that has expired needs no place among those that wait for the provider.
-        assert_eq!(claim(500, &full).await, Some(("slow 2".into(), Lane::Finish)));
-        assert_eq!(claim(500, &[Lane::Validate]).await, Some(("slow 1".into(), slow)));
-        assert_eq!(claim(500, &[]).await, Some(("new".into(), Lane::Validate)));
-        assert_eq!(claim(500, &[]).await, None);
+        let later = Timestamp::from_millis(500);
+        assert_eq!(claim(&Lane::Finish, later).await.unwrap().0, "slow 2");
+        assert_eq!(claim(&Lane::Validate, later).await.unwrap().0, "new");
+        assert!(store.waiting(later).await.unwrap().is_empty());
     }
 }

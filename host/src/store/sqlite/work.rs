@@ -1,22 +1,19 @@
 //! What whoever works on a batch does to it. Each operation checks that the claim still holds.
 
+use std::collections::BTreeSet;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, Claim, Ending, Finish, Lane, Result, ResultRow, ServedBy, Status, StoreError, TokenUsage, Validated,
+    BatchError, BatchKey, Claim, Ending, Finish, Lane, Result, ResultRow, Results, ServedBy, Status, StoreError,
+    TokenUsage, Validated, Waiting,
 };
-use super::{explain, files, loaded, stored};
+use super::{explain, files, loaded, stored, timestamp};
 use crate::clock::Timestamp;
 
-/// A lease that has lapsed may be taken over, but never by whoever holds it: a clock that jumps must not make one process work on a batch
-/// twice.
-pub fn claim(
-    connection: &Connection,
-    owner: &str,
-    now: Timestamp,
-    until: Timestamp,
-    full: &[Lane],
-) -> Result<Option<Claim>> {
+/// Batches that have not ended, and a lane's oldest of those that nobody holds. A lease that has lapsed may be taken over, but never by its
+/// own holder: a clock that jumps must not make one process work on a batch twice.
+pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<Vec<Waiting>> {
     // The lanes are looked up one by one in the index, so that a full one costs nothing however many wait in it.
     let mut statement = connection
         .prepare_cached(
@@ -32,50 +29,75 @@ pub fn claim(
                  SELECT (
                      SELECT key FROM batches
                      WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane = lanes.lane
-                     AND lease_until <= ?1 AND owner IS NOT ?3
-                     ORDER BY key LIMIT 1
-                 ) FROM lanes WHERE lane NOT IN (SELECT value FROM json_each(?4))
-                 UNION ALL
+                     AND lease_until <= ?1 AND owner IS NOT ?2
+                     ORDER BY waits_since, key LIMIT 1
+                 ) FROM lanes
+                 UNION
                  SELECT * FROM (
                      SELECT key FROM batches WHERE status = 'in_progress' AND expires_at <= ?1
-                     AND lease_until <= ?1 AND owner IS NOT ?3 AND 'finish' NOT IN (SELECT value FROM json_each(?4))
-                     ORDER BY expires_at LIMIT 1
+                     AND lease_until <= ?1 AND owner IS NOT ?2 ORDER BY expires_at LIMIT 1
                  )
              )
-             UPDATE batches SET owner = ?3, lease_until = ?2, fence = fence + 1 WHERE key = (SELECT min(key) FROM oldest)
-             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
-             CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END",
+             SELECT tenant, key, waits_since,
+             CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END
+             FROM oldest JOIN batches USING (key)",
         )
         .map_err(explain)?;
-    let full: Vec<String> = full.iter().map(lane_key).collect();
-    let full = serde_json::to_string(&full).map_err(|error| StoreError::Database(error.to_string()))?;
+    let rows = statement
+        .query_map(params![now.as_millis(), owner], |row| {
+            Ok(Waiting {
+                key: BatchKey { tenant: row.get(0)?, batch: row.get(1)? },
+                since: timestamp(row.get(2)?),
+                lane: lane(&row.get::<_, String>(3)?),
+            })
+        })
+        .map_err(explain)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+}
+
+pub fn claim(
+    connection: &Connection,
+    owner: &str,
+    key: BatchKey,
+    now: Timestamp,
+    until: Timestamp,
+) -> Result<Option<Claim>> {
+    let mut statement = connection
+        .prepare_cached(
+            "UPDATE batches SET owner = ?4, lease_until = ?5, fence = fence + 1
+             WHERE tenant = ?1 AND key = ?2 AND lease_until <= ?3 AND owner IS NOT ?4
+             AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
+             CASE WHEN status = 'in_progress' AND expires_at <= ?3 THEN 'finish' ELSE lane END",
+        )
+        .map_err(explain)?;
     statement
-        .query_row(params![now.as_millis(), until.as_millis(), owner, full], |row| {
-            let lane: String = row.get(5)?;
+        .query_row(params![key.tenant, key.batch, now.as_millis(), owner, until.as_millis()], |row| {
             Ok(Claim {
                 tenant_key: row.get(0)?,
                 batch_key: row.get(1)?,
                 fence: row.get(2)?,
                 batch_id: row.get(3)?,
                 tenant: row.get(4)?,
-                lane: match (lane.as_str(), lane.strip_prefix("execute ")) {
-                    ("validate", _) => Lane::Validate,
-                    (_, Some(provider)) => Lane::Execute(provider.to_owned()),
-                    _ => Lane::Finish,
-                },
+                lane: lane(&row.get::<_, String>(5)?),
             })
         })
         .optional()
         .map_err(explain)
 }
 
-/// A lane as the database has it.
-fn lane_key(lane: &Lane) -> String {
-    match lane {
-        Lane::Validate => "validate".into(),
-        Lane::Execute(provider) => format!("execute {provider}"),
-        Lane::Finish => "finish".into(),
+/// A lane from its form in the database.
+fn lane(text: &str) -> Lane {
+    match (text, text.strip_prefix("execute ")) {
+        ("validate", _) => Lane::Validate,
+        (_, Some(plugins)) => Lane::Execute(plugins.split_whitespace().map(str::to_owned).collect()),
+        _ => Lane::Finish,
     }
+}
+
+/// The lane of a batch whose requests go to these plugins, as the database has it.
+fn execution(plugins: &BTreeSet<String>) -> String {
+    format!("execute {}", plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" "))
 }
 
 /// Runs a statement whose first three parameters are the claim's; it must change the batch's row.
@@ -96,9 +118,9 @@ pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result
     change(connection, claim, "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END", &[&until.as_millis()])
 }
 
-/// Gives a batch back.
-pub fn release(connection: &Connection, claim: &Claim) -> Result<()> {
-    change(connection, claim, "owner = NULL, lease_until = 0", &[])
+pub fn release(connection: &Connection, claim: &Claim, turn: Option<Timestamp>) -> Result<()> {
+    let turn = turn.map(Timestamp::as_millis);
+    change(connection, claim, "owner = NULL, lease_until = 0, waits_since = coalesce(?4, waits_since)", &[&turn])
 }
 
 /// Remembers plugins that have a part in the batch, each once.
@@ -133,6 +155,10 @@ pub fn fail(
          status = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE 'failed' END",
         &[&at.as_millis()],
     )?;
+    insert_errors(connection, claim, errors)
+}
+
+fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) -> Result<()> {
     let mut statement = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO batch_errors (tenant, batch, place, code, message, param, line)
@@ -158,7 +184,7 @@ pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
          lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END,
          total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
-        &[&at.as_millis(), &stored(found.total), &found.model, &lane_key(&Lane::Execute(found.provider.clone()))],
+        &[&at.as_millis(), &stored(found.total), &found.model, &execution(&found.plugins)],
     )
 }
 
@@ -234,27 +260,36 @@ pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -
     )
 }
 
-pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize) -> Result<Vec<ResultRow>> {
+pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize) -> Result<Results> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT line, ending, payload FROM results WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line",
+            // The size is known before the payload is read, and one that is too large is not read.
+            "SELECT line, ending, length(payload), CASE WHEN length(payload) <= ?4 THEN payload END FROM results
+             WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line",
         )
         .map_err(explain)?;
-    let mut found = statement.query(params![claim.tenant_key, claim.batch_key, stored(after)]).map_err(explain)?;
-    let mut rows = Vec::new();
+    let most = stored(bytes as u64);
+    let mut found =
+        statement.query(params![claim.tenant_key, claim.batch_key, stored(after), most]).map_err(explain)?;
+    let mut results = Results::default();
     let mut held = 0_usize;
-    while held < bytes {
-        let Some(row) = found.next().map_err(explain)? else { break };
-        let payload: Vec<u8> = row.get(2).map_err(explain)?;
-        held = held.saturating_add(payload.len()).saturating_add(64);
-        rows.push(ResultRow {
+    while let Some(row) = found.next().map_err(explain)? {
+        let size = usize::try_from(loaded(row.get(2).map_err(explain)?)).unwrap_or(usize::MAX);
+        held = held.saturating_add(size).saturating_add(64);
+        if held > bytes {
+            if results.rows.is_empty() {
+                results.too_large = Some(size.saturating_add(64));
+            }
+            break;
+        }
+        results.rows.push(ResultRow {
             line: loaded(row.get(0).map_err(explain)?),
             ending: if row.get::<_, i64>(1).map_err(explain)? == 0 { Ending::Completed } else { Ending::Failed },
-            payload,
+            payload: row.get(3).map_err(explain)?,
             usage: TokenUsage::default(),
         });
     }
-    Ok(rows)
+    Ok(results)
 }
 
 pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
@@ -283,9 +318,11 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
         claim,
         "completed_at = CASE status WHEN 'completed' THEN ?4 END,
          cancelled_at = CASE status WHEN 'cancelled' THEN ?4 END,
-         expired_at = CASE status WHEN 'expired' THEN ?4 END",
+         expired_at = CASE status WHEN 'expired' THEN ?4 END,
+         failed_at = CASE status WHEN 'failed' THEN ?4 END",
         &[&finish.at.as_millis()],
-    )
+    )?;
+    insert_errors(connection, claim, &finish.errors)
 }
 
 pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {

@@ -6,18 +6,27 @@ const FIRST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// Short at first, so that a failure which passes costs little; longer with each that follows, so that one which stays costs little too.
-pub struct Patience(Duration);
+pub struct Backoff {
+    next: Duration,
+    pauses: u32,
+}
 
-impl Default for Patience {
+impl Default for Backoff {
     fn default() -> Self {
-        Self(FIRST)
+        Self { next: FIRST, pauses: 0 }
     }
 }
 
-impl Patience {
+impl Backoff {
     pub fn pause(&mut self) -> Duration {
-        let pause = self.0;
-        self.0 = pause.saturating_mul(2).min(LONGEST);
+        let pause = self.next;
+        self.next = pause.saturating_mul(2).min(LONGEST);
+        self.pauses = self.pauses.saturating_add(1);
         pause
+    }
+
+    /// Pauses so far.
+    pub fn pauses(&self) -> u32 {
+        self.pauses
     }
 }

@@ -1,0 +1,91 @@
+//! How fast a client has to send the body of a request: a piece within `client_timeout`, and 4 KiB/s on average once that much time has
+//! been spent waiting for it. Time in which the server itself does not read is not counted.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep};
+
+/// Bytes a second, on average.
+const MIN_RATE: u64 = 4 << 10;
+
+/// A client that sends too slowly.
+#[derive(Debug, thiserror::Error)]
+#[error("the body came too slowly")]
+pub struct TooSlow;
+
+pub async fn pace(State(timeout): State<Duration>, request: Request, next: Next) -> Response {
+    let request = request.map(|body| if body.is_end_stream() { body } else { Body::new(Paced::new(body, timeout)) });
+    next.run(request).await
+}
+
+struct Paced {
+    body: Body,
+    timeout: Duration,
+    received: u64,
+    /// Time spent waiting for the client so far, and since when it is waited for now.
+    waited: Duration,
+    since: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Paced {
+    fn new(body: Body, timeout: Duration) -> Self {
+        let timer = Box::pin(tokio::time::sleep(timeout));
+        Self { body, timeout, received: 0, waited: Duration::ZERO, since: None, timer }
+    }
+
+    /// How long may be waited in all for more than what was received so far.
+    fn allowance(&self) -> Duration {
+        Duration::from_secs(self.received / MIN_RATE).max(self.timeout)
+    }
+}
+
+impl HttpBody for Paced {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if let Poll::Ready(polled) = Pin::new(&mut self.body).poll_frame(context) {
+            if let Some(since) = self.since.take() {
+                self.waited = self.waited.saturating_add(since.elapsed());
+            }
+            if let Some(Ok(frame)) = &polled {
+                self.received = self.received.saturating_add(frame.data_ref().map_or(0, Bytes::len) as u64);
+                if self.waited > self.allowance() {
+                    return Poll::Ready(Some(Err(axum::Error::new(TooSlow))));
+                }
+            }
+            return Poll::Ready(polled);
+        }
+        if self.since.is_none() {
+            let now = Instant::now();
+            self.since = Some(now);
+            let left = self.allowance().saturating_sub(self.waited).min(self.timeout);
+            let at = now.checked_add(left).unwrap_or(now);
+            self.timer.as_mut().reset(at);
+        }
+        match self.timer.as_mut().poll(context) {
+            Poll::Ready(()) => Poll::Ready(Some(Err(axum::Error::new(TooSlow)))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,61 @@
+//! A failed exchange in words: those of the client without names, those of the operator with all there is.
+
+use std::error::Error;
+
+use super::{Fault, Secrets, TransportError};
+
+/// What went wrong, as the innermost error that knows it says.
+pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportError {
+    let mut fault = Fault::Protocol;
+    let mut message = String::new();
+    let mut detail = None;
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        next = cause.source();
+        if let Some(known) = cause.downcast_ref::<TransportError>() {
+            return TransportError::new(known.fault, known.message.clone()).with_detail(known.detail());
+        }
+        if cause.is::<std::io::Error>() {
+            fault = Fault::Connection;
+        }
+        if let Some(hidden) = cause.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref())
+            && let Some(tls) = hidden.downcast_ref::<rustls::Error>()
+        {
+            fault = Fault::Tls;
+            detail = Some(tls.to_string());
+            message = tls_trouble(tls).to_owned();
+            continue;
+        }
+        if cause.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_incomplete_message()) {
+            fault = Fault::Connection;
+        }
+        if detail.is_none() {
+            message = cause.to_string();
+        }
+    }
+    let told = |text: String| {
+        let mut text = format!("The exchange with the provider failed: {text}.");
+        secrets.blank(&mut text);
+        text
+    };
+    let error = TransportError::new(fault, told(message));
+    match detail {
+        Some(detail) => error.with_detail(told(detail)),
+        None => error,
+    }
+}
+
+/// A failed handshake in words without names: what a certificate says is the operator's.
+fn tls_trouble(error: &rustls::Error) -> &'static str {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer};
+    match error {
+        rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. }) => "its certificate has expired",
+        rustls::Error::InvalidCertificate(UnknownIssuer) => "its certificate is from an unknown issuer",
+        rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => {
+            "its certificate is for another name"
+        }
+        rustls::Error::InvalidCertificate(_) => "its certificate is not valid",
+        rustls::Error::InvalidMessage(_) => "it does not speak TLS",
+        _ => "the TLS handshake failed",
+    }
+}
