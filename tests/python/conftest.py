@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 import urllib.request
@@ -120,7 +122,8 @@ class Server(Process):
         self.start()
 
     def start(self):
-        command = [HOST, "serve", "--listen", "127.0.0.1:0", "--data", self.data, "--plugins", self.plugins]
+        listen = [] if "--listen" in self.arguments else ["--listen", "127.0.0.1:0"]
+        command = [HOST, "serve", *listen, "--data", self.data, "--plugins", self.plugins]
         super().__init__([*command, *self.arguments], self.folder / "server.log", self.env)
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
 
@@ -160,6 +163,23 @@ class Server(Process):
 
     def models(self):
         return [model.id for model in self.client.models.list()]
+
+
+def leftovers(server):
+    """Objects on the disk that no record leads to, and notes of objects that were never finished."""
+    database = sqlite3.connect(f"file:{server.data}/batchwright.db?mode=ro", uri=True)
+    recorded = {row[0] for row in database.execute("SELECT id FROM files WHERE NOT removed")}
+    noted = {row[0] for row in database.execute("SELECT id FROM pending_objects")}
+    database.close()
+    # What readiness writes for a moment is nobody's.
+    written = [path.name for path in (server.data / "objects").rglob("*") if path.is_file()]
+    return {name for name in written if not name.startswith("probe")} - recorded | noted
+
+
+def load_errors(server):
+    """What the operator was told last of each plugin that does not load as it is."""
+    told = re.compile(r'(?:plugin not loaded|plugin not changed, the one before serves on): (.*) plugin="([^"]*)"$', re.M)
+    return {name: error for error, name in told.findall(server.logged())}
 
 
 @pytest.fixture

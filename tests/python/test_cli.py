@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
 import sqlite3
 import subprocess
+import time
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
@@ -34,7 +38,7 @@ def test_run_fails_if_a_line_fails_and_says_where_it_is(tmp_path):
     assert [line["custom_id"] for line in lines(tmp_path / "bad.jsonl")] == ["b"]
 
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), "oops"]))
-    done = run_host(*command, cwd=tmp_path)
+    done = run_host(*command, "--force", cwd=tmp_path)
     assert done.returncode == 1 and "line 2: invalid_json_line" in done.stderr and "rejected" in done.stderr
 
 
@@ -46,15 +50,21 @@ def test_run_finds_its_endpoint_in_the_file(tmp_path):
     assert run_host("run", "nothing.jsonl", "-o", "o", "--plugins", PLUGINS, cwd=tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_continues(tmp_path, stub, how):
+def provider_folder(tmp_path, stub, limits="concurrency = 4\n"):
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     for file in ["validator-standard.wasm", "inference-openai.wasm", "standard.toml"]:
         (plugins / file).write_bytes((PLUGINS / file).read_bytes())
-    (plugins / "p.toml").write_text(stub.plugin(["m"], "[limits]\nconcurrency = 4\n"))
+    (plugins / "p.toml").write_text(stub.plugin(["m"], f"[limits]\n{limits}"))
+    return plugins
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_continues(tmp_path, stub, how):
+    plugins = provider_folder(tmp_path, stub)
     prompts = [f"!delay 20 {number}" for number in range(400)]
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)]))
+    content = jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)])
+    (tmp_path / "in.jsonl").write_bytes(content)
     command = [HOST, "run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins]
     first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: sum(stub.counts().values()) > 40, what="some progress")
@@ -68,15 +78,223 @@ def test_a_stopped_run_continues(tmp_path, stub, how):
     # Another input is not taken for this one.
     (tmp_path / "other.jsonl").write_bytes(jsonl([chat("a")]))
     other = run_host("run", "other.jsonl", *command[3:], cwd=tmp_path)
-    assert other.returncode == 1 and "/in.jsonl" in other.stderr and "delete the folder" in other.stderr
+    assert other.returncode == 2 and "/in.jsonl" in other.stderr and "--partial" in other.stderr, other.stderr
+    # The content counts: a script may have written the same once more.
+    (tmp_path / "in.jsonl").unlink()
+    (tmp_path / "in.jsonl").write_bytes(content)
     done = run_host(*command[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continuing an unfinished run" in done.stderr
     assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [str(i) for i in range(400)]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["plugins"]
     counts = stub.counts()
     assert len(counts) == 400
     # Nothing that was finished in order is asked twice.
     assert max(counts.values()) == 1 if how == signal.SIGINT else max(counts.values()) <= 2
+
+
+def test_a_run_that_is_killed_at_any_moment_places_its_answers_once(tmp_path, stub):
+    plugins = provider_folder(tmp_path, stub, "concurrency = 16\n")
+    number = 1000
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), f"!delay 60 {i}", model="m") for i in range(number)] + [chat("bad", "!status 400", model="m")]))
+    command = [HOST, "run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins]
+    chance, kills, done = random.Random(11), 0, False
+    while not done:
+        run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        try:
+            _, said = run.communicate(timeout=chance.uniform(0.05, 0.6) if kills < 20 else 60)
+            done = True
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.communicate()
+            kills += 1
+            if (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.batchwright").exists():
+                # It was killed after its last step.
+                break
+    else:
+        assert run.returncode == 1, said
+        assert f"{number} of {number + 1} answered, 1 failed" in said or "this run had finished" in said, said
+    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [str(i) for i in range(number)]
+    assert [line["custom_id"] for line in lines(tmp_path / "out.errors.jsonl")] == ["bad"]
+    counts = stub.counts()
+    # Only what was in flight, or answered and not yet written, is sent again.
+    assert kills >= 5 and sum(counts.values()) - len(counts) <= kills * (16 + 16), counts
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.errors.jsonl", "out.jsonl", "plugins", "stub.log"]
+
+
+def test_an_unfinished_run_gives_its_answers_out(tmp_path, stub):
+    plugins = provider_folder(tmp_path, stub)
+    prompts = [*(str(number) for number in range(20)), *("!delay 600000" for _ in range(20))]
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)]))
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--stop-grace", "10ms"]
+    nothing = run_host(*command, "--partial", cwd=tmp_path)
+    assert nothing.returncode == 2 and "no unfinished run" in nothing.stderr
+    run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: stub.counts().get("!delay 600000", 0) == 4, what="the answers")
+    database = sqlite3.connect(f"file:{tmp_path}/out.jsonl.batchwright/batchwright.db?mode=ro", uri=True)
+    wait_for(lambda: database.execute("SELECT completed FROM batches").fetchall() == [(20,)], what="the results")
+    database.close()
+    run.kill()
+    run.communicate()
+    (tmp_path / "in.jsonl").unlink()
+    (tmp_path / "in.jsonl").write_text("something else\n")
+    done = run_host(*command, "--partial", cwd=tmp_path)
+    assert done.returncode == 1 and "cancelled: 20 of 40 answered" in done.stderr, done.stderr
+    assert len(lines(tmp_path / "out.jsonl")) == 20
+    assert {line["error"]["code"] for line in lines(tmp_path / "out.errors.jsonl")} == {"batch_cancelled"}
+    assert not (tmp_path / "out.jsonl.batchwright").exists()
+
+
+GOOD = jsonl([chat("a")])
+REJECTED = b'{"custom_id":"a"}\n'
+
+
+def snapshot(folder):
+    """What is in a folder: names, contents, and where links lead."""
+    return {
+        path.name: os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["in.jsonl", "-o", "in.jsonl"], "is the input"),
+        (["bad.jsonl", "-o", "bad.jsonl"], "is the input"),
+        (["in.jsonl", "-o", "hard.jsonl"], "is the input"),
+        (["in.jsonl", "-o", "soft.jsonl"], "is the input"),
+        (["in.jsonl", "-o", "./folder/../in.jsonl"], "is the input"),
+        (["in.jsonl", "-o", "new.jsonl", "-e", "in.jsonl"], "is the input"),
+        (["in.jsonl", "-o", "new.jsonl", "-e", "new.jsonl"], "are the same file"),
+        (["in.jsonl", "-o", "new.jsonl", "-e", "./folder/../new.jsonl"], "are the same file"),
+        (["in.jsonl", "-o", "old.jsonl"], "old.jsonl exists"),
+        (["bad.jsonl", "-o", "old.jsonl"], "old.jsonl exists"),
+        (["in.jsonl", "-o", "new.jsonl", "-e", "old.jsonl"], "old.jsonl exists"),
+        (["in.jsonl", "-o", "link-to-old.jsonl"], "exists"),
+        (["in.jsonl", "-o", "nowhere.jsonl"], "link to a file that is not there"),
+        (["in.jsonl", "-o", "folder"], "is a folder"),
+        (["in.jsonl", "-o", "no/such/folder.jsonl"], "its folder"),
+        (["folder", "-o", "new.jsonl"], "no regular file"),
+        (["/dev/null", "-o", "new.jsonl"], "no regular file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_a_run_harms_no_file_that_it_did_not_write(tmp_path, arguments, said, force):
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    (tmp_path / "bad.jsonl").write_bytes(REJECTED)
+    (tmp_path / "old.jsonl").write_text("answers of yesterday, paid for\n")
+    (tmp_path / "folder").mkdir()
+    os.link(tmp_path / "in.jsonl", tmp_path / "hard.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "link-to-old.jsonl").symlink_to("old.jsonl")
+    (tmp_path / "nowhere.jsonl").symlink_to("nothing.jsonl")
+    before = snapshot(tmp_path)
+    if force and "exists" in said:
+        pytest.skip("overwriting is what --force is for")
+    done = run_host("run", *arguments, "--plugins", PLUGINS, *(["--force"] if force else []), cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert snapshot(tmp_path) == before and not list(tmp_path.glob("*.batchwright"))
+
+
+def test_a_finished_run_is_not_repeated_over_its_answers(tmp_path, stub):
+    plugins = provider_folder(tmp_path, stub)
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "one", model="m"), chat("b", "!status 400", model="m")]))
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins]
+    assert run_host(*command, cwd=tmp_path).returncode == 1
+    before, sent = snapshot(tmp_path), sum(stub.counts().values())
+    again = run_host(*command, cwd=tmp_path)
+    assert again.returncode == 2 and "give --force" in again.stderr
+    assert sum(stub.counts().values()) == sent and snapshot(tmp_path) == before
+    # With the provider down no answer is lost either.
+    answers = before["out.jsonl"]
+    stub.kill()
+    down = run_host(*command, "--force", "--max-attempts", "1", cwd=tmp_path)
+    assert down.returncode == 1 and "out.jsonl is of an earlier run and stays as it is" in down.stderr, down.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == answers
+    assert len(lines(tmp_path / "out.errors.jsonl")) == 2
+    # A rejected input touches nothing.
+    (tmp_path / "bad.jsonl").write_bytes(REJECTED)
+    before = snapshot(tmp_path)
+    rejected = run_host("run", "bad.jsonl", *command[2:], "--force", cwd=tmp_path)
+    assert rejected.returncode == 1 and "rejected" in rejected.stderr
+    assert snapshot(tmp_path) == before and not list(tmp_path.glob("*.batchwright"))
+
+
+def test_a_run_writes_through_links_and_to_pipes(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/out.jsonl").write_text("old\n")
+    (tmp_path / "real/out.jsonl").chmod(0o640)
+    (tmp_path / "link.jsonl").symlink_to("real/out.jsonl")
+    command = ["run", "in.jsonl", "--plugins", PLUGINS]
+    assert run_host(*command, "-o", "link.jsonl", "--force", cwd=tmp_path).returncode == 1
+    assert (tmp_path / "link.jsonl").is_symlink() and len(lines(tmp_path / "real/out.jsonl")) == 1
+    assert (tmp_path / "real/out.jsonl").stat().st_mode & 0o777 == 0o640
+    done = run_host(*command, "-o", "/dev/stdout", "-e", "/dev/null", cwd=tmp_path)
+    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == ["a"], done.stderr
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    run_host(*command, "-o", "pipe", "-e", "/dev/null", cwd=tmp_path)
+    assert json.loads(reader.communicate(timeout=30)[0])["custom_id"] == "a"
+    assert not list(tmp_path.rglob("*.batchwright"))
+
+
+def test_a_run_has_no_completion_window(tmp_path, stub):
+    plugins = provider_folder(tmp_path, stub)
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "!delay 600000", model="m"), chat("b", "hi", model="m")]))
+    (tmp_path / "c.toml").write_text('completion_windows = ["1h"]\n')
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--config", "c.toml"]
+    run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(stub.counts()) == 2, what="both to be sent")
+    run.kill()
+    run.communicate()
+    # As if it had been left alone for a month.
+    database = sqlite3.connect(tmp_path / "out.jsonl.batchwright/batchwright.db")
+    (left,) = database.execute("SELECT expires_at - created_at FROM batches").fetchone()
+    database.close()
+    assert left > 50 * 365 * 86_400_000
+
+
+def test_a_run_without_rules_does_not_begin(tmp_path, stub):
+    plugins = provider_folder(tmp_path, stub)
+    (plugins / "standard.toml").unlink()
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, cwd=tmp_path)
+    assert done.returncode == 4 and "no validator is loaded" in done.stderr
+    assert not (tmp_path / "out.jsonl.batchwright").exists()
+
+
+def test_a_download_harms_nothing_and_says_what_is_missing(server, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
+    (tmp_path / "old.jsonl").write_text("old\n")
+
+    def batch(*arguments):
+        return run_host("batch", *arguments, "--url", server.url, cwd=tmp_path)
+
+    made = json.loads(batch("create", "in.jsonl", "--json").stdout)
+    server.ended(made["id"])
+    for arguments, said in [
+        (["-o", "old.jsonl"], "old.jsonl exists"),
+        (["-o", "x.jsonl", "-e", "x.jsonl"], "are the same file"),
+        (["-o", "."], "is a folder"),
+    ]:
+        done = batch("download", made["id"], *arguments)
+        assert done.returncode == 2 and said in done.stderr
+    assert (tmp_path / "old.jsonl").read_text() == "old\n" and not (tmp_path / "x.jsonl").exists()
+    done = batch("download", made["id"], "-o", "o.jsonl")
+    assert done.returncode == 1 and "name a place for it with --errors" in done.stderr
+    assert len(lines(tmp_path / "o.jsonl")) == 1
+    # A file of the server that breaks off does not take the place of a whole one.
+    output = next((server.data / "objects/default/files").glob(server.client.batches.retrieve(made["id"]).output_file_id))
+    before = (tmp_path / "o.jsonl").read_bytes()
+    os.truncate(output, 10)
+    done = batch("download", made["id"], "-o", "o.jsonl", "--force")
+    assert done.returncode == 1 and "broke off" in done.stderr, done.stderr
+    assert (tmp_path / "o.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.jsonl", "o.jsonl", "old.jsonl"]
 
 
 def test_a_run_that_could_not_begin_leaves_nothing_behind(tmp_path):
@@ -208,6 +426,43 @@ def test_a_full_disk_is_told_of_and_work_goes_on_when_there_is_room(full_disk):
 def test_a_server_on_a_full_disk_can_be_stopped(full_disk):
     server, _ = full_disk
     assert server.stop() == 0
+
+
+def ready(server):
+    try:
+        with urllib.request.urlopen(server.url + "/health/ready") as answer:
+            return json.load(answer)["status"]
+    except urllib.error.HTTPError as error:
+        assert error.code == 503
+        return " ".join(json.load(error)["reasons"])
+
+
+def test_a_full_disk_stops_the_sending_and_little_is_sent_twice(full_disk, stub):
+    server, batch = full_disk
+    retrieve = server.client.batches.retrieve
+    # As long as nothing can be written, nothing more is asked for.
+    sent = wait_for(lambda: (lambda before: time.sleep(1) or (sum(stub.counts().values()) == before and before))(sum(stub.counts().values())), what="the end of the sending")
+    committed = retrieve(batch.id).request_counts.completed
+    print(f"{sent} sent, {committed} committed")
+    assert sent < 600 and sent - committed <= 2 * 64 + 256
+    # It says so, and files can be read and deleted all the same.
+    wait_for(lambda: "is full" in ready(server), what="it not to be ready")
+    with urllib.request.urlopen(server.url + "/health/serving") as answer:
+        assert answer.status == 200
+    files = list(server.client.files.list())
+    assert files and server.client.files.content(files[0].id).content
+    # Killed, with room after: what was committed is not sent again.
+    server.kill()
+    (server.data / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,size=200m", server.data], check=True)
+    server.start()
+    ended = server.ended(batch.id)
+    assert ended.request_counts.completed == 600
+    counts = stub.ask("/arrivals")
+    arrivals = sum(len(times) for times in counts.values())
+    print(f"{arrivals - 600} of 600 sent twice")
+    assert arrivals - 600 <= sent - committed
+    wait_for(lambda: ready(server) == "ok", what="readiness")
 
 
 def test_the_server_stops_in_order_and_at_once_when_asked_twice(serve, stub):

@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import CONTAINED, ROOT, STUB, chat, run_host, wait_for
+from conftest import CONTAINED, ROOT, STUB, chat, load_errors, run_host, wait_for
 
 TARGET = STUB.parents[1]
 HOSTILE = TARGET / "hostile"
@@ -201,31 +201,33 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         "any.example.com": "0.0.0.0", "loop.example.com": "::1", "link.example.com": "fe80::1",
     }  # fmt: skip
     hosts = ",".join(f"{name}={address}" for name, address in names.items())
-    server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"])
+    # The client learns that it is refused, the operator from the log what and where.
+    logs = ["--log-level", "info,batchwright::egress=debug"]
+    server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"], arguments=logs)
     host = provider.url[7:]
-    refused = ["not-allowed", "`allow` in", "hostile.toml"]
+    refused = ["not-allowed", "does not allow"]
     cases = {
         "method http://h/".replace("http://h", stub.url): ["protocol", "method"],
         f"header-value {stub.url}/": ["protocol", "header"],
         f"header-name {stub.url}/": ["protocol", "header name"],
-        "send http://127.0.0.2/": [*refused, "127.0.0.2:80"],
+        "send http://127.0.0.2/": refused,
         "send http://169.254.169.254/latest/meta-data": refused,
-        "send http://2852039166/": [*refused, "169.254.169.254"],
-        "send http://0xa9fea9fe/": [*refused, "169.254.169.254"],
-        "send http://0251.0376.0251.0376/": [*refused, "169.254.169.254"],
-        "send http://0xa9.254.0251.254/": [*refused, "169.254.169.254"],
-        "send http://169.16689662/": [*refused, "169.254.169.254"],
+        "send http://2852039166/": refused,
+        "send http://0xa9fea9fe/": refused,
+        "send http://0251.0376.0251.0376/": refused,
+        "send http://0xa9.254.0251.254/": refused,
+        "send http://169.16689662/": refused,
         "send http://[::ffff:169.254.169.254]/": refused,
         "send http://[::ffff:a9fe:a9fe]/": refused,
         "send http://[64:ff9b::a9fe:a9fe]/": refused,
         "send http://[fd00:ec2::254]/": refused,
-        "send http://\u2460\u2461\u2466.0.0.2/": [*refused, "127.0.0.2"],
-        "send http://metadata.example.com/": ["not-allowed", "resolves to 169.254.169.254"],
-        "send http://mapped.example.com/": ["not-allowed", "resolves to ::ffff:169.254.169.254"],
-        **{f"send http://{name}.example.com/": ["not-allowed", "resolves to"] for name in ("nat64", "6to4", "ec2", "alibaba", "any", "loop", "link")},
-        "send http://home.example.com/": ["not-allowed", "private address 127.0.0.1"],
-        "send http://office.example.com/": ["not-allowed", "private address 10.0.0.7"],
-        "send http://named.internal/": ["not-allowed", "resolves to 169.254.169.254"],
+        "send http://\u2460\u2461\u2466.0.0.2/": refused,
+        "send http://metadata.example.com/": refused,
+        "send http://mapped.example.com/": refused,
+        **{f"send http://{name}.example.com/": refused for name in ("nat64", "6to4", "ec2", "alibaba", "any", "loop", "link")},
+        "send http://home.example.com/": refused,
+        "send http://office.example.com/": refused,
+        "send http://named.internal/": refused,
         "send file:///etc/passwd": ["not-allowed", "scheme"],
         f"send http://user:pw@{host}/": ["not-allowed", "user name"],
         f"send http://{host}@169.254.169.254/": ["not-allowed"],
@@ -235,11 +237,18 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         "send /v1/x": ["not-allowed", "URL"],
         f"send {provider.url}/redirect?http://169.254.169.254/": ["not followed"],
         f"follow {provider.url}/redirect?http://169.254.169.254/": refused,
-        f"follow {provider.url}/redirect?http://metadata.example.com/": ["not-allowed", "resolves to"],
+        f"follow {provider.url}/redirect?http://metadata.example.com/": refused,
     }
     with bystander(server):
         _, ends = ask(server, cases)
         hold(ends, cases)
+    told = " ".join(ends.values())
+    for secret in ["hostile.toml", str(server.folder), "127.0.0.2", "named.internal", "10.0.0.7"]:
+        assert secret not in told, told
+    logged = server.logged()
+    for part in ["127.0.0.2:80 is not allowed", "hostile.toml", "metadata.example.com resolves to 169.254.169.254",
+                 "named.internal resolves to 169.254.169.254", "private address 10.0.0.7", "`allow` in"]:  # fmt: skip
+        assert part in logged, part
     # An absolute URL in a path stays a path of the host that is allowed; and headers are the host's to set.
     _, ends = ask(server, [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"])
     in_path = ends[f"forged {stub.url}/http://169.254.169.254/"]
@@ -272,7 +281,7 @@ def test_each_misdeed_of_a_provider_ends_its_own_request(hostile, bystander, pro
 
 
 def test_nothing_of_a_credential_comes_to_light(hostile, provider):
-    credentials = '[credentials]\napi_key = "env:HOSTILE_KEY"\n'
+    credentials = f'[credentials]\napi_key = {{ from = "env:HOSTILE_KEY", hosts = ["{provider.url[7:]}"] }}\n'
     server = hostile(credentials, env={"HOSTILE_KEY": SECRET}, arguments=["--log-level", "debug"])
     order = f"memory-after {provider.url}/echo"
     refused = f"send {provider.url}/nonsense"
@@ -367,19 +376,19 @@ def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
             "endless": ["no ordinary file"], "environ": ["line 1, column"],
         }  # fmt: skip
         expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}, **links}
-        wait_for(lambda: all(plugin_states(server).get(name, {}).get("error") for name in expected), 60, "all complaints")
-        states = plugin_states(server)
+        wait_for(lambda: all(load_errors(server).get(name) for name in expected), 60, "all complaints")
+        states, errors = plugin_states(server), load_errors(server)
         for name, parts in expected.items():
-            assert states[name]["state"] == "failed", states[name]
+            # A file that cannot be read may be another tenant's: clients do not get to know of it.
+            assert states.get(name, {"state": "failed"})["state"] == "failed", states[name]
             for part in parts:
-                assert part in states[name]["error"], f"{name}: {states[name]['error']}"
-            assert name in states[name]["error"]
-            CONTAINED.append((name, states[name]["error"].removeprefix(f"{server.plugins}/")))
+                assert part in errors[name], f"{name}: {errors[name]}"
+            assert name in errors[name]
+            CONTAINED.append((name, errors[name].removeprefix(f"{server.plugins}/")))
+        assert str(server.plugins) not in json.dumps(states) and "pipe" not in states and "core-module" in states
         assert states["p"]["state"] == states["hostile"]["state"] == "loaded"
         assert "not-for-clients" not in json.dumps(states) and "not-for-clients" not in server.logged()
     wait_for(lambda: not compilers_of(server), what="the end of the compilers")
-    # The same in the log.
-    assert all(f'plugin="{name}"' in server.logged() for name in expected)
 
 
 def test_lines_that_grow_in_a_guest_take_no_more_memory_than_there_is_for_them(hostile, provider):

@@ -7,7 +7,7 @@ import random
 import time
 
 import openai
-from conftest import CHAT, Stub, chat, jsonl, wait_for
+from conftest import CHAT, Stub, chat, jsonl, leftovers, wait_for
 
 # How late the provider may note a request that was on its way when the server died.
 SLACK = 0.25
@@ -87,6 +87,8 @@ def test_a_server_that_is_killed_at_any_moment_loses_nothing(serve, tmp_path, re
         for plan in plans:
             wait_for(lambda plan=plan: advance(server, plan) or plan.id, what="the creation")
             check(server, plan, server.ended(plan.id))
+        # Uploads that were cut off, and files that were being made, leave nothing behind.
+        wait_for(lambda: not leftovers(server), what="what was left half done to be gone")
         arrivals = {prompt: [at / 1000 for at in times] for prompt, times in stub.ask("/arrivals").items()}
     finally:
         stub.kill()

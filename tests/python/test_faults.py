@@ -10,7 +10,7 @@ import time
 
 import openai
 import pytest
-from conftest import CHAT, ROOT, chat, jsonl, wait_for
+from conftest import CHAT, ROOT, chat, jsonl, leftovers, wait_for
 
 LINES = 5
 
@@ -102,6 +102,7 @@ def test_every_write_may_fail_once(broken, stub):
         assert number > 50
     counts = stub.counts()
     assert set(counts.values()) == {1}, {prompt: count for prompt, count in counts.items() if count > 1}
+    wait_for(lambda: not leftovers(server), what="what was left half done to be gone")
     server.kill()
     database = sqlite3.connect(server.data / "batchwright.db")
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

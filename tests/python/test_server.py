@@ -4,6 +4,7 @@ import json
 import socket
 import sqlite3
 import time
+import urllib.error
 import urllib.request
 
 from conftest import wait_for
@@ -69,23 +70,39 @@ def test_a_client_that_does_not_take_its_answer_is_let_go(serve):
         assert alive(server)
 
 
-def test_more_clients_than_may_come_at_once_wait(serve):
+def test_more_clients_than_may_come_at_once_are_told_to_come_back_and_health_is_answered(serve):
     server = serve("--max-connections", "2")
-    first, second = connect(server), connect(server)
-    request = b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    file = server.client.files.create(file=("large", b"x" * 100_000_000), purpose="user_data")
+    server.client.close()
+    busy = [connect(server) for _ in range(2)]
+    for connection in busy:
+        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     with connect(server) as third:
-        third.sendall(request)
-        third.settimeout(0.3)
-        try:
-            answered = third.recv(10)
-        except TimeoutError:
-            answered = None
-        assert answered is None
-        first.close()
-        third.settimeout(10)
-        assert b" 200 " in received(third)
-    second.close()
+        third.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = received(third)
+        assert b" 503 " in answer and b"retry-after: 1\r\n" in answer and b"server_overloaded" in answer
     assert alive(server)
+    busy[0].close()
+    wait_for(lambda: models(server), what="a place")
+    busy[1].close()
+
+
+def models(server):
+    try:
+        with urllib.request.urlopen(server.url + "/v1/models", timeout=10) as answer:
+            return answer.status == 200
+    except urllib.error.HTTPError as error:
+        assert error.code == 503
+        return False
+
+
+def test_idle_connections_make_way(serve):
+    server = serve("--max-connections", "100")
+    idle = [connect(server) for _ in range(400)]
+    assert models(server) and alive(server)
+    for connection in idle:
+        connection.close()
 
 
 def test_many_connections_at_once_are_served(serve):

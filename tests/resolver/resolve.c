@@ -1,5 +1,5 @@
 /* Loaded before the C library's: answers for the names in TEST_HOSTS ("name=address,name=address"), as a name server under somebody's control
- * would. Several addresses of one name are several entries. */
+ * would. Several addresses of one name are several entries. Names that begin with "slow-" take TEST_SLOW_HOSTS seconds and have no answer. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -7,6 +7,7 @@
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int lookup(const char *, const char *, const struct addrinfo *, struct addrinfo **);
 
@@ -15,6 +16,11 @@ int getaddrinfo(const char *name, const char *service, const struct addrinfo *hi
     const char *entry = getenv("TEST_HOSTS");
     size_t length = name ? strlen(name) : 0;
     struct addrinfo *first = NULL, *last = NULL;
+    const char *slow = getenv("TEST_SLOW_HOSTS");
+    if (slow && name && strncmp(name, "slow-", 5) == 0) {
+        sleep((unsigned)atoi(slow));
+        return EAI_AGAIN;
+    }
     for (; entry && *entry; entry = strchr(entry, ',') ? strchr(entry, ',') + 1 : NULL) {
         char address[64];
         if (!length || strncmp(entry, name, length) != 0 || entry[length] != '=') continue;

@@ -1,0 +1,233 @@
+"""Health tells the truth, and a server ends in a way that load balancers and clients do not notice."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+from conftest import CHAT, PLUGINS, chat, wait_for
+
+
+def ask(url):
+    """Status and JSON."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def health(server, kind):
+    return ask(f"{server.url}/health/{kind}")
+
+
+def ready(server):
+    return health(server, "ready")[0] == 200
+
+
+def refused(server):
+    """The reasons of a server that is not ready, in one text. Files and lists it serves all the same."""
+    status, told = health(server, "ready")
+    assert health(server, "serving") == (200, {"status": "ok"}) and health(server, "live") == (200, {"status": "ok"})
+    assert status == 503 and told["error"]["code"] == "server_not_ready" and told["error"]["message"]
+    assert str(server.folder) not in json.dumps(told)
+    return " ".join(told["reasons"])
+
+
+def test_a_server_without_rules_is_not_ready_and_takes_no_batch(serve):
+    server = serve()
+    file = server.upload([chat("a")])
+    server.stop()
+    (server.plugins / "standard.toml").write_text('component = "validator-standard.wasm"\nodrer = 1\n')
+    server.start()
+    assert "Required plugins are not loaded." in wait_for(lambda: not ready(server) and refused(server))
+    assert server.client.files.content(file.id).content and len(list(server.client.files.list())) == 1
+    with pytest.raises(openai.InternalServerError) as error:
+        server.create([{**chat("a"), "body": {"model": "echo", "messages": "notalist"}}])
+    assert (error.value.status_code, error.value.code) == (503, "server_not_ready")
+    assert "no validator is loaded for /v1/chat/completions" in server.logged() and "odrer" in server.logged()
+    shutil.copy(PLUGINS / "standard.toml", server.plugins)
+    wait_for(lambda: ready(server), what="readiness")
+    assert server.run([chat("a")]).request_counts.completed == 1
+    # Taken away while it runs.
+    (server.plugins / "standard.toml").unlink()
+    wait_for(lambda: not ready(server), what="the rules to be missed")
+    with pytest.raises(openai.InternalServerError):
+        server.create([chat("a")])
+
+
+def test_plugins_that_have_to_be_there_are_a_setting(serve):
+    server = serve("--required-plugins", "standard,extra")
+    assert "Required plugins are not loaded." in wait_for(lambda: not ready(server) and refused(server))
+    server.add_plugin("extra", 'component = "one-model.wasm"\n')
+    wait_for(lambda: ready(server), what="readiness")
+    server.stop()
+    (server.plugins / "standard.toml").unlink()
+    server.arguments = ["--required-plugins", "none"]
+    server.start()
+    wait_for(lambda: ready(server), what="readiness")
+    assert server.run([chat("a")]).request_counts.completed == 1
+
+
+def test_a_server_without_a_model_is_not_ready(serve):
+    server = serve(plugins={})
+    assert "No plugin is loaded that serves a model." in wait_for(lambda: not ready(server) and refused(server))
+
+
+def test_objects_that_are_gone_are_noticed(serve):
+    server = serve()
+    assert ready(server)
+    server.upload([chat("a")])
+    shutil.rmtree(server.data / "objects/default")
+    assert "lacks what was stored" in wait_for(lambda: not ready(server) and refused(server))
+    # A file that is uploaded now is kept.
+    server.upload([chat("b")])
+    wait_for(lambda: ready(server), what="readiness")
+    # A folder that is made anew is not the one that was opened.
+    shutil.rmtree(server.data / "objects")
+    assert "lacks what was stored" in wait_for(lambda: not ready(server) and refused(server))
+    server.stop()
+    server.start()
+    wait_for(lambda: not ready(server), what="the missing files to be noticed")
+    server.upload([chat("c")])
+    wait_for(lambda: ready(server), what="readiness")
+
+
+def test_a_damaged_database_is_noticed(serve):
+    server = serve()
+    for number in range(30):
+        server.run([chat("a", "x" * 1000, metadata={"n": str(number)})])
+    server.stop()
+    database = server.data / "batchwright.db"
+    connection = sqlite3.connect(database)
+    roots = connection.execute("SELECT rootpage FROM sqlite_master WHERE name IN ('results', 'batch_plugins')").fetchall()
+    connection.close()
+    content = bytearray(database.read_bytes())
+    for (page,) in roots:
+        content[(page - 1) * 16384 : page * 16384] = b"\xa5" * 16384
+    database.write_bytes(content)
+    server.start()
+    wait_for(lambda: not ready(server), what="the damage to be noticed")
+    assert "The database does not work." in health(server, "ready")[1]["reasons"]
+    assert "malformed" in server.logged()
+    assert health(server, "live")[0] == 200
+
+
+def test_health_has_a_listener_of_its_own(serve):
+    server = serve("--admin-listen", "127.0.0.1:0", "--max-connections", "1")
+    line = server.child.stdout.readline()
+    assert line.startswith("health on http://")
+    admin = line.split()[-1]
+    for kind in ("live", "serving", "ready"):
+        assert ask(f"{admin}/health/{kind}")[0] == 200
+    assert ask(f"{admin}/v1/files")[0] == 404
+
+
+def test_a_readiness_probe_costs_little(serve):
+    server = serve()
+    assert ready(server)
+    written = lambda: int((open(f"/proc/{server.child.pid}/io").read().split("write_bytes: ")[1]).split()[0])  # noqa: E731
+    before = written()
+    begun = time.monotonic()
+    for _ in range(200):
+        assert ready(server)
+    # Some 64 KiB and a commit every two seconds, however many ask.
+    assert written() - before < (time.monotonic() - begun + 4) * 500_000
+
+
+def test_a_server_that_ends_answers_until_it_has_ended(serve, stub):
+    server = serve("--shutdown-delay", "1500ms", "--shutdown-grace", "2s", plugins={"p": stub.plugin(["m"])})
+    batch = server.create([chat("hung", "!delay 600000", model="m"), chat("quick", "hi", model="m")])
+    wait_for(lambda: len(stub.counts()) == 2, what="both to be sent")
+    assert ready(server)
+    begun = time.monotonic()
+    server.child.send_signal(signal.SIGTERM)
+    wait_for(lambda: not ready(server), 5, "it to say that it is not ready")
+    assert "shutting down" in refused(server)
+    # New connections are answered, during the delay and while what is in flight is waited for.
+    answered = 0
+    while server.child.poll() is None:
+        try:
+            assert health(server, "serving")[0] == 200
+            assert server.client.batches.retrieve(batch.id).status == "in_progress"
+            answered = time.monotonic() - begun
+        except (urllib.error.URLError, ConnectionError, openai.APIConnectionError):
+            break
+    assert server.child.wait(timeout=20) == 0
+    assert answered > 3, f"it answered for {answered} s"
+    # What was not answered is given back, and only that is sent again.
+    server.start()
+    wait_for(lambda: sum(stub.counts().values()) == 3, what="the hung one to be sent again")
+    assert stub.counts()["hi"] == 1
+
+
+def test_an_open_server_is_warned_of(serve):
+    server = serve("--listen", "0.0.0.0:0")
+    assert "whoever reaches this address reads and deletes everything" in server.logged()
+    assert "whoever reaches" not in serve(name="loopback").logged()
+
+
+def test_an_address_may_be_bounded(serve):
+    server = serve("--max-connections-per-address", "3")
+    host, port = server.url.removeprefix("http://").split(":")
+    connections = [socket.create_connection((host, int(port)), timeout=10) for _ in range(3)]
+    time.sleep(0.1)
+    with socket.create_connection((host, int(port)), timeout=10) as fourth:
+        fourth.settimeout(10)
+        try:
+            fourth.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert fourth.recv(10) == b""
+        except ConnectionError:
+            pass
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: ready_or_refused(server), what="room again")
+
+
+def ready_or_refused(server):
+    try:
+        return ready(server)
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["running", "cancelled", "new", "damaged"])
+def test_a_batch_whose_input_is_lost_comes_to_an_end(serve, stub, how):
+    server = serve("--stop-grace", "10ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")})
+    lines = [chat(str(line), f"!delay 20 {line} {'y' * 2000}", model="m") for line in range(500)]
+    file = server.upload(lines)
+    create = lambda: server.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")  # noqa: E731
+    (path,) = (server.data / "objects/default/files").iterdir()
+    if how == "new":
+        path.unlink()
+        batch = server.ended(create().id)
+        assert batch.status == "failed" and batch.request_counts.total == 0
+    else:
+        batch = create()
+        wait_for(lambda: server.client.batches.retrieve(batch.id).request_counts.completed > 20, what="some results")
+        server.kill()
+        if how == "damaged":
+            os.truncate(path, 30_000)
+        else:
+            path.unlink()
+        if how == "cancelled":
+            # As if it had been asked for just before the end.
+            database = sqlite3.connect(server.data / "batchwright.db")
+            database.execute("UPDATE batches SET status = 'cancelling', lane = 'finish', cancelling_at = 1")
+            database.commit()
+            database.close()
+        server.start()
+        batch = server.ended(batch.id)
+        assert batch.status == ("cancelled" if how == "cancelled" else "failed")
+        output, errors = server.results(batch)
+        assert len(output) == batch.request_counts.completed > 20 and errors == []
+    (error,) = batch.errors.data
+    assert (error.code, error.param) == ("input_file_lost", "input_file_id") and file.id in error.message
+    assert str(server.data) not in error.message
