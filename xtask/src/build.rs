@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use wit_component::ComponentEncoder;
 
+use crate::needs;
 use crate::run::{cargo, root, run, step, target};
 
 const TARGET: &str = "wasm32-unknown-unknown";
@@ -20,6 +21,7 @@ const GUESTS: [(&str, &str); 4] = [
 ];
 
 pub fn all() -> Result<()> {
+    needs::to_build()?;
     guests()?;
     host()?;
     plugins()?;

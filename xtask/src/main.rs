@@ -5,6 +5,7 @@ mod build;
 mod demo;
 mod examples;
 mod hostile;
+mod needs;
 mod run;
 mod test;
 

@@ -5,9 +5,10 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::run::{cargo, mark, root, run, stale, step, target};
-use crate::{build, examples, hostile};
+use crate::{build, examples, hostile, needs};
 
 pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
+    needs::to_test()?;
     step("formatting");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     build::all()?;
@@ -35,7 +36,12 @@ fn python(filter: Option<&str>, more: &[String]) -> Result<()> {
         mark(&tests.join("requirements.txt"), &folder)?;
     }
     let mut pytest = Command::new(&python);
-    pytest.args(["-B", "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]).arg(&tests).args(more).current_dir(root());
+    // -rs: what was skipped, and why.
+    pytest
+        .args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"])
+        .arg(&tests)
+        .args(more)
+        .current_dir(root());
     if let Some(filter) = filter {
         pytest.args(["-k", filter]);
         // 5: there is no test of that name here.
