@@ -132,15 +132,18 @@ def test_an_unfinished_run_gives_its_answers_out(tmp_path, stub):
     run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: stub.counts().get("!delay 600000", 0) == 4, what="the answers")
     database = sqlite3.connect(f"file:{tmp_path}/out.jsonl.batchwright/batchwright.db?mode=ro", uri=True)
-    wait_for(lambda: database.execute("SELECT completed FROM batches").fetchall() == [(20,)], what="the results")
+    # Requests of a batch may overtake each other a little, so one or the other may wait behind those that hang.
+    wait_for(lambda: database.execute("SELECT completed FROM batches WHERE completed > 15").fetchall(), what="the results")
     database.close()
     run.kill()
     run.communicate()
     (tmp_path / "in.jsonl").unlink()
     (tmp_path / "in.jsonl").write_text("something else\n")
     done = run_host(*command, "--partial", cwd=tmp_path)
-    assert done.returncode == 1 and "cancelled: 20 of 40 answered" in done.stderr, done.stderr
-    assert len(lines(tmp_path / "out.jsonl")) == 20
+    (answered,) = re.findall(r"cancelled: (\d+) of 40 answered", done.stderr)
+    assert done.returncode == 1 and int(answered) > 15, done.stderr
+    assert len(lines(tmp_path / "out.jsonl")) == int(answered)
+    assert len(lines(tmp_path / "out.errors.jsonl")) == 40 - int(answered)
     assert {line["error"]["code"] for line in lines(tmp_path / "out.errors.jsonl")} == {"batch_cancelled"}
     assert not (tmp_path / "out.jsonl.batchwright").exists()
 
@@ -390,6 +393,10 @@ def test_settings_come_from_the_environment_and_the_file(tmp_path, serve):
     assert [error.code for error in batch.errors.data] == ["too_many_requests", "invalid_json_line", "too_many_errors"]
 
 
+# Lines whose answers do not fit on the small disk, by far.
+FILLING = 2000
+
+
 @pytest.fixture
 def full_disk(tmp_path, serve, stub):
     """A server whose data folder is on a small disk, and a batch that fills it."""
@@ -404,7 +411,7 @@ def full_disk(tmp_path, serve, stub):
         with pytest.raises(openai.InternalServerError) as refused:
             server.upload(b"y" * (20 << 20))
         assert refused.value.status_code == 507 and refused.value.code == "storage_full"
-        batch = server.create([chat(str(number), "!big 20000", model="m") for number in range(600)])
+        batch = server.create([chat(str(number), "!big 20000", model="m") for number in range(FILLING)])
         wait_for(lambda: "disk is full" in server.logged(), what="the complaint")
         yield server, batch
         assert "panicked" not in server.logged()
@@ -417,10 +424,10 @@ def test_a_full_disk_is_told_of_and_work_goes_on_when_there_is_room(full_disk):
     server, batch = full_disk
     assert server.client.batches.retrieve(batch.id).status in ("in_progress", "finalizing")
     (server.data / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=200m", server.data], check=True)
+    subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
     batch = server.ended(batch.id)
     output, errors = server.results(batch)
-    assert [line["custom_id"] for line in output] == [str(number) for number in range(600)] and errors == []
+    assert [line["custom_id"] for line in output] == [str(number) for number in range(FILLING)] and errors == []
 
 
 def test_a_server_on_a_full_disk_can_be_stopped(full_disk):
@@ -437,14 +444,22 @@ def ready(server):
         return " ".join(json.load(error)["reasons"])
 
 
+def unchanged(number):
+    """What a number is, if it is the same for a second."""
+    before = number()
+    time.sleep(1)
+    return before if number() == before else None
+
+
 def test_a_full_disk_stops_the_sending_and_little_is_sent_twice(full_disk, stub):
     server, batch = full_disk
     retrieve = server.client.batches.retrieve
     # As long as nothing can be written, nothing more is asked for.
-    sent = wait_for(lambda: (lambda before: time.sleep(1) or (sum(stub.counts().values()) == before and before))(sum(stub.counts().values())), what="the end of the sending")
+    sent = wait_for(lambda: unchanged(lambda: sum(stub.counts().values())), what="the end of the sending")
     committed = retrieve(batch.id).request_counts.completed
     print(f"{sent} sent, {committed} committed")
-    assert sent < 600 and sent - committed <= 2 * 64 + 256
+    # What the budget holds, and not all there is.
+    assert sent < FILLING and sent - committed <= 800
     # It says so, and files can be read and deleted all the same.
     wait_for(lambda: "is full" in ready(server), what="it not to be ready")
     with urllib.request.urlopen(server.url + "/health/serving") as answer:
@@ -454,14 +469,14 @@ def test_a_full_disk_stops_the_sending_and_little_is_sent_twice(full_disk, stub)
     # Killed, with room after: what was committed is not sent again.
     server.kill()
     (server.data / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=200m", server.data], check=True)
+    subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
     server.start()
     ended = server.ended(batch.id)
-    assert ended.request_counts.completed == 600
+    assert ended.request_counts.completed == FILLING
     counts = stub.ask("/arrivals")
     arrivals = sum(len(times) for times in counts.values())
-    print(f"{arrivals - 600} of 600 sent twice")
-    assert arrivals - 600 <= sent - committed
+    print(f"{arrivals - FILLING} of {FILLING} sent twice")
+    assert arrivals - FILLING <= sent - committed
     wait_for(lambda: ready(server) == "ok", what="readiness")
 
 

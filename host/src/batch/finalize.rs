@@ -106,21 +106,24 @@ impl Batches {
         let file = |kind| ResultFile { batches: self, claim, kind, writer: None, buffer: Vec::new() };
         let (mut output, mut error) = (file("output"), file("error"));
         let mut errors = Vec::new();
-        match end {
-            End::Whole => self.copy_results(claim, &mut output, &mut error).await?,
-            End::Stopped(reason) => match self.open_input(claim, READ).await {
-                Ok(input) => self.copy_with_rest(claim, input, reason, &mut output, &mut error).await?,
+        let lost = match end {
+            End::Whole => None,
+            End::InputLost => Some("it is missing".to_owned()),
+            End::Stopped(reason) => match self.copy_with_rest(claim, reason, &mut output, &mut error).await {
                 // Somebody has taken it out of the store. What is done is handed over all the same.
-                Err(StoreError::Missing(cause)) => {
-                    errors.push(lost_input(claim, &batch.new.input_file_id, &cause));
-                    self.copy_results(claim, &mut output, &mut error).await?;
+                Err(StoreError::Missing(cause)) => Some(cause),
+                copied => {
+                    copied?;
+                    None
                 }
-                Err(error) => return Err(error),
             },
-            End::InputLost => {
-                errors.push(lost_input(claim, &batch.new.input_file_id, "it is missing"));
-                self.copy_results(claim, &mut output, &mut error).await?;
-            }
+        };
+        if let Some(cause) = &lost {
+            errors.push(lost_input(claim, &batch.new.input_file_id, cause));
+            (output, error) = (file("output"), file("error"));
+        }
+        if lost.is_some() || matches!(end, End::Whole) {
+            self.copy_results(claim, &mut output, &mut error).await?;
         }
         let at = self.clock.now();
         let expires_at = batch.new.output_lifetime.map(|lifetime| at.after(lifetime));
@@ -165,11 +168,11 @@ impl Batches {
         Ok(())
     }
 
-    /// Reads the input once more, beside the results, so that lines that were not executed are told of in their place.
+    /// Reads the input once more, beside the results, so that lines that were not executed are told of in their place. An input that cannot be
+    /// read again and again is as good as missing.
     async fn copy_with_rest(
         &self,
         claim: &Claim,
-        mut input: Input,
         reason: Reason,
         output: &mut ResultFile<'_>,
         error: &mut ResultFile<'_>,
@@ -180,8 +183,14 @@ impl Batches {
                 ("batch_cancelled", "This request had no answer when the batch was cancelled.")
             }
         };
+        let hopeless = self.is_hopeless(claim);
+        let unreadable = |error: StoreError| match error {
+            StoreError::Objects(cause) if hopeless => StoreError::Missing(cause),
+            error => error,
+        };
+        let mut input = self.open_input(claim, READ).await.map_err(unreadable)?;
         let mut rows = Rows::new(self, claim).await;
-        while let Some(line) = input.next().await? {
+        while let Some(line) = input.next().await.map_err(unreadable)? {
             let (number, held, range) = match line {
                 InputLine::Whole { number, bytes } => (number, Some(bytes), None),
                 InputLine::Large { number, range } => (number, None, Some(range)),
@@ -196,7 +205,7 @@ impl Batches {
             let bytes = match (held, range) {
                 (None, Some(range)) => {
                     rows.hold(usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)).await;
-                    input.large(range).await?
+                    input.large(range).await.map_err(unreadable)?
                 }
                 (held, _) => held,
             };

@@ -14,7 +14,7 @@ use super::finalize::End;
 use super::lanes::{Lanes, Next, Place};
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
-use crate::store::{BatchRecord, Claim, Result, Status, StoreError};
+use crate::store::{BatchError, BatchRecord, Claim, Result, Status, StoreError};
 
 /// How long a claim holds without being renewed, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(30);
@@ -152,9 +152,7 @@ impl Batches {
             if batch.times.in_progress_at.is_none() {
                 return self.begin(claim, &batch, stop).await;
             }
-            let lost = self.is_hopeless(claim) && stop.reason().is_some();
             let stopped = match (batch.status, stop.reason()) {
-                _ if lost => Err(StoreError::Missing("it could not be read again and again".into())),
                 // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
                 (Status::Finalizing, _) => Ok(Executed::Stopped(Reason::Expired)),
                 (_, Some(reason)) => Ok(Executed::Stopped(reason)),
@@ -202,7 +200,7 @@ impl Batches {
     }
 
     /// Whether work on a batch has failed so often that trying again will not help.
-    fn is_hopeless(&self, claim: &Claim) -> bool {
+    pub(super) fn is_hopeless(&self, claim: &Claim) -> bool {
         let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
         resting.get(&(claim.tenant.clone(), claim.batch_id.clone())).is_some_and(|rest| rest.pauses() >= HOPELESS)
     }
@@ -231,11 +229,28 @@ impl Batches {
         let verdict = tokio::select! {
             biased;
             () = stop.shutting_down() => return self.store.release(claim, None).await,
-            verdict = self.validate(claim, batch) => verdict?,
+            verdict = self.validate(claim, batch) => verdict,
+        };
+        let may_end = stop.reason().is_some();
+        let verdict = match verdict {
+            // It has waited for its rules, or for its input, for as long as it may.
+            Err(StoreError::NotReady(cause)) if may_end => Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new()),
+            Err(error) if may_end && self.is_hopeless(claim) => {
+                Verdict::Bad(vec![not_validated(claim, &error.to_string())], Vec::new())
+            }
+            verdict => verdict?,
         };
         match verdict {
             Verdict::Good(found) => self.store.start_execution(claim, found, self.clock.now()).await,
             Verdict::Bad(errors, judged_by) => self.store.fail(claim, errors, judged_by, self.clock.now()).await,
         }
     }
+}
+
+/// The error of a batch that ended before it could be validated, with the cause for the operator alone.
+fn not_validated(claim: &Claim, cause: &str) -> BatchError {
+    tracing::error!(batch = claim.batch_id, "the batch ends without having been validated: {cause}");
+    let message =
+        "The batch ended before it could be validated, for a reason that is not its own; create it again.".into();
+    BatchError { code: "not_validated".into(), message, param: None, line: None }
 }

@@ -193,3 +193,22 @@ fn walk(folder: &Path) -> Vec<String> {
     names.sort();
     names
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_whose_rules_are_gone_waits_for_them_and_can_be_cancelled() {
+    let mut house = House::new("", "").await;
+    // Created, and not yet taken up.
+    house.batches().close().await;
+    let [cancelled, expired] =
+        [house.create(&[chat("a", "echo", "hi")]).await, house.create(&[chat("a", "echo", "hi")]).await];
+    house.settings = "required_plugins = [\"absent\"]".into();
+    house.restart().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(house.batch(&cancelled).await.status, Status::Validating);
+    house.batches().cancel(TENANT, &cancelled).await.unwrap();
+    let ended = house.ended(&cancelled).await;
+    assert_eq!((ended.status, ended.errors[0].code.as_str()), (Status::Cancelled, "not_validated"));
+    house.clock.advance(HOUR * 24);
+    let ended = house.ended(&expired).await;
+    assert_eq!((ended.status, ended.errors[0].code.as_str()), (Status::Failed, "not_validated"));
+}
