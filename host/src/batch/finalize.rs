@@ -20,8 +20,8 @@ const MEMORY: usize = 4 * PAGE;
 /// What is read of the input at a time, in bytes.
 const READ: u64 = 128 << 10;
 
-/// A line is held as it is read and as it is written.
-const COPIES: usize = 2;
+/// A line is held by the database, as it is read, and as it is written.
+const COPIES: usize = 3;
 
 /// How a batch ends.
 #[derive(Clone, Copy, Debug)]

@@ -288,6 +288,10 @@ pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize)
             payload: row.get(3).map_err(explain)?,
             usage: TokenUsage::default(),
         });
+        // A step further would hold the next payload beside these.
+        if held == bytes {
+            break;
+        }
     }
     Ok(results)
 }
