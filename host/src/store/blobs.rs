@@ -53,15 +53,28 @@ impl Blobs {
 
     /// Begins an object, which is there once the writer has finished.
     pub async fn writer(&self, tenant: &str, id: &str) -> Result<BlobWriter> {
+        self.check_identity()?;
         let path = Self::path(tenant, id);
         let place = self.folder.join(tenant).join("files");
         let upload = self.store.put_multipart(&path).await.map_err(explain)?;
         Ok(BlobWriter { upload, written: 0, place, id: id.to_owned() })
     }
 
+    /// Whether the folder is the one that was opened. If it is gone, or another is in its place, as a disk that is not mounted has it, nothing
+    /// is missing: it may come back.
+    fn check_identity(&self) -> Result<()> {
+        if identity(&self.folder).ok() == Some(self.identity) {
+            return Ok(());
+        }
+        Err(StoreError::Objects("the folder of objects is gone, or another is in its place".into()))
+    }
+
     /// The size of an object in bytes.
     pub async fn size(&self, tenant: &str, id: &str) -> Result<u64> {
-        Ok(self.store.head(&Self::path(tenant, id)).await.map_err(explain)?.size)
+        match self.store.head(&Self::path(tenant, id)).await.map_err(explain) {
+            Err(missing @ StoreError::Missing(_)) => self.check_identity().and(Err(missing)),
+            found => Ok(found?.size),
+        }
     }
 
     /// Some bytes of an object.
