@@ -1,5 +1,7 @@
 //! Measures `dist/batchwright` against bounds taken in the same run: machines differ and are noisy, so ratios are what to look at.
 
+mod limits;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -38,7 +40,9 @@ async fn main() -> Result<()> {
         Some("start") => start(&paths).await,
         Some("throughput") => throughput(&paths).await,
         Some("validation") => validation(&paths).await,
-        Some(other) => bail!("there is no benchmark `{other}`; there are start, throughput and validation"),
+        // Two minutes, and only when it is asked for.
+        Some("limits") => limits::limits(&paths).await,
+        Some(other) => bail!("there is no benchmark `{other}`; there are start, throughput, validation and limits"),
     }
 }
 

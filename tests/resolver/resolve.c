@@ -1,5 +1,5 @@
 /* Loaded before the C library's: answers for the names in TEST_HOSTS ("name=address,name=address"), as a name server under somebody's control
- * would. Several addresses of one name are several entries. Names that begin with "slow-" take TEST_SLOW_HOSTS seconds and have no answer. */
+ * would. Several addresses of one name are several entries. While the file TEST_HOSTS_FILE is there, TEST_HOSTS counts, and not before. Names that begin with "slow-" take TEST_SLOW_HOSTS seconds and have no answer. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -13,7 +13,8 @@ typedef int lookup(const char *, const char *, const struct addrinfo *, struct a
 
 int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
     lookup *real = (lookup *)dlsym(RTLD_NEXT, "getaddrinfo");
-    const char *entry = getenv("TEST_HOSTS");
+    const char *entry = getenv("TEST_HOSTS"), *file = getenv("TEST_HOSTS_FILE");
+    if (file && access(file, F_OK) != 0) entry = NULL;
     size_t length = name ? strlen(name) : 0;
     struct addrinfo *first = NULL, *last = NULL;
     const char *slow = getenv("TEST_SLOW_HOSTS");

@@ -6,6 +6,10 @@
 //! `!headers` with the request's headers; `!close` cuts the connection; `!redirect URL` sends elsewhere; `!big BYTES` answers at length.
 //! `GET /arrivals` tells when each prompt came, each time, in milliseconds since 1970. `GET /load` tells how many requests were under way at
 //! once at the most, and how many were refused, since it was last asked; `GET /load?N` has more than N at once refused with 429 from then on.
+//! `GET /mode?…` has it behave otherwise from then on; see [`Mode`]. `GET /keys` tells the idempotency keys that each prompt came with.
+//! `--port PORT` has it listen there, so that it can come back after it was killed.
+
+mod mode;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,13 +25,19 @@ use hyper_util::server::conn::auto;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use mode::{Mode, Taken};
+
 #[derive(Default)]
 struct Stub {
     name: String,
     /// Answers with the same bytes at once, for measuring.
     fast: bool,
     arrivals: Mutex<HashMap<String, Vec<u64>>>,
+    keys: Mutex<HashMap<String, Vec<String>>>,
     load: Mutex<Load>,
+    mode: Mutex<Mode>,
+    /// Responses being made in the background: how often each was asked for.
+    jobs: Mutex<HashMap<String, (u64, Value)>>,
 }
 
 #[derive(Default)]
@@ -52,15 +62,17 @@ type Answer = Result<Response<Full<Bytes>>, String>;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let mut stub = Stub { name: "stub".into(), ..Stub::default() };
+    let mut port = 0;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--fast" => stub.fast = true,
             "--name" => stub.name = arguments.next().unwrap_or_default(),
-            other => anyhow::bail!("unknown argument `{other}`; known are --fast and --name NAME"),
+            "--port" => port = arguments.next().unwrap_or_default().parse()?,
+            other => anyhow::bail!("unknown argument `{other}`; known are --fast, --name NAME and --port PORT"),
         }
     }
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
     announce(&format!("listening on http://{}", listener.local_addr()?));
     let stub = Arc::new(stub);
     loop {
@@ -85,6 +97,44 @@ fn announce(line: &str) {
 }
 
 impl Stub {
+    /// Refuses a request, with what the mode says of the time until it is taken.
+    fn refuse(&self, status: u16) -> Response<Full<Bytes>> {
+        let code = if status == 402 { "insufficient_quota" } else { "refused" };
+        let mut refusal = reply(status, error("refused for now", code));
+        let retry_after = self.mode.lock().unwrap_or_else(PoisonError::into_inner).retry_after;
+        if let Some(seconds) = retry_after.and_then(|seconds| seconds.to_string().parse().ok()) {
+            refusal.headers_mut().insert("retry-after", seconds);
+        }
+        refusal
+    }
+
+    /// Begins to make a response in the background.
+    fn begin(&self, prompt: &str, count: u64, well: Value) -> Response<Full<Bytes>> {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = format!("resp_{}_{count}", jobs.len());
+        let mut begun = well.clone();
+        set(&mut begun, "id", &id);
+        set(&mut begun, "status", "queued");
+        set(&mut begun, "prompt", prompt);
+        jobs.insert(id, (0, well));
+        reply(200, begun.to_string())
+    }
+
+    /// Says how far a response is that is made in the background: it takes two questions.
+    fn poll(&self, id: &str) -> Response<Full<Bytes>> {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((asked, well)) = jobs.get_mut(id) else {
+            return reply(404, error("no such response", "not_found"));
+        };
+        *asked += 1;
+        let mut answer = well.clone();
+        set(&mut answer, "id", id);
+        if *asked < 3 {
+            set(&mut answer, "status", "in_progress");
+        }
+        reply(200, answer.to_string())
+    }
+
     /// Counts a request in, unless there are too many.
     fn enter(&self) -> Option<UnderWay<'_>> {
         let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,6 +165,21 @@ impl Stub {
             *load = Load { now: load.now, limit, ..Load::default() };
             return Ok(reply(200, said));
         }
+        if path == "/keys" {
+            return Ok(reply(200, json!(*self.keys.lock().unwrap_or_else(PoisonError::into_inner)).to_string()));
+        }
+        if path == "/mode" {
+            let mode = Mode::parse(request.uri().query().unwrap_or_default());
+            *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+            return Ok(reply(200, "{}"));
+        }
+        if let Some(id) = path.strip_prefix("/v1/responses/") {
+            let taken = self.mode.lock().unwrap_or_else(PoisonError::into_inner).take(&headers);
+            if let Taken::Refused(status) = taken {
+                return Ok(reply(status, error("refused for now", "refused")));
+            }
+            return Ok(self.poll(id));
+        }
         let body = request.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
         if self.fast {
             return Ok(reply(200, Bytes::from_static(FAST.as_bytes())));
@@ -130,10 +195,23 @@ impl Stub {
             times.push(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
             times.len() as u64
         };
+        if let Some(key) = headers.get("idempotency-key").and_then(Value::as_str) {
+            let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+            keys.entry(prompt.clone()).or_default().push(key.to_owned());
+        }
+        let taken = self.mode.lock().unwrap_or_else(PoisonError::into_inner).take(&headers);
+        match taken {
+            Taken::Refused(status) => return Ok(self.refuse(status)),
+            Taken::Hangs => std::future::pending().await,
+            Taken::After(latency) => tokio::time::sleep(latency).await,
+        }
         let Some(_under_way) = self.enter() else {
             return Ok(reply(429, error("too many at once", "rate_limit_exceeded")));
         };
         let well = answer_to(&path, &body, &format!("{}: {prompt}", self.name));
+        if body.get("background") == Some(&Value::Bool(true)) {
+            return Ok(self.begin(&prompt, count, well));
+        }
         let Some(order) = prompt.strip_prefix('!') else { return Ok(reply(200, well.to_string())) };
         let words: Vec<&str> = order.split_whitespace().collect();
         let number = |index: usize| words.get(index).and_then(|word| word.parse::<u64>().ok());
@@ -182,6 +260,12 @@ fn reply(status: u16, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     headers.insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
     headers.insert("x-request-id", hyper::header::HeaderValue::from_static("req_stub"));
     response
+}
+
+fn set(object: &mut Value, key: &str, value: &str) {
+    if let Some(object) = object.as_object_mut() {
+        object.insert(key.to_owned(), value.into());
+    }
 }
 
 fn error(message: &str, code: &str) -> String {
