@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the canonical ABI passes pointers")]
 #![allow(clippy::allow_attributes, missing_docs, unreachable_pub, reason = "generated code is not ours to lint")]
 
-wit_bindgen::generate!({ path: "../wit/v0.1", world: "adapter" });
+wit_bindgen::generate!({ path: "../wit/v0.1", world: "classifying-adapter" });
 
 use crate::Component;
 export!(Component with_types_in self);

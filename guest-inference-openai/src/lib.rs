@@ -3,16 +3,20 @@
 //! It imports nothing. The request body goes to the provider as the client wrote it, unknown fields included; only the model's name
 //! is put in its place. The provider's answer comes back as it is.
 
+mod background;
 mod bindings;
+mod error_in_body;
 mod header;
 mod provider;
 mod request;
 mod retry_after;
 mod settings;
+mod usage;
 
 use std::cell::RefCell;
 
 use bindings::exports::batchwright::plugin::{
+    classification,
     inference::{self, Answer, Exchange, Failure, HttpRequest, Outcome, Step},
     plugin,
 };
@@ -61,24 +65,39 @@ impl inference::Guest for Component {
             Ok(body) => body,
             Err(message) => return failed("invalid_request", message),
         };
+        let state = background::state(&request.endpoint, &body);
         SETTINGS.with_borrow(|settings| {
             Step::Send(Exchange {
                 request: HttpRequest {
                     method: "POST".into(),
                     url: settings.url(&request.endpoint),
-                    headers: settings.headers(),
+                    headers: settings.headers_of(&request.id, request.attempt),
                     body: body.into_bytes(),
                 },
-                state: Vec::new(),
+                state,
             })
         })
     }
 
-    fn resume(_state: Vec<u8>, outcome: Outcome) -> Step {
+    fn resume(state: Vec<u8>, outcome: Outcome) -> Step {
         match outcome {
-            Outcome::Response(response) => provider::answer(response),
+            Outcome::Response(response) => match background::unfinished(&state, &response) {
+                Some(id) => background::wait(id),
+                None => provider::answer(response),
+            },
             Outcome::Error(error) => provider::no_answer(error),
-            Outcome::Elapsed => failed("adapter_error", "The adapter never asks to wait.".into()),
+            Outcome::Elapsed => SETTINGS.with_borrow(|settings| background::ask(&state, settings)),
+        }
+    }
+}
+
+impl classification::Guest for Component {
+    fn classify(head: classification::Head) -> classification::Classification {
+        classification::Classification {
+            standing: error_in_body::standing(&head),
+            delay_milliseconds: None,
+            remaining: None,
+            reset_milliseconds: None,
         }
     }
 }

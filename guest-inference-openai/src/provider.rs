@@ -1,38 +1,43 @@
 //! From the provider's answer to the API's, and to the advice whether to try again.
 
-use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use crate::bindings::exports::batchwright::plugin::inference::{
-    Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault, Usage,
+    Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault,
 };
+use crate::error_in_body::{MARK, status_of, without_mark};
 use crate::failed;
 use crate::header::header;
 use crate::retry_after::retry_after_milliseconds;
+use crate::usage::{Counted, Tokens};
 
 /// How much of an answer that is no JSON a message quotes, in characters.
 const QUOTED: usize = 500;
 
 pub(crate) fn answer(response: HttpResponse) -> Step {
-    let request_id = header(&response.headers, "x-request-id").map(str::to_owned);
-    let text = String::from_utf8(response.body);
-    if (200..300).contains(&response.status) {
-        return success(response.status, request_id, text);
-    }
-    let body = text.unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
-    let error = error_body(response.status, &response.headers, &body);
-    let retriable = match response.status {
+    let request_id = ["x-request-id", "request-id", "apim-request-id"]
+        .iter()
+        .find_map(|name| header(&response.headers, name))
+        .map(str::to_owned);
+    let after_milliseconds = retry_after_milliseconds(&response.headers);
+    let (status, error) = if (200..300).contains(&response.status) {
+        match success(response.status, request_id.as_deref(), response.body) {
+            Success::Answer(step) => return step,
+            Success::Error(status, error) => (status, error),
+        }
+    } else {
+        let body = String::from_utf8_lossy(without_mark(&response.body));
+        (response.status, error_body(response.status, &response.headers, &body))
+    };
+    let retriable = match status {
         429 => !is_quota(&error),
+        // A lock that was not had in time, and the like.
+        408 | 409 | 425 => true,
         status => status >= 500,
     };
-    let answer =
-        Answer::Response(Response { status: response.status, request_id, body: error.to_string(), usage: None });
-    if retriable {
-        Step::Retry(Advice { after_milliseconds: retry_after_milliseconds(&response.headers), otherwise: answer })
-    } else {
-        Step::Done(answer)
-    }
+    let answer = Answer::Response(Response { status, request_id, body: error.to_string(), usage: None });
+    if retriable { Step::Retry(Advice { after_milliseconds, otherwise: answer }) } else { Step::Done(answer) }
 }
 
 pub(crate) fn no_answer(error: TransportError) -> Step {
@@ -47,12 +52,22 @@ pub(crate) fn no_answer(error: TransportError) -> Step {
     Step::Retry(Advice { after_milliseconds: None, otherwise })
 }
 
-fn success(status: u16, request_id: Option<String>, text: Result<String, std::string::FromUtf8Error>) -> Step {
+/// What a 2xx turned out to be.
+enum Success {
+    Answer(Step),
+    /// An error with the status that it stands for.
+    Error(u16, Value),
+}
+
+fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
+    // It may have been cut short on the way, and the next one may be whole.
     let unreadable = |what: &str| {
         let message = format!("The provider answered {status} with {what} where a JSON object belongs.");
-        failed("invalid_provider_response", message)
+        let otherwise = Answer::Failure(Failure { code: "invalid_provider_response".into(), message });
+        Success::Answer(Step::Retry(Advice { after_milliseconds: None, otherwise }))
     };
-    let Ok(body) = text else { return unreadable("text that is not UTF-8") };
+    let body = if body.starts_with(MARK) { without_mark(&body).to_vec() } else { body };
+    let Ok(body) = String::from_utf8(body) else { return unreadable("text that is not UTF-8") };
     if !body.trim_ascii_start().starts_with('{') {
         return unreadable(&format!("`{}`", body.chars().take(80).collect::<String>().escape_debug()));
     }
@@ -62,8 +77,16 @@ fn success(status: u16, request_id: Option<String>, text: Result<String, std::st
     {
         return unreadable(&format!("what is not JSON ({error})"));
     }
-    let usage = counted.ok().and_then(|counted| counted.usage).map(Tokens::into_usage);
-    Step::Done(Answer::Response(Response { status, request_id, body, usage }))
+    let counted = counted.ok();
+    if let Some(error) = counted.as_ref().and_then(|counted| counted.error).filter(|error| error.get().starts_with('{'))
+        && let Ok(error) = serde_json::from_str::<Value>(error.get())
+    {
+        let error = json!({"error": error});
+        return Success::Error(status_of(&error).unwrap_or(500), error);
+    }
+    let usage = counted.and_then(|counted| counted.usage).map(Tokens::into_usage);
+    let request_id = request_id.map(str::to_owned);
+    Success::Answer(Step::Done(Answer::Response(Response { status, request_id, body, usage })))
 }
 
 /// The provider's error in the API's form: as it is if it has that form, else wrapped.
@@ -92,62 +115,6 @@ fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
 /// An account without money answers 429 as well, and waiting does not help it.
 fn is_quota(body: &Value) -> bool {
     ["code", "type"].iter().any(|key| body.pointer(&format!("/error/{key}")) == Some(&"insufficient_quota".into()))
-}
-
-#[derive(Deserialize)]
-struct Counted {
-    #[serde(default, deserialize_with = "lenient")]
-    usage: Option<Tokens>,
-}
-
-/// Usage in the words of Responses, or in those of the older endpoints; some providers send both.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Tokens {
-    #[serde(deserialize_with = "lenient")]
-    input_tokens: Option<u64>,
-    #[serde(deserialize_with = "lenient")]
-    prompt_tokens: Option<u64>,
-    #[serde(deserialize_with = "lenient")]
-    input_tokens_details: Option<Details>,
-    #[serde(deserialize_with = "lenient")]
-    prompt_tokens_details: Option<Details>,
-    #[serde(deserialize_with = "lenient")]
-    output_tokens: Option<u64>,
-    #[serde(deserialize_with = "lenient")]
-    completion_tokens: Option<u64>,
-    #[serde(deserialize_with = "lenient")]
-    output_tokens_details: Option<Details>,
-    #[serde(deserialize_with = "lenient")]
-    completion_tokens_details: Option<Details>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Details {
-    #[serde(deserialize_with = "lenient")]
-    cached_tokens: Option<u64>,
-    #[serde(deserialize_with = "lenient")]
-    reasoning_tokens: Option<u64>,
-}
-
-impl Tokens {
-    fn into_usage(self) -> Usage {
-        let input_details = self.input_tokens_details.or(self.prompt_tokens_details);
-        let output_details = self.output_tokens_details.or(self.completion_tokens_details);
-        Usage {
-            input_tokens: self.input_tokens.or(self.prompt_tokens).unwrap_or(0),
-            cached_input_tokens: input_details.and_then(|of| of.cached_tokens).unwrap_or(0),
-            output_tokens: self.output_tokens.or(self.completion_tokens).unwrap_or(0),
-            reasoning_tokens: output_details.and_then(|of| of.reasoning_tokens).unwrap_or(0),
-        }
-    }
-}
-
-/// Reads a value of the wrong type as none: a provider's odd `usage` must not cost a good answer.
-fn lenient<'de, D: serde::Deserializer<'de>, T: serde::de::DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
-    let raw = <&serde_json::value::RawValue>::deserialize(from)?;
-    Ok(serde_json::from_str(raw.get()).ok())
 }
 
 #[cfg(test)]
@@ -185,10 +152,43 @@ mod tests {
     }
 
     #[test]
-    fn a_200_that_is_no_json_object_is_a_failure() {
-        for body in ["", "<html>", "[1]", "\"x\"", "{", "{} {}"] {
-            let Step::Done(Answer::Failure(failure)) = response(200, &[], body) else { panic!("{body}") };
+    fn a_200_that_is_no_json_object_is_tried_again() {
+        for body in ["", "<html>", "[1]", "\"x\"", "{", "{} {}", r#"{"choices":[{"message":{"content":"cut o"#] {
+            let Step::Retry(Advice { otherwise: Answer::Failure(failure), .. }) = response(200, &[], body) else {
+                panic!("{body}")
+            };
             assert_eq!(failure.code, "invalid_provider_response");
+        }
+        let Step::Done(Answer::Response(got)) = response(200, &[], "\u{feff}{\"a\":1}") else { panic!("a mark") };
+        assert_eq!(got.body, "{\"a\":1}");
+    }
+
+    #[test]
+    fn an_error_in_a_200_is_what_it_stands_for() {
+        for (body, expected, retried) in [
+            (r#"{"error":{"code":429,"message":"slow down"}}"#, 429, true),
+            (r#"{"error":{"code":"502","message":"bad gateway"}}"#, 502, true),
+            (r#"{"error":{"message":"oops"}}"#, 500, true),
+            (r#"{"error":{"code":400,"message":"bad"}}"#, 400, false),
+            (r#"{"object":"response","status":"failed","error":{"code":"server_error","message":"m"}}"#, 500, true),
+            (
+                r#"{"object":"response","status":"failed","error":{"code":"rate_limit_exceeded","message":"m"}}"#,
+                429,
+                true,
+            ),
+            (r#"{"object":"response","status":"failed","error":{"code":"invalid_prompt","message":"m"}}"#, 400, false),
+        ] {
+            let answer = match response(200, &[], body) {
+                Step::Retry(advice) if retried => advice.otherwise,
+                Step::Done(answer) if !retried => answer,
+                step => panic!("{body}: {step:?}"),
+            };
+            let Answer::Response(got) = answer else { panic!("{body}") };
+            assert_eq!(got.status, expected, "{body}");
+            assert!(got.body.starts_with("{\"error\":{"), "{}", got.body);
+        }
+        for body in [r#"{"object":"response","status":"completed","error":null}"#, r#"{"choices":[],"error":"none"}"#] {
+            assert!(matches!(response(200, &[], body), Step::Done(Answer::Response(Response { status: 200, .. }))));
         }
     }
 
@@ -203,6 +203,9 @@ mod tests {
         assert!(matches!(response(429, &[], &error("insufficient_quota")), Step::Done(_)));
         assert!(matches!(response(503, &[], "<html>busy</html>"), Step::Retry(_)));
         assert!(matches!(response(400, &[], &error("bad")), Step::Done(_)));
+        for status in [408, 409, 425, 500, 502, 503, 504, 529] {
+            assert!(matches!(response(status, &[], &error("x")), Step::Retry(_)), "{status}");
+        }
     }
 
     #[test]

@@ -24,6 +24,11 @@ pub(crate) const SCHEMA: &str = r#"{
       "type": "object",
       "description": "Headers added to each request, such as openai-organization. Secrets belong in [credentials].",
       "additionalProperties": {"type": "string"}
+    },
+    "idempotency_key": {
+      "type": "boolean",
+      "description": "Whether each request has an Idempotency-Key, by which a provider that knows it does not do the same work twice.",
+      "default": true
     }
   },
   "additionalProperties": false
@@ -35,11 +40,17 @@ pub(crate) struct Settings {
     base_url: String,
     query: Option<String>,
     headers: BTreeMap<String, String>,
+    idempotency_key: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { base_url: "https://api.openai.com/v1".into(), query: None, headers: BTreeMap::new() }
+        Self {
+            base_url: "https://api.openai.com/v1".into(),
+            query: None,
+            headers: BTreeMap::new(),
+            idempotency_key: true,
+        }
     }
 }
 
@@ -62,6 +73,17 @@ impl Settings {
         }
     }
 
+    /// Headers of a request, with its key. An attempt after an answer has a key of its own: some gateways give the stored answer again for one
+    /// that they know.
+    pub(crate) fn headers_of(&self, id: &str, attempt: u32) -> Vec<Header> {
+        let mut headers = self.headers();
+        if self.idempotency_key {
+            let value = if attempt > 1 { format!("{id}-{attempt}") } else { id.to_owned() };
+            headers.push(Header { name: "idempotency-key".into(), value });
+        }
+        headers
+    }
+
     pub(crate) fn headers(&self) -> Vec<Header> {
         let fixed = [("content-type", "application/json"), ("accept", "application/json")];
         let own = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
@@ -81,5 +103,16 @@ mod tests {
         assert_eq!(settings.url("/v1/embeddings"), "https://x.example/openai/embeddings?api-version=1");
         assert_eq!(Settings::parse("{}").unwrap().url("/v1/responses"), "https://api.openai.com/v1/responses");
         assert!(Settings::parse(r#"{"base_url":"https://x.example/v1?a=b"}"#).is_err());
+    }
+
+    #[test]
+    fn an_attempt_after_an_answer_has_a_key_of_its_own() {
+        let key = |settings: &str, attempt| {
+            let headers = Settings::parse(settings).unwrap().headers_of("batch_req_1", attempt);
+            headers.into_iter().find(|header| header.name == "idempotency-key").map(|header| header.value)
+        };
+        assert_eq!(key("{}", 1).as_deref(), Some("batch_req_1"));
+        assert_eq!(key("{}", 3).as_deref(), Some("batch_req_1-3"));
+        assert_eq!(key(r#"{"idempotency_key":false}"#, 1), None);
     }
 }
