@@ -74,6 +74,10 @@ class Process:
         assert line.startswith("listening on http"), f"it said {line!r}; its log: {self.logged()}"
         self.url = line.split()[-1]
 
+    def said(self):
+        """The next line of its standard output."""
+        return self.child.stdout.readline()
+
     def logged(self):
         return pathlib.Path(self.log).read_text()
 
@@ -87,8 +91,8 @@ class Process:
 
 
 class Stub(Process):
-    def __init__(self, folder, name="stub"):
-        super().__init__([STUB, "--name", name], folder / f"{name}.log")
+    def __init__(self, folder, name="stub", port=0):
+        super().__init__([STUB, "--name", name, "--port", port], folder / f"{name}.log")
 
     def ask(self, path):
         with urllib.request.urlopen(self.url + path) as answer:

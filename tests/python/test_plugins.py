@@ -6,7 +6,7 @@ import shutil
 import urllib.request
 
 import pytest
-from conftest import COMPONENTS, PLUGINS, Stub, chat, run_host, wait_for
+from conftest import COMPONENTS, PLUGINS, ROOT, Stub, chat, run_host, wait_for
 
 
 def answer(server, model="m"):
@@ -254,3 +254,10 @@ def test_an_adapter_swapped_fifty_times_in_a_batch_answers_every_request_once(se
     digests = {hashlib.sha256(bytes_).hexdigest() for bytes_ in (original, other)}
     assert {plugin["sha256"] for plugin in served if plugin["name"] == "p"} == digests
     assert [plugin["name"] for plugin in served] == ["standard", "p", "p"]
+
+
+def test_the_openai_adapter_keeps_to_its_recorded_cases():
+    cases = ROOT / "guest-inference-openai/cases"
+    tested = run_host("plugin", "test", PLUGINS / "inference-openai.wasm", "--cases", cases)
+    assert tested.returncode == 0 and " 0 failed" in tested.stdout, tested.stdout
+    assert all(f"case {case.name}" in tested.stdout for case in cases.glob("*.json"))

@@ -4,7 +4,7 @@ import sqlite3
 
 from conftest import Stub, chat, wait_for
 
-FAST = ["--retry-backoff", "10ms", "--max-attempts", "4"]
+FAST = ["--retry-backoff", "10ms", "--max-attempts", "4", "--outage-backoff", "50ms", "--max-outage", "2s"]
 
 
 def ask(server, *prompts, **body):
@@ -43,7 +43,7 @@ def test_what_is_worth_it_is_tried_again_and_the_rest_is_not(serve, stub):
     assert page["response"] is None and page["error"]["code"] == "invalid_provider_response"
     counts = stub.counts()
     assert counts == {
-        "!fail 503 2": 3, "!fail 429 1 0": 2, "!status 500": 4, "!status 404": 1, "!quota": 1, "!html": 1
+        "!fail 503 2": 3, "!fail 429 1 0": 2, "!status 500": 4, "!status 404": 1, "!quota": 2, "!html": 4
     }
 
 

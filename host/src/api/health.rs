@@ -29,9 +29,13 @@ pub async fn ready(State(batches): App) -> Response {
     let plugins = batches.registry().current();
     let failed = plugins.entries.iter().filter(|entry| entry.state() == EntryState::Failed).count();
     let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
-    let plugins = json!({"loaded": loaded, "failed": failed});
+    // Their providers do not answer; requests wait, and what is created is kept.
+    let mut waiting: Vec<String> = batches.outages().into_iter().map(|(key, _)| key.plugin).collect();
+    waiting.dedup();
+    let plugins = json!({"loaded": loaded, "failed": failed, "waiting": waiting.len()});
     if readiness.reasons.is_empty() {
-        Json(json!({"status": "ok", "plugins": plugins})).into_response()
+        let status = if waiting.is_empty() { "ok" } else { "degraded" };
+        Json(json!({"status": status, "plugins": plugins})).into_response()
     } else {
         unavailable(&readiness.reasons, plugins)
     }

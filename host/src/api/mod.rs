@@ -105,9 +105,10 @@ fn health_routes() -> Router<Arc<Batches>> {
         .route("/health/ready", get(health::ready))
 }
 
-/// Health alone, for a listener of its own.
+/// For the operator's own listener: health, and the plugins with every tenant's trouble.
 pub fn admin_router(batches: Arc<Batches>) -> Router {
-    health_routes().fallback(unknown_route).layer(middleware::from_fn(tag)).with_state(batches)
+    let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
+    health_routes().merge(plugins).fallback(unknown_route).layer(middleware::from_fn(tag)).with_state(batches)
 }
 
 /// Gives each answer an id, and the log a line.

@@ -98,6 +98,7 @@ impl Batches {
             times: Times::default(),
             counts: Counts::default(),
             usage: TokenUsage::default(),
+            waits_for: None,
         })
     }
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::Batches;
-use super::input::{Input, InputLine};
+use super::input::{Input, InputLine, Position};
 use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
@@ -109,7 +109,7 @@ impl Batches {
         let lost = match end {
             End::Whole => None,
             End::InputLost => Some("it is missing".to_owned()),
-            End::Stopped(reason) => match self.copy_with_rest(claim, reason, &mut output, &mut error).await {
+            End::Stopped(reason) => match self.copy_with_rest(claim, batch, reason, &mut output, &mut error).await {
                 // Somebody has taken it out of the store. What is done is handed over all the same.
                 Err(StoreError::Missing(cause)) => Some(cause),
                 copied => {
@@ -151,11 +151,17 @@ impl Batches {
 
     /// The input of a batch, as it was when the batch was created.
     pub(super) async fn open_input(&self, claim: &Claim, piece: u64) -> Result<Input> {
+        self.open_input_at(claim, piece, Position::default()).await
+    }
+
+    /// The same, from a position on.
+    pub(super) async fn open_input_at(&self, claim: &Claim, piece: u64, from: Position) -> Result<Input> {
         let Some(file) = self.store.input_file(claim).await? else {
             return Err(StoreError::Missing("it has no record".into()));
         };
         // Validation held the lines to the limit of its day; today's may be lower.
-        Input::open(&self.blobs, &claim.tenant, &file.id, file.bytes, usize::MAX, piece).await
+        let place = (claim.tenant.as_str(), file.id.as_str());
+        Input::open_at(&self.blobs, place, file.bytes, usize::MAX, piece, from).await
     }
 
     async fn copy_results(&self, claim: &Claim, output: &mut ResultFile<'_>, error: &mut ResultFile<'_>) -> Result<()> {
@@ -173,16 +179,23 @@ impl Batches {
     async fn copy_with_rest(
         &self,
         claim: &Claim,
+        batch: &BatchRecord,
         reason: Reason,
         output: &mut ResultFile<'_>,
         error: &mut ResultFile<'_>,
     ) -> Result<()> {
-        let (code, message) = match reason {
-            Reason::Expired => ("batch_expired", "This request had no answer before the completion window expired."),
+        let (code, mut message) = match reason {
+            Reason::Expired => {
+                ("batch_expired", "This request had no answer before the completion window expired.".to_owned())
+            }
             Reason::Cancelled | Reason::Shutdown => {
-                ("batch_cancelled", "This request had no answer when the batch was cancelled.")
+                ("batch_cancelled", "This request had no answer when the batch was cancelled.".to_owned())
             }
         };
+        let waited = self.waits_for(claim, batch, batch.new.expires_at).or_else(|| batch.waits_for.clone());
+        if let Some(waited) = waited.filter(|_| reason == Reason::Expired) {
+            message = format!("{message} It waited, as: {}", waited.cause);
+        }
         let hopeless = self.is_hopeless(claim);
         let unreadable = |error: StoreError| match error {
             StoreError::Objects(cause) if hopeless => StoreError::Missing(cause),
@@ -192,7 +205,7 @@ impl Batches {
         let mut rows = Rows::new(self, claim).await;
         while let Some(line) = input.next().await.map_err(unreadable)? {
             let (number, held, range) = match line {
-                InputLine::Whole { number, bytes } => (number, Some(bytes), None),
+                InputLine::Whole { number, bytes, .. } => (number, Some(bytes), None),
                 InputLine::Large { number, range } => (number, None, Some(range)),
                 InputLine::TooLong { .. } => continue,
             };
@@ -212,7 +225,7 @@ impl Batches {
             let Some(bytes) = bytes else { continue };
             let parsed = std::str::from_utf8(&bytes).map(RequestLine::parse).unwrap_or_default();
             let custom_id = parsed.custom_id.unwrap_or_default();
-            error.add(&not_executed(&claim.batch_id, number, &custom_id, code, message)).await?;
+            error.add(&not_executed(&claim.batch_id, number, &custom_id, code, &message)).await?;
         }
         Ok(())
     }

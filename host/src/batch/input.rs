@@ -18,12 +18,21 @@ pub const HELD: usize = 128 << 10;
 /// A line that is not blank, with its physical number from 1.
 #[derive(Debug, PartialEq, Eq)]
 pub enum InputLine {
-    /// Without its end, and without a byte order mark.
-    Whole { number: u64, bytes: Bytes },
+    /// Without its end, and without a byte order mark; it begins at this byte of the file.
+    Whole { number: u64, at: u64, bytes: Bytes },
     /// Not held: these bytes of the file, which may be blank.
     Large { number: u64, range: Range<u64> },
     /// Longer than the limit.
     TooLong { number: u64 },
+}
+
+/// Where a line begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// Lines before it.
+    pub lines: u64,
+    /// Bytes before it.
+    pub bytes: u64,
 }
 
 /// The input file of a batch.
@@ -37,18 +46,37 @@ pub struct Input {
 impl Input {
     /// Opens a file of so many bytes; one that has another size now is damaged. It is read in pieces of this size.
     pub async fn open(blobs: &Blobs, tenant: &str, file: &str, bytes: u64, longest: usize, piece: u64) -> Result<Self> {
+        Self::open_at(blobs, (tenant, file), bytes, longest, piece, Position::default()).await
+    }
+
+    /// The same, from a line on.
+    pub async fn open_at(
+        blobs: &Blobs,
+        (tenant, file): (&str, &str),
+        bytes: u64,
+        longest: usize,
+        piece: u64,
+        from: Position,
+    ) -> Result<Self> {
         let size = blobs.size(tenant, file).await?;
         if size != bytes {
             return Err(StoreError::Missing(format!("it has {size} bytes where {bytes} were uploaded")));
         }
-        let stream = blobs.read(tenant, file, Some(0..bytes), piece).await?;
-        let lines = Lines::new(stream, longest, HELD);
+        let stream = blobs.read(tenant, file, Some(from.bytes.min(bytes)..bytes), piece).await?;
+        let mut lines = Lines::new(stream, longest, HELD);
+        lines.number = from.lines;
+        lines.offset = from.bytes;
         Ok(Self { blobs: blobs.clone(), tenant: tenant.to_owned(), file: file.to_owned(), lines })
     }
 
     /// The next line that is not blank.
     pub async fn next(&mut self) -> Result<Option<InputLine>> {
         self.lines.next().await
+    }
+
+    /// Where the next line begins.
+    pub fn position(&self) -> Position {
+        self.lines.position()
     }
 
     /// The bytes of a large line; none if it is blank.
@@ -117,6 +145,10 @@ impl Lines {
         }
     }
 
+    fn position(&self) -> Position {
+        Position { lines: self.number, bytes: self.passing.unwrap_or(self.offset) }
+    }
+
     /// Lets go of what is held of a line that goes on.
     fn pass(&mut self) {
         if self.passing.is_none() {
@@ -177,7 +209,7 @@ impl Lines {
             // It came in one piece, which is as large as whoever reads has it.
             return Some(InputLine::Large { number, range: began..began.saturating_add(bytes.len() as u64) });
         }
-        (!is_blank(&bytes)).then_some(InputLine::Whole { number, bytes })
+        (!is_blank(&bytes)).then_some(InputLine::Whole { number, at: began, bytes })
     }
 }
 
@@ -197,7 +229,11 @@ mod tests {
             assert!(lines.buffer.len() <= held + piece + 4, "it holds {} bytes", lines.buffer.len());
             let shown = |number: u64, bytes: &[u8]| format!("{number}:{}", String::from_utf8_lossy(bytes));
             found.push(match line {
-                InputLine::Whole { number, bytes } => shown(number, &bytes),
+                InputLine::Whole { number, at, bytes } => {
+                    let at = usize::try_from(at).unwrap();
+                    assert_eq!(file[at..at + bytes.len()], bytes);
+                    shown(number, &bytes)
+                }
                 InputLine::Large { number, range } => {
                     let bytes = &file[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
                     assert!(bytes.len() > held);

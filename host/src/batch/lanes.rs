@@ -11,6 +11,9 @@
 //! so that one which needs many plugins is not passed by for ever. A batch that executes gives its place back after a *stint* of a second
 //! or 1,000 lines, if another one waits: it takes no new lines then, while its requests under way go on. It waits for its next turn
 //! here as long as it has requests under way, and in the store when it has none.
+//!
+//! **Worked on.** Batches with or without a place, at most twice as many as have one. When another one waits that could have a place, the one
+//! whose last turn is longest ago is asked to leave: it sends nothing new, and goes back to the store when what it has sent is answered.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,13 +54,16 @@ struct State {
     all_worked_on: usize,
     returning: Vec<Returning>,
     running: Vec<Weak<Turn>>,
+    /// When a batch was last asked to leave for another one.
+    asked_to_leave: Option<Instant>,
 }
 
 /// A batch that waits here for its next turn.
 struct Returning {
     since: Timestamp,
     plugins: Arc<Plugins>,
-    granted: oneshot::Sender<Place>,
+    /// A place, or none if it is to leave.
+    granted: oneshot::Sender<Option<Place>>,
 }
 
 /// Whether a batch that executes is asked to let another one have its place.
@@ -73,7 +79,8 @@ pub struct Place {
     lanes: Arc<Lanes>,
     lane: Lane,
     turn: Arc<Turn>,
-    begun: Instant,
+    /// When there was a first line to take: to find it may take long.
+    begun: Option<Instant>,
     lines: usize,
 }
 
@@ -119,22 +126,27 @@ impl Lanes {
                     let place = self.enter(&mut state, Lane::Execute((*plugins).clone()));
                     drop(state);
                     // One that has gone gives its place back.
-                    returning.granted.send(place).ok();
+                    returning.granted.send(Some(place)).ok();
                     return Next::Returned;
                 }
                 reserved.extend(plugins.iter().cloned());
                 continue;
             }
             let Some(found) = waiting.get(place) else { continue };
-            let room = match &found.lane {
-                Lane::Validate => state.validating < self.max,
-                Lane::Finish => state.finishing < self.max,
-                Lane::Execute(plugins) => state.has_room(plugins, &reserved, self) && state.may_work_on(plugins, self),
+            let (room, may_begin) = match &found.lane {
+                Lane::Validate => (state.validating < self.max, true),
+                Lane::Finish => (state.finishing < self.max, true),
+                Lane::Execute(plugins) => (state.has_room(plugins, &reserved, self), state.may_work_on(plugins, self)),
             };
-            if room && next == Next::Nothing {
+            if room && may_begin && next == Next::Nothing {
                 next = Next::Claim(place);
             } else if let Lane::Execute(plugins) = &found.lane {
-                reserved.extend(plugins.iter().cloned());
+                // One that only waits for another one to leave must not keep those from their places that do the work.
+                if may_begin {
+                    reserved.extend(plugins.iter().cloned());
+                } else if state.ask_to_leave(plugins) {
+                    return Next::Returned;
+                }
             }
         }
         let full = state.executing >= self.max_executing;
@@ -165,7 +177,7 @@ impl Lanes {
         if matches!(lane, Lane::Execute(_)) {
             state.running.push(Arc::downgrade(&turn));
         }
-        Place { lanes: self.clone(), lane, turn, begun: Instant::now(), lines: 0 }
+        Place { lanes: self.clone(), lane, turn, begun: None, lines: 0 }
     }
 
     /// Counts a batch that executes as worked on until what this returns is dropped.
@@ -180,8 +192,8 @@ impl Lanes {
         Some(WorkedOn { lanes: self.clone(), plugins: plugins.clone() })
     }
 
-    /// Waits for the next turn of a batch that is worked on.
-    pub async fn come_back(self: &Arc<Self>, plugins: &Plugins, since: Timestamp) -> Place {
+    /// Waits for the next turn of a batch that is worked on; none if it is to leave, so that another one can be worked on.
+    pub async fn come_back(self: &Arc<Self>, plugins: &Plugins, since: Timestamp) -> Option<Place> {
         let plugins = Arc::new(plugins.clone());
         loop {
             let (granted, place) = oneshot::channel();
@@ -212,6 +224,21 @@ impl State {
             && (self.executing < lanes.max_executing || plugins.iter().any(is_new) || plugins.is_empty())
     }
 
+    /// Asks the batch to leave whose last turn is longest ago, of those for one of these plugins; not more than one in a while.
+    fn ask_to_leave(&mut self, plugins: &Plugins) -> bool {
+        if self.asked_to_leave.is_some_and(|at| at.elapsed() < STINT) {
+            return false;
+        }
+        let shares = |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
+        let oldest = self.returning.iter().enumerate().filter(|(_, returning)| shares(returning));
+        let Some(place) = oldest.min_by_key(|(_, returning)| returning.since).map(|(place, _)| place) else {
+            return false;
+        };
+        self.asked_to_leave = Some(Instant::now());
+        self.returning.remove(place).granted.send(None).ok();
+        true
+    }
+
     /// Whether one more batch may be worked on.
     fn may_work_on(&self, plugins: &Plugins, lanes: &Lanes) -> bool {
         let is_new = |name: &String| count(&self.worked_on, name) == 0;
@@ -239,6 +266,11 @@ impl State {
 }
 
 impl Place {
+    /// There is a first line to take: its time begins.
+    pub fn begins(&mut self) {
+        self.begun.get_or_insert_with(Instant::now);
+    }
+
     /// Counts a line that was taken.
     pub fn took_line(&mut self) {
         self.lines = self.lines.saturating_add(1);
@@ -246,17 +278,19 @@ impl Place {
 
     /// Whether another batch is to have this place now.
     pub fn is_over(&self) -> bool {
-        self.turn.asked.load(Ordering::Relaxed) && (self.lines >= STINT_LINES || self.begun.elapsed() >= STINT)
+        let long = self.begun.is_some_and(|begun| begun.elapsed() >= STINT);
+        self.turn.asked.load(Ordering::Relaxed) && (self.lines >= STINT_LINES || long)
     }
 
     /// Returns when another batch is to have this place.
     pub async fn over(&self) {
+        let end = self.begun.unwrap_or_else(Instant::now).checked_add(STINT);
         while !self.is_over() {
             let told = self.turn.told.notified();
             let mut told = std::pin::pin!(told);
             told.as_mut().enable();
             if self.turn.asked.load(Ordering::Relaxed) {
-                tokio::time::sleep_until(self.begun.checked_add(STINT).unwrap_or(self.begun)).await;
+                tokio::time::sleep_until(end.unwrap_or_else(Instant::now)).await;
                 if !self.is_over() {
                     // Asked no more.
                     told.await;
@@ -341,7 +375,7 @@ mod tests {
         let (ours, theirs) = (plugins("p"), waiting(&[("p", 5)]));
         let _worked_on = lanes.work_on(&Lane::Execute(ours.clone()));
         let mut place = lanes.take(&Lane::Execute(ours.clone()));
-        place.begun = place.begun.checked_sub(STINT).unwrap();
+        place.begun = Instant::now().checked_sub(STINT);
         assert!(!place.is_over(), "nobody waits");
         assert_eq!(lanes.next(&theirs), Next::Nothing);
         assert!(place.is_over());
@@ -364,6 +398,6 @@ mod tests {
         assert_eq!(lanes.next(&[]), Next::Nothing);
         drop(other);
         assert_eq!(lanes.next(&[]), Next::Returned);
-        assert!((&mut back).now_or_never().is_some());
+        assert!((&mut back).now_or_never().unwrap().is_some());
     }
 }

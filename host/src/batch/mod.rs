@@ -4,17 +4,25 @@
 //! concerns a provider to `plugin`, and it asks `clock` what time it is.
 
 mod backoff;
+mod breaker;
 mod create;
+mod deferred;
+mod exchange;
 mod execute;
 mod files;
 mod finalize;
 mod gate;
 mod input;
 mod janitor;
+mod jobs;
 mod lanes;
 mod line;
+mod lines;
+mod outages;
 mod readiness;
+mod record;
 mod request;
+mod rests;
 mod result_line;
 mod scheduler;
 mod served_by;
@@ -22,6 +30,7 @@ mod stop;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod verdict;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,18 +41,24 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use breaker::Outage;
 pub use create::{CreateError, Request, shortened};
 pub use files::{NewFile, Upload, UploadError};
+pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::egress::Queue;
 use crate::memory::Memory;
 use crate::plugin::Registry;
-use crate::store::{BatchError, BatchRecord, Blobs, Cancel, Paged, Result, ServedBy, Store, StoreError};
+use crate::store::{
+    BatchError, BatchRecord, Blobs, Cancel, Claim, Paged, Result, ServedBy, Status, Store, StoreError, WaitsFor,
+};
 use backoff::Backoff;
 use gate::Gate;
+use outages::Outages;
 use readiness::Probes;
+use rests::Rests;
 use stop::{Reason, Stop};
 
 /// The API's endpoints that a batch can be for.
@@ -52,6 +67,12 @@ pub const ENDPOINTS: [&str; 5] =
 
 /// How long the store may take to be closed; it can also be left as it is.
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A batch that is worked on here.
+struct Running {
+    stop: Arc<Stop>,
+    claim: Claim,
+}
 
 /// All batches and files of a server.
 pub struct Batches {
@@ -65,7 +86,9 @@ pub struct Batches {
     queues: AtomicU64,
     probes: Probes,
     /// How to stop the batches that are being worked on here, by tenant and id.
-    running: Mutex<HashMap<(String, String), Arc<Stop>>>,
+    running: Mutex<HashMap<(String, String), Running>>,
+    outages: Arc<Outages>,
+    rests: Rests,
     /// Batches that could not go on, and how long they rest.
     resting: Mutex<HashMap<(String, String), Backoff>>,
     /// There may be a batch to work on.
@@ -94,12 +117,13 @@ impl Batches {
             blobs,
             registry,
             clock,
-            settings,
             memory,
             gate: Gate::default(),
             queues: AtomicU64::new(0),
             probes: Probes::default(),
             running: Mutex::default(),
+            outages: Arc::new(Outages::new(&settings)),
+            rests: Rests::default(),
             resting: Mutex::default(),
             work: Arc::default(),
             given_up: Mutex::default(),
@@ -107,12 +131,14 @@ impl Batches {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            settings,
         })
     }
 
     /// Begins to work on batches, those that a former process left included.
     pub fn start(self: &Arc<Self>) {
         self.tasks.spawn(self.clone().schedule());
+        self.tasks.spawn(self.clone().wake());
         self.tasks.spawn(self.clone().clear_away());
     }
 
@@ -125,8 +151,8 @@ impl Batches {
     pub async fn close(&self) {
         self.draining.cancel();
         self.closing.cancel();
-        for stop in self.running.lock().unwrap_or_else(PoisonError::into_inner).values() {
-            stop.because(Reason::Shutdown);
+        for running in self.running.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            running.stop.because(Reason::Shutdown);
         }
         self.tasks.close();
         self.tasks.wait().await;
@@ -173,6 +199,28 @@ impl Batches {
         self.store.served_by(tenant, id).await
     }
 
+    /// What a batch waits for now, in the client's words, if it waits.
+    pub fn waits(&self, tenant: &str, batch: &BatchRecord) -> Option<WaitsFor> {
+        if batch.status != Status::InProgress {
+            return None;
+        }
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let claim = running.get(&(tenant.to_owned(), batch.new.id.clone())).map(|running| running.claim.clone());
+        drop(running);
+        match claim {
+            Some(claim) => {
+                let next = batch.waits_for.as_ref().map_or_else(|| self.clock.now(), |known| known.next);
+                self.waits_for(&claim, batch, next)
+            }
+            None => batch.waits_for.clone(),
+        }
+    }
+
+    /// What is the matter with providers, each with what it is for.
+    pub fn outages(&self) -> Vec<(OutageKey, Outage)> {
+        self.outages.list()
+    }
+
     /// Newest first. The page ends before the limit where its entries take more than so many bytes.
     pub async fn list(
         &self,
@@ -191,7 +239,7 @@ impl Batches {
             let found = batches.store.request_cancel(&tenant, &id, batches.clock.now()).await?;
             let running = batches.running.lock().unwrap_or_else(PoisonError::into_inner);
             match running.get(&(tenant, id)) {
-                Some(stop) => stop.because(Reason::Cancelled),
+                Some(running) => running.stop.because(Reason::Cancelled),
                 // It waits for a place; to be ended it need not wait any longer.
                 None => batches.work.notify_one(),
             }

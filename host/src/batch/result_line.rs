@@ -36,14 +36,23 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
             let ending = if (200..300).contains(&response.status) { Ending::Completed } else { Ending::Failed };
             let call = derived(&[b"call", batch.as_bytes(), &line.to_le_bytes()]);
             let (status, body) = (response.status, &response.body);
+            let theirs = response.request_id.as_deref().map(provider_request_id).unwrap_or_default();
             let payload = format!(
-                r#"{{"id":"{id}","custom_id":{custom_id},"response":{{"status_code":{status},"request_id":"{call}","body":{body}}},"error":null}}"#
+                r#"{{"id":"{id}","custom_id":{custom_id},"response":{{"status_code":{status},"request_id":"{call}",{theirs}"body":{body}}},"error":null}}"#
             );
             (ending, payload, response.usage)
         }
         Answer::Failure(failure) => (Ending::Failed, failure_line(&id, &custom_id, failure), None),
     };
     ResultRow { line, ending, payload: payload.into_bytes(), usage: usage.map(tokens).unwrap_or_default() }
+}
+
+/// The provider's own id of the exchange as a member of the response, for its support: what can be shown of it.
+fn provider_request_id(id: &str) -> String {
+    const LONGEST: usize = 256;
+    let shown: String = id.chars().filter(|letter| !letter.is_control()).take(LONGEST).collect();
+    let value = serde_json::to_string(&shown).unwrap_or_default();
+    if shown.is_empty() { String::new() } else { format!(r#""provider_request_id":{value},"#) }
 }
 
 /// The line of a request that was not executed.
@@ -87,6 +96,10 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with(r#"","body":{"a":1}},"error":null}"#), "{text}");
+        let with_id = Response { status: 200, request_id: Some("req\n\"1".into()), body: "{}".into(), usage: None };
+        let text = String::from_utf8(row("batch_1", 3, "a", &Answer::Response(with_id)).payload).unwrap();
+        let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(parsed.pointer("/response/provider_request_id"), Some(&"req\"1".into()));
         assert_eq!(good.ending, Ending::Completed);
         assert_eq!(row("batch_1", 3, "a", &response(404)).ending, Ending::Failed);
         let failure = Answer::Failure(Failure { code: "c".into(), message: "\"m\"".into() });

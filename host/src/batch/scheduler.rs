@@ -7,14 +7,14 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Batches;
 use super::backoff::Backoff;
 use super::execute::Executed;
 use super::finalize::End;
 use super::lanes::{Lanes, Next, Place};
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
-use crate::store::{BatchError, BatchRecord, Claim, Result, Status, StoreError};
+use super::{Batches, Running};
+use crate::store::{BatchError, BatchRecord, Claim, Release, Result, Status, StoreError};
 
 /// How long a claim holds without being renewed, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(30);
@@ -44,6 +44,7 @@ impl Batches {
                         tokio::select! {
                             () = self.work.notified() => {}
                             () = self.clock.sleep(LOOK) => {}
+                            () = self.rests.next_end(&self.clock) => {}
                         }
                     };
                     self.closing.run_until_cancelled(hint).await;
@@ -80,16 +81,19 @@ impl Batches {
     async fn run(self: &Arc<Self>, claim: Claim, lanes: &Arc<Lanes>, place: Place) {
         let key = (claim.tenant.clone(), claim.batch_id.clone());
         let stop = Arc::new(Stop::default());
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), stop.clone());
+        self.running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(key.clone(), Running { stop: stop.clone(), claim: claim.clone() });
         if self.closing.is_cancelled() {
             stop.because(Reason::Shutdown);
         }
-        let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().keep(claim.clone())));
+        let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().renew(claim.clone())));
         let lived = AssertUnwindSafe(self.live(&claim, &stop, lanes, place)).catch_unwind().await;
         // A batch that is given back to go on in another lane may have been taken up anew already.
         {
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-            if running.get(&key).is_some_and(|current| Arc::ptr_eq(current, &stop)) {
+            if running.get(&key).is_some_and(|current| Arc::ptr_eq(&current.stop, &stop)) {
                 running.remove(&key);
             }
         }
@@ -106,12 +110,32 @@ impl Batches {
         self.resting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
+    /// Ends all rests whenever an outage ends or plugins change.
+    pub(super) async fn wake(self: Arc<Self>) {
+        let (mut plugins, mut outages) = (self.registry.changes(), self.outages.changes());
+        loop {
+            tokio::select! {
+                _ = plugins.changed() => {
+                    self.outages.plugins_changed(&self.registry.current());
+                    self.outages.tell();
+                }
+                _ = outages.changed() => {
+                    if let Err(error) = self.store.wake(self.clock.now()).await {
+                        tracing::warn!("batches rest on until their time: {error}");
+                    }
+                    self.work.notify_one();
+                }
+                () = self.closing.cancelled() => return,
+            }
+        }
+    }
+
     /// Gives a batch back that could not go on, after a while. As long as it is not given back nobody takes it up.
     async fn rest(&self, claim: &Claim, key: (String, String)) {
         let pause = self.resting.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().pause();
         self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
         let mut backoff = Backoff::default();
-        while let Err(error) = self.store.release(claim, None).await {
+        while let Err(error) = self.store.release(claim, Release::AsItWas).await {
             if matches!(error, StoreError::Fenced | StoreError::Closed) || self.closing.is_cancelled() {
                 return;
             }
@@ -121,7 +145,7 @@ impl Batches {
     }
 
     /// Renews a claim for as long as it is worked on.
-    async fn keep(self: Arc<Self>, claim: Claim) {
+    async fn renew(self: Arc<Self>, claim: Claim) {
         loop {
             self.clock.sleep(RENEWAL).await;
             if let Err(error) = self.store.renew(&claim, self.clock.now().after(LEASE)).await {
@@ -160,17 +184,18 @@ impl Batches {
             };
             let whole = self.is_whole(claim).await?;
             let end = match stopped {
-                Ok(Executed::Stopped(Reason::Shutdown)) => return self.store.release(claim, None).await,
+                Ok(Executed::Stopped(Reason::Shutdown)) => return self.store.release(claim, Release::AsItWas).await,
                 Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
                 // In time after all.
                 Ok(_) if whole => End::Whole,
                 Ok(Executed::Stopped(reason)) => End::Stopped(reason),
-                Ok(Executed::TurnOver) => return self.store.release(claim, Some(self.clock.now())).await,
+                Ok(Executed::TurnOver) => return self.store.release(claim, Release::Turn(self.clock.now())).await,
+                Ok(Executed::Rests(until)) => return self.let_rest(claim, &batch, until).await,
                 Ok(Executed::All) => return Err(StoreError::Incomplete),
                 Err(StoreError::Missing(cause)) => {
                     tracing::error!(batch = claim.batch_id, "the batch ends, as its input cannot be read: {cause}");
                     match stop.reason() {
-                        Some(Reason::Shutdown) => return self.store.release(claim, None).await,
+                        Some(Reason::Shutdown) => return self.store.release(claim, Release::AsItWas).await,
                         _ if whole => End::Whole,
                         _ => End::InputLost,
                     }
@@ -219,7 +244,7 @@ impl Batches {
         };
         tokio::select! {
             finalized = self.finalize(claim, batch, end) => finalized,
-            () = too_late => self.store.release(claim, None).await,
+            () = too_late => self.store.release(claim, Release::AsItWas).await,
         }
     }
 
@@ -228,7 +253,7 @@ impl Batches {
         // A batch that is cancelled or has expired is validated all the same: only then is it known which lines to tell of.
         let verdict = tokio::select! {
             biased;
-            () = stop.shutting_down() => return self.store.release(claim, None).await,
+            () = stop.shutting_down() => return self.store.release(claim, Release::AsItWas).await,
             verdict = self.validate(claim, batch) => verdict,
         };
         let may_end = stop.reason().is_some();

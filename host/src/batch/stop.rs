@@ -38,6 +38,11 @@ impl Stop {
         self.shutdown.cancelled().await;
     }
 
+    /// A token that is cancelled when a stop is asked for; it can also be cancelled by itself.
+    pub fn child(&self) -> CancellationToken {
+        self.token.child_token()
+    }
+
     pub async fn asked(&self) {
         self.token.cancelled().await;
     }

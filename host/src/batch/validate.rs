@@ -224,8 +224,8 @@ impl Pieces {
     async fn large(&mut self, number: u64, range: Range<u64>) -> Result<Option<(Vec<InputLine>, Share)>> {
         let size = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
         let share = self.memory.take(&self.holder, size.saturating_mul(COPIES)).await;
-        let bytes = self.input.large(range).await?;
-        Ok(bytes.map(|bytes| (vec![InputLine::Whole { number, bytes }], share)))
+        let bytes = self.input.large(range.clone()).await?;
+        Ok(bytes.map(|bytes| (vec![InputLine::Whole { number, at: range.start, bytes }], share)))
     }
 }
 
@@ -236,7 +236,7 @@ impl Judge {
         let mut lines = Vec::with_capacity(piece.len());
         for line in piece {
             let (number, text) = match line {
-                InputLine::Whole { number, bytes } => (number, String::from_utf8(bytes.into())),
+                InputLine::Whole { number, bytes, .. } => (number, String::from_utf8(bytes.into())),
                 InputLine::Large { number, .. } | InputLine::TooLong { number } => {
                     requests.push(Known { line: number, custom_id: None, model: None });
                     violations.push(violation(

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -12,6 +12,10 @@ use super::client::Client;
 use super::place::{Target, check};
 use super::progress::Progress;
 use super::run::first_url;
+use crate::clock::Clock;
+
+/// How long nothing moves before it is asked what a batch waits for.
+const STILL: Duration = Duration::from_secs(1);
 
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -134,11 +138,17 @@ async fn new_batch(
 
 async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Error> {
     let mut progress = Progress::new();
+    let mut last = (0, Instant::now());
     loop {
         let batch = client.get(&format!("batches/{id}")).await?;
         let (done, failed, total) = counts(&batch);
         let status = text(&batch, "status").to_owned();
-        progress.show(&status.replace('_', " "), done, failed, total);
+        if done > last.0 {
+            last = (done, Instant::now());
+        }
+        // What it waits for is asked only when nothing has moved for a while.
+        let waits = if status == "in_progress" && last.1.elapsed() > STILL { waits(client, id).await } else { None };
+        progress.show(&status.replace('_', " "), done, failed, total, waits.as_deref());
         if matches!(status.as_str(), "completed" | "failed" | "cancelled" | "expired") {
             progress.end();
             show(&batch, as_json);
@@ -147,6 +157,15 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// What a batch waits for, in words.
+async fn waits(client: &Client, id: &str) -> Option<String> {
+    let plugins = client.get(&format!("batches/{id}/plugins")).await.ok()?;
+    let waiting = plugins.get("waiting").filter(|waiting| waiting.is_object())?;
+    let next = waiting.get("next_attempt_at").and_then(Value::as_i64).unwrap_or(0);
+    let left = next.saturating_sub(Clock::system().now().as_seconds());
+    Some(Progress::waiting(text(waiting, "message"), u64::try_from(left).unwrap_or(0)))
 }
 
 async fn download(

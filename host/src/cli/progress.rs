@@ -29,22 +29,31 @@ impl Progress {
         Self::Bar(bar)
     }
 
-    pub fn show(&mut self, now_status: &str, done: u64, failed: u64, total: u64) {
+    /// Shows how far it is, and what it waits for, if it waits.
+    pub fn show(&mut self, now_status: &str, done: u64, failed: u64, total: u64, waits: Option<&str>) {
         let failures = if failed == 0 { String::new() } else { format!(", {failed} failed") };
         match self {
             Self::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(format!("{now_status}{failures}"));
+                bar.set_message(match waits {
+                    Some(waits) => format!("waiting{failures}: {waits}"),
+                    None => format!("{now_status}{failures}"),
+                });
             }
             Self::Lines { begun, last, first_done, status } => {
                 // What a former run did says nothing of this one's rate.
                 let first = *first_done.get_or_insert(done);
+                let now_status = if waits.is_some() { "waiting" } else { now_status };
                 if status == now_status && last.elapsed() < LINE {
                     return;
                 }
                 *last = Instant::now();
                 now_status.clone_into(status);
+                if let Some(waits) = waits {
+                    eprintln!("waiting: {waits} ({done} of {total} done{failures})");
+                    return;
+                }
                 let rate = done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
                 let left = if rate > 0.0 && done < total {
                     format!(", {:.0} s left", (total.saturating_sub(done)) as f64 / rate)
@@ -53,6 +62,15 @@ impl Progress {
                 };
                 eprintln!("{now_status}: {done} of {total} done{failures}, {rate:.0}/s{left}");
             }
+        }
+    }
+
+    /// What something waits for, in words: the cause without its full stop, and the time in seconds until it is tried again.
+    pub fn waiting(cause: &str, left: u64) -> String {
+        let cause = cause.trim_end_matches('.');
+        match left {
+            0 => format!("{cause}, being tried again"),
+            left => format!("{cause}, next try in {left} s"),
         }
     }
 

@@ -22,7 +22,7 @@ use super::run_state::{Note, Places, remove};
 use super::{EndSignals, Error, SettingsArgs, loading, user_cache};
 use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
 use crate::clock::Clock;
-use crate::config::{CompletionWindows, Settings};
+use crate::config::{CompletionWindows, Settings, Span};
 use crate::memory::Memory;
 use crate::plugin::{Loader, Registry, check_directory, hex};
 use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status};
@@ -30,6 +30,12 @@ use crate::telemetry;
 
 const TENANT: &str = "default";
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a provider may be away, unless it is said.
+const MAX_OUTAGE: Duration = Duration::from_secs(600);
+
+/// The exit status of a run whose provider is away.
+const AWAY: u8 = 6;
 
 /// The completion window of a run: none that anybody will see the end of.
 const WINDOW: &str = "99years";
@@ -60,17 +66,23 @@ pub struct Run {
 impl Run {
     pub async fn run(self) -> Result<ExitCode, Error> {
         let own_cache = self.settings.given.cache.is_some();
+        let own_outage = self.settings.given.max_outage.is_some();
         let own_level = self.settings.given.log_level.is_some();
         let mut settings = self.settings.resolve()?;
         // What is wrong with plugins is told as a warning of our own.
         let level = if own_level { settings.log_level.as_str() } else { "warn,batchwright::plugin=off" };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
+        // A run has no window in which to wait: it ends, and can be continued.
+        let max_outage = settings.max_outage.duration();
+        let max_outage = if own_outage || !max_outage.is_zero() { max_outage } else { MAX_OUTAGE };
+        settings.max_outage = Span::seconds(0);
         let places = Places::find(&self.input, &self.output, self.errors)?;
         let mut before = Note::read(&places.state)?;
         if let Some(status) = before.as_ref().and_then(|note| note.finished) {
             // It ended in the moment after its files were placed.
+            let same = before.as_ref().is_some_and(|note| note.check(&places, self.endpoint.as_deref()).is_ok());
             remove(&places.state)?;
-            if !self.force {
+            if !self.force && same {
                 eprintln!("this run had finished; its results are in place");
                 return Ok(ExitCode::from(status));
             }
@@ -104,14 +116,21 @@ impl Run {
             batches.cancel(TENANT, &id).await?;
         }
         batches.start();
-        let ended = watch(&batches, &id).await?;
+        let ended = watch(&batches, &id, max_outage).await?;
         batches.close().await;
-        let Some(mut batch) = ended else {
-            let batch = find(&batches, &id).await?;
+        let (mut batch, status) = match ended {
+            Watched::Ended(batch) => (*batch, None),
+            Watched::Stopped => (find(&batches, &id).await?, Some(130)),
+            Watched::Away(why) => {
+                eprintln!("the provider has not answered for {max_outage:?}: {why}");
+                (find(&batches, &id).await?, Some(AWAY))
+            }
+        };
+        if let Some(status) = status {
             let done = batch.counts.completed.saturating_add(batch.counts.failed);
             eprintln!("stopped: {done} of {} done and kept; the same command continues", batch.counts.total);
-            return Ok(ExitCode::from(130));
-        };
+            return Ok(ExitCode::from(status));
+        }
         batch.errors = batches.errors(TENANT, &id).await?;
         place(&batches, &batch, &places, &mut note, self.force).await?;
         // Only now is everything where it belongs.
@@ -275,18 +294,36 @@ async fn find(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
     found.ok_or_else(|| Error::Other("the unfinished run is not in its folder any more; delete the folder".into()))
 }
 
-/// Shows progress until the batch has ended; none if somebody wants it to stop.
-async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error> {
+/// How a run came to its end.
+enum Watched {
+    Ended(Box<BatchRecord>),
+    /// Somebody wants it to stop.
+    Stopped,
+    /// The provider has not answered for too long; what it said last.
+    Away(String),
+}
+
+/// Shows progress until the batch has ended, or for as long as its provider is not away for too long.
+async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<Watched, Error> {
     let mut progress = Progress::new();
     let mut signals = EndSignals::listen()?;
     loop {
         let batch = find(batches, id).await?;
         let counts = batch.counts;
         let done = counts.completed.saturating_add(counts.failed);
-        progress.show(&batch.status.as_str().replace('_', " "), done, counts.failed, counts.total);
+        let now = batches.clock().now();
+        let waits = batches.waits(TENANT, &batch);
+        let words = waits.as_ref().map(|waits| Progress::waiting(&waits.cause, now.until(waits.next).as_secs()));
+        progress.show(&batch.status.as_str().replace('_', " "), done, counts.failed, counts.total, words.as_deref());
         if batch.status.is_final() {
             progress.end();
-            return Ok(Some(batch));
+            return Ok(Watched::Ended(Box::new(batch)));
+        }
+        let outages = batches.outages();
+        let longest = outages.iter().map(|(_, outage)| outage).min_by_key(|outage| outage.since);
+        if let Some(outage) = longest.filter(|outage| !max_outage.is_zero() && outage.since.until(now) >= max_outage) {
+            progress.end();
+            return Ok(Watched::Away(outage.trouble.detail.clone()));
         }
         tokio::select! {
             () = tokio::time::sleep(POLL_INTERVAL) => {}
@@ -297,7 +334,7 @@ async fn watch(batches: &Batches, id: &str) -> Result<Option<BatchRecord>, Error
                     signals.next().await;
                     std::process::exit(130);
                 });
-                return Ok(None);
+                return Ok(Watched::Stopped);
             }
         }
     }

@@ -141,12 +141,22 @@ settings! {
     "Execution" "TIME" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
     /// Attempts at a request, the first one included [default: 10]
     "Execution" "N" max_attempts: NonZeroUsize = at_least_one(10), "BATCHWRIGHT_MAX_ATTEMPTS";
-    /// Time after which a request is not tried again [default: 1h]
+    /// Attempts at a request that may have reached the provider and brought no answer: each may be paid for [default: 3]
+    "Execution" "N" max_unanswered_attempts: NonZeroUsize = at_least_one(3), "BATCHWRIGHT_MAX_UNANSWERED_ATTEMPTS";
+    /// Time after which a request is not tried again; what it waits for a provider that is away, or whose limit is reached, does not count
+    /// [default: 1h]
     "Execution" "TIME" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
     /// Pause before the second attempt; it doubles with each further one [default: 500ms]
     "Execution" "TIME" retry_backoff: Span = Span::milliseconds(500), "BATCHWRIGHT_RETRY_BACKOFF";
     /// Longest pause of our own choosing between attempts [default: 1m]
     "Execution" "TIME" max_retry_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_RETRY_BACKOFF";
+    /// Pause before a provider that is away is tried again; it doubles with each further one [default: 1s]
+    "Execution" "TIME" outage_backoff: Span = Span::seconds(1), "BATCHWRIGHT_OUTAGE_BACKOFF";
+    /// Longest pause between two looks whether a provider is back [default: 1m]
+    "Execution" "TIME" max_outage_backoff: Span = Span::seconds(60), "BATCHWRIGHT_MAX_OUTAGE_BACKOFF";
+    /// Time without an answer from a provider after which the requests that wait for it fail; 0s lets them wait for as long as their batch's
+    /// window [default: 0s]. `run` has no window: it stops then, and keeps its state [default: 10m]
+    "Execution" "TIME" max_outage: Span = Span::seconds(0), "BATCHWRIGHT_MAX_OUTAGE";
 }
 
 /// Memory that is bounded as a whole.

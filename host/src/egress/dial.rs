@@ -1,5 +1,6 @@
 //! From a host to a connection: resolves, checks each address, and dials the very address that was checked.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -7,8 +8,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use http::Uri;
 use hyper_util::rt::TokioIo;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tower::Service;
@@ -16,6 +20,13 @@ use url::{Host, Url};
 
 use super::allow::{AllowList, Target};
 use super::{Fault, TransportError};
+
+/// When the next address is tried beside those that do not answer.
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// How long nothing is said before a connection is asked whether it is alive, and how often then.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Names being resolved at a time, for one plugin and over all plugins. Each takes a thread of those that files are read on, and keeps it
 /// for as long as the system's resolver likes.
@@ -79,17 +90,41 @@ impl Dialer {
     }
 }
 
+/// Tries the addresses one after the other, each a moment after the one before, and takes the first that answers (RFC 8305): a dead route costs
+/// that moment and no more.
 async fn connect(resolver: &Resolver, target: &Target) -> Result<TokioIo<TcpStream>, TransportError> {
+    let addresses = in_turns(resolve(resolver, target).await?);
+    for address in &addresses {
+        target.check_address(*address)?;
+    }
+    let mut waiting = addresses.into_iter();
+    let mut trying = FuturesUnordered::new();
     let mut last = None;
-    for address in resolve(resolver, target).await? {
-        target.check_address(address)?;
-        match TcpStream::connect(SocketAddr::new(address, target.port)).await {
-            Ok(stream) => {
-                // Requests are written whole: waiting to fill a packet only delays them.
-                stream.set_nodelay(true).ok();
+    loop {
+        if let Some(address) = waiting.next() {
+            let at = SocketAddr::new(address, target.port);
+            trying.push(async move { (address, TcpStream::connect(at).await) });
+        }
+        if trying.is_empty() {
+            break;
+        }
+        let next = async {
+            if waiting.len() == 0 {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(NEXT_ADDRESS).await;
+        };
+        let found = tokio::select! {
+            found = trying.next() => found,
+            () = next => None,
+        };
+        match found {
+            Some((_, Ok(stream))) => {
+                prepare(&stream);
                 return Ok(TokioIo::new(stream));
             }
-            Err(error) => last = Some((address, error)),
+            Some((address, Err(error))) => last = Some((address, error)),
+            None => {}
         }
     }
     let (host, port) = (&target.host, target.port);
@@ -101,6 +136,27 @@ async fn connect(resolver: &Resolver, target: &Target) -> Result<TokioIo<TcpStre
         None => TransportError::new(Fault::NameResolution, "The provider's name has no address.")
             .with_detail(format!("The name {host} has no address.")),
     })
+}
+
+fn prepare(stream: &TcpStream) {
+    // Requests are written whole: waiting to fill a packet only delays them.
+    stream.set_nodelay(true).ok();
+    // What lies between drops connections on which nothing is said for minutes, and tells nobody.
+    let keep_alive = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE_INTERVAL).with_retries(3);
+    SockRef::from(stream).set_tcp_keepalive(&keep_alive).ok();
+}
+
+/// IPv6 and IPv4 addresses by turns, those of the first one's kind first.
+fn in_turns(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+    let first_is_v6 = addresses.first().is_some_and(IpAddr::is_ipv6);
+    let (mut one, mut other): (VecDeque<_>, VecDeque<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
+    let mut turns = Vec::new();
+    while !one.is_empty() || !other.is_empty() {
+        turns.extend(one.pop_front());
+        turns.extend(other.pop_front());
+    }
+    turns
 }
 
 async fn resolve(resolver: &Resolver, target: &Target) -> Result<Vec<IpAddr>, TransportError> {
@@ -126,5 +182,18 @@ impl Service<Uri> for Dialer {
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         Box::pin(self.clone().dial(uri))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_both_kinds_take_turns() {
+        let addresses = |text: &str| text.split(' ').map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>();
+        assert_eq!(in_turns(addresses("::1 ::2 127.0.0.1")), addresses("::1 127.0.0.1 ::2"));
+        assert_eq!(in_turns(addresses("127.0.0.1 ::1 127.0.0.2")), addresses("127.0.0.1 ::1 127.0.0.2"));
+        assert_eq!(in_turns(Vec::new()), Vec::<IpAddr>::new());
     }
 }

@@ -9,6 +9,9 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
     let mut fault = Fault::Protocol;
     let mut message = String::new();
     let mut detail = None;
+    // What failed on the way to a connection was never sent.
+    let sent = !error.downcast_ref::<hyper_util::client::legacy::Error>().is_some_and(|error| error.is_connect());
+    let mut unsent = false;
     let mut next = Some(error);
     while let Some(cause) = next {
         next = cause.source();
@@ -18,16 +21,18 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
         if cause.is::<std::io::Error>() {
             fault = Fault::Connection;
         }
-        if let Some(hidden) = cause.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref())
-            && let Some(tls) = hidden.downcast_ref::<rustls::Error>()
-        {
+        if let Some(tls) = tls_error(cause) {
             fault = Fault::Tls;
             detail = Some(tls.to_string());
             message = tls_trouble(tls).to_owned();
             continue;
         }
-        if cause.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_incomplete_message()) {
-            fault = Fault::Connection;
+        if let Some(http) = cause.downcast_ref::<hyper::Error>() {
+            if http.is_incomplete_message() {
+                fault = Fault::Connection;
+            }
+            // The connection was closed before the request was written to it.
+            unsent |= http.is_canceled();
         }
         if detail.is_none() {
             message = cause.to_string();
@@ -38,11 +43,20 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
         secrets.blank(&mut text);
         text
     };
-    let error = TransportError::new(fault, told(message));
+    let error = TransportError { sent: sent && !unsent, ..TransportError::new(fault, told(message)) };
     match detail {
         Some(detail) => error.with_detail(told(detail)),
         None => error,
     }
+}
+
+/// The TLS error that an error is, or that it wraps: one of the system's may wrap another of its kind, which `source` does not show.
+fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut hidden = Some(error);
+    while let Some(io) = hidden.and_then(|error| error.downcast_ref::<std::io::Error>()) {
+        hidden = io.get_ref().map(|inner| inner as &(dyn Error + 'static));
+    }
+    hidden?.downcast_ref()
 }
 
 /// A failed handshake in words without names: what a certificate says is the operator's.

@@ -28,6 +28,10 @@ use crate::memory::{Holder, Pool, Share};
 /// How long a connection that nobody uses stays open.
 const IDLE: Duration = Duration::from_secs(60);
 
+/// How often a connection over HTTP/2 is asked whether it is alive, and how long that may take.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Headers that are the connection's or the host's own: what a plugin writes there is dropped.
 const HOST_SET: [HeaderName; 11] = [
     header::HOST,
@@ -78,7 +82,8 @@ pub struct Gateway {
     secrets: Secrets,
     bounds: Bounds,
     throttle: Throttle,
-    rate: Option<DefaultDirectRateLimiter>,
+    /// With whose turn it is to wait for it.
+    rate: Option<(tokio::sync::Mutex<()>, DefaultDirectRateLimiter)>,
     exchanges: Pool,
     resolver: Resolver,
     /// The size of what an exchange brings, as it was lately: so much is taken before one begins.
@@ -123,7 +128,9 @@ impl Gateway {
             allow: Arc::new(allow),
             secrets,
             throttle: Throttle::new(bounds.concurrency),
-            rate: bounds.requests_per_minute.map(|number| RateLimiter::direct(quota(number))),
+            rate: bounds
+                .requests_per_minute
+                .map(|number| (tokio::sync::Mutex::default(), RateLimiter::direct(quota(number)))),
             bounds,
             exchanges: shared.exchanges.clone(),
             resolver: shared.resolver.beside(),
@@ -134,8 +141,9 @@ impl Gateway {
         }
     }
 
-    /// Waits until the plugin may have one more exchange under way. Those of one queue wait for each other, queues take turns.
-    pub async fn admit(&self, queue: Queue) -> Admitted {
+    /// Waits until the plugin may have one more exchange under way. Those of one queue wait for each other, queues take turns. An error is the
+    /// time until which the provider asks to wait, if that is long.
+    pub async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
         self.throttle.admit(queue).await
     }
 
@@ -144,9 +152,11 @@ impl Gateway {
         self.exchanges.share(&self.plugin)
     }
 
-    /// Bytes that an exchange will take, as far as can be told before it begins.
+    /// Bytes that an exchange will take, as far as can be told before it begins. Of very large ones only a part is taken before: most of
+    /// the pool would be held while a provider thinks.
     pub fn expected(&self) -> usize {
-        self.expected.load(Ordering::Relaxed).saturating_mul(2).max(SMALLEST_EXCHANGE)
+        let most = self.exchanges.size() / 8;
+        self.expected.load(Ordering::Relaxed).saturating_mul(2).min(most).max(SMALLEST_EXCHANGE)
     }
 
     /// Takes note of how much an exchange brought: what is expected rises at once and falls slowly.
@@ -158,18 +168,34 @@ impl Gateway {
         }
     }
 
+    /// Waits until one more exchange may begin by the operator's rate. Who came first goes first.
+    pub async fn until_rate_permits(&self) {
+        let Some((turn, rate)) = &self.rate else { return };
+        let _turn = turn.lock().await;
+        while let Err(not_until) = rate.check() {
+            tokio::time::sleep(not_until.wait_time_from(governor::clock::Clock::now(rate.clock()))).await;
+        }
+    }
+
+    /// How many exchanges at a time are thought right.
+    pub fn limit(&self) -> f64 {
+        self.throttle.limit()
+    }
+
+    /// Takes note of how many requests the provider says are left, and for how long.
+    pub fn told(&self, admitted: &Admitted, (left, reset): (u64, Duration)) {
+        self.throttle.told(admitted, left, reset);
+    }
+
     /// Performs an exchange, with everything that stands between a guest and the network. What comes back is within `share`, which waits
     /// for room as it grows.
     pub async fn send(
         &self,
-        admitted: &Admitted,
         tenant: &str,
         request: HttpRequest,
         share: &mut Share,
     ) -> Result<HttpResponse, TransportError> {
-        // In this order: who waits for a place must not save up what the rate permits.
-        self.until_rate_permits().await;
-        let sent = self.send_now(admitted, tenant, request, share).await;
+        let sent = self.send_now(tenant, request, share).await;
         if let Err(error) = &sent {
             self.report(error);
         }
@@ -178,7 +204,6 @@ impl Gateway {
 
     async fn send_now(
         &self,
-        admitted: &Admitted,
         tenant: &str,
         request: HttpRequest,
         share: &mut Share,
@@ -189,9 +214,7 @@ impl Gateway {
         let clients = self.clients(tenant);
         let begun = Instant::now();
         let end = begun.checked_add(self.bounds.exchange_timeout).unwrap_or(begun);
-        let response = self.exchange(&clients, request, Deadline(end), share, sent).await?;
-        admitted.answered(response.status);
-        Ok(response)
+        self.exchange(&clients, request, Deadline(end), share, sent).await
     }
 
     /// Tells the operator of an exchange that brought no response: one in a while, the rest at the level of details.
@@ -273,13 +296,6 @@ impl Gateway {
         Ok(prepared)
     }
 
-    async fn until_rate_permits(&self) {
-        let Some(rate) = &self.rate else { return };
-        while let Err(not_until) = rate.check() {
-            tokio::time::sleep(not_until.wait_time_from(governor::clock::Clock::now(rate.clock()))).await;
-        }
-    }
-
     fn clients(&self, tenant: &str) -> Arc<Clients> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = clients.get(tenant) {
@@ -322,7 +338,8 @@ impl Gateway {
             Err(_) => Err(TransportError::new(
                 Fault::Timeout,
                 format!("The provider sent no response within {limit:?} ([limits] first_byte_timeout)."),
-            )),
+            )
+            .after_sending()),
         }
     }
 
@@ -361,12 +378,13 @@ impl Gateway {
                 (name, value)
             })
             .collect();
-        if let Some(coding) = head.headers.get(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
+        if let Some(coding) = head.headers.get(header::CONTENT_ENCODING).filter(|coding| is_coded(coding)) {
             let coding = String::from_utf8_lossy(coding.as_bytes());
             return Err(TransportError::new(
                 Fault::Protocol,
                 format!("The provider encoded its answer as `{}`, though it was asked not to.", coding.escape_debug()),
-            ));
+            )
+            .after_sending());
         }
         let max = self.bounds.max_response;
         let mut bytes = Vec::new();
@@ -377,6 +395,7 @@ impl Gateway {
                     Fault::Timeout,
                     format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
                 )
+                .after_sending()
             })?;
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|error| explain(&self.secrets, &error))?;
@@ -386,7 +405,8 @@ impl Gateway {
                 return Err(TransportError::new(
                     Fault::TooLarge,
                     format!("The response is larger than {max} bytes ([limits] max_response)."),
-                ));
+                )
+                .after_sending());
             }
             if size > bytes.capacity() {
                 // By a quarter each time, so that growing costs little, and little is held that is not used.
@@ -403,6 +423,12 @@ impl Gateway {
         self.secrets.blank_bytes(&mut bytes);
         Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
     }
+}
+
+/// Whether a body is in a coding. Some providers write what is none there, or the character set.
+fn is_coded(coding: &HeaderValue) -> bool {
+    let coding = coding.as_bytes().trim_ascii();
+    !["", "identity", "none", "utf-8", "utf8"].iter().any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
 }
 
 /// TLS with the system's certificates, so that an operator's own authority counts; a container may have none, and gets those of Mozilla.
@@ -426,6 +452,11 @@ where
     let mut builder = Client::builder(TokioExecutor::new());
     builder.pool_idle_timeout(IDLE).pool_timer(TokioTimer::new());
     builder.http1_max_buf_size(READ_AHEAD);
+    // A load balancer that drops a long exchange says nothing of it.
+    builder
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .http2_keep_alive_timeout(PING_TIMEOUT)
+        .http2_keep_alive_while_idle(true);
     let window = u32::try_from(READ_AHEAD).unwrap_or(u32::MAX);
     builder.http2_initial_stream_window_size(window.saturating_mul(4));
     builder.http2_initial_connection_window_size(window.saturating_mul(16));

@@ -9,6 +9,8 @@ mod credentials;
 mod dial;
 mod explain;
 mod gateway;
+mod hints;
+mod limit;
 mod throttle;
 
 use std::time::Duration;
@@ -17,7 +19,9 @@ pub use allow::{AllowList, is_loopback};
 pub use credentials::{Credential, Secrets};
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, https, is_host_header};
-pub use throttle::{Admitted, Queue};
+pub use hints::Hints;
+pub use limit::Taken;
+pub use throttle::{Admitted, Queue, Refusals};
 
 /// An exchange as an adapter asks for it: input like any other, not yet checked.
 #[derive(Debug)]
@@ -57,15 +61,22 @@ pub struct TransportError {
     pub message: String,
     /// For the operator, where there is more to say: with hosts and files, without secrets.
     detail: Option<String>,
+    /// Whether the request may have reached the provider, so that it may be worked on and paid for.
+    pub sent: bool,
 }
 
 impl TransportError {
     pub fn new(fault: Fault, message: impl Into<String>) -> Self {
-        Self { fault, message: message.into(), detail: None }
+        Self { fault, message: message.into(), detail: None, sent: false }
     }
 
     fn with_detail(self, detail: impl Into<String>) -> Self {
         Self { detail: Some(detail.into()), ..self }
+    }
+
+    /// The same, of a request that may have reached the provider.
+    fn after_sending(self) -> Self {
+        Self { sent: true, ..self }
     }
 
     /// The operator's text.
@@ -88,4 +99,12 @@ pub struct Bounds {
     pub exchange_timeout: Duration,
     /// Largest body of a response, in bytes.
     pub max_response: usize,
+}
+
+/// A pause after so many refusals of one request in a row, without the provider asking for one. How often requests are sent as a whole is the
+/// limit's affair, so it need not be long.
+pub fn refusal_pause(refusals: u32) -> Duration {
+    const FIRST: Duration = Duration::from_millis(250);
+    const LONGEST: Duration = Duration::from_secs(8);
+    FIRST.saturating_mul(2_u32.saturating_pow(refusals.saturating_sub(1))).min(LONGEST)
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use wasmtime::component::HasSelf;
+use wasmtime::component::{HasSelf, InstancePre};
 use wasmtime::{Engine, PoolConcurrencyLimitError, ResourceLimiterAsync, Store, StoreContextMut, UpdateDeadline};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
@@ -187,7 +187,11 @@ pub fn linker(engine: &Engine, flavour: Flavour) -> wasmtime::Result<wasmtime::c
 /// How instances of one component are made.
 pub enum Template {
     Validator(v0_1::validator::ValidatorPre<State>),
-    Adapter(v0_1::adapter::AdapterPre<State>),
+    Adapter {
+        linked: InstancePre<State>,
+        adapter: v0_1::adapter::AdapterIndices,
+        classifier: Option<v0_1::classifier::ClassifierIndices>,
+    },
 }
 
 pub struct Instance {
@@ -248,8 +252,12 @@ impl Instance {
             Template::Validator(pre) => {
                 in_time(limits, 1, &waited, pre.instantiate_async(&mut store)).await.map(Exports::Validator)
             }
-            Template::Adapter(pre) => {
-                in_time(limits, 1, &waited, pre.instantiate_async(&mut store)).await.map(Exports::Adapter)
+            Template::Adapter { linked, adapter, classifier } => {
+                in_time(limits, 1, &waited, linked.instantiate_async(&mut store)).await.and_then(|instance| {
+                    let exports = adapter.load(&mut store, &instance)?;
+                    let classifier = classifier.as_ref().map(|known| known.load(&mut store, &instance)).transpose()?;
+                    Ok(Exports::Adapter(exports, classifier))
+                })
             }
         };
         let refused = store.data().memory.refused;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
 use wasmtime::Engine;
-use wasmtime::component::{Component, Linker};
+use wasmtime::component::{Component, InstancePre, Linker};
 
 use super::answer::for_people;
 use super::bindings::v0_1;
@@ -181,6 +181,7 @@ impl Loader {
             tenants: manifest.tenants,
             models: manifest.models,
             aliases: manifest.aliases,
+            paused: manifest.paused,
             loaded_at: self.clock.now().as_seconds(),
             settings: settings.to_string(),
             _component: inspected.component,
@@ -189,6 +190,7 @@ impl Loader {
             log: inspected.log,
             gateway,
             instances: self.instances.clone(),
+            last_classified: Mutex::default(),
             pools: Mutex::new(HashMap::new()),
         };
         // Proves that the settings are taken; the instance itself belongs to no tenant.
@@ -287,11 +289,18 @@ fn template(engine: &Engine, linker: &Linker<State>, component: &Component) -> R
     })?;
     let template = match kind {
         Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
-        Kind::Adapter => v0_1::adapter::AdapterPre::new(linked).map(Template::Adapter),
+        Kind::Adapter => adapter(linked, has(v0_1::CLASSIFICATION)),
     };
     let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
     Ok((kind, template))
 }
+
+fn adapter(linked: InstancePre<State>, classifies: bool) -> wasmtime::Result<Template> {
+    let adapter = v0_1::adapter::AdapterIndices::new(&linked)?;
+    let classifier = classifies.then(|| v0_1::classifier::ClassifierIndices::new(&linked)).transpose()?;
+    Ok(Template::Adapter { linked, adapter, classifier })
+}
+
 /// Reads a plugin's files, away from the threads that serve.
 async fn read_off_thread(file: &Path, read: fn(&Path) -> Result<Files, LoadError>) -> Result<Files, LoadError> {
     let place = file.to_owned();

@@ -22,6 +22,9 @@ pub struct Manifest {
     /// Whether it is loaded at all.
     #[serde(default = "yes")]
     pub enabled: bool,
+    /// Adapters: whether nothing is sent for now. Batches wait.
+    #[serde(default)]
+    pub paused: bool,
     /// Its SHA-256 in hexadecimal, if the operator pins it.
     pub sha256: Option<String>,
     /// Adapters: the models it serves. A glob routes but is not listed.

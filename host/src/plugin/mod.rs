@@ -31,7 +31,7 @@ pub use error::{CallError, LoadError};
 pub use files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
 pub use load::{Inspected, Loader, Loading, plugin_name};
 pub use manifest::read_secret;
-pub use plugin::Plugin;
+pub use plugin::{BEGINNING, Plugin};
 pub use read::{hex, sha256};
 pub use registry::{Entry, EntryState, Registry, Route, Snapshot, check_directory};
 pub use schema::add_defaults;

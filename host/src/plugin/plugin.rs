@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::component::Component;
@@ -15,8 +15,10 @@ use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
 use super::instances::{Instances, Kept};
 use super::log::PluginLog;
 use super::manifest::{Isolation, Limits};
-use super::types::{BatchContext, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation};
-use crate::egress::Gateway;
+use super::types::{
+    BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation,
+};
+use crate::egress::{Gateway, HttpResponse};
 use crate::memory::Holder;
 
 /// Lines and bytes for which a validator is granted the CPU time of one call.
@@ -25,6 +27,12 @@ const BYTES_A_UNIT: usize = 1 << 20;
 
 /// Text of violations that is kept of one call, in bytes.
 const VIOLATION_BYTES: usize = 256 << 10;
+
+/// How much of a body `classify` is given, in bytes.
+pub const BEGINNING: usize = 4 << 10;
+
+/// How often `classify` is asked about answers like others.
+const NOW_AND_THEN: Duration = Duration::from_millis(100);
 
 /// A component with its settings, checked and ready.
 pub struct Plugin {
@@ -43,6 +51,8 @@ pub struct Plugin {
     pub tenants: Vec<String>,
     pub models: Vec<String>,
     pub aliases: std::collections::BTreeMap<String, String>,
+    /// Nothing is sent for now.
+    pub paused: bool,
     /// Unix seconds.
     pub loaded_at: i64,
     pub(super) settings: String,
@@ -53,6 +63,7 @@ pub struct Plugin {
     pub(super) log: Arc<PluginLog>,
     pub(super) gateway: Gateway,
     pub(super) instances: Arc<Instances>,
+    pub(super) last_classified: Mutex<Option<Instant>>,
     pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
 }
 
@@ -127,6 +138,33 @@ impl Plugin {
         let called = in_time(&self.limits, 1, &waited, call).await;
         let step = self.settle(lease, "resume", called)?;
         self.checked(step, "resume")
+    }
+
+    /// Whether the adapter is to be asked about a response. Where that does not matter, as the host thinks it an answer like others, it is asked now
+    /// and then, for what the provider says of its limits.
+    pub fn classifies(&self, matters: bool) -> bool {
+        matches!(self.template, Template::Adapter { classifier: Some(_), .. }) && (matters || self.asks_now_and_then())
+    }
+
+    /// What the adapter knows of a response.
+    pub async fn classify(&self, tenant: &str, response: &HttpResponse) -> Result<Classification, CallError> {
+        let beginning = response.body.get(..response.body.len().min(BEGINNING)).unwrap_or_default().to_vec();
+        let pool = self.pool(tenant);
+        let mut lease = self.lease(&pool, 1).await?;
+        let waited = lease.instance.waited.clone();
+        let store = &mut lease.instance.store;
+        let call = lease.instance.exports.classify(store, response.status, response.headers.clone(), beginning);
+        let called = in_time(&self.limits, 1, &waited, call).await;
+        self.settle(lease, "classify", called)
+    }
+
+    fn asks_now_and_then(&self) -> bool {
+        let mut last = self.last_classified.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| last.elapsed() >= NOW_AND_THEN);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
     }
 
     /// Whether `describe` still says what it said when the plugin was loaded.
@@ -208,7 +246,8 @@ impl Plugin {
         let permit = pool.permits.acquire().await.ok();
         let mut instance = match pool.idle.take() {
             Some(instance) => instance,
-            None => self.instantiate(&pool.holder).await?,
+            // Seldom, and large: callers are smaller without it.
+            None => Box::pin(self.instantiate(&pool.holder)).await?,
         };
         instance.allow(&self.limits, units);
         Ok(Lease { pool, instance, _permit: permit })

@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use globset::{Glob, GlobMatcher};
 use notify::{RecursiveMode, Watcher};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::error::LoadError;
 use super::files::Files;
@@ -61,6 +61,8 @@ pub struct Snapshot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryState {
     Loaded,
+    /// It is loaded, and nothing is sent for now.
+    Paused,
     /// The file does not load as it is; what it was before serves on.
     Outdated,
     Failed,
@@ -71,6 +73,7 @@ impl EntryState {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Loaded => "loaded",
+            Self::Paused => "paused",
             Self::Outdated => "outdated",
             Self::Failed => "failed",
             Self::Disabled => "disabled",
@@ -90,6 +93,7 @@ impl Entry {
 
     pub fn state(&self) -> EntryState {
         match (&self.serving, &self.error) {
+            (Some(plugin), None) if plugin.paused => EntryState::Paused,
             (Some(_), None) => EntryState::Loaded,
             (Some(_), Some(_)) => EntryState::Outdated,
             (None, Some(_)) => EntryState::Failed,
@@ -106,6 +110,12 @@ impl Snapshot {
             let (_, plugin) = self.globs.iter().find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
             Some(Route { plugin: plugin.clone(), model: model.to_owned() })
         })
+    }
+
+    /// What tells the plugin that serves under a name from those that did before; zero if there is none.
+    pub fn identity(&self, name: &str) -> usize {
+        let found = self.entries.iter().find(|entry| entry.name == name);
+        found.and_then(|entry| entry.serving.as_ref()).map_or(0, |plugin| Arc::as_ptr(plugin) as usize)
     }
 
     /// The models that can be listed, by name, each with the plugin that serves it.
@@ -243,6 +253,7 @@ pub struct Registry {
     current: ArcSwap<Snapshot>,
     /// One reading of the directory at a time.
     reading: tokio::sync::Mutex<()>,
+    changed: watch::Sender<()>,
 }
 
 impl Registry {
@@ -253,6 +264,7 @@ impl Registry {
             loader,
             current: ArcSwap::default(),
             reading: tokio::sync::Mutex::default(),
+            changed: watch::Sender::new(()),
         });
         registry.read().await?;
         Ok(registry)
@@ -260,6 +272,11 @@ impl Registry {
 
     pub fn current(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// Told whenever plugins may have changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// Reads the directory again and swaps in what changed. What is under way finishes on the plugins it began with.
@@ -297,6 +314,7 @@ impl Registry {
         for entry in last.entries.iter().filter(|old| known_in(&now.entries, &old.name).is_none()) {
             tracing::info!(plugin = entry.name, "plugin removed");
         }
+        self.changed.send_replace(());
     }
 
     fn files(&self) -> Result<Vec<PathBuf>, LoadError> {

@@ -130,6 +130,35 @@ pub enum Step {
     Done(Answer),
 }
 
+/// What an adapter knows of a response: whose affair it is, and what it says of the provider's limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Classification {
+    /// None leaves it to the host.
+    pub standing: Option<Standing>,
+    /// How long the provider asks to wait.
+    pub delay: Option<std::time::Duration>,
+    /// Requests that are left, and for how long that holds.
+    pub left: Option<(u64, std::time::Duration)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It was taken: whatever the answer is, it is the request's own.
+    Answered,
+    /// It was refused for now; nothing has happened.
+    Busy,
+    /// The credential was refused.
+    Unauthorized,
+    /// The credential may not do this.
+    Forbidden,
+    /// The account has no money or quota left.
+    Quota,
+    /// The provider failed.
+    Failed,
+    /// It may pass by itself, and says nothing of the provider as a whole.
+    Passing,
+}
+
 /// What came of the last step.
 #[derive(Debug)]
 pub enum Outcome {

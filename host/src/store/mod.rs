@@ -210,6 +210,37 @@ pub struct BatchRecord {
     pub times: Times,
     pub counts: Counts,
     pub usage: TokenUsage,
+    /// What its requests waited for when it was given back to rest, unless something was answered since.
+    pub waits_for: Option<WaitsFor>,
+}
+
+/// What a batch waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitsFor {
+    /// One sentence for the client.
+    pub cause: String,
+    pub since: Timestamp,
+    /// When it is tried again.
+    pub next: Timestamp,
+}
+
+/// How a batch is given back.
+#[derive(Clone, Debug)]
+pub enum Release {
+    /// With its place in the order.
+    AsItWas,
+    /// It has had its turn: behind those that wait since before.
+    Turn(Timestamp),
+    /// Nothing can be done before then.
+    Rest(Timestamp, Option<WaitsFor>),
+}
+
+/// A request that a provider works on, and that is asked about now and then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// The name of the plugin whose state it is.
+    pub plugin: String,
+    pub state: Vec<u8>,
 }
 
 /// Errors that a batch is given with where not all are asked for.
@@ -383,8 +414,17 @@ pub trait Store: Send + Sync {
     /// Claims a batch, if nobody has claimed it meanwhile.
     async fn claim(&self, waiting: &Waiting, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
-    /// Gives a batch back. One that has had its turn waits behind those that wait since before `turn`.
-    async fn release(&self, claim: &Claim, turn: Option<Timestamp>) -> Result<()>;
+    /// Gives a batch back.
+    async fn release(&self, claim: &Claim, how: Release) -> Result<()>;
+    /// Ends the rest of all batches.
+    async fn wake(&self, now: Timestamp) -> Result<()>;
+    /// Keeps the state of a request that a provider works on, in place of the one before.
+    async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()>;
+    async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>>;
+    /// Forgets a job, as the request begins anew.
+    async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()>;
+    /// Whether any state of a batch's requests is kept.
+    async fn has_jobs(&self, claim: &Claim) -> Result<bool>;
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.

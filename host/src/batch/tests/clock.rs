@@ -71,21 +71,25 @@ async fn pauses_between_attempts_double_and_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_provider_says_when_to_come_back_and_no_request_is_tried_for_ever() {
-    let house = House::new("max_retry_time = \"5h\"", "").await;
-    let prompt = "!fail 429 1 7200";
-    let id = house.create(&[chat("later", "m", prompt), chat("never", "m", "!fail 429 1 36000")]).await;
-    let attempts = async || house.stub.counts().await.get(prompt).copied().unwrap_or(0);
-    // Ten hours are more than a request may take, so that one has ended already.
-    house.until(&id, "the one that has no time", |batch| batch.counts.failed == 1).await;
-    eventually("the first attempt", async || (attempts().await == 1).then_some(())).await;
+async fn a_refused_request_waits_for_as_long_as_the_provider_asks() {
+    // Neither the number of attempts nor the time for them is for refusals.
+    let house = House::new("max_retry_time = \"1h\"\nmax_attempts = 1", "").await;
+    let (soon, late) = ("!fail 429 1 7200", "!fail 429 1 36000");
+    let id = house.create(&[chat("soon", "m", soon), chat("late", "m", late)]).await;
+    let attempts = async |prompt: &str| house.stub.counts().await.get(prompt).copied().unwrap_or(0);
+    let both = async || (attempts(soon).await == 1 && attempts(late).await == 1).then_some(());
+    eventually("the first attempts", both).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     house.clock.advance(HOUR * 2 - MINUTE);
     tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(attempts().await, 1, "came back too early");
+    assert_eq!(attempts(soon).await, 1, "came back too early");
     house.clock.advance(MINUTE * 2);
+    eventually("the second attempt", async || (attempts(soon).await == 2).then_some(())).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(attempts(late).await, 1, "came back too early");
+    house.clock.advance(HOUR * 8);
     let ended = house.ended(&id).await;
-    assert_eq!((ended.counts.completed, ended.counts.failed, attempts().await), (1, 1, 2));
+    assert_eq!((ended.counts.completed, ended.counts.failed, attempts(late).await), (2, 0, 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,7 @@
 //! `batchwright plugin`
 
 mod new;
+mod pause;
 mod pull;
 mod show;
 mod sign;
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use super::client::Client;
 use super::{Error, trusted_keys, user_cache};
 use crate::clock::Clock;
 use crate::config::{
@@ -27,9 +29,16 @@ pub enum Plugin {
         /// Folder of the plugins [default: the folder `plugins` beside this program]
         #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
         plugins: Option<PathBuf>,
+        /// Ask a server instead, with what requests wait for: its address for health (--admin-listen) has the operator's words
+        #[arg(long, value_name = "URL", conflicts_with = "plugins")]
+        server: Option<String>,
         #[command(flatten)]
         given: Given,
     },
+    /// Stop sending to a provider; its batches wait
+    Pause(pause::Pause),
+    /// Send to a provider again
+    Resume(pause::Pause),
     /// Show what a component is: its kind, imports, endpoints, credentials and settings
     Inspect {
         /// A component (.wasm)
@@ -110,7 +119,10 @@ impl Plugin {
         let filter = if matches!(self, Self::Test { .. }) { "off,batchwright::plugin::log=debug" } else { "off" };
         telemetry::start(filter, LogFormat::Text).map_err(Error::Other)?;
         match self {
-            Self::List { plugins, given } => {
+            Self::List { server: Some(url), .. } => show::list_of_server(&Client::new(&url, None)?).await,
+            Self::Pause(pause) => pause.run(true),
+            Self::Resume(pause) => pause.run(false),
+            Self::List { plugins, given, .. } => {
                 let plugins = plugins.unwrap_or_else(default_plugins);
                 let registry = Registry::open(&plugins, given.loader()?).await?;
                 show::list(&registry);

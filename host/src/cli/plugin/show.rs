@@ -2,8 +2,14 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::Value;
 
 use crate::cli::Error;
+use crate::cli::client::Client;
+use crate::cli::progress::Progress;
+use crate::clock::Clock;
 use crate::config::Size;
 use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 
@@ -28,6 +34,48 @@ pub fn list(registry: &Registry) {
     for error in plugins.entries.iter().filter_map(|entry| entry.error.as_ref()) {
         println!("\nfailed: {error}");
     }
+}
+
+/// The plugins of a server, and what requests wait for.
+#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
+pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
+    let list = client.get("plugins").await?;
+    let plugins: Vec<&Value> = list.get("data").and_then(Value::as_array).into_iter().flatten().collect();
+    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
+    let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
+    let mut notes = Vec::new();
+    let now = Clock::system().now();
+    for plugin in plugins {
+        let models: Vec<&str> =
+            plugin.get("models").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let name = text(plugin, "name");
+        let own = plugin.get("waiting").filter(|waiting| waiting.is_object());
+        let all = plugin.get("outages").and_then(Value::as_array).into_iter().flatten();
+        let outages: Vec<&Value> = all.chain(own).collect();
+        let state = if outages.is_empty() { text(plugin, "state") } else { "waiting".into() };
+        rows.push([name.clone(), text(plugin, "kind"), text(plugin, "version"), state, models.join(", ")]);
+        for outage in outages {
+            let seconds = |key: &str| outage.get(key).and_then(Value::as_i64).unwrap_or(0);
+            let since = humantime::format_duration(Duration::from_secs(
+                u64::try_from(now.as_seconds().saturating_sub(seconds("since"))).unwrap_or(0),
+            ));
+            let left = u64::try_from(seconds("next_attempt_at").saturating_sub(now.as_seconds())).unwrap_or(0);
+            let requests = match outage.get("waiting_requests").and_then(Value::as_u64) {
+                Some(number) => format!(", {number} requests wait"),
+                None => String::new(),
+            };
+            let words = Progress::waiting(&text(outage, "message"), left);
+            notes.push(format!("{name}: {words}; since {since}{requests}"));
+        }
+        if let Some(error) = plugin.get("error").and_then(Value::as_str) {
+            notes.push(format!("{name}: {error}"));
+        }
+    }
+    print!("{}", table(&rows));
+    for note in notes {
+        println!("\n{note}");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serves(plugin: &Plugin) -> String {

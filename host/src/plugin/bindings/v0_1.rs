@@ -9,6 +9,7 @@ use crate::egress::{Fault, HttpRequest, HttpResponse, TransportError};
 /// What this module's components export, by which they are known.
 pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
 pub const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
+pub const CLASSIFICATION: &str = "batchwright:plugin/classification@0.1.0";
 pub const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
 
 pub mod validator {
@@ -24,7 +25,16 @@ pub mod adapter {
     });
 }
 
+/// The interface by itself: adapters may export it, and need not.
+pub mod classifier {
+    wasmtime::component::bindgen!({
+        inline: "package batchwright:host; world classifier { export batchwright:plugin/classification@0.1.0; }",
+        path: "../wit/v0.1", world: "batchwright:host/classifier", exports: { default: async },
+    });
+}
+
 use adapter::exports::batchwright::plugin::inference;
+use classifier::exports::batchwright::plugin::classification;
 use validator::exports::batchwright::plugin::validation;
 
 pub use validator::batchwright::plugin::logging;
@@ -32,7 +42,7 @@ pub use validator::batchwright::plugin::logging;
 /// A component of this version, instantiated.
 pub enum Exports {
     Validator(validator::Validator),
-    Adapter(adapter::Adapter),
+    Adapter(adapter::Adapter, Option<classifier::Classifier>),
 }
 
 /// The `plugin` interface is the same in both worlds, but generated twice.
@@ -67,14 +77,14 @@ impl Exports {
     pub async fn describe(&self, store: &mut Store<State>) -> wasmtime::Result<(types::Description, String)> {
         Ok(match self {
             Self::Validator(guest) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
-            Self::Adapter(guest) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
+            Self::Adapter(guest, _) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
         })
     }
 
     pub async fn configure(&self, store: &mut Store<State>, settings: &String) -> wasmtime::Result<Result<(), String>> {
         match self {
             Self::Validator(guest) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
-            Self::Adapter(guest) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
+            Self::Adapter(guest, _) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
         }
     }
 
@@ -94,7 +104,7 @@ impl Exports {
     }
 
     pub async fn begin(&self, store: &mut Store<State>, request: types::Request) -> wasmtime::Result<types::Step> {
-        let Self::Adapter(guest) = self else { return Err(wrong_world("begin")) };
+        let Self::Adapter(guest, _) = self else { return Err(wrong_world("begin")) };
         let request = inference::Request {
             id: request.id,
             custom_id: request.custom_id,
@@ -113,13 +123,48 @@ impl Exports {
         state: &[u8],
         outcome: &mut types::Outcome,
     ) -> wasmtime::Result<types::Step> {
-        let Self::Adapter(guest) = self else { return Err(wrong_world("resume")) };
+        let Self::Adapter(guest, _) = self else { return Err(wrong_world("resume")) };
         // Lent, not copied: a response may be large, and the call may be made again.
         let lent = std::mem::replace(outcome, types::Outcome::Elapsed).into();
         let state = state.to_vec();
         let called = guest.batchwright_plugin_inference().call_resume(store, &state, &lent).await;
         *outcome = lent.into();
         Ok(called?.into())
+    }
+}
+
+impl Exports {
+    pub async fn classify(
+        &self,
+        store: &mut Store<State>,
+        status: u16,
+        headers: Vec<(String, String)>,
+        beginning: Vec<u8>,
+    ) -> wasmtime::Result<types::Classification> {
+        let Self::Adapter(_, Some(guest)) = self else { return Err(wrong_world("classify")) };
+        let head = classification::Head { status, headers, beginning };
+        Ok(guest.batchwright_plugin_classification().call_classify(store, &head).await?.into())
+    }
+}
+
+impl From<classification::Classification> for types::Classification {
+    fn from(from: classification::Classification) -> Self {
+        use classification::Standing;
+        let standing = from.standing.map(|standing| match standing {
+            Standing::Answered => types::Standing::Answered,
+            Standing::Busy => types::Standing::Busy,
+            Standing::Unauthorized => types::Standing::Unauthorized,
+            Standing::Forbidden => types::Standing::Forbidden,
+            Standing::Quota => types::Standing::Quota,
+            Standing::Failed => types::Standing::Failed,
+            Standing::Passing => types::Standing::Passing,
+        });
+        let span = std::time::Duration::from_millis;
+        Self {
+            standing,
+            delay: from.delay_milliseconds.map(span),
+            left: from.remaining.zip(from.reset_milliseconds.map(span)),
+        }
     }
 }
 

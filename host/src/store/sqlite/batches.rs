@@ -6,14 +6,15 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
     BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency, NewBatch, Page, Paged,
-    Result, ServedBy, Status, StoreError, Times, TokenUsage,
+    Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
 
 const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at, output_lifetime, \
     status, model, output_file_id, error_file_id, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, \
-    cancelling_at, cancelled_at, total, completed, failed, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens";
+    cancelling_at, cancelled_at, total, completed, failed, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, \
+    waits_for, waits_for_since, waits_since";
 
 /// A batch with its key, and without its errors.
 fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
@@ -54,6 +55,10 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             cached_input: number("cached_input_tokens")?,
             output: number("output_tokens")?,
             reasoning: number("reasoning_tokens")?,
+        },
+        waits_for: match (row.get("waits_for")?, time("waits_for_since")?) {
+            (Some(cause), Some(since)) => Some(WaitsFor { cause, since, next: timestamp(row.get("waits_since")?) }),
+            _ => None,
         },
     };
     Ok((row.get("key")?, record))
@@ -137,8 +142,8 @@ fn insert(connection: &Connection, tenant: i64, new: &NewBatch, idempotency: Opt
     let made = connection
         .execute(
             "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at,
-             output_lifetime, status, idempotency_key, fingerprint, input_file)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?10, ?11, (
+             output_lifetime, status, waits_since, idempotency_key, fingerprint, input_file)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?7, ?10, ?11, (
                  SELECT key FROM files WHERE tenant = ?1 AND id = ?4
                  AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?7)
              ))
@@ -213,7 +218,7 @@ pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Time
     let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
     connection
         .execute(
-            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3,
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3, waits_since = min(waits_since, ?3),
              lane = CASE status WHEN 'validating' THEN lane ELSE 'finish' END
              WHERE tenant = ?1 AND id = ?2 AND status IN ('validating', 'in_progress', 'finalizing')",
             params![key, id, now.as_millis()],

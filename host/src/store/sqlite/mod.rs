@@ -3,6 +3,7 @@
 mod batches;
 mod connection;
 mod files;
+mod jobs;
 mod schema;
 mod work;
 
@@ -14,8 +15,8 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, NewBatch,
-    Paged, Result, ResultRow, Results, ServedBy, Store, StoreError, Validated, Waiting,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Job,
+    NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store, StoreError, Validated, Waiting,
 };
 use crate::clock::Timestamp;
 use connection::{Readers, Writer};
@@ -238,9 +239,33 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::renew(connection, &claim, until)).await
     }
 
-    async fn release(&self, claim: &Claim, turn: Option<Timestamp>) -> Result<()> {
+    async fn release(&self, claim: &Claim, how: Release) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::release(connection, &claim, turn)).await
+        self.writer.write(move |connection| work::release(connection, &claim, &how)).await
+    }
+
+    async fn wake(&self, now: Timestamp) -> Result<()> {
+        self.writer.write(move |connection| work::wake(connection, now)).await
+    }
+
+    async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| jobs::keep(connection, &claim, line, &job)).await
+    }
+
+    async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>> {
+        let claim = claim.clone();
+        self.readers.read(move |connection| jobs::get(connection, &claim, line)).await
+    }
+
+    async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| jobs::remove(connection, &claim, line)).await
+    }
+
+    async fn has_jobs(&self, claim: &Claim) -> Result<bool> {
+        let claim = claim.clone();
+        self.readers.read(move |connection| jobs::any(connection, &claim)).await
     }
 
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {

@@ -159,15 +159,33 @@ CREATE TABLE probe (
 ) STRICT;
 ";
 
+const FOURTH: &str = "
+-- What its requests wait for while the batch rests, in the client's words, and since when. It rests until `waits_since`.
+ALTER TABLE batches ADD COLUMN waits_for TEXT;
+ALTER TABLE batches ADD COLUMN waits_for_since INTEGER;
+-- One that was made since the last migration and had no turn yet.
+UPDATE batches SET waits_since = created_at WHERE waits_since = 0;
+
+-- Requests that a provider works on and that are asked about now and then: the adapter's own state. They go with the batch's results.
+CREATE TABLE jobs (
+    tenant INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    line INTEGER NOT NULL,
+    plugin TEXT NOT NULL,
+    state BLOB NOT NULL,
+    PRIMARY KEY (tenant, batch, line)
+) STRICT, WITHOUT ROWID;
+";
+
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(SECOND), M::up(THIRD)])
+    Migrations::new(vec![M::up(FIRST), M::up(SECOND), M::up(THIRD), M::up(FOURTH)])
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::super::super::{Lane, Store};
+    use super::super::super::{Lane, Release, Store};
     use super::super::SqliteStore;
     use crate::clock::Timestamp;
 
@@ -253,7 +271,7 @@ mod tests {
         let (id, held) = claim(&slow, now).await.unwrap();
         assert_eq!(id, "slow 2");
         // One that has had its turn is behind the other.
-        store.release(&held, Some(Timestamp::from_millis(50))).await.unwrap();
+        store.release(&held, Release::Turn(Timestamp::from_millis(50))).await.unwrap();
         assert_eq!(claim(&slow, now).await.unwrap().0, "slow 1");
         // One that has expired needs no place among those that wait for the provider.
         let later = Timestamp::from_millis(500);

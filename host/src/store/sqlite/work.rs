@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, BatchKey, Claim, Ending, Finish, Lane, Result, ResultRow, Results, ServedBy, Status, StoreError,
-    TokenUsage, Validated, Waiting,
+    BatchError, BatchKey, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results, ServedBy, Status,
+    StoreError, TokenUsage, Validated, Waiting,
 };
 use super::{explain, files, loaded, stored, timestamp};
 use crate::clock::Timestamp;
@@ -29,7 +29,7 @@ pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<V
                  SELECT (
                      SELECT key FROM batches
                      WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane = lanes.lane
-                     AND lease_until <= ?1 AND owner IS NOT ?2
+                     AND lease_until <= ?1 AND owner IS NOT ?2 AND waits_since <= ?1
                      ORDER BY waits_since, key LIMIT 1
                  ) FROM lanes
                  UNION
@@ -118,9 +118,31 @@ pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result
     change(connection, claim, "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END", &[&until.as_millis()])
 }
 
-pub fn release(connection: &Connection, claim: &Claim, turn: Option<Timestamp>) -> Result<()> {
-    let turn = turn.map(Timestamp::as_millis);
-    change(connection, claim, "owner = NULL, lease_until = 0, waits_since = coalesce(?4, waits_since)", &[&turn])
+pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
+    let (since, waits_for) = match how {
+        Release::AsItWas => (None, None),
+        Release::Turn(at) => (Some(at.as_millis()), None),
+        Release::Rest(until, waits_for) => (Some(until.as_millis()), waits_for.as_ref()),
+    };
+    let waits_for = waits_for.map(|known| (&known.cause, known.since.as_millis()));
+    let (cause, waits_for_since) = waits_for.unzip();
+    // One that is to be cancelled does not rest.
+    change(
+        connection,
+        claim,
+        "owner = NULL, lease_until = 0,
+         waits_since = CASE status WHEN 'cancelling' THEN waits_since ELSE coalesce(?4, waits_since) END,
+         waits_for = coalesce(?5, waits_for), waits_for_since = coalesce(?6, waits_for_since)",
+        &[&since, &cause, &waits_for_since],
+    )
+}
+
+pub fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
+    connection
+        .prepare_cached("UPDATE batches SET waits_since = ?1 WHERE status = 'in_progress' AND waits_since > ?1")
+        .and_then(|mut update| update.execute([now.as_millis()]))
+        .map(drop)
+        .map_err(explain)
 }
 
 /// Remembers plugins that have a part in the batch, each once.
@@ -220,7 +242,7 @@ pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow], by: &[
     change(
         connection,
         claim,
-        "completed = completed + ?4, failed = failed + ?5,
+        "waits_for = NULL, waits_for_since = NULL, completed = completed + ?4, failed = failed + ?5,
          input_tokens = min(input_tokens, 9223372036854775807 - ?6) + ?6,
          cached_input_tokens = min(cached_input_tokens, 9223372036854775807 - ?7) + ?7,
          output_tokens = min(output_tokens, 9223372036854775807 - ?8) + ?8,
@@ -349,6 +371,9 @@ pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
         )
         .map_err(explain)?;
     if removed < limit {
+        connection
+            .execute("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2", params![tenant, batch])
+            .map_err(explain)?;
         connection
             .execute("UPDATE batches SET has_results = 0 WHERE tenant = ?1 AND key = ?2", params![tenant, batch])
             .map_err(explain)?;

@@ -1,0 +1,55 @@
+//! `batchwright plugin pause` and `resume`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use toml_edit::{DocumentMut, value};
+
+use crate::cli::Error;
+use crate::config::default_plugins;
+
+#[derive(Args)]
+pub struct Pause {
+    /// The plugin: the name of its TOML file
+    name: String,
+    /// Folder of the plugins [default: the folder `plugins` beside this program]
+    #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
+    plugins: Option<PathBuf>,
+}
+
+impl Pause {
+    /// Writes `paused` into the plugin's file, which a server that watches the folder sees at once.
+    pub fn run(self, paused: bool) -> Result<ExitCode, Error> {
+        let folder = self.plugins.unwrap_or_else(default_plugins);
+        let name = self.name.trim_end_matches(".toml");
+        let file = folder.join(format!("{name}.toml"));
+        let failed = |what: &str, error: &dyn std::fmt::Display| {
+            Error::Other(format!("failed to {what} {}: {error}", file.display()))
+        };
+        if name.contains('/') || !file.is_file() {
+            let message = format!("there is no plugin `{name}` in {}; see `batchwright plugin list`", folder.display());
+            return Err(Error::Usage(message));
+        }
+        let text = std::fs::read_to_string(&file).map_err(|error| failed("read", &error))?;
+        let mut document: DocumentMut = text.parse().map_err(|error| failed("read", &error))?;
+        if paused {
+            document.insert("paused", value(true));
+        } else {
+            document.remove("paused");
+        }
+        // Whole or not at all: a server may read it at any moment.
+        let write = || {
+            let mut draft = tempfile::Builder::new().prefix(".").suffix(".draft").tempfile_in(&folder)?;
+            draft.write_all(document.to_string().as_bytes())?;
+            draft.as_file().set_permissions(std::fs::metadata(&file)?.permissions())?;
+            draft.as_file().sync_all()?;
+            draft.persist(&file).map_err(|error| error.error)?;
+            Ok::<_, std::io::Error>(())
+        };
+        write().map_err(|error| failed("write", &error))?;
+        eprintln!("{name}: {}", if paused { "paused; its batches wait" } else { "resumed" });
+        Ok(ExitCode::SUCCESS)
+    }
+}
