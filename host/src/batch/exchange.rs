@@ -1,7 +1,7 @@
 //! A request under way at a provider: its place, its memory, and the calls of the adapter.
 
 use super::verdict::{BEGINNING, Said, Weighed};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
 use crate::memory::Share;
 use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
@@ -19,6 +19,8 @@ pub struct Exchange<'a> {
     pub place: Option<Admitted>,
     pub share: Share,
     pub last: Option<Sent>,
+    /// When it was first sent: what it waits before is not its fault.
+    pub sent_at: Option<Timestamp>,
     /// The state of a job that the provider works on.
     pub job: Option<Vec<u8>>,
     refusals: Refusals,
@@ -37,6 +39,7 @@ impl<'a> Exchange<'a> {
             place: None,
             share: plugin.gateway().share(),
             last: None,
+            sent_at: None,
             job: None,
             refusals: Refusals::default(),
         }
@@ -79,6 +82,7 @@ impl<'a> Exchange<'a> {
         let gateway = self.plugin.gateway();
         let Some(place) = &mut self.place else { return Outcome::Elapsed };
         place.begins();
+        self.sent_at.get_or_insert_with(|| clock.now());
         let outcome = match gateway.send(tenant, request, &mut self.share).await {
             Ok(response) => {
                 gateway.brought(response.body.len());

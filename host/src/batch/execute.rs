@@ -184,7 +184,10 @@ impl Batches {
                     back
                 }
                 () = left => {
-                    self.keep(claim, &lines);
+                    // One that was asked to leave may have let go of lines; it is read from the start.
+                    if !work.context.leave.is_cancelled() {
+                        self.keep(claim, &lines);
+                    }
                     return Ok(Pause::TurnOver);
                 }
                 () = work.context.stop.asked() => return Ok(Pause::Stopped),

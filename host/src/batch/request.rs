@@ -135,7 +135,6 @@ impl Context {
             created_at: self.created_at,
             attempt: tries.answered.saturating_add(1),
         };
-        let begun = self.clock.now();
         let may_send = || probe.is_some() || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
         exchange.begin_with(tries.refusals);
         match self.jobs.of(line.number, &plugin, tries.has_job).await {
@@ -149,6 +148,7 @@ impl Context {
         let stepped = self.step(&mut exchange, line.number, &request, may_send).await;
         tries.refusals = exchange.refusals(tries.refusals);
         let sent = exchange.last.take();
+        let took = exchange.sent_at.map_or(Duration::ZERO, |begun| begun.until(self.clock.now()));
         let exchange_job = exchange.job.take();
         let share = exchange.share;
         let answered = |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
@@ -179,7 +179,6 @@ impl Context {
             }
             _ => {}
         }
-        let took = begun.until(self.clock.now());
         let asked = again.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
         let trouble = |kind| self.trouble(kind, &answer, sent.as_ref());
         match (said, again) {

@@ -83,6 +83,11 @@ impl Batches {
         }
     }
 
+    /// Forgets where a batch would have gone on, as it has ended.
+    pub(super) fn forget(&self, claim: &Claim) {
+        self.rests.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(claim));
+    }
+
     /// Gives a batch back until then.
     pub(super) async fn let_rest(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
         let waits_for = self.waits_for(claim, batch, until);

@@ -211,6 +211,9 @@ impl Batches {
         if lived.is_ok()
             && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?
         {
+            if ended.status.is_final() {
+                self.forget(claim);
+            }
             let counts = ended.counts;
             tracing::info!(
                 batch = claim.batch_id,
