@@ -1,6 +1,9 @@
 """No batch, plugin or provider keeps another one waiting: shown for each thing that they share."""
 
+import json
+import socket
 import subprocess
+import time
 
 from conftest import CHAT, ROOT, Stub, chat, wait_for
 
@@ -18,6 +21,27 @@ def test_a_batch_of_one_line_does_not_wait_for_sixteen_slow_ones(serve, stub):
     small = server.run([chat("a", "hello", model="m")])
     assert small.request_counts.completed == 1
     assert all(counts(server, batch).completed < 2000 for batch in large)
+
+
+
+def test_more_batches_than_can_be_worked_on_keep_no_other_waiting(serve, stub, tmp_path):
+    other = Stub(tmp_path, "other")
+    server = serve(plugins={"p": stub.plugin(["m"]), "q": other.plugin(["n"])})
+    try:
+        file = server.upload([chat(str(line), f"!delay 500 {line}", model="m") for line in range(3000)])
+        create = lambda: server.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")  # noqa: E731
+        large = [create() for _ in range(40)]
+        both = server.create([chat("a", "!delay 500 both", model="m"), chat("b", "both", model="n")])
+        wait_for(lambda: sum(stub.counts().values()) > 200, what="work on the large ones")
+        # Neither one that goes elsewhere, nor a small one of the same provider, nor one of both.
+        for number in range(3):
+            assert server.run([chat(str(line), f"{number} {line}", model="n") for line in range(50)]).request_counts.completed == 50
+        small = server.create([chat("a", "hello", model="m")])
+        for batch in (small, both):
+            assert server.ended(batch.id, 90).request_counts.failed == 0
+        assert all(counts(server, batch).completed < 3000 for batch in large)
+    finally:
+        other.kill()
 
 
 def test_more_batches_than_places_take_turns_and_each_comes_along(serve, stub):
@@ -126,3 +150,24 @@ def test_a_line_that_is_larger_than_the_pool_passes(serve, stub):
     lines = [chat(str(line), f"{line}" + "y" * (5_000_000 if line == 5 else 10), model="m") for line in range(10)]
     output, errors = server.results(server.run(lines))
     assert [line["custom_id"] for line in output] == [str(line) for line in range(10)] and errors == []
+
+
+def test_slow_readers_hold_up_no_upload(server):
+    file = server.upload([json.dumps({"custom_id": "x" * 900, "n": number}) for number in range(1000)])
+    batch = server.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    assert server.ended(batch.id).status == "failed"
+    host, port = server.url.removeprefix("http://").split(":")
+    readers = []
+    for _ in range(12):
+        reader = socket.socket()
+        # Small enough that the answer waits in the server.
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect((host, int(port)))
+        reader.sendall(f"GET /v1/batches/{batch.id} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        readers.append(reader)
+    time.sleep(1)
+    client = server.client.with_options(timeout=20)
+    for number in range(5):
+        assert client.files.create(file=("in.jsonl", b"x" * 200_000), purpose="batch").bytes == 200_000, number
+    for reader in readers:
+        reader.close()

@@ -54,8 +54,12 @@ pub async fn room_for(pool: &Pool, holder: &Holder, bytes: usize) -> Result<Shar
 }
 
 /// An object that takes a share until the client has it.
-pub fn sized<T: Serialize>(value: &T, share: Option<Share>) -> Result<Response, ApiError> {
+pub fn sized<T: Serialize>(value: &T, mut share: Option<Share>) -> Result<Response, ApiError> {
     let bytes = serde_json::to_vec(value).map_err(ApiError::internal)?;
+    if let Some(share) = &mut share {
+        // It may have been taken for the largest that there is.
+        share.settle(bytes.len());
+    }
     Ok(json(Body::from(held(bytes.into(), share))))
 }
 

@@ -1,5 +1,5 @@
-//! How fast a client has to send the body of a request: a piece within `client_timeout`, and 4 KiB/s on average once that much time has
-//! been spent waiting for it. Time in which the server itself does not read is not counted.
+//! How fast a client has to send the body of a request, and to take an answer: a piece within `client_timeout`, and 4 KiB/s on average once that
+//! much time has been spent waiting for it. Time in which the server itself does not read or write is not counted.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,6 +11,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 /// Bytes a second, on average.
@@ -24,6 +25,78 @@ pub struct TooSlow;
 pub async fn pace(State(timeout): State<Duration>, request: Request, next: Next) -> Response {
     let request = request.map(|body| if body.is_end_stream() { body } else { Body::new(Paced::new(body, timeout)) });
     next.run(request).await
+}
+
+/// A connection whose client has to take what it asked for.
+pub struct PacedStream<S> {
+    stream: S,
+    timeout: Duration,
+    written: u64,
+    /// Time spent waiting for the client to take something, and since when it is waited for now.
+    waited: Duration,
+    since: Option<Instant>,
+}
+
+impl<S> PacedStream<S> {
+    pub fn new(stream: S, timeout: Duration) -> Self {
+        Self { stream, timeout, written: 0, waited: Duration::ZERO, since: None }
+    }
+
+    /// Takes note of a write.
+    fn wrote(&mut self, polled: Poll<std::io::Result<usize>>) -> Poll<std::io::Result<usize>> {
+        let Poll::Ready(Ok(written)) = polled else {
+            if polled.is_pending() {
+                self.since.get_or_insert_with(Instant::now);
+            }
+            return polled;
+        };
+        self.written = self.written.saturating_add(written as u64);
+        if let Some(since) = self.since.take() {
+            self.waited = self.waited.saturating_add(since.elapsed());
+            if self.waited > Duration::from_secs(self.written / MIN_RATE).max(self.timeout) {
+                return Poll::Ready(Err(std::io::ErrorKind::TimedOut.into()));
+            }
+        }
+        polled
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for PacedStream<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for PacedStream<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.wrote(polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(context, pieces);
+        self.wrote(polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 struct Paced {

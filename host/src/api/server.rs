@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,6 +23,7 @@ use tower::ServiceExt;
 
 use super::connections::{Answer, Connection, Connections};
 use super::error::ApiError;
+use super::pace::PacedStream;
 use crate::config::Settings;
 
 /// How long nobody is let in after the system refused a connection: for want of file descriptors, mostly.
@@ -75,8 +76,10 @@ async fn listen(
         };
         let Some(connection) = connections.enter(address.ip()) else { continue };
         stream.set_nodelay(true).ok();
+        let timeout = settings.client_timeout.duration();
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(settings.client_timeout.duration()));
+        stream.set_write_timeout(Some(timeout));
+        let stream = PacedStream::new(Box::pin(stream), timeout);
         tasks.spawn(run(builder.clone(), stream, router.clone(), connection, ending.clone()));
     }
     drop(listener);
@@ -87,7 +90,7 @@ async fn listen(
 
 async fn run(
     builder: Builder,
-    stream: TimeoutStream<tokio::net::TcpStream>,
+    stream: PacedStream<Pin<Box<TimeoutStream<TcpStream>>>>,
     router: Router,
     connection: Connection,
     ending: CancellationToken,
@@ -95,7 +98,7 @@ async fn run(
     let connection = Arc::new(connection);
     let of_request = connection.clone();
     let service = service_fn(move |request| answer(router.clone(), of_request.clone(), request));
-    let mut serving = pin!(builder.serve_connection(TokioIo::new(Box::pin(stream)), service));
+    let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = &mut serving => served,
         () = connection.close.cancelled() => {

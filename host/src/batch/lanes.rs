@@ -400,4 +400,23 @@ mod tests {
         assert_eq!(lanes.next(&[]), Next::Returned);
         assert!((&mut back).now_or_never().unwrap().is_some());
     }
+
+    #[tokio::test]
+    async fn one_leaves_when_another_waits_to_be_worked_on_and_keeps_nobody_from_its_place() {
+        let lanes = Lanes::new(1, 100, Arc::default());
+        let ours = plugins("p");
+        let worked_on = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
+        let mut first = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(1)));
+        let mut second = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(2)));
+        assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
+        let third = waiting(&[("p", 0), ("p q", 0)]);
+        // The one whose last turn is longest ago is to leave; the other has its turn though somebody waits since before.
+        assert_eq!(lanes.next(&third), Next::Returned);
+        assert!(first.await.is_none());
+        assert_eq!(lanes.next(&third), Next::Returned);
+        let place = second.await;
+        assert!(place.is_some());
+        drop((place, worked_on));
+        assert_eq!(lanes.next(&third), Next::Claim(0));
+    }
 }

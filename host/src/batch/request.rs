@@ -135,7 +135,10 @@ impl Context {
             created_at: self.created_at,
             attempt: tries.answered.saturating_add(1),
         };
-        let may_send = || probe.is_some() || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
+        let may_send = || {
+            let go = || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
+            probe.is_some() || breaker.is_calm() || go()
+        };
         exchange.begin_with(tries.refusals);
         match self.jobs.of(line.number, &plugin, tries.has_job).await {
             Ok(job) => exchange.job = job,
@@ -145,7 +148,7 @@ impl Context {
                 return Ended::Back(self.clock.now().after(SHORT), tries);
             }
         }
-        let stepped = self.step(&mut exchange, line.number, &request, may_send).await;
+        let stepped = self.step(&mut exchange, line, &request, may_send).await;
         tries.refusals = exchange.refusals(tries.refusals);
         let sent = exchange.last.take();
         let took = exchange.sent_at.map_or(Duration::ZERO, |begun| begun.until(self.clock.now()));
@@ -195,6 +198,7 @@ impl Context {
             }
             (Said::Busy, Some(_)) => {
                 self.passed(&breaker, &plugin);
+                tracing::debug!(plugin = plugin.name, batch = self.batch, id = line.id, ?asked, "refused for now");
                 let pause = refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
                 Ended::Back(self.clock.now().after(pause.max(asked.unwrap_or_default())), tries)
             }
@@ -243,6 +247,7 @@ impl Context {
             || tries.unanswered as usize >= self.settings.max_unanswered_attempts.get()
             || tries.spent > self.settings.max_retry_time.duration();
         let at = self.clock.now().after(pause);
+        tracing::debug!(batch = self.batch, attempts, ?pause, over, "an attempt came to nothing");
         (!over).then(|| Ended::Back(waits.map_or(at, |until| until.max(at)), tries))
     }
 
@@ -250,7 +255,7 @@ impl Context {
     async fn step(
         &self,
         exchange: &mut Exchange<'_>,
-        number: u64,
+        line: Line<'_>,
         request: &impl Fn() -> Request,
         may_send: impl Fn() -> bool,
     ) -> Result<Stepped, CallError> {
@@ -282,7 +287,7 @@ impl Context {
         for _ in 0..plugin.limits.max_steps.get() {
             step = match step {
                 Step::Done(answer) => {
-                    exchange.told_answer(&answer, &request().id);
+                    exchange.told_answer(&answer, line.id);
                     return Ok(Stepped::Done(answer));
                 }
                 Step::Retry { after_milliseconds, otherwise } => {
@@ -295,7 +300,7 @@ impl Context {
                 Step::Wait { milliseconds, state } => {
                     let pause = Duration::from_millis(milliseconds);
                     if pause >= DURABLE && exchange.job.as_ref() != Some(&state) {
-                        self.jobs.keep(number, plugin, &state).await;
+                        self.jobs.keep(line.number, plugin, &state).await;
                     }
                     if pause >= SHORT && self.jobs.are_kept() {
                         return Ok(Stepped::Polled(self.clock.now().after(pause)));

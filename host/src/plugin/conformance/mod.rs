@@ -187,6 +187,9 @@ impl Report {
             };
             self.note("refuses an unknown role before anything is sent", refused);
         }
+        if plugin.classifies(true) {
+            self.classification(plugin).await;
+        }
         let stranger = self.resume(plugin, TWO, b"not its own", Outcome::Elapsed).await;
         self.note("takes a state that is not its own", stranger.map(drop).map_err(|error| error.to_string()));
     }
@@ -196,6 +199,20 @@ impl Report {
         let others = [self.begin(plugin, TWO, request).await, self.begin(plugin, ONE, request).await];
         let same = others.iter().try_for_each(|other| same(&first, other));
         (first.ok(), same)
+    }
+
+    /// What the adapter knows of odd responses, by both instances.
+    async fn classification(&mut self, plugin: &Plugin) {
+        for status in [200, 204, 400, 401, 403, 429, 500, 503, 599] {
+            let mut found = Ok(());
+            for body in ODD_ANSWERS {
+                let headers = vec![("retry-after".to_owned(), "soon".to_owned())];
+                let response = HttpResponse { status, headers, body: body.to_vec() };
+                let (one, two) = (plugin.classify(ONE, &response).await, plugin.classify(TWO, &response).await);
+                found = found.and(same(&one, &two));
+            }
+            self.note(format!("classifies answers with status {status}, the same in every instance"), found);
+        }
     }
 
     /// Every outcome of an exchange, on both instances.
