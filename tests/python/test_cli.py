@@ -214,7 +214,9 @@ def test_a_finished_run_is_not_repeated_over_its_answers(tmp_path, stub):
     # With the provider down no answer is lost either.
     answers = before["out.jsonl"]
     stub.kill()
-    down = run_host(*command, "--force", "--max-attempts", "1", cwd=tmp_path)
+    away = run_host(*command, "--force", "--max-outage", "1s", cwd=tmp_path)
+    assert away.returncode == 6 and (tmp_path / "out.jsonl").read_bytes() == answers, away.stderr
+    down = run_host(*command, "--force", "--partial", cwd=tmp_path)
     assert down.returncode == 1 and "out.jsonl is of an earlier run and stays as it is" in down.stderr, down.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == answers
     assert len(lines(tmp_path / "out.errors.jsonl")) == 2

@@ -87,7 +87,8 @@ def test_an_outage_costs_no_line_and_everybody_sees_it(serve, stub, tmp_path):
         # A request may have been on its way when the provider died; none was sent twice to the one that came back.
         assert set(again.counts().values()) == {1}
         told = warnings(server)
-        assert len(told) <= 4 and "Connecting to 127.0.0.1" in told[0] and batch.id in told[0], told
+        assert len(told) <= 4 and batch.id in told[0] and 'plugin="p"' in told[0], told
+        assert "answers again" in told[-1] and "Connecting to 127.0.0.1" in told[-1], told
     finally:
         again.kill()
 

@@ -53,6 +53,7 @@ const CONTRACT: &[Template] = &[
     ("wit/plugin.wit", include_str!("../../../../wit/v0.1/plugin.wit")),
     ("wit/validation.wit", include_str!("../../../../wit/v0.1/validation.wit")),
     ("wit/inference.wit", include_str!("../../../../wit/v0.1/inference.wit")),
+    ("wit/classification.wit", include_str!("../../../../wit/v0.1/classification.wit")),
     ("wit/logging.wit", include_str!("../../../../wit/v0.1/logging.wit")),
     ("wit/worlds.wit", include_str!("../../../../wit/v0.1/worlds.wit")),
 ];
