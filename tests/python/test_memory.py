@@ -270,7 +270,7 @@ def test_clients_that_vanish_at_any_point_of_an_upload_leave_nothing(serve):
 
 
 def test_an_upload_that_is_too_slow_ends_and_one_that_is_slow_enough_does_not(serve):
-    server = serve("--client-timeout", "1s")
+    server = serve("--client-timeout", "2s")
     body = b'x"\r\n\r\n' + b"z" * 20_000 + b'\r\n--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n'
     length = len(UPLOAD.split(b"\r\n\r\n", 1)[1]) + len(body)
     with connect(server) as slow, connect(server) as steady:
@@ -279,11 +279,11 @@ def test_an_upload_that_is_too_slow_ends_and_one_that_is_slow_enough_does_not(se
         sent, begun = 0, time.monotonic()
         answer = b""
         while sent < len(body):
-            steady.sendall(body[sent : sent + 1500])
-            sent += 1500
+            steady.sendall(body[sent : sent + 1000])
+            sent += 1000
             with contextlib.suppress(OSError):
                 slow.sendall(b"z")
-            time.sleep(0.2)
+            time.sleep(0.15)
         slow.settimeout(10)
         answer = slow.recv(4096)
         assert b" 408 " in answer and b"4 KiB/s" in answer, answer

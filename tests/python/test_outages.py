@@ -179,7 +179,7 @@ def test_a_name_that_resolves_later_costs_no_line(serve, stub, tmp_path):
     library = tmp_path / "resolve.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/resolver/resolve.c", "-ldl"], check=True)
     known = tmp_path / "known"
-    env = {"LD_PRELOAD": str(library), "TEST_HOSTS": "provider.test=127.0.0.1", "TEST_HOSTS_FILE": str(known)}
+    env = {"LD_PRELOAD": str(library), "TEST_HOSTS": "provider.test=127.0.0.9,provider.test=127.0.0.1", "TEST_HOSTS_FILE": str(known)}
     port = stub.url.rsplit(":", 1)[1]
     text = stub.plugin(["m"]).replace("127.0.0.1", "provider.test")
     text = text.replace("[settings]", f'allow = ["127.0.0.1:{port}"]\n[settings]')
@@ -189,6 +189,7 @@ def test_a_name_that_resolves_later_costs_no_line(serve, stub, tmp_path):
     assert "name cannot be resolved" in waits["message"] and "provider.test" not in waits["message"]
     time.sleep(1)
     known.touch()
+    # Nobody listens at the first of its two addresses.
     everything_answered(server, batch, 100)
 
 
