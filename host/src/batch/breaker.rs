@@ -295,6 +295,11 @@ impl Breaker {
         }
     }
 
+    /// Whether a batch is among those that wait because of this.
+    pub fn holds(&self, batch: &str) -> bool {
+        !self.is_calm() && self.lock().resting.contains_key(batch)
+    }
+
     /// A batch rests no more.
     pub fn wakes(&self, batch: &str) {
         if !self.is_calm() {

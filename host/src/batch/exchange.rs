@@ -21,9 +21,11 @@ pub struct Exchange<'a> {
     pub last: Option<Sent>,
     /// When it was first sent: what it waits before is not its fault.
     pub sent_at: Option<Timestamp>,
-    /// The state of a job that the provider works on.
+    /// The state of a job that the provider works on, and whether the store has it.
     pub job: Option<Vec<u8>>,
-    refusals: Refusals,
+    pub job_is_kept: bool,
+    /// How the request was refused so far.
+    pub refusals: Refusals,
 }
 
 /// Whether what the adapter knows may change what becomes of the request. Some providers put an error into a 200, which is short.
@@ -33,7 +35,7 @@ fn matters(response: &HttpResponse, weighed: &Weighed) -> bool {
 }
 
 impl<'a> Exchange<'a> {
-    pub fn new(plugin: &'a Plugin) -> Self {
+    pub fn new(plugin: &'a Plugin, refusals: Refusals) -> Self {
         Self {
             plugin,
             place: None,
@@ -41,17 +43,9 @@ impl<'a> Exchange<'a> {
             last: None,
             sent_at: None,
             job: None,
-            refusals: Refusals::default(),
+            job_is_kept: false,
+            refusals,
         }
-    }
-
-    /// How the request was refused before.
-    pub fn begin_with(&mut self, refusals: Refusals) {
-        self.refusals = refusals;
-    }
-
-    pub fn refusals(&self, before: Refusals) -> Refusals {
-        if self.last.is_some() { self.refusals } else { before }
     }
 
     /// The first step. Where what it makes has no room, that is waited for, and it is made again.

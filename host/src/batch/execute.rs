@@ -110,7 +110,6 @@ impl Batches {
             leave: stop.child(),
             gate: self.gate.clone(),
             queue: self.next_queue(),
-            plugins: plugins.clone(),
         });
         let (results, to_record) = mpsc::channel(GROUP);
         let recording = self.record(claim, to_record);

@@ -1,10 +1,16 @@
 //! Requests that a provider works on by itself, and that it is asked about: what the adapter has to know for that outlives the process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
 use crate::plugin::Plugin;
 use crate::store::{Claim, Job, Result, Store};
+
+/// How soon a state is written again that the store did not take.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The jobs of a batch.
 pub struct Jobs {
@@ -12,14 +18,12 @@ pub struct Jobs {
     claim: Claim,
     /// Whether a former process left some: each request is looked up then.
     left: bool,
-    /// Whether the store took the last one.
-    kept: AtomicBool,
 }
 
 impl Jobs {
     pub async fn of_batch(store: &Arc<dyn Store>, claim: &Claim) -> Result<Self> {
         let left = store.has_jobs(claim).await?;
-        Ok(Self { store: store.clone(), claim: claim.clone(), left, kept: AtomicBool::new(true) })
+        Ok(Self { store: store.clone(), claim: claim.clone(), left })
     }
 
     /// The state of a request's job, if it has one that this plugin began. A later version of the plugin gets it too.
@@ -38,13 +42,16 @@ impl Jobs {
         if let Err(error) = &kept {
             tracing::warn!(batch = self.claim.batch_id, line, "the state of a job is not kept: {error}");
         }
-        self.kept.store(kept.is_ok(), Ordering::Relaxed);
         kept.is_ok()
     }
 
-    /// Whether states can be left to the store.
-    pub fn are_kept(&self) -> bool {
-        self.kept.load(Ordering::Relaxed)
+    /// Keeps a state for as long as it takes, or until the batch is to be left: a job that is not known any more would be paid for twice.
+    pub async fn insist(&self, line: u64, plugin: &Plugin, state: &[u8], clock: &Clock, leave: &CancellationToken) {
+        while !self.keep(line, plugin, state).await {
+            if leave.run_until_cancelled(clock.sleep(AGAIN)).await.is_none() {
+                return;
+            }
+        }
     }
 
     /// Forgets a job, as its request begins anew.

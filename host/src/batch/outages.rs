@@ -13,6 +13,9 @@ use crate::store::{Claim, Lane};
 /// What the name begins with of a breaker for a model that no plugin serves.
 pub const MODEL: &str = "model ";
 
+/// What stands for the models that have none of their own.
+const OTHERS: &str = "…";
+
 /// Breakers that are kept though nobody uses them.
 const KEPT: usize = 1024;
 
@@ -43,13 +46,18 @@ impl Outages {
     }
 
     pub fn of(&self, plugin: &str, tenant: &str, endpoint: &str) -> Arc<Breaker> {
-        let key = Key { plugin: plugin.to_owned(), tenant: tenant.to_owned(), endpoint: endpoint.to_owned() };
+        let mut key = Key { plugin: plugin.to_owned(), tenant: tenant.to_owned(), endpoint: endpoint.to_owned() };
         let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = breakers.get(&key) {
             return found.clone();
         }
         if breakers.len() >= KEPT {
             breakers.retain(|_, breaker| Arc::strong_count(breaker) > 1 || !breaker.is_calm());
+            // Clients name models: those beyond share a breaker.
+            if breakers.len() >= KEPT && plugin.starts_with(MODEL) {
+                key.plugin = format!("{MODEL}{OTHERS}");
+                return breakers.entry(key).or_insert_with(|| Arc::new(Breaker::new(self.pauses))).clone();
+            }
         }
         let made = Arc::new(Breaker::new(self.pauses));
         breakers.insert(key, made.clone());
@@ -69,13 +77,14 @@ impl Outages {
     /// Those that a batch's lines go through.
     pub fn of_batch(&self, claim: &Claim, endpoint: &str) -> Vec<Arc<Breaker>> {
         let Lane::Execute(plugins) = &claim.lane else { return Vec::new() };
-        let of = |key: &Key| {
-            key.tenant == claim.tenant
-                && key.endpoint == endpoint
-                && (plugins.contains(&key.plugin) || key.plugin.starts_with(MODEL))
+        // A model that is gone is the affair of the batches that ask for it alone.
+        let own = |key: &Key, breaker: &Breaker| {
+            plugins.contains(&key.plugin) || (key.plugin.starts_with(MODEL) && breaker.holds(&claim.batch_id))
         };
+        let of = |key: &Key| key.tenant == claim.tenant && key.endpoint == endpoint;
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        breakers.iter().filter(|(key, _)| of(key)).map(|(_, breaker)| breaker.clone()).collect()
+        let found = breakers.iter().filter(|(key, breaker)| of(key) && own(key, breaker));
+        found.map(|(_, breaker)| breaker.clone()).collect()
     }
 
     /// Ends what was the matter with plugins that are as they should be now.
@@ -87,6 +96,7 @@ impl Outages {
                 continue;
             }
             let serves = match key.plugin.strip_prefix(MODEL) {
+                Some(OTHERS) => true,
                 Some(model) => plugins.route(&key.tenant, model).is_some_and(|route| !route.plugin.paused),
                 None => plugins.adapters().any(|plugin| plugin.name == key.plugin && !plugin.paused),
             };
@@ -109,5 +119,29 @@ impl Outages {
     /// Told whenever an outage ends or plugins change.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::breaker::Trouble;
+    use crate::clock::Timestamp;
+    use crate::config::Given;
+    use crate::plugin::types::{Answer, Failure};
+
+    #[test]
+    fn clients_that_name_many_models_make_no_more_breakers_than_are_kept() {
+        let outages = Outages::new(&Settings::resolve(Given::default(), None).unwrap());
+        for number in 0..KEPT * 3 {
+            let breaker = outages.of(&format!("{MODEL}{number}"), "t", "/v1/chat/completions");
+            let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
+            let trouble = Trouble { kind: Kind::Plugin, message: "gone".into(), detail: "gone".into(), answer };
+            breaker.failed(Timestamp::from_millis(0), number as u64, 0, None, trouble, true);
+        }
+        assert_eq!(outages.list().len(), KEPT + 1);
+        // None of these models is waited for by anybody any more once it is known that plugins have changed.
+        outages.plugins_changed(&Snapshot::default());
+        assert_eq!(outages.list().len(), KEPT);
     }
 }

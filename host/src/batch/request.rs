@@ -19,8 +19,8 @@ use super::deferred::Tries;
 use super::exchange::{Exchange, Sent};
 use super::gate::Gate;
 use super::jobs::Jobs;
-use super::lanes::Plugins;
 use super::outages::{MODEL, Outages};
+use super::shortened;
 use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
@@ -61,8 +61,6 @@ pub struct Context {
     pub gate: Gate,
     /// Requests of one batch wait in one queue for their provider.
     pub queue: Queue,
-    /// Those that served its models when it was validated.
-    pub plugins: Plugins,
 }
 
 /// A request of a batch.
@@ -109,7 +107,8 @@ impl Context {
     pub async fn attempt(&self, line: Line<'_>, mut tries: Tries) -> Ended {
         tries.waits = false;
         // Looked up at each attempt: the operator may have repaired the plugin meanwhile.
-        let route = self.registry.current().route(&self.tenant, line.model);
+        let plugins = self.registry.current();
+        let route = plugins.route(&self.tenant, line.model);
         let Some(Route { plugin, model }) = route.filter(|route| route.plugin.handles(&self.endpoint)) else {
             return self.without_plugin(line, tries);
         };
@@ -125,7 +124,7 @@ impl Context {
             Breakers::Wait(until) => return Ended::Back(until, Tries { waits: true, ..tries }),
             Breakers::GiveUp(answer) => return Ended::Answered(Answered { answer, by: Some(plugin), share: None }),
         }
-        let mut exchange = Exchange::new(&plugin);
+        let mut exchange = Exchange::new(&plugin, tries.refusals);
         let request = || Request {
             id: line.id.to_owned(),
             custom_id: line.custom_id.to_owned(),
@@ -136,12 +135,19 @@ impl Context {
             attempt: tries.answered.saturating_add(1),
         };
         let may_send = || {
+            // One that was paused, turned off or changed while the request waited for its place is asked for anew.
+            let current = self.registry.current();
+            if !Arc::ptr_eq(&plugins, &current) && current.identity(&plugin.name) != identity(&plugin) {
+                return false;
+            }
             let go = || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
             probe.is_some() || breaker.is_calm() || go()
         };
-        exchange.begin_with(tries.refusals);
         match self.jobs.of(line.number, &plugin, tries.has_job).await {
-            Ok(job) => exchange.job = job,
+            Ok(job) => {
+                exchange.job_is_kept = job.is_some();
+                exchange.job = job;
+            }
             // To begin it anew would be to pay for it twice.
             Err(error) => {
                 tracing::error!(batch = self.batch, id = line.id, "the state of a job cannot be read: {error}");
@@ -149,10 +155,10 @@ impl Context {
             }
         }
         let stepped = self.step(&mut exchange, line, &request, may_send).await;
-        tries.refusals = exchange.refusals(tries.refusals);
+        tries.refusals = exchange.refusals;
         let sent = exchange.last.take();
         let took = exchange.sent_at.map_or(Duration::ZERO, |begun| begun.until(self.clock.now()));
-        let exchange_job = exchange.job.take();
+        let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
         let share = exchange.share;
         let answered = |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
         let stepped = match stepped {
@@ -173,7 +179,10 @@ impl Context {
                 if said == Said::Unanswered {
                     said = Said::Passing;
                 }
-                tries.has_job = self.jobs.keep(line.number, &plugin, state).await;
+                if !job_is_kept {
+                    self.jobs.insist(line.number, &plugin, state, &self.clock, &self.leave).await;
+                }
+                tries.has_job = true;
             }
             // The adapter wants it begun anew.
             Some(_) if again.is_some() => {
@@ -299,10 +308,11 @@ impl Context {
                 }
                 Step::Wait { milliseconds, state } => {
                     let pause = Duration::from_millis(milliseconds);
-                    if pause >= DURABLE && exchange.job.as_ref() != Some(&state) {
-                        self.jobs.keep(line.number, plugin, &state).await;
+                    exchange.job_is_kept &= exchange.job.as_ref() == Some(&state);
+                    if pause >= DURABLE && !exchange.job_is_kept {
+                        exchange.job_is_kept = self.jobs.keep(line.number, plugin, &state).await;
                     }
-                    if pause >= SHORT && self.jobs.are_kept() {
+                    if pause >= SHORT && exchange.job_is_kept {
                         return Ok(Stepped::Polled(self.clock.now().after(pause)));
                     }
                     // A request that is in flight goes on for as long as its batch is let.
@@ -394,7 +404,7 @@ impl Context {
     ) -> Verdict {
         let detail = trouble.detail.clone();
         let (verdict, opened) =
-            breaker.failed(self.clock.now(), line.mark, identity_of(plugin), refused_at, trouble, probe);
+            breaker.failed(self.clock.now(), line.mark, identity(plugin), refused_at, trouble, probe);
         if opened {
             tracing::warn!(
                 plugin = plugin.name,
@@ -427,17 +437,23 @@ impl Context {
             (_, Answer::Response(_)) => with_status("The provider answers with an error"),
         };
         let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
-        Trouble { kind, message, detail, answer: shortened(answer) }
+        Trouble { kind, message, detail, answer: without_long_body(answer) }
     }
 
     /// There is no plugin for the model any more: it served when the batch was validated, and may come back.
     fn without_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
-        let told = format!("No plugin serves the model '{}' any more.", line.model);
+        let model = shortened(line.model);
+        let told = format!("No plugin serves the model '{model}' any more.");
         let plugins = self.registry.current();
-        let gone = self.plugins.iter().find(|name| plugins.identity(name) == 0);
-        let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{}", line.model));
+        let gone = self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
+        let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
         let breaker = self.outages.of(&name, &self.tenant, &self.endpoint);
-        self.blocked_by_plugin(&breaker, line, tries, &told, &told)
+        let ended = self.blocked_by_plugin(&breaker, line, tries, &told, &told);
+        // It may be another batch's affair; this one is among those that wait.
+        if !breaker.holds(&self.batch) {
+            breaker.rests(&self.batch, 1);
+        }
+        ended
     }
 
     fn blocked_by_plugin(&self, breaker: &Breaker, line: Line<'_>, tries: Tries, message: &str, detail: &str) -> Ended {
@@ -475,11 +491,7 @@ enum Admission {
 }
 
 /// What tells a plugin from the one that was loaded before under its name.
-pub fn identity(plugin: &Arc<Plugin>) -> usize {
-    identity_of(plugin)
-}
-
-fn identity_of(plugin: &Plugin) -> usize {
+fn identity(plugin: &Plugin) -> usize {
     std::ptr::from_ref(plugin) as usize
 }
 
@@ -488,7 +500,7 @@ fn failure(code: &str, message: String) -> Answer {
 }
 
 /// An answer that is kept for those that wait: a long body is not.
-fn shortened(answer: &Answer) -> Answer {
+fn without_long_body(answer: &Answer) -> Answer {
     const LONGEST: usize = 4 << 10;
     match answer {
         Answer::Response(Response { status, body, .. }) if body.len() > LONGEST => {

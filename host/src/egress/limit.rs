@@ -12,7 +12,7 @@
 //! **Below one.** A limit below one is a rate: one exchange at a time with gaps between. A place whose exchange was refused stays taken for as
 //! long as an exchange takes, so that refusals do not make requests come faster.
 //!
-//! Nothing here waits or looks at a clock, so that a simulation can drive it; see `docs/limits.md` for what it measures.
+//! Nothing here waits or looks at a clock, so that a simulation can drive it; see `docs/providers.md` for what it measures.
 
 use std::collections::VecDeque;
 use std::time::Duration;

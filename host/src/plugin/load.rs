@@ -357,6 +357,7 @@ fn check_kind(
             ("models", manifest.models.is_empty()),
             ("aliases", manifest.aliases.is_empty()),
             ("allow", manifest.allow.is_empty()),
+            ("paused", !manifest.paused),
         ]
         .into_iter()
         .find(|(_, absent)| !absent),

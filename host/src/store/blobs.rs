@@ -121,9 +121,7 @@ impl Blobs {
 
     /// Whether the store is the one that was opened, and takes an object.
     pub async fn probe(&self) -> Result<()> {
-        if identity(&self.folder).ok() != Some(self.identity) {
-            return Err(StoreError::Missing("the folder of objects is gone, or another is in its place".into()));
-        }
+        self.check_identity().map_err(|error| StoreError::Missing(error.to_string()))?;
         let path = Path::from(PROBE);
         self.store.put(&path, PutPayload::from(vec![b'.'; PROBE_BYTES])).await.map_err(explain)?;
         self.store.delete(&path).await.map_err(explain)

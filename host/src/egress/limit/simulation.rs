@@ -1,4 +1,4 @@
-//! A provider, a queue of lines and the limit between them, in simulated time: what `docs/limits.md` says of them is measured here.
+//! A provider, a queue of lines and the limit between them, in simulated time: what `docs/providers.md` says of them is measured here.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
