@@ -163,7 +163,7 @@ def test_slow_readers_hold_up_no_upload(server):
         # Small enough that the answer waits in the server.
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect((host, int(port)))
-        reader.sendall(f"GET /v1/batches/{batch.id} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        reader.sendall(f"GET /v1/batches/{batch.id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         readers.append(reader)
     time.sleep(1)
     client = server.client.with_options(timeout=20)

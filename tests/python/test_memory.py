@@ -61,7 +61,7 @@ def closing(sockets):
 
 
 UPLOAD = (
-    b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n"
+    b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n"
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="'
 )
 
@@ -104,7 +104,7 @@ def fields_of_a_megabyte(server):
     with closing([connect(server) for _ in range(300)]) as readers:
         for number, reader in enumerate(readers):
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader.sendall(f"GET {paths[number % 3]} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            reader.sendall(f"GET {paths[number % 3]} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         time.sleep(2)
         assert request(server, "GET", "/health/live")[0] == 200
 
@@ -130,7 +130,7 @@ def large_answers(server):
 
 
 def heads_of_half_a_megabyte(server):
-    head = b"GET /v1/files HTTP/1.1\r\nHost: x\r\n" + b"".join(b"h%d: " % n + b"v" * 8100 + b"\r\n" for n in range(60))
+    head = b"GET /v1/files HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"h%d: " % n + b"v" * 8100 + b"\r\n" for n in range(60))
     with closing([connect(server) for _ in range(1000)]) as clients:
         for client in clients:
             client.setblocking(False)
@@ -250,7 +250,7 @@ def test_clients_that_vanish_at_any_point_of_an_upload_leave_nothing(serve):
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"z" * size + b"\r\n--b--\r\n"
     )
     head = (
-        b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body)
     )
     chance = random.Random(7)

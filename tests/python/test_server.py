@@ -9,7 +9,7 @@ import urllib.request
 
 from conftest import wait_for
 
-HEAD = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
+HEAD = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
 PART = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + "x" * 5000
 
 
@@ -64,7 +64,7 @@ def test_a_client_that_does_not_take_its_answer_is_let_go(serve):
     file = server.client.files.create(file=("large", b"x" * 100_000_000), purpose="user_data")
     server.client.close()
     with connect(server) as connection:
-        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
         # There is one place, and it is free again without our doing.
         assert alive(server)
@@ -76,10 +76,10 @@ def test_more_clients_than_may_come_at_once_are_told_to_come_back_and_health_is_
     server.client.close()
     busy = [connect(server) for _ in range(2)]
     for connection in busy:
-        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     with connect(server) as third:
-        third.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        third.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
         answer = received(third)
         assert b" 503 " in answer and b"retry-after: 1\r\n" in answer and b"server_overloaded" in answer
     assert alive(server)

@@ -9,7 +9,7 @@ use axum::response::Response;
 use super::error::ApiError;
 use super::lists::{room_for, sized, stream_list};
 use super::openapi::Errors;
-use super::params::{Params, QueryParams};
+use super::params::{AnyJson, Params, QueryParams};
 use super::wire::{Batch, CreateBatch, List};
 use super::{App, Tenant};
 use crate::batch::{self, Batches, shortened};
@@ -117,7 +117,7 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
 ), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
     let limit = query.limit(1..=batches.settings().max_batches_per_page.get().into(), 20)?;
-    let after = query.raw("after");
+    let after = query.text("after");
     let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {
         let (batches, tenant) = (batches.clone(), tenant.0.clone());
@@ -139,7 +139,12 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
 #[utoipa::path(post, path = "/batches/{id}/cancel", tag = "Batches",
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
-pub async fn cancel(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn cancel(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+    _: AnyJson,
+) -> Result<Response, ApiError> {
     match batches.cancel(&tenant.0, &id).await? {
         Cancel::Accepted(batch) => whole(&batches, &tenant, *batch).await,
         Cancel::TooLate(status) => {

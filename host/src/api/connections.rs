@@ -5,13 +5,17 @@
 //!
 //! **Layers.** A connection is *busy* from the head of a request to the end of its answer, and *idle* otherwise. Idle ones close first,
 //! the one that is idle for longest before the others. Beyond `max_connections` busy ones a request is refused at once with 503, so
-//! that the connection is free again; requests for health are never refused. A bound for each address is a setting.
+//! that the connection is free again; requests for health are never refused. A bound for each address is a setting. A connection of HTTP/2
+//! is as busy as it has streams: each counts like a connection of HTTP/1.
+//!
+//! A head has to come within `request_head_timeout`; a connection that was served once may be idle for `keep_alive_timeout`.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, HttpBody};
 use bytes::Bytes;
@@ -51,14 +55,33 @@ struct Open {
 pub struct Connection {
     all: Arc<Connections>,
     id: u64,
+    activity: Mutex<Activity>,
     /// Asked to close.
     pub close: CancellationToken,
 }
 
+struct Activity {
+    /// Requests under way: several at a time over HTTP/2.
+    requests: usize,
+    idle_since: Instant,
+    /// When the head that is being received began; over HTTP/2, frames come without one.
+    head_since: Option<Instant>,
+    was_served: bool,
+    is_multiplexed: bool,
+}
+
+/// How long a connection may be without a request.
+#[derive(Clone, Copy)]
+pub struct Patience {
+    /// From the first byte of a head to its last one, and to the first head.
+    pub head: Duration,
+    /// From an answer to the next head.
+    pub keep_alive: Duration,
+}
+
 /// A request under way on a connection, until it is dropped.
 pub struct Busy {
-    all: Arc<Connections>,
-    id: u64,
+    connection: Arc<Connection>,
     /// There are more of them than there should be.
     pub over_limit: bool,
 }
@@ -89,7 +112,14 @@ impl Connections {
         state.next_id = id.wrapping_add(1);
         state.open.insert(id, Open { address, idle_since: Some(Instant::now()), close: close.clone() });
         state.by_address.insert(address, of_address.saturating_add(1));
-        Some(Connection { all: self.clone(), id, close })
+        let activity = Activity {
+            requests: 0,
+            idle_since: Instant::now(),
+            head_since: None,
+            was_served: false,
+            is_multiplexed: false,
+        };
+        Some(Connection { all: self.clone(), id, activity: Mutex::new(activity), close })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -98,18 +128,49 @@ impl Connections {
 }
 
 impl Connection {
-    /// A request has come.
-    pub fn begin(&self) -> Busy {
+    /// A request has come, beside which there may be others on the same connection.
+    pub fn begin(self: &Arc<Self>, is_multiplexed: bool) -> Busy {
+        let mut activity = self.activity();
+        activity.requests = activity.requests.saturating_add(1);
+        activity.head_since = None;
+        activity.was_served = true;
+        activity.is_multiplexed = is_multiplexed;
+        drop(activity);
         let mut state = self.all.lock();
         state.busy = state.busy.saturating_add(1);
         if let Some(open) = state.open.get_mut(&self.id) {
             open.idle_since = None;
         }
-        Busy { all: self.all.clone(), id: self.id, over_limit: state.busy > self.all.max }
+        Busy { connection: self.clone(), over_limit: state.busy > self.all.max }
     }
 
     pub fn is_idle(&self) -> bool {
-        self.all.lock().open.get(&self.id).is_some_and(|open| open.idle_since.is_some())
+        self.activity().requests == 0
+    }
+
+    /// Takes note that the client sent something.
+    pub fn heard(&self) {
+        let mut activity = self.activity();
+        if activity.requests == 0 && !activity.is_multiplexed {
+            activity.head_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// When it has been without a request for too long; none while it has one.
+    pub fn deadline(&self, patience: Patience) -> Option<Instant> {
+        let activity = self.activity();
+        if activity.requests > 0 {
+            return None;
+        }
+        match activity.head_since {
+            Some(since) => since.checked_add(patience.head),
+            None if activity.was_served => activity.idle_since.checked_add(patience.keep_alive),
+            None => activity.idle_since.checked_add(patience.head),
+        }
+    }
+
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -128,10 +189,15 @@ impl Drop for Connection {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let mut state = self.all.lock();
+        let mut activity = self.connection.activity();
+        activity.requests = activity.requests.saturating_sub(1);
+        activity.idle_since = Instant::now();
+        let idle_since = (activity.requests == 0).then_some(activity.idle_since);
+        drop(activity);
+        let mut state = self.connection.all.lock();
         state.busy = state.busy.saturating_sub(1);
-        if let Some(open) = state.open.get_mut(&self.id) {
-            open.idle_since = Some(Instant::now());
+        if let Some(open) = state.open.get_mut(&self.connection.id) {
+            open.idle_since = idle_since;
         }
     }
 }
@@ -181,23 +247,52 @@ mod tests {
     #[tokio::test]
     async fn idle_connections_close_first_and_busy_ones_are_bounded() {
         let all = Connections::new(2, 0);
-        let mut open: Vec<_> = (0..2 + SPARE).map(|_| all.enter(HERE).unwrap()).collect();
+        let enter = || all.enter(HERE).map(Arc::new);
+        let mut open: Vec<_> = (0..2 + SPARE).map(|_| enter().unwrap()).collect();
         assert!(open.iter().all(|connection| !connection.close.is_cancelled()));
-        let first = open[0].begin();
+        let first = open[0].begin(false);
         assert!(!first.over_limit && !open[0].is_idle());
-        open.push(all.enter(HERE).unwrap());
+        open.push(enter().unwrap());
         assert!(!open[0].close.is_cancelled(), "it is busy");
         assert!(open[1].close.is_cancelled(), "it is idle for longest");
-        let (_second, third) = (open[2].begin(), open[3].begin());
+        let (second, third) = (open[2].begin(false), open[3].begin(false));
         assert!(third.over_limit);
-        drop((first, third));
-        assert!(open[0].is_idle() && !open[4].begin().over_limit);
-        while let Some(connection) = all.enter(HERE) {
+        drop((first, second, third));
+        assert!(open[0].is_idle() && !open[4].begin(false).over_limit);
+        while let Some(connection) = enter() {
             open.push(connection);
         }
         assert_eq!(open.len(), 2 + RESERVE);
         open.clear();
         assert!(all.lock().open.is_empty() && all.lock().by_address.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_is_for_heads_first_and_for_keep_alive_after_an_answer() {
+        let patience = Patience { head: Duration::from_secs(10), keep_alive: Duration::from_secs(75) };
+        let all = Connections::new(2, 0);
+        let connection = Arc::new(all.enter(HERE).unwrap());
+        let left = || connection.deadline(patience).map(|at| at.saturating_duration_since(Instant::now()).as_secs());
+        assert_eq!(left(), Some(10));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        connection.heard();
+        assert_eq!(left(), Some(10));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        connection.heard();
+        assert_eq!(left(), Some(6), "a head that comes byte by byte is one head");
+        let busy = connection.begin(false);
+        connection.heard();
+        assert_eq!(left(), None);
+        drop(busy);
+        assert_eq!(left(), Some(75));
+        connection.heard();
+        assert_eq!(left(), Some(10));
+        let (one, two) = (connection.begin(true), connection.begin(true));
+        drop(one);
+        assert!(!connection.is_idle() && left().is_none());
+        drop(two);
+        connection.heard();
+        assert_eq!(left(), Some(75), "frames of HTTP/2 are no head");
     }
 
     #[tokio::test]

@@ -4,16 +4,15 @@ use std::pin::pin;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::multipart::Field;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
 
 use super::batches::unknown_after;
 use super::error::ApiError;
 use super::lists::stream_list;
-use super::multipart::{Form, broken, part_text};
+use super::multipart::{Form, Part};
 use super::openapi::Errors;
-use super::params::{QueryParams, check_anchor, check_lifetime, missing, unknown_parameter};
+use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing};
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
 use crate::batch::{NewFile, Upload, shortened};
@@ -30,7 +29,7 @@ const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_
 #[utoipa::path(post, path = "/files", tag = "Files", request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn upload(State(batches): App, tenant: Tenant, request: Request) -> Result<Json<File>, ApiError> {
-    let mut form = Form::read(request).await?;
+    let mut form = Form::read(request)?;
     let mut upload = batches.upload(&tenant.0).await?;
     let received = receive(&mut form, &mut upload).await;
     let new = match received.and_then(Received::check) {
@@ -49,6 +48,8 @@ struct Received {
     purpose: Option<String>,
     anchor: Option<String>,
     seconds: Option<String>,
+    /// Both as one JSON object, as the Ruby SDK has them.
+    expires_after: Option<String>,
 }
 
 /// How long a client may pause before what was gathered of its upload is written.
@@ -57,13 +58,12 @@ const PAUSE: Duration = Duration::from_millis(50);
 async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiError> {
     let mut received = Received::default();
     while let Some(mut part) = form.next().await? {
-        match part.name().unwrap_or_default() {
+        match part.name.as_str() {
             "file" => {
                 if received.filename.is_some() {
                     return Err(twice("file"));
                 }
-                let name = part.file_name().filter(|name| !name.is_empty());
-                received.filename = Some(name.unwrap_or("upload").to_owned());
+                received.filename = Some(part.filename.take().unwrap_or_else(|| "upload".into()));
                 loop {
                     let mut next = pin!(part.chunk());
                     let chunk = tokio::select! {
@@ -74,24 +74,26 @@ async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiEr
                             next.await
                         }
                     };
-                    let Some(bytes) = chunk.map_err(|error| broken(&error))? else { break };
+                    let Some(bytes) = chunk? else { break };
                     upload.write(bytes).await?;
                 }
             }
             "purpose" => once(&mut received.purpose, part).await?,
-            "expires_after[anchor]" => once(&mut received.anchor, part).await?,
-            "expires_after[seconds]" => once(&mut received.seconds, part).await?,
-            other => return Err(unknown_parameter(other)),
+            // Brackets are most clients' form, dots that of Go.
+            "expires_after[anchor]" | "expires_after.anchor" => once(&mut received.anchor, part).await?,
+            "expires_after[seconds]" | "expires_after.seconds" => once(&mut received.seconds, part).await?,
+            "expires_after" => once(&mut received.expires_after, part).await?,
+            _ => form.ignore(part).await?,
         }
     }
     Ok(received)
 }
 
-async fn once(text: &mut Option<String>, part: Field<'_>) -> Result<(), ApiError> {
+async fn once(text: &mut Option<String>, part: Part) -> Result<(), ApiError> {
     if text.is_some() {
-        return Err(twice(part.name().unwrap_or_default()));
+        return Err(twice(&part.name));
     }
-    *text = Some(part_text(part).await?);
+    *text = Some(part.text().await?);
     Ok(())
 }
 
@@ -106,15 +108,22 @@ impl Received {
         if !PURPOSES.contains(&purpose.as_str()) {
             let shown = shortened(&purpose);
             let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
-            let message = format!("Invalid value: '{shown}'. Supported values are: {supported}.");
+            let message =
+                format!("Invalid value: '{shown}'. Supported values are: {supported}. The parameter is 'purpose'.");
             return Err(ApiError::invalid("purpose", "invalid_value", message));
         }
         let lifetime = match (self.anchor, self.seconds) {
-            (None, None) => None,
+            (None, None) => match self.expires_after {
+                Some(json) => Params::of_json("expires_after", &json)?.lifetime("expires_after")?,
+                None => None,
+            },
             (Some(_), None) => return Err(missing("expires_after[seconds]")),
             (None, Some(_)) => return Err(missing("expires_after[anchor]")),
             (Some(anchor), Some(seconds)) => {
-                check_anchor("expires_after[anchor]", &anchor)?;
+                // The Go SDK sends it empty if its caller did not set it, and there is only one.
+                if !anchor.is_empty() {
+                    check_anchor("expires_after[anchor]", &anchor)?;
+                }
                 Some(check_lifetime("expires_after[seconds]", seconds.parse().ok(), &seconds)?)
             }
         };
@@ -140,8 +149,8 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
 ), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
-    let after = query.raw("after");
-    let order = match query.raw("order").as_deref() {
+    let after = query.text("after");
+    let order = match query.text("order").as_deref() {
         None | Some("desc") => Order::NewestFirst,
         Some("asc") => Order::OldestFirst,
         Some(_) => {

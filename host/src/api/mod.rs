@@ -5,6 +5,7 @@
 mod batches;
 mod connections;
 mod content;
+mod decompress;
 mod drain;
 mod error;
 mod files;
@@ -15,10 +16,14 @@ mod multipart;
 mod openapi;
 mod pace;
 mod params;
+mod path;
 mod plugins;
 mod server;
+mod streams;
+mod web;
 mod wire;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Request};
@@ -37,6 +42,7 @@ use crate::batch::{Batches, shortened};
 use crate::config::Settings;
 use error::ApiError;
 pub use server::{serve, serve_admin};
+use web::Trusted;
 
 /// Every route is here under both: clients of the llama-stack of 2025 use the second.
 const PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
@@ -65,7 +71,8 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
     }
 }
 
-pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
+/// All routes, for a listener on this address.
+pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
     let api = OpenApiRouter::new()
         .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
         .routes(routes!(files::list))
@@ -87,15 +94,21 @@ pub fn router(batches: Arc<Batches>, settings: &Settings) -> Router {
     for prefix in PREFIXES {
         router = router.nest(prefix, api.clone());
     }
-    router
+    let router = router
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MOST_JSON))
+        .layer(middleware::from_fn_with_state(batches.clone(), decompress::decompress))
+        .layer(middleware::from_fn_with_state(Trusted::new(settings, address), web::guard))
         .layer(middleware::from_fn(drain::drain))
         .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
-        .layer(middleware::from_fn(tag))
-        .with_state(batches)
+        .with_state(batches);
+    let router = match web::cors(settings) {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(middleware::from_fn(tag))
 }
 
 fn health_routes() -> Router<Arc<Batches>> {
@@ -106,9 +119,15 @@ fn health_routes() -> Router<Arc<Batches>> {
 }
 
 /// For the operator's own listener: health, and the plugins with every tenant's trouble.
-pub fn admin_router(batches: Arc<Batches>) -> Router {
+pub fn admin_router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
     let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
-    health_routes().merge(plugins).fallback(unknown_route).layer(middleware::from_fn(tag)).with_state(batches)
+    health_routes()
+        .merge(plugins)
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(Trusted::new(settings, address), web::guard))
+        .layer(middleware::from_fn(tag))
+        .with_state(batches)
 }
 
 /// Gives each answer an id, and the log a line.

@@ -1,7 +1,8 @@
 //! How fast a client has to send the body of a request, and to take an answer: a piece within `client_timeout`, and 4 KiB/s on average once that
-//! much time has been spent waiting for it. Time in which the server itself does not read or write is not counted.
+//! much time has been spent waiting for it. The streams of HTTP/2 are watched one by one ([`super::streams`]). Time in which the server itself does not read or write is not counted.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,8 +15,10 @@ use hyper::body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
+use super::connections::Connection;
+
 /// Bytes a second, on average.
-const MIN_RATE: u64 = 4 << 10;
+pub const MIN_RATE: u64 = 4 << 10;
 
 /// A client that sends too slowly.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +33,7 @@ pub async fn pace(State(timeout): State<Duration>, request: Request, next: Next)
 /// A connection whose client has to take what it asked for.
 pub struct PacedStream<S> {
     stream: S,
+    connection: Arc<Connection>,
     timeout: Duration,
     written: u64,
     /// Time spent waiting for the client to take something, and since when it is waited for now.
@@ -38,8 +42,8 @@ pub struct PacedStream<S> {
 }
 
 impl<S> PacedStream<S> {
-    pub fn new(stream: S, timeout: Duration) -> Self {
-        Self { stream, timeout, written: 0, waited: Duration::ZERO, since: None }
+    pub fn new(stream: S, connection: Arc<Connection>, timeout: Duration) -> Self {
+        Self { stream, connection, timeout, written: 0, waited: Duration::ZERO, since: None }
     }
 
     /// Takes note of a write.
@@ -67,7 +71,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for PacedStream<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.connection.heard();
+        }
+        polled
     }
 }
 

@@ -5,8 +5,10 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::BytesMut;
 use http_body_util::BodyExt;
@@ -22,6 +24,9 @@ use crate::store::Metadata;
 
 /// How long files may be kept that say so themselves, in seconds.
 const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
+
+/// Some editors and clients begin a text with it.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
 pub struct Params {
@@ -40,9 +45,37 @@ impl FromRequest<Arc<Batches>> for Params {
     }
 }
 
+/// A body that means nothing here, which is JSON if it is there at all.
+pub struct AnyJson;
+
+impl<S: Sync> FromRequest<S> for AnyJson {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        if !request.body().is_end_stream() {
+            check_json(request.headers())?;
+        }
+        Ok(Self)
+    }
+}
+
+/// Refuses what says that it is no JSON: a web page can send other types to any server without being asked (see [`super::web`]).
+fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let given = headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let kind = given.as_deref().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    if kind == "application/json" || kind.starts_with("application/") && kind.ends_with("+json") {
+        return Ok(());
+    }
+    let given = given.map_or_else(|| "none was given".into(), |given| format!("'{}' was given", shortened(&given)));
+    let message = format!("Unsupported content type: this method needs 'Content-Type: application/json', but {given}.");
+    let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
+    Err(error.with_code("unsupported_content_type"))
+}
+
 impl Params {
     async fn read(request: Request, batches: &Batches) -> Result<Self, ApiError> {
         let tenant = Tenant::of(&request);
+        check_json(request.headers())?;
         let mut body = request.into_body();
         let (mut bytes, mut share) = (BytesMut::new(), None);
         while let Some(frame) = body.frame().await {
@@ -60,7 +93,7 @@ impl Params {
             }
             bytes.extend_from_slice(&data);
         }
-        match serde_json::from_slice(&bytes) {
+        match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)) {
             Ok(Value::Object(given)) => Ok(Self { given, _share: share }),
             Ok(other) => {
                 let message = format!("The request body must be a JSON object, but it is {}.", kind(&other));
@@ -71,6 +104,14 @@ impl Params {
                 Err(ApiError::bad_request(message))
             }
         }
+    }
+
+    /// One parameter, whose value a part of a form has as JSON.
+    pub fn of_json(name: &str, json: &str) -> Result<Self, ApiError> {
+        let value: Value = serde_json::from_str(json).map_err(|error| {
+            ApiError::invalid(name, "invalid_value", format!("The part '{name}' is not valid JSON: {error}."))
+        })?;
+        Ok(Self { given: Map::from_iter([(name.to_owned(), value)]), _share: None })
     }
 
     /// A value that is neither absent nor null.
@@ -234,17 +275,13 @@ impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
 }
 
 impl QueryParams {
+    /// None if it is empty or null, too: some clients send every parameter.
     pub fn text(&mut self, name: &str) -> Option<String> {
-        self.0.remove(name).filter(|value| !value.is_empty())
-    }
-
-    /// As it stands, an empty one too.
-    pub fn raw(&mut self, name: &str) -> Option<String> {
-        self.0.remove(name)
+        self.0.remove(name).filter(|value| !value.is_empty() && value != "null")
     }
 
     pub fn limit(&mut self, range: RangeInclusive<u64>, default: u64) -> Result<usize, ApiError> {
-        let number = match self.raw("limit") {
+        let number = match self.text("limit") {
             None => default,
             Some(text) => match text.parse() {
                 Ok(number) if range.contains(&number) => number,

@@ -56,14 +56,15 @@ impl Serve {
         let settings = Arc::new(settings);
         let batches = Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
-        let app = api::router(batches.clone(), &settings);
+        let app = api::router(batches.clone(), &settings, address);
         let mut signals = EndSignals::listen()?;
         println_now(&format!("listening on http://{address}"));
         let ending = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
             println_now(&format!("health on http://{address}"));
-            let (router, settings, ended) = (api::admin_router(batches.clone()), settings.clone(), ending.clone());
+            let (router, settings, ended) =
+                (api::admin_router(batches.clone(), &settings, address), settings.clone(), ending.clone());
             tasks.spawn(async move { api::serve_admin(listener, router, &settings, ended.cancelled()).await });
         }
         let (of_api, ended) = (settings.clone(), ending.clone());

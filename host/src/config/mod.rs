@@ -72,12 +72,19 @@ settings! {
     "Server" "DIR" plugins: PathBuf = default_plugins(), "BATCHWRIGHT_PLUGINS";
     /// Connections at a time; more wait to be accepted [default: 1024]
     "Server" "N" max_connections: NonZeroUsize = at_least_one(1024), "BATCHWRIGHT_MAX_CONNECTIONS";
-    /// Time a client has for the head of a request; a connection without one is closed [default: 1m]
+    /// Time a client has for the head of a request; a new connection without one is closed [default: 1m]
     "Server" "TIME" request_head_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_HEAD_TIMEOUT";
     /// Time a client has to send a piece of a request's body, or to take a piece of an answer [default: 1m]
     "Server" "TIME" client_timeout: Span = Span::seconds(60), "BATCHWRIGHT_CLIENT_TIMEOUT";
+    /// Time a connection is kept open after an answer for the next request; more than that of the load balancer in front [default: 90s]
+    "Server" "TIME" keep_alive_timeout: Span = Span::seconds(90), "BATCHWRIGHT_KEEP_ALIVE_TIMEOUT";
     /// Connections from one address at a time; 0 is no bound of its own, as clients behind a proxy share one [default: 0]
     "Server" "N" max_connections_per_address: usize = 0, "BATCHWRIGHT_MAX_CONNECTIONS_PER_ADDRESS";
+    /// Names that clients may call this server by in their URLs, separated by commas; `*.example.com` is any name under one. IP addresses and
+    /// localhost always count [default: any; on a loopback address: none]
+    "Server" "LIST" allowed_hosts: Names = Names::default(), "BATCHWRIGHT_ALLOWED_HOSTS";
+    /// Origins of web pages that may use the API, separated by commas, such as https://tool.example.com; `*` is any [default: none]
+    "Server" "LIST" cors_origins: Names = Names::default(), "BATCHWRIGHT_CORS_ORIGINS";
     /// Address for health alone, beside that of the API; never short of connections [default: none]
     "Server" "ADDR" admin_listen: OptionalAddress = OptionalAddress(None), "BATCHWRIGHT_ADMIN_LISTEN";
     /// Time after SIGTERM in which the server works on but says that it is not ready, so that load balancers turn away [default: 0s]
@@ -264,6 +271,20 @@ impl std::fmt::Display for CompletionWindows {
     fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
         let names: Vec<_> = self.0.iter().map(|(name, _)| format!("'{name}'")).collect();
         formatter.write_str(&names.join(", "))
+    }
+}
+
+/// Names in a list, which may be empty.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct Names(pub Vec<String>);
+
+impl std::str::FromStr for Names {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+        Ok(Self(names.map(str::to_owned).collect()))
     }
 }
 

@@ -112,6 +112,13 @@ impl Snapshot {
         })
     }
 
+    /// The model of requests that name none: of the first plugin, by name, that has one for this endpoint and serves it.
+    pub fn default_model(&self, tenant: &str, endpoint: &str) -> Option<&str> {
+        let plugins = self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
+        let mut models = plugins.filter_map(|plugin| plugin.default_models.get(endpoint));
+        models.find(|model| self.route(tenant, model).is_some()).map(String::as_str)
+    }
+
     /// What tells the plugin that serves under a name from those that did before; zero if there is none.
     pub fn identity(&self, name: &str) -> usize {
         let found = self.entries.iter().find(|entry| entry.name == name);
@@ -204,21 +211,17 @@ impl Snapshot {
             self.validators.push(plugin.clone());
             return Ok(());
         }
-        let named = plugin.models.iter().map(|model| (model, model)).chain(&plugin.aliases);
-        let (globs, exact): (Vec<_>, Vec<_>) = named.partition(|(model, _)| model.contains(['*', '?', '[']));
-        if let Some((glob, _)) = globs.iter().find(|(glob, _)| plugin.aliases.contains_key(*glob)) {
-            return Err(format!("aliases: `{glob}` is a glob; an alias stands for one model"));
+        let (mut globs, mut exact) = (Vec::new(), plugin.aliases.clone());
+        for model in &plugin.models {
+            match Served::parse(model).map_err(|error| format!("models: `{model}`: {error}"))? {
+                Served::Glob(glob) => globs.push((glob, plugin.clone())),
+                // An alias for the same name says what it is called at the provider.
+                Served::Name(name) => drop(exact.entry(name.clone()).or_insert(name)),
+            }
         }
-        let globs = globs
-            .into_iter()
-            .map(|(glob, _)| match Glob::new(glob) {
-                Ok(parsed) => Ok((parsed.compile_matcher(), plugin.clone())),
-                Err(error) => Err(format!("models: `{glob}` is no glob: {error}")),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        for (model, _) in &exact {
+        for model in exact.keys() {
             let taken =
-                self.exact.get(*model).and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
+                self.exact.get(model).and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
             if let Some(taken) = taken {
                 return Err(format!(
                     "models: `{model}` is served by the plugin `{}` already; take it out of one of the two files",
@@ -227,11 +230,40 @@ impl Snapshot {
             }
         }
         for (model, provider_model) in exact {
-            let route = Route { plugin: plugin.clone(), model: provider_model.clone() };
-            self.exact.entry(model.clone()).or_default().push(route);
+            let route = Route { plugin: plugin.clone(), model: provider_model };
+            self.exact.entry(model).or_default().push(route);
         }
         self.globs.extend(globs);
         Ok(())
+    }
+}
+
+/// What an entry of `models` means.
+enum Served {
+    Name(String),
+    Glob(GlobMatcher),
+}
+
+impl Served {
+    /// `*` and `?` make a glob, unless a backslash stands before each. Everything else is as it stands, as in `claude[1m]`.
+    fn parse(model: &str) -> Result<Self, String> {
+        let (mut name, mut glob, mut is_glob) = (String::new(), String::new(), false);
+        let mut letters = model.chars().peekable();
+        while let Some(letter) = letters.next() {
+            let escaped = (letter == '\\').then(|| letters.next_if(|next| matches!(next, '*' | '?' | '\\'))).flatten();
+            let literal = escaped.unwrap_or(letter);
+            name.push(literal);
+            if escaped.is_none() && matches!(letter, '*' | '?') {
+                is_glob = true;
+            } else if matches!(literal, '*' | '?' | '[' | ']' | '{' | '}' | '\\') {
+                glob.push('\\');
+            }
+            glob.push(literal);
+        }
+        if !is_glob {
+            return Ok(Self::Name(name));
+        }
+        Glob::new(&glob).map(|glob| Self::Glob(glob.compile_matcher())).map_err(|error| error.to_string())
     }
 }
 
@@ -436,5 +468,36 @@ fn announce(entry: &Entry) {
         }
         (Some(error), None) => tracing::error!(plugin = entry.name, "plugin not loaded: {error}"),
         (None, None) => tracing::info!(plugin = entry.name, "plugin turned off"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_stars_and_question_marks_without_a_backslash_make_a_glob() {
+        for (model, expected) in [
+            ("gpt-5", "gpt-5"),
+            ("claude[1m]", "claude[1m]"),
+            ("a{b,c}", "a{b,c}"),
+            (r"what\?", "what?"),
+            (r"\*", "*"),
+            (r"a\b", r"a\b"),
+            (r"a\\b", r"a\b"),
+        ] {
+            assert!(matches!(Served::parse(model), Ok(Served::Name(name)) if name == expected), "{model}");
+        }
+        for (model, matching, other) in [
+            ("gpt-*", "gpt-5", "xgpt-5"),
+            ("*", "a/b[c]", ""),
+            ("a?[1]", "ab[1]", "ab1"),
+            (r"\*?", "*x", "ax"),
+            ("{a,b}*", "{a,b}c", "ac"),
+            (r"a\b*", r"a\bc", "abc"),
+        ] {
+            let Ok(Served::Glob(glob)) = Served::parse(model) else { unreachable!("{model}") };
+            assert!(glob.is_match(matching) && (other.is_empty() || !glob.is_match(other)), "{model}");
+        }
     }
 }
