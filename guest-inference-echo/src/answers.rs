@@ -3,9 +3,10 @@
 use serde_json::{Map, Value, json};
 
 use crate::bindings::exports::batchwright::plugin::inference::{Request, Usage};
+use crate::surrogates::hidden;
 use crate::tokens;
 
-const ROLES: [&str; 5] = ["user", "system", "assistant", "tool", "developer"];
+const ROLES: [&str; 6] = ["user", "system", "assistant", "tool", "developer", "function"];
 
 /// Numbers in an embedding where the request does not say, and at the most.
 const DIMENSIONS: (u64, u64) = (16, 4096);
@@ -46,7 +47,7 @@ pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
 
 pub(crate) fn answer(request: &Request) -> Answered {
     let before = |message: String| Refused { status: 0, message, param: None };
-    let body: Map<String, Value> = serde_json::from_str(&request.body)
+    let body: Map<String, Value> = serde_json::from_str(&hidden(&request.body))
         .map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
     match ENDPOINTS.iter().find(|(path, _)| *path == request.endpoint) {
         Some((_, answer)) => answer(request, &body),

@@ -4,6 +4,7 @@
 
 mod answers;
 mod bindings;
+mod surrogates;
 mod tokens;
 
 use bindings::exports::batchwright::plugin::{
@@ -36,7 +37,7 @@ impl inference::Guest for Component {
             Ok((body, usage)) => Answer::Response(Response {
                 status: 200,
                 request_id: Some(request.id),
-                body: body.to_string(),
+                body: surrogates::restored(&body.to_string()),
                 usage: Some(usage),
             }),
             Err(refused) if refused.status == 0 => {
@@ -45,7 +46,7 @@ impl inference::Guest for Component {
             Err(refused) => Answer::Response(Response {
                 status: refused.status,
                 request_id: Some(request.id),
-                body: refused.body().to_string(),
+                body: surrogates::restored(&refused.body().to_string()),
                 usage: None,
             }),
         })

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-const ROLES: [&str; 5] = ["user", "system", "assistant", "tool", "developer"];
+const ROLES: [&str; 6] = ["user", "system", "assistant", "tool", "developer", "function"];
 
 /// The body to send, or why this request is refused before anything is sent.
 pub(crate) fn prepare(endpoint: &str, model: &str, body: String) -> Result<String, String> {

@@ -97,10 +97,13 @@ fn check_line(endpoint: &str, line: &Line, report: &mut dyn FnMut(Fault)) {
             param: Some("method".into()),
         });
     }
-    if line.url.is_some_and(|url| url.is_string() && !url.is_text(endpoint)) {
+    if let Some(url) = line.url.filter(|url| url.is_string() && !url.is_text(endpoint)) {
+        let url = shortened(&url.to_text().unwrap_or_default());
         report(Fault {
             code: "invalid_url",
-            message: "The URL provided for this request does not match the batch endpoint.".into(),
+            message: format!(
+                "The URL provided for this request does not match the batch endpoint. The line has '{url}', the batch '{endpoint}'."
+            ),
             param: Some("url".into()),
         });
         return;
@@ -263,7 +266,8 @@ mod tests {
         assert_eq!(
             faults(CHAT, r#"{"custom_id":"a","method":"GET","url":"/v1/embeddings","body":{}}"#),
             "invalid_method method Invalid method: 'GET'. Only 'POST' is allowed.\n\
-             invalid_url url The URL provided for this request does not match the batch endpoint.\n"
+             invalid_url url The URL provided for this request does not match the batch endpoint. \
+             The line has '/v1/embeddings', the batch '/v1/chat/completions'.\n"
         );
         assert_eq!(
             faults(CHAT, &format!(r#"{{"custom_id":"a","method":"","url":"{CHAT}","body":{{"messages":[]}}}}"#)),
@@ -272,7 +276,8 @@ mod tests {
         );
         assert_eq!(
             faults(CHAT, r#"{"custom_id":"a","method":"POST","url":"","body":{}}"#),
-            "invalid_url url The URL provided for this request does not match the batch endpoint.\n"
+            "invalid_url url The URL provided for this request does not match the batch endpoint. \
+             The line has '', the batch '/v1/chat/completions'.\n"
         );
     }
 

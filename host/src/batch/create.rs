@@ -35,9 +35,11 @@ impl Request {
 
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    #[error("Invalid value: '{0}'. Supported values are: {supported}.", supported = quoted(&ENDPOINTS))]
+    #[error("Invalid value: '{0}'. Supported values are: {supported}. The parameter is 'endpoint'.", supported = quoted(&ENDPOINTS))]
     Endpoint(String),
-    #[error("Invalid value: '{given}'. Supported values are: {supported}.")]
+    #[error(
+        "Invalid value: '{given}'. Supported values are: {supported}. The parameter is 'completion_window'; the server's setting completion_windows allows others."
+    )]
     CompletionWindow { given: String, supported: String },
     #[error("Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key.")]
     Conflict(String),
@@ -57,7 +59,12 @@ fn quoted(values: &[&str]) -> String {
 }
 
 impl Batches {
-    pub async fn create(&self, tenant: &str, request: Request) -> Result<BatchRecord, CreateError> {
+    pub async fn create(&self, tenant: &str, mut request: Request) -> Result<BatchRecord, CreateError> {
+        // Tools for Azure write it without.
+        let long = format!("/v1{}", request.endpoint);
+        if ENDPOINTS.contains(&long.as_str()) {
+            request.endpoint = long;
+        }
         if !ENDPOINTS.contains(&request.endpoint.as_str()) {
             return Err(CreateError::Endpoint(shortened(&request.endpoint)));
         }

@@ -20,7 +20,7 @@ use super::deferred::{Deferred, Entry};
 use super::input::Input;
 use super::jobs::Jobs;
 use super::lanes::{Lanes, Place, Plugins};
-use super::line::RequestLine;
+use super::line::{RequestLine, with_model};
 use super::lines::LinesToDo;
 use super::record::{GROUP, Recorded};
 use super::request::{Answered, Context, Ended, Line};
@@ -435,7 +435,17 @@ impl Task {
         let (batch, number) = (&self.batch, self.entry.number);
         let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
         let custom_id = line.custom_id.as_deref().unwrap_or_default();
-        let (Some(body), Some(model)) = (line.body, line.model.as_deref()) else {
+        let plugins = self.context.registry.current();
+        let default = || plugins.default_model(&self.context.tenant, &self.context.endpoint);
+        let with_default = line
+            .body
+            .filter(|_| line.model.is_none())
+            .and_then(|body| default().map(|model| (with_model(body, model), model)));
+        let (body, model) = match &with_default {
+            Some((body, model)) => (Some(body.as_str()), Some(*model)),
+            None => (line.body, line.model.as_deref()),
+        };
+        let (Some(body), Some(model)) = (body, model) else {
             // Validation let no such line through; the file would have to have changed since.
             let message = "The input file has changed since it was validated.".into();
             let failure = Answer::Failure(Failure { code: "invalid_request".into(), message });

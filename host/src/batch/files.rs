@@ -25,7 +25,7 @@ pub struct NewFile {
 pub enum UploadError {
     #[error("The file is empty.")]
     Empty,
-    #[error("The file is larger than {0}; split it into several.")]
+    #[error("The file is larger than {0} (max_file_size); split it into several.")]
     TooLarge(Size),
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -31,7 +31,7 @@ impl<'a> RequestLine<'a> {
 }
 
 /// The string that a JSON text is, if it is one. One without escapes is not copied.
-fn string(raw: &str) -> Option<Cow<'_, str>> {
+pub fn string(raw: &str) -> Option<Cow<'_, str>> {
     let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
         return Some(Cow::Borrowed(inner));
@@ -106,6 +106,15 @@ impl<'de, W: Wanted> Deserialize<'de> for Place<W> {
     }
 }
 
+/// The text of an object that has no model, with one.
+pub fn with_model(body: &str, model: &str) -> String {
+    let rest = body.strip_prefix('{').unwrap_or(body);
+    let comma = if rest.trim_start().starts_with('}') { "" } else { "," };
+    // A string is always JSON.
+    let model = serde_json::to_string(model).unwrap_or_default();
+    format!("{{\"model\":{model}{comma}{rest}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,5 +129,7 @@ mod tests {
             assert_eq!(RequestLine::parse(nothing), RequestLine::default(), "{nothing}");
         }
         assert_eq!(RequestLine::parse(r#"{"body":{"model":7}}"#).model, None);
+        assert_eq!(with_model(r#"{"input":"x"}"#, "a\"b"), r#"{"model":"a\"b","input":"x"}"#);
+        assert_eq!(with_model("{ }", "m"), r#"{"model":"m" }"#);
     }
 }

@@ -44,7 +44,16 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
         }
         Answer::Failure(failure) => (Ending::Failed, failure_line(&id, &custom_id, failure), None),
     };
-    ResultRow { line, ending, payload: payload.into_bytes(), usage: usage.map(tokens).unwrap_or_default() }
+    ResultRow { line, ending, payload: one_line(payload).into_bytes(), usage: usage.map(tokens).unwrap_or_default() }
+}
+
+/// JSON without letters that many readers of lines take for the end of one. They can only be within strings, where an escape means the same.
+fn one_line(json: String) -> String {
+    const ENDS: [(char, &str); 3] = [('\u{85}', "\\u0085"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")];
+    if json.is_ascii() || !json.contains(ENDS.map(|(letter, _)| letter)) {
+        return json;
+    }
+    ENDS.iter().fold(json, |json, (letter, escape)| json.replace(*letter, escape))
 }
 
 /// The provider's own id of the exchange as a member of the response, for its support: what can be shown of it.
@@ -59,7 +68,7 @@ fn provider_request_id(id: &str) -> String {
 pub fn not_executed(batch: &str, line: u64, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
     let custom_id = serde_json::to_string(custom_id).unwrap_or_default();
     let failure = Failure { code: code.into(), message: message.into() };
-    failure_line(&request_id(batch, line), &custom_id, &failure).into_bytes()
+    one_line(failure_line(&request_id(batch, line), &custom_id, &failure)).into_bytes()
 }
 
 fn failure_line(id: &str, custom_id: &str, failure: &Failure) -> String {
@@ -96,6 +105,9 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with(r#"","body":{"a":1}},"error":null}"#), "{text}");
+        let odd = Response { status: 200, request_id: None, body: "{\"a\":\"\u{2028}\u{85}\"}".into(), usage: None };
+        let text = String::from_utf8(row("batch_1", 3, "\u{2029}", &Answer::Response(odd)).payload).unwrap();
+        assert!(text.contains(r#""custom_id":"\u2029""#) && text.contains(r#"{"a":"\u2028\u0085"}"#), "{text}");
         let with_id = Response { status: 200, request_id: Some("req\n\"1".into()), body: "{}".into(), usage: None };
         let text = String::from_utf8(row("batch_1", 3, "a", &Answer::Response(with_id)).payload).unwrap();
         let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();

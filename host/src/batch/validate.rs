@@ -8,10 +8,12 @@ use std::sync::Arc;
 use futures_util::{StreamExt, stream};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::envelope::Envelope;
 use super::input::{Input, InputLine};
-use super::line::RequestLine;
+use super::line::{RequestLine, string, with_model};
+use super::not_json;
 use super::served_by::served_by;
-use super::{Batches, ENDPOINTS};
+use super::{Batches, ENDPOINTS, shortened};
 use crate::memory::{Holder, Pool, Share};
 use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
@@ -21,8 +23,8 @@ use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError,
 const PIECE_LINES: usize = 1000;
 const PIECE_BYTES: usize = 256 << 10;
 
-/// A piece is held as it was read, as text, and as the copy that all validators but the last are given.
-const COPIES: usize = 3;
+/// A piece is held as it was read, as text, as the copy that all validators but the last are given, and as the hashes of its keys.
+const COPIES: usize = 4;
 
 /// What is read of a file at a time, in bytes.
 const READ: u64 = 256 << 10;
@@ -33,6 +35,12 @@ const SHORTEST_LINE: u64 = 17;
 
 /// Memory for hashes that every validation has, in bytes.
 const FREE_HASHES: u64 = 64 << 10;
+
+/// What is looked at of a file to see whether it is another kind of file, in bytes.
+const BEGINNING: u64 = 16 << 10;
+
+/// Models that are named to one who asked for another.
+const MAX_NAMED_MODELS: usize = 20;
 
 /// Text of all errors of a batch, in bytes; they are in every answer about it.
 const MOST_ERROR_BYTES: usize = 256 << 10;
@@ -51,6 +59,8 @@ struct Judge {
     validators: Vec<Arc<Plugin>>,
     plugins: Arc<Snapshot>,
     hashers: [RandomState; 2],
+    /// For requests that name no model.
+    default_model: Option<String>,
 }
 
 /// A piece, judged.
@@ -105,6 +115,10 @@ impl Batches {
             }
             Err(error) => return Err(error),
         };
+        if let Some(message) = self.other_kind(tenant, file_id, file.bytes).await? {
+            let error = BatchError { code: "invalid_json_line".into(), message, param: None, line: Some(1) };
+            return Ok(Verdict::Bad(vec![error], Vec::new()));
+        }
         let mut pieces = Pieces { input, next: None, memory: self.memory.validation.clone(), holder };
         let first = pieces.next().await?;
         let plugins = self.registry.current();
@@ -121,7 +135,8 @@ impl Batches {
                 first_model: first.as_ref().and_then(|(piece, _)| first_model(piece)),
             },
             validators,
-            plugins,
+            default_model: plugins.default_model(tenant, &batch.new.endpoint).map(str::to_owned),
+            plugins: plugins.clone(),
             hashers: [RandomState::new(), RandomState::new()],
         });
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
@@ -155,7 +170,18 @@ impl Batches {
                 break;
             }
         }
+        whole.explain_models(&plugins, tenant);
         Ok(whole.verdict(judged_by))
+    }
+
+    /// What a file is, by its beginning, if its lines are no requests.
+    async fn other_kind(&self, tenant: &str, file: &str, bytes: u64) -> Result<Option<String>> {
+        let beginning = self.blobs.read_range(tenant, file, 0..bytes.min(BEGINNING)).await;
+        match beginning {
+            Ok(beginning) => Ok(not_json::of_file(&beginning)),
+            Err(StoreError::Missing(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -248,14 +274,22 @@ impl Judge {
                     continue;
                 }
             };
-            let Ok(text) = text else {
-                requests.push(Known { line: number, custom_id: None, model: None });
-                let message = "This line is not parseable as valid JSON.";
-                violations.push(violation(number, "invalid_json_line", message, None));
-                continue;
+            let settled = match text {
+                Ok(text) => self.settle(number, text, &mut violations),
+                Err(error) => {
+                    let valid_up_to = error.utf8_error().valid_up_to();
+                    let message = not_json::not_utf8(error.as_bytes(), valid_up_to);
+                    violations.push(violation(number, "invalid_json_line", &message, None));
+                    None
+                }
             };
-            requests.push(self.know(number, &text));
-            lines.push(Line { number, text });
+            match settled {
+                Some((known, text)) => {
+                    requests.push(known);
+                    lines.push(Line { number, text });
+                }
+                None => requests.push(Known { line: number, custom_id: None, model: None }),
+            }
         }
         let mut unlisted = 0_u64;
         let mut found = |judged: Judgement| {
@@ -272,15 +306,58 @@ impl Judge {
         Ok(Judged { requests, violations, unlisted, providers })
     }
 
-    fn know(&self, number: u64, text: &str) -> Known {
-        let line = RequestLine::parse(text);
+    /// Reads a line once and for all, and writes it as every rule is to see it. What is no JSON, or has a key twice, no validator sees.
+    fn settle(&self, number: u64, text: String, violations: &mut Vec<Violation>) -> Option<(Known, String)> {
+        let line = match Envelope::parse(&text) {
+            Ok(line) => line,
+            Err(error) => {
+                let message = not_json::explain(&text, &error);
+                violations.push(violation(number, "invalid_json_line", &message, None));
+                return None;
+            }
+        };
+        for path in &line.duplicates {
+            let message = format!(
+                "The key '{path}' is there more than once, and readers differ in which one they take; leave one."
+            );
+            violations.push(violation(number, "duplicate_key", &message, Some(path)));
+        }
+        if !line.duplicates.is_empty() {
+            return None;
+        }
         let [low, high] = &self.hashers;
         let hash = |id: &str| u128::from(low.hash_one(id)) | u128::from(high.hash_one(id)) << 64;
-        Known {
-            line: number,
-            custom_id: line.custom_id.as_deref().map(hash),
-            model: line.body.and(line.model).map(String::from),
+        let custom_id = line.custom_id.as_deref().map(hash);
+        let default = self.default_model.as_ref().filter(|_| line.has_body && !line.has_model);
+        let model = default.cloned().or_else(|| line.model.map(String::from));
+        let url = line.url.filter(|url| self.is_other_form(url)).map(|url| range_of(&text, url));
+        let body = default.and_then(|_| RequestLine::parse(&text).body.map(|body| range_of(&text, body)));
+        let text = self.rewritten(text, url, body.zip(default));
+        Some((Known { line: number, custom_id, model }, text))
+    }
+
+    /// Whether a `url` is the batch's endpoint without its `/v1`, as tools for Azure write it.
+    fn is_other_form(&self, url: &str) -> bool {
+        let short = self.batch.endpoint.strip_prefix("/v1");
+        short.is_some() && string(url).as_deref() == short
+    }
+
+    /// A line with the batch's endpoint as its `url`, and with a model in its body, where it had neither.
+    fn rewritten(&self, mut text: String, url: Option<Range<usize>>, body: Option<(Range<usize>, &String)>) -> String {
+        // From the back, as each moves what is behind it.
+        let mut changes = Vec::new();
+        if let Some(range) = url {
+            changes.push((range, format!("\"{}\"", self.batch.endpoint)));
         }
+        if let Some((range, model)) = body {
+            let body = with_model(text.get(range.clone()).unwrap_or_default(), model);
+            changes.push((range, body));
+        }
+        changes.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
+        for (range, new) in changes {
+            text.replace_range(range, &new);
+        }
+        text
     }
 
     /// The host's own rules for a line: it can be executed, and there is a plugin for its model. Returns the plugins' names.
@@ -304,10 +381,13 @@ impl Judge {
                         }
                     } else {
                         let shown: String = model.chars().take(200).collect();
-                        let message = format!(
+                        let mut message = format!(
                             "The provided model '{shown}' is not supported by the Batch API: it does not exist or is not supported"
                         );
-                        violations.push(violation(request.line, "model_not_found", &message, Some("body.model")));
+                        if self.plugins.route(&self.tenant, model).is_some() {
+                            message.push_str(&format!(" for {}", self.batch.endpoint));
+                        }
+                        violations.push(violation(request.line, MODEL_NOT_FOUND, &message, Some("body.model")));
                     }
                 }
                 // Whatever rules the operator has, a line that cannot be executed is not let through.
@@ -325,6 +405,14 @@ impl Judge {
         }
         providers
     }
+}
+
+const MODEL_NOT_FOUND: &str = "model_not_found";
+
+/// Where a part of a text is in it.
+fn range_of(text: &str, part: &str) -> Range<usize> {
+    let start = (part.as_ptr() as usize).saturating_sub(text.as_ptr() as usize);
+    start..start.saturating_add(part.len())
 }
 
 fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
@@ -396,11 +484,30 @@ impl Whole {
         }
     }
 
+    /// Says once what could have been asked for instead of a model that is not served.
+    fn explain_models(&mut self, plugins: &Snapshot, tenant: &str) {
+        let Some(error) = self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND) else { return };
+        let models = plugins.models(tenant);
+        let named: Vec<String> =
+            models.iter().take(MAX_NAMED_MODELS).map(|(name, _)| format!("'{}'", shortened(name))).collect();
+        let more = models.len().saturating_sub(named.len());
+        error.message.push_str(&match (named.is_empty(), more) {
+            (true, _) => ". No model is served by name.".to_owned(),
+            (false, 0) => format!(". Served: {}.", named.join(", ")),
+            (false, more) => format!(". Served: {}, and {more} more (GET /v1/models).", named.join(", ")),
+        });
+        if plugins.entries.iter().any(|entry| entry.error.is_some() && entry.is_shown_to(tenant)) {
+            error.message.push_str(" A plugin of the server could not be loaded, which may be why; its operator finds the cause in the log.");
+        }
+    }
+
     fn verdict(mut self, judged_by: Vec<ServedBy>) -> Verdict {
         let of_file = |code: &str, message: String| BatchError { code: code.into(), message, param: None, line: None };
         if self.total > self.most_requests {
-            let message =
-                format!("The input file has more than {} requests; split it into several.", self.most_requests);
+            let message = format!(
+                "The input file has more than {} requests (max_requests_per_file); split it into several.",
+                self.most_requests
+            );
             self.errors.insert(0, of_file("too_many_requests", message));
         }
         if self.total == 0 {
@@ -410,7 +517,9 @@ impl Whole {
         if self.unlisted > 0 {
             let (listed, more) = (self.errors.len(), self.unlisted);
             let at_least = if self.total > self.most_requests { "at least " } else { "" };
-            let message = format!("Only the first {listed} faults are listed; there are {at_least}{more} more.");
+            let message = format!(
+                "Only the first {listed} faults are listed (max_reported_errors); there are {at_least}{more} more."
+            );
             self.errors.push(of_file("too_many_errors", message));
         }
         if self.errors.is_empty() {

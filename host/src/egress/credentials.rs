@@ -16,6 +16,9 @@ const BLANK: &str = "[redacted]";
 /// The shortest secret that is looked for in what comes back: `none` and `EMPTY`, which local model servers take, are words of any answer.
 const SHORTEST: usize = 8;
 
+/// A secret shorter than this, or without a digit or a letter, may be a word that answers have for other reasons (`lm-studio`, `12345678`).
+const SHORTEST_DISTINCT: usize = 16;
+
 /// What is written in hexadecimal in a URL: all but letters and digits, what RFC 3986 reserves, the same with paths as they are, and what
 /// JavaScript's two functions do not keep.
 const IN_URLS: [&AsciiSet; 5] = [NON_ALPHANUMERIC, RESERVED, IN_PATHS, IN_COMPONENTS, IN_URIS];
@@ -69,8 +72,10 @@ pub struct Secrets {
     headers: Vec<Sent>,
     /// Whether a secret may go over plain HTTP to another machine.
     plain_http: bool,
-    /// Every form a secret may come back in; none if there is nothing to look for.
-    searched: Option<AhoCorasick>,
+    /// Every form a secret may come back in, of those that stand for nothing else; none if there is nothing to look for.
+    distinct: Option<AhoCorasick>,
+    /// The same of all secrets: for headers and errors, where a server may show what it was sent.
+    all: Option<AhoCorasick>,
 }
 
 impl std::fmt::Debug for Secrets {
@@ -88,7 +93,7 @@ impl Secrets {
         plain_http: bool,
     ) -> Result<Self, SecretsError> {
         let mut secrets = Self { reserved, plain_http, ..Self::default() };
-        let mut forms = Vec::new();
+        let (mut distinct, mut all) = (Vec::new(), Vec::new());
         for Credential { name, header, prefix, secret, hosts } in credentials {
             let Ok(mut value) = HeaderValue::try_from(format!("{prefix}{secret}")) else {
                 return Err(SecretsError::Header(header));
@@ -96,15 +101,14 @@ impl Secrets {
             value.set_sensitive(true);
             secrets.headers.push(Sent { name, header, value, hosts });
             if secret.len() >= SHORTEST {
-                forms.extend(forms_of(&secret));
+                let forms = forms_of(&secret);
+                if is_distinct(&secret) {
+                    distinct.extend(forms.iter().cloned());
+                }
+                all.extend(forms);
             }
         }
-        if !forms.is_empty() {
-            let mut search = AhoCorasick::builder();
-            // The names of headers come in lower case, and so may hexadecimal digits.
-            search.match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(true);
-            secrets.searched = search.build(forms).ok();
-        }
+        (secrets.distinct, secrets.all) = (search(distinct), search(all));
         Ok(secrets)
     }
 
@@ -135,19 +139,34 @@ impl Secrets {
         }
     }
 
-    /// Blanks every secret in a text.
+    /// Blanks every secret in a header, or in a text about an error.
     pub fn blank(&self, text: &mut String) {
-        if let Some(search) = self.searched.as_ref().filter(|search| search.is_match(text.as_str())) {
+        if let Some(search) = self.all.as_ref().filter(|search| search.is_match(text.as_str())) {
             *text = search.replace_all(text, &vec![BLANK; search.patterns_len()]);
         }
     }
 
-    /// Blanks every secret in a body.
-    pub fn blank_bytes(&self, body: &mut Vec<u8>) {
-        if let Some(search) = self.searched.as_ref().filter(|search| search.is_match(body.as_slice())) {
+    /// Blanks every secret in a body: in an answer those that could stand for nothing else, in an error all.
+    pub fn blank_body(&self, body: &mut Vec<u8>, is_error: bool) {
+        let search = if is_error { &self.all } else { &self.distinct };
+        if let Some(search) = search.as_ref().filter(|search| search.is_match(body.as_slice())) {
             *body = search.replace_all_bytes(body, &vec![BLANK; search.patterns_len()]);
         }
     }
+}
+
+/// Whether a secret cannot be taken for a word or a number of an answer.
+pub fn is_distinct(secret: &str) -> bool {
+    secret.len() >= SHORTEST_DISTINCT
+        && secret.contains(|letter: char| letter.is_ascii_digit())
+        && secret.contains(char::is_alphabetic)
+}
+
+fn search(forms: Vec<String>) -> Option<AhoCorasick> {
+    let mut search = AhoCorasick::builder();
+    // The names of headers come in lower case, and so may hexadecimal digits.
+    search.match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(true);
+    (!forms.is_empty()).then(|| search.build(forms).ok()).flatten()
 }
 
 /// A secret as it is, and as a server that shows what it was sent may write it: in JSON, in a URL, in base64.
@@ -226,7 +245,7 @@ mod tests {
         assert!(!headers.contains_key("x-other-key"));
         assert_eq!(headers.get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer sk-verysecret"]);
         let mut body = b"none: sk-verysecret, sk-verysecret".to_vec();
-        secrets().blank_bytes(&mut body);
+        secrets().blank_body(&mut body, true);
         assert_eq!(body, b"none: [redacted], [redacted]");
         let mut text = String::from("Bearer sk-verysecret");
         secrets().blank(&mut text);
@@ -258,12 +277,31 @@ mod tests {
             for after in ["", "b", "bc"] {
                 for encoding in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
                     let mut body = encoding.encode(format!("{before}{secret}{after}")).into_bytes();
-                    secrets.blank_bytes(&mut body);
+                    secrets.blank_body(&mut body, false);
                     let text = String::from_utf8(body).unwrap();
                     // No more of it is left than the digits it shares with its neighbours.
                     assert!(text.contains(BLANK) && text.len() < BLANK.len() + 18, "{before} {after}: {text}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn words_are_redacted_in_errors_and_headers_alone() {
+        let blanked = |secret: &str, is_error: bool| {
+            let secrets = Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
+            let mut body = format!("I know {}.", secret.to_uppercase()).into_bytes();
+            secrets.blank_body(&mut body, is_error);
+            body.ends_with(b"[redacted].")
+        };
+        for (secret, in_answers, in_errors) in [
+            ("EMPTY", false, false),
+            ("lm-studio", false, true),
+            ("correct-horse-battery-staple", false, true),
+            ("1234567890123456", false, true),
+            ("sk-0123456789abcdef", true, true),
+        ] {
+            assert_eq!((blanked(secret, false), blanked(secret, true)), (in_answers, in_errors), "{secret}");
         }
     }
 

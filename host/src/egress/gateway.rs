@@ -420,7 +420,7 @@ impl Gateway {
         }
         // What blanks secrets, and the guest that reads the body, make a copy.
         end.cover(share, bytes.len().saturating_mul(2)).await;
-        self.secrets.blank_bytes(&mut bytes);
+        self.secrets.blank_body(&mut bytes, !head.status.is_success());
         Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
     }
 }

@@ -16,7 +16,7 @@ mod throttle;
 use std::time::Duration;
 
 pub use allow::{AllowList, is_loopback};
-pub use credentials::{Credential, Secrets};
+pub use credentials::{Credential, Secrets, is_distinct};
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, https, is_host_header};
 pub use hints::Hints;

@@ -7,7 +7,7 @@ use url::Url;
 use super::error::LoadError;
 use super::manifest::{Manifest, Source};
 use super::types::Description;
-use crate::egress::{AllowList, Credential, Secrets, is_loopback};
+use crate::egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 
 /// The secrets of a plugin, each with the hosts it belongs to: those of the URLs in its settings, and those written beside it.
 pub fn secrets(
@@ -31,6 +31,13 @@ pub fn secrets(
         };
         let Some(source) = Source::parse(&given.from) else { continue };
         let secret = source.read().map_err(|message| key(&at, message))?;
+        if !is_distinct(&secret) {
+            tracing::warn!(
+                file = %file.display(),
+                credential = name,
+                "the secret is short or made of words: it is redacted in errors and headers, but not in answers, which may have it for other reasons"
+            );
+        }
         let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
         let hosts = AllowList::new(file.display().to_string(), urls, &given.hosts)
             .map_err(|error| key(&at, error.to_string()))?;

@@ -181,6 +181,7 @@ impl Loader {
             tenants: manifest.tenants,
             models: manifest.models,
             aliases: manifest.aliases,
+            default_models: manifest.default_models,
             paused: manifest.paused,
             loaded_at: self.clock.now().as_seconds(),
             settings: settings.to_string(),
@@ -347,6 +348,9 @@ fn check_header(bytes: &[u8]) -> Result<(), String> {
     }
 }
 
+/// The endpoint whose requests need not name a model.
+const OPTIONAL_MODEL: &str = "/v1/moderations";
+
 fn check_kind(
     manifest: &Manifest,
     inspected: &Inspected,
@@ -356,6 +360,7 @@ fn check_kind(
         Kind::Validator => [
             ("models", manifest.models.is_empty()),
             ("aliases", manifest.aliases.is_empty()),
+            ("default_models", manifest.default_models.is_empty()),
             ("allow", manifest.allow.is_empty()),
             ("paused", !manifest.paused),
         ]
@@ -370,6 +375,10 @@ fn check_kind(
             name,
             format!("the component is a plugin of kind {}, which has no use for this key", inspected.kind),
         ));
+    }
+    if let Some(endpoint) = manifest.default_models.keys().find(|endpoint| *endpoint != OPTIONAL_MODEL) {
+        let message = format!("`{endpoint}` needs a model in every request; only {OPTIONAL_MODEL} does not");
+        return Err(key("default_models", message));
     }
     if inspected.kind == Kind::Adapter && manifest.models.is_empty() && manifest.aliases.is_empty() {
         return Err(key(

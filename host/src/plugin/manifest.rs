@@ -33,6 +33,9 @@ pub struct Manifest {
     /// Adapters: what clients say, and what the provider is asked for.
     #[serde(default)]
     pub aliases: BTreeMap<String, String>,
+    /// Adapters: the models of requests that name none, by endpoint. The API has this for moderations.
+    #[serde(default)]
+    pub default_models: BTreeMap<String, String>,
     /// Adapters: hosts allowed besides those of the settings' URLs.
     #[serde(default)]
     pub allow: Vec<String>,

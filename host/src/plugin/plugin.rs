@@ -51,6 +51,8 @@ pub struct Plugin {
     pub tenants: Vec<String>,
     pub models: Vec<String>,
     pub aliases: std::collections::BTreeMap<String, String>,
+    /// The models of requests that name none, by endpoint.
+    pub default_models: std::collections::BTreeMap<String, String>,
     /// Nothing is sent for now.
     pub paused: bool,
     /// Unix seconds.

@@ -38,7 +38,7 @@ impl Blobs {
     /// Objects in a local folder, which is made if need be. What was written is on the disk when writing ends.
     pub fn local(folder: &FilePath) -> Result<Self> {
         let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-        std::fs::create_dir_all(folder).map_err(|error| failed(format!("cannot be made: {error}")))?;
+        super::private::make_folder(folder).map_err(|error| failed(format!("cannot be made: {error}")))?;
         if let Err(error) = remove_unfinished(folder, "") {
             tracing::warn!("unfinished objects are left behind in {}: {error}", folder.display());
         }

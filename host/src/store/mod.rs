@@ -6,6 +6,7 @@
 //! Architecture invariant: this room knows no JSON of the API and no plugins. The tenant is part of every key, path and query.
 
 mod blobs;
+mod private;
 mod sqlite;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub use private::umask;
 pub use blobs::{BlobWriter, Blobs, PIECE};
 pub use sqlite::SqliteStore;
 

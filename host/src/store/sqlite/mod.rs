@@ -19,6 +19,7 @@ use super::{
     NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store, StoreError, Validated, Waiting,
 };
 use crate::clock::Timestamp;
+use crate::store::private;
 use connection::{Readers, Writer};
 
 pub struct SqliteStore {
@@ -56,7 +57,7 @@ impl SqliteStore {
 
 fn lock(folder: &Path) -> Result<File> {
     let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-    std::fs::create_dir_all(folder)
+    private::make_folder(folder)
         .map_err(|error| failed(format!("cannot be made: {error}; name another folder with --data")))?;
     let file = File::options()
         .create(true)
@@ -65,7 +66,10 @@ fn lock(folder: &Path) -> Result<File> {
         .open(folder.join("lock"))
         .map_err(|error| failed(format!("cannot be written to: {error}; name another folder with --data")))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {
+            private::correct(folder);
+            Ok(file)
+        }
         Err(std::fs::TryLockError::WouldBlock) => {
             Err(failed("is in use by another batchwright; stop that one, or name another folder with --data".into()))
         }
