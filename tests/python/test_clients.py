@@ -4,6 +4,7 @@ import gzip
 import http.client
 import json
 import pathlib
+import re
 import socket
 import time
 import urllib.parse
@@ -80,7 +81,8 @@ def test_requests_of_every_client_are_taken(server):
     for request in json.loads((CLIENTS / "requests.json").read_text()):
         batch = server.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         body = request["body"].encode("latin-1").replace(b"file-1", file.id.encode())
-        head = request["head"].replace("batch_1", batch.id).replace("file-1", other.id)
+        head = re.sub(r"/batches/\w+/cancel", f"/batches/{batch.id}/cancel", request["head"])
+        head = head.replace("file-1", other.id)
         lines = head.split("\r\n")
         head = "\r\n".join(
             f"Content-Length: {len(body)}" if line.lower().startswith("content-length:") else line for line in lines

@@ -116,7 +116,7 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("limit" = Option<u32>, Query, minimum = 1, maximum = 100, description = "Batches in the page; 20 if absent"),
 ), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
-    let limit = query.limit(1..=batches.settings().max_batches_per_page.get().into(), 20)?;
+    let limit = query.limit(1..=batches.settings().max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
     let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {

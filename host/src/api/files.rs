@@ -161,7 +161,7 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
             ));
         }
     };
-    let most = batches.settings().max_files_per_page.get().into();
+    let most = batches.settings().max_files_per_page.get() as u64;
     let limit = query.limit(1..=most, most)?;
     let (purpose, now) = (query.text("purpose"), batches.clock().now());
     let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());

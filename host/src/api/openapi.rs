@@ -62,8 +62,8 @@ pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
             "/components/schemas/UploadForm/dependentRequired",
             json!({"expires_after[anchor]": ["expires_after[seconds]"], "expires_after[seconds]": ["expires_after[anchor]"]}),
         ),
-        ("/paths/~1batches/get/parameters/1/schema/maximum", json!(settings.max_batches_per_page)),
-        ("/paths/~1files/get/parameters/1/schema/maximum", json!(settings.max_files_per_page)),
+        ("/paths/~1batches/get/parameters/1/schema/maximum", json!(settings.max_batches_per_page.get())),
+        ("/paths/~1files/get/parameters/1/schema/maximum", json!(settings.max_files_per_page.get())),
     ] {
         set(&mut document, place, value);
     }

@@ -8,6 +8,7 @@ use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
 use super::validate::lost_input;
+use crate::config::Span;
 use crate::memory::{Holder, Share};
 use crate::store::{BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status, StoreError};
 
@@ -126,14 +127,15 @@ impl Batches {
             self.copy_results(claim, &mut output, &mut error).await?;
         }
         let at = self.clock.now();
-        let expires_at = batch.new.output_lifetime.map(|lifetime| at.after(lifetime));
         let status = match end {
             End::Whole | End::Stopped(Reason::Shutdown) => Status::Completed,
             End::Stopped(Reason::Cancelled) => Status::Cancelled,
             End::Stopped(Reason::Expired) => Status::Expired,
             End::InputLost => Status::Failed,
         };
-        let record = |kind: &str, bytes: Option<u64>| {
+        let record = |kind: &str, bytes: Option<u64>, by_default: Span| {
+            let by_default = Some(by_default.duration()).filter(|lifetime| !lifetime.is_zero());
+            let expires_at = batch.new.output_lifetime.or(by_default).map(|lifetime| at.after(lifetime));
             bytes.map(|bytes| FileRecord {
                 id: file_id(&batch.new.id, kind),
                 bytes,
@@ -143,7 +145,10 @@ impl Batches {
                 purpose: "batch_output".into(),
             })
         };
-        let (output, error) = (record("output", output.finish().await?), record("error", error.finish().await?));
+        let (output, error) = (
+            record("output", output.finish().await?, self.settings.output_file_lifetime),
+            record("error", error.finish().await?, self.settings.error_file_lifetime),
+        );
         self.store.finish(claim, Finish { status, errors, output, error, at }).await?;
         self.garbage.notify_one();
         Ok(())

@@ -1,5 +1,6 @@
 //! `batchwright batch`: the batches of a server.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -8,10 +9,13 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Error;
-use super::client::Client;
+use super::client::{Client, Server};
+use super::failures::Failures;
+use super::file::time;
 use super::place::{Target, check};
 use super::progress::Progress;
 use super::run::first_url;
+use super::terminal::{put, say};
 use crate::clock::Clock;
 
 /// How long nothing moves before it is asked what a batch waits for.
@@ -21,15 +25,8 @@ const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Args)]
 pub struct Batch {
-    /// The server
-    #[arg(long, global = true, env = "BATCHWRIGHT_URL", default_value = "http://127.0.0.1:8080")]
-    url: String,
-    /// Key for the server, if it wants one
-    #[arg(long, global = true, env = "BATCHWRIGHT_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
-    /// Print the server's JSON
-    #[arg(long, global = true)]
-    json: bool,
+    #[command(flatten)]
+    server: Server,
     #[command(subcommand)]
     action: Action,
 }
@@ -85,23 +82,26 @@ enum Action {
 
 impl Batch {
     pub async fn run(self) -> Result<ExitCode, Error> {
-        let client = Client::new(&self.url, self.api_key)?;
+        let client = self.server.client()?;
+        let as_json = self.server.json;
         match self.action {
             Action::Create { input, endpoint, completion_window, metadata, watch } => {
                 let body = new_batch(&client, &input, endpoint, &completion_window, &metadata).await?;
                 let batch = client.post("batches", &body).await?;
                 if watch {
-                    return follow(&client, text(&batch, "id"), self.json).await;
+                    return follow(&client, text(&batch, "id"), as_json).await;
                 }
-                show(&batch, self.json);
+                show(&client, &batch, as_json).await;
             }
             Action::List { limit, after } => {
                 let after = after.map(|id| format!("&after={id}")).unwrap_or_default();
-                list(&client.get(&format!("batches?limit={limit}{after}")).await?, self.json);
+                list(&client, &client.get(&format!("batches?limit={limit}{after}")).await?, as_json).await;
             }
-            Action::Get { id } => show(&client.get(&format!("batches/{id}")).await?, self.json),
-            Action::Watch { id } => return follow(&client, &id, self.json).await,
-            Action::Cancel { id } => show(&client.post(&format!("batches/{id}/cancel"), &json!({})).await?, self.json),
+            Action::Get { id } => show(&client, &client.get(&format!("batches/{id}")).await?, as_json).await,
+            Action::Watch { id } => return follow(&client, &id, as_json).await,
+            Action::Cancel { id } => {
+                show(&client, &client.post(&format!("batches/{id}/cancel"), &json!({})).await?, as_json).await;
+            }
             Action::Download { id, output, errors, force } => {
                 return download(&client, &id, &output, errors.as_deref(), force).await;
             }
@@ -151,7 +151,7 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
         progress.show(&status.replace('_', " "), done, failed, total, waits.as_deref());
         if matches!(status.as_str(), "completed" | "failed" | "cancelled" | "expired") {
             progress.end();
-            show(&batch, as_json);
+            show(client, &batch, as_json).await;
             let well = status == "completed" && failed == 0;
             return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -185,14 +185,14 @@ async fn download(
         let file = text(&batch, key);
         if file.is_empty() {
             if let Some(to) = to.filter(|to| to.exists()) {
-                eprintln!("the batch has no {key}; {} stays as it is", to.given.display());
+                say!("the batch has no {key}; {} stays as it is", to.given.display());
             }
             continue;
         }
         found = true;
         let Some(to) = to else {
             all_here = false;
-            eprintln!("{key} {file} is not downloaded; name a place for it with --errors");
+            say!("{key} {file} is not downloaded; name a place for it with --errors");
             continue;
         };
         let pieces = client.content(file).await?;
@@ -201,7 +201,7 @@ async fn download(
         } else {
             to.write_through(pieces).await?;
         }
-        eprintln!("{key} {file} -> {}", to.given.display());
+        say!("{key} {file} -> {}", to.given.display());
     }
     if !found {
         return Err(Error::Other(format!("the batch has no files; its status is '{}'", text(&batch, "status"))));
@@ -213,44 +213,74 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
+/// The names of batches' input files, by id, as far as they are still there.
+async fn names(client: &Client, batches: impl Iterator<Item = &Value>) -> HashMap<String, String> {
+    let mut names = HashMap::new();
+    for batch in batches {
+        let id = text(batch, "input_file_id");
+        if !names.contains_key(id) {
+            let file = client.get(&format!("files/{id}")).await.unwrap_or_default();
+            names.insert(id.to_owned(), text(&file, "filename").to_owned());
+        }
+    }
+    names
+}
+
 /// Done, of these failed, and in total.
 fn counts(batch: &Value) -> (u64, u64, u64) {
     let count = |key: &str| batch.pointer(&format!("/request_counts/{key}")).and_then(Value::as_u64).unwrap_or(0);
     (count("completed").saturating_add(count("failed")), count("failed"), count("total"))
 }
 
-#[expect(clippy::print_stdout, reason = "the batch is the command's output")]
-fn show(batch: &Value, as_json: bool) {
+async fn show(client: &Client, batch: &Value, as_json: bool) {
     if as_json {
-        println!("{batch:#}");
+        put!("{batch:#}");
         return;
     }
     let (done, failed, total) = counts(batch);
-    println!("{}  {}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
+    put!("{}  {}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
     for key in ["output_file_id", "error_file_id"] {
         if let Some(id) = batch.get(key).and_then(Value::as_str) {
-            println!("  {key}  {id}");
+            put!("  {key}  {id}");
         }
     }
+    let mut rejected = Failures::default();
     for error in batch.pointer("/errors/data").and_then(Value::as_array).into_iter().flatten() {
+        rejected.add(text(error, "code").to_owned());
         let line = error.get("line").and_then(Value::as_u64).map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.get("param").and_then(Value::as_str).map(|param| format!(" ({param})")).unwrap_or_default();
-        println!("  {line}{}{param}: {}", text(error, "code"), text(error, "message"));
+        put!("  {line}{}{param}: {}", text(error, "code"), text(error, "message"));
+    }
+    let ended = batch.get("error_file_id").and_then(Value::as_str);
+    let failed = match ended {
+        // What failed is in the file; if it is gone, there is nothing to sum up.
+        Some(file) => match client.content(file).await {
+            Ok(pieces) => Failures::read(pieces).await.unwrap_or_default(),
+            Err(_) => Failures::default(),
+        },
+        None => rejected,
+    };
+    let failed = failed.in_words();
+    if !failed.is_empty() {
+        put!("  failed: {failed}");
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the list is the command's output")]
-fn list(list: &Value, as_json: bool) {
+async fn list(client: &Client, list: &Value, as_json: bool) {
     if as_json {
-        println!("{list:#}");
+        put!("{list:#}");
         return;
     }
     let data = list.get("data").and_then(Value::as_array);
+    let names = names(client, data.into_iter().flatten()).await;
     for batch in data.into_iter().flatten() {
         let (done, failed, total) = counts(batch);
-        println!("{}  {:11}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
+        let created = time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
+        let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
+        let (id, status) = (text(batch, "id"), text(batch, "status"));
+        put!("{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {name}");
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
-        eprintln!("there are more: --after {}", text(list, "last_id"));
+        say!("there are more: --after {}", text(list, "last_id"));
     }
 }

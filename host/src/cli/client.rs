@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bytes::Bytes;
+use clap::Args;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -23,6 +24,26 @@ type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// Largest answer that is no file, in bytes.
 const MOST_JSON: usize = 64 << 20;
+
+/// Which server a command works with, and how it prints.
+#[derive(Args)]
+pub struct Server {
+    /// The server
+    #[arg(long, global = true, env = "BATCHWRIGHT_URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// Key for the server, if it wants one
+    #[arg(long, global = true, env = "BATCHWRIGHT_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Print the server's JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Server {
+    pub fn client(&self) -> Result<Client, Error> {
+        Client::new(&self.url, self.api_key.clone())
+    }
+}
 
 pub struct Client {
     base: Url,
@@ -48,6 +69,10 @@ impl Client {
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, Error> {
         let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed_unsync();
         self.json(self.request(Method::POST, path, Some("application/json"), body)?).await
+    }
+
+    pub async fn delete(&self, path: &str) -> Result<Value, Error> {
+        self.json(self.request(Method::DELETE, path, None, empty())?).await
     }
 
     /// Uploads an input file as it is read.

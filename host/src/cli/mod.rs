@@ -2,12 +2,15 @@
 
 mod batch;
 mod client;
+mod failures;
+mod file;
 mod place;
 mod plugin;
 mod progress;
 mod run;
 mod run_state;
 mod serve;
+mod terminal;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,14 +18,18 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::cli::terminal::say;
 use crate::config::{ConfigError, Given, Settings};
 use crate::memory::Memory;
 use crate::plugin::signature::TrustedKeys;
 use crate::plugin::{LoadError, Loading, compile};
 use crate::store::StoreError;
 
+/// With the commit that it was built from.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWRIGHT_COMMIT"), ")");
+
 #[derive(Parser)]
-#[command(name = "batchwright", version, about, max_term_width = 100)]
+#[command(name = "batchwright", version = VERSION, about, max_term_width = 100)]
 #[command(after_help = "Every setting can also stand in the environment as BATCHWRIGHT_… or in the file of --config.")]
 struct Cli {
     #[command(subcommand)]
@@ -41,6 +48,8 @@ enum Command {
     Plugin(plugin::Plugin),
     /// Work with the batches of a server
     Batch(batch::Batch),
+    /// List and delete the files of a server
+    File(file::File),
     /// Compile a component from standard input to standard output: what the host starts for each
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
@@ -103,7 +112,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: the async runtime does not start: {error}");
+            say!("error: the async runtime does not start: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -113,13 +122,14 @@ pub fn main() -> ExitCode {
             Command::Run(run) => run.run().await,
             Command::Plugin(plugin) => plugin.run().await,
             Command::Batch(batch) => batch.run().await,
+            Command::File(file) => file.run().await,
             Command::Compile(process) => Ok(process.run()),
         }
     });
     // What still runs on a blocking thread, a compilation given up say, is not waited for.
     runtime.shutdown_background();
     done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        say!("error: {error}");
         ExitCode::from(error.exit_code())
     })
 }
@@ -128,6 +138,9 @@ pub fn main() -> ExitCode {
 struct EndSignals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
+    /// Those that end a process which does not listen for them.
+    others: [Signal; 2],
 }
 
 impl EndSignals {
@@ -136,13 +149,25 @@ impl EndSignals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            hangup: signal(SignalKind::hangup()).map_err(failed)?,
+            others: [
+                signal(SignalKind::user_defined1()).map_err(failed)?,
+                signal(SignalKind::user_defined2()).map_err(failed)?,
+            ],
         })
     }
 
     async fn next(&mut self) -> EndSignal {
-        tokio::select! {
-            _ = self.interrupt.recv() => EndSignal::Interrupt,
-            _ = self.terminate.recv() => EndSignal::Terminate,
+        let [one, two] = &mut self.others;
+        loop {
+            let other = tokio::select! {
+                _ = self.interrupt.recv() => return EndSignal::Interrupt,
+                _ = self.terminate.recv() => return EndSignal::Terminate,
+                _ = self.hangup.recv() => return EndSignal::Hangup,
+                _ = one.recv() => "SIGUSR1",
+                _ = two.recv() => "SIGUSR2",
+            };
+            tracing::info!(signal = other, "signal ignored");
         }
     }
 }
@@ -153,6 +178,8 @@ enum EndSignal {
     Interrupt,
     /// A supervisor.
     Terminate,
+    /// The terminal has gone; or, for a server, its operator wants plugins and keys read again.
+    Hangup,
 }
 
 /// How plugins are loaded, as settings have it.
@@ -162,6 +189,7 @@ fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
         compile_timeout: settings.compile_timeout,
         compile_memory: settings.compile_memory,
         trusted_keys: trusted_keys(&settings.trusted_keys)?,
+        data: Some(settings.data.clone()),
         compiler: None,
         memory: memory.clone(),
     })
@@ -174,6 +202,13 @@ fn trusted_keys(file: &Path) -> Result<Option<TrustedKeys>, Error> {
     }
     let keys = TrustedKeys::read(file);
     Ok(Some(keys.map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?))
+}
+
+/// Tells of variables that were meant as settings and are none.
+fn warn_of_environment() {
+    for warning in Settings::warnings() {
+        tracing::warn!("{warning}");
+    }
 }
 
 /// The cache of compiled plugins for commands that have no data folder.

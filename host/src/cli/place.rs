@@ -16,6 +16,7 @@ use tempfile::NamedTempFile;
 
 use super::Error;
 use crate::plugin::hex;
+use crate::store::users_mode;
 
 /// A place that results are to go to.
 #[derive(Debug)]
@@ -125,8 +126,12 @@ impl Target {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".batchwright-").permissions(fs::Permissions::from_mode(0o666));
         let mut file = builder.tempfile_in(folder).map_err(|error| self.failed(error))?;
-        if let Ok(found) = fs::metadata(path) {
-            file.as_file().set_permissions(found.permissions()).ok();
+        let permissions = match fs::metadata(path) {
+            Ok(found) => Some(found.permissions()),
+            Err(_) => users_mode().map(fs::Permissions::from_mode),
+        };
+        if let Some(permissions) = permissions {
+            file.as_file().set_permissions(permissions).ok();
         }
         let (mut bytes, mut digest) = (0_u64, Sha256::new());
         let mut pieces = std::pin::pin!(pieces);

@@ -1,9 +1,10 @@
 //! How a batch is coming along: a bar on a terminal, plain lines elsewhere.
 
+use crate::cli::terminal::{plain, say};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 /// How often a plain line is printed.
 const LINE: Duration = Duration::from_secs(5);
@@ -20,10 +21,12 @@ impl Progress {
             return Self::Lines { begun: now, last: now, first_done: None, status: String::new() };
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        let style =
-            ProgressStyle::with_template("{msg:12} {wide_bar} {human_pos}/{human_len} {per_sec:>12} {eta:>4} left");
+        let style = ProgressStyle::with_template("{msg:12} {wide_bar} {human_pos}/{human_len} {rate:>8} {eta:>4} left");
         if let Ok(style) = style {
-            bar.set_style(style);
+            let rate = |state: &ProgressState, to: &mut dyn std::fmt::Write| {
+                write!(to, "{:.0}/s", state.per_sec()).ok();
+            };
+            bar.set_style(style.with_key("rate", rate));
         }
         bar.enable_steady_tick(Duration::from_millis(200));
         Self::Bar(bar)
@@ -37,7 +40,7 @@ impl Progress {
                 bar.set_length(total);
                 bar.set_position(done);
                 bar.set_message(match waits {
-                    Some(waits) => format!("waiting{failures}: {waits}"),
+                    Some(waits) => plain(&format!("waiting{failures}: {waits}")),
                     None => format!("{now_status}{failures}"),
                 });
             }
@@ -51,7 +54,7 @@ impl Progress {
                 *last = Instant::now();
                 now_status.clone_into(status);
                 if let Some(waits) = waits {
-                    eprintln!("waiting: {waits} ({done} of {total} done{failures})");
+                    say!("waiting: {waits} ({done} of {total} done{failures})");
                     return;
                 }
                 let rate = done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
@@ -60,7 +63,7 @@ impl Progress {
                 } else {
                     String::new()
                 };
-                eprintln!("{now_status}: {done} of {total} done{failures}, {rate:.0}/s{left}");
+                say!("{now_status}: {done} of {total} done{failures}, {rate:.0}/s{left}");
             }
         }
     }

@@ -16,16 +16,18 @@ use futures_util::{Stream, stream};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::failures::Failures;
 use super::place::{Target, check};
 use super::progress::Progress;
 use super::run_state::{Note, Places, remove};
-use super::{EndSignals, Error, SettingsArgs, loading, user_cache};
+use super::{EndSignals, Error, SettingsArgs, loading, user_cache, warn_of_environment};
 use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
+use crate::cli::terminal::say;
 use crate::clock::Clock;
 use crate::config::{CompletionWindows, Settings, Span};
 use crate::memory::Memory;
 use crate::plugin::{Loader, Registry, check_directory, hex};
-use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status};
+use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status, umask};
 use crate::telemetry;
 
 const TENANT: &str = "default";
@@ -36,6 +38,9 @@ const MAX_OUTAGE: Duration = Duration::from_secs(600);
 
 /// The exit status of a run whose provider is away.
 const AWAY: u8 = 6;
+
+/// What a run logs, unless it is said. That a plugin was not loaded it says itself.
+const RUN_LOG_LEVEL: &str = "info,batchwright::plugin::registry=off,batchwright::plugin::log=warn";
 
 /// The completion window of a run: none that anybody will see the end of.
 const WINDOW: &str = "99years";
@@ -70,8 +75,10 @@ impl Run {
         let own_level = self.settings.given.log_level.is_some();
         let mut settings = self.settings.resolve()?;
         // What is wrong with plugins is told as a warning of our own.
-        let level = if own_level { settings.log_level.as_str() } else { "warn,batchwright::plugin=off" };
+        let level = if own_level { settings.log_level.as_str() } else { RUN_LOG_LEVEL };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
+        warn_of_environment();
+        umask();
         // A run has no window in which to wait: it ends, and can be continued.
         let max_outage = settings.max_outage.duration();
         let max_outage = if own_outage || !max_outage.is_zero() { max_outage } else { MAX_OUTAGE };
@@ -83,7 +90,7 @@ impl Run {
             let same = before.as_ref().is_some_and(|note| note.check(&places, self.endpoint.as_deref()).is_ok());
             remove(&places.state)?;
             if !self.force && same {
-                eprintln!("this run had finished; its results are in place");
+                say!("this run had finished; its results are in place");
                 return Ok(ExitCode::from(status));
             }
             before = None;
@@ -122,19 +129,23 @@ impl Run {
             Watched::Ended(batch) => (*batch, None),
             Watched::Stopped => (find(&batches, &id).await?, Some(130)),
             Watched::Away(why) => {
-                eprintln!("the provider has not answered for {max_outage:?}: {why}");
+                say!("the provider has not answered for {max_outage:?}: {why}");
                 (find(&batches, &id).await?, Some(AWAY))
             }
         };
         if let Some(status) = status {
             let done = batch.counts.completed.saturating_add(batch.counts.failed);
-            eprintln!("stopped: {done} of {} done and kept; the same command continues", batch.counts.total);
+            say!("stopped: {done} of {} done and kept; the same command continues", batch.counts.total);
             return Ok(ExitCode::from(status));
         }
         batch.errors = batches.errors(TENANT, &id).await?;
         place(&batches, &batch, &places, &mut note, self.force).await?;
+        let failed = match &batch.error_file_id {
+            Some(file) => Failures::read(content(&batches, file).await?).await?,
+            None => Failures::default(),
+        };
         // Only now is everything where it belongs.
-        let status = report(&batch, &places.output, &places.errors);
+        let status = report(&batch, &failed, &places.output, &places.errors);
         note.finished = Some(status);
         note.write(&places.state)?;
         remove(&places.state)?;
@@ -168,7 +179,7 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
     let registry = Registry::open(&settings.plugins, loader).await?;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
-        eprintln!("warning: a plugin does not load: {error}");
+        say!("warning: a plugin does not load: {error}");
     }
     Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings, memory))
 }
@@ -184,7 +195,7 @@ async fn begin(
     if let (Some(batch), Some(note)) = (unfinished_batch(batches).await?, before) {
         if !partial {
             note.check(places, endpoint.as_deref())?;
-            eprintln!("continuing an unfinished run");
+            say!("continuing an unfinished run");
         }
         return Ok((batch.new.id, note));
     }
@@ -329,7 +340,7 @@ async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<Watc
             () = tokio::time::sleep(POLL_INTERVAL) => {}
             _ = signals.next() => {
                 progress.end();
-                eprintln!("stopping: requests in flight are finished first, a second Ctrl-C leaves them");
+                say!("stopping: requests in flight are finished first, a second Ctrl-C leaves them");
                 tokio::spawn(async move {
                     signals.next().await;
                     std::process::exit(130);
@@ -340,28 +351,35 @@ async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<Watc
     }
 }
 
-fn report(batch: &BatchRecord, output: &Target, errors: &Target) -> u8 {
+fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Target) -> u8 {
+    let mut rejected = Failures::default();
+    batch.errors.iter().for_each(|error| rejected.add(error.code.clone()));
+    let by_code = rejected.in_words();
     for error in &batch.errors {
         let place = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
-        eprintln!("{place}{}{param}: {}", error.code, error.message);
+        say!("{place}{}{param}: {}", error.code, error.message);
     }
     let counts = batch.counts;
     match batch.status {
         Status::Failed if counts.total == 0 => {
-            eprintln!("rejected: nothing was executed; correct the input and run again")
+            say!("rejected ({by_code}): nothing was executed; correct the input and run again")
         }
         status => {
             let (completed, failed) = (counts.completed, counts.failed);
-            eprintln!("{}: {completed} of {} answered, {failed} failed", status.as_str(), counts.total);
+            say!("{}: {completed} of {} answered, {failed} failed", status.as_str(), counts.total);
+            let by_code = failures.in_words();
+            if !by_code.is_empty() {
+                say!("failed: {by_code}");
+            }
             for (what, id, target) in
                 [("answers", &batch.output_file_id, output), ("errors", &batch.error_file_id, errors)]
             {
                 let place = target.given.display();
                 if id.is_some() {
-                    eprintln!("{what}: {place}");
+                    say!("{what}: {place}");
                 } else if target.exists() {
-                    eprintln!("{what}: none; {place} is of an earlier run and stays as it is");
+                    say!("{what}: none; {place} is of an earlier run and stays as it is");
                 }
             }
         }

@@ -10,13 +10,15 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{EndSignal, EndSignals, Error, SettingsArgs, loading};
+use super::{EndSignal, EndSignals, Error, SettingsArgs, VERSION, loading, warn_of_environment};
 use crate::batch::Batches;
+use crate::cli::terminal::put;
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::memory::Memory;
+use crate::plugin::watch::watch;
 use crate::plugin::{Loader, Registry, check_directory};
-use crate::store::{Blobs, SqliteStore};
+use crate::store::{Blobs, SqliteStore, umask};
 use crate::{api, telemetry};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -32,8 +34,12 @@ pub struct Serve {
 impl Serve {
     pub async fn run(self) -> Result<ExitCode, Error> {
         let settings = self.settings.resolve()?;
-        raise_file_limit();
         telemetry::start(&settings.log_level, settings.log_format).map_err(Error::Other)?;
+        warn_of_environment();
+        // From here on a signal ends nothing by itself.
+        let mut signals = EndSignals::listen()?;
+        raise_file_limit();
+        umask();
         let clock = Clock::system();
         check_directory(&settings.plugins)?;
         let store = SqliteStore::open(&settings.data)?;
@@ -41,7 +47,7 @@ impl Serve {
         let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
         let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
         let registry = Registry::open(&settings.plugins, loader).await?;
-        let _watcher = registry.watch().inspect_err(|error| tracing::warn!("{error}")).ok();
+        let _watcher = watch(&registry);
         let (listener, address) = bind(settings.listen, "--listen").await?;
         let admin = match settings.admin_listen.0 {
             Some(address) => Some(bind(address, "--admin-listen").await?),
@@ -57,7 +63,6 @@ impl Serve {
         let batches = Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
         let app = api::router(batches.clone(), &settings, address);
-        let mut signals = EndSignals::listen()?;
         println_now(&format!("listening on http://{address}"));
         let ending = CancellationToken::new();
         let tasks = TaskTracker::new();
@@ -72,13 +77,42 @@ impl Serve {
         // Tells the log at once if the server is not ready.
         let first_look = batches.clone();
         tokio::spawn(async move { first_look.readiness().await });
-        let signal = signals.next().await;
+        announce(&settings, &batches, address);
+        let signal = loop {
+            match signals.next().await {
+                EndSignal::Hangup => {
+                    tracing::info!("SIGHUP: plugins, their secrets and the trusted keys are read again");
+                    batches.registry().request_read();
+                }
+                signal => break signal,
+            }
+        };
+        let again = async { while signals.next().await == EndSignal::Hangup {} };
         tokio::select! {
             () = shut_down(&settings, &batches, signal, &ending, &tasks) => tracing::info!("stopped"),
-            _ = signals.next() => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
+            () = again => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Says in one line what runs here.
+fn announce(settings: &Settings, batches: &Batches, address: SocketAddr) {
+    let plugins = batches.registry().current();
+    let names = plugins.entries.iter().filter(|entry| entry.serving.is_some()).map(|entry| entry.name.as_str());
+    tracing::info!(
+        version = VERSION,
+        %address,
+        data = %settings.data.display(),
+        plugins = %settings.plugins.display(),
+        loaded = names.collect::<Vec<_>>().join(","),
+        max_file_size = %settings.max_file_size,
+        max_requests_per_file = settings.max_requests_per_file,
+        max_concurrent_batches = settings.max_concurrent_batches.get(),
+        memory_budget = %settings.memory_budget,
+        instance_memory = %settings.instance_memory,
+        "server started"
+    );
 }
 
 /// Ends in order: not ready, but working on for `shutdown_delay`, so that a load balancer turns away; then what is in flight is finished
@@ -125,10 +159,7 @@ fn raise_file_limit() {
     setrlimit(Resource::Nofile, limit).ok();
 }
 
-/// Whoever started us may read this through a pipe.
-#[expect(clippy::print_stdout, reason = "the address is the command's output")]
+/// Prints a line that whoever started the server may read through a pipe.
 fn println_now(line: &str) {
-    use std::io::Write;
-    println!("{line}");
-    std::io::stdout().flush().ok();
+    put!("{line}");
 }

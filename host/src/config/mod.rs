@@ -3,25 +3,33 @@
 //! Each stands once, in [`Settings`]: as a flag, as `BATCHWRIGHT_…` in the environment and as a key of the config file. A flag goes
 //! before the environment, that before the file, that before the default.
 
+mod environment;
+mod file;
 mod units;
 
 use std::net::SocketAddr;
-use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
-pub use units::{Size, Span};
+use crate::telemetry;
+use file::File;
+
+pub use file::nearest;
+pub use units::{Count, Size, Span};
 
 /// What an operator can get wrong in settings.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("failed to read the config file {}: {source}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("{}: {message}", path.display())]
-    Invalid { path: PathBuf, message: String },
+    #[error("{}: {}", path.display(), messages.join("\n       "))]
+    Invalid { path: PathBuf, messages: Vec<String> },
+    /// Wherever they were given.
+    #[error("{}", .0.join("\n       "))]
+    Values(Vec<String>),
     #[error("{setting}: {message}")]
     Value { setting: &'static str, message: String },
 }
@@ -41,8 +49,7 @@ pub enum LogFormat {
 macro_rules! settings {
     ($($(#[doc = $doc:literal])+ $heading:literal $value:literal $name:ident: $type:ty = $default:expr, $env:literal;)+) => {
         /// Settings as given on the command line, in the environment or in a file: each may be absent.
-        #[derive(Args, Clone, Debug, Default, Deserialize)]
-        #[serde(deny_unknown_fields)]
+        #[derive(Args, Clone, Debug, Default)]
         pub struct Given {
             $($(#[doc = $doc])+ #[arg(long, env = $env, value_name = $value, help_heading = $heading, hide_env_values = true)]
             pub $name: Option<$type>,)+
@@ -54,7 +61,15 @@ macro_rules! settings {
             $($(#[doc = $doc])+ pub $name: $type,)+
         }
 
+        /// The settings' variables of the environment.
+        pub const VARIABLES: &[&str] = &[$($env),+];
+
         impl Given {
+            /// Takes every setting out of a file.
+            fn from_file(file: &mut File) -> Self {
+                Self { $($name: file.take(stringify!($name)),)+ }
+            }
+
             /// Fills what is absent here from `other`, and the rest with defaults.
             fn or(self, other: Given) -> Settings {
                 Settings { $($name: self.$name.or(other.$name).unwrap_or_else(|| $default),)+ }
@@ -71,7 +86,7 @@ settings! {
     /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
     "Server" "DIR" plugins: PathBuf = default_plugins(), "BATCHWRIGHT_PLUGINS";
     /// Connections at a time; more wait to be accepted [default: 1024]
-    "Server" "N" max_connections: NonZeroUsize = at_least_one(1024), "BATCHWRIGHT_MAX_CONNECTIONS";
+    "Server" "N" max_connections: Count = Count::of(1024), "BATCHWRIGHT_MAX_CONNECTIONS";
     /// Time a client has for the head of a request; a new connection without one is closed [default: 1m]
     "Server" "TIME" request_head_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_HEAD_TIMEOUT";
     /// Time a client has to send a piece of a request's body, or to take a piece of an answer [default: 1m]
@@ -125,21 +140,27 @@ settings! {
     /// Characters of a value of metadata [default: 512]
     "Limits" "N" max_metadata_value: usize = 512, "BATCHWRIGHT_MAX_METADATA_VALUE";
     /// Batches in one page of a list [default: 100]
-    "Limits" "N" max_batches_per_page: NonZeroU32 = page(100), "BATCHWRIGHT_MAX_BATCHES_PER_PAGE";
+    "Limits" "N" max_batches_per_page: Count = Count::of(100), "BATCHWRIGHT_MAX_BATCHES_PER_PAGE";
     /// Files in one page of a list [default: 10000]
-    "Limits" "N" max_files_per_page: NonZeroU32 = page(10_000), "BATCHWRIGHT_MAX_FILES_PER_PAGE";
+    "Limits" "N" max_files_per_page: Count = Count::of(10_000), "BATCHWRIGHT_MAX_FILES_PER_PAGE";
     /// How long an input file is kept that names no time of its own [default: 30d]
     "Limits" "TIME" input_file_lifetime: Span = Span::seconds(30 * 86_400), "BATCHWRIGHT_INPUT_FILE_LIFETIME";
+
+    /// How long a file of answers is kept whose batch names no time of its own; 0s is for ever. It counts for files made from then on
+    /// [default: 0s]
+    "Limits" "TIME" output_file_lifetime: Span = Span::seconds(0), "BATCHWRIGHT_OUTPUT_FILE_LIFETIME";
+    /// The same for a file of failed requests [default: 0s]
+    "Limits" "TIME" error_file_lifetime: Span = Span::seconds(0), "BATCHWRIGHT_ERROR_FILE_LIFETIME";
 
     /// How long a batch is remembered after its end; longer if a file of its results is still there [default: 90d]
     "Limits" "TIME" batch_lifetime: Span = Span::seconds(90 * 86_400), "BATCHWRIGHT_BATCH_LIFETIME";
 
     /// Batches executed at a time of those that go to one provider; also batches validated, and finished, at a time [default: 16]
-    "Execution" "N" max_concurrent_batches: NonZeroUsize = at_least_one(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
+    "Execution" "N" max_concurrent_batches: Count = Count::of(16), "BATCHWRIGHT_MAX_CONCURRENT_BATCHES";
     /// Batches executed at a time, of all providers together; each provider has at least one [default: 64]
-    "Execution" "N" max_executing_batches: NonZeroUsize = at_least_one(64), "BATCHWRIGHT_MAX_EXECUTING_BATCHES";
+    "Execution" "N" max_executing_batches: Count = Count::of(64), "BATCHWRIGHT_MAX_EXECUTING_BATCHES";
     /// Requests of one batch under way at a time [default: 256]
-    "Execution" "N" max_concurrent_requests_per_batch: NonZeroUsize = at_least_one(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
+    "Execution" "N" max_concurrent_requests_per_batch: Count = Count::of(256), "BATCHWRIGHT_MAX_CONCURRENT_REQUESTS_PER_BATCH";
     /// Memory for all that clients and providers send and are sent: lines, responses, results, uploads, lists [default: 64MiB]
     "Execution" "SIZE" memory_budget: Size = MEMORY_BUDGET, "BATCHWRIGHT_MEMORY_BUDGET";
     /// Memory for the instances of all plugins [default: 128MiB]
@@ -147,9 +168,9 @@ settings! {
     /// Time that requests in flight are given when their batch is cancelled or expires [default: 10s]
     "Execution" "TIME" stop_grace: Span = Span::seconds(10), "BATCHWRIGHT_STOP_GRACE";
     /// Attempts at a request, the first one included [default: 10]
-    "Execution" "N" max_attempts: NonZeroUsize = at_least_one(10), "BATCHWRIGHT_MAX_ATTEMPTS";
+    "Execution" "N" max_attempts: Count = Count::of(10), "BATCHWRIGHT_MAX_ATTEMPTS";
     /// Attempts at a request that may have reached the provider and brought no answer: each may be paid for [default: 3]
-    "Execution" "N" max_unanswered_attempts: NonZeroUsize = at_least_one(3), "BATCHWRIGHT_MAX_UNANSWERED_ATTEMPTS";
+    "Execution" "N" max_unanswered_attempts: Count = Count::of(3), "BATCHWRIGHT_MAX_UNANSWERED_ATTEMPTS";
     /// Time after which a request is not tried again; what it waits for a provider that is away, or whose limit is reached, does not count
     /// [default: 1h]
     "Execution" "TIME" max_retry_time: Span = Span::seconds(3600), "BATCHWRIGHT_MAX_RETRY_TIME";
@@ -180,15 +201,6 @@ pub fn default_plugins() -> PathBuf {
     program.and_then(|program| Some(program.parent()?.join("plugins"))).unwrap_or_else(|| "plugins".into())
 }
 
-fn page(most: u32) -> NonZeroU32 {
-    NonZeroU32::new(most).unwrap_or(NonZeroU32::MIN)
-}
-
-/// One, or more.
-fn at_least_one(number: usize) -> NonZeroUsize {
-    NonZeroUsize::new(number).unwrap_or(NonZeroUsize::MIN)
-}
-
 impl Settings {
     /// Resolves what was given, with the config file if there is one.
     pub fn resolve(given: Given, file: Option<&Path>) -> Result<Self, ConfigError> {
@@ -197,11 +209,67 @@ impl Settings {
         if settings.cache.as_os_str().is_empty() {
             settings.cache = settings.data.join("cache");
         }
-        if settings.memory_budget.bytes() < Size::mib(1).bytes() {
-            let message = "must be at least 1MiB".into();
-            return Err(ConfigError::Value { setting: "memory_budget", message });
+        let wrong = settings.wrong();
+        if wrong.is_empty() { Ok(settings) } else { Err(ConfigError::Values(wrong)) }
+    }
+
+    /// Values that no server could work with.
+    fn wrong(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        if self.memory_budget.bytes() < Size::mib(1).bytes() {
+            wrong.push("memory_budget: must be at least 1MiB".to_owned());
         }
-        Ok(settings)
+        for (name, span) in [
+            ("request_head_timeout", self.request_head_timeout),
+            ("client_timeout", self.client_timeout),
+            ("keep_alive_timeout", self.keep_alive_timeout),
+            ("compile_timeout", self.compile_timeout),
+            ("input_file_lifetime", self.input_file_lifetime),
+            ("batch_lifetime", self.batch_lifetime),
+            ("outage_backoff", self.outage_backoff),
+            ("max_outage_backoff", self.max_outage_backoff),
+            ("max_retry_time", self.max_retry_time),
+        ] {
+            if span.duration().is_zero() {
+                wrong.push(format!("{name}: must be longer than 0s"));
+            }
+        }
+        for (name, size) in [
+            ("max_file_size", self.max_file_size),
+            ("max_line_size", self.max_line_size),
+            ("compile_memory", self.compile_memory),
+            ("instance_memory", self.instance_memory),
+        ] {
+            if size.bytes() == 0 {
+                wrong.push(format!("{name}: must be more than 0"));
+            }
+        }
+        if self.max_requests_per_file == 0 || self.max_reported_errors == 0 {
+            wrong.push("max_requests_per_file and max_reported_errors: must be at least 1".to_owned());
+        }
+        for origin in &self.cors_origins.0 {
+            let is_origin = |url: &url::Url| url.origin().is_tuple() && url.origin().ascii_serialization() == *origin;
+            if origin != "*" && !url::Url::parse(origin).is_ok_and(|url| is_origin(&url)) {
+                wrong.push(format!("cors_origins: `{origin}` is no origin; write it as https://tool.example.com"));
+            }
+        }
+        for host in &self.allowed_hosts.0 {
+            if host.contains(['/', ':', ' ']) || host == "*" {
+                wrong.push(format!(
+                    "allowed_hosts: `{host}` is no name; write it as batch.example.com or *.example.com"
+                ));
+            }
+        }
+        if let Err(error) = telemetry::check(&self.log_level) {
+            wrong.push(format!("log_level: {error}"));
+        }
+        wrong
+    }
+
+    /// Warnings about what was given and does nothing.
+    pub fn warnings() -> Vec<String> {
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        environment::warnings(VARIABLES, names)
     }
 
     /// The completion windows a client may ask for.
@@ -218,10 +286,11 @@ impl Settings {
 fn read(path: &Path) -> Result<Given, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Invalid {
-        path: path.to_owned(),
-        message: error.to_string().trim_end().to_owned(),
-    })
+    let invalid = |messages: Vec<String>| ConfigError::Invalid { path: path.to_owned(), messages };
+    let mut file = File::parse(&text).map_err(|message| invalid(vec![message]))?;
+    let given = Given::from_file(&mut file);
+    let wrong = file.end();
+    if wrong.is_empty() { Ok(given) } else { Err(invalid(wrong)) }
 }
 
 /// The windows a client may name, each with its length.
@@ -362,9 +431,21 @@ mod tests {
     #[test]
     fn what_is_wrong_in_a_file_is_named_with_its_line() {
         for (text, parts) in [
-            ("a = 1\nlissten = \"x\"", vec!["line 1", "unknown field `a`", "listen"]),
+            (
+                "a = 1\nlissten = \"x\"",
+                vec!["line 1: there is no setting `a`", "line 2: there is no setting `lissten`; did you mean listen?"],
+            ),
+            (
+                "max_attempts = 0\nclient_timeout = 5\n\nmax_file_size = \"x\"",
+                vec!["line 1: max_attempts", "line 2: client_timeout", "line 4: max_file_size"],
+            ),
+            ("max_requests_per_file = \"many\"", vec!["line 1: max_requests_per_file", "whole number"]),
+            (
+                "client_timeout = \"0s\"\nlog_level = \"warning\"",
+                vec!["client_timeout: must be longer", "log_level: `warning` is no level; did you mean warn?"],
+            ),
             ("\n\nmax_file_size = \"12 parsecs\"", vec!["line 3", "12 parsecs", "200MiB"]),
-            ("max_attempts = 0", vec!["line 1", "nonzero"]),
+            ("max_attempts = 0", vec!["line 1", "at least 1"]),
             ("completion_windows = []", vec!["at least one window"]),
             ("memory_budget = \"1KiB\"", vec!["memory_budget", "at least 1MiB"]),
             ("listen = ", vec!["line 1"]),

@@ -44,6 +44,41 @@ impl fmt::Display for Span {
     }
 }
 
+/// A whole number of at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Count(u32);
+
+impl Count {
+    /// At least one, whatever is given.
+    pub const fn of(number: u32) -> Self {
+        Self(if number == 0 { 1 } else { number })
+    }
+
+    pub const fn get(self) -> usize {
+        self.0 as usize
+    }
+
+    fn from_number(number: Option<i64>, given: &dyn fmt::Display) -> Result<Self, String> {
+        let number = number.and_then(|number| u32::try_from(number).ok()).filter(|number| *number > 0);
+        number.map(Self).ok_or_else(|| format!("`{given}` is not a whole number of at least 1"))
+    }
+}
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::from_number(text.parse().ok(), &text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = i64::deserialize(deserializer)?;
+        Self::from_number(Some(number), &number).map_err(de::Error::custom)
+    }
+}
+
 /// A number of bytes, written as `512KiB`, `64MiB` or `200MB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(u64);

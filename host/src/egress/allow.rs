@@ -86,7 +86,7 @@ impl AllowList {
             .iter()
             .filter(|entry| entry.port.unwrap_or(443) == port)
             .filter(|entry| entry.scheme.as_ref().is_none_or(|scheme| scheme == url.scheme()))
-            .filter_map(|entry| entry.pattern.limit(&host))
+            .filter_map(|entry| entry.pattern.limit(&host).map(|limit| limit.min(entry.nearest())))
             .max();
         match limit {
             Some(limit) => Ok(Target { host, port, limit, file: self.file.clone() }),
@@ -99,6 +99,19 @@ impl AllowList {
                 self.file
             ))),
         }
+    }
+
+    /// Why one of these URLs could never be followed, as the address in it is one that has to be allowed by itself.
+    pub fn check_addresses(&self, urls: &[Url]) -> Result<(), String> {
+        urls.iter().try_for_each(|url| {
+            let address = match url.host() {
+                Some(Host::Ipv4(address)) => IpAddr::from(address),
+                Some(Host::Ipv6(address)) => IpAddr::from(address),
+                _ => return Ok(()),
+            };
+            let target = self.check(url).map_err(|error| error.detail().to_owned())?;
+            target.check_address(address).map_err(|error| error.detail().to_owned())
+        })
     }
 
     /// Whether this URL leads to one of the hosts.
@@ -114,6 +127,19 @@ pub fn is_loopback(url: &Url) -> bool {
         Some(Host::Ipv6(address)) => address.is_loopback(),
         Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
         None => false,
+    }
+}
+
+impl Entry {
+    /// How near this entry lets an address be: a URL of the settings is often copied, so what leads to a cloud's credentials has to be in
+    /// `allow`, too.
+    fn nearest(&self) -> Reach {
+        let is_any = match &self.pattern {
+            Pattern::Host(Host::Ipv4(address)) => address.is_unspecified(),
+            Pattern::Host(Host::Ipv6(address)) => address.is_unspecified(),
+            _ => false,
+        };
+        if self.scheme.is_some() && !is_any { Reach::Private } else { Reach::Restricted }
     }
 }
 

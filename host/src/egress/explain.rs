@@ -69,6 +69,9 @@ fn tls_trouble(error: &rustls::Error) -> &'static str {
             "its certificate is for another name"
         }
         rustls::Error::InvalidCertificate(_) => "its certificate is not valid",
+        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
+            "it does not speak TLS; if it is a server of plain HTTP, its URL begins with http://"
+        }
         rustls::Error::InvalidMessage(_) => "it does not speak TLS",
         _ => "the TLS handshake failed",
     }

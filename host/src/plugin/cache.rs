@@ -1,18 +1,18 @@
 //! Compiled components, kept in a folder of the host's own.
 //!
 //! Loading compiled code is running it, so nothing here is ever read from the plugin directory, and the folder must belong to
-//! the host alone. A name holds the component's digest and the engine's fingerprint: another wasmtime, processor or setting compiles anew.
+//! the host alone. Where it cannot be made so, compiled code is kept for this process only: in a folder of its own, or in memory. A name holds the component's digest and the engine's fingerprint: another wasmtime, processor or setting compiles anew.
 
+use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{Read, Seek};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 use wasmtime::Engine;
 use wasmtime::component::Component;
-
-use super::error::LoadError;
 
 /// What the folder holds at the most, in bytes, besides what was used within the last hour: what was used longest ago goes first.
 const MOST: u64 = 2 << 30;
@@ -21,45 +21,56 @@ const UNFINISHED: &str = ".compiling-";
 const IN_USE: Duration = Duration::from_secs(3600);
 
 pub struct Cache {
-    folder: PathBuf,
+    /// None if there is no folder that could be written to.
+    folder: Option<PathBuf>,
+    /// The folder, if it is for this process alone.
+    _own: Option<TempDir>,
+}
+
+/// A file to compile into, which nobody else can write to.
+pub enum Output {
+    Beside(NamedTempFile),
+    InMemory(File),
+}
+
+impl Output {
+    /// Another handle of it, for the process that compiles.
+    pub fn writer(&self) -> std::io::Result<File> {
+        match self {
+            Self::Beside(file) => file.reopen(),
+            Self::InMemory(file) => file.try_clone(),
+        }
+    }
 }
 
 impl Cache {
-    /// Opens the folder, or makes it; refuses one that others may write to.
-    pub fn open(folder: &Path) -> Result<Self, LoadError> {
-        let failed = |message: String| LoadError::Cache { path: folder.to_owned(), message };
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(|error| failed(format!("cannot be made: {error}; name another folder with --cache")))?;
-        let found = std::fs::metadata(folder).map_err(|error| failed(format!("cannot be read: {error}")))?;
-        if found.permissions().mode() & 0o022 != 0 {
-            return Err(failed(format!(
-                "others may write to it (mode {:03o}), and what is in it is run; empty it, and make it yours alone with `chmod 700`",
-                found.permissions().mode() & 0o777
-            )));
+    /// Opens the folder, or makes it. Where it cannot be this user's alone, what is compiled is kept for this process only.
+    pub fn open(folder: &Path) -> Self {
+        match private_folder(folder) {
+            Ok(folder) => {
+                let cache = Self { folder: Some(folder), _own: None };
+                cache.tidy(MOST);
+                cache
+            }
+            Err(why) => {
+                let own = tempfile::Builder::new().prefix("batchwright-cache-").tempdir().ok();
+                let kept = if own.is_some() { "in a folder for temporary files" } else { "in memory" };
+                tracing::warn!(
+                    "the compile cache {} {why}; plugins are compiled again at each start, and kept {kept} until then. Name a folder of this user's with --cache",
+                    folder.display()
+                );
+                let folder = own.as_ref().and_then(|own| std::fs::canonicalize(own.path()).ok());
+                Self { folder, _own: own }
+            }
         }
-        // SAFETY rests on this: a folder of somebody else's may hold code of theirs.
-        let own = rustix::process::geteuid().as_raw();
-        if found.uid() != own && found.uid() != 0 {
-            return Err(failed(format!(
-                "belongs to user {}, not to {own}; name another folder with --cache",
-                found.uid()
-            )));
-        }
-        // Names of temporary files are whole, and so must this be to compare with them.
-        let folder = std::fs::canonicalize(folder).map_err(|error| failed(format!("cannot be found: {error}")))?;
-        let cache = Self { folder };
-        cache.tidy(MOST);
-        Ok(cache)
     }
 
     /// Where the compiled form of a component lies for this engine.
     pub fn path(&self, engine: &Engine, sha256: &str) -> PathBuf {
         let mut fingerprint = DefaultHasher::new();
         engine.precompile_compatibility_hash().hash(&mut fingerprint);
-        self.folder.join(format!("{sha256}-{:016x}.cwasm", fingerprint.finish()))
+        let name = format!("{sha256}-{:016x}.cwasm", fingerprint.finish());
+        self.folder.as_ref().map_or_else(|| PathBuf::from(&name), |folder| folder.join(&name))
     }
 
     /// What was kept there, if it is there and whole.
@@ -85,31 +96,39 @@ impl Cache {
         }
     }
 
-    /// A file to compile into, which nobody else can write to.
-    pub fn output(&self) -> std::io::Result<NamedTempFile> {
-        let mut file = tempfile::Builder::new();
-        file.prefix(UNFINISHED);
-        file.tempfile_in(&self.folder).or_else(|error| {
-            tracing::warn!("the compile cache {} keeps nothing: {error}", self.folder.display());
-            file.tempfile()
-        })
+    /// A file to compile into.
+    pub fn output(&self) -> std::io::Result<Output> {
+        let beside = self.folder.as_ref().map(|folder| tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder));
+        match beside {
+            Some(Ok(file)) => Ok(Output::Beside(file)),
+            Some(Err(error)) => {
+                let folder = self.folder.as_deref().unwrap_or(Path::new("")).display();
+                tracing::warn!("the compile cache {folder} keeps nothing: {error}");
+                in_memory()
+            }
+            None => in_memory(),
+        }
     }
 
     /// Takes over what was compiled, and loads it.
-    pub fn keep(&self, engine: &Engine, output: NamedTempFile, path: &Path) -> wasmtime::Result<Component> {
-        output.as_file().sync_all()?;
-        if output.path().parent() != Some(&self.folder) {
-            return load(engine, output.path());
+    pub fn keep(&self, engine: &Engine, output: Output, path: &Path) -> wasmtime::Result<Component> {
+        match output {
+            Output::InMemory(file) => load_copy(engine, file),
+            Output::Beside(file) => {
+                let loaded = load(engine, file.path())?;
+                let kept = file.as_file().sync_all().and_then(|()| file.persist(path).map_err(|error| error.error));
+                if let Err(error) = kept {
+                    tracing::warn!("{} is not kept: {error}", path.display());
+                }
+                self.tidy(MOST);
+                Ok(loaded)
+            }
         }
-        output.persist(path)?;
-        let loaded = load(engine, path);
-        self.tidy(MOST);
-        loaded
     }
 
     /// Removes what was not used for long, beyond so many bytes, and what a former process left unfinished.
     fn tidy(&self, most: u64) {
-        let Ok(found) = std::fs::read_dir(&self.folder) else { return };
+        let Some(Ok(found)) = self.folder.as_ref().map(std::fs::read_dir) else { return };
         let mut files: Vec<(SystemTime, u64, PathBuf)> = found
             .flatten()
             .filter_map(|entry| {
@@ -148,11 +167,76 @@ fn is_ours(path: &Path) -> bool {
     })
 }
 
-#[expect(unsafe_code, reason = "the one place that loads compiled code")]
+/// The folder, which is this user's alone from then on; or why it cannot be.
+fn private_folder(folder: &Path) -> Result<PathBuf, String> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|error| format!("cannot be made: {error}"))?;
+    let found = std::fs::metadata(folder).map_err(|error| format!("cannot be read: {error}"))?;
+    // SAFETY of `load` rests on this: a folder of somebody else's may hold code of theirs.
+    let own = rustix::process::geteuid().as_raw();
+    if found.uid() != own && found.uid() != 0 {
+        return Err(format!("belongs to user {}, not to {own}", found.uid()));
+    }
+    // Names of temporary files are whole, and so must this be to compare with them.
+    let folder = std::fs::canonicalize(folder).map_err(|error| format!("cannot be found: {error}"))?;
+    let mode = found.permissions().mode() & 0o7777;
+    if mode & 0o022 == 0 {
+        // Asked for by writing, as a mount may be read-only.
+        return tempfile::tempfile_in(&folder)
+            .map(|_| folder)
+            .map_err(|error| format!("cannot be written to: {error}"));
+    }
+    // Kubernetes opens volumes to a group (fsGroup). What others could have put there meanwhile goes.
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700))
+        .map_err(|error| format!("is open to others (mode {mode:03o}), which cannot be changed: {error}"))?;
+    for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(|name| is_compiled(name) || name.starts_with(UNFINISHED)) {
+            std::fs::remove_file(entry.path()).map_err(|error| format!("cannot be emptied: {error}"))?;
+        }
+    }
+    tracing::info!(
+        "the compile cache {} was open to others; it is emptied, and this user's alone now",
+        folder.display()
+    );
+    Ok(folder)
+}
+
+/// A file without a name, of this process alone.
+fn in_memory() -> std::io::Result<Output> {
+    #[cfg(target_os = "linux")]
+    {
+        let file = rustix::fs::memfd_create("compiled", rustix::fs::MemfdFlags::CLOEXEC)?;
+        Ok(Output::InMemory(file.into()))
+    }
+    #[cfg(not(target_os = "linux"))]
+    tempfile::tempfile().map(Output::InMemory)
+}
+
+/// Loads a file by mapping it, or by copying it where its file system forbids code (`noexec`).
 fn load(engine: &Engine, path: &Path) -> wasmtime::Result<Component> {
-    // SAFETY: the file holds what our own compiling process wrote into a file that `output` made, in a folder that `open` found to be
-    // writable by this user alone, or under a name that nobody else may write to; wasmtime checks that this engine can run it.
+    load_mapped(engine, path).or_else(|error| {
+        let file = File::open(path)?;
+        load_copy(engine, file).map_err(|_| error)
+    })
+}
+
+#[expect(unsafe_code, reason = "one of two places that load compiled code")]
+fn load_mapped(engine: &Engine, path: &Path) -> wasmtime::Result<Component> {
+    // SAFETY: the file holds what our own compiling process wrote into a file that `output` made, in a folder that `private_folder` found
+    // to be writable by this user alone, or under a name that nobody else may write to; wasmtime checks that this engine can run it.
     unsafe { Component::deserialize_file(engine, path) }
+}
+
+#[expect(unsafe_code, reason = "one of two places that load compiled code")]
+fn load_copy(engine: &Engine, mut file: File) -> wasmtime::Result<Component> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    // SAFETY: as above; or the file has no name, and only our own compiling process had a handle of it.
+    unsafe { Component::deserialize(engine, &bytes) }
 }
 
 #[cfg(test)]
@@ -166,7 +250,7 @@ mod tests {
 
     fn open() -> (tempfile::TempDir, Cache) {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::open(&folder.path().join("cache")).unwrap();
+        let cache = Cache::open(&folder.path().join("cache"));
         (folder, cache)
     }
 
@@ -177,8 +261,12 @@ mod tests {
             let engine = start(flavour).unwrap();
             let path = cache.path(&engine, &"0".repeat(64));
             assert!(cache.load(&engine, &path).is_none());
-            let mut output = cache.output().unwrap();
-            output.write_all(&compiler(flavour).unwrap().precompile_component(EMPTY).unwrap()).unwrap();
+            let output = cache.output().unwrap();
+            output
+                .writer()
+                .unwrap()
+                .write_all(&compiler(flavour).unwrap().precompile_component(EMPTY).unwrap())
+                .unwrap();
             cache.keep(&engine, output, &path).unwrap();
             assert!(cache.load(&engine, &path).is_some());
             let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
@@ -205,23 +293,50 @@ mod tests {
             ("other.cwasm".into(), 1000),
         ];
         for (name, hours) in ages {
-            let path = cache.folder.join(name);
+            let path = cache.folder.as_ref().unwrap().join(name);
             std::fs::write(&path, [0; 100]).unwrap();
             let used = SystemTime::now() - Duration::from_secs(hours * 3600 + 60);
             std::fs::File::open(&path).unwrap().set_modified(used).unwrap();
         }
         cache.tidy(300);
-        let left: std::collections::BTreeSet<_> =
-            std::fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: std::collections::BTreeSet<_> = std::fs::read_dir(cache.folder.as_ref().unwrap())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         let left: Vec<_> = left.iter().map(|name| name.to_str().unwrap()).collect();
         assert_eq!(left, [&format!("{UNFINISHED}begun"), &name("a"), &name("b"), "other.cwasm", "thesis.docx"]);
     }
 
     #[test]
-    fn a_folder_that_others_may_write_to_is_refused() {
+    fn a_folder_that_was_open_to_others_is_emptied_and_closed() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Cache::open(folder.path()).err().unwrap().to_string();
-        assert!(error.contains("777") && error.contains("chmod 700"), "{error}");
+        let planted = folder.path().join(format!("{}-{}.cwasm", "a".repeat(64), "b".repeat(16)));
+        std::fs::write(&planted, "planted").unwrap();
+        std::fs::write(folder.path().join("thesis.docx"), "x").unwrap();
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o2775)).unwrap();
+        let cache = Cache::open(folder.path());
+        assert_eq!(cache.folder.as_deref(), Some(&*std::fs::canonicalize(folder.path()).unwrap()));
+        assert!(!planted.exists() && folder.path().join("thesis.docx").exists());
+        assert_eq!(std::fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn without_a_folder_code_is_kept_for_this_process() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "x").unwrap();
+        let mut cache = Cache::open(&folder.path().join("file/cache"));
+        let engine = start(Flavour::Plain).unwrap();
+        for in_memory in [false, true] {
+            if in_memory {
+                cache = Cache { folder: None, _own: None };
+            }
+            let path = cache.path(&engine, &"0".repeat(64));
+            let output = cache.output().unwrap();
+            assert_eq!(matches!(output, Output::InMemory(_)), in_memory);
+            let compiled = compiler(Flavour::Plain).unwrap().precompile_component(EMPTY).unwrap();
+            output.writer().unwrap().write_all(&compiled).unwrap();
+            cache.keep(&engine, output, &path).unwrap();
+            assert_eq!(cache.load(&engine, &path).is_some(), !in_memory);
+        }
     }
 }

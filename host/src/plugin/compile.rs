@@ -1,19 +1,20 @@
 //! Compiles components in a process of its own, which is held to time and memory and ended when it goes past them.
 //!
 //! A component from a stranger can make a compiler work for hours or ask for all the memory there is; here it costs the host nothing but
-//! its own loading. The process runs at a low priority, so that batches do not feel it.
+//! its own loading. The process runs at a low priority, so that batches do not feel it, and in a sandbox ([`super::sandbox`]).
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
+use rustix::process::nice;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::Semaphore;
@@ -30,6 +31,9 @@ pub const COMMAND: &str = "compile-component";
 
 /// What of the compiler's complaint is shown, in bytes.
 const LONGEST_COMPLAINT: u64 = 4000;
+
+/// How a line begins that names a layer of the sandbox which this system does not have.
+const MISSING: &str = "missing layer: ";
 
 /// How long a component that could not be compiled is not tried again, and how many of them are remembered.
 const REST: Duration = Duration::from_secs(300);
@@ -51,6 +55,7 @@ struct Inner {
     program: PathBuf,
     timeout: Span,
     memory: Size,
+    told_missing: Once,
 }
 
 type Running = Shared<BoxFuture<'static, Result<Component, String>>>;
@@ -73,6 +78,7 @@ impl Compiler {
             program: program.unwrap_or_else(this_program),
             timeout,
             memory,
+            told_missing: Once::new(),
         }))
     }
 
@@ -165,7 +171,7 @@ impl Inner {
         let nowhere =
             |error: std::io::Error| Failure::Passing(format!("there is no room for its compiled form: {error}"));
         let output = self.cache.output().map_err(nowhere)?;
-        self.run(flavour, bytes, output.reopen().map_err(nowhere)?).await?;
+        self.run(flavour, bytes, output.writer().map_err(nowhere)?).await?;
         let (inner, engine, path) = (self.clone(), engine.clone(), path.to_owned());
         let kept = tokio::task::spawn_blocking(move || inner.cache.keep(&engine, output, &path)).await;
         kept.map_err(|error| Failure::Passing(error.to_string()))?.map_err(|error| {
@@ -173,7 +179,7 @@ impl Inner {
             if error.contains("pooling allocator") {
                 Failure::Component(format!("asks for more than a plugin may have: {error}"))
             } else {
-                Failure::Passing(format!("its compiled form does not load: {error}"))
+                Failure::Passing(format!("its compiled form does not load: {error}{}", hint(&error)))
             }
         })
     }
@@ -206,7 +212,9 @@ impl Inner {
         }
         command.stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);
         // It compiles and does nothing else: nothing of the operator's belongs in there.
-        command.env_clear();
+        command.env_clear().env("RAYON_NUM_THREADS", threads.to_string());
+        // An interrupt at the terminal is for the server to act on.
+        command.process_group(0);
         let mut child = command.spawn().map_err(failed)?;
         let (mut input, complaint) = (child.stdin.take(), child.stderr.take());
         let work = async {
@@ -229,16 +237,22 @@ impl Inner {
                 self.timeout
             )));
         };
+        let said = self.without_missing_layers(&String::from_utf8_lossy(&said));
         match status.map_err(failed)? {
             status if status.success() => Ok(()),
             // 1 is the compiler's own word; anything else is its sudden end.
             status if status.code() == Some(1) => Err(Failure::Component(format!(
                 "is no component that can be compiled: {}; it may be damaged, cut short, or built with features that this version does not know",
-                String::from_utf8_lossy(&said).trim_end()
+                said
             ))),
             status if status.code() == Some(i32::from(UNWRITTEN)) => {
-                let said = String::from_utf8_lossy(&said);
-                Err(Failure::Passing(format!("its compiled form cannot be kept: {}", said.trim_end())))
+                Err(Failure::Passing(format!("its compiled form cannot be kept: {said}")))
+            }
+            status if status.signal() == Some(libc::SIGSYS) => Err(Failure::Component(
+                "made the compiler try what compiling never needs, and it was ended; do not load this component".into(),
+            )),
+            status if status.signal() == Some(libc::SIGXFSZ) => {
+                Err(Failure::Component("has a compiled form larger than 1 GiB; make the component smaller".into()))
             }
             status => {
                 let how = if status.code() == Some(i32::from(NO_MEMORY)) {
@@ -252,6 +266,31 @@ impl Inner {
                 )))
             }
         }
+    }
+}
+
+impl Inner {
+    /// What the compiler says of the component. What it says of its sandbox is logged once.
+    fn without_missing_layers(&self, said: &str) -> String {
+        let missing: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(MISSING)).collect();
+        if !missing.is_empty() {
+            self.told_missing.call_once(|| {
+                for layer in &missing {
+                    tracing::warn!(layer, "the process that compiles plugins runs without a layer of its sandbox");
+                }
+            });
+        }
+        said.lines().filter(|line| !line.starts_with(MISSING)).collect::<Vec<_>>().join("\n").trim_end().to_owned()
+    }
+}
+
+/// What to do about a system that does not let compiled code be run.
+fn hint(error: &str) -> &'static str {
+    let is_refused = ["Operation not permitted", "Permission denied", "os error 1)", "os error 13)"];
+    if is_refused.iter().any(|words| error.contains(words)) {
+        "; the system forbids this process to run code that it has compiled: set MemoryDenyWriteExecute=no in the unit of systemd, or allow execmem in SELinux"
+    } else {
+        ""
     }
 }
 
@@ -319,13 +358,16 @@ impl Process {
                 return Err(std::io::Error::other("whoever started it is gone"));
             }
         }
-        for (resource, most) in [(Resource::Data, self.memory), (Resource::Cpu, self.seconds), (Resource::Core, 0)] {
-            let mut limit: Rlimit = getrlimit(resource);
-            limit.current = Some(limit.maximum.unwrap_or(u64::MAX).min(most));
-            setrlimit(resource, limit)?;
-        }
         // Not a condition: a system may forbid it.
         nice(10).ok();
+        #[cfg(target_os = "linux")]
+        {
+            use super::sandbox;
+            sandbox::limit(self.memory, self.seconds)?;
+            for layer in sandbox::enter() {
+                eprintln!("{MISSING}{layer}");
+            }
+        }
         Ok(())
     }
 }

@@ -15,6 +15,7 @@ pub fn secrets(
     description: &Description,
     file: &Path,
     urls: &[Url],
+    stand_in: Option<&str>,
     key: &impl Fn(&str, String) -> LoadError,
 ) -> Result<Secrets, LoadError> {
     let mut credentials = Vec::new();
@@ -30,8 +31,15 @@ pub fn secrets(
             return Err(key(&at, message));
         };
         let Some(source) = Source::parse(&given.from) else { continue };
-        let secret = source.read().map_err(|message| key(&at, message))?;
-        if !is_distinct(&secret) {
+        let secret = match (source.read(), stand_in) {
+            (Ok(secret), _) => secret,
+            (Err(_), Some(stand_in)) => stand_in.to_owned(),
+            (Err(message), None) => return Err(key(&at, message)),
+        };
+        if let Some(mode) = source.open_mode() {
+            tracing::warn!(file = %file.display(), credential = name, mode = format_args!("{mode:03o}"), "every user of this machine may read the file of the secret");
+        }
+        if stand_in.is_none() && !is_distinct(&secret) {
             tracing::warn!(
                 file = %file.display(),
                 credential = name,

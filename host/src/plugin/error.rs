@@ -19,8 +19,6 @@ pub enum LoadError {
     Component { component: PathBuf, message: String },
     #[error("{}: is turned off by `enabled = false`", file.display())]
     Disabled { file: PathBuf },
-    #[error("the compile cache {}: {message}", path.display())]
-    Cache { path: PathBuf, message: String },
 }
 
 /// Why a call of a plugin brought nothing. Harmless to everything but the request, or the batch's validation, it was made for.
@@ -47,7 +45,13 @@ pub enum CallError {
     #[error("Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer.")]
     Answer { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
-    Trap { plugin: String, function: &'static str, message: String },
+    Trap {
+        plugin: String,
+        function: &'static str,
+        message: String,
+        /// What the guest wrote last: the operator's.
+        said: String,
+    },
     /// What it says may hold its settings, which are the operator's.
     #[error("Plugin `{plugin}` refused its settings; the server's log says more.")]
     Configure { plugin: String, message: String },
@@ -59,6 +63,9 @@ impl CallError {
     /// The operator's text.
     pub fn detail(&self) -> String {
         match self {
+            Self::Trap { plugin, function, message, said } if !said.is_empty() => {
+                format!("Plugin `{plugin}` failed in `{function}`: {message}; it wrote: {said}")
+            }
             Self::Configure { plugin, message } => format!("Plugin `{plugin}` refused its settings: {message}"),
             error => error.to_string(),
         }

@@ -70,6 +70,15 @@ impl Files {
         Ok(Self { file: file.to_owned(), text, manifest, component, signature })
     }
 
+    /// The files that are not the TOML file itself, secrets included.
+    pub fn named(&self) -> Vec<PathBuf> {
+        let secrets = self.manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
+            Some(Source::File(path)) => Some(path.to_owned()),
+            _ => None,
+        });
+        secrets.chain([self.component.path.clone(), signature_file(&self.file)]).collect()
+    }
+
     /// Changes when any of them does, or a secret.
     pub fn fingerprint(&self) -> String {
         let mut digest = Sha256::new();

@@ -12,7 +12,7 @@ use wasmtime_wasi::{WasiCtxView, WasiView};
 use super::bindings::v0_1::{self, Exports, logging};
 use super::engine::{Flavour, TICK};
 use super::instances::{Instances, OVERHEAD};
-use super::log::PluginLog;
+use super::log::{PluginLog, Said};
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
 use crate::memory::{Holder, Share};
@@ -29,6 +29,12 @@ pub struct Asleep;
 
 /// What a call may wait beyond its CPU time. Guests do no I/O and have nothing to wait for, but a language's runtime has clocks.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most of its limit of memory that an instance holds and is still kept, as a share in percent: the next call needs room, too.
+const MAX_KEPT_PERCENT: usize = 75;
+
+/// Memory that a call may need for each byte that it is given: a parsed value and its copies.
+const NEEDED_PER_BYTE: usize = 6;
 
 /// What the linear memory of an instance may grow by and the instance is still kept, in bytes.
 const KEPT_GROWTH: usize = 8 << 20;
@@ -96,6 +102,8 @@ pub struct State {
     ticks_left: u32,
     world: Option<Box<EmptyWorld>>,
     log: Arc<PluginLog>,
+    /// What the guest wrote last.
+    said: Said,
 }
 
 /// Linear memory over all memories of a store: `wasmtime::StoreLimits` counts each alone.
@@ -156,7 +164,7 @@ impl ResourceLimiterAsync for MemoryLimit {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
-        let world = self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log)));
+        let world = self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log, &self.said)));
         WasiCtxView { ctx: &mut world.ctx, table: &mut world.table }
     }
 }
@@ -169,6 +177,7 @@ impl logging::Host for State {
             logging::Level::Info => tracing::Level::INFO,
             logging::Level::Debug => tracing::Level::DEBUG,
         };
+        self.said.add(&message);
         self.log.write(level, &message);
     }
 }
@@ -201,6 +210,8 @@ pub struct Instance {
     pub waited: Arc<Waited>,
     /// Linear memory it had when it was configured, in bytes.
     pub at_first: usize,
+    /// What the guest wrote last.
+    pub said: Said,
 }
 
 impl Instance {
@@ -211,7 +222,7 @@ impl Instance {
         limits: &Limits,
         log: &Arc<PluginLog>,
         place: (&Arc<Instances>, &Holder),
-    ) -> (wasmtime::Result<Self>, Option<Refused>) {
+    ) -> (wasmtime::Result<Self>, (Option<Refused>, Said)) {
         let begun = Instant::now();
         loop {
             let (made, refused) = Self::make(template, engine, limits, log, place).await;
@@ -229,7 +240,7 @@ impl Instance {
         limits: &Limits,
         log: &Arc<PluginLog>,
         (instances, holder): (&Arc<Instances>, &Holder),
-    ) -> (wasmtime::Result<Self>, Option<Refused>) {
+    ) -> (wasmtime::Result<Self>, (Option<Refused>, Said)) {
         let table_elements = limits.table_elements.get() as usize;
         let waited = Arc::new(Waited::default());
         let memory = MemoryLimit {
@@ -241,7 +252,8 @@ impl Instance {
             table_elements,
             refused: None,
         };
-        let state = State { memory, ticks_left: 0, world: None, log: log.clone() };
+        let said = Said::default();
+        let state = State { memory, ticks_left: 0, world: None, log: log.clone(), said: said.clone() };
         let mut store = Store::new(engine, state);
         store.limiter_async(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.answer.in_memory());
@@ -261,7 +273,10 @@ impl Instance {
             }
         };
         let refused = store.data().memory.refused;
-        (exports.map(|exports| Self { store, exports, calls: 0, waited, at_first: 0 }), refused)
+        (
+            exports.map(|exports| Self { store, exports, calls: 0, waited, at_first: 0, said: said.clone() }),
+            (refused, said),
+        )
     }
 
     /// Grants the next call its CPU time, `units` times that of one call.
@@ -272,7 +287,19 @@ impl Instance {
 
     /// Whether one large call has made it hold much more than it needs for others: linear memory never shrinks.
     pub fn is_bloated(&self) -> bool {
+        let has_grown = self.memory() > self.at_first;
         self.memory() > self.at_first.saturating_add(KEPT_GROWTH)
+            || has_grown && self.memory() > self.limit() / 100 * MAX_KEPT_PERCENT
+    }
+
+    /// Whether a call with so many bytes may run out of memory here though it would not on a new instance.
+    pub fn is_too_full_for(&self, bytes: usize) -> bool {
+        let left = self.limit().saturating_sub(self.memory());
+        self.memory() > self.at_first && bytes.saturating_mul(NEEDED_PER_BYTE) > left
+    }
+
+    fn limit(&self) -> usize {
+        self.store.data().memory.limit
     }
 
     /// Linear memory it holds, in bytes.

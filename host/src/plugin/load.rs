@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use arc_swap::ArcSwap;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
@@ -24,6 +25,7 @@ use super::log::PluginLog;
 use super::manifest::{Limits, Manifest};
 use super::plugin::{Plugin, explain};
 use super::schema;
+use super::serials::Serials;
 use super::signature::{TrustedKeys, statement};
 use super::types::{Description, Kind};
 use crate::clock::Clock;
@@ -46,6 +48,8 @@ pub struct Loading {
     pub compile_memory: Size,
     /// Whose signatures are asked for; none if unsigned plugins are loaded too.
     pub trusted_keys: Option<TrustedKeys>,
+    /// The folder in which serials of signed plugins and the order of plugins are kept, if they are.
+    pub data: Option<PathBuf>,
     /// The program that compiles, if it is not this one.
     pub compiler: Option<PathBuf>,
     /// What instances and exchanges take memory from.
@@ -58,7 +62,9 @@ pub struct Loader {
     /// Started when the first component asks for it.
     concurrent: OnceLock<World>,
     compiler: Compiler,
-    trusted_keys: Option<TrustedKeys>,
+    trusted_keys: Option<ArcSwap<TrustedKeys>>,
+    serials: Serials,
+    pub(super) order_file: Option<PathBuf>,
     /// To load a plugin: each holds its component in memory.
     turns: Semaphore,
     instances: Arc<Instances>,
@@ -98,14 +104,16 @@ impl World {
 impl Loader {
     pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
-        let Loading { cache, compile_timeout, compile_memory, trusted_keys, compiler, memory } = loading;
-        let compiler = Compiler::new(Cache::open(&cache)?, compiler, compile_timeout, compile_memory);
+        let Loading { cache, compile_timeout, compile_memory, trusted_keys, data, compiler, memory } = loading;
+        let compiler = Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
         let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
         Ok(Self {
             plain: World::start(Flavour::Plain).map_err(failed)?,
             concurrent,
             compiler,
-            trusted_keys,
+            trusted_keys: trusted_keys.map(ArcSwap::from_pointee),
+            serials: Serials::open(data.as_ref().map(|data| data.join("serials"))).map_err(failed)?,
+            order_file: data.map(|data| data.join("plugin-order")),
             turns,
             instances: Instances::start(memory.instances),
             shared: Shared { exchanges: memory.exchanges, resolver: Resolver::default() },
@@ -124,6 +132,11 @@ impl Loader {
         self.load_files(read_off_thread(file, Files::read).await?).await
     }
 
+    /// The same where nothing is sent: a secret that is not here is replaced by one that opens nothing.
+    pub async fn load_to_test(&self, file: &Path) -> Result<Plugin, LoadError> {
+        self.load_with(read_off_thread(file, Files::read).await?, Some("not-a-secret")).await
+    }
+
     /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
     pub async fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
         if self.trusted_keys.is_none() {
@@ -136,15 +149,45 @@ impl Loader {
     /// Who signed these files; nobody where signatures are not asked for.
     fn signer(&self, name: &str, files: &Files) -> Result<Option<String>, LoadError> {
         let Some(keys) = &self.trusted_keys else { return Ok(None) };
-        let signer = keys.verify(&statement(name, &files.text, &files.component.sha256), files.signature.as_deref());
+        let statement = statement(name, &files.text, &files.component.sha256);
+        let signer = keys.load().verify(name, &statement, files.signature.as_deref());
+        let signer = signer.and_then(|signer| self.serials.check(name, files.manifest.serial).map(|()| signer));
         signer.map(Some).map_err(|message| LoadError::Signature { file: files.file.clone(), message })
+    }
+
+    /// Reads the trusted keys again; keys that cannot be read leave those of before.
+    pub fn read_trusted_keys(&self) {
+        let Some(keys) = &self.trusted_keys else { return };
+        let current = keys.load_full();
+        match TrustedKeys::read(&current.file) {
+            Ok(read) if read.digest != current.digest => {
+                tracing::info!(file = %current.file.display(), "trusted keys changed");
+                keys.store(Arc::new(read));
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!("the trusted keys stay as they are: {error}"),
+        }
+    }
+
+    pub fn trusted_keys_file(&self) -> Option<PathBuf> {
+        self.trusted_keys.as_ref().map(|keys| keys.load().file.clone())
+    }
+
+    /// Changes with the trusted keys.
+    pub fn trusted_keys_digest(&self) -> String {
+        self.trusted_keys.as_ref().map(|keys| keys.load().digest.clone()).unwrap_or_default()
     }
 
     /// Loads the plugin that was read from these files.
     pub async fn load_files(&self, files: Files) -> Result<Plugin, LoadError> {
+        self.load_with(files, None).await
+    }
+
+    async fn load_with(&self, files: Files, stand_in: Option<&str>) -> Result<Plugin, LoadError> {
         let name = plugin_name(&files.file)?;
         let signed_by = self.signer(&name, &files)?;
         let Files { file, mut manifest, component, .. } = files;
+        let serial = manifest.serial;
         let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
         if let Some(pinned) = &manifest.sha256
             && !pinned.eq_ignore_ascii_case(&component.sha256)
@@ -165,9 +208,10 @@ impl Loader {
         let settings = Value::Object(std::mem::take(&mut manifest.settings));
         schema::check(&settings, &inspected.description.settings_schema)
             .map_err(|(place, message)| key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE)))?;
-        let secrets = secrets(&manifest, &inspected.description, &file, &urls, &key)?;
+        let secrets = secrets(&manifest, &inspected.description, &file, &urls, stand_in, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
+        allow.check_addresses(&urls).map_err(|error| key("settings", error))?;
         let gateway = Gateway::new(&name, allow, secrets, bounds(&manifest.limits), &self.shared);
         let plugin = Plugin {
             name,
@@ -197,6 +241,9 @@ impl Loader {
         // Proves that the settings are taken; the instance itself belongs to no tenant.
         let taken = plugin.instantiate(&plugin.holder(None)).await;
         taken.map_err(|error| key("settings", for_people(&error.detail(), LONGEST_MESSAGE)))?;
+        if plugin.signed_by.is_some() {
+            self.serials.raise(&plugin.name, serial);
+        }
         Ok(plugin)
     }
 
@@ -225,8 +272,10 @@ impl Loader {
         let log = Arc::new(PluginLog::new(name));
         let holder = format!("{name}/").into();
         let (made, refused) = Instance::new(&template, &engine, limits, &log, (&self.instances, &holder)).await;
-        let error =
-            |function, error: &wasmtime::Error, refused| explain(name, limits, function, error, refused).to_string();
+        let (refused, said) = refused;
+        let error = |function, error: &wasmtime::Error, refused| {
+            explain(name, limits, function, error, refused, &said).detail()
+        };
         let mut instance = made.map_err(|found| {
             let message = error("instantiate", &found, refused);
             // What fails without a trap of the guest's own does so because its types are not those of the contract.

@@ -1,9 +1,39 @@
 //! Lines of a plugin in the operator's log: cut when long, dropped and counted when many.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+
+/// The last lines that the guest of one instance wrote, for the report of its end: the message of a panic, mostly. They are the operator's, as
+/// they may hold what a tenant sent.
+#[derive(Clone, Default)]
+pub struct Said(Arc<Mutex<VecDeque<String>>>);
+
+impl Said {
+    const MAX_LINES: usize = 3;
+    const MAX_CHARS: usize = 300;
+
+    pub fn add(&self, line: &str) {
+        let line: String = line.trim().chars().take(Self::MAX_CHARS).collect();
+        if line.is_empty() {
+            return;
+        }
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() >= Self::MAX_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line);
+    }
+
+    /// All of it on one line.
+    pub fn in_words(&self) -> String {
+        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(String::as_str).collect::<Vec<_>>().join(" / ")
+    }
+}
 
 /// The log of one plugin.
 pub struct PluginLog {

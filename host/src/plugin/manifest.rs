@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use serde::de::value::MapAccessDeserializer;
@@ -25,6 +26,9 @@ pub struct Manifest {
     /// Adapters: whether nothing is sent for now. Batches wait.
     #[serde(default)]
     pub paused: bool,
+    /// Grows with each signature, so that an older signed file does not take this one's place.
+    #[serde(default)]
+    pub serial: u64,
     /// Its SHA-256 in hexadecimal, if the operator pins it.
     pub sha256: Option<String>,
     /// Adapters: the models it serves. A glob routes but is not listed.
@@ -179,7 +183,7 @@ pub const MOST_TABLE: usize = 100_000;
 impl Manifest {
     /// Reads the text of `file`, which is named in errors.
     pub fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
-        let manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
+        let mut manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
             file: file.to_owned(),
             // Without the line itself: it may hold a secret that somebody wrote there, and this is shown to clients.
             message: format!("{}{}", place(text, error.span()), error.message()),
@@ -204,6 +208,14 @@ impl Manifest {
                 "{cycle} is a cycle; an alias is what clients say for a name that the provider knows, so let each lead to one of those"
             );
             return Err(invalid("aliases", message));
+        }
+        for given in manifest.credentials.values_mut() {
+            if let Some(path) = given.from.strip_prefix("file:").filter(|path| !path.is_empty()) {
+                // Beside this file, if it does not say where.
+                let path = file.with_file_name("").join(path);
+                let path = std::path::absolute(&path).unwrap_or(path);
+                given.from = format!("file:{}", path.display());
+            }
         }
         for (name, given) in &manifest.credentials {
             // The value is not shown: it may be a secret that someone wrote here by mistake.
@@ -275,6 +287,13 @@ impl<'a> Source<'a> {
             ("file", path) if !path.is_empty() => Some(Self::File(Path::new(path))),
             _ => None,
         }
+    }
+
+    /// The mode of a file that everybody may read.
+    pub fn open_mode(&self) -> Option<u32> {
+        let Self::File(path) = self else { return None };
+        let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
+        (mode & 0o004 != 0).then_some(mode)
     }
 
     /// The secret, without the line end that editors leave in a file. Errors say where it was looked for.

@@ -17,14 +17,19 @@ mod instances;
 mod load;
 mod log;
 mod manifest;
+mod order;
 #[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
 mod plugin;
 mod read;
 mod registry;
+#[cfg(target_os = "linux")]
+mod sandbox;
 mod schema;
+mod serials;
 pub mod signature;
 pub mod types;
 mod wasi;
+pub mod watch;
 
 pub use answer::for_people;
 pub use error::{CallError, LoadError};

@@ -13,7 +13,7 @@ use super::engine::STACK;
 use super::error::CallError;
 use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
 use super::instances::{Instances, Kept};
-use super::log::PluginLog;
+use super::log::{PluginLog, Said};
 use super::manifest::{Isolation, Limits};
 use super::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation,
@@ -94,7 +94,7 @@ impl Plugin {
         let numbers: std::collections::HashSet<u64> = lines.iter().map(|line| line.number).collect();
         let pool = self.pool(tenant);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
-        let mut lease = self.lease(&pool, units).await?;
+        let mut lease = self.lease(&pool, units, bytes).await?;
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
         let called = in_time(&self.limits, units, &waited, call).await;
@@ -123,7 +123,7 @@ impl Plugin {
     /// The first step of a request.
     pub async fn begin(&self, tenant: &str, request: Request) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
-        let mut lease = self.lease(&pool, 1).await?;
+        let mut lease = self.lease(&pool, 1, request.body.len()).await?;
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.begin(&mut lease.instance.store, request);
         let called = in_time(&self.limits, 1, &waited, call).await;
@@ -133,8 +133,12 @@ impl Plugin {
 
     /// The next step. The outcome is as it was when this returns, so that the call can be made again; after an error it may be gone.
     pub async fn resume(&self, tenant: &str, state: &[u8], outcome: &mut Outcome) -> Result<Step, CallError> {
+        let bytes = match &outcome {
+            Outcome::Response(response) => response.body.len(),
+            Outcome::Error(_) | Outcome::Elapsed => 0,
+        };
         let pool = self.pool(tenant);
-        let mut lease = self.lease(&pool, 1).await?;
+        let mut lease = self.lease(&pool, 1, bytes.saturating_add(state.len())).await?;
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
         let called = in_time(&self.limits, 1, &waited, call).await;
@@ -152,7 +156,7 @@ impl Plugin {
     pub async fn classify(&self, tenant: &str, response: &HttpResponse) -> Result<Classification, CallError> {
         let beginning = response.body.get(..response.body.len().min(BEGINNING)).unwrap_or_default().to_vec();
         let pool = self.pool(tenant);
-        let mut lease = self.lease(&pool, 1).await?;
+        let mut lease = self.lease(&pool, 1, beginning.len()).await?;
         let waited = lease.instance.waited.clone();
         let store = &mut lease.instance.store;
         let call = lease.instance.exports.classify(store, response.status, response.headers.clone(), beginning);
@@ -176,8 +180,8 @@ impl Plugin {
             instance.allow(&self.limits, 1);
             let waited = instance.waited.clone();
             let called = in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
-            let (found, schema) =
-                called.map_err(|error| self.explain("describe", &error, instance.refused()).to_string())?;
+            let (found, schema) = called
+                .map_err(|error| self.explain("describe", &error, instance.refused(), &instance.said).detail())?;
             let known = &self.description;
             let same_schema =
                 serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref() == Some(&known.settings_schema);
@@ -244,9 +248,11 @@ impl Plugin {
         pool
     }
 
-    async fn lease<'a>(&self, pool: &'a Pool, units: u32) -> Result<Lease<'a>, CallError> {
+    /// An instance for a call that is given so many bytes.
+    async fn lease<'a>(&self, pool: &'a Pool, units: u32, bytes: usize) -> Result<Lease<'a>, CallError> {
         let permit = pool.permits.acquire().await.ok();
-        let mut instance = match pool.idle.take() {
+        let idle = pool.idle.take().filter(|instance| !instance.is_too_full_for(bytes));
+        let mut instance = match idle {
             Some(instance) => instance,
             // Seldom, and large: callers are smaller without it.
             None => Box::pin(self.instantiate(&pool.holder)).await?,
@@ -259,7 +265,8 @@ impl Plugin {
     pub(super) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
         let place = (&self.instances, holder);
         let (made, refused) = Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
-        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused))?;
+        let (refused, said) = refused;
+        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused, &said))?;
         instance.allow(&self.limits, 1);
         let waited = instance.waited.clone();
         let call = instance.exports.configure(&mut instance.store, &self.settings);
@@ -273,7 +280,7 @@ impl Plugin {
                 let message = for_people(&message, 1000);
                 Err(self.told(CallError::Configure { plugin: self.name.clone(), message }))
             }
-            Err(error) => Err(self.explain("configure", &error, instance.refused())),
+            Err(error) => Err(self.explain("configure", &error, instance.refused(), &instance.said)),
         }
     }
 
@@ -292,7 +299,7 @@ impl Plugin {
                 }
                 Ok(value)
             }
-            Err(error) => Err(self.explain(function, &error, lease.instance.refused())),
+            Err(error) => Err(self.explain(function, &error, lease.instance.refused(), &lease.instance.said)),
         }
     }
 
@@ -301,8 +308,9 @@ impl Plugin {
         function: &'static str,
         error: &wasmtime::Error,
         refused: Option<Refused>,
+        said: &Said,
     ) -> CallError {
-        self.told(explain(&self.name, &self.limits, function, error, refused))
+        self.told(explain(&self.name, &self.limits, function, error, refused, said))
     }
 
     /// Tells the operator of a failed call.
@@ -319,6 +327,7 @@ pub(super) fn explain(
     function: &'static str,
     error: &wasmtime::Error,
     refused: Option<Refused>,
+    said: &Said,
 ) -> CallError {
     let plugin = plugin.to_owned();
     if error.is::<OutOfTime>() {
@@ -342,5 +351,5 @@ pub(super) fn explain(
     if message.contains("store handle limit exceeded") {
         return CallError::Handles { plugin, function, limit: limits.handles.get() };
     }
-    CallError::Trap { plugin, function, message }
+    CallError::Trap { plugin, function, message, said: said.in_words() }
 }

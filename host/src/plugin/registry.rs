@@ -1,28 +1,27 @@
 //! Which plugins there are: those of a directory, kept up to date while it changes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::future::Future;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use globset::{Glob, GlobMatcher};
-use notify::{RecursiveMode, Watcher};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 
 use super::error::LoadError;
 use super::files::Files;
 use super::load::{Loader, plugin_name};
+use super::order::Order;
 use super::plugin::Plugin;
 use super::read::read_text;
 use super::types::Kind;
+use super::watch::is_hidden;
 use crate::config::RequiredPlugins;
-
-/// How long the directory must be quiet before it is read again, as copying a component takes several writes; and how long that is waited for.
-const QUIET: Duration = Duration::from_millis(200);
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// One TOML file of the directory and what became of it.
 #[derive(Clone)]
@@ -37,6 +36,8 @@ pub struct Entry {
     tenants: Option<Vec<String>>,
     /// What the files were when they were last read.
     fingerprint: String,
+    /// Files besides the TOML file that it depends on.
+    named_files: Vec<PathBuf>,
 }
 
 /// Where a model's requests go.
@@ -181,8 +182,8 @@ impl Snapshot {
         self.validators.iter().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint)).cloned().collect()
     }
 
-    fn build(mut entries: Vec<Entry>, before: &Self) -> Self {
-        entries.sort_by(|one, other| one.name.cmp(&other.name));
+    fn build(mut entries: Vec<Entry>, before: &Self, order: &Order) -> Self {
+        entries.sort_by(|one, other| (order.place(&one.name), &one.name).cmp(&(order.place(&other.name), &other.name)));
         let mut snapshot = Self::default();
         // What serves already goes first: a new file takes no model away from it.
         for unchanged in [true, false] {
@@ -201,6 +202,7 @@ impl Snapshot {
             }
         }
         snapshot.validators.sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
+        entries.sort_by(|one, other| one.name.cmp(&other.name));
         snapshot.entries = entries;
         snapshot
     }
@@ -286,17 +288,27 @@ pub struct Registry {
     /// One reading of the directory at a time.
     reading: tokio::sync::Mutex<()>,
     changed: watch::Sender<()>,
+    is_requested: AtomicBool,
+    requests: Arc<Notify>,
+    order: Order,
+    /// The file system of the directory when it was read last; zero before.
+    device: AtomicU64,
 }
 
 impl Registry {
     /// Loads every plugin of the directory. One that fails does not stop the others; a directory that cannot be read does.
     pub async fn open(folder: &Path, loader: Loader) -> Result<Arc<Self>, LoadError> {
+        let order = Order::open(loader.order_file.clone());
         let registry = Arc::new(Self {
             folder: folder.to_owned(),
             loader,
             current: ArcSwap::default(),
             reading: tokio::sync::Mutex::default(),
             changed: watch::Sender::new(()),
+            is_requested: AtomicBool::new(false),
+            requests: Arc::default(),
+            order,
+            device: AtomicU64::new(0),
         });
         registry.read().await?;
         Ok(registry)
@@ -315,7 +327,8 @@ impl Registry {
     pub async fn read(&self) -> Result<(), LoadError> {
         let _one_at_a_time = self.reading.lock().await;
         let before = self.current.load_full();
-        let files = self.files()?;
+        self.loader.read_trusted_keys();
+        let files = self.files(!before.entries.is_empty())?;
         // Until its turn comes, each stays as it was.
         let mut entries: Vec<Entry> =
             before.entries.iter().filter(|entry| files.contains(&entry.file)).cloned().collect();
@@ -334,7 +347,7 @@ impl Registry {
 
     /// Makes these the plugins from now on. Where two want the same, those of `before` go first.
     fn publish(&self, entries: &[Entry], before: &Snapshot) {
-        let last = self.current.swap(Arc::new(Snapshot::build(entries.to_vec(), before)));
+        let last = self.current.swap(Arc::new(Snapshot::build(entries.to_vec(), before, &self.order)));
         let now = self.current.load();
         let known_in = |entries: &'_ [Entry], name: &str| entries.iter().position(|entry| entry.name == name);
         for entry in &now.entries {
@@ -343,21 +356,28 @@ impl Registry {
                 announce(entry);
             }
         }
+        self.order.note(now.entries.iter().filter(|entry| entry.serving.is_some()).map(|entry| entry.name.as_str()));
         for entry in last.entries.iter().filter(|old| known_in(&now.entries, &old.name).is_none()) {
             tracing::info!(plugin = entry.name, "plugin removed");
         }
         self.changed.send_replace(());
     }
 
-    fn files(&self) -> Result<Vec<PathBuf>, LoadError> {
+    fn files(&self, had_some: bool) -> Result<Vec<PathBuf>, LoadError> {
         let unreadable = |source| LoadError::Directory { path: self.folder.clone(), source };
         let mut files = Vec::new();
         for found in std::fs::read_dir(&self.folder).map_err(unreadable)? {
             let path = found.map_err(unreadable)?.path();
-            if path.extension().is_some_and(|extension| extension == "toml") {
+            if path.extension().is_some_and(|extension| extension == "toml") && !is_hidden(&path) {
                 files.push(path);
             }
         }
+        let device = std::fs::metadata(&self.folder).map_err(unreadable)?.dev();
+        if files.is_empty() && had_some && device != self.device.load(Ordering::Relaxed) {
+            let message = "it is empty and on another file system than before, as if a mount were missing";
+            return Err(unreadable(std::io::Error::other(message)));
+        }
+        self.device.store(device, Ordering::Relaxed);
         Ok(files)
     }
 
@@ -374,11 +394,13 @@ impl Registry {
         let files =
             tokio::task::spawn_blocking(move || Files::read(&read).map(|files| (files.fingerprint(), files))).await;
         let mut fingerprint = String::new();
+        let mut named_files = known.map(|known| known.named_files.clone()).unwrap_or_default();
         let tenants = tenants_of(&file);
         if error.is_none() {
             match files {
                 Ok(Ok((read, files))) => {
-                    fingerprint = read;
+                    fingerprint = format!("{read} {}", self.loader.trusted_keys_digest());
+                    named_files = files.named();
                     // One that failed is tried again: what was in its way may be gone.
                     let unchanged =
                         known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
@@ -397,53 +419,33 @@ impl Registry {
                 Err(failed) => error = Some(failed.to_string()),
             }
         }
-        Entry { name, file, serving, error, tenants, fingerprint }
+        Entry { name, file, serving, error, tenants, fingerprint, named_files }
     }
 
-    /// Watches the directory from now on. The watch ends when what it returns is dropped.
-    pub fn watch(self: &Arc<Self>) -> Result<notify::RecommendedWatcher, String> {
-        // One note that something changed is as good as many.
-        let (changed, mut changes) = mpsc::channel(1);
-        let failed = |error: notify::Error| {
-            format!(
-                "the plugin directory {} cannot be watched: {error}; changes take effect at the next start",
-                self.folder.display()
-            )
-        };
-        let note = move |event: Result<notify::Event, notify::Error>| {
-            if event.is_ok_and(|event| !event.kind.is_access()) {
-                changed.try_send(()).ok();
-            }
-        };
-        // A link out of the directory must not have everything there watched.
-        let config = notify::Config::default().with_follow_symlinks(false);
-        let mut watcher = notify::RecommendedWatcher::new(note, config).map_err(failed)?;
-        watcher.watch(&self.folder, RecursiveMode::Recursive).map_err(failed)?;
-        let registry = Arc::downgrade(self);
-        tokio::spawn(async move {
-            let mut changed = changes.recv().await.is_some();
-            while changed {
-                let quiet = async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
-                tokio::time::timeout(PATIENCE, quiet).await.ok();
-                let Some(registry) = registry.upgrade() else { return };
-                let read = tokio::select! {
-                    read = registry.read() => Some(read),
-                    // It is read again with the change. What is being compiled goes on meanwhile.
-                    more = changes.recv() => {
-                        changed = more.is_some();
-                        None
-                    }
-                };
-                drop(registry);
-                if let Some(Err(error)) = &read {
-                    tracing::error!("the plugins stay as they are: {error}");
-                }
-                if read.is_some() {
-                    changed = changes.recv().await.is_some();
-                }
-            }
-        });
-        Ok(watcher)
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Files that plugins name and the loader asks for, wherever they are: components, signatures, secrets, trusted keys.
+    pub fn named_files(&self) -> BTreeSet<PathBuf> {
+        let current = self.current.load();
+        let of_plugins = current.entries.iter().flat_map(|entry| entry.named_files.iter().cloned());
+        of_plugins.chain(self.loader.trusted_keys_file()).collect()
+    }
+
+    /// Has the directory and the keys read again soon, whether anything seems to have changed or not.
+    pub fn request_read(&self) {
+        self.is_requested.store(true, Ordering::Relaxed);
+        self.requests.notify_one();
+    }
+
+    pub(super) fn take_request(&self) -> bool {
+        self.is_requested.swap(false, Ordering::Relaxed)
+    }
+
+    pub(super) fn requested(self: &Arc<Self>) -> impl Future<Output = ()> + use<> {
+        let requests = self.requests.clone();
+        async move { requests.notified().await }
     }
 }
 

@@ -27,12 +27,31 @@ pub fn sign(key: &PrivateKey, statement: &str) -> Result<String, String> {
 /// The public keys whose signatures count.
 #[derive(Clone, Debug)]
 pub struct TrustedKeys {
-    file: PathBuf,
-    keys: Vec<PublicKey>,
+    pub(super) file: PathBuf,
+    pub(super) digest: String,
+    keys: Vec<Trusted>,
+}
+
+/// A key, and the plugins that its signatures count for.
+#[derive(Clone, Debug)]
+struct Trusted {
+    key: PublicKey,
+    /// Names, in which `*` is any text; none is every plugin.
+    names: Vec<String>,
+}
+
+impl Trusted {
+    fn is_for(&self, name: &str) -> bool {
+        self.names.is_empty()
+            || self.names.iter().any(|known| match known.strip_suffix('*') {
+                Some(beginning) => name.starts_with(beginning),
+                None => known == name,
+            })
+    }
 }
 
 impl TrustedKeys {
-    /// Reads a file of public keys as OpenSSH writes them, one a line; `#` begins a comment.
+    /// Reads a file of public keys as OpenSSH writes them, one a line; `#` begins a comment. `names="a,b-*"` before a key binds it to plugins.
     pub fn read(file: &Path) -> Result<Self, String> {
         let text = read_text(file).map_err(|error| error.to_string())?;
         let mut keys = Vec::new();
@@ -41,6 +60,7 @@ impl TrustedKeys {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
+            let (names, line) = names_of(line).map_err(|error| format!("{} line {number}: {error}", file.display()))?;
             let key = PublicKey::from_openssh(line).map_err(|error| {
                 format!("{} line {number}: is no public key as in `ssh-ed25519 AAAA… name`: {error}", file.display())
             })?;
@@ -51,26 +71,31 @@ impl TrustedKeys {
                     key.algorithm()
                 ));
             }
-            keys.push(key);
+            keys.push(Trusted { key, names });
         }
         if keys.is_empty() {
             return Err(format!("{}: holds no public key, so no plugin could ever be loaded", file.display()));
         }
-        Ok(Self { file: file.to_owned(), keys })
+        Ok(Self { file: file.to_owned(), digest: sha256(text.as_bytes()), keys })
     }
 
     /// The key that signed the statement, if it is one of these, as `SHA256:…` and its comment.
-    pub fn verify(&self, statement: &str, signature: Option<&str>) -> Result<String, String> {
+    pub fn verify(&self, name: &str, statement: &str, signature: Option<&str>) -> Result<String, String> {
         let Some(signature) = signature else {
             return Err("there is none, and only signed plugins are loaded (setting trusted_keys); sign it with \
                         `batchwright plugin sign`"
                 .into());
         };
         let signature = SshSig::from_pem(signature).map_err(|error| format!("is not readable: {error}"))?;
-        let Some(key) = self.keys.iter().find(|key| key.key_data() == signature.public_key()) else {
+        let Some(trusted) = self.keys.iter().find(|trusted| trusted.key.key_data() == signature.public_key()) else {
             let signer = PublicKey::from(signature.public_key().clone()).fingerprint(HashAlg::Sha256);
             return Err(format!("is by {signer}, a key that is not in {}", self.file.display()));
         };
+        let key = &trusted.key;
+        if !trusted.is_for(name) {
+            let (signer, names) = (key.fingerprint(HashAlg::Sha256), trusted.names.join(", "));
+            return Err(format!("is by {signer}, a key for {names} alone (names in {})", self.file.display()));
+        }
         if signature.namespace() != NAMESPACE {
             return Err(format!(
                 "was made for `{}` and not for `{NAMESPACE}` (-n of ssh-keygen)",
@@ -85,6 +110,15 @@ impl TrustedKeys {
         let (fingerprint, comment) = (key.fingerprint(HashAlg::Sha256), key.comment());
         Ok(if comment.is_empty() { fingerprint.to_string() } else { format!("{fingerprint} {comment}") })
     }
+}
+
+/// The plugins that a line binds its key to, and the rest of the line.
+fn names_of(line: &str) -> Result<(Vec<String>, &str), String> {
+    let Some(rest) = line.strip_prefix("names=\"") else { return Ok((Vec::new(), line)) };
+    let (names, key) = rest.split_once("\" ").ok_or("names has no end; write names=\"a,b\" and then the key")?;
+    let names: Vec<String> =
+        names.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    if names.is_empty() { Err("names is empty; leave it out for all plugins".into()) } else { Ok((names, key.trim())) }
 }
 
 #[cfg(test)]
@@ -105,23 +139,38 @@ mod tests {
         let key = PrivateKey::from(Ed25519Keypair::from_seed(&[7; 32]));
         let trusted = trusted(&format!("# ours\n\n{}\n", key.public_key().to_openssh().unwrap())).unwrap();
         let signature = sign(&key, &statement("a", "manifest", "00")).unwrap();
-        assert!(trusted.verify(&statement("a", "manifest", "00"), Some(&signature)).unwrap().starts_with("SHA256:"));
+        assert!(
+            trusted.verify("a", &statement("a", "manifest", "00"), Some(&signature)).unwrap().starts_with("SHA256:")
+        );
         for (name, manifest, component) in [("b", "manifest", "00"), ("a", "manifest ", "00"), ("a", "manifest", "01")]
         {
-            let error = trusted.verify(&statement(name, manifest, component), Some(&signature)).unwrap_err();
+            let error = trusted.verify(name, &statement(name, manifest, component), Some(&signature)).unwrap_err();
             assert!(error.contains("changed after it was signed"), "{error}");
         }
-        assert!(trusted.verify("", None).unwrap_err().contains("plugin sign"));
-        assert!(trusted.verify("", Some("nothing")).unwrap_err().contains("not readable"));
+        assert!(trusted.verify("", "", None).unwrap_err().contains("plugin sign"));
+        assert!(trusted.verify("", "", Some("nothing")).unwrap_err().contains("not readable"));
+        let bound = format!("names=\"b,a-*\" {}", key.public_key().to_openssh().unwrap());
+        let bound = super::tests::trusted(&bound).unwrap();
+        assert!(
+            bound
+                .verify("a", &statement("a", "manifest", "00"), Some(&signature))
+                .unwrap_err()
+                .contains("for b, a-* alone")
+        );
+        for name in ["b", "a-x"] {
+            let signature = sign(&key, &statement(name, "", "")).unwrap();
+            assert!(bound.verify(name, &statement(name, "", ""), Some(&signature)).is_ok(), "{name}");
+        }
         // Made by the same key for another purpose.
         let other = key.sign("file", HashAlg::Sha512, statement("a", "manifest", "00").as_bytes()).unwrap();
         let other = other.to_pem(LineEnding::LF).unwrap();
-        assert!(trusted.verify(&statement("a", "manifest", "00"), Some(&other)).is_err());
+        assert!(trusted.verify("a", &statement("a", "manifest", "00"), Some(&other)).is_err());
     }
 
     #[test]
     fn keys_that_are_none_are_named_with_their_line() {
         assert!(trusted("# nothing\n").unwrap_err().contains("holds no public key"));
         assert!(trusted("\nssh-ed25519 AAAA\n").unwrap_err().contains("line 2"));
+        assert!(trusted("names=\"a ssh-ed25519 AAAA\n").unwrap_err().contains("names has no end"));
     }
 }

@@ -13,7 +13,7 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
-use super::log::PluginLog;
+use super::log::{PluginLog, Said};
 
 pub struct EmptyWorld {
     pub ctx: WasiCtx,
@@ -21,7 +21,7 @@ pub struct EmptyWorld {
 }
 
 impl EmptyWorld {
-    pub fn new(log: &Arc<PluginLog>) -> Self {
+    pub fn new(log: &Arc<PluginLog>, said: &Said) -> Self {
         let mut builder = WasiCtxBuilder::new();
         // Each denial is written out, so that no default of a later version opens a door.
         builder
@@ -31,8 +31,8 @@ impl EmptyWorld {
             .socket_addr_check(|_, _| Box::pin(async { false }))
             .allow_blocking_current_thread(false)
             .max_random_size(1 << 20)
-            .stdout(LogPipe { log: log.clone(), line: Arc::default() })
-            .stderr(LogPipe { log: log.clone(), line: Arc::default() });
+            .stdout(LogPipe { log: log.clone(), said: said.clone(), line: Arc::default() })
+            .stderr(LogPipe { log: log.clone(), said: said.clone(), line: Arc::default() });
         Self { ctx: builder.build(), table: ResourceTable::new() }
     }
 }
@@ -41,6 +41,7 @@ impl EmptyWorld {
 #[derive(Clone)]
 struct LogPipe {
     log: Arc<PluginLog>,
+    said: Said,
     /// What stands since the last line end; bounded by what the log takes of a line.
     line: Arc<Mutex<Vec<u8>>>,
 }
@@ -62,7 +63,9 @@ impl AsyncWrite for LogPipe {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         for byte in bytes {
             if *byte == b'\n' {
-                self.log.write(tracing::Level::INFO, &String::from_utf8_lossy(&line));
+                let text = String::from_utf8_lossy(&line);
+                self.said.add(&text);
+                self.log.write(tracing::Level::INFO, &text);
                 line.clear();
             } else if line.len() <= PluginLog::LONGEST {
                 line.push(*byte);

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-pub use private::umask;
 pub use blobs::{BlobWriter, Blobs, PIECE};
+pub use private::{umask, users_mode};
 pub use sqlite::SqliteStore;
 
 use crate::clock::Timestamp;

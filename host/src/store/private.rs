@@ -8,9 +8,10 @@ use std::fs::{DirBuilder, Permissions};
 use std::io::Result;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// What a data folder holds. Everything else is somebody's.
-const OWN: [&str; 9] = [
+const OWN: [&str; 10] = [
     "batchwright.db",
     "batchwright.db-wal",
     "batchwright.db-shm",
@@ -18,13 +19,23 @@ const OWN: [&str; 9] = [
     "objects",
     "cache",
     "serials",
+    "plugin-order",
     "run.json",
     "run.json.new",
 ];
 
+/// The umask that the process was started with.
+static STARTED_WITH: OnceLock<u32> = OnceLock::new();
+
 /// Makes every file of this process from now on readable for its own user alone, unless its mode is set otherwise.
 pub fn umask() {
-    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    let before = rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    STARTED_WITH.get_or_init(|| before.bits());
+}
+
+/// The mode of a file that is made for the user who gave the command, as their umask has it; none if the process has it still.
+pub fn users_mode() -> Option<u32> {
+    STARTED_WITH.get().map(|umask| 0o666 & !umask)
 }
 
 /// Makes a folder, and those it is in, for this user alone; one that is there stays as it is.

@@ -174,7 +174,15 @@ impl From<&Entry> for Plugin {
             sha256: plugin.map(|plugin| plugin.sha256.clone()),
             summary: plugin.map(|plugin| plugin.description.summary.clone()),
             models: plugin
-                .map(|plugin| plugin.models.iter().chain(plugin.aliases.keys()).cloned().collect())
+                .map(|plugin| {
+                    plugin
+                        .models
+                        .iter()
+                        .chain(plugin.aliases.keys())
+                        .cloned()
+                        .collect::<std::collections::BTreeSet<_>>()
+                })
+                .map(|models| models.into_iter().collect())
                 .unwrap_or_default(),
             endpoints: plugin
                 .map(

@@ -109,8 +109,9 @@ impl House {
     }
 
     async fn start(&mut self) {
-        let given: Given = toml::from_str(&self.settings).unwrap();
-        let mut settings = Settings::resolve(given, None).unwrap();
+        let file = self.folder.path().join("settings.toml");
+        std::fs::write(&file, &self.settings).unwrap();
+        let mut settings = Settings::resolve(Given::default(), Some(&file)).unwrap();
         settings.data = self.folder.path().join("data");
         let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
         let loading = Loading {
@@ -118,6 +119,7 @@ impl House {
             compile_timeout: settings.compile_timeout,
             compile_memory: settings.compile_memory,
             trusted_keys: None,
+            data: None,
             compiler: Some(built("dist/batchwright")),
             memory: memory.clone(),
         };

@@ -3,6 +3,7 @@
 mod new;
 mod pause;
 mod pull;
+mod registry;
 mod show;
 mod sign;
 mod test;
@@ -14,10 +15,9 @@ use clap::{Args, Subcommand};
 
 use super::client::Client;
 use super::{Error, trusted_keys, user_cache};
+use crate::cli::terminal::write_output;
 use crate::clock::Clock;
-use crate::config::{
-    COMPILE_MEMORY, COMPILE_TIMEOUT, INSTANCE_MEMORY, LogFormat, MEMORY_BUDGET, Size, Span, default_plugins,
-};
+use crate::config::{self, INSTANCE_MEMORY, LogFormat, MEMORY_BUDGET, Size, Span};
 use crate::memory::Memory;
 use crate::plugin::{Loader, Loading, Registry};
 use crate::telemetry;
@@ -48,8 +48,8 @@ pub enum Plugin {
     },
     /// Check that plugins load: a component, a TOML file, or a directory of them
     Check {
-        /// A component (.wasm), a TOML file, or a directory
-        path: PathBuf,
+        /// A component (.wasm), a TOML file, or a directory [default: the plugins of --config, or the folder `plugins` beside this program]
+        path: Option<PathBuf>,
         #[command(flatten)]
         given: Given,
     },
@@ -79,6 +79,9 @@ pub enum Plugin {
 /// How plugins are loaded, as in the settings of `serve`.
 #[derive(Args)]
 pub struct Given {
+    /// Config file of a server, whose settings hold here
+    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
+    config: Option<PathBuf>,
     /// Folder of compiled plugins [default: a folder of the user's]
     #[arg(long, env = "BATCHWRIGHT_CACHE", value_name = "DIR", hide_env_values = true)]
     cache: Option<PathBuf>,
@@ -100,19 +103,31 @@ impl Given {
     }
 
     fn loader(self) -> Result<Loader, Error> {
+        self.loader_with_plugins().map(|(_, loader)| loader)
+    }
+
+    /// With the plugin directory that the settings have.
+    fn loader_with_plugins(self) -> Result<(PathBuf, Loader), Error> {
+        let given = config::Given {
+            compile_timeout: self.compile_timeout,
+            compile_memory: self.compile_memory,
+            trusted_keys: self.trusted_keys,
+            ..config::Given::default()
+        };
+        let settings = config::Settings::resolve(given, self.config.as_deref())?;
         let loading = Loading {
             cache: self.cache.unwrap_or_else(user_cache),
-            compile_timeout: self.compile_timeout.unwrap_or(COMPILE_TIMEOUT),
-            compile_memory: self.compile_memory.unwrap_or(COMPILE_MEMORY),
-            trusted_keys: trusted_keys(&self.trusted_keys.unwrap_or_default())?,
+            compile_timeout: settings.compile_timeout,
+            compile_memory: settings.compile_memory,
+            trusted_keys: trusted_keys(&settings.trusted_keys)?,
+            data: None,
             compiler: None,
             memory: Memory::new(MEMORY_BUDGET.in_memory(), INSTANCE_MEMORY.in_memory()),
         };
-        Ok(Loader::new(loading, Clock::system())?)
+        Ok((settings.plugins, Loader::new(loading, Clock::system())?))
     }
 }
 
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 impl Plugin {
     pub async fn run(self) -> Result<ExitCode, Error> {
         // What a component says is for its author to see.
@@ -123,17 +138,20 @@ impl Plugin {
             Self::Pause(pause) => pause.run(true),
             Self::Resume(pause) => pause.run(false),
             Self::List { plugins, given, .. } => {
-                let plugins = plugins.unwrap_or_else(default_plugins);
-                let registry = Registry::open(&plugins, given.loader()?).await?;
-                show::list(&registry);
-                Ok(ExitCode::SUCCESS)
+                let (configured, loader) = given.loader_with_plugins()?;
+                let plugins = plugins.unwrap_or(configured);
+                let registry = Registry::open(&plugins, loader).await?;
+                Ok(show::list(&registry))
             }
             Self::Inspect { file, given } => {
                 let inspected = given.of_component_alone().loader()?.inspect(&file).await?;
-                print!("{}", show::describe(&file, &inspected));
+                write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
-            Self::Check { path, given } => show::check(&given.loader()?, &path).await,
+            Self::Check { path, given } => {
+                let (configured, loader) = given.loader_with_plugins()?;
+                show::check(loader, &path.unwrap_or(configured)).await
+            }
             Self::New(new) => new.run(),
             Self::Test { file, cases, settings, given } => {
                 let is_toml = file.extension().is_some_and(|extension| extension == "toml");

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use crate::cli::Error;
+use crate::cli::terminal::put;
 
 /// A folder with everything in it: source, the contract, a case for `plugin test`, a TOML file to load it with, and a README with the commands.
 #[derive(Args)]
@@ -97,7 +98,6 @@ impl New {
         [shared, library, own, CONTRACT]
     }
 
-    #[expect(clippy::print_stdout, reason = "what was made is the command's output")]
     pub fn run(self) -> Result<ExitCode, Error> {
         check_name(&self.name).map_err(Error::Other)?;
         let folder = self.to.join(&self.name);
@@ -121,12 +121,12 @@ impl New {
             }
             std::fs::write(&path, text.replace("{{name}}", &self.name)).map_err(|error| failed(&path, error))?;
         }
-        println!("{} is made. Its README.md says how to build and test it:\n", folder.display());
+        put!("{} is made. Its README.md says how to build and test it:\n", folder.display());
         let readme = self.templates().into_iter().flatten().find(|(place, _)| *place == "README.md");
         let (_, readme) = readme.copied().unwrap_or_default();
-        println!("    cd {}", folder.display());
+        put!("    cd {}", folder.display());
         for command in commands(readme) {
-            println!("    {}", command.replace("{{name}}", &self.name));
+            put!("    {}", command.replace("{{name}}", &self.name));
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -8,6 +8,7 @@ use clap::Args;
 use toml_edit::{DocumentMut, value};
 
 use crate::cli::Error;
+use crate::cli::terminal::say;
 use crate::config::default_plugins;
 
 #[derive(Args)]
@@ -49,7 +50,7 @@ impl Pause {
             Ok::<_, std::io::Error>(())
         };
         write().map_err(|error| failed("write", &error))?;
-        eprintln!("{name}: {}", if paused { "paused; its batches wait" } else { "resumed" });
+        say!("{name}: {}", if paused { "paused; its batches wait" } else { "resumed" });
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -4,17 +4,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use bytes::Bytes;
 use clap::Args;
 use docker_credential::DockerCredential;
-use futures_util::TryStreamExt;
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::Reference;
 use oci_client::manifest::{OciDescriptor, OciImageManifest, OciManifest};
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference};
 
+use super::registry::{Login, Registry};
 use super::{Given, show};
 use crate::cli::Error;
+use crate::cli::terminal::{put, write_output};
 use crate::plugin::types::Kind;
 use crate::plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
 
@@ -25,8 +24,7 @@ const COMPONENT_TYPES: [&str; 3] = [
     "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm",
 ];
 
-/// How long a registry may keep silent, and how long all of it may take.
-const SILENCE: Duration = Duration::from_secs(30);
+/// How long all of it may take.
 const TOTAL: Duration = Duration::from_secs(600);
 
 /// The component is stored under its digest, so nothing that is in use is ever overwritten. A TOML file that pins it is written beside it,
@@ -48,6 +46,9 @@ pub struct Pull {
     /// Where the password or token is: env:NAME or file:PATH
     #[arg(long, value_name = "SOURCE", requires = "username")]
     password: Option<String>,
+    /// A host besides the registry's own that the password may be sent to for a token; may be given several times
+    #[arg(long, value_name = "HOST")]
+    auth_host: Vec<String>,
     /// Speak HTTP without TLS: for a registry in your own network
     #[arg(long)]
     plain_http: bool,
@@ -109,57 +110,39 @@ impl Pull {
     }
 
     /// The component's bytes, and the digest of the manifest that names them.
-    async fn fetch(&self, reference: &Reference) -> Result<(Vec<u8>, String), String> {
-        let auth = self.auth(reference)?;
-        // One may have been chosen already, which is as good.
-        rustls::crypto::ring::default_provider().install_default().ok();
-        let registry = reference.resolve_registry().to_owned();
-        let protocol =
-            if self.plain_http { ClientProtocol::HttpsExcept(vec![registry]) } else { ClientProtocol::Https };
-        let config = ClientConfig {
-            protocol,
-            read_timeout: Some(SILENCE),
-            connect_timeout: Some(SILENCE),
-            user_agent: concat!("batchwright/", env!("CARGO_PKG_VERSION")),
-            ..ClientConfig::default()
-        };
-        let client = Client::try_from(config).map_err(|error| error.to_string())?;
-        let (manifest, digest) = client.pull_manifest(reference, &auth).await.map_err(|error| explain(&error))?;
+    async fn fetch(&self, reference: &Reference) -> Result<(Bytes, String), String> {
+        let (host, repository) = (reference.resolve_registry(), reference.repository());
+        let mut registry =
+            Registry::new(host, repository, self.plain_http, self.login(reference)?, self.auth_host.clone())?;
+        let wanted = reference.digest().or_else(|| reference.tag()).unwrap_or("latest");
+        let (manifest, digest) = registry.manifest(wanted).await?;
+        let manifest: OciManifest =
+            serde_json::from_slice(&manifest).map_err(|error| format!("its manifest is not readable: {error}"))?;
         let OciManifest::Image(manifest) = manifest else {
             return Err("it is an index of several images; name one of them by its digest".into());
         };
         // From this registry, wherever else it says it lies.
-        let layer = &OciDescriptor { urls: None, ..component_layer(&manifest)?.clone() };
-        let too_large = || format!("its component is larger than {MOST_COMPONENT} bytes");
+        let layer = component_layer(&manifest)?;
         if u64::try_from(layer.size).map_or(true, |size| size > MOST_COMPONENT) {
-            return Err(too_large());
+            return Err(format!("its component is larger than {MOST_COMPONENT} bytes"));
         }
-        let mut stream = client.pull_blob_stream(reference, layer).await.map_err(|error| explain(&error))?.stream;
-        let mut bytes = Vec::new();
-        // The stream fails at its end if the digest is not the manifest's.
-        while let Some(piece) = stream.try_next().await.map_err(|error| error.to_string())? {
-            // Whatever the manifest said of its size.
-            if (bytes.len().saturating_add(piece.len()) as u64) > MOST_COMPONENT {
-                return Err(too_large());
-            }
-            bytes.extend_from_slice(&piece);
-        }
-        Ok((bytes, digest))
+        let max_bytes = usize::try_from(MOST_COMPONENT).unwrap_or(usize::MAX);
+        Ok((registry.blob(&layer.digest, max_bytes).await?, digest))
     }
 
-    fn auth(&self, reference: &Reference) -> Result<RegistryAuth, String> {
+    fn login(&self, reference: &Reference) -> Result<Option<Login>, String> {
         if let (Some(username), Some(password)) = (&self.username, &self.password) {
             let password = read_secret(password).map_err(|error| format!("--password: {error}"))?;
-            return Ok(RegistryAuth::Basic(username.clone(), password));
+            return Ok(Some(Login { username: username.clone(), password }));
         }
         match docker_credential::get_credential(reference.resolve_registry()) {
-            Ok(DockerCredential::UsernamePassword(username, password)) => Ok(RegistryAuth::Basic(username, password)),
+            Ok(DockerCredential::UsernamePassword(username, password)) => Ok(Some(Login { username, password })),
             Ok(DockerCredential::IdentityToken(_)) => {
                 Err("`docker login` left an identity token, which is not supported; use --username and --password"
                     .into())
             }
             // Whatever is wrong with it, the registry may answer anybody; if it does not, it says so.
-            Err(_) => Ok(RegistryAuth::Anonymous),
+            Err(_) => Ok(None),
         }
     }
 }
@@ -176,30 +159,6 @@ fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String
             let types = if types.is_empty() { "none".to_owned() } else { types.join(", ") };
             Err(format!("no layer of it is a component (application/wasm); its layers are {types}"))
         }
-    }
-}
-
-fn explain(error: &OciDistributionError) -> String {
-    match error {
-        OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-            format!("the registry wants to know who asks ({error}); use --username and --password")
-        }
-        OciDistributionError::RegistryError { envelope, .. }
-            if envelope.errors.iter().any(|error| {
-                matches!(error.code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound)
-            }) =>
-        {
-            "the registry knows no such thing; check the repository, and the tag or digest".into()
-        }
-        OciDistributionError::RequestError(request) => {
-            // The outermost says least.
-            let mut innermost: &dyn std::error::Error = request;
-            while let Some(cause) = innermost.source() {
-                innermost = cause;
-            }
-            format!("{request}: {innermost}")
-        }
-        error => error.to_string(),
     }
 }
 
@@ -240,15 +199,14 @@ fn readable(path: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
 }
 
-#[expect(clippy::print_stdout, reason = "what was done is the command's output")]
 fn report(exact: &Reference, path: &Path, manifest: &Path, written: bool, component: &str, inspected: &Inspected) {
-    println!("pulled {exact}");
-    print!("{}", show::describe(path, inspected));
+    put!("pulled {exact}");
+    write_output(format_args!("{}", show::describe(path, inspected)));
     let manifest = manifest.display();
     if written {
-        println!("\n{manifest} names it and is turned off: look at it, then take `enabled = false` away.");
+        put!("\n{manifest} names it and is turned off: look at it, then take `enabled = false` away.");
     } else {
-        println!("\n{manifest} stays as it is. To use this component, put there:\n");
-        println!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);
+        put!("\n{manifest} stays as it is. To use this component, put there:\n");
+        put!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);
     }
 }

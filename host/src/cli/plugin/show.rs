@@ -1,5 +1,6 @@
 //! `batchwright plugin list`, `inspect` and `check`
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,16 +10,17 @@ use serde_json::Value;
 use crate::cli::Error;
 use crate::cli::client::Client;
 use crate::cli::progress::Progress;
+use crate::cli::terminal::{put, write_output};
 use crate::clock::Clock;
 use crate::config::Size;
 use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
-pub fn list(registry: &Registry) {
+/// Prints the plugins of a directory. Status 1 if one of them does not load.
+pub fn list(registry: &Registry) -> ExitCode {
     let plugins = registry.current();
     if plugins.entries.is_empty() {
-        println!("There is no plugin: no .toml file is in the directory.");
-        return;
+        put!("There is no plugin: no .toml file is in the directory.");
+        return ExitCode::SUCCESS;
     }
     let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
     for entry in &plugins.entries {
@@ -30,25 +32,30 @@ pub fn list(registry: &Registry) {
             None => [entry.name.clone(), "-".into(), "-".into(), entry.state().as_str().into(), "-".into()],
         });
     }
-    print!("{}", table(&rows));
+    write_output(format_args!("{}", table(&rows)));
     for error in plugins.entries.iter().filter_map(|entry| entry.error.as_ref()) {
-        println!("\nfailed: {error}");
+        put!("\nfailed: {error}");
     }
+    status(plugins.entries.iter().all(|entry| entry.error.is_none()))
+}
+
+fn status(all_well: bool) -> ExitCode {
+    if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// The plugins of a server, and what requests wait for.
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
     let list = client.get("plugins").await?;
     let plugins: Vec<&Value> = list.get("data").and_then(Value::as_array).into_iter().flatten().collect();
     let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
     let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
-    let mut notes = Vec::new();
+    let (mut notes, mut all_well) = (Vec::new(), true);
     let now = Clock::system().now();
     for plugin in plugins {
         let models: Vec<&str> =
             plugin.get("models").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
         let name = text(plugin, "name");
+        all_well &= !matches!(text(plugin, "state").as_str(), "failed" | "outdated");
         let own = plugin.get("waiting").filter(|waiting| waiting.is_object());
         let all = plugin.get("outages").and_then(Value::as_array).into_iter().flatten();
         let outages: Vec<&Value> = all.chain(own).collect();
@@ -71,16 +78,20 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
             notes.push(format!("{name}: {error}"));
         }
     }
-    print!("{}", table(&rows));
+    write_output(format_args!("{}", table(&rows)));
     for note in notes {
-        println!("\n{note}");
+        put!("\n{note}");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(status(all_well))
 }
 
 fn serves(plugin: &Plugin) -> String {
-    let models: Vec<&str> = plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
-    if models.is_empty() { format!("all batches (order {})", plugin.order) } else { models.join(", ") }
+    let models: BTreeSet<&str> = plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
+    if models.is_empty() {
+        format!("all batches (order {})", plugin.order)
+    } else {
+        models.into_iter().collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Columns as wide as their widest cell.
@@ -139,37 +150,37 @@ pub fn size_text(bytes: u64) -> String {
     if bytes < Size::mib(10).bytes() { format!("{} KiB", bytes.div_ceil(1024)) } else { format!("{} MiB", bytes >> 20) }
 }
 
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
-pub async fn check(loader: &Loader, path: &Path) -> Result<ExitCode, Error> {
+/// Checks a component, a TOML file, or a directory: there also what plugins do to each other.
+pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
     let unreadable = |error| Error::Other(format!("failed to read {}: {error}", path.display()));
-    let mut files = Vec::new();
     if std::fs::metadata(path).map_err(unreadable)?.is_dir() {
-        for found in std::fs::read_dir(path).map_err(unreadable)? {
-            files.push(found.map_err(unreadable)?.path());
-        }
-        files.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
-        files.sort();
-        if files.is_empty() {
+        let plugins = Registry::open(path, loader).await?.current();
+        if plugins.entries.is_empty() {
             return Err(Error::Other(format!("there is no .toml file in {}", path.display())));
         }
-    } else {
-        files.push(path.to_owned());
-    }
-    let mut all_well = true;
-    for file in files {
-        let found = if file.extension().is_some_and(|extension| extension == "toml") {
-            loader.load(&file).await.map(|plugin| (plugin.kind, plugin.description.version))
-        } else {
-            loader.inspect(&file).await.map(|inspected| (inspected.kind, inspected.description.version))
-        };
-        match found {
-            Ok((kind, version)) => println!("ok      {} ({kind} {version})", file.display()),
-            Err(LoadError::Disabled { .. }) => println!("off     {}", file.display()),
-            Err(error) => {
-                all_well = false;
-                println!("failed  {error}");
+        for entry in &plugins.entries {
+            match (&entry.error, &entry.serving) {
+                (Some(error), _) => put!("failed  {error}"),
+                (None, Some(plugin)) => {
+                    put!("ok      {} ({} {})", entry.file.display(), plugin.kind, plugin.description.version);
+                }
+                (None, None) => put!("off     {}", entry.file.display()),
             }
         }
+        return Ok(status(plugins.entries.iter().all(|entry| entry.error.is_none())));
     }
-    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let found = if path.extension().is_some_and(|extension| extension == "toml") {
+        loader.load(path).await.map(|plugin| (plugin.kind, plugin.description.version))
+    } else {
+        loader.inspect(path).await.map(|inspected| (inspected.kind, inspected.description.version))
+    };
+    match found {
+        Ok((kind, version)) => put!("ok      {} ({kind} {version})", path.display()),
+        Err(LoadError::Disabled { .. }) => put!("off     {}", path.display()),
+        Err(error) => {
+            put!("failed  {error}");
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }

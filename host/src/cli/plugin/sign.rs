@@ -9,6 +9,8 @@ use clap::Args;
 use ssh_key::PrivateKey;
 
 use crate::cli::Error;
+use crate::cli::terminal::{put, write_output};
+use crate::clock::Clock;
 use crate::plugin::signature::{TrustedKeys, sign, statement};
 use crate::plugin::{Files, plugin_name, read_secret, signature_file};
 
@@ -23,6 +25,9 @@ pub struct Sign {
     /// Where the key's passphrase is, if it has one: env:NAME or file:PATH
     #[arg(long, value_name = "SOURCE")]
     passphrase: Option<String>,
+    /// Leave the file's serial as it is; a server refuses a signed file whose serial is lower than the one it loaded before
+    #[arg(long)]
+    keep_serial: bool,
     /// Print what is to be signed and sign nothing: for a key that lies elsewhere, with
     /// `ssh-keygen -Y sign -n batchwright-plugin`
     #[arg(long, conflicts_with_all = ["key", "passphrase"])]
@@ -41,7 +46,7 @@ pub struct Verify {
 }
 
 /// What is signed for a TOML file, and the signature it has.
-fn read(file: &Path) -> Result<(String, Option<String>), Error> {
+fn read(file: &Path) -> Result<(String, String, Option<String>), Error> {
     if file.extension().is_none_or(|extension| extension != "toml") {
         let message = format!(
             "{} is no TOML file; a signature is of a plugin's TOML file and the component it names",
@@ -50,15 +55,21 @@ fn read(file: &Path) -> Result<(String, Option<String>), Error> {
         return Err(Error::Other(message));
     }
     let files = Files::read_any(file)?;
-    Ok((statement(&plugin_name(file)?, &files.text, &files.component.sha256), files.signature))
+    let name = plugin_name(file)?;
+    Ok((name.clone(), statement(&name, &files.text, &files.component.sha256), files.signature))
 }
 
-#[expect(clippy::print_stdout, reason = "what was done is the command's output")]
 impl Sign {
     pub fn run(self) -> Result<ExitCode, Error> {
-        let (statement, _) = read(&self.file)?;
+        read(&self.file)?;
+        if !self.keep_serial {
+            let failed =
+                |error| Error::Other(format!("failed to write a serial into {}: {error}", self.file.display()));
+            set_serial(&self.file).map_err(failed)?;
+        }
+        let (_, statement, _) = read(&self.file)?;
         if self.statement {
-            print!("{statement}");
+            write_output(format_args!("{statement}"));
             return Ok(ExitCode::SUCCESS);
         }
         let Some(key) = self.key else { return Err(Error::Other("say which key with --key".into())) };
@@ -80,9 +91,19 @@ impl Sign {
         let to = signature_file(&self.file);
         let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
         write(&to, signature.as_bytes()).map_err(failed)?;
-        println!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
+        put!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Writes the time as the file's serial, which grows with each signature.
+fn set_serial(file: &Path) -> std::io::Result<()> {
+    let text = std::fs::read_to_string(file)?;
+    let mut document: toml_edit::DocumentMut = text.parse().map_err(std::io::Error::other)?;
+    let last = document.get("serial").and_then(toml_edit::Item::as_integer).unwrap_or(0);
+    let serial = Clock::system().now().as_seconds().max(last.saturating_add(1));
+    document.insert("serial", toml_edit::value(serial));
+    write(file, document.to_string().as_bytes())
 }
 
 /// Puts a new file in the place of what is there, a link to somewhere else included.
@@ -96,21 +117,20 @@ fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 impl Verify {
     pub fn run(self) -> Result<ExitCode, Error> {
         let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
         let mut all_well = true;
         for file in &self.files {
-            let verified = read(file).map_err(|error| error.to_string()).and_then(|(statement, signature)| {
-                keys.verify(&statement, signature.as_deref())
+            let verified = read(file).map_err(|error| error.to_string()).and_then(|(name, statement, signature)| {
+                keys.verify(&name, &statement, signature.as_deref())
                     .map_err(|message| format!("{}: signature: {message}", file.display()))
             });
             match verified {
-                Ok(signer) => println!("ok      {} signed by {signer}", file.display()),
+                Ok(signer) => put!("ok      {} signed by {signer}", file.display()),
                 Err(problem) => {
                     all_well = false;
-                    println!("failed  {problem}");
+                    put!("failed  {problem}");
                 }
             }
         }

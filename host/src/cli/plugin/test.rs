@@ -5,37 +5,35 @@ use std::process::ExitCode;
 
 use super::show::size_text;
 use crate::cli::Error;
+use crate::cli::terminal::put;
 use crate::plugin::types::Kind;
 use crate::plugin::{Loader, Plugin, add_defaults, conformance};
 
-#[expect(clippy::print_stdout, reason = "what is found is the command's output")]
 pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
     let plugin = if file.extension().is_some_and(|extension| extension == "toml") {
         if settings != "{}" {
             return Err(Error::Other("--settings is for a component alone; a TOML file has its own".into()));
         }
-        loader.load(file).await?
+        loader.load_to_test(file).await?
     } else {
         load_alone(loader, file, settings).await?
     };
     let description = &plugin.description;
-    println!("{} {} {}, {}", plugin.kind, description.name, description.version, description.summary);
+    put!("{} {} {}, {}", plugin.kind, description.name, description.version, description.summary);
     let report = conformance::check(&plugin, cases).await;
     for check in &report.checks {
         match &check.problem {
-            None => println!("ok      {}", check.name),
-            Some(problem) => println!("failed  {}: {problem}", check.name),
+            None => put!("ok      {}", check.name),
+            Some(problem) => put!("failed  {}: {problem}", check.name),
         }
     }
     for (function, calls) in report.calls() {
         let (count, memory) = (calls.count(), size_text(calls.memory as u64));
         let (median, longest) = (calls.median().as_micros(), calls.longest().as_micros());
-        println!(
-            "cost    {function}: {count} calls, CPU time {median} us (median) to {longest} us, memory up to {memory}"
-        );
+        put!("cost    {function}: {count} calls, CPU time {median} us (median) to {longest} us, memory up to {memory}");
     }
     let failed = report.failed();
-    println!("{} checks, {failed} failed", report.checks.len());
+    put!("{} checks, {failed} failed", report.checks.len());
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

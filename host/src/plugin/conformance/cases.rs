@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::inputs::FAULTS;
+use super::mutations;
 use super::{ONE, Report, TWO, context, cut, request};
 use crate::egress::{Fault, HttpResponse, TransportError};
 use crate::plugin::error::CallError;
@@ -18,7 +19,7 @@ enum Case {
     Validator(ValidatorCase),
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AdapterCase {
     request: CaseRequest,
@@ -34,7 +35,7 @@ struct ValidatorCase {
     violations: Vec<Value>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CaseRequest {
     endpoint: String,
@@ -54,7 +55,7 @@ struct CaseBatch {
 }
 
 /// What the adapter is to send, as far as it is said, and what comes of it; or the end of a pause that it asked for.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Exchange {
     #[serde(default)]
@@ -85,7 +86,7 @@ impl Exchange {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CaseResponse {
     status: u16,
@@ -108,13 +109,20 @@ impl Report {
             self.note(folder.display().to_string(), Err("there is no .json file in it".into()));
         }
         for path in paths {
+            let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             let found = match read_case(&path) {
-                Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => self.replay(plugin, case).await,
+                Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => {
+                    let found = self.replay(plugin, case.clone()).await;
+                    if found.is_ok() {
+                        let mutated = self.mutate(plugin, case).await;
+                        self.note(format!("case {name}, with changed responses"), mutated);
+                    }
+                    found
+                }
                 Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => self.judge(plugin, case).await,
                 Ok(_) => Err(format!("is a case for the other kind; this is a plugin of kind {}", plugin.kind)),
                 Err(error) => Err(error),
             };
-            let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             self.note(format!("case {name}"), found);
         }
     }
@@ -124,7 +132,7 @@ impl Report {
         let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, answer } = case;
         let mut asked = request(&endpoint, &body.to_string());
         asked.model = model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
-        let failed = |error: CallError| error.to_string();
+        let failed = |error: CallError| error.detail();
         let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
         for (place, (exchange, tenant)) in exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate() {
             let here = |problem: String| format!("exchange {}: {problem}", place + 1);
@@ -142,11 +150,64 @@ impl Report {
                     state
                 }
                 Step::Wait { state, .. } if exchange.elapsed => state,
-                step => return Err(here(format!("the adapter's step is another one, {}", cut(&format!("{step:?}"))))),
+                step => {
+                    let wanted = if exchange.elapsed { "to wait" } else { "to send" };
+                    let problem =
+                        format!("the adapter was to ask {wanted}; it asks for {}", cut(&shown(&step).to_string()));
+                    return Err(here(problem));
+                }
             };
             step = self.resume(plugin, tenant, &state, exchange.outcome().map_err(here)?).await.map_err(failed)?;
         }
-        contains(&shown(&step), &answer, "answer")
+        match &step {
+            Step::Send { request, .. } if answer.get("send").is_none() => Err(format!(
+                "the case has too few exchanges: the adapter sends {} {} next and waits for a response",
+                request.method, request.url
+            )),
+            Step::Wait { milliseconds, .. } if answer.get("wait").is_none() => Err(format!(
+                "the case has too few exchanges: the adapter waits {milliseconds} ms next; add {{\"elapsed\": true}}"
+            )),
+            step => contains(&shown(step), &answer, "answer"),
+        }
+    }
+
+    /// Plays a conversation up to each of its responses, and changes that one: whatever comes, the adapter has an answer, the same from every
+    /// instance, and sends nowhere else.
+    async fn mutate(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
+        let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, .. } = case;
+        let mut asked = request(&endpoint, &body.to_string());
+        asked.model = model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
+        let failed = |error: CallError| error.detail();
+        let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
+        for (place, exchange) in (1..).zip(exchanges) {
+            let (Step::Send { state, .. } | Step::Wait { state, .. }) = step else { return Ok(()) };
+            if let Some(response) = &exchange.response {
+                for mutations::Mutation { change, body } in mutations::of(&response.body) {
+                    let outcome = || {
+                        let headers = response.headers.clone().into_iter().collect();
+                        Outcome::Response(HttpResponse {
+                            status: response.status,
+                            headers,
+                            body: body.clone().into_bytes(),
+                        })
+                    };
+                    let one = self.resume(plugin, ONE, &state, outcome()).await;
+                    let two = self.resume(plugin, TWO, &state, outcome()).await;
+                    let here = |problem: String| format!("exchange {place}, its response with {change}: {problem}");
+                    super::same(&one, &two).map_err(here)?;
+                    if let Ok(Step::Send { request, .. }) = &one {
+                        plugin.gateway().check(request).map_err(|error| here(error.detail().to_owned()))?;
+                        if ["../", "?y=1", "#z"].iter().any(|part| request.url.contains(part)) {
+                            let problem =
+                                format!("it sends to {}, where the id leads elsewhere; encode it", request.url);
+                            return Err(here(problem));
+                        }
+                    }
+                }
+            }
+            step = self.resume(plugin, ONE, &state, exchange.outcome()?).await.map_err(failed)?;
+        }
+        Ok(())
     }
 
     async fn judge(&mut self, plugin: &Plugin, case: ValidatorCase) -> Result<(), String> {
@@ -157,7 +218,7 @@ impl Report {
             ..context(&batch.endpoint)
         };
         let lines: Vec<Line> = (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
-        let found = self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.to_string())?;
+        let found = self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.detail())?;
         let mut found: Vec<Value> = found
             .into_iter()
             .map(|found| {
@@ -217,8 +278,10 @@ fn shown(step: &Step) -> Value {
         Step::Retry { after_milliseconds, otherwise } => {
             serde_json::json!({"retry": {"after_milliseconds": after_milliseconds, "otherwise": answer(otherwise)}})
         }
-        Step::Wait { milliseconds, .. } => serde_json::json!({"wait": milliseconds}),
-        Step::Send { request, .. } => serde_json::json!({"send": {"method": request.method, "url": request.url}}),
+        Step::Wait { milliseconds, state } => serde_json::json!({"wait": milliseconds, "state": as_json(state)}),
+        Step::Send { request, state } => serde_json::json!({
+            "send": {"method": request.method, "url": request.url}, "state": as_json(state),
+        }),
     }
 }
 

@@ -5,10 +5,11 @@
 
 mod cases;
 mod inputs;
+mod mutations;
 
 use std::fmt::Debug;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -37,6 +38,8 @@ pub struct Calls {
     times: Vec<Duration>,
     /// The most linear memory an instance held after one, in bytes.
     pub memory: usize,
+    /// The most time on the clock that a call took beyond its CPU time.
+    waited: Duration,
 }
 
 impl Calls {
@@ -54,8 +57,10 @@ impl Calls {
         self.times.iter().max().copied().unwrap_or_default()
     }
 
-    fn note(&mut self, begun: Duration, plugin: &Plugin) {
-        self.times.push(cpu_time().saturating_sub(begun));
+    fn note(&mut self, (begun, since): (Duration, Instant), plugin: &Plugin) {
+        let time = cpu_time().saturating_sub(begun);
+        self.waited = self.waited.max(since.elapsed().saturating_sub(time));
+        self.times.push(time);
         self.memory = self.memory.max(plugin.most_memory());
     }
 }
@@ -65,9 +70,24 @@ fn cpu_time() -> Duration {
     clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
+/// When a call begins, on both clocks.
+fn now() -> (Duration, Instant) {
+    (cpu_time(), Instant::now())
+}
+
+/// A call that waits longer than this, on the clock, for anything but the processor.
+const MAX_WAIT: Duration = Duration::from_secs(2);
+
+/// Calls in a row that run out of time before the rest is not tried any more.
+const MAX_OUT_OF_TIME: u32 = 3;
+
+/// What stands for the checks that are not made.
+const REST: &str = "the rest of the checks";
+
 #[derive(Default)]
 pub struct Report {
     pub checks: Vec<Check>,
+    out_of_time: u32,
     begin: Calls,
     resume: Calls,
     validate: Calls,
@@ -85,6 +105,7 @@ pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
     if let Some(folder) = cases {
         report.cases(plugin, folder).await;
     }
+    report.waits();
     report
 }
 
@@ -99,14 +120,57 @@ impl Report {
         all.into_iter().filter(|(_, calls)| calls.count() > 0)
     }
 
+    /// Whether enough calls ran out of time: each takes long, and the rest would say the same.
+    fn gave_up(&self) -> bool {
+        self.out_of_time >= MAX_OUT_OF_TIME
+    }
+
+    /// Takes note of how a call ended.
+    fn ended<T>(&mut self, called: &Result<T, CallError>) {
+        match called {
+            Err(CallError::Cpu { .. } | CallError::Asleep { .. }) => {
+                self.out_of_time = self.out_of_time.saturating_add(1)
+            }
+            _ if self.gave_up() => {}
+            _ => self.out_of_time = 0,
+        }
+    }
+
+    /// What a call is answered with once the plugin was given up.
+    fn given_up<T>(plugin: &Plugin, function: &'static str) -> Result<T, CallError> {
+        Err(CallError::Asleep { plugin: plugin.name.clone(), function })
+    }
+
+    /// A guest that waits holds an instance and its memory.
+    fn waits(&mut self) {
+        let waits: Vec<(&str, Duration)> = self.calls().map(|(function, calls)| (function, calls.waited)).collect();
+        let longest = waits.into_iter().max_by_key(|(_, waited)| *waited);
+        if let Some((function, waited)) = longest.filter(|(_, waited)| *waited > MAX_WAIT && !self.gave_up()) {
+            let problem = format!("a call of `{function}` waited {waited:.1?}; a plugin has nothing to wait for");
+            self.note("does not wait", Err(problem));
+        }
+    }
+
     fn note(&mut self, name: impl Into<String>, found: Result<(), String>) {
+        if self.gave_up() {
+            if self.checks.last().is_none_or(|last| last.name != REST) {
+                self.checks.push(Check { name: name.into(), problem: found.err() });
+                let problem = format!("not made, as {MAX_OUT_OF_TIME} calls in a row ran out of time");
+                self.checks.push(Check { name: REST.into(), problem: Some(problem) });
+            }
+            return;
+        }
         self.checks.push(Check { name: name.into(), problem: found.err() });
     }
 
     async fn begin(&mut self, plugin: &Plugin, tenant: &str, request: &Request) -> Result<Step, CallError> {
-        let begun = cpu_time();
+        if self.gave_up() {
+            return Self::given_up(plugin, "begin");
+        }
+        let begun = now();
         let step = plugin.begin(tenant, request.clone()).await;
         self.begin.note(begun, plugin);
+        self.ended(&step);
         step
     }
 
@@ -117,9 +181,13 @@ impl Report {
         state: &[u8],
         mut outcome: Outcome,
     ) -> Result<Step, CallError> {
-        let begun = cpu_time();
+        if self.gave_up() {
+            return Self::given_up(plugin, "resume");
+        }
+        let begun = now();
         let step = plugin.resume(tenant, state, &mut outcome).await;
         self.resume.note(begun, plugin);
+        self.ended(&step);
         step
     }
 
@@ -130,9 +198,13 @@ impl Report {
         batch: &BatchContext,
         lines: &[Line],
     ) -> Result<Vec<Violation>, CallError> {
-        let begun = cpu_time();
+        if self.gave_up() {
+            return Self::given_up(plugin, "validate");
+        }
+        let begun = now();
         let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
         self.validate.note(begun, plugin);
+        self.ended(&found);
         found.map(|Judgement { mut violations, .. }| {
             // They may stand in any order.
             violations.sort_by(|one, other| {
@@ -183,7 +255,7 @@ impl Report {
                 Ok(Step::Done(Answer::Failure(_))) => Ok(()),
                 Ok(Step::Done(Answer::Response(response))) if response.status >= 400 => Ok(()),
                 Ok(_) => Err("a message with the role `robot` is not refused, as `begin` of the contract asks".into()),
-                Err(error) => Err(error.to_string()),
+                Err(error) => Err(error.detail()),
             };
             self.note("refuses an unknown role before anything is sent", refused);
         }
@@ -191,7 +263,7 @@ impl Report {
             self.classification(plugin).await;
         }
         let stranger = self.resume(plugin, TWO, b"not its own", Outcome::Elapsed).await;
-        self.note("takes a state that is not its own", stranger.map(drop).map_err(|error| error.to_string()));
+        self.note("takes a state that is not its own", stranger.map(drop).map_err(|error| error.detail()));
     }
 
     async fn begin_twice(&mut self, plugin: &Plugin, request: &Request) -> (Option<Step>, Result<(), String>) {
@@ -249,14 +321,14 @@ impl Report {
         for status in [200, 503] {
             let answer = Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
             let found = self.resume(plugin, ONE, state, answer).await;
-            let found = found.map(drop).map_err(|error| error.to_string());
+            let found = found.map(drop).map_err(|error| error.detail());
             self.note(format!("{endpoint}: an answer of status {status} nested 10,000 deep"), found);
         }
         let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1 << 20));
         let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
         let long = Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
         let found = self.resume(plugin, ONE, state, long).await;
-        self.note(format!("{endpoint}: an answer of a MiB"), found.map(drop).map_err(|error| error.to_string()));
+        self.note(format!("{endpoint}: an answer of a MiB"), found.map(drop).map_err(|error| error.detail()));
         for fault in FAULTS {
             let outcome = || Outcome::Error(TransportError::new(fault, "It did not work."));
             let one = self.resume(plugin, ONE, state, outcome()).await;
@@ -286,7 +358,7 @@ impl Report {
             self.note(format!("{endpoint}: judges each line alone as it does among others"), same(&whole, &one_by_one));
             let bare = BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
             let found = self.validate(plugin, ONE, &bare, &lines).await;
-            let found = found.map(drop).map_err(|error| error.to_string());
+            let found = found.map(drop).map_err(|error| error.detail());
             self.note(format!("{endpoint}: a batch without metadata whose first line names no model"), found);
             let none = self.validate(plugin, ONE, &batch, &[]).await;
             self.note(
@@ -294,7 +366,7 @@ impl Report {
                 match none {
                     Ok(found) if found.is_empty() => Ok(()),
                     Ok(found) => Err(format!("found {found:?}")),
-                    Err(error) => Err(error.to_string()),
+                    Err(error) => Err(error.detail()),
                 },
             );
         }
@@ -303,11 +375,11 @@ impl Report {
         let deep = format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
         for (name, text) in [("a line of a MiB", &long), ("a line nested 10,000 deep", &deep)] {
             let found = self.validate(plugin, ONE, &batch, &numbered(&[text])).await;
-            self.note(name, found.map(drop).map_err(|error| error.to_string()));
+            self.note(name, found.map(drop).map_err(|error| error.detail()));
         }
         let many: Vec<&str> = LINES.iter().copied().cycle().take(1000).collect();
         let found = self.validate(plugin, ONE, &batch, &numbered(&many)).await;
-        self.note("a thousand lines in one call", found.map(drop).map_err(|error| error.to_string()));
+        self.note("a thousand lines in one call", found.map(drop).map_err(|error| error.detail()));
     }
 }
 
@@ -336,7 +408,7 @@ fn context(endpoint: &str) -> BatchContext {
 /// Whether two instances said the same; a call that failed is a problem by itself.
 fn same<T: Debug>(one: &Result<T, CallError>, other: &Result<T, CallError>) -> Result<(), String> {
     match (one, other) {
-        (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
+        (Err(error), _) | (_, Err(error)) => Err(error.detail()),
         (Ok(one), Ok(other)) => {
             let (one, other) = (format!("{one:?}"), format!("{other:?}"));
             if one == other { Ok(()) } else { Err(format!("two instances differ: {} and {}", cut(&one), cut(&other))) }

@@ -1,0 +1,99 @@
+//! `batchwright file`: the files of a server.
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use super::Error;
+use super::client::{Client, Server};
+use super::terminal::{put, say};
+
+#[derive(Args)]
+pub struct File {
+    #[command(flatten)]
+    server: Server,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// List files, newest first
+    List {
+        /// How many, 1 to 10000
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+        /// Begin after this one
+        #[arg(long)]
+        after: Option<String>,
+        /// Only files of this purpose, such as `batch` for input or `batch_output` for results
+        #[arg(long)]
+        purpose: Option<String>,
+    },
+    /// Delete files; a batch that reads one goes on
+    Delete {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+impl File {
+    pub async fn run(self) -> Result<ExitCode, Error> {
+        let client = self.server.client()?;
+        match self.action {
+            Action::List { limit, after, purpose } => {
+                let mut query = url::form_urlencoded::Serializer::new(String::new());
+                query.append_pair("limit", &limit.to_string());
+                for (name, value) in [("after", after), ("purpose", purpose)] {
+                    if let Some(value) = value {
+                        query.append_pair(name, &value);
+                    }
+                }
+                list(&client.get(&format!("files?{}", query.finish())).await?, self.server.json);
+                Ok(ExitCode::SUCCESS)
+            }
+            Action::Delete { ids } => delete(&client, &ids).await,
+        }
+    }
+}
+
+/// Deletes what can be deleted, and says of the rest why not.
+async fn delete(client: &Client, ids: &[String]) -> Result<ExitCode, Error> {
+    let mut all_gone = true;
+    for id in ids {
+        match client.delete(&format!("files/{id}")).await {
+            Ok(_) => put!("deleted {id}"),
+            Err(error) => {
+                all_gone = false;
+                say!("error: {error}");
+            }
+        }
+    }
+    Ok(if all_gone { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn list(list: &Value, as_json: bool) {
+    if as_json {
+        put!("{list:#}");
+        return;
+    }
+    let text = |file: &Value, key: &str| file.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    for file in list.get("data").and_then(Value::as_array).into_iter().flatten() {
+        let number = |key: &str| file.get(key).and_then(Value::as_i64);
+        let size = bytesize::ByteSize(number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0));
+        let expires = number("expires_at").map_or_else(|| "never expires".into(), |at| format!("expires {}", time(at)));
+        let created = time(number("created_at").unwrap_or(0));
+        let (id, purpose, name) = (text(file, "id"), text(file, "purpose"), text(file, "filename"));
+        put!("{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}", size.display().iec().to_string());
+    }
+    if list.get("has_more") == Some(&Value::Bool(true)) {
+        say!("there are more: --after {}", text(list, "last_id"));
+    }
+}
+
+/// A time as people read it, in UTC.
+pub fn time(seconds: i64) -> String {
+    let since = std::time::Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+    humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + since).to_string()
+}
