@@ -3,7 +3,22 @@
 //
 // Built with componentize-qjs; see README.md beside this file.
 
-const ROLES = ["system", "user", "assistant", "tool", "developer"];
+// Parameters that are translated below.
+const TRANSLATED = [
+  "model", "messages", "max_completion_tokens", "max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty",
+  "frequency_penalty", "tools", "tool_choice", "response_format", "logprobs", "top_logprobs", "reasoning_effort",
+];
+
+// Parameters without which the answer is the same: they are about cost, speed, and what a provider keeps.
+const HARMLESS = [
+  "user", "safety_identifier", "metadata", "store", "prediction", "prompt_cache_key", "prompt_cache_retention",
+  "prompt_cache_options", "service_tier", "stream_options",
+];
+
+// Parameters that Ollama does not have, and the value of each that asks for nothing.
+const NOTHING = { n: 1, stream: false, parallel_tool_calls: true, verbosity: "medium", logit_bias: {}, modalities: ["text"] };
+
+const EFFORTS = { none: false, minimal: "low", low: "low", medium: "medium", high: "high", xhigh: "max", max: "max" };
 
 let baseUrl = "";
 
@@ -11,7 +26,7 @@ export const plugin = {
   describe() {
     return {
       name: "ollama",
-      version: "0.1.0",
+      version: "0.2.0",
       summary: "Asks an Ollama server through its own chat API",
       endpoints: ["/v1/chat/completions"],
       credentials: [],
@@ -31,31 +46,27 @@ export const plugin = {
   },
 };
 
+// Why a request is not sent.
+class Refused extends Error {
+  constructor(code, message) {
+    super(message);
+    this.code = code;
+  }
+}
+const invalid = (message) => new Refused("invalid_request", message);
+const unsupported = (name, why) => new Refused("unsupported_parameter", `Unsupported parameter: '${name.toWellFormed()}'. ${why}`);
+
 export const inference = {
   begin(request) {
     let body;
+    let asked;
     try {
       body = read(request.body);
+      asked = translate(body, request.model);
     } catch (error) {
+      if (error instanceof Refused) return failure(error.code, error.message);
       return failure("invalid_request", `The body cannot be read: ${error.message}.`);
     }
-    if (!Array.isArray(body.messages)) return failure("invalid_request", "Messages must be an array.");
-    for (const message of body.messages) {
-      if (!ROLES.includes(message?.role)) return failure("invalid_request", `Unknown message role: ${typeof message?.role === "string" ? message.role.toWellFormed() : "none"}`);
-    }
-    const asked = {
-      model: request.model,
-      messages: body.messages.map((message) => ({
-        role: message.role === "developer" ? "system" : message.role,
-        content: textOf(message.content),
-        ...(message.tool_calls && { tool_calls: message.tool_calls.map(toolCall) }),
-      })),
-      stream: false,
-      options: options(body),
-      ...(body.tools && { tools: body.tools }),
-      ...(body.response_format?.type === "json_object" && { format: "json" }),
-      ...(body.response_format?.type === "json_schema" && { format: body.response_format.json_schema?.schema }),
-    };
     return {
       tag: "send",
       val: {
@@ -63,10 +74,12 @@ export const inference = {
           method: "POST",
           url: `${baseUrl}/api/chat`,
           headers: [{ name: "content-type", value: "application/json" }],
-          body: utf8(JSON.stringify(asked)),
+          body: utf8(write(asked)),
         },
         // Everything that `resume` needs: it may run in another instance.
-        state: utf8(JSON.stringify({ id: request.id, model: body.model, created: Number(request.createdAt) })),
+        state: utf8(
+          JSON.stringify({ id: request.id, model: body.model, created: Number(request.createdAt), logprobs: asked.logprobs === true }),
+        ),
       },
     };
   },
@@ -96,87 +109,247 @@ export const inference = {
       const refused = response(status < 200 ? 502 : status, { error: { message, type: kind, param: null, code: null } });
       return status === 429 || status >= 500 ? retry(refused) : done(refused);
     }
-    if (typeof answer?.message?.content !== "string") {
-      return done(fail("invalid_provider_response", "The server's answer is no chat message."));
-    }
-    const [prompt, completion] = [answer.prompt_eval_count ?? 0, answer.eval_count ?? 0];
-    const message = { role: "assistant", content: answer.message.content, refusal: null };
-    if (answer.message.tool_calls?.length) {
-      message.tool_calls = answer.message.tool_calls.map((call, index) => ({
-        id: `call_${request.id.slice(-24)}_${index}`,
-        type: "function",
-        function: { name: call.function.name, arguments: JSON.stringify(call.function.arguments ?? {}) },
-      }));
-    }
-    const reason = message.tool_calls ? "tool_calls" : answer.done_reason === "length" ? "length" : "stop";
-    const completed = {
-      id: `chatcmpl-${request.id.slice(-32)}`,
-      object: "chat.completion",
-      created: request.created,
-      model: request.model,
-      choices: [{ index: 0, message, logprobs: null, finish_reason: reason }],
-      usage: { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion },
-    };
-    return done(
-      response(200, completed, { inputTokens: prompt, cachedInputTokens: 0, outputTokens: completion, reasoningTokens: 0 }),
-    );
+    return completed(request, answer);
   },
 };
 
-// OpenAI's names for what Ollama calls options.
+// The answer to a chat that Ollama answered.
+function completed(request, answer) {
+  const calls = answer?.message?.tool_calls;
+  const isMessage = typeof answer?.message?.content === "string" && (calls === undefined || calls === null || Array.isArray(calls));
+  // "load" and "unload" are answers to no prompt, "" to one that was cut off.
+  if (!isMessage || ["load", "unload", ""].includes(answer.done_reason)) {
+    return done(fail("invalid_provider_response", "The server's answer is no whole chat message."));
+  }
+  if (request.logprobs && !Array.isArray(answer.logprobs)) {
+    return done(fail("unsupported_parameter", "Unsupported parameter: 'logprobs'. This server is older than Ollama 0.12.11."));
+  }
+  const message = { role: "assistant", content: answer.message.content, refusal: null };
+  if (calls?.length) {
+    message.tool_calls = calls.map((call, index) => ({
+      id: typeof call?.id === "string" && call.id ? call.id : `call_${String(request.id).slice(-24)}_${index}`,
+      type: "function",
+      function: { name: String(call?.function?.name ?? ""), arguments: write(call?.function?.arguments ?? {}) },
+    }));
+  }
+  const reason = answer.done_reason === "length" ? "length" : message.tool_calls ? "tool_calls" : "stop";
+  const [prompt, completion] = [tokens(answer.prompt_eval_count), tokens(answer.eval_count)];
+  const logprobs = request.logprobs ? { content: answer.logprobs.map(logprob), refusal: null } : null;
+  const body = {
+    id: `chatcmpl-${String(request.id).slice(-32)}`,
+    object: "chat.completion",
+    created: request.created,
+    model: request.model,
+    choices: [{ index: 0, message, logprobs, finish_reason: reason }],
+    usage: { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion },
+  };
+  return done(response(200, body, { inputTokens: prompt, cachedInputTokens: 0, outputTokens: completion, reasoningTokens: 0 }));
+}
+
+const tokens = (value) => (Number.isSafeInteger(value) && value >= 0 ? value : 0);
+
+const logprob = (one) => ({
+  token: String(one?.token ?? ""),
+  logprob: one?.logprob ?? 0,
+  bytes: one?.bytes ?? null,
+  top_logprobs: (Array.isArray(one?.top_logprobs) ? one.top_logprobs : []).map((other) => ({
+    token: String(other?.token ?? ""),
+    logprob: other?.logprob ?? 0,
+    bytes: other?.bytes ?? null,
+  })),
+});
+
+// What Ollama is asked.
+function translate(body, model) {
+  if (typeof body !== "object" || body === null || Array.isArray(body)) throw invalid("The body must be a JSON object.");
+  for (const [name, value] of Object.entries(body)) {
+    if (value === null || TRANSLATED.includes(name) || HARMLESS.includes(name)) continue;
+    if (Object.hasOwn(NOTHING, name) && JSON.stringify(number(value)) === JSON.stringify(NOTHING[name])) continue;
+    if (name === "parallel_tool_calls" && !body.tools?.length) continue;
+    throw unsupported(name, "Ollama's chat API has nothing like it; leave it out.");
+  }
+  if (!Array.isArray(body.messages)) throw invalid("Messages must be an array.");
+  if (!body.messages.length) throw invalid("Messages must hold something: Ollama answers nothing to nothing.");
+  const names = {};
+  const asked = { model, messages: body.messages.map((message) => translateMessage(message, names)), stream: false, options: options(body) };
+  const tools = translateTools(body);
+  if (tools.length) asked.tools = tools;
+  const format = translateFormat(body.response_format);
+  if (format !== undefined) asked.format = format;
+  if (body.logprobs !== undefined && body.logprobs !== null) {
+    if (typeof body.logprobs !== "boolean") throw invalid("'logprobs' must be true or false.");
+    asked.logprobs = body.logprobs;
+  }
+  if (number(body.top_logprobs)) asked.top_logprobs = body.top_logprobs;
+  if (body.reasoning_effort !== undefined && body.reasoning_effort !== null) {
+    if (!Object.hasOwn(EFFORTS, body.reasoning_effort)) throw unsupported("reasoning_effort", `Use ${Object.keys(EFFORTS).join(", ")}.`);
+    asked.think = EFFORTS[body.reasoning_effort];
+  }
+  return asked;
+}
+
+// A message, and the names of the tools that its calls are of.
+function translateMessage(message, names) {
+  switch (message?.role) {
+    case "system":
+    case "user":
+      return { role: message.role, ...translateContent(message.content) };
+    case "developer":
+      return { role: "system", ...translateContent(message.content) };
+    case "tool":
+      return {
+        role: "tool",
+        ...translateContent(message.content),
+        ...(typeof message.tool_call_id === "string" && { tool_call_id: message.tool_call_id }),
+        ...(names[message.tool_call_id] && { tool_name: names[message.tool_call_id] }),
+      };
+    case "assistant": {
+      for (const name of ["audio", "function_call"]) {
+        if (message[name] !== undefined && message[name] !== null) throw unsupported("messages", `Ollama takes no '${name}' of the assistant.`);
+      }
+      const calls = message.tool_calls ?? [];
+      if (!Array.isArray(calls)) throw invalid("'tool_calls' must be an array.");
+      const said = translateContent(message.content ?? message.refusal);
+      if (!calls.length) return { role: "assistant", ...said };
+      return { role: "assistant", ...said, tool_calls: calls.map((call) => toolCall(call, names)) };
+    }
+    default:
+      throw invalid(`Unknown message role: ${typeof message?.role === "string" ? message.role.toWellFormed() : "none"}`);
+  }
+}
+
+// A message's content is a string, or parts of which the texts and the images count.
+function translateContent(content) {
+  if (content === undefined || content === null) return { content: "" };
+  if (typeof content === "string") return { content };
+  if (!Array.isArray(content)) throw invalid("A message's content must be a string or an array of parts.");
+  const texts = [];
+  const images = [];
+  for (const part of content) {
+    if (part?.type === "text" || part?.type === "refusal") texts.push(String(part.text ?? part.refusal ?? ""));
+    else if (part?.type === "image_url") images.push(image(part.image_url?.url));
+    else throw unsupported("messages", `Ollama takes no message part of type '${String(part?.type ?? "none").toWellFormed()}'.`);
+  }
+  return { content: texts.join(""), ...(images.length && { images }) };
+}
+
+function image(url) {
+  const data = /^data:image\/(?:jpeg|jpg|png|webp);base64,([A-Za-z0-9+/=]+)$/.exec(typeof url === "string" ? url : "");
+  if (!data) throw unsupported("messages", "Ollama takes images as data: URLs in base64, of the types jpeg, png and webp, and fetches none.");
+  return data[1];
+}
+
+function toolCall(call, names) {
+  const name = call?.function?.name;
+  if (typeof name !== "string" || !name || (call.type ?? "function") !== "function") {
+    throw unsupported("messages", "Ollama takes tool calls of type 'function', each with a name.");
+  }
+  const given = call.function.arguments;
+  let parsed = given ?? {};
+  if (typeof given === "string") {
+    try {
+      // Some models write nothing where they mean no arguments.
+      parsed = given.trim() ? (read(given) ?? {}) : {};
+    } catch {
+      throw invalid(`The arguments of the tool call '${String(call.id ?? name).toWellFormed()}' are not JSON.`);
+    }
+  }
+  if (typeof parsed !== "object" || Array.isArray(parsed)) throw invalid("The arguments of a tool call must be a JSON object.");
+  if (typeof call.id === "string") names[call.id] = name;
+  return { ...(typeof call.id === "string" && { id: call.id }), function: { name, arguments: parsed } };
+}
+
+function translateTools(body) {
+  const given = body.tools ?? [];
+  if (!Array.isArray(given)) throw invalid("'tools' must be an array.");
+  const tools = given.map((tool) => {
+    if (tool?.type !== "function" || typeof tool.function?.name !== "string") {
+      throw unsupported("tools", "Ollama takes tools of type 'function', each with a name.");
+    }
+    const { name, description, parameters } = tool.function;
+    const schema = parameters ?? { type: "object", properties: {} };
+    return { type: "function", function: { name, ...(description && { description }), parameters: schema } };
+  });
+  const choice = body.tool_choice ?? "auto";
+  if (choice === "auto") return tools;
+  if (choice === "none") return [];
+  const allowed = choice?.type === "allowed_tools" && choice.allowed_tools?.mode === "auto" ? choice.allowed_tools.tools : null;
+  if (Array.isArray(allowed)) {
+    const names = allowed.map((tool) => tool?.function?.name);
+    return tools.filter((tool) => names.includes(tool.function.name));
+  }
+  throw unsupported("tool_choice", "Ollama cannot be made to use a tool; use 'auto' or 'none'.");
+}
+
+function translateFormat(format) {
+  switch (format?.type) {
+    case undefined:
+    case "text":
+      return undefined;
+    case "json_object":
+      return "json";
+    case "json_schema":
+      if (typeof format.json_schema?.schema === "object" && format.json_schema.schema !== null) return format.json_schema.schema;
+      throw invalid("'response_format.json_schema.schema' must be an object.");
+    default:
+      throw unsupported("response_format", "Use text, json_object or json_schema.");
+  }
+}
+
+// OpenAI's names for what Ollama calls options. A value of another type would be a fault of the server's, tried again and again.
 function options(body) {
   const named = {
     temperature: body.temperature,
     top_p: body.top_p,
     seed: body.seed,
     num_predict: body.max_completion_tokens ?? body.max_tokens,
-    stop: body.stop,
     frequency_penalty: body.frequency_penalty,
     presence_penalty: body.presence_penalty,
   };
-  return Object.fromEntries(Object.entries(named).filter(([, value]) => value !== undefined && value !== null));
-}
-
-function toolCall(call) {
-  let given = {};
-  try {
-    given = JSON.parse(call?.function?.arguments ?? "{}");
-  } catch {
-    // What the model once wrote need not be JSON.
+  const given = Object.entries(named).filter(([, value]) => value !== undefined && value !== null);
+  for (const [name, value] of given) {
+    if (typeof number(value) !== "number") throw invalid(`'${name}' must be a number.`);
   }
-  return { function: { name: call?.function?.name ?? "", arguments: given } };
-}
-
-// A message's content is a string, or parts of which the texts count.
-function textOf(content) {
-  if (!Array.isArray(content)) return typeof content === "string" ? content : "";
-  return content.map((part) => (typeof part?.text === "string" ? part.text : "")).join("");
+  if (number(named.num_predict) < 1) throw invalid("'max_completion_tokens' must be at least 1.");
+  const stops = typeof body.stop === "string" ? [body.stop] : (body.stop ?? []);
+  if (!Array.isArray(stops) || stops.some((stop) => typeof stop !== "string")) throw invalid("'stop' must be a string or an array of strings.");
+  return { ...Object.fromEntries(given), ...(stops.length && { stop: stops }) };
 }
 
 const response = (status, body, usage = null) => ({
   tag: "response",
-  val: { status, requestId: null, body: JSON.stringify(body), usage },
+  val: { status, requestId: null, body: write(body), usage },
 });
 const fail = (code, message) => ({ tag: "failure", val: { code, message } });
 const done = (answer) => ({ tag: "done", val: answer });
 const failure = (code, message) => done(fail(code, message));
 const retry = (otherwise) => ({ tag: "retry", val: { afterMilliseconds: null, otherwise } });
 
-// JSON of a client or a provider, which may be anything.
+// JSON of a client or a provider, which may be anything. A number that JavaScript would write in another way, as it is larger or more exact
+// than its own, is kept as text behind a mark until it is written again: a noncharacter, which no text has.
+const MARK = "\uFDD0";
+const STRING_OR_NUMBER = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*/g;
+const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
+
 function read(json) {
   // A parser that calls itself would run out of stack.
   if (depth(json) > 100) throw new Error("it is nested deeper than 100 levels");
-  return JSON.parse(json, (_, value) => {
-    if (value === Infinity || value === -Infinity) throw new Error("it holds a number that is too large");
-    return value;
-  });
+  const marked = (token) => NUMBER.test(token) && String(Number(token)) !== token;
+  return JSON.parse(json.replace(STRING_OR_NUMBER, (token) => (marked(token) ? `"${MARK}${token}"` : token)));
 }
+
+function write(value) {
+  return JSON.stringify(value).replace(/"\uFDD0(-?\d[\d.eE+-]*)"/g, "$1");
+}
+
+// A number, whether it is behind a mark or not; any other value as it is.
+const number = (value) => (typeof value === "string" && value[0] === MARK ? Number(value.slice(1)) : value);
 
 function depth(json) {
   let deepest = 0;
   let level = 0;
   if ((json.match(/[[{]/g) ?? []).length <= 100) return 0;
-  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+  for (const [token] of json.matchAll(/"[^"\\]*(?:\\.[^"\\]*)*"|[[\]{}]/g)) {
     if (token === "[" || token === "{") deepest = Math.max(deepest, ++level);
     else if (token === "]" || token === "}") level--;
   }

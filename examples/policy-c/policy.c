@@ -58,10 +58,13 @@ void exports_batchwright_plugin_validation_validate(exports_batchwright_plugin_v
         const exports_batchwright_plugin_validation_line_t *line = &lines->ptr[index];
         if (line->text.len > longest) report(ret, line->number, "line_too_long", "This line is longer than this server's policy allows.");
         for (size_t at = 0; at < line->text.len; at++) {
-            if (line->text.ptr[at] < 0x20 && line->text.ptr[at] != '\t') {
+            /* JSON holds one as an escape: \u0000 to \u001f. An escaped backslash is no beginning of another escape. */
+            if (line->text.ptr[at] != '\\') continue;
+            if (line->text.len - at >= 6 && !memcmp(line->text.ptr + at, "\\u00", 4) && (line->text.ptr[at + 4] == '0' || line->text.ptr[at + 4] == '1')) {
                 report(ret, line->number, "control_character", "This line holds a control character.");
                 break;
             }
+            at++;
         }
     }
     exports_batchwright_plugin_validation_batch_free(batch);

@@ -34,7 +34,6 @@ export const inference = {
   begin(request) {
     let body;
     try {
-      // Whole numbers beyond 2^53 are rounded here.
       body = read(request.body);
     } catch (error) {
       return done(failure("invalid_request", `The body cannot be read: ${error.message}.`));
@@ -49,7 +48,7 @@ export const inference = {
         method: "POST",
         url: `${baseUrl}/chat/completions`,
         headers: [{ name: "content-type", value: "application/json" }],
-        body: utf8(JSON.stringify({ ...body, model: request.model })),
+        body: utf8(write({ ...body, model: request.model })),
       },
       // What `resume` must know of the request goes here: it may run in another instance.
       state: new Uint8Array(),
@@ -85,21 +84,28 @@ export const inference = {
   },
 };
 
-// JSON of a client or a provider, which may be anything.
+// JSON of a client or a provider, which may be anything. A number that JavaScript would write in another way, as it is larger or more exact
+// than its own, is kept as text behind a mark until it is written again: a noncharacter, which no text has.
+const MARK = "\uFDD0";
+const STRING_OR_NUMBER = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*/g;
+const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
+
 function read(json) {
   // A parser that calls itself would run out of stack.
   if (depth(json) > 100) throw new Error("it is nested deeper than 100 levels");
-  return JSON.parse(json, (_, value) => {
-    if (value === Infinity || value === -Infinity) throw new Error("it holds a number that is too large");
-    return value;
-  });
+  const marked = (token) => NUMBER.test(token) && String(Number(token)) !== token;
+  return JSON.parse(json.replace(STRING_OR_NUMBER, (token) => (marked(token) ? `"${MARK}${token}"` : token)));
+}
+
+function write(value) {
+  return JSON.stringify(value).replace(/"\uFDD0(-?\d[\d.eE+-]*)"/g, "$1");
 }
 
 function depth(json) {
   let deepest = 0;
   let level = 0;
   if ((json.match(/[[{]/g) ?? []).length <= 100) return 0;
-  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+  for (const [token] of json.matchAll(/"[^"\\]*(?:\\.[^"\\]*)*"|[[\]{}]/g)) {
     if (token === "[" || token === "{") deepest = Math.max(deepest, ++level);
     else if (token === "]" || token === "}") level--;
   }
@@ -127,7 +133,7 @@ function retryAfter(headers) {
 
 const response = (status, body, usage) => ({
   tag: "response",
-  val: { status, requestId: undefined, body: JSON.stringify(body), usage },
+  val: { status, requestId: undefined, body: write(body), usage },
 });
 const failure = (code, message) => ({ tag: "failure", val: { code, message } });
 const done = (answer) => ({ tag: "done", val: answer });

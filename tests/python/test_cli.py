@@ -359,7 +359,7 @@ def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
     done = start(tmp_path, env={"BATCHWRIGHT_MAX_ATTEMPTS": "many"})
     assert done.returncode == 2 and "'many' for '--max-attempts" in done.stderr
     done = start(tmp_path, "--log-level", "=loud=")
-    assert done.returncode == 1 and "log_level" in done.stderr
+    assert done.returncode == 3 and "log_level" in done.stderr
 
     (tmp_path / "file").write_text("")
     done = run_host("serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "file", "--plugins", PLUGINS)

@@ -168,7 +168,7 @@ def test_a_policy_in_python_is_enforced_beside_the_standard_rules(serve):
 
 def test_a_policy_in_c_is_enforced(serve):
     server = start(serve, "policy-c", "[settings]\nmax_line_bytes = 200\n")
-    batch = server.run([chat("a"), chat("b", "x" * 200), '{"custom_id":"c\x01"}'])
+    batch = server.run([chat("a"), chat("b", "x" * 200), '{"custom_id":"c\\u0001"}'])
     found = [(error.line, error.code) for error in batch.errors.data]
     assert (2, "line_too_long") in found and (3, "control_character") in found and not [line for line, _ in found if line == 1]
 

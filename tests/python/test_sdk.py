@@ -162,7 +162,6 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
     assert refused(openai.NotFoundError, lambda: client.models.retrieve("nobody")).code == "model_not_found"
     assert refused(openai.BadRequestError, lambda: client.batches.list(after="batch_x")).param == "after"
     assert refused(openai.BadRequestError, lambda: client.batches.list(limit=101)).param == "limit"
-    assert refused(openai.BadRequestError, lambda: client.batches.list(after="")).param == "after"
     for seconds, said in [(-1, "-1"), (0, "0"), (3599, "3599"), (2592001, "2592001")]:
         error = refused(openai.BadRequestError, create(output_expires_after={"anchor": "created_at", "seconds": seconds}))
         assert error.param == "output_expires_after.seconds" and f"from 3600 to 2592000, but got '{said}'" in error.message
@@ -259,7 +258,7 @@ def test_a_client_that_is_refused_while_it_still_sends_reads_why(server):
     large = b"x" * 30_000_000
     for path, headers, status in [
         ("/v1/batches", {"content-type": "application/json"}, 413),
-        ("/v1/files", {"content-type": "text/plain"}, 400),
+        ("/v1/files", {"content-type": "text/plain"}, 415),
         ("/v1/nowhere", {}, 404),
         ("/v1/models", {}, 405),
     ]:

@@ -3,8 +3,11 @@
 //! `request` turns a chat completion's request into a message's, `response` the answer back, errors and advice to try again included.
 
 mod bindings;
+mod messages;
+mod refused;
 mod request;
 mod response;
+mod tools;
 
 use std::cell::RefCell;
 
@@ -79,7 +82,7 @@ impl inference::Guest for Component {
         CURRENT.with_borrow(|settings| {
             let (body, asked_model) = match request::translate(&request.body, &request.model, settings.max_tokens) {
                 Ok(translated) => translated,
-                Err(message) => return failed("invalid_request", message),
+                Err(refused) => return failed(refused.code, refused.message),
             };
             let asked = Asked { id: request.id, model: asked_model, created_at: request.created_at };
             let header = |name: &str, value: &str| Header { name: name.into(), value: value.into() };

@@ -2,138 +2,194 @@
 
 use serde_json::{Map, Value, json};
 
-/// The body to send, and the model as the client named it. An error is a sentence for whoever wrote the request.
-pub(crate) fn translate(body: &str, model: &str, max_tokens: u64) -> Result<(Value, String), String> {
+use crate::messages::conversation;
+use crate::refused::Refused;
+use crate::tools;
+
+/// Parameters that are translated below.
+const TRANSLATED: [&str; 14] = [
+    "model",
+    "messages",
+    "max_completion_tokens",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "reasoning_effort",
+    "service_tier",
+];
+
+/// Parameters without which the answer is the same: they are about cost, speed, and what a provider keeps.
+const HARMLESS: [&str; 11] = [
+    "user",
+    "safety_identifier",
+    "metadata",
+    "store",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "stream_options",
+    "seed",
+    "stream",
+];
+
+/// Parameters whose value here asks for nothing; any other value is something that this API does not have.
+fn asks_for_nothing(name: &str, value: &Value) -> bool {
+    match name {
+        "n" => value.as_f64() == Some(1.0),
+        "logprobs" => *value == Value::Bool(false),
+        "top_logprobs" | "presence_penalty" | "frequency_penalty" => value.as_f64() == Some(0.0),
+        "logit_bias" => value.as_object().is_some_and(Map::is_empty),
+        "modalities" => *value == json!(["text"]),
+        "verbosity" => *value == json!("medium"),
+        _ => false,
+    }
+}
+
+/// The body to send, and the model as the client named it.
+pub(crate) fn translate(body: &str, model: &str, max_tokens: u64) -> Result<(Value, String), Refused> {
     let body: Map<String, Value> =
-        serde_json::from_str(body).map_err(|error| format!("The body cannot be read: {error}."))?;
-    let given = |name: &str| body.get(name).filter(|value| !value.is_null());
-    let Some(Value::Array(messages)) = given("messages") else { return Err("Messages must be an array.".into()) };
-    if given("n").is_some_and(|n| *n != json!(1)) {
-        return Err("This provider gives one choice for a request: 'n' must be 1.".into());
-    }
-    let mut system = Vec::new();
-    let mut turns: Vec<Value> = Vec::new();
-    for message in messages {
-        match message.get("role").and_then(Value::as_str) {
-            Some("system" | "developer") => system.extend(content(message.get("content"))?),
-            Some("user") => add(&mut turns, "user", content(message.get("content"))?),
-            Some("assistant") => add(&mut turns, "assistant", said_by_assistant(message)?),
-            Some("tool") => {
-                let id = message.get("tool_call_id").cloned().unwrap_or_default();
-                let result =
-                    json!({"type": "tool_result", "tool_use_id": id, "content": content(message.get("content"))?});
-                add(&mut turns, "user", vec![result]);
-            }
-            other => return Err(format!("Unknown message role: {}", other.unwrap_or("none"))),
+        serde_json::from_str(body).map_err(|error| Refused::invalid(format!("The body cannot be read: {error}.")))?;
+    let given = Given(&body);
+    for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
+        let known = TRANSLATED.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
+        if (name == "stream" && *value == Value::Bool(true)) || !(known || asks_for_nothing(name, value)) {
+            return Err(Refused::unsupported(name, "Anthropic's Messages API has nothing like it; leave it out."));
         }
     }
-    let asked_tokens = given("max_completion_tokens").or(given("max_tokens")).cloned();
-    let mut sent = json!({
-        "model": model,
-        "max_tokens": asked_tokens.unwrap_or_else(|| max_tokens.into()),
-        "messages": turns,
-    });
-    let mut set = |name: &str, value: Value| {
-        if let Value::Object(sent) = &mut sent {
-            sent.insert(name.into(), value);
-        }
+    let Some(Value::Array(messages)) = given.get("messages") else {
+        return Err(Refused::invalid("Messages must be an array."));
     };
+    let (system, turns) = conversation(messages)?;
+    let tokens = given.get("max_completion_tokens").or(given.get("max_tokens")).cloned();
+    if tokens.as_ref().is_some_and(|tokens| tokens.as_u64().is_none_or(|tokens| tokens == 0)) {
+        return Err(Refused::invalid("'max_completion_tokens' must be a whole number of at least 1."));
+    }
+    let mut sent = Map::new();
+    sent.insert("model".into(), model.into());
+    sent.insert("max_tokens".into(), tokens.unwrap_or_else(|| max_tokens.into()));
     if !system.is_empty() {
-        set("system", system.into());
+        sent.insert("system".into(), system.into());
     }
-    for (theirs, ours) in [("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")] {
-        if let Some(value) = given(theirs) {
-            set(ours, value.clone());
+    sent.insert("messages".into(), turns.into());
+    sampling(given, &mut sent)?;
+    let user = given.get("safety_identifier").or(given.get("user")).and_then(Value::as_str);
+    // The provider refuses addresses of mail here.
+    if let Some(user) = user.filter(|user| !user.contains('@')) {
+        sent.insert("metadata".into(), json!({"user_id": user}));
+    }
+    tools::translate(given, &mut sent)?;
+    output(given, &mut sent)?;
+    match given.get("service_tier").and_then(Value::as_str) {
+        None | Some("auto") => {}
+        Some("default") => drop(sent.insert("service_tier".into(), "standard_only".into())),
+        Some(_) => return Err(Refused::unsupported("service_tier", "Use 'auto' or 'default'.")),
+    }
+    let asked_model = given.get("model").and_then(Value::as_str).unwrap_or(model).to_owned();
+    Ok((Value::Object(sent), asked_model))
+}
+
+/// What a request has, but for what is null.
+#[derive(Clone, Copy)]
+pub(crate) struct Given<'a>(pub(crate) &'a Map<String, Value>);
+
+impl<'a> Given<'a> {
+    pub(crate) fn get(self, name: &str) -> Option<&'a Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+}
+
+fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
+    // Newer models refuse even the default of 1.
+    for name in ["temperature", "top_p"] {
+        match given.get(name) {
+            Some(value) if value.as_f64() == Some(1.0) => {}
+            Some(value) if value.as_f64().is_some_and(|number| (0.0..1.0).contains(&number)) => {
+                sent.insert(name.into(), value.clone());
+            }
+            Some(_) => return Err(Refused::unsupported(name, "Anthropic takes a number from 0 to 1.")),
+            None => {}
         }
     }
-    match given("stop") {
-        Some(Value::String(stop)) => set("stop_sequences", json!([stop])),
-        Some(stops) => set("stop_sequences", stops.clone()),
-        None => {}
+    if let Some(value) = given.get("top_k") {
+        sent.insert("top_k".into(), value.clone());
     }
-    if let Some(user) = given("user") {
-        set("metadata", json!({"user_id": user}));
+    let stops = match given.get("stop") {
+        None => return Ok(()),
+        Some(Value::Array(stops)) => stops.clone(),
+        Some(stop) => vec![stop.clone()],
+    };
+    if stops.iter().any(|stop| stop.as_str().is_none_or(|stop| stop.trim().is_empty())) {
+        return Err(Refused::unsupported("stop", "Anthropic takes texts that are not blank."));
     }
-    if let Some(Value::Array(tools)) = given("tools") {
-        set("tools", tools.iter().filter_map(tool).collect());
+    if !stops.is_empty() {
+        sent.insert("stop_sequences".into(), stops.into());
     }
-    if let Some(choice) = given("tool_choice") {
-        set("tool_choice", tool_choice(choice));
-    }
-    let asked_model = given("model").and_then(Value::as_str).unwrap_or(model).to_owned();
-    Ok((sent, asked_model))
+    Ok(())
 }
 
-/// Adds to the last turn if it is the same side's: turns alternate.
-fn add(turns: &mut Vec<Value>, role: &str, mut blocks: Vec<Value>) {
-    if let Some(last) = turns.last_mut()
-        && last.get("role") == Some(&role.into())
-        && let Some(Value::Array(content)) = last.get_mut("content")
-    {
-        content.append(&mut blocks);
-    } else {
-        turns.push(json!({"role": role, "content": blocks}));
-    }
-}
-
-fn content(content: Option<&Value>) -> Result<Vec<Value>, String> {
-    match content {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::String(text)) => Ok(vec![json!({"type": "text", "text": text})]),
-        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
-        Some(_) => Err("A message's content must be a string or an array of parts.".into()),
-    }
-}
-
-fn part(part: &Value) -> Result<Value, String> {
-    match part.get("type").and_then(Value::as_str) {
-        Some("text" | "refusal") => {
-            let text = part.get("text").or(part.get("refusal")).cloned().unwrap_or_default();
-            Ok(json!({"type": "text", "text": text}))
+/// What the answer is to look like, and how much is to be thought about it.
+fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
+    let mut config = Map::new();
+    if let Some(format) = given.get("response_format") {
+        match format.get("type").and_then(Value::as_str) {
+            Some("text") => {}
+            Some("json_schema") => {
+                let Some(schema @ Value::Object(_)) = format.pointer("/json_schema/schema") else {
+                    return Err(Refused::invalid("'response_format.json_schema.schema' must be an object."));
+                };
+                let mut schema = schema.clone();
+                close_objects(&mut schema)?;
+                config.insert("format".into(), json!({"type": "json_schema", "schema": schema}));
+            }
+            _ => {
+                let why = "Anthropic has structured output by a schema alone; use 'json_schema'.";
+                return Err(Refused::unsupported("response_format", why));
+            }
         }
-        Some("image_url") => {
-            let url = part.pointer("/image_url/url").and_then(Value::as_str).unwrap_or_default();
-            Ok(match url.strip_prefix("data:").and_then(|data| data.split_once(";base64,")) {
-                Some((media, data)) => {
-                    json!({"type": "image", "source": {"type": "base64", "media_type": media, "data": data}})
-                }
-                None => json!({"type": "image", "source": {"type": "url", "url": url}}),
-            })
+    }
+    match given.get("reasoning_effort").and_then(Value::as_str) {
+        None if given.get("reasoning_effort").is_none() => {}
+        Some("none") => drop(sent.insert("thinking".into(), json!({"type": "disabled"}))),
+        Some("minimal") => drop(config.insert("effort".into(), "low".into())),
+        Some(effort @ ("low" | "medium" | "high" | "xhigh" | "max")) => {
+            config.insert("effort".into(), effort.into());
         }
-        other => Err(format!("This provider takes no message part of type '{}'.", other.unwrap_or("none"))),
+        _ => {
+            return Err(Refused::unsupported(
+                "reasoning_effort",
+                "Use none, minimal, low, medium, high, xhigh or max.",
+            ));
+        }
     }
+    if !config.is_empty() {
+        sent.insert("output_config".into(), config.into());
+    }
+    Ok(())
 }
 
-fn said_by_assistant(message: &Value) -> Result<Vec<Value>, String> {
-    let mut blocks = content(message.get("content"))?;
-    for call in message.get("tool_calls").and_then(Value::as_array).into_iter().flatten() {
-        let arguments = call.pointer("/function/arguments").and_then(Value::as_str).unwrap_or("{}");
-        let input: Value = serde_json::from_str(arguments)
-            .map_err(|error| format!("A tool call's arguments are not JSON: {error}."))?;
-        let (id, name) = (call.get("id"), call.pointer("/function/name"));
-        blocks.push(json!({"type": "tool_use", "id": id, "name": name, "input": input}));
-    }
-    Ok(blocks)
-}
-
-fn tool(tool: &Value) -> Option<Value> {
-    let function = tool.get("function")?;
-    let mut named = json!({
-        "name": function.get("name")?,
-        "input_schema": function.get("parameters").cloned().unwrap_or_else(|| json!({"type": "object"})),
-    });
-    if let (Some(description), Value::Object(named)) = (function.get("description"), &mut named) {
-        named.insert("description".into(), description.clone());
-    }
-    Some(named)
-}
-
-fn tool_choice(choice: &Value) -> Value {
-    match choice.as_str() {
-        Some("required") => json!({"type": "any"}),
-        Some("none") => json!({"type": "none"}),
-        Some(_) => json!({"type": "auto"}),
-        None => json!({"type": "tool", "name": choice.pointer("/function/name")}),
+/// The API wants every object of a schema to say that it has no other properties.
+fn close_objects(schema: &mut Value) -> Result<(), Refused> {
+    match schema {
+        Value::Object(object) => {
+            let is_object = object.get("type") == Some(&json!("object")) || object.contains_key("properties");
+            if is_object && object.get("additionalProperties").is_some_and(|more| *more != Value::Bool(false)) {
+                let why = "Anthropic takes schemas whose objects have additionalProperties false.";
+                return Err(Refused::unsupported("response_format", why));
+            }
+            if is_object {
+                object.insert("additionalProperties".into(), false.into());
+            }
+            object.values_mut().try_for_each(close_objects)
+        }
+        Value::Array(items) => items.iter_mut().try_for_each(close_objects),
+        _ => Ok(()),
     }
 }
 
@@ -141,56 +197,94 @@ fn tool_choice(choice: &Value) -> Value {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_conversation_with_tools_becomes_alternating_turns() {
-        let body = json!({
-            "model": "small", "stop": "END", "temperature": 0.5, "tool_choice": "required",
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "What is this?"},
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
-                {"role": "assistant", "content": null, "tool_calls": [
-                    {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{\"x\":1}"}}]},
-                {"role": "tool", "tool_call_id": "c1", "content": "a cat"},
-                {"role": "user", "content": "So?"},
-            ],
-            "tools": [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}],
-        });
-        let (sent, model) = translate(&body.to_string(), "claude", 10).unwrap();
-        assert_eq!(model, "small");
-        assert_eq!(
-            sent,
-            json!({
-                "model": "claude", "max_tokens": 10, "temperature": 0.5, "stop_sequences": ["END"],
-                "system": [{"type": "text", "text": "Be brief."}], "tool_choice": {"type": "any"},
-                "tools": [{"name": "look", "description": "d", "input_schema": {"type": "object"}}],
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "What is this?"},
-                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
-                    {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"x": 1}}]},
-                    {"role": "user", "content": [
-                        {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a cat"}]},
-                        {"type": "text", "text": "So?"}]},
-                ],
-            })
-        );
+    fn sent(body: Value) -> Value {
+        translate(&body.to_string(), "claude", 10).map(|(sent, _)| sent).unwrap()
+    }
+
+    fn refused(body: &Value) -> String {
+        let refused = translate(&body.to_string(), "m", 1).unwrap_err();
+        format!("{}: {}", refused.code, refused.message)
+    }
+
+    fn with(more: &Value) -> Value {
+        let mut body = json!({"model": "small", "messages": [{"role": "user", "content": "hi"}]});
+        if let (Value::Object(body), Value::Object(more)) = (&mut body, more) {
+            body.extend(more.clone());
+        }
+        body
     }
 
     #[test]
-    fn what_the_provider_cannot_do_is_said_before_anything_is_sent() {
-        for (body, said) in [
-            (r#"{"messages":[{"role":"robot"}]}"#, "Unknown message role: robot"),
-            (r#"{"messages":[{}]}"#, "Unknown message role: none"),
-            (r#"{"messages":"hi"}"#, "Messages must be an array."),
-            (r#"{"messages":[],"n":2}"#, "'n' must be 1"),
+    fn what_has_a_counterpart_is_translated() {
+        for (more, expected) in [
+            (json!({"stop": "END", "temperature": 0.5}), json!({"stop_sequences": ["END"], "temperature": 0.5})),
+            (json!({"temperature": 1, "top_p": 1.0, "stop": []}), json!({})),
+            (json!({"max_completion_tokens": 7, "max_tokens": 9}), json!({"max_tokens": 7})),
+            (json!({"user": "u", "safety_identifier": "s"}), json!({"metadata": {"user_id": "s"}})),
+            (json!({"user": "a@example.com"}), json!({})),
+            (json!({"service_tier": "default"}), json!({"service_tier": "standard_only"})),
+            (json!({"reasoning_effort": "none"}), json!({"thinking": {"type": "disabled"}})),
+            (json!({"reasoning_effort": "minimal"}), json!({"output_config": {"effort": "low"}})),
             (
-                r#"{"messages":[{"role":"user","content":[{"type":"input_audio"}]}]}"#,
-                "no message part of type 'input_audio'",
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {
+                    "type": "object", "properties": {"a": {"type": "array", "items": {"type": "object"}}}}}}}),
+                json!({"output_config": {"format": {"type": "json_schema", "schema": {
+                    "type": "object", "additionalProperties": false,
+                    "properties": {"a": {"type": "array", "items": {"type": "object", "additionalProperties": false}}}}}}}),
             ),
-            (r#"{"messages":[{"role":"user","content":7}]}"#, "a string or an array of parts"),
-            ("[]", "cannot be read"),
+            (
+                json!({"n": 1, "logprobs": false, "presence_penalty": 0.0, "logit_bias": {}, "seed": 7, "store": true,
+                    "modalities": ["text"], "response_format": {"type": "text"}, "stream": false, "unknown": null}),
+                json!({}),
+            ),
         ] {
-            assert!(translate(body, "m", 1).unwrap_err().contains(said), "{body}");
+            let sent = sent(with(&more));
+            let mut whole = json!({"model": "claude", "max_tokens": 10,
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]});
+            if let (Value::Object(whole), Value::Object(expected)) = (&mut whole, expected) {
+                whole.extend(expected);
+            }
+            assert_eq!(sent, whole, "{more}");
         }
+    }
+
+    #[test]
+    fn what_the_provider_cannot_do_is_refused_by_its_name() {
+        for (more, named) in [
+            (json!({"n": 2}), "'n'"),
+            (json!({"logprobs": true}), "'logprobs'"),
+            (json!({"logit_bias": {"1": 2}}), "'logit_bias'"),
+            (json!({"presence_penalty": 0.5}), "'presence_penalty'"),
+            (json!({"audio": {}}), "'audio'"),
+            (json!({"functions": []}), "'functions'"),
+            (json!({"web_search_options": {}}), "'web_search_options'"),
+            (json!({"nobody_knows": 1}), "'nobody_knows'"),
+            (json!({"stream": true}), "'stream'"),
+            (json!({"temperature": 1.5}), "'temperature'"),
+            (json!({"stop": [" "]}), "'stop'"),
+            (json!({"response_format": {"type": "json_object"}}), "'response_format'"),
+            (json!({"reasoning_effort": "much"}), "'reasoning_effort'"),
+            (json!({"service_tier": "flex"}), "'service_tier'"),
+        ] {
+            let refused = refused(&with(&more));
+            assert!(refused.starts_with("unsupported_parameter: ") && refused.contains(named), "{more}: {refused}");
+        }
+        assert!(refused(&json!({"messages": "hi"})).starts_with("invalid_request: Messages must be an array."));
+        assert!(refused(&with(&json!({"max_tokens": 0}))).contains("at least 1"));
+        assert!(translate("[]", "m", 1).unwrap_err().message.contains("cannot be read"));
+    }
+
+    #[test]
+    fn numbers_are_sent_as_they_were_written() {
+        let body = r#"{"messages":[{"role":"user","content":"x"},{"role":"assistant","tool_calls":[{"id":"c","type":"function",
+            "function":{"name":"f","arguments":"{\"a\":123456789012345678901234567890,\"b\":1e400,\"c\":1.10}"}}]},
+            {"role":"tool","tool_call_id":"c","content":"y"}]}"#;
+        let (sent, _) = translate(body, "m", 1).unwrap();
+        let text = sent.to_string();
+        assert!(
+            text.contains(r#""input":{"a":123456789012345678901234567890,"b":1e400,"c":1.10}"#)
+                || text.contains("1e+400"),
+            "{text}"
+        );
     }
 }

@@ -50,7 +50,7 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
     let text: String = of_type("text").filter_map(|block| block.get("text").and_then(Value::as_str)).collect();
     let calls: Vec<Value> = of_type("tool_use")
         .map(|block| {
-            let arguments = block.get("input").map(Value::to_string).unwrap_or_default();
+            let arguments = block.get("input").map_or_else(|| "{}".into(), Value::to_string);
             json!({"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": arguments}})
         })
         .collect();
@@ -60,7 +60,10 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
         Some("refusal") => "content_filter",
         _ => "stop",
     };
-    let mut said = json!({"role": "assistant", "content": text, "refusal": null});
+    // Why the provider refused; not every refusal says so.
+    let refusal = message.pointer("/stop_details/explanation").filter(|_| reason == "content_filter");
+    let text = if text.is_empty() && !calls.is_empty() { Value::Null } else { text.into() };
+    let mut said = json!({"role": "assistant", "content": text, "refusal": refusal});
     if let (false, Value::Object(said)) = (calls.is_empty(), &mut said) {
         said.insert("tool_calls".into(), calls.into());
     }
@@ -69,6 +72,7 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
     // This API counts what was read from and written to its cache apart from the rest.
     let input = count("input_tokens").saturating_add(cached).saturating_add(count("cache_creation_input_tokens"));
     let output = count("output_tokens");
+    let reasoning = count("output_tokens_details/thinking_tokens");
     let body = json!({
         "id": message.get("id").cloned().unwrap_or_else(|| asked.id.clone().into()),
         "object": "chat.completion",
@@ -80,9 +84,11 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
             "completion_tokens": output,
             "total_tokens": input.saturating_add(output),
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     });
-    let usage = Usage { input_tokens: input, cached_input_tokens: cached, output_tokens: output, reasoning_tokens: 0 };
+    let usage =
+        Usage { input_tokens: input, cached_input_tokens: cached, output_tokens: output, reasoning_tokens: reasoning };
     (body, usage)
 }
 

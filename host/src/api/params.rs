@@ -275,9 +275,9 @@ impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
 }
 
 impl QueryParams {
-    /// None if it is empty or null, too: some clients send every parameter.
+    /// None if it is empty, too: some clients send every parameter.
     pub fn text(&mut self, name: &str) -> Option<String> {
-        self.0.remove(name).filter(|value| !value.is_empty() && value != "null")
+        self.0.remove(name).filter(|value| !value.is_empty())
     }
 
     pub fn limit(&mut self, range: RangeInclusive<u64>, default: u64) -> Result<usize, ApiError> {

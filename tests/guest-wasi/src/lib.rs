@@ -2,7 +2,7 @@
 //!
 //! Rust's own library asks through WASI 0.2; with the feature `p3` the guest asks 0.3 itself. The request's `custom_id` says what to do.
 
-#![expect(clippy::print_stdout, reason = "what becomes of it is what is tested")]
+#![expect(clippy::print_stdout, clippy::panic, reason = "what becomes of it is what is tested")]
 
 mod bindings;
 
@@ -28,7 +28,8 @@ impl plugin::Guest for Component {
         }
     }
 
-    fn configure(_: String) -> Result<(), String> {
+    fn configure(settings: String) -> Result<(), String> {
+        assert!(!settings.contains("panic"), "the guest's own words");
         Ok(())
     }
 }
@@ -65,6 +66,7 @@ impl inference::Guest for Component {
                 "said".into()
             }
             "exit" => std::process::exit(0),
+            "panic" => panic!("the guest's own words"),
             _ => "?".into(),
         };
         Step::Done(Answer::Response(Response {

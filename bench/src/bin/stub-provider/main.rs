@@ -3,7 +3,7 @@
 //! A prompt that begins with `!` is an order:
 //! `!fail STATUS TIMES [RETRY_AFTER]` answers with the status that many times before it answers well; `!status STATUS` always;
 //! `!quota` is an account without money; `!delay MS` waits; `!html` answers 200 with a page; `!pretty` with many lines;
-//! `!headers` with the request's headers; `!close` cuts the connection; `!redirect URL` sends elsewhere; `!big BYTES` answers at length.
+//! `!headers` with the request's headers; `!raw` anywhere in the body with the body as it came, whether it can be parsed here or not; `!close` cuts the connection; `!redirect URL` sends elsewhere; `!big BYTES` answers at length.
 //! `GET /arrivals` tells when each prompt came, each time, in milliseconds since 1970. `GET /load` tells how many requests were under way at
 //! once at the most, and how many were refused, since it was last asked; `GET /load?N` has more than N at once refused with 429 from then on.
 //! `GET /mode?…` has it behave otherwise from then on; see [`Mode`]. `GET /keys` tells the idempotency keys that each prompt came with.
@@ -184,6 +184,9 @@ impl Stub {
         if self.fast {
             return Ok(reply(200, Bytes::from_static(FAST.as_bytes())));
         }
+        if let Some(answer) = raw(&body) {
+            return Ok(reply(200, answer));
+        }
         let Ok(body) = serde_json::from_slice::<Value>(&body) else {
             return Ok(reply(400, error("the body is not JSON", "invalid_json")));
         };
@@ -270,6 +273,14 @@ fn set(object: &mut Value, key: &str, value: &str) {
 
 fn error(message: &str, code: &str) -> String {
     json!({"error": {"message": message, "type": "stub_error", "param": null, "code": code}}).to_string()
+}
+
+/// An answer that holds the request's body as it came, if that asks for it.
+fn raw(body: &[u8]) -> Option<String> {
+    let body = std::str::from_utf8(body).ok().filter(|body| body.contains("!raw"))?;
+    Some(format!(
+        r#"{{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"raw","choices":[{{"index":0,"message":{{"role":"assistant","content":"raw"}},"finish_reason":"stop"}}],"sent":{body}}}"#
+    ))
 }
 
 /// The last message's text, or the prompt, or the input.

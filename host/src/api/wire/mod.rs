@@ -65,7 +65,7 @@ pub struct UploadForm {
     #[schema(content_media_type = "application/octet-stream", value_type = String, min_length = 1)]
     file: Vec<u8>,
     purpose: Purpose,
-    #[schema(pattern = "^created_at$", nullable = false)]
+    #[schema(pattern = "^(created_at)?$", nullable = false)]
     #[serde(rename = "expires_after[anchor]")]
     anchor: Option<String>,
     #[serde(rename = "expires_after[seconds]")]
