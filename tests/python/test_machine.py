@@ -75,13 +75,13 @@ def test_failures_are_summed_up_by_code(serve, stub, tmp_path):
     plugins = tmp_path / "plugins"
     shutil.copytree(PLUGINS, plugins)
     (plugins / "p.toml").write_text(stub.plugin(["m"]))
-    lines = [chat(str(number), f"!status 40{number % 2} {number}", "m") for number in range(5)] + [chat("good", model="m")]
+    lines = [chat(str(number), f"!status {400 + number % 2 * 22} {number}", "m") for number in range(5)] + [chat("good", model="m")]
     (tmp_path / "in.jsonl").write_bytes(jsonl(lines))
     ran = run_host("run", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plugins", plugins, "--max-attempts", "1")
     assert ran.returncode == 1 and "status 400 ordered" in ran.stderr, ran.stderr
     server = serve(plugins={"p": stub.plugin(["m"])})
     wait_for(lambda: server.models() == ["m"], what="the plugin")
-    batch = server.run([line for line in lines if "400" in json.dumps(line)] + lines[-1:])
+    batch = server.run([line for line in lines if "!status 400" in json.dumps(line)] + lines[-1:])
     told = run_host("batch", "--url", server.url, "get", batch.id)
     assert "failed: 3 status 400 ordered" in told.stdout, told.stdout
     listed = run_host("batch", "--url", server.url, "list").stdout

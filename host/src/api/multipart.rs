@@ -165,7 +165,7 @@ fn names(disposition: &[u8]) -> (String, Option<String>) {
     let written = String::from_utf8_lossy(disposition).to_ascii_lowercase();
     let plain = ["filename=", "filename ="].iter().filter_map(|key| written.find(key)).min();
     let extended_first = written.find("filename*").is_some_and(|at| plain.is_none_or(|plain| at < plain));
-    let found = if extended_first { filenames.next() } else { filenames.last() };
+    let found = if extended_first { filenames.next() } else { filenames.next_back() };
     // Browsers write a quote so (WHATWG HTML, multipart form data). Other letters with a percent sign may stand for themselves.
     let filename = found.map(|attribute| attribute.value.replace("%22", "\""));
     (name, filename.filter(|filename| !filename.is_empty()))

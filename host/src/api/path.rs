@@ -13,7 +13,8 @@ pub fn normalized(uri: &Uri) -> Option<Uri> {
         Some(at) => path.split_at(at.saturating_add(MODELS.len())),
         None => (path, ""),
     };
-    if !head.contains("//") && !(path.len() > 1 && path.ends_with('/')) {
+    let is_needless = head.contains("//") || path.len() > 1 && path.ends_with('/');
+    if !is_needless {
         return None;
     }
     let mut plain = String::with_capacity(path.len());

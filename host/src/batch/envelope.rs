@@ -188,8 +188,12 @@ impl<'de> Wanted<'de> for Body<'de> {
                 self.has_model = true;
                 self.model = string(map.next_value::<&RawValue>()?.get());
             }
-            Key::Messages => drop(nested(map, state, "messages", '[', Nothing)?),
-            Key::Input => drop(nested(map, state, "input", '[', Nothing)?),
+            Key::Messages => {
+                nested(map, state, "messages", '[', Nothing)?;
+            }
+            Key::Input => {
+                nested(map, state, "input", '[', Nothing)?;
+            }
             _ => drop(map.next_value::<IgnoredAny>()?),
         }
         Ok(())

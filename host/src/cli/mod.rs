@@ -4,6 +4,7 @@ mod batch;
 mod client;
 mod failures;
 mod file;
+mod path_text;
 mod place;
 mod plugin;
 mod progress;

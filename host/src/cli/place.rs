@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-use super::Error;
+use super::{Error, path_text};
 use crate::plugin::hex;
 use crate::store::users_mode;
 
@@ -39,6 +39,7 @@ enum Kind {
 /// A file as it was written.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Digested {
+    #[serde(with = "path_text")]
     pub path: PathBuf,
     pub bytes: u64,
     pub sha256: String,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::path_text;
 use super::place::{Digested, Target, digest};
 
 /// What is remembered of a run, in its folder.
@@ -13,6 +14,7 @@ const NOTE: &str = "run.json";
 /// What an unfinished run is of, and what it has placed so far.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Note {
+    #[serde(with = "path_text")]
     pub input: PathBuf,
     pub bytes: u64,
     pub sha256: String,

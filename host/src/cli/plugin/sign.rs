@@ -64,7 +64,8 @@ impl Sign {
         read(&self.file)?;
         // What is printed to be signed elsewhere is of the file as it is, which is asked for more than once.
         let has_serial = || Files::read_any(&self.file).is_ok_and(|files| files.manifest.serial > 0);
-        if !self.keep_serial && !(self.statement && has_serial()) {
+        let keeps = self.keep_serial || self.statement && has_serial();
+        if !keeps {
             let failed =
                 |error| Error::Other(format!("failed to write a serial into {}: {error}", self.file.display()));
             set_serial(&self.file).map_err(failed)?;

@@ -284,6 +284,15 @@ impl Readers {
         Self { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(READERS)) }
     }
 
+    /// Closes all connections once their reads have ended: the last connection of all removes the write-ahead log, if it may write.
+    pub async fn close(&self) {
+        let all = u32::try_from(READERS).unwrap_or(u32::MAX);
+        let permits = self.permits.clone().acquire_many_owned(all).await;
+        self.permits.close();
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        drop(permits);
+    }
+
     pub async fn read<T, F>(&self, read: F) -> Result<T>
     where
         T: Send + 'static,

@@ -334,6 +334,7 @@ impl Store for SqliteStore {
     }
 
     async fn close(&self) {
+        self.readers.close().await;
         self.writer.close().await;
     }
 
