@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
+import hpack
 import openai
 import pytest
 from conftest import CHAT, chat, jsonl, leftovers, wait_for
@@ -158,6 +159,41 @@ def uploads_that_stall(server):
                     client.send(b"z")
 
 
+def frame(kind, flags, stream, payload=b""):
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def streams_that_stall(server):
+    """Over HTTP/2, with all the streams that a connection may have: uploads that stop, answers that nobody takes, heads as large as may be."""
+    file = server.upload(b"x" * 4_000_000)
+    data, headers, settings = 0, 1, 4
+    end_stream, end_headers = 1, 4
+    form = [(":method", "POST"), (":path", "/v1/files"), ("content-type", "multipart/form-data; boundary=b")]
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"z" * 1900
+    content = [(":method", "GET"), (":path", f"/v1/files/{file.id}/content")]
+    large = [(":method", "GET"), (":path", "/v1/models"), *((f"x-{number}", "v" * 1000) for number in range(14))]
+    with closing([]) as clients:
+        for number in range(120):
+            client = connect(server)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            clients.append(client)
+            encoder = hpack.Encoder()
+            sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, 0, 0)
+            for stream in range(1, 64, 2):
+                asked = [form, content, large][number % 3]
+                pseudo = [(":method", asked[0][1]), (":path", asked[1][1]), (":scheme", "http"), (":authority", "localhost")]
+                block = encoder.encode(pseudo + asked[2:], huffman=False)
+                sent += frame(headers, end_headers | (end_stream if asked is not form else 0), stream, block)
+                if asked is form:
+                    sent += frame(data, 0, stream, part)
+            client.settimeout(1)
+            # The server stops reading from some of them.
+            with contextlib.suppress(OSError):
+                client.sendall(sent)
+        time.sleep(3)
+        assert request(server, "GET", "/health/live")[0] == 200
+
+
 def idle_connections(server):
     with closing([connect(server) for _ in range(1024)]):
         time.sleep(0.5)
@@ -188,6 +224,7 @@ CASES = [
     large_answers,
     heads_of_half_a_megabyte,
     uploads_that_stall,
+    streams_that_stall,
     idle_connections,
     combinations_of_plugins,
 ]

@@ -29,6 +29,10 @@ const RESERVE: usize = 64;
 /// How many of these are left when idle connections begin to be closed.
 const SPARE: usize = RESERVE / 2;
 
+/// How long a new connection waits for those that were asked to close, and how often it looks.
+const MAKING_WAY: Duration = Duration::from_millis(2);
+const MAKING_WAY_TRIES: u32 = 50;
+
 pub struct Connections {
     max: usize,
     /// Zero is no bound.
@@ -120,6 +124,24 @@ impl Connections {
             is_multiplexed: false,
         };
         Some(Connection { all: self.clone(), id, activity: Mutex::new(activity), close })
+    }
+
+    /// The same, waiting a moment for those that were asked to close.
+    pub async fn enter_soon(self: &Arc<Self>, address: IpAddr) -> Option<Connection> {
+        for _ in 0..MAKING_WAY_TRIES {
+            let entered = self.enter(address);
+            if entered.is_some() || !self.is_making_way() {
+                return entered;
+            }
+            tokio::time::sleep(MAKING_WAY).await;
+        }
+        None
+    }
+
+    fn is_making_way(&self) -> bool {
+        let state = self.lock();
+        let is_full = state.open.len() >= self.max.saturating_add(RESERVE);
+        is_full && state.open.values().any(|open| open.close.is_cancelled() && open.idle_since.is_some())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -89,7 +89,7 @@ async fn listen(
             },
             () = &mut end => break,
         };
-        let Some(connection) = connections.enter(address.ip()).map(Arc::new) else { continue };
+        let Some(connection) = connections.enter_soon(address.ip()).await.map(Arc::new) else { continue };
         stream.set_nodelay(true).ok();
         let timeout = settings.client_timeout.duration();
         let mut stream = TimeoutStream::new(stream);

@@ -14,6 +14,7 @@ mod error;
 mod files;
 mod instance;
 mod instances;
+mod kept;
 mod load;
 mod log;
 mod manifest;

@@ -1,7 +1,9 @@
 //! Which plugin came first, so that the same one serves a model that two ask for, before and after a restart.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+
+use super::kept;
 
 /// Names of plugins in the order in which they came to serve, in a file of the data folder.
 pub struct Order {
@@ -36,13 +38,7 @@ impl Order {
         }
         *names = now;
         let Some(file) = &self.file else { return };
-        let written = || {
-            let beside = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new(".")))?;
-            serde_json::to_writer(beside.as_file(), &*names)?;
-            beside.persist(file)?;
-            std::io::Result::Ok(())
-        };
-        if let Err(error) = written() {
+        if let Err(error) = kept::write(file, &*names) {
             tracing::warn!("the order of plugins is not kept in {}: {error}", file.display());
         }
     }

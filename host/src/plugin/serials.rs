@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use super::kept;
+
 /// The highest number of each plugin, by name, in a file of the data folder.
 pub struct Serials {
     /// None keeps them for this process alone.
@@ -51,14 +53,7 @@ impl Serials {
         }
         highest.insert(name.to_owned(), serial);
         let Some(file) = &self.file else { return };
-        let written = || {
-            let beside = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(std::path::Path::new(".")))?;
-            serde_json::to_writer(beside.as_file(), &*highest)?;
-            beside.as_file().sync_all()?;
-            beside.persist(file)?;
-            std::io::Result::Ok(())
-        };
-        if let Err(error) = written() {
+        if let Err(error) = kept::write(file, &*highest) {
             tracing::warn!("the serials of signed plugins are not kept in {}: {error}", file.display());
         }
     }

@@ -60,7 +60,6 @@ pub struct ExpiresAfter {
 /// What `POST /files` takes.
 #[derive(Deserialize, ToSchema)]
 #[expect(dead_code, reason = "the form of a document, not of a value")]
-#[serde(deny_unknown_fields)]
 pub struct UploadForm {
     #[schema(content_media_type = "application/octet-stream", value_type = String, min_length = 1)]
     file: Vec<u8>,

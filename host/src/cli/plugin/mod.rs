@@ -50,6 +50,9 @@ pub enum Plugin {
     Check {
         /// A component (.wasm), a TOML file, or a directory [default: the plugins of --config, or the folder `plugins` beside this program]
         path: Option<PathBuf>,
+        /// Ask a server instead, which knows its own environment: its address for health (--admin-listen) has the operator's words
+        #[arg(long, value_name = "URL", conflicts_with = "path")]
+        server: Option<String>,
         #[command(flatten)]
         given: Given,
     },
@@ -148,7 +151,8 @@ impl Plugin {
                 write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
-            Self::Check { path, given } => {
+            Self::Check { server: Some(url), .. } => show::list_of_server(&Client::new(&url, None)?).await,
+            Self::Check { path, given, .. } => {
                 let (configured, loader) = given.loader_with_plugins()?;
                 show::check(loader, &path.unwrap_or(configured)).await
             }

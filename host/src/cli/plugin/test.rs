@@ -57,6 +57,13 @@ async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result
     }
     // As an operator would write them: a default alone opens no host.
     add_defaults(&mut settings, &inspected.description.settings_schema);
+    // Whatever address the URLs have: nothing is sent there.
+    let urls = settings.iter().filter_map(|(_, value)| url::Url::parse(value.as_str()?).ok());
+    let hosts = urls.filter_map(|url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?)));
+    let hosts: Vec<toml::Value> = hosts.map(toml::Value::from).collect();
+    if inspected.kind == Kind::Adapter {
+        manifest.insert("allow".into(), hosts.into());
+    }
     manifest.insert("settings".into(), toml::Table::try_from(settings).map_err(|error| unusable(&error))?.into());
     let source = toml::Value::from(format!("file:{}", beside("secret").display()));
     let needs = inspected.description.credentials.iter();

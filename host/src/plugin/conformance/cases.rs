@@ -113,7 +113,10 @@ impl Report {
             let found = match read_case(&path) {
                 Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => {
                     let found = self.replay(plugin, case.clone()).await;
-                    if found.is_ok() {
+                    let has_response = |exchange: &Exchange| {
+                        exchange.response.as_ref().is_some_and(|response| response.body.is_object())
+                    };
+                    if found.is_ok() && case.exchanges.iter().any(has_response) {
                         let mutated = self.mutate(plugin, case).await;
                         self.note(format!("case {name}, with changed responses"), mutated);
                     }
