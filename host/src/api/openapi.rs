@@ -63,8 +63,6 @@ pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
             json!({"expires_after[anchor]": ["expires_after[seconds]"], "expires_after[seconds]": ["expires_after[anchor]"]}),
         ),
         ("/paths/~1batches/get/parameters/1/schema/maximum", json!(settings.max_batches_per_page.get())),
-        // Headers of parts hold no control characters.
-        ("/components/schemas/UploadForm/propertyNames", json!({"type": "string", "pattern": "^[ -~]+$"})),
         // Some clients send every parameter; an empty one is as good as none.
         ("/paths/~1files/get/parameters/2/schema/enum", json!(["asc", "desc", ""])),
         ("/paths/~1files/get/parameters/1/schema/maximum", json!(settings.max_files_per_page.get())),
