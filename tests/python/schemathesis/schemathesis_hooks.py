@@ -9,9 +9,6 @@ def filter_case(context, case):
     # The idempotency key may stand in the header or in the body, but not a different one in each.
     if (case.headers or {}).get("idempotency-key") is not None and body.get("idempotency_key") is not None:
         return False
-    # A parameter that is empty is as good as none, whatever its type.
-    if any(value in ("", [], [""], None) for value in (case.query or {}).values()):
-        return False
     # A form has no types: what is no string is sent as its text, which is as good a file, or a number, as any.
     if case.media_type == "multipart/form-data":
         if not isinstance(body.get("file", ""), (str, bytes)):
