@@ -29,6 +29,8 @@ pub fn start(filter: &str, format: LogFormat) -> Result<(), String> {
         .map_err(|error| format!("log_level `{filter}` is not a log filter ({error}); try `info` or `debug`"))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // The library would say so on the same stream, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
     match format {

@@ -1,5 +1,6 @@
 """Requests as real clients send them: SDKs of six languages, curl, browsers, web pages that should not, and HTTP/2."""
 
+import contextlib
 import gzip
 import http.client
 import json
@@ -283,6 +284,42 @@ def test_a_stream_that_is_not_read_is_given_up_and_others_are_served(serve):
     # The file is larger than the window that the client never opens again.
     assert limit == 32 and ended == {3} and closed
     assert server.client.models.list().data
+
+
+def test_answers_that_the_library_holds_are_given_up_too(serve):
+    """A window of one byte: the server has handed the whole answer over, and the client never takes it."""
+    import h2.config
+    import h2.connection
+    import h2.events
+    import h2.settings
+
+    server = serve("--client-timeout", "1s")
+    host, port = server.url.removeprefix("http://").split(":")
+    peer = h2.connection.H2Connection(h2.config.H2Configuration())
+    peer.local_settings = h2.settings.Settings(initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 1})
+    with socket.create_connection((host, int(port)), timeout=1) as connection:
+        peer.initiate_connection()
+        closed, leaving, end, next_request = False, False, time.monotonic() + 20, 0.0
+        while not closed and time.monotonic() < end:
+            # One after the other, so that the connection is never idle.
+            if time.monotonic() > next_request and not leaving:
+                next_request = time.monotonic() + 0.5
+                stream = peer.get_next_available_stream_id()
+                path = "/v1/models"
+                peer.send_headers(stream, [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "localhost")], end_stream=True)
+            with contextlib.suppress(OSError):
+                connection.sendall(peer.data_to_send())
+            try:
+                data = connection.recv(65536)
+                closed = not data
+                leaving |= any(isinstance(event, h2.events.ConnectionTerminated) for event in peer.receive_data(data))
+            except TimeoutError:
+                pass
+            except h2.exceptions.ProtocolError:
+                leaving = True
+            except ConnectionError:
+                closed = True
+    assert closed, "the connection is held for ever"
 
 
 def test_idle_connections_are_kept_for_their_own_time(serve):

@@ -25,16 +25,18 @@ def mode(path):
 
 
 def test_what_a_server_keeps_is_for_its_own_user_alone(serve, tmp_path):
-    old = tmp_path / "server/data"
-    (old / "objects").mkdir(parents=True)
-    for path, was in [(old, 0o755), (old / "objects", 0o755)]:
-        path.chmod(was)
     server = serve()
-    server.run([chat("a")])
-    assert mode(server.data) == 0o700
-    for path in server.data.rglob("*"):
-        assert mode(path) & 0o077 == 0, path
-    server.stop()
+    for opened in [False, True]:
+        if opened:
+            # As an older version made it.
+            for path in [server.data, server.data / "objects", server.data / "batchwright.db"]:
+                path.chmod(mode(path) | (0o055 if path.is_dir() else 0o044))
+            server.start()
+        server.run([chat("a")])
+        assert mode(server.data) == 0o700
+        for path in server.data.rglob("*"):
+            assert mode(path) & 0o077 == 0, path
+        server.stop()
     # A clean stop leaves no log of changes behind.
     assert not list(server.data.glob("*-wal"))
 
@@ -145,7 +147,7 @@ def test_a_hangup_of_the_terminal_stops_a_run_as_an_interrupt_does(stub, tmp_pat
 
 def test_settings_that_cannot_be_meant_are_named_all_at_once(tmp_path):
     config = tmp_path / "config.toml"
-    config.write_text('max_atempts = 3\nclient_timeout = 5\n\nmax_connections = 0\nmax_file_size = "big"\n')
+    config.write_text('max_atempts = 3\nclient_timeout = 5\n\nmax_connections = 0\nmax_file_size = "big"\nkeep_alive_timeout = "0s"\n')
     told = run_host("serve", "--config", config, "--data", tmp_path / "data")
     assert told.returncode == 3
     for words in [
@@ -153,6 +155,7 @@ def test_settings_that_cannot_be_meant_are_named_all_at_once(tmp_path):
         "line 2: client_timeout",
         "line 4: max_connections: `0` is not a whole number of at least 1",
         "line 5: max_file_size",
+        "keep_alive_timeout: must be longer than 0s",
     ]:
         assert words in told.stderr, told.stderr
     assert "usize" not in told.stderr and "nonzero" not in told.stderr.lower()
@@ -408,11 +411,43 @@ def test_an_older_signed_plugin_and_a_withdrawn_key_are_refused(serve, tmp_path)
     wait_for(lambda: server.models() == ["echo"], what="the plugin that was signed again")
     # A key for another name, and then no key at all any more.
     sign("echo", "theirs")
-    wait_for(lambda: "a key for other alone" in server.logged(), what="the complaint")
+    wait_for(lambda: "may sign only other" in server.logged(), what="the complaint")
     sign("echo", "ours")
     trusted.write_text('names="other" ' + public["theirs"])
     wait_for(lambda: "trusted keys changed" in server.logged() and "is not in" in server.logged(), 20, "the complaint")
     wait_for(lambda: server.models() == [], what="the plugin to serve no more")
+    # The last key can be withdrawn, too.
+    trusted.write_text("# nobody\n")
+    wait_for(lambda: server.logged().count("trusted keys changed") == 2, 20, "the keys to be read")
+
+
+def test_an_unsigned_edit_takes_no_signed_plugin_down(serve, tmp_path):
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ours"], check=True)
+    server = serve("--trusted-keys", tmp_path / "ours.pub")
+    for name in ["standard", "echo"]:
+        assert run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / "ours").returncode == 0
+    wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
+    with open(server.plugins / "echo.toml", "a") as file:
+        file.write("# edited\n")
+    wait_for(lambda: "changed after it was signed" in server.logged(), what="the complaint")
+    time.sleep(5)
+    assert server.models() == ["echo"] and server.run([chat("a")]).request_counts.completed == 1
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(number)) for number in range(100)]))
+    command = [HOST, "run", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plugins", PLUGINS, "--log-level", "debug"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([str(part) for part in command], stderr=full, stdout=full, timeout=60)
+    assert ran.returncode == 0 and (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 100
+
+
+def test_output_that_is_lost_is_no_success(server):
+    with open("/dev/full", "w") as full:
+        told = subprocess.run([str(HOST), "file", "--url", server.url, "list", "--json"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert told.returncode == 1 and b"could not be written" in told.stderr
 
 
 def test_an_instance_that_only_grows_costs_no_line(serve):

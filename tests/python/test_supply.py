@@ -1,13 +1,16 @@
 """Where plugins come from: registries, pins and signatures."""
 
+import contextlib
 import hashlib
 import http.client
+import http.server
 import json
 import os
 import pathlib
 import shutil
 import socket
 import subprocess
+import threading
 import urllib.request
 
 import pytest
@@ -318,3 +321,67 @@ def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys
         refused = run_host("plugin", "check", manifest, "--trusted-keys", bad)
         assert refused.returncode == 3 and part in refused.stderr and "trusted_keys" in refused.stderr, refused.stderr
     assert "is no private key" in run_host("plugin", "sign", manifest, "--key", trusted).stderr
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """A registry that sends clients elsewhere, and the place it sends them to."""
+
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers.get("authorization")))
+        status, headers, body = self.server.answer(self.path, self.headers.get("authorization"))
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def answering(answer):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    server.seen, server.answer = [], answer
+    server.address = f"127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_password_goes_to_no_host_that_a_registry_names(tmp_path):
+    component = ECHO.read_bytes()
+    digest = "sha256:" + hashlib.sha256(component).hexdigest()
+    layer = {"mediaType": "application/wasm", "digest": digest, "size": len(component)}
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": layer, "layers": [layer]})
+    size = 0
+
+    def elsewhere(path, authorization):
+        if path.startswith("/token"):
+            return 200, {}, b'{"token":"T","access_token":"T"}'
+        # Twice elsewhere before there is anything.
+        if path == "/one":
+            return 307, {"location": "/two"}, b""
+        return 200, {}, component
+
+    def registry(path, authorization):
+        if authorization != "Bearer T":
+            return 401, {"www-authenticate": f'Bearer realm="http://{other.address}/token",service="s"'}, b"{}"
+        if "/manifests/" in path:
+            return 200, {}, manifest.encode() + b" " * size
+        return 307, {"location": f"http://{other.address}/one"}, b""
+
+    with answering(elsewhere) as other, answering(registry) as ours:
+        who = ["--username", "u", "--password", "env:SECRET", "--plain-http"]
+        env = {"SECRET": "hunter2", "DOCKER_CONFIG": str(tmp_path)}
+        command = ["plugin", "pull", f"{ours.address}/team/p:1", "--to", tmp_path, *who]
+        refused = run_host(*command, env=env)
+        assert refused.returncode != 0 and "--auth-host 127.0.0.1" in refused.stderr, refused.stderr
+        assert other.seen == []
+        pulled = run_host(*command, "--auth-host", "127.0.0.1", env=env)
+        assert pulled.returncode == 0, pulled.stderr
+        assert [path.split("?")[0] for path, _ in other.seen] == ["/token", "/one", "/two"]
+        assert [authorization for _, authorization in other.seen][1:] == [None, None]
+        size = 5 << 20
+        large = run_host(*command, "--auth-host", "127.0.0.1", env=env)
+        assert large.returncode != 0 and "its manifest is larger than" in large.stderr

@@ -31,7 +31,7 @@ const SPARE: usize = RESERVE / 2;
 
 /// How long a new connection waits for those that were asked to close, and how often it looks.
 const MAKING_WAY: Duration = Duration::from_millis(2);
-const MAKING_WAY_TRIES: u32 = 50;
+const MAKING_WAY_TRIES: u32 = 20;
 
 pub struct Connections {
     max: usize,
@@ -48,6 +48,17 @@ struct State {
     busy: usize,
 }
 
+impl State {
+    fn leave(&mut self, address: IpAddr) {
+        if let Some(number) = self.by_address.get_mut(&address) {
+            *number = number.saturating_sub(1);
+            if *number == 0 {
+                self.by_address.remove(&address);
+            }
+        }
+    }
+}
+
 struct Open {
     address: IpAddr,
     /// None while it is busy.
@@ -60,8 +71,11 @@ pub struct Connection {
     all: Arc<Connections>,
     id: u64,
     activity: Mutex<Activity>,
+    address: IpAddr,
     /// Asked to close.
     pub close: CancellationToken,
+    /// Ended, whatever is under way.
+    pub abort: CancellationToken,
 }
 
 struct Activity {
@@ -86,6 +100,8 @@ pub struct Patience {
 /// A request under way on a connection, until it is dropped.
 pub struct Busy {
     connection: Arc<Connection>,
+    /// It is not the only one of its connection, and counts like another connection of its address.
+    is_extra: bool,
     /// There are more of them than there should be.
     pub over_limit: bool,
 }
@@ -96,13 +112,13 @@ impl Connections {
     }
 
     /// Lets a connection in, and asks an idle one to close if there are many; none if there is no room at all.
-    pub fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Connection> {
+    fn enter_asking(self: &Arc<Self>, address: IpAddr, asks_others: bool) -> Option<Connection> {
         let mut state = self.lock();
         let of_address = state.by_address.get(&address).copied().unwrap_or(0);
         if self.max_per_address > 0 && of_address >= self.max_per_address {
             return None;
         }
-        if state.open.len() >= self.max.saturating_add(SPARE) {
+        if asks_others && state.open.len() >= self.max.saturating_add(SPARE) {
             let idle = state.open.values().filter(|open| !open.close.is_cancelled());
             let longest = idle.filter_map(|open| Some((open.idle_since?, &open.close))).min_by_key(|(since, _)| *since);
             if let Some((_, close)) = longest {
@@ -123,13 +139,21 @@ impl Connections {
             was_served: false,
             is_multiplexed: false,
         };
-        Some(Connection { all: self.clone(), id, activity: Mutex::new(activity), close })
+        Some(Connection {
+            all: self.clone(),
+            id,
+            activity: Mutex::new(activity),
+            address,
+            close,
+            abort: CancellationToken::new(),
+        })
     }
 
     /// The same, waiting a moment for those that were asked to close.
     pub async fn enter_soon(self: &Arc<Self>, address: IpAddr) -> Option<Connection> {
-        for _ in 0..MAKING_WAY_TRIES {
-            let entered = self.enter(address);
+        for tried in 0..MAKING_WAY_TRIES {
+            // One makes way for one.
+            let entered = self.enter_asking(address, tried == 0);
             if entered.is_some() || !self.is_making_way() {
                 return entered;
             }
@@ -157,13 +181,20 @@ impl Connection {
         activity.head_since = None;
         activity.was_served = true;
         activity.is_multiplexed = is_multiplexed;
+        let is_extra = activity.requests > 1;
         drop(activity);
         let mut state = self.all.lock();
         state.busy = state.busy.saturating_add(1);
         if let Some(open) = state.open.get_mut(&self.id) {
             open.idle_since = None;
         }
-        Busy { connection: self.clone(), over_limit: state.busy > self.all.max }
+        let mut over_limit = state.busy > self.all.max;
+        if is_extra {
+            let of_address = state.by_address.entry(self.address).or_default();
+            *of_address = of_address.saturating_add(1);
+            over_limit |= self.all.max_per_address > 0 && *of_address > self.all.max_per_address;
+        }
+        Busy { connection: self.clone(), is_extra, over_limit }
     }
 
     pub fn is_idle(&self) -> bool {
@@ -200,12 +231,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         let mut state = self.all.lock();
         let Some(open) = state.open.remove(&self.id) else { return };
-        if let Some(number) = state.by_address.get_mut(&open.address) {
-            *number = number.saturating_sub(1);
-            if *number == 0 {
-                state.by_address.remove(&open.address);
-            }
-        }
+        state.leave(open.address);
     }
 }
 
@@ -218,6 +244,9 @@ impl Drop for Busy {
         drop(activity);
         let mut state = self.connection.all.lock();
         state.busy = state.busy.saturating_sub(1);
+        if self.is_extra {
+            state.leave(self.connection.address);
+        }
         if let Some(open) = state.open.get_mut(&self.connection.id) {
             open.idle_since = idle_since;
         }
@@ -269,7 +298,7 @@ mod tests {
     #[tokio::test]
     async fn idle_connections_close_first_and_busy_ones_are_bounded() {
         let all = Connections::new(2, 0);
-        let enter = || all.enter(HERE).map(Arc::new);
+        let enter = || all.enter_asking(HERE, true).map(Arc::new);
         let mut open: Vec<_> = (0..2 + SPARE).map(|_| enter().unwrap()).collect();
         assert!(open.iter().all(|connection| !connection.close.is_cancelled()));
         let first = open[0].begin(false);
@@ -293,7 +322,7 @@ mod tests {
     async fn patience_is_for_heads_first_and_for_keep_alive_after_an_answer() {
         let patience = Patience { head: Duration::from_secs(10), keep_alive: Duration::from_secs(75) };
         let all = Connections::new(2, 0);
-        let connection = Arc::new(all.enter(HERE).unwrap());
+        let connection = Arc::new(all.enter_asking(HERE, true).unwrap());
         let left = || connection.deadline(patience).map(|at| at.saturating_duration_since(Instant::now()).as_secs());
         assert_eq!(left(), Some(10));
         tokio::time::advance(Duration::from_secs(4)).await;
@@ -318,12 +347,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn streams_count_toward_the_bound_of_their_address() {
+        let all = Connections::new(10, 3);
+        let connection = Arc::new(all.enter_asking(HERE, true).unwrap());
+        let streams = [connection.begin(true), connection.begin(true), connection.begin(true)];
+        assert!(streams.iter().all(|stream| !stream.over_limit));
+        assert!(connection.begin(true).over_limit && all.enter_asking(HERE, true).is_none());
+        drop(streams);
+        assert!(all.enter_asking(HERE, true).is_some());
+        drop(connection);
+        assert!(all.lock().by_address.is_empty());
+    }
+
+    #[tokio::test]
     async fn an_address_has_a_bound_if_the_settings_say_so() {
         let all = Connections::new(10, 2);
-        let open = [all.enter(HERE), all.enter(HERE)];
-        assert!(open.iter().all(Option::is_some) && all.enter(HERE).is_none());
-        assert!(all.enter("10.0.0.1".parse().unwrap()).is_some());
+        let open = [all.enter_asking(HERE, true), all.enter_asking(HERE, true)];
+        assert!(open.iter().all(Option::is_some) && all.enter_asking(HERE, true).is_none());
+        assert!(all.enter_asking("10.0.0.1".parse().unwrap(), true).is_some());
         drop(open);
-        assert!(all.enter(HERE).is_some());
+        assert!(all.enter_asking(HERE, true).is_some());
     }
 }

@@ -226,7 +226,7 @@ pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
         return Ok(());
     }
     let anchor = shortened(anchor);
-    let message = format!("Invalid value: '{anchor}'. Supported values are: 'created_at'.");
+    let message = format!("Invalid value: '{anchor}'. Supported values are: 'created_at'. The parameter is '{name}'.");
     Err(ApiError::invalid(name, "invalid_value", message))
 }
 

@@ -71,7 +71,7 @@ async fn listen(
     connections: Arc<Connections>,
     end: impl Future<Output = ()>,
 ) {
-    let builder = builder();
+    let builder = builder(settings.client_timeout.duration());
     let patience =
         Patience { head: settings.request_head_timeout.duration(), keep_alive: settings.keep_alive_timeout.duration() };
     let ending = CancellationToken::new();
@@ -105,7 +105,7 @@ async fn listen(
 }
 
 /// HTTP/1, or HTTP/2 if the client begins with its preface. When a connection is idle for too long is decided here, not by the library.
-fn builder() -> Builder<TokioExecutor> {
+fn builder(client_timeout: Duration) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_BUFFER_BYTES);
     builder
@@ -117,7 +117,8 @@ fn builder() -> Builder<TokioExecutor> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_send_buf_size(MAX_BUFFER_BYTES)
         .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_INTERVAL);
+        // A client that reads nothing while it sends does not see that it is asked.
+        .keep_alive_timeout(PING_INTERVAL.max(client_timeout));
     builder
 }
 
@@ -146,6 +147,7 @@ async fn run(
             tokio::select! {
                 served = &mut serving => served,
                 () = given_up(&connection) => Ok(()),
+                () = connection.abort.cancelled() => Ok(()),
             }
         }
         () = ending.cancelled() => {
@@ -199,7 +201,7 @@ async fn answer(serving: Serving, request: Request<Incoming>) -> Result<Response
         router.oneshot(request).await?
     };
     Ok(response.map(|body| match is_multiplexed {
-        true => Body::new(Watched::new(Answer::new(body, busy), connection, timeout)),
+        true => Body::new(Watched::new(body, busy, connection, timeout)),
         false => Body::new(Answer::new(body, busy)),
     }))
 }

@@ -61,8 +61,8 @@ impl Trusted {
         address.parse::<IpAddr>().is_ok()
             || name == "localhost"
             || name.ends_with(".localhost")
-            || self.hosts.iter().any(|allowed| match allowed.strip_prefix('*') {
-                Some(suffix) => name.ends_with(suffix) && name.len() > suffix.len(),
+            || self.hosts.iter().any(|allowed| match allowed.strip_prefix("*.") {
+                Some(parent) => name.strip_suffix(parent).is_some_and(|below| below.len() > 1 && below.ends_with('.')),
                 None => name == allowed,
             })
     }

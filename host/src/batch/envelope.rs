@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 use super::line::string;
 
 /// Duplicate keys that are named of one line.
-const MAX_NAMED: usize = 10;
+const MAX_NAMED: usize = 3;
 
 /// Characters of a key in the path that names it.
 const MAX_KEY_CHARS: usize = 64;
@@ -97,7 +97,7 @@ struct Naming {
 impl State {
     /// Takes note of a key of the object whose first key has this place.
     fn key(&mut self, from: usize, key: &[u8]) {
-        let hash = self.hasher.hash_one(key);
+        let hash = self.hasher.hash_one(folded(key).as_ref());
         if let Some(naming) = &mut self.naming
             && self.twice.contains(&hash)
             && naming.found.len() < MAX_NAMED
@@ -124,6 +124,18 @@ impl State {
             }
         }
         self.keys.truncate(from);
+    }
+}
+
+/// Keys that rules look at, and that some readers find in any case.
+const CASELESS: [&[u8]; 10] =
+    [b"custom_id", b"method", b"url", b"body", b"model", b"messages", b"input", b"prompt", b"stream", b"role"];
+
+/// A key as it is compared: `MODEL` is another `model`, for readers that ignore the case of letters.
+fn folded(key: &[u8]) -> Cow<'_, [u8]> {
+    match CASELESS.iter().find(|known| known.eq_ignore_ascii_case(key)) {
+        Some(known) => Cow::Borrowed(known),
+        None => Cow::Borrowed(key),
     }
 }
 
@@ -166,7 +178,7 @@ impl<'de> Wanted<'de> for Top<'_, 'de> {
             Key::Url => self.0.url = Some(map.next_value::<&RawValue>()?.get()),
             Key::Body => {
                 let body = Body { has: false, has_model: false, model: None };
-                let body = nested(map, state, "body", '{', body)?;
+                let body = nested(map, state, "body", body)?;
                 (self.0.has_body, self.0.has_model, self.0.model) = (body.has, body.has_model, body.model);
             }
             _ => drop(map.next_value::<IgnoredAny>()?),
@@ -189,10 +201,10 @@ impl<'de> Wanted<'de> for Body<'de> {
                 self.model = string(map.next_value::<&RawValue>()?.get());
             }
             Key::Messages => {
-                nested(map, state, "messages", '[', Nothing)?;
+                nested(map, state, "messages", Nothing)?;
             }
             Key::Input => {
-                nested(map, state, "input", '[', Nothing)?;
+                nested(map, state, "input", Nothing)?;
             }
             _ => drop(map.next_value::<IgnoredAny>()?),
         }
@@ -214,7 +226,6 @@ fn nested<'de, A: MapAccess<'de>, W: Wanted<'de> + Present>(
     map: &mut A,
     state: &mut State,
     name: &str,
-    opens: char,
     mut wanted: W,
 ) -> Result<W, A::Error> {
     if let Some(naming) = &mut state.naming {
@@ -222,7 +233,7 @@ fn nested<'de, A: MapAccess<'de>, W: Wanted<'de> + Present>(
     }
     if state.by_parts {
         let raw: &RawValue = map.next_value()?;
-        if raw.get().starts_with(opens) {
+        if raw.get().starts_with(['{', '[']) {
             let object = Object { state, wanted: &mut wanted };
             object.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(A::Error::custom)?;
         }
@@ -302,7 +313,7 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
             let more = match object.state.by_parts {
                 false => seq.next_element_seed(object)?.is_some(),
                 true => match seq.next_element::<&RawValue>()? {
-                    Some(raw) if raw.get().starts_with('{') => {
+                    Some(raw) if raw.get().starts_with(['{', '[']) => {
                         let mut deserializer = serde_json::Deserializer::from_str(raw.get());
                         object.deserialize(&mut deserializer).map_err(A::Error::custom)?;
                         true
@@ -410,6 +421,8 @@ mod tests {
                 vec!["body.messages[1].role", "body.messages[1].a"],
             ),
             (r#"{"body":{"input":[[],{"x":1e999,"x":1}]}}"#, vec!["body.input[1].x"]),
+            (r#"{"body":{"model":"a","MODEL":"b"}}"#, vec!["body.MODEL"]),
+            (r#"{"body":{"input":[[{"x":1,"x":2}],1e400]}}"#, vec!["body.input[0].x"]),
             (r#"{"x":1,"body":{"x":1,"messages":[{"x":1},{"x":1}]}}"#, vec![]),
             (r#"{"body":{"tools":[{"a":1,"a":2}],"metadata":{"b":1,"b":2}}}"#, vec![]),
             (r#"{"\ud800":1,"\ud800":2}"#, vec!["\u{fffd}\u{fffd}\u{fffd}"]),

@@ -50,11 +50,11 @@ impl<'a> Exchange<'a> {
 
     /// The first step. Where what it makes has no room, that is waited for, and it is made again.
     pub async fn begin(&mut self, tenant: &str, request: impl Fn() -> Request) -> Result<Step, CallError> {
-        let step = self.plugin.begin(tenant, request()).await?;
+        let step = self.plugin.begin(tenant, &request).await?;
         let Err(bytes) = self.fits(&step, 0) else { return Ok(step) };
         drop(step);
         self.share.cover(bytes).await;
-        let step = self.plugin.begin(tenant, request()).await?;
+        let step = self.plugin.begin(tenant, &request).await?;
         self.fits(&step, 0).map_err(|_| self.grew("begin"))?;
         Ok(step)
     }

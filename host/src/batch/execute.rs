@@ -29,6 +29,7 @@ use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
 use crate::clock::Timestamp;
 use crate::memory::Holder;
+use crate::plugin::OPTIONAL_MODEL;
 use crate::plugin::types::{Answer, Failure};
 use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow};
 
@@ -99,6 +100,7 @@ impl Batches {
             tenant: claim.tenant.clone(),
             batch: claim.batch_id.clone(),
             endpoint: batch.new.endpoint.clone(),
+            default_model: self.default_model(claim, batch),
             created_at: u64::try_from(batch.new.created_at.as_seconds()).unwrap_or(0),
             registry: self.registry.clone(),
             jobs: Jobs::of_batch(&self.store, claim).await?,
@@ -195,6 +197,13 @@ impl Batches {
     }
 
     /// The lines of a batch from a position on, before which all have a result.
+    /// The model of a batch's lines that name none: the batch's own, if all lines have one, or that of the plugins.
+    fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
+        let plugins = self.registry.current();
+        let default = plugins.default_model(&claim.tenant, &batch.new.endpoint).map(str::to_owned);
+        (batch.new.endpoint == OPTIONAL_MODEL).then(|| batch.model.clone().or(default)).flatten()
+    }
+
     async fn lines<'a>(&'a self, claim: &'a Claim, from: Kept, many: bool) -> Result<LinesToDo<'a>> {
         let window = self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
         let input: Input = self.open_input_at(claim, READ, from.position).await?;
@@ -435,12 +444,9 @@ impl Task {
         let (batch, number) = (&self.batch, self.entry.number);
         let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
         let custom_id = line.custom_id.as_deref().unwrap_or_default();
-        let plugins = self.context.registry.current();
-        let default = || plugins.default_model(&self.context.tenant, &self.context.endpoint);
-        let with_default = line
-            .body
-            .filter(|_| line.model.is_none())
-            .and_then(|body| default().map(|model| (with_model(body, model), model)));
+        // A line of moderations may name no model; then it has the one that it was validated with.
+        let default = self.context.default_model.as_deref().filter(|_| line.model.is_none());
+        let with_default = line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
         let (body, model) = match &with_default {
             Some((body, model)) => (Some(body.as_str()), Some(*model)),
             None => (line.body, line.model.as_deref()),

@@ -30,7 +30,14 @@ pub fn explain(text: &str, error: &serde_json::Error) -> String {
     let reason = error.to_string();
     let reason = reason.split(" at line ").next().unwrap_or_default();
     let reason = match foreign {
-        Some(advice) if !error.is_eof() => advice,
+        // Within a string such a word is text.
+        Some(advice)
+            if ["expected value", "expected ident", "key must be", "invalid number"]
+                .iter()
+                .any(|words| reason.contains(words)) =>
+        {
+            advice
+        }
         _ if error.is_eof() => "it ends in the middle of a value; each request has to be whole, on one line",
         _ if before.trim_end().ends_with(',') && text.get(at..).is_some_and(|rest| rest.starts_with(['}', ']'])) => {
             "trailing comma; JSON has none before a bracket"
@@ -67,7 +74,7 @@ pub fn of_file(beginning: &[u8]) -> Option<String> {
         (b"\xfd7zXZ\x00", "xz"),
     ] {
         if beginning.starts_with(magic) {
-            return whole(&format!("The file is compressed with {format}; decompress it before you upload it."));
+            return whole(&format!("The file is compressed with {format}; decompress it."));
         }
     }
     if beginning.starts_with(b"PAR1") {
@@ -82,6 +89,14 @@ pub fn of_file(beginning: &[u8]) -> Option<String> {
     let (first, second) = (lines.next()?, lines.next()?);
     let is_cut = serde_json::from_slice::<serde::de::IgnoredAny>(first).is_err_and(|error| error.is_eof());
     let advice = "write each request as one JSON object on a line of its own (JSON Lines)";
+    let delimiters = |line: &[u8]| line.iter().filter(|byte| matches!(byte, b',' | b';' | b'\t')).count();
+    if !first.starts_with(b"{")
+        && !first.starts_with(b"[")
+        && delimiters(first) > 0
+        && delimiters(first) == delimiters(second)
+    {
+        return whole(&format!("The file looks like CSV; {advice}."));
+    }
     match first.first() {
         Some(b'[') if is_cut || first.ends_with(b",") => {
             whole(&format!("The file is one JSON array over many lines; {advice}."))
@@ -138,6 +153,7 @@ mod tests {
             (b"[]\n[]\n", None),
             (b"{\"a\":1}\n{\"b\n", None),
             (b"{\"a\n{\"b\":1}\n", None),
+            (b"id,prompt\na,hi\n", Some("CSV")),
             (b"", None),
             (b"\n\n{}\n", None),
         ] {

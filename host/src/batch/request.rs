@@ -44,6 +44,8 @@ pub struct Context {
     pub tenant: String,
     pub batch: String,
     pub endpoint: String,
+    /// For lines that name no model.
+    pub default_model: Option<String>,
     /// Unix seconds.
     pub created_at: u64,
     pub registry: Arc<Registry>,

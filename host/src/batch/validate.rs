@@ -42,6 +42,9 @@ const BEGINNING: u64 = 16 << 10;
 /// Models that are named to one who asked for another.
 const MAX_NAMED_MODELS: usize = 20;
 
+/// Findings that are kept of one piece.
+const MAX_PIECE_VIOLATIONS: usize = 1000;
+
 /// Text of all errors of a batch, in bytes; they are in every answer about it.
 const MOST_ERROR_BYTES: usize = 256 << 10;
 
@@ -303,6 +306,9 @@ impl Judge {
             found(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
         let providers = self.judge_models(&requests, &mut violations);
+        unlisted = unlisted.saturating_add(violations.len().saturating_sub(MAX_PIECE_VIOLATIONS) as u64);
+        violations.sort_by_key(|violation| violation.line);
+        violations.truncate(MAX_PIECE_VIOLATIONS);
         Ok(Judged { requests, violations, unlisted, providers })
     }
 
@@ -497,7 +503,7 @@ impl Whole {
             (false, more) => format!(". Served: {}, and {more} more (GET /v1/models).", named.join(", ")),
         });
         if plugins.entries.iter().any(|entry| entry.error.is_some() && entry.is_shown_to(tenant)) {
-            error.message.push_str(" A plugin of the server could not be loaded, which may be why; its operator finds the cause in the log.");
+            error.message.push_str(" A plugin could not be loaded, which may be why; the server's log has the cause.");
         }
     }
 

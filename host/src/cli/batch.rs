@@ -14,8 +14,8 @@ use super::failures::Failures;
 use super::file::time;
 use super::place::{Target, check};
 use super::progress::Progress;
-use super::run::first_url;
-use super::terminal::{put, say};
+use super::run::of_first_line;
+use super::terminal::{one_line, put, say};
 use crate::clock::Clock;
 
 /// How long nothing moves before it is asked what a batch waits for.
@@ -130,8 +130,11 @@ async fn new_batch(
     } else {
         text(&client.upload(input.as_ref()).await?, "id").to_owned()
     };
-    let endpoint = endpoint.or_else(|| first_url(input.as_ref()).ok().flatten());
-    let endpoint = endpoint.unwrap_or_else(|| "/v1/chat/completions".into());
+    let of_file = match &endpoint {
+        None if is_file => of_first_line(input.as_ref())?,
+        _ => None,
+    };
+    let endpoint = endpoint.or(of_file).unwrap_or_else(|| "/v1/chat/completions".into());
     let metadata = if metadata.is_empty() { Value::Null } else { Value::Object(metadata) };
     Ok(json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}))
 }
@@ -185,6 +188,8 @@ async fn download(
         let file = text(&batch, key);
         if file.is_empty() {
             if let Some(to) = to.filter(|to| to.exists()) {
+                // Whoever reads it must not take it for this batch's.
+                all_here = false;
                 say!("the batch has no {key}; {} stays as it is", to.given.display());
             }
             continue;
@@ -249,7 +254,7 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
         rejected.add(text(error, "code").to_owned());
         let line = error.get("line").and_then(Value::as_u64).map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.get("param").and_then(Value::as_str).map(|param| format!(" ({param})")).unwrap_or_default();
-        put!("  {line}{}{param}: {}", text(error, "code"), text(error, "message"));
+        put!("  {line}{}{param}: {}", text(error, "code"), one_line(text(error, "message")));
     }
     let ended = batch.get("error_file_id").and_then(Value::as_str);
     let failed = match ended {
@@ -278,7 +283,7 @@ async fn list(client: &Client, list: &Value, as_json: bool) {
         let created = time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
         let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
         let (id, status) = (text(batch, "id"), text(batch, "status"));
-        put!("{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {name}");
+        put!("{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}", one_line(name));
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
         say!("there are more: --after {}", text(list, "last_id"));

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::Error;
 use super::client::{Client, Server};
-use super::terminal::{put, say};
+use super::terminal::{one_line, put, say};
 
 #[derive(Args)]
 pub struct File {
@@ -33,6 +33,7 @@ enum Action {
     },
     /// Delete files; a batch that reads one goes on
     Delete {
+        /// Ids of files
         #[arg(required = true)]
         ids: Vec<String>,
     },
@@ -84,7 +85,7 @@ fn list(list: &Value, as_json: bool) {
         let size = bytesize::ByteSize(number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0));
         let expires = number("expires_at").map_or_else(|| "never expires".into(), |at| format!("expires {}", time(at)));
         let created = time(number("created_at").unwrap_or(0));
-        let (id, purpose, name) = (text(file, "id"), text(file, "purpose"), text(file, "filename"));
+        let (id, purpose, name) = (text(file, "id"), text(file, "purpose"), one_line(&text(file, "filename")));
         put!("{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}", size.display().iec().to_string());
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {

@@ -129,6 +129,10 @@ pub fn main() -> ExitCode {
     });
     // What still runs on a blocking thread, a compilation given up say, is not waited for.
     runtime.shutdown_background();
+    if terminal::is_output_lost() {
+        say!("error: the output could not be written");
+        return ExitCode::FAILURE;
+    }
     done.unwrap_or_else(|error| {
         say!("error: {error}");
         ExitCode::from(error.exit_code())
@@ -190,7 +194,8 @@ fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
         compile_timeout: settings.compile_timeout,
         compile_memory: settings.compile_memory,
         trusted_keys: trusted_keys(&settings.trusted_keys)?,
-        data: Some(settings.data.clone()),
+        serials: Some(settings.data.join("serials")),
+        order: Some(settings.data.join("plugin-order")),
         compiler: None,
         memory: memory.clone(),
     })

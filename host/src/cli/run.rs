@@ -22,11 +22,11 @@ use super::progress::Progress;
 use super::run_state::{Note, Places, remove};
 use super::{EndSignals, Error, SettingsArgs, loading, user_cache, warn_of_environment};
 use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
-use crate::cli::terminal::say;
+use crate::cli::terminal::{one_line, say};
 use crate::clock::Clock;
 use crate::config::{CompletionWindows, Settings, Span};
 use crate::memory::Memory;
-use crate::plugin::{Loader, Registry, check_directory, hex};
+use crate::plugin::{Loader, Loading, Registry, check_directory, hex};
 use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status, umask};
 use crate::telemetry;
 
@@ -40,7 +40,7 @@ const MAX_OUTAGE: Duration = Duration::from_secs(600);
 const AWAY: u8 = 6;
 
 /// What a run logs, unless it is said. That a plugin was not loaded it says itself.
-const RUN_LOG_LEVEL: &str = "info,batchwright::plugin::registry=off,batchwright::plugin::log=warn";
+const RUN_LOG_LEVEL: &str = "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
 
 /// The completion window of a run: none that anybody will see the end of.
 const WINDOW: &str = "99years";
@@ -154,7 +154,7 @@ impl Run {
 }
 
 /// The `url` of the first line that has one.
-pub fn first_url(input: &Path) -> std::io::Result<Option<String>> {
+fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     #[derive(Deserialize)]
     struct Url {
         url: String,
@@ -171,12 +171,30 @@ pub fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     Ok(None)
 }
 
+/// The endpoint that the first line of a file with a `url` asks for.
+pub fn of_first_line(input: &Path) -> Result<Option<String>, Error> {
+    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
+    let Some(url) = first_url(input).map_err(failed)? else { return Ok(None) };
+    let long = format!("/v1{url}");
+    if ENDPOINTS.iter().any(|endpoint| **endpoint == url || **endpoint == long) {
+        return Ok(Some(url));
+    }
+    let (input, endpoints) = (input.display(), ENDPOINTS.join(", "));
+    Err(Error::Other(format!(
+        "{input}: the first `url` in it is '{url}', which is no endpoint of a batch ({endpoints}); correct it, or give --endpoint"
+    )))
+}
+
 async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let clock = Clock::system();
     let store = SqliteStore::open(&settings.data)?;
     let blobs = Blobs::local(&settings.data.join("objects"))?;
     let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
-    let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
+    // The folder of a run goes with its end; what older signed files must not replace is remembered for the user.
+    let kept = user_cache();
+    let serials = std::fs::create_dir_all(&kept).ok().map(|()| kept.join("serials"));
+    let loading = Loading { serials, order: None, ..loading(&settings, &memory)? };
+    let loader = Loader::new(loading, clock.clone())?;
     let registry = Registry::open(&settings.plugins, loader).await?;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
         say!("warning: a plugin does not load: {error}");
@@ -211,7 +229,7 @@ async fn begin(
     let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", places.input.display()));
     let endpoint = match endpoint {
         Some(endpoint) => endpoint,
-        None => first_url(&places.input).map_err(failed)?.unwrap_or_else(|| "/v1/chat/completions".into()),
+        None => of_first_line(&places.input)?.unwrap_or_else(|| "/v1/chat/completions".into()),
     };
     let told = |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", places.input.display()));
     let mut file = std::fs::File::open(&places.input).map_err(failed)?;
@@ -358,7 +376,7 @@ fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Ta
     for error in &batch.errors {
         let place = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
-        say!("{place}{}{param}: {}", error.code, error.message);
+        say!("{place}{}{param}: {}", error.code, one_line(&error.message));
     }
     let counts = batch.counts;
     match batch.status {

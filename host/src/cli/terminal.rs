@@ -3,6 +3,7 @@
 
 use std::fmt::Arguments;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Text whose control characters, and those that turn the direction of writing, are escapes; ends of lines and tabs stay.
 pub fn plain(text: &str) -> String {
@@ -25,6 +26,18 @@ pub fn plain(text: &str) -> String {
     plain
 }
 
+/// A value on one line: what comes from elsewhere must not make up lines of its own.
+pub fn one_line(text: &str) -> String {
+    plain(text).replace('\n', "\\n").replace('\t', "\\t")
+}
+
+/// Output that was asked for could not be written, and its reader has not gone away by itself.
+static IS_LOST: AtomicBool = AtomicBool::new(false);
+
+pub fn is_output_lost() -> bool {
+    IS_LOST.load(Ordering::Relaxed)
+}
+
 pub fn write_error(text: Arguments<'_>) {
     // A hangup of the terminal is no reason to end in the middle of something.
     writeln!(std::io::stderr().lock(), "{}", plain(&text.to_string())).ok();
@@ -32,7 +45,10 @@ pub fn write_error(text: Arguments<'_>) {
 
 pub fn write_output(text: Arguments<'_>) {
     let mut output = std::io::stdout().lock();
-    output.write_all(plain(&text.to_string()).as_bytes()).and_then(|()| output.flush()).ok();
+    let written = output.write_all(plain(&text.to_string()).as_bytes()).and_then(|()| output.flush());
+    if written.is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe) {
+        IS_LOST.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Prints a line of a command's output.

@@ -6,7 +6,7 @@ use super::file::nearest;
 const PREFIX: &str = "BATCHWRIGHT_";
 
 /// Those of commands that are no settings.
-const OTHERS: [&str; 4] = ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY", "BATCHWRIGHT_ADMIN_KEY"];
+const OTHERS: [&str; 3] = ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY"];
 
 /// A warning for each variable that nobody reads.
 pub fn warnings(settings: &[&str], variables: impl Iterator<Item = String>) -> Vec<String> {

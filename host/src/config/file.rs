@@ -56,22 +56,23 @@ impl File {
 
 /// The library's complaint without the names of types.
 fn in_words(message: &str) -> String {
-    [
-        ("expected a string", "write it as text in quotes"),
-        ("expected a sequence", "write it as a list, [\"…\"]"),
-        ("expected usize", "write it as a whole number"),
-        ("expected u64", "write it as a whole number"),
-        ("expected socket address", "write it as 127.0.0.1:8080"),
-        ("expected path string", "write it as text in quotes"),
-        ("expected a boolean", "write true or false"),
-    ]
-    .iter()
-    .find_map(|(theirs, ours)| {
-        message
-            .contains(theirs)
-            .then(|| format!("{} {ours}", message.split(", expected").next().unwrap_or_default().to_owned() + ";"))
-    })
-    .unwrap_or_else(|| message.trim_end().to_owned())
+    let Some((found, expected)) = message.split_once(", expected ") else {
+        return message.replace("invalid socket address syntax", "it is no address; write it as 127.0.0.1:8080");
+    };
+    let found = found.replace("unknown variant", "unknown value");
+    let found = match found.strip_prefix("invalid type: ").or(found.strip_prefix("invalid value: ")) {
+        Some(found) => format!("{found} does not belong here"),
+        None => found,
+    };
+    let wanted = match expected {
+        "usize" | "u64" | "u32" | "i64" => "write a whole number, without quotes",
+        "a string" | "path string" => "write it as text in quotes",
+        "a sequence" => "write it as a list, [\"…\"]",
+        "socket address" => "write it as \"127.0.0.1:8080\"",
+        "a boolean" => "write true or false",
+        other => return format!("{found}; it can be {other}"),
+    };
+    format!("{found}; {wanted}")
 }
 
 /// The name that somebody may have meant.

@@ -25,8 +25,8 @@ pub use units::{Count, Size, Span};
 pub enum ConfigError {
     #[error("failed to read the config file {}: {source}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("{}: {}", path.display(), messages.join("\n       "))]
-    Invalid { path: PathBuf, messages: Vec<String> },
+    #[error("{}: {message}", path.display())]
+    Invalid { path: PathBuf, message: String },
     /// Wherever they were given.
     #[error("{}", .0.join("\n       "))]
     Values(Vec<String>),
@@ -85,7 +85,7 @@ settings! {
     "Server" "DIR" data: PathBuf = "batchwright-data".into(), "BATCHWRIGHT_DATA";
     /// Folder of the plugins, one TOML file each [default: the folder `plugins` beside this program]
     "Server" "DIR" plugins: PathBuf = default_plugins(), "BATCHWRIGHT_PLUGINS";
-    /// Connections at a time; more wait to be accepted [default: 1024]
+    /// Requests answered at a time; one more gets 503 [default: 1024]
     "Server" "N" max_connections: Count = Count::of(1024), "BATCHWRIGHT_MAX_CONNECTIONS";
     /// Time a client has for the head of a request; a new connection without one is closed [default: 1m]
     "Server" "TIME" request_head_timeout: Span = Span::seconds(60), "BATCHWRIGHT_REQUEST_HEAD_TIMEOUT";
@@ -100,7 +100,7 @@ settings! {
     "Server" "LIST" allowed_hosts: Names = Names::default(), "BATCHWRIGHT_ALLOWED_HOSTS";
     /// Origins of web pages that may use the API, separated by commas, such as https://tool.example.com; `*` is any [default: none]
     "Server" "LIST" cors_origins: Names = Names::default(), "BATCHWRIGHT_CORS_ORIGINS";
-    /// Address for health alone, beside that of the API; never short of connections [default: none]
+    /// Address for health, and the plugins in the operator's words, beside that of the API; never short of connections [default: none]
     "Server" "ADDR" admin_listen: OptionalAddress = OptionalAddress(None), "BATCHWRIGHT_ADMIN_LISTEN";
     /// Time after SIGTERM in which the server works on but says that it is not ready, so that load balancers turn away [default: 0s]
     "Server" "TIME" shutdown_delay: Span = Span::seconds(0), "BATCHWRIGHT_SHUTDOWN_DELAY";
@@ -204,12 +204,12 @@ pub fn default_plugins() -> PathBuf {
 impl Settings {
     /// Resolves what was given, with the config file if there is one.
     pub fn resolve(given: Given, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let from_file = file.map(read).transpose()?.unwrap_or_default();
+        let (from_file, mut wrong) = file.map(read).transpose()?.unwrap_or_default();
         let mut settings = given.or(from_file);
         if settings.cache.as_os_str().is_empty() {
             settings.cache = settings.data.join("cache");
         }
-        let wrong = settings.wrong();
+        wrong.extend(settings.wrong());
         if wrong.is_empty() { Ok(settings) } else { Err(ConfigError::Values(wrong)) }
     }
 
@@ -254,7 +254,8 @@ impl Settings {
             }
         }
         for host in &self.allowed_hosts.0 {
-            if host.contains(['/', ':', ' ']) || host == "*" {
+            let name = host.strip_prefix("*.").unwrap_or(host);
+            if name.is_empty() || name.contains(['/', ':', ' ', '*']) {
                 wrong.push(format!(
                     "allowed_hosts: `{host}` is no name; write it as batch.example.com or *.example.com"
                 ));
@@ -283,14 +284,13 @@ impl Settings {
     }
 }
 
-fn read(path: &Path) -> Result<Given, ConfigError> {
+/// What a file says, and what is wrong in it.
+fn read(path: &Path) -> Result<(Given, Vec<String>), ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    let invalid = |messages: Vec<String>| ConfigError::Invalid { path: path.to_owned(), messages };
-    let mut file = File::parse(&text).map_err(|message| invalid(vec![message]))?;
+    let mut file = File::parse(&text).map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })?;
     let given = Given::from_file(&mut file);
-    let wrong = file.end();
-    if wrong.is_empty() { Ok(given) } else { Err(invalid(wrong)) }
+    Ok((given, file.end().into_iter().map(|wrong| format!("{}: {wrong}", path.display())).collect()))
 }
 
 /// The windows a client may name, each with its length.

@@ -75,7 +75,8 @@ impl Cache {
 
     /// What was kept there, if it is there and whole.
     pub fn load(&self, engine: &Engine, path: &Path) -> Option<Component> {
-        if !path.exists() {
+        // Without a folder a path is a name in whatever directory this process works in.
+        if self.folder.is_none() || !path.exists() {
             return None;
         }
         // The folder may have been open to others once.

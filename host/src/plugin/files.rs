@@ -70,15 +70,6 @@ impl Files {
         Ok(Self { file: file.to_owned(), text, manifest, component, signature })
     }
 
-    /// The files that are not the TOML file itself, secrets included.
-    pub fn named(&self) -> Vec<PathBuf> {
-        let secrets = self.manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
-            Some(Source::File(path)) => Some(path.to_owned()),
-            _ => None,
-        });
-        secrets.chain([self.component.path.clone(), signature_file(&self.file)]).collect()
-    }
-
     /// Changes when any of them does, or a secret.
     pub fn fingerprint(&self) -> String {
         let mut digest = Sha256::new();
@@ -95,6 +86,17 @@ impl Files {
         }
         hex(&digest.finalize())
     }
+}
+
+/// The files besides itself that a TOML file depends on, whether they are there or not: its component, its signature, secrets. None if it
+/// cannot be read.
+pub fn named_by(file: &Path) -> Option<Vec<PathBuf>> {
+    let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
+    let secrets = manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
+        Some(Source::File(path)) => Some(path.to_owned()),
+        _ => None,
+    });
+    Some(secrets.chain([file.with_file_name("").join(&manifest.component), signature_file(file)]).collect())
 }
 
 /// Where the signature of a TOML file lies: beside it, with `.sig` at the end of its name.

@@ -23,7 +23,7 @@ use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_tim
 use super::instances::Instances;
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest};
-use super::plugin::{Plugin, explain};
+use super::plugin::{Plugin, Signed, explain};
 use super::schema;
 use super::serials::Serials;
 use super::signature::{TrustedKeys, statement};
@@ -48,8 +48,9 @@ pub struct Loading {
     pub compile_memory: Size,
     /// Whose signatures are asked for; none if unsigned plugins are loaded too.
     pub trusted_keys: Option<TrustedKeys>,
-    /// The folder in which serials of signed plugins and the order of plugins are kept, if they are.
-    pub data: Option<PathBuf>,
+    /// Where the serials of signed plugins are kept, and the order of plugins, if they are.
+    pub serials: Option<PathBuf>,
+    pub order: Option<PathBuf>,
     /// The program that compiles, if it is not this one.
     pub compiler: Option<PathBuf>,
     /// What instances and exchanges take memory from.
@@ -104,7 +105,8 @@ impl World {
 impl Loader {
     pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
-        let Loading { cache, compile_timeout, compile_memory, trusted_keys, data, compiler, memory } = loading;
+        let Loading { cache, compile_timeout, compile_memory, trusted_keys, serials, order, compiler, memory } =
+            loading;
         let compiler = Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
         let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
         Ok(Self {
@@ -112,8 +114,8 @@ impl Loader {
             concurrent,
             compiler,
             trusted_keys: trusted_keys.map(ArcSwap::from_pointee),
-            serials: Serials::open(data.as_ref().map(|data| data.join("serials"))).map_err(failed)?,
-            order_file: data.map(|data| data.join("plugin-order")),
+            serials: Serials::open(serials).map_err(failed)?,
+            order_file: order,
             turns,
             instances: Instances::start(memory.instances),
             shared: Shared { exchanges: memory.exchanges, resolver: Resolver::default() },
@@ -143,7 +145,10 @@ impl Loader {
             return Ok(());
         }
         let files = read_off_thread(file, Files::read_any).await?;
-        self.signer(&plugin_name(file)?, &files).map(drop)
+        let name = plugin_name(file)?;
+        self.signer(&name, &files)?;
+        self.serials.raise(&name, files.manifest.serial);
+        Ok(())
     }
 
     /// Who signed these files; nobody where signatures are not asked for.
@@ -159,7 +164,7 @@ impl Loader {
     pub fn read_trusted_keys(&self) {
         let Some(keys) = &self.trusted_keys else { return };
         let current = keys.load_full();
-        match TrustedKeys::read(&current.file) {
+        match TrustedKeys::read_any(&current.file) {
             Ok(read) if read.digest != current.digest => {
                 tracing::info!(file = %current.file.display(), "trusted keys changed");
                 keys.store(Arc::new(read));
@@ -167,6 +172,14 @@ impl Loader {
             Ok(_) => {}
             Err(error) => tracing::error!("the trusted keys stay as they are: {error}"),
         }
+    }
+
+    /// Whether the signature that a plugin was loaded with still counts.
+    pub fn is_still_trusted(&self, plugin: &Plugin) -> bool {
+        let Some(keys) = &self.trusted_keys else { return true };
+        let signed = plugin.signed.as_ref();
+        signed
+            .is_some_and(|signed| keys.load().verify(&plugin.name, &signed.statement, Some(&signed.signature)).is_ok())
     }
 
     pub fn trusted_keys_file(&self) -> Option<PathBuf> {
@@ -186,6 +199,8 @@ impl Loader {
     async fn load_with(&self, files: Files, stand_in: Option<&str>) -> Result<Plugin, LoadError> {
         let name = plugin_name(&files.file)?;
         let signed_by = self.signer(&name, &files)?;
+        let statement = statement(&name, &files.text, &files.component.sha256);
+        let signed = files.signature.clone().map(|signature| Signed { statement, signature });
         let Files { file, mut manifest, component, .. } = files;
         let serial = manifest.serial;
         let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
@@ -218,6 +233,7 @@ impl Loader {
             kind: inspected.kind,
             description: inspected.description,
             sha256: inspected.sha256,
+            signed: signed.filter(|_| signed_by.is_some()),
             signed_by,
             limits: manifest.limits,
             order: manifest.order.unwrap_or(100),
@@ -398,7 +414,7 @@ fn check_header(bytes: &[u8]) -> Result<(), String> {
 }
 
 /// The endpoint whose requests need not name a model.
-const OPTIONAL_MODEL: &str = "/v1/moderations";
+pub const OPTIONAL_MODEL: &str = "/v1/moderations";
 
 fn check_kind(
     manifest: &Manifest,

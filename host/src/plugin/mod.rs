@@ -35,7 +35,7 @@ pub mod watch;
 pub use answer::for_people;
 pub use error::{CallError, LoadError};
 pub use files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
-pub use load::{Inspected, Loader, Loading, plugin_name};
+pub use load::{Inspected, Loader, Loading, OPTIONAL_MODEL, plugin_name};
 pub use manifest::read_secret;
 pub use plugin::{BEGINNING, Plugin};
 pub use read::{hex, sha256};

@@ -43,6 +43,7 @@ pub struct Plugin {
     pub sha256: String,
     /// Fingerprint of the key that its files are signed with, where signatures are asked for.
     pub signed_by: Option<String>,
+    pub(super) signed: Option<Signed>,
     pub limits: Limits,
     /// Validators: place in the order, and the endpoints it is for.
     pub order: i64,
@@ -67,6 +68,12 @@ pub struct Plugin {
     pub(super) instances: Arc<Instances>,
     pub(super) last_classified: Mutex<Option<Instant>>,
     pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
+}
+
+/// What a plugin was loaded on the strength of.
+pub(super) struct Signed {
+    pub statement: String,
+    pub signature: String,
 }
 
 /// One tenant's instances of one plugin. No instance ever changes pools.
@@ -120,15 +127,23 @@ impl Plugin {
         Ok(Judgement { violations: kept, unlisted })
     }
 
-    /// The first step of a request.
-    pub async fn begin(&self, tenant: &str, request: Request) -> Result<Step, CallError> {
+    /// The first step of a request. One that runs out of memory on a used instance begins again on a new one.
+    pub async fn begin(&self, tenant: &str, request: impl Fn() -> Request) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
-        let mut lease = self.lease(&pool, 1, request.body.len()).await?;
-        let waited = lease.instance.waited.clone();
-        let call = lease.instance.exports.begin(&mut lease.instance.store, request);
-        let called = in_time(&self.limits, 1, &waited, call).await;
-        let step = self.settle(lease, "begin", called)?;
-        self.checked(step, "begin")
+        let mut needs_new = false;
+        loop {
+            let request = request();
+            let bytes = if needs_new { usize::MAX } else { request.body.len() };
+            let mut lease = self.lease(&pool, 1, bytes).await?;
+            let was_used = lease.instance.calls > 1;
+            let waited = lease.instance.waited.clone();
+            let call = lease.instance.exports.begin(&mut lease.instance.store, request);
+            let called = in_time(&self.limits, 1, &waited, call).await;
+            match self.settle(lease, "begin", called) {
+                Err(CallError::Memory { .. }) if was_used && !needs_new => needs_new = true,
+                step => return self.checked(step?, "begin"),
+            }
+        }
     }
 
     /// The next step. The outcome is as it was when this returns, so that the call can be made again; after an error it may be gone.

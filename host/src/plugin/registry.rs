@@ -14,7 +14,7 @@ use globset::{Glob, GlobMatcher};
 use tokio::sync::{Notify, watch};
 
 use super::error::LoadError;
-use super::files::Files;
+use super::files::{Files, named_by};
 use super::load::{Loader, plugin_name};
 use super::order::Order;
 use super::plugin::Plugin;
@@ -352,7 +352,11 @@ impl Registry {
         let known_in = |entries: &'_ [Entry], name: &str| entries.iter().position(|entry| entry.name == name);
         for entry in &now.entries {
             let known = known_in(&last.entries, &entry.name).and_then(|place| last.entries.get(place));
-            if known.is_none_or(|known| known.fingerprint != entry.fingerprint || known.error != entry.error) {
+            if known.is_none_or(|known| {
+                known.fingerprint != entry.fingerprint
+                    || known.error != entry.error
+                    || known.serving.is_some() != entry.serving.is_some()
+            }) {
                 announce(entry);
             }
         }
@@ -387,34 +391,29 @@ impl Registry {
             Err(error) => (file.display().to_string(), Some(error.to_string())),
         };
         let known = before.entries.iter().find(|known| known.name == name);
-        let mut serving = known.and_then(|known| known.serving.clone());
+        // What serves is held to its own signature, whatever has become of its files.
+        let mut serving =
+            known.and_then(|known| known.serving.clone()).filter(|plugin| self.loader.is_still_trusted(plugin));
         let _turn = self.loader.turn().await;
         let read = file.clone();
         // With its secrets, which are files too.
         let files =
             tokio::task::spawn_blocking(move || Files::read(&read).map(|files| (files.fingerprint(), files))).await;
+        let named = named_by(&file);
         let mut fingerprint = String::new();
-        let mut named_files = known.map(|known| known.named_files.clone()).unwrap_or_default();
+        let named_files = named.or_else(|| known.map(|known| known.named_files.clone())).unwrap_or_default();
         let tenants = tenants_of(&file);
         if error.is_none() {
             match files {
                 Ok(Ok((read, files))) => {
                     fingerprint = format!("{read} {}", self.loader.trusted_keys_digest());
-                    named_files = files.named();
                     // One that failed is tried again: what was in its way may be gone.
                     let unchanged =
                         known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
                     if !unchanged {
                         match self.loader.load_files(files).await {
                             Ok(plugin) => serving = Some(Arc::new(plugin)),
-                            Err(failed) => {
-                                // The files are those that serve, and it is their key that counts no more.
-                                let same = known.is_some_and(|known| known.fingerprint.starts_with(&read));
-                                if same && matches!(failed, LoadError::Signature { .. }) {
-                                    serving = None;
-                                }
-                                error = Some(failed.to_string());
-                            }
+                            Err(failed) => error = Some(failed.to_string()),
                         }
                     }
                 }

@@ -73,7 +73,9 @@ impl Seen {
         });
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let changed = Duration::from_secs(u64::try_from(newest).unwrap_or(0));
-        let is_fresh = now.saturating_sub(changed) <= COARSE.saturating_add(Duration::from_secs(1));
+        // The clock of a server of files may be ahead.
+        let age = now.checked_sub(changed);
+        let is_fresh = age.is_some_and(|age| age <= COARSE.saturating_add(Duration::from_secs(1)));
         Self { folder, files: hash.finish(), is_fresh }
     }
 }

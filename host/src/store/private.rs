@@ -45,12 +45,17 @@ pub fn make_folder(folder: &Path) -> Result<()> {
 
 /// Takes a data folder away from other users, as far as it is ours to do so. What cannot be corrected is logged.
 pub fn correct(folder: &Path) {
+    // Without a database it is not ours, whatever the names in it.
+    if !folder.join("batchwright.db").exists() {
+        return;
+    }
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     let mut all_ours = true;
     for entry in entries.flatten() {
         let is_own = entry.file_name().to_str().is_some_and(|name| OWN.contains(&name));
         all_ours &= is_own;
-        if is_own {
+        // The cache sees to itself.
+        if is_own && entry.file_name() != "cache" {
             correct_one(&entry.path());
         }
     }

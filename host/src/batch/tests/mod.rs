@@ -119,7 +119,8 @@ impl House {
             compile_timeout: settings.compile_timeout,
             compile_memory: settings.compile_memory,
             trusted_keys: None,
-            data: None,
+            serials: None,
+            order: None,
             compiler: Some(built("dist/batchwright")),
             memory: memory.clone(),
         };

@@ -123,7 +123,8 @@ impl Given {
             compile_timeout: settings.compile_timeout,
             compile_memory: settings.compile_memory,
             trusted_keys: trusted_keys(&settings.trusted_keys)?,
-            data: None,
+            serials: None,
+            order: None,
             compiler: None,
             memory: Memory::new(MEMORY_BUDGET.in_memory(), INSTANCE_MEMORY.in_memory()),
         };

@@ -71,8 +71,9 @@ enum Challenge {
 
 #[derive(Deserialize)]
 struct Token {
-    #[serde(alias = "access_token")]
-    token: String,
+    token: Option<String>,
+    /// The same under OAuth's name; some services give both.
+    access_token: Option<String>,
 }
 
 impl Registry {
@@ -119,10 +120,12 @@ impl Registry {
             if next.scheme() != "https" && url.scheme() == "https" {
                 return Err("the registry redirects from https to plain HTTP".into());
             }
-            // Another place gets no credentials.
-            let same = next.origin() == url.origin();
+            if is_near(&next) && !is_near(&self.base) {
+                return Err("the registry redirects to an address of your own network".into());
+            }
             url = next;
-            response = self.get(&url, None, same).await?;
+            // Wherever it leads, also back: no credentials.
+            response = self.get(&url, None, false).await?;
         }
         let bytes = body(accepted(response).await?, max_bytes, "its component").await?;
         let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
@@ -204,7 +207,9 @@ impl Registry {
                 let bytes = body(response, MAX_TOKEN_BYTES, "the token").await?;
                 let token: Token =
                     serde_json::from_slice(&bytes).map_err(|error| format!("the token is not readable: {error}"))?;
-                Ok(format!("Bearer {}", token.token))
+                let token =
+                    token.token.or(token.access_token).ok_or("the answer of the token service holds no token")?;
+                Ok(format!("Bearer {token}"))
             }
             None => Err("the registry wants to know who asks, in a way that is not supported".into()),
         }

@@ -168,7 +168,7 @@ impl Report {
             return Self::given_up(plugin, "begin");
         }
         let begun = now();
-        let step = plugin.begin(tenant, request.clone()).await;
+        let step = plugin.begin(tenant, || request.clone()).await;
         self.begin.note(begun, plugin);
         self.ended(&step);
         step
