@@ -33,6 +33,7 @@ mod stop;
 mod tests;
 mod validate;
 mod verdict;
+mod whole;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,6 +1,6 @@
 //! Validation: the whole input file, in pieces, judged side by side by the host's rules and by every validator.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use super::input::{Input, InputLine};
 use super::line::{RequestLine, string, with_model};
 use super::not_json;
 use super::served_by::served_by;
-use super::{Batches, ENDPOINTS, shortened};
+use super::whole::Whole;
+use super::{Batches, ENDPOINTS};
 use crate::memory::{Holder, Pool, Share};
 use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
@@ -39,14 +40,8 @@ const FREE_HASHES: u64 = 64 << 10;
 /// What is looked at of a file to see whether it is another kind of file, in bytes.
 const BEGINNING: u64 = 16 << 10;
 
-/// Models that are named to one who asked for another.
-const MAX_NAMED_MODELS: usize = 20;
-
 /// Findings that are kept of one piece.
 const MAX_PIECE_VIOLATIONS: usize = 1000;
-
-/// Text of all errors of a batch, in bytes; they are in every answer about it.
-const MOST_ERROR_BYTES: usize = 256 << 10;
 
 /// What validation found.
 pub enum Verdict {
@@ -67,21 +62,21 @@ struct Judge {
 }
 
 /// A piece, judged.
-struct Judged {
-    requests: Vec<Known>,
-    violations: Vec<Violation>,
+pub struct Judged {
+    pub requests: Vec<Known>,
+    pub violations: Vec<Violation>,
     /// Violations beyond these.
-    unlisted: u64,
+    pub unlisted: u64,
     /// The plugins that its requests go to.
-    providers: BTreeSet<String>,
+    pub providers: BTreeSet<String>,
 }
 
 /// What rules across lines need to know of a line.
-struct Known {
-    line: u64,
+pub struct Known {
+    pub line: u64,
     /// A hash of 128 bits, keyed anew for each batch, stands for the custom_id: a million of them fit into memory.
-    custom_id: Option<u128>,
-    model: Option<String>,
+    pub custom_id: Option<u128>,
+    pub model: Option<String>,
 }
 
 impl Batches {
@@ -413,7 +408,7 @@ impl Judge {
     }
 }
 
-const MODEL_NOT_FOUND: &str = "model_not_found";
+pub const MODEL_NOT_FOUND: &str = "model_not_found";
 
 /// Where a part of a text is in it.
 fn range_of(text: &str, part: &str) -> Range<usize> {
@@ -421,120 +416,8 @@ fn range_of(text: &str, part: &str) -> Range<usize> {
     start..start.saturating_add(part.len())
 }
 
-fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
+pub fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
     Violation { line, code: code.into(), message: message.into(), param: param.map(str::to_owned) }
-}
-
-/// What is known of the whole file, as its pieces come in, in order.
-struct Whole {
-    total: u64,
-    most_requests: u64,
-    seen: HashMap<u128, u64>,
-    /// None as long as there was no line, then the model of all lines so far, or none again.
-    model: Option<Option<String>>,
-    providers: BTreeSet<String>,
-    errors: Vec<BatchError>,
-    error_bytes: usize,
-    most_errors: usize,
-    unlisted: u64,
-}
-
-impl Whole {
-    fn new(most_errors: usize, most_requests: u64) -> Self {
-        Self {
-            total: 0,
-            most_requests,
-            seen: HashMap::new(),
-            model: None,
-            providers: BTreeSet::new(),
-            errors: Vec::new(),
-            error_bytes: 0,
-            most_errors,
-            unlisted: 0,
-        }
-    }
-
-    fn add(&mut self, mut piece: Judged) {
-        self.providers.append(&mut piece.providers);
-        self.unlisted = self.unlisted.saturating_add(piece.unlisted);
-        let mut violations = piece.violations;
-        for request in piece.requests {
-            self.total = self.total.saturating_add(1);
-            match &self.model {
-                None => self.model = Some(request.model.clone()),
-                Some(model) if *model != request.model => self.model = Some(None),
-                Some(_) => {}
-            }
-            let Some(id) = request.custom_id else { continue };
-            match self.seen.entry(id) {
-                std::collections::hash_map::Entry::Vacant(free) => drop(free.insert(request.line)),
-                std::collections::hash_map::Entry::Occupied(first) => {
-                    let message = format!(
-                        "The custom_id of this line is used by line {} already; each must be unique.",
-                        first.get()
-                    );
-                    violations.push(violation(request.line, "duplicate_custom_id", &message, Some("custom_id")));
-                }
-            }
-        }
-        // A stable sort: findings about one line stay in the order of the validators.
-        violations.sort_by_key(|violation| violation.line);
-        for found in violations {
-            if self.errors.len() >= self.most_errors || self.error_bytes >= MOST_ERROR_BYTES {
-                self.unlisted = self.unlisted.saturating_add(1);
-                continue;
-            }
-            let Violation { line, code, message, param } = found;
-            self.error_bytes = self.error_bytes.saturating_add(message.len()).saturating_add(100);
-            self.errors.push(BatchError { code, message, param, line: Some(line) });
-        }
-    }
-
-    /// Says once what could have been asked for instead of a model that is not served.
-    fn explain_models(&mut self, plugins: &Snapshot, tenant: &str) {
-        let Some(error) = self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND) else { return };
-        let models = plugins.models(tenant);
-        let named: Vec<String> =
-            models.iter().take(MAX_NAMED_MODELS).map(|(name, _)| format!("'{}'", shortened(name))).collect();
-        let more = models.len().saturating_sub(named.len());
-        error.message.push_str(&match (named.is_empty(), more) {
-            (true, _) => ". No model is served by name.".to_owned(),
-            (false, 0) => format!(". Served: {}.", named.join(", ")),
-            (false, more) => format!(". Served: {}, and {more} more (GET /v1/models).", named.join(", ")),
-        });
-        if plugins.entries.iter().any(|entry| entry.error.is_some() && entry.is_shown_to(tenant)) {
-            error.message.push_str(" A plugin could not be loaded, which may be why; the server's log has the cause.");
-        }
-    }
-
-    fn verdict(mut self, judged_by: Vec<ServedBy>) -> Verdict {
-        let of_file = |code: &str, message: String| BatchError { code: code.into(), message, param: None, line: None };
-        if self.total > self.most_requests {
-            let message = format!(
-                "The input file has more than {} requests (max_requests_per_file); split it into several.",
-                self.most_requests
-            );
-            self.errors.insert(0, of_file("too_many_requests", message));
-        }
-        if self.total == 0 {
-            self.errors
-                .push(of_file("empty_file", "The input file is empty. A batch needs at least one request.".into()));
-        }
-        if self.unlisted > 0 {
-            let (listed, more) = (self.errors.len(), self.unlisted);
-            let at_least = if self.total > self.most_requests { "at least " } else { "" };
-            let message = format!(
-                "Only the first {listed} faults are listed (max_reported_errors); there are {at_least}{more} more."
-            );
-            self.errors.push(of_file("too_many_errors", message));
-        }
-        if self.errors.is_empty() {
-            let (model, plugins) = (self.model.flatten(), self.providers);
-            Verdict::Good(Validated { total: self.total, model, plugins, judged_by })
-        } else {
-            Verdict::Bad(self.errors, judged_by)
-        }
-    }
 }
 
 fn of_input_file(message: String) -> BatchError {
