@@ -36,7 +36,9 @@ pub(crate) fn unfinished(state: &[u8], response: &HttpResponse) -> Option<String
     let unfinished = found.object == "response" && matches!(found.status.as_str(), "queued" | "in_progress");
     // It becomes a part of a URL.
     let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
-    (unfinished && !found.id.is_empty() && found.id.len() <= 256 && found.id.chars().all(fits)).then_some(found.id)
+    // Dots alone would be a step up.
+    let is_name = found.id.chars().any(|letter| letter.is_ascii_alphanumeric());
+    (unfinished && is_name && found.id.len() <= 256 && found.id.chars().all(fits)).then_some(found.id)
 }
 
 /// Asks again after a while. The state is the response's id.
@@ -76,6 +78,7 @@ mod tests {
         assert_eq!(found(200, &queued.replace("queued", "completed")), None);
         assert_eq!(found(500, queued), None);
         assert_eq!(found(200, &queued.replace("resp_1", "../keys")), None);
+        assert_eq!(found(200, &queued.replace("resp_1", "..")), None);
         assert_eq!(found(200, r#"{"object":"chat.completion","id":"x"}"#), None);
         assert!(state("/v1/responses", "{}").is_empty() && state("/v1/embeddings", "\"background\"").is_empty());
         let Step::Send(exchange) = ask(b"resp_1", &Settings::default()) else { panic!("it asks") };

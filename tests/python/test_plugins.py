@@ -3,10 +3,11 @@
 import hashlib
 import json
 import shutil
+import time
 import urllib.request
 
 import pytest
-from conftest import COMPONENTS, PLUGINS, ROOT, Stub, chat, run_host, wait_for
+from conftest import COMPONENTS, PLUGINS, ROOT, STUB, Stub, chat, run_host, wait_for
 
 
 def answer(server, model="m"):
@@ -261,3 +262,28 @@ def test_the_openai_adapter_keeps_to_its_recorded_cases():
     tested = run_host("plugin", "test", PLUGINS / "inference-openai.wasm", "--cases", cases)
     assert tested.returncode == 0 and " 0 failed" in tested.stdout, tested.stdout
     assert all(f"case {case.name}" in tested.stdout for case in cases.glob("*.json"))
+
+
+def test_what_plugin_test_says_of_cases_loops_and_secrets(tmp_path):
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    request = {"endpoint": "/v1/chat/completions", "model": "m", "body": body}
+    (cases / "few.json").write_text(json.dumps({"request": request, "exchanges": [], "answer": {"status": 200}}))
+    (cases / "other.json").write_text(json.dumps({"request": request, "exchanges": [{"elapsed": True}], "answer": {"status": 200}}))
+    # A TOML file as an operator has it, on a machine where its secret is not.
+    shutil.copy(PLUGINS / "inference-openai.wasm", tmp_path)
+    (tmp_path / "p.toml").write_text(
+        'component = "inference-openai.wasm"\nmodels = ["m"]\n[settings]\nbase_url = "https://api.example.com/v1"\n'
+        '[credentials]\napi_key = "env:NOT_HERE"\n'
+    )
+    assert run_host("plugin", "check", tmp_path / "p.toml").returncode == 1
+    tested = run_host("plugin", "test", tmp_path / "p.toml", "--cases", cases)
+    assert tested.returncode == 1 and " 2 failed" in tested.stdout, tested.stdout
+    assert "case few.json: the case has too few exchanges: the adapter sends POST https://api.example.com/v1/chat/completions" in tested.stdout
+    assert "was to ask to wait" in tested.stdout and '"send"' in tested.stdout
+    # One that never comes back is given up soon.
+    begun = time.monotonic()
+    spinning = run_host("plugin", "test", STUB.parents[1] / "hostile/hostile.wasm", "--settings", '{"what":"spin"}', timeout=120)
+    assert spinning.returncode == 1 and "3 calls in a row ran out of time" in spinning.stdout, spinning.stdout
+    print(f"given up after {time.monotonic() - begun:.1f} s")

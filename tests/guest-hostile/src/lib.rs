@@ -55,6 +55,9 @@ impl plugin::Guest for Component {
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
         SEEN.set(SEEN.get() + 1);
+        if KEPT.with_borrow(|kept| kept.iter().any(|text| text.contains("spin"))) {
+            forever();
+        }
         KEPT.with_borrow_mut(|kept| kept.push(request.body.clone()));
         let (order, argument) = request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
         match order {
