@@ -47,19 +47,14 @@ mod tests {
 
     #[test]
     fn halves_come_back_as_they_were() {
-        for json in [
-            r#"{"a":"\ud800"}"#,
-            r#"{"a":"x\uDC00y","b":"\ud83d\ude00"}"#,
-            r#"{"a":"\ud800\ud800\udc00\\ud800"}"#,
-            r#"{"\udfff":"\n\"\u00e4"}"#,
+        for (json, expected) in [
+            (r#"{"a":"\ud800"}"#, r#"{"a":"\ud800"}"#),
+            (r#"{"a":"x\uDC00y","b":"\ud83d\ude00"}"#, r#"{"a":"x\uDC00y","b":"😀"}"#),
+            (r#"{"a":"\ud800\ud800\udc00\\ud800"}"#, r#"{"a":"\ud800𐀀\\ud800"}"#),
+            (r#"{"\udfff":"\n\"\u00e4"}"#, r#"{"\udfff":"\n\"ä"}"#),
         ] {
             let value: serde_json::Value = serde_json::from_str(&hidden(json)).unwrap();
-            let text = restored(&value.to_string());
-            for escape in [r"\ud800", r"\uDC00", r"\udfff"] {
-                assert_eq!(text.matches(escape).count(), json.matches(escape).count(), "{json}: {text}");
-            }
-            let again: serde_json::Value = serde_json::from_str(&hidden(&text)).unwrap();
-            assert_eq!(value, again, "{json}");
+            assert_eq!(restored(&value.to_string()), expected);
         }
         assert_eq!(hidden(r#"{"a":"\ud83d\ude00 \\ud800"}"#), r#"{"a":"\ud83d\ude00 \\ud800"}"#);
         for broken in ["\\", "\\u", "\\ud8", "\\ü", "\\ud800\\"] {
