@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::bindings::exports::batchwright::plugin::inference::{Request, Usage};
+use crate::numbers::without_large_numbers;
 use crate::surrogates::hidden;
 use crate::tokens;
 
@@ -47,8 +48,10 @@ pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
 
 pub(crate) fn answer(request: &Request) -> Answered {
     let before = |message: String| Refused { status: 0, message, param: None };
-    let body: Map<String, Value> = serde_json::from_str(&hidden(&request.body))
-        .map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
+    let json = hidden(&request.body);
+    let parsed = serde_json::from_str(&json).or_else(|_| serde_json::from_str(&without_large_numbers(&json)));
+    let body: Map<String, Value> =
+        parsed.map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
     match ENDPOINTS.iter().find(|(path, _)| *path == request.endpoint) {
         Some((_, answer)) => answer(request, &body),
         None => Err(before(format!("The echo adapter has no endpoint {}.", request.endpoint))),

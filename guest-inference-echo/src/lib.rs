@@ -4,6 +4,7 @@
 
 mod answers;
 mod bindings;
+mod numbers;
 mod surrogates;
 mod tokens;
 

@@ -3,6 +3,7 @@
 //! `request` turns a chat completion's request into a message's, `response` the answer back, errors and advice to try again included.
 
 mod bindings;
+mod exact;
 mod messages;
 mod refused;
 mod request;
@@ -94,7 +95,7 @@ impl inference::Guest for Component {
                         header("content-type", "application/json"),
                         header("anthropic-version", &settings.version),
                     ],
-                    body: body.to_string().into_bytes(),
+                    body: exact::write(&body).into_bytes(),
                 },
                 // It was made here, so it can be written.
                 state: serde_json::to_vec(&asked).unwrap_or_default(),

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::exact;
 use crate::refused::Refused;
 
 /// Kinds of images that the API takes.
@@ -131,7 +132,7 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
             // Some models write nothing where they mean no arguments.
             None | Some(Value::Null) => json!({}),
             Some(Value::String(arguments)) if arguments.trim().is_empty() => json!({}),
-            Some(Value::String(arguments)) => serde_json::from_str(arguments).map_err(|error| {
+            Some(Value::String(arguments)) => exact::read(arguments).map_err(|error| {
                 Refused::invalid(format!("The arguments of the tool call '{id}' are not JSON: {error}."))
             })?,
             Some(other) => other.clone(),

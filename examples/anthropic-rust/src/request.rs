@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::exact;
 use crate::messages::conversation;
 use crate::refused::Refused;
 use crate::tools;
@@ -54,8 +55,9 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
 
 /// The body to send, and the model as the client named it.
 pub(crate) fn translate(body: &str, model: &str, max_tokens: u64) -> Result<(Value, String), Refused> {
-    let body: Map<String, Value> =
-        serde_json::from_str(body).map_err(|error| Refused::invalid(format!("The body cannot be read: {error}.")))?;
+    let unreadable = |why: String| Refused::invalid(format!("The body cannot be read: {why}."));
+    let body = exact::read(body).map_err(|error| unreadable(error.to_string()))?;
+    let Value::Object(body) = body else { return Err(unreadable("it is no object".into())) };
     let given = Given(&body);
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
         let known = TRANSLATED.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
@@ -280,11 +282,7 @@ mod tests {
             "function":{"name":"f","arguments":"{\"a\":123456789012345678901234567890,\"b\":1e400,\"c\":1.10}"}}]},
             {"role":"tool","tool_call_id":"c","content":"y"}]}"#;
         let (sent, _) = translate(body, "m", 1).unwrap();
-        let text = sent.to_string();
-        assert!(
-            text.contains(r#""input":{"a":123456789012345678901234567890,"b":1e400,"c":1.10}"#)
-                || text.contains("1e+400"),
-            "{text}"
-        );
+        let text = exact::write(&sent);
+        assert!(text.contains(r#""input":{"a":123456789012345678901234567890,"b":1e400,"c":1.1}"#), "{text}");
     }
 }

@@ -5,17 +5,17 @@ use serde_json::{Value, json};
 use crate::bindings::exports::batchwright::plugin::inference::{
     Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault, Usage,
 };
-use crate::{Asked, failed};
+use crate::{Asked, exact, failed};
 
 pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
     let header = |name: &str| find(&answer.headers, name);
     let request_id = header("request-id").map(str::to_owned);
-    let body: Option<Value> = serde_json::from_slice(&answer.body).ok();
+    let body = std::str::from_utf8(&answer.body).ok().and_then(|body| exact::read(body).ok());
     if answer.status != 200 {
         let response = Answer::Response(Response {
             status: answer.status,
             request_id,
-            body: error(answer.status, body.as_ref()).to_string(),
+            body: exact::write(&error(answer.status, body.as_ref())),
             usage: None,
         });
         // 529 is `overloaded_error`; 408 and 409 are said to pass as well.
@@ -29,7 +29,7 @@ pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
         return failed("invalid_provider_response", "The provider answered 200 with what is no message.".into());
     };
     let (body, usage) = completion(asked, &message);
-    Step::Done(Answer::Response(Response { status: 200, request_id, body: body.to_string(), usage: Some(usage) }))
+    Step::Done(Answer::Response(Response { status: 200, request_id, body: exact::write(&body), usage: Some(usage) }))
 }
 
 pub(crate) fn no_answer(error: TransportError) -> Step {
@@ -50,7 +50,7 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
     let text: String = of_type("text").filter_map(|block| block.get("text").and_then(Value::as_str)).collect();
     let calls: Vec<Value> = of_type("tool_use")
         .map(|block| {
-            let arguments = block.get("input").map_or_else(|| "{}".into(), Value::to_string);
+            let arguments = block.get("input").map_or_else(|| "{}".into(), exact::write);
             json!({"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": arguments}})
         })
         .collect();
