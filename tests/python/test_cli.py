@@ -126,13 +126,14 @@ def test_an_unfinished_run_gives_its_answers_out(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
     prompts = [*(str(number) for number in range(20)), *("!delay 600000" for _ in range(20))]
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)]))
-    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--stop-grace", "10ms"]
+    # Requests of a batch may overtake each other, within the window of those under way: two may wait behind those that hang.
+    window = ["--max-concurrent-requests-per-batch", "6"]
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--stop-grace", "10ms", *window]
     nothing = run_host(*command, "--partial", cwd=tmp_path)
     assert nothing.returncode == 2 and "no unfinished run" in nothing.stderr
     run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: stub.counts().get("!delay 600000", 0) == 4, what="the answers")
     database = sqlite3.connect(f"file:{tmp_path}/out.jsonl.batchwright/batchwright.db?mode=ro", uri=True)
-    # Requests of a batch may overtake each other a little, so one or the other may wait behind those that hang.
     wait_for(lambda: database.execute("SELECT completed FROM batches WHERE completed > 15").fetchall(), what="the results")
     database.close()
     run.kill()

@@ -57,6 +57,10 @@ impl Progress {
                     say!("waiting: {waits} ({done} of {total} done{failures})");
                     return;
                 }
+                if total == 0 {
+                    say!("{now_status}");
+                    return;
+                }
                 let rate = done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
                 let left = if rate > 0.0 && done < total {
                     format!(", {:.0} s left", (total.saturating_sub(done)) as f64 / rate)
