@@ -45,11 +45,15 @@ def connect(server):
 
 def request(server, method, path, body=None, headers=None):
     asked = urllib.request.Request(server.url + path, method=method, data=body, headers=headers or {})
-    try:
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
+    for left in reversed(range(60)):
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            # Others may have all places for a moment; as the SDKs do, it comes back.
+            if error.code != 503 or path.startswith("/health/") or left == 0:
+                return error.code, error.read()
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager
