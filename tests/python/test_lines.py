@@ -67,6 +67,15 @@ def test_odd_numbers_and_halves_of_pairs_pass_through(serve, stub, plugin):
         assert body["sent"]["messages"][0]["content"] == "!raw half \ud800, \u2028 and \x85"
 
 
+def test_a_line_however_deep_ends_nothing(server):
+    deep = "[" * 200_000 + "]" * 200_000
+    for key in ["input", "messages", "other"]:
+        line = json.dumps(chat("a", **{key: "DEEP"})).replace('"DEEP"', deep)
+        batch = server.run((line + "\n" + json.dumps(chat("b"))).encode())
+        assert batch.status in ["completed", "failed"], batch
+    assert server.run([chat("a")]).request_counts.completed == 1 and "overflow" not in server.logged()
+
+
 def test_a_line_that_is_not_json_says_where_and_why(server):
     good = json.dumps(chat("a"))
     lines = [good, good[:-1] + ",}", good.replace('"hi"', "NaN"), good.replace('"hi"', "None"), good[:40], "a,b,c"]

@@ -17,6 +17,9 @@ use super::line::string;
 /// Duplicate keys that are named of one line.
 const MAX_NAMED: usize = 3;
 
+/// Arrays in arrays whose objects are looked at. Beyond, a line is passed over without recursion, however deep it is.
+const MAX_ARRAYS: usize = 8;
+
 /// Characters of a key in the path that names it.
 const MAX_KEY_CHARS: usize = 64;
 
@@ -41,6 +44,7 @@ impl<'a> Envelope<'a> {
         let mut state = State {
             hasher: RandomState::default(),
             by_parts: false,
+            arrays: 0,
             keys: Vec::new(),
             twice: Vec::new(),
             naming: None,
@@ -69,6 +73,7 @@ impl<'a> Envelope<'a> {
 
 fn read<'a>(text: &'a str, state: &mut State) -> serde_json::Result<Envelope<'a>> {
     state.keys.clear();
+    state.arrays = 0;
     let mut found = Envelope::default();
     let mut deserializer = serde_json::Deserializer::from_str(text);
     Object { state, wanted: Top(&mut found) }.deserialize(&mut deserializer)?;
@@ -80,6 +85,8 @@ struct State {
     hasher: RandomState,
     /// Nested values are found as texts before they are read.
     by_parts: bool,
+    /// Arrays that are open.
+    arrays: usize,
     /// Hashes of the keys of the objects that are open.
     keys: Vec<u64>,
     /// Hashes of keys that stand twice, as many as are named.
@@ -301,6 +308,11 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        if self.state.arrays >= MAX_ARRAYS {
+            while seq.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(());
+        }
+        self.state.arrays = self.state.arrays.saturating_add(1);
         let mut index = 0_usize;
         loop {
             let last = self.state.naming.as_mut().and_then(|naming| naming.path.last_mut());
@@ -322,6 +334,7 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
                 },
             };
             if !more {
+                self.state.arrays = self.state.arrays.saturating_sub(1);
                 return Ok(());
             }
         }
@@ -432,6 +445,24 @@ mod tests {
         }
         let many: String = (0..50).map(|number| format!(r#""k{number}":1,"k{number}":2,"#)).collect();
         assert_eq!(parse(&format!(r#"{{{many}"body":{{}}}}"#)).duplicates.len(), MAX_NAMED);
+    }
+
+    #[test]
+    fn a_line_of_a_million_arrays_is_read() {
+        for bad in [false, true] {
+            let (open, close) = ("[".repeat(1_000_000), "]".repeat(if bad { 999_999 } else { 1_000_000 }));
+            for text in [
+                format!("{open}{close}"),
+                format!(r#"{{"body":{open}{close}}}"#),
+                format!(r#"{{"body":{{"model":"m","input":{open}{close}}}}}"#),
+                format!(r#"{{"body":{{"messages":[1e999,{open}{close}],"model":"m"}}}}"#),
+                format!(r#"{{"body":{{"messages":[{{"role":{open}{close}}}]}},"x":{open}{close}}}"#),
+            ] {
+                assert_eq!(Envelope::parse(&text).is_err(), bad, "{}", text.get(..40).unwrap());
+            }
+        }
+        let deep = format!(r#"{{"body":{{"input":{}{{"x":1,"x":1}}{}}}}}"#, "[".repeat(200), "]".repeat(200));
+        assert_eq!(parse(&deep).duplicates, [""; 0]);
     }
 
     proptest! {

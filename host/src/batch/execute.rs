@@ -196,7 +196,6 @@ impl Batches {
         }
     }
 
-    /// The lines of a batch from a position on, before which all have a result.
     /// The model of a batch's lines that name none: the batch's own, if all lines have one, or that of the plugins.
     fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
         let plugins = self.registry.current();
@@ -204,6 +203,7 @@ impl Batches {
         (batch.new.endpoint == OPTIONAL_MODEL).then(|| batch.model.clone().or(default)).flatten()
     }
 
+    /// The lines of a batch from a position on, before which all have a result.
     async fn lines<'a>(&'a self, claim: &'a Claim, from: Kept, many: bool) -> Result<LinesToDo<'a>> {
         let window = self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
         let input: Input = self.open_input_at(claim, READ, from.position).await?;
