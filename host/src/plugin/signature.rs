@@ -123,13 +123,11 @@ impl TrustedKeys {
 fn names_of(line: &str) -> Result<(Vec<String>, &str), String> {
     let Some(rest) = line.strip_prefix("names=\"") else { return Ok((Vec::new(), line)) };
     let (names, key) = rest.split_once("\" ").ok_or("names has no end; write names=\"a,b\" and then the key")?;
-    if names.trim_end_matches('*').contains('*')
-        && names.split(',').any(|name| name.trim().trim_end_matches('*').contains('*'))
-    {
-        return Err("a `*` in names stands at the end of a name".into());
-    }
     let names: Vec<String> =
         names.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    if names.iter().any(|name| name.strip_suffix('*').unwrap_or(name).contains('*')) {
+        return Err("a `*` in names stands once, at the end of a name".into());
+    }
     if names.is_empty() { Err("names is empty; leave it out for all plugins".into()) } else { Ok((names, key.trim())) }
 }
 
@@ -181,5 +179,10 @@ mod tests {
         assert!(trusted("# nothing\n").unwrap_err().contains("holds no public key"));
         assert!(trusted("\nssh-ed25519 AAAA\n").unwrap_err().contains("line 2"));
         assert!(trusted("names=\"a ssh-ed25519 AAAA\n").unwrap_err().contains("names has no end"));
+        for names in ["a*b", "a**", "*,*a"] {
+            assert!(
+                trusted(&format!("names=\"{names}\" ssh-ed25519 AAAA\n")).unwrap_err().contains("once, at the end")
+            );
+        }
     }
 }

@@ -45,8 +45,8 @@ pub struct Verify {
     trusted_keys: PathBuf,
 }
 
-/// What is signed for a TOML file, and the signature it has.
-fn read(file: &Path) -> Result<(String, String, Option<String>), Error> {
+/// The files of a plugin, its name, and what is signed for them.
+fn read(file: &Path) -> Result<(Files, String, String), Error> {
     if file.extension().is_none_or(|extension| extension != "toml") {
         let message = format!(
             "{} is no TOML file; a signature is of a plugin's TOML file and the component it names",
@@ -56,57 +56,60 @@ fn read(file: &Path) -> Result<(String, String, Option<String>), Error> {
     }
     let files = Files::read_any(file)?;
     let name = plugin_name(file)?;
-    Ok((name.clone(), statement(&name, &files.text, &files.component.sha256), files.signature))
+    let statement = statement(&name, &files.text, &files.component.sha256);
+    Ok((files, name, statement))
 }
 
 impl Sign {
     pub fn run(self) -> Result<ExitCode, Error> {
-        read(&self.file)?;
+        let (files, _, mut statement) = read(&self.file)?;
+        // Before anything is written: without a key the old signature stays good.
+        let key = if self.statement { None } else { Some(self.read_key()?) };
         // What is printed to be signed elsewhere is of the file as it is, which is asked for more than once.
-        let has_serial = || Files::read_any(&self.file).is_ok_and(|files| files.manifest.serial > 0);
-        let keeps = self.keep_serial || self.statement && has_serial();
+        let keeps = self.keep_serial || self.statement && files.manifest.serial > 0;
         if !keeps {
             let failed =
                 |error| Error::Other(format!("failed to write a serial into {}: {error}", self.file.display()));
-            set_serial(&self.file).map_err(failed)?;
+            set_serial(&files).map_err(failed)?;
+            (_, _, statement) = read(&self.file)?;
         }
-        let (_, statement, _) = read(&self.file)?;
-        if self.statement {
+        let Some(key) = key else {
             write_output(format_args!("{statement}"));
             return Ok(ExitCode::SUCCESS);
-        }
-        let Some(key) = self.key else { return Err(Error::Other("say which key with --key".into())) };
-        let path = key.display();
-        let unusable = |error: String| Error::Other(format!("the key {path}: {error}"));
-        let text = std::fs::read(&key).map_err(|error| unusable(format!("cannot be read: {error}")))?;
-        let key = PrivateKey::from_openssh(&text).map_err(|error| {
-            unusable(format!("is no private key as OpenSSH writes it: {error}; give the private half; `ssh-keygen -t ed25519` makes a pair"))
-        })?;
-        let key = match (key.is_encrypted(), &self.passphrase) {
-            (false, _) => key,
-            (true, None) => return Err(unusable("has a passphrase; say where it is with --passphrase".into())),
-            (true, Some(source)) => {
-                let passphrase = read_secret(source).map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
-                key.decrypt(passphrase).map_err(|_| unusable("the passphrase does not open it".into()))?
-            }
         };
-        let signature = sign(&key, &statement).map_err(unusable)?;
+        let signature = sign(&key, &statement).map_err(|error| Error::Other(format!("the key: {error}")))?;
         let to = signature_file(&self.file);
         let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
         write(&to, signature.as_bytes()).map_err(failed)?;
         put!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
         Ok(ExitCode::SUCCESS)
     }
+
+    fn read_key(&self) -> Result<PrivateKey, Error> {
+        let Some(path) = &self.key else { return Err(Error::Other("say which key with --key".into())) };
+        let unusable = |error: String| Error::Other(format!("the key {}: {error}", path.display()));
+        let text = std::fs::read(path).map_err(|error| unusable(format!("cannot be read: {error}")))?;
+        let key = PrivateKey::from_openssh(&text).map_err(|error| {
+            unusable(format!("is no private key as OpenSSH writes it: {error}; give the private half; `ssh-keygen -t ed25519` makes a pair"))
+        })?;
+        match (key.is_encrypted(), &self.passphrase) {
+            (false, _) => Ok(key),
+            (true, None) => Err(unusable("has a passphrase; say where it is with --passphrase".into())),
+            (true, Some(source)) => {
+                let passphrase = read_secret(source).map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
+                key.decrypt(passphrase).map_err(|_| unusable("the passphrase does not open it".into()))
+            }
+        }
+    }
 }
 
 /// Writes the time as the file's serial, which grows with each signature.
-fn set_serial(file: &Path) -> std::io::Result<()> {
-    let text = std::fs::read_to_string(file)?;
-    let mut document: toml_edit::DocumentMut = text.parse().map_err(std::io::Error::other)?;
+fn set_serial(files: &Files) -> std::io::Result<()> {
+    let mut document: toml_edit::DocumentMut = files.text.parse().map_err(std::io::Error::other)?;
     let last = document.get("serial").and_then(toml_edit::Item::as_integer).unwrap_or(0);
     let serial = Clock::system().now().as_seconds().max(last.saturating_add(1));
     document.insert("serial", toml_edit::value(serial));
-    write(file, document.to_string().as_bytes())
+    write(&files.file, document.to_string().as_bytes())
 }
 
 /// Puts a new file in the place of what is there, a link to somewhere else included.
@@ -125,8 +128,8 @@ impl Verify {
         let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
         let mut all_well = true;
         for file in &self.files {
-            let verified = read(file).map_err(|error| error.to_string()).and_then(|(name, statement, signature)| {
-                keys.verify(&name, &statement, signature.as_deref())
+            let verified = read(file).map_err(|error| error.to_string()).and_then(|(files, name, statement)| {
+                keys.verify(&name, &statement, files.signature.as_deref())
                     .map_err(|message| format!("{}: signature: {message}", file.display()))
             });
             match verified {
