@@ -1,11 +1,10 @@
-"""Where a server runs: its disk, its signals, its settings, and plugin directories of every kind."""
+"""Where a server runs: its disk, its signals, its settings."""
 
 import contextlib
 import http.client
 import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import socket
@@ -183,79 +182,6 @@ def test_the_first_lines_of_a_log_say_what_runs_and_what_was_mistyped(serve):
     assert len(warned) == 1 and "BATCHWRIGHT_LISTENN" in warned[0] and "did you mean BATCHWRIGHT_LISTEN?" in warned[0]
 
 
-def swap(link, to):
-    """Points a link elsewhere, as Kubernetes does."""
-    beside = link.with_name(link.name + "_tmp")
-    beside.symlink_to(to)
-    os.replace(beside, link)
-
-
-@pytest.mark.parametrize("kind", ["link", "renamed", "kubernetes"])
-def test_changes_are_seen_in_directories_of_every_kind(serve, tmp_path, kind):
-    def version(name, model):
-        folder = tmp_path / name
-        folder.mkdir()
-        for file in ["inference-echo.wasm", "validator-standard.wasm", "standard.toml"]:
-            shutil.copy(PLUGINS / file, folder)
-        (folder / "echo.toml").write_text(f'component = "inference-echo.wasm"\nmodels = ["{model}"]\n')
-        return folder
-
-    home = tmp_path / "server"
-    home.mkdir()
-    one = version("one", "first")
-    plugins = home / "plugins"
-    if kind == "link":
-        plugins.symlink_to(one)
-    elif kind == "renamed":
-        one.rename(plugins)
-    else:
-        plugins.mkdir()
-        (plugins / "..data").symlink_to(one)
-        for file in one.iterdir():
-            (plugins / file.name).symlink_to(f"..data/{file.name}")
-    server = serve()
-    assert server.models() == ["first"]
-    for number in range(3):
-        two = version(f"next-{number}", f"model-{number}")
-        if kind == "link":
-            swap(plugins, two)
-        elif kind == "renamed":
-            plugins.rename(tmp_path / f"old-{number}")
-            two.rename(plugins)
-        else:
-            swap(plugins / "..data", two)
-        wait_for(lambda: server.models() == [f"model-{number}"], 20, "the change")
-        # And a file in it.
-        echo = (plugins / "echo.toml").resolve()
-        echo.write_text(echo.read_text().replace(f"model-{number}", f"edited-{number}"))
-        wait_for(lambda: server.models() == [f"edited-{number}"], 20, "the edit")
-
-
-def test_files_of_editors_are_no_plugins_and_a_missing_mount_removes_none(serve):
-    server = serve()
-    for name in ["._echo.toml", ".#echo.toml", ".echo.toml.swp"]:
-        (server.plugins / name).write_text("\x00binary")
-    (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
-    wait_for(lambda: "other" in server.models(), what="the plugin")
-    listed = run_host("plugin", "list", "--plugins", server.plugins)
-    assert listed.returncode == 0 and "._echo" not in listed.stdout
-    server.plugins.rename(server.folder / "away")
-    wait_for(lambda: "the plugins stay as they are" in server.logged(), 20, "the log")
-    assert server.models() == ["echo", "other"]
-
-
-def test_the_first_plugin_keeps_a_model_after_a_restart_too(serve):
-    server = serve()
-    (server.plugins / "a-second.toml").write_text('component = "inference-echo.wasm"\nmodels = ["echo"]\n')
-    wait_for(lambda: "served by the plugin `echo` already" in server.logged(), what="the complaint")
-    server.stop()
-    server.start()
-    assert [model.owned_by for model in server.client.models.list()] == ["echo"]
-    checked = run_host("plugin", "check", server.plugins)
-    assert checked.returncode == 1 and "already" in checked.stdout
-    assert run_host("plugin", "list", "--plugins", server.plugins).returncode == 1
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts are made by root")
 @pytest.mark.parametrize("options", ["noexec", "ro"])
 def test_plugins_compile_and_load_whatever_the_cache_is_mounted_on(serve, tmp_path, options):
@@ -379,63 +305,6 @@ def test_a_run_takes_odd_folders_and_refuses_what_it_cannot_read_twice(tmp_path)
     assert not list(tmp_path.glob("*.batchwright"))
 
 
-def test_an_older_signed_plugin_and_a_withdrawn_key_are_refused(serve, tmp_path):
-    if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
-    for name in ["ours", "theirs"]:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    public = {name: (tmp_path / f"{name}.pub").read_text() for name in ["ours", "theirs"]}
-    trusted = tmp_path / "trusted"
-    trusted.write_text(public["ours"] + 'names="other" ' + public["theirs"])
-    server = serve("--trusted-keys", trusted)
-
-    def sign(name, key):
-        signed = run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / key)
-        assert signed.returncode == 0, signed.stderr
-
-    sign("standard", "ours")
-    sign("echo", "ours")
-    wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
-    old = {end: (server.plugins / f"echo.{end}").read_bytes() for end in ["toml", "toml.sig"]}
-    sign("echo", "ours")
-    serial = lambda: int((server.plugins / "echo.toml").read_text().split("serial = ")[1].split()[0])  # noqa: E731
-    kept = lambda: json.loads((server.data / "serials").read_text()).get("echo")  # noqa: E731
-    wait_for(lambda: kept() == serial(), what="the serial to be kept")
-    for end, content in old.items():
-        (server.plugins / f"echo.{end}").write_bytes(content)
-    wait_for(lambda: "its serial is" in server.logged(), what="the complaint")
-    server.stop()
-    server.start()
-    assert server.models() == []
-    sign("echo", "ours")
-    wait_for(lambda: server.models() == ["echo"], what="the plugin that was signed again")
-    # A key for another name, and then no key at all any more.
-    sign("echo", "theirs")
-    wait_for(lambda: "may sign only other" in server.logged(), what="the complaint")
-    sign("echo", "ours")
-    trusted.write_text('names="other" ' + public["theirs"])
-    wait_for(lambda: "trusted keys changed" in server.logged() and "is not in" in server.logged(), 20, "the complaint")
-    wait_for(lambda: server.models() == [], what="the plugin to serve no more")
-    # The last key can be withdrawn, too.
-    trusted.write_text("# nobody\n")
-    wait_for(lambda: server.logged().count("trusted keys changed") == 2, 20, "the keys to be read")
-
-
-def test_an_unsigned_edit_takes_no_signed_plugin_down(serve, tmp_path):
-    if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ours"], check=True)
-    server = serve("--trusted-keys", tmp_path / "ours.pub")
-    for name in ["standard", "echo"]:
-        assert run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / "ours").returncode == 0
-    wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
-    with open(server.plugins / "echo.toml", "a") as file:
-        file.write("# edited\n")
-    wait_for(lambda: "changed after it was signed" in server.logged(), what="the complaint")
-    time.sleep(5)
-    assert server.models() == ["echo"] and server.run([chat("a")]).request_counts.completed == 1
-
-
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(number)) for number in range(100)]))
     command = [HOST, "run", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plugins", PLUGINS, "--log-level", "debug"]
@@ -486,26 +355,3 @@ def test_addresses_that_give_out_credentials_are_not_dialled_because_a_url_has_t
     assert refused.returncode == 1 and "169.254.169.254" in refused.stdout and "allow" in refused.stdout
     (tmp_path / "p.toml").write_text(text.format('allow = ["169.254.169.254:80"]\n'))
     assert run_host("plugin", "check", tmp_path / "p.toml").returncode == 0
-
-
-def test_inotify_that_is_used_up_is_said_and_polled_instead(serve):
-    with open("/proc/sys/fs/inotify/max_user_instances") as file:
-        most = int(file.read())
-    if most > 5000 or os.geteuid() != 0:
-        pytest.skip("the system has more watches than a test should take")
-    taken = []
-    try:
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-        while (watch := libc.inotify_init()) >= 0:
-            taken.append(watch)
-        server = serve()
-        wait_for(lambda: "by polling" in server.logged(), what="the log")
-        (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
-        wait_for(lambda: "other" in server.models(), 20, "the change")
-    finally:
-        for watch in taken:
-            os.close(watch)

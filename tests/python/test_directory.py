@@ -1,0 +1,104 @@
+"""Plugin directories of every kind, and what changes in them."""
+
+import os
+import resource
+import shutil
+
+import pytest
+from conftest import PLUGINS, run_host, wait_for
+
+
+def swap(link, to):
+    """Points a link elsewhere, as Kubernetes does."""
+    beside = link.with_name(link.name + "_tmp")
+    beside.symlink_to(to)
+    os.replace(beside, link)
+
+
+@pytest.mark.parametrize("kind", ["link", "renamed", "kubernetes"])
+def test_changes_are_seen_in_directories_of_every_kind(serve, tmp_path, kind):
+    def version(name, model):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ["inference-echo.wasm", "validator-standard.wasm", "standard.toml"]:
+            shutil.copy(PLUGINS / file, folder)
+        (folder / "echo.toml").write_text(f'component = "inference-echo.wasm"\nmodels = ["{model}"]\n')
+        return folder
+
+    home = tmp_path / "server"
+    home.mkdir()
+    one = version("one", "first")
+    plugins = home / "plugins"
+    if kind == "link":
+        plugins.symlink_to(one)
+    elif kind == "renamed":
+        one.rename(plugins)
+    else:
+        plugins.mkdir()
+        (plugins / "..data").symlink_to(one)
+        for file in one.iterdir():
+            (plugins / file.name).symlink_to(f"..data/{file.name}")
+    server = serve()
+    assert server.models() == ["first"]
+    for number in range(3):
+        two = version(f"next-{number}", f"model-{number}")
+        if kind == "link":
+            swap(plugins, two)
+        elif kind == "renamed":
+            plugins.rename(tmp_path / f"old-{number}")
+            two.rename(plugins)
+        else:
+            swap(plugins / "..data", two)
+        wait_for(lambda: server.models() == [f"model-{number}"], 20, "the change")
+        # And a file in it.
+        echo = (plugins / "echo.toml").resolve()
+        echo.write_text(echo.read_text().replace(f"model-{number}", f"edited-{number}"))
+        wait_for(lambda: server.models() == [f"edited-{number}"], 20, "the edit")
+
+
+def test_files_of_editors_are_no_plugins_and_a_missing_mount_removes_none(serve):
+    server = serve()
+    for name in ["._echo.toml", ".#echo.toml", ".echo.toml.swp"]:
+        (server.plugins / name).write_text("\x00binary")
+    (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
+    wait_for(lambda: "other" in server.models(), what="the plugin")
+    listed = run_host("plugin", "list", "--plugins", server.plugins)
+    assert listed.returncode == 0 and "._echo" not in listed.stdout
+    server.plugins.rename(server.folder / "away")
+    wait_for(lambda: "the plugins stay as they are" in server.logged(), 20, "the log")
+    assert server.models() == ["echo", "other"]
+
+
+def test_the_first_plugin_keeps_a_model_after_a_restart_too(serve):
+    server = serve()
+    (server.plugins / "a-second.toml").write_text('component = "inference-echo.wasm"\nmodels = ["echo"]\n')
+    wait_for(lambda: "served by the plugin `echo` already" in server.logged(), what="the complaint")
+    server.stop()
+    server.start()
+    assert [model.owned_by for model in server.client.models.list()] == ["echo"]
+    checked = run_host("plugin", "check", server.plugins)
+    assert checked.returncode == 1 and "already" in checked.stdout
+    assert run_host("plugin", "list", "--plugins", server.plugins).returncode == 1
+
+
+def test_inotify_that_is_used_up_is_said_and_polled_instead(serve):
+    with open("/proc/sys/fs/inotify/max_user_instances") as file:
+        most = int(file.read())
+    if most > 5000 or os.geteuid() != 0:
+        pytest.skip("the system has more watches than a test should take")
+    taken = []
+    try:
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+        while (watch := libc.inotify_init()) >= 0:
+            taken.append(watch)
+        server = serve()
+        wait_for(lambda: "by polling" in server.logged(), what="the log")
+        (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
+        wait_for(lambda: "other" in server.models(), 20, "the change")
+    finally:
+        for watch in taken:
+            os.close(watch)
