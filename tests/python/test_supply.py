@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -300,9 +301,11 @@ def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys
     key = keys("locked", "open sesame")
     trusted = tmp_path / "locked.pub"
     sign = ["plugin", "sign", manifest, "--key", key]
+    before = manifest.read_text()
     assert "--passphrase" in run_host(*sign).stderr
     wrong = run_host(*sign, "--passphrase", "env:P", env={"P": "wrong"})
     assert wrong.returncode != 0 and "does not open it" in wrong.stderr
+    assert manifest.read_text() == before
     assert run_host(*sign, "--passphrase", "env:P", env={"P": "open sesame"}).returncode == 0
     check = ["plugin", "check", manifest, "--trusted-keys", trusted]
     assert run_host(*check).returncode == 0
@@ -321,6 +324,63 @@ def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys
         refused = run_host("plugin", "check", manifest, "--trusted-keys", bad)
         assert refused.returncode == 3 and part in refused.stderr and "trusted_keys" in refused.stderr, refused.stderr
     assert "is no private key" in run_host("plugin", "sign", manifest, "--key", trusted).stderr
+
+
+def test_an_older_signed_plugin_and_a_withdrawn_key_are_refused(serve, tmp_path):
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
+    for name in ["ours", "theirs"]:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    public = {name: (tmp_path / f"{name}.pub").read_text() for name in ["ours", "theirs"]}
+    trusted = tmp_path / "trusted"
+    trusted.write_text(public["ours"] + 'names="other" ' + public["theirs"])
+    server = serve("--trusted-keys", trusted)
+
+    def sign(name, key):
+        signed = run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / key)
+        assert signed.returncode == 0, signed.stderr
+
+    sign("standard", "ours")
+    sign("echo", "ours")
+    wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
+    old = {end: (server.plugins / f"echo.{end}").read_bytes() for end in ["toml", "toml.sig"]}
+    sign("echo", "ours")
+    serial = lambda: int((server.plugins / "echo.toml").read_text().split("serial = ")[1].split()[0])  # noqa: E731
+    kept = lambda: json.loads((server.data / "serials").read_text()).get("echo")  # noqa: E731
+    wait_for(lambda: kept() == serial(), what="the serial to be kept")
+    for end, content in old.items():
+        (server.plugins / f"echo.{end}").write_bytes(content)
+    wait_for(lambda: "its serial is" in server.logged(), what="the complaint")
+    server.stop()
+    server.start()
+    assert server.models() == []
+    sign("echo", "ours")
+    wait_for(lambda: server.models() == ["echo"], what="the plugin that was signed again")
+    # A key for another name, and then no key at all any more.
+    sign("echo", "theirs")
+    wait_for(lambda: "may sign only other" in server.logged(), what="the complaint")
+    sign("echo", "ours")
+    trusted.write_text('names="other" ' + public["theirs"])
+    wait_for(lambda: "trusted keys changed" in server.logged() and "is not in" in server.logged(), 20, "the complaint")
+    wait_for(lambda: server.models() == [], what="the plugin to serve no more")
+    # The last key can be withdrawn, too.
+    trusted.write_text("# nobody\n")
+    wait_for(lambda: server.logged().count("trusted keys changed") == 2, 20, "the keys to be read")
+
+
+def test_an_unsigned_edit_takes_no_signed_plugin_down(serve, tmp_path):
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ours"], check=True)
+    server = serve("--trusted-keys", tmp_path / "ours.pub")
+    for name in ["standard", "echo"]:
+        assert run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / "ours").returncode == 0
+    wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
+    with open(server.plugins / "echo.toml", "a") as file:
+        file.write("# edited\n")
+    wait_for(lambda: "changed after it was signed" in server.logged(), what="the complaint")
+    time.sleep(5)
+    assert server.models() == ["echo"] and server.run([chat("a")]).request_counts.completed == 1
 
 
 class Asked(http.server.BaseHTTPRequestHandler):

@@ -125,10 +125,7 @@ impl Client {
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
         self.http.request(request).await.map_err(|error| {
-            let mut cause: &dyn std::error::Error = &error;
-            while let Some(inner) = cause.source() {
-                cause = inner;
-            }
+            let cause = innermost(&error);
             let host = self.base.origin().ascii_serialization();
             Error::Other(format!("no answer from {host}: {cause}; is the server running, and is --url right?"))
         })
@@ -143,6 +140,11 @@ impl Client {
         serde_json::from_slice(&bytes)
             .map_err(|error| Error::Other(format!("the server's answer is not JSON: {error}")))
     }
+}
+
+/// The cause of an error that has none itself: the outermost says least.
+pub fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+    std::iter::successors(Some(error), |cause| cause.source()).last().unwrap_or(error)
 }
 
 fn empty() -> Body {

@@ -1,7 +1,8 @@
 //! Compiled components, kept in a folder of the host's own.
 //!
 //! Loading compiled code is running it, so nothing here is ever read from the plugin directory, and the folder must belong to
-//! the host alone. Where it cannot be made so, compiled code is kept for this process only: in a folder of its own, or in memory. A name holds the component's digest and the engine's fingerprint: another wasmtime, processor or setting compiles anew.
+//! the host alone. Where it cannot be made so, compiled code is kept for this process only: in a folder of its own, or in memory. A name holds
+//! the component's digest and the engine's fingerprint: another wasmtime, processor or setting compiles anew.
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};

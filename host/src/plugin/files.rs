@@ -1,4 +1,4 @@
-//! What a plugin is made of, each file read once: nothing is judged by other bytes than those that are loaded.
+//! What a plugin is made of, of one reading: nothing is judged by other bytes than those that are loaded.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

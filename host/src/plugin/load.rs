@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use arc_swap::ArcSwap;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
@@ -23,10 +22,10 @@ use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_tim
 use super::instances::Instances;
 use super::log::PluginLog;
 use super::manifest::{Limits, Manifest};
-use super::plugin::{Plugin, Signed, explain};
+use super::plugin::{Plugin, explain};
 use super::schema;
-use super::serials::Serials;
-use super::signature::{TrustedKeys, statement};
+use super::signature::TrustedKeys;
+use super::trust::Trust;
 use super::types::{Description, Kind};
 use crate::clock::Clock;
 use crate::config::{Size, Span};
@@ -63,8 +62,7 @@ pub struct Loader {
     /// Started when the first component asks for it.
     concurrent: OnceLock<World>,
     compiler: Compiler,
-    trusted_keys: Option<ArcSwap<TrustedKeys>>,
-    serials: Serials,
+    pub(super) trust: Trust,
     pub(super) order_file: Option<PathBuf>,
     /// To load a plugin: each holds its component in memory.
     turns: Semaphore,
@@ -113,8 +111,7 @@ impl Loader {
             plain: World::start(Flavour::Plain).map_err(failed)?,
             concurrent,
             compiler,
-            trusted_keys: trusted_keys.map(ArcSwap::from_pointee),
-            serials: Serials::open(serials).map_err(failed)?,
+            trust: Trust::open(trusted_keys, serials).map_err(failed)?,
             order_file: order,
             turns,
             instances: Instances::start(memory.instances),
@@ -141,54 +138,14 @@ impl Loader {
 
     /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
     pub async fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
-        if self.trusted_keys.is_none() {
+        if !self.trust.is_asked_for() {
             return Ok(());
         }
         let files = read_off_thread(file, Files::read_any).await?;
         let name = plugin_name(file)?;
-        self.signer(&name, &files)?;
-        self.serials.raise(&name, files.manifest.serial);
+        let signed = self.trust.signed(&name, &files)?;
+        self.trust.loaded(&name, signed.as_ref());
         Ok(())
-    }
-
-    /// Who signed these files; nobody where signatures are not asked for.
-    fn signer(&self, name: &str, files: &Files) -> Result<Option<String>, LoadError> {
-        let Some(keys) = &self.trusted_keys else { return Ok(None) };
-        let statement = statement(name, &files.text, &files.component.sha256);
-        let signer = keys.load().verify(name, &statement, files.signature.as_deref());
-        let signer = signer.and_then(|signer| self.serials.check(name, files.manifest.serial).map(|()| signer));
-        signer.map(Some).map_err(|message| LoadError::Signature { file: files.file.clone(), message })
-    }
-
-    /// Reads the trusted keys again; keys that cannot be read leave those of before.
-    pub fn read_trusted_keys(&self) {
-        let Some(keys) = &self.trusted_keys else { return };
-        let current = keys.load_full();
-        match TrustedKeys::read_any(&current.file) {
-            Ok(read) if read.digest != current.digest => {
-                tracing::info!(file = %current.file.display(), "trusted keys changed");
-                keys.store(Arc::new(read));
-            }
-            Ok(_) => {}
-            Err(error) => tracing::error!("the trusted keys stay as they are: {error}"),
-        }
-    }
-
-    /// Whether the signature that a plugin was loaded with still counts.
-    pub fn is_still_trusted(&self, plugin: &Plugin) -> bool {
-        let Some(keys) = &self.trusted_keys else { return true };
-        let signed = plugin.signed.as_ref();
-        signed
-            .is_some_and(|signed| keys.load().verify(&plugin.name, &signed.statement, Some(&signed.signature)).is_ok())
-    }
-
-    pub fn trusted_keys_file(&self) -> Option<PathBuf> {
-        self.trusted_keys.as_ref().map(|keys| keys.load().file.clone())
-    }
-
-    /// Changes with the trusted keys.
-    pub fn trusted_keys_digest(&self) -> String {
-        self.trusted_keys.as_ref().map(|keys| keys.load().digest.clone()).unwrap_or_default()
     }
 
     /// Loads the plugin that was read from these files.
@@ -198,11 +155,8 @@ impl Loader {
 
     async fn load_with(&self, files: Files, stand_in: Option<&str>) -> Result<Plugin, LoadError> {
         let name = plugin_name(&files.file)?;
-        let signed_by = self.signer(&name, &files)?;
-        let statement = statement(&name, &files.text, &files.component.sha256);
-        let signed = files.signature.clone().map(|signature| Signed { statement, signature });
+        let signed = self.trust.signed(&name, &files)?;
         let Files { file, mut manifest, component, .. } = files;
-        let serial = manifest.serial;
         let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
         if let Some(pinned) = &manifest.sha256
             && !pinned.eq_ignore_ascii_case(&component.sha256)
@@ -233,8 +187,7 @@ impl Loader {
             kind: inspected.kind,
             description: inspected.description,
             sha256: inspected.sha256,
-            signed: signed.filter(|_| signed_by.is_some()),
-            signed_by,
+            signed,
             limits: manifest.limits,
             order: manifest.order.unwrap_or(100),
             endpoints: manifest.endpoints,
@@ -257,9 +210,7 @@ impl Loader {
         // Proves that the settings are taken; the instance itself belongs to no tenant.
         let taken = plugin.instantiate(&plugin.holder(None)).await;
         taken.map_err(|error| key("settings", for_people(&error.detail(), LONGEST_MESSAGE)))?;
-        if plugin.signed_by.is_some() {
-            self.serials.raise(&plugin.name, serial);
-        }
+        self.trust.loaded(&plugin.name, plugin.signed.as_ref());
         Ok(plugin)
     }
 

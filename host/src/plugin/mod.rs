@@ -29,6 +29,7 @@ mod schema;
 mod serials;
 pub mod signature;
 mod snapshot;
+mod trust;
 pub mod types;
 mod wasi;
 pub mod watch;

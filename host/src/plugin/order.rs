@@ -37,10 +37,7 @@ impl Order {
             return;
         }
         *names = now;
-        let Some(file) = &self.file else { return };
-        if let Err(error) = kept::write(file, &*names) {
-            tracing::warn!("the order of plugins is not kept in {}: {error}", file.display());
-        }
+        kept::keep(self.file.as_deref(), "the order of plugins", &*names);
     }
 }
 

@@ -15,6 +15,7 @@ use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
 use super::instances::{Instances, Kept};
 use super::log::{PluginLog, Said};
 use super::manifest::{Isolation, Limits};
+use super::trust::Signed;
 use super::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation,
 };
@@ -41,9 +42,8 @@ pub struct Plugin {
     pub kind: Kind,
     pub description: Description,
     pub sha256: String,
-    /// Fingerprint of the key that its files are signed with, where signatures are asked for.
-    pub signed_by: Option<String>,
-    pub(super) signed: Option<Signed>,
+    /// Where signatures are asked for.
+    pub signed: Option<Signed>,
     pub limits: Limits,
     /// Validators: place in the order, and the endpoints it is for.
     pub order: i64,
@@ -68,12 +68,6 @@ pub struct Plugin {
     pub(super) instances: Arc<Instances>,
     pub(super) last_classified: Mutex<Option<Instant>>,
     pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
-}
-
-/// What a plugin was loaded on the strength of.
-pub(super) struct Signed {
-    pub statement: String,
-    pub signature: String,
 }
 
 /// One tenant's instances of one plugin. No instance ever changes pools.

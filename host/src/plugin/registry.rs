@@ -73,7 +73,7 @@ impl Registry {
     pub async fn read(&self) -> Result<(), LoadError> {
         let _one_at_a_time = self.reading.lock().await;
         let before = self.current.load_full();
-        self.loader.read_trusted_keys();
+        self.loader.trust.read_keys();
         let files = self.files(!before.entries.is_empty())?;
         // Until its turn comes, each stays as it was.
         let mut entries: Vec<Entry> =
@@ -139,7 +139,7 @@ impl Registry {
         let known = before.entries.iter().find(|known| known.name == name);
         // What serves is held to its own signature, whatever has become of its files.
         let mut serving =
-            known.and_then(|known| known.serving.clone()).filter(|plugin| self.loader.is_still_trusted(plugin));
+            known.and_then(|known| known.serving.clone()).filter(|plugin| self.loader.trust.still_counts(plugin));
         let _turn = self.loader.turn().await;
         let read = file.clone();
         // With its secrets, which are files too.
@@ -152,7 +152,7 @@ impl Registry {
         if error.is_none() {
             match files {
                 Ok(Ok((read, files))) => {
-                    fingerprint = format!("{read} {}", self.loader.trusted_keys_digest());
+                    fingerprint = format!("{read} {}", self.loader.trust.keys_digest());
                     // One that failed is tried again: what was in its way may be gone.
                     let unchanged =
                         known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
@@ -182,7 +182,7 @@ impl Registry {
     pub fn named_files(&self) -> BTreeSet<PathBuf> {
         let current = self.current.load();
         let of_plugins = current.entries.iter().flat_map(|entry| entry.named_files.iter().cloned());
-        of_plugins.chain(self.loader.trusted_keys_file()).collect()
+        of_plugins.chain(self.loader.trust.keys_file()).collect()
     }
 
     /// Has the directory and the keys read again soon, whether anything seems to have changed or not.

@@ -52,10 +52,7 @@ impl Serials {
             return;
         }
         highest.insert(name.to_owned(), serial);
-        let Some(file) = &self.file else { return };
-        if let Err(error) = kept::write(file, &*highest) {
-            tracing::warn!("the serials of signed plugins are not kept in {}: {error}", file.display());
-        }
+        kept::keep(self.file.as_deref(), "the serials of signed plugins", &*highest);
     }
 }
 

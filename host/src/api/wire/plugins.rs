@@ -193,7 +193,7 @@ impl From<&Entry> for Plugin {
                 .cloned()
                 .unwrap_or_default(),
             loaded_at: plugin.map(|plugin| plugin.loaded_at),
-            signed_by: plugin.and_then(|plugin| plugin.signed_by.clone()),
+            signed_by: plugin.and_then(|plugin| plugin.signed.as_ref()).map(|signed| signed.by.clone()),
             waiting: None,
         }
     }

@@ -22,6 +22,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use url::{Host, Url};
 
+use crate::cli::client::innermost;
 use crate::egress::{https, is_loopback};
 use crate::plugin::hex;
 
@@ -162,14 +163,7 @@ impl Registry {
         let host = url.host_str().unwrap_or_default();
         match tokio::time::timeout(SILENCE, self.http.request(request)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => {
-                // The outermost says least.
-                let mut innermost: &dyn std::error::Error = &error;
-                while let Some(cause) = innermost.source() {
-                    innermost = cause;
-                }
-                Err(format!("{host} cannot be reached: {innermost}"))
-            }
+            Ok(Err(error)) => Err(format!("{host} cannot be reached: {}", innermost(&error))),
             Err(_) => Err(format!("{host} does not answer within {SILENCE:?}")),
         }
     }
