@@ -24,15 +24,30 @@ impl Default for Http {
 }
 
 impl Http {
-    pub async fn send(&self, method: Method, url: &str, kind: &str, body: Bytes) -> Result<(u16, Bytes)> {
-        let request = Request::builder().method(method).uri(url).header("content-type", kind).body(Full::new(body))?;
+    pub async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        kind: &str,
+        body: Bytes,
+    ) -> Result<(u16, Bytes)> {
+        let request = Request::builder()
+            .method(method)
+            .uri(url)
+            .header("content-type", kind)
+            .body(Full::new(body))?;
         let response = self.0.request(request).await?;
         let status = response.status().as_u16();
         Ok((status, response.into_body().collect().await?.to_bytes()))
     }
 
     /// A JSON exchange that must go well.
-    pub async fn json(&self, method: Method, url: &str, body: &serde_json::Value) -> Result<serde_json::Value> {
+    pub async fn json(
+        &self,
+        method: Method,
+        url: &str,
+        body: &serde_json::Value,
+    ) -> Result<serde_json::Value> {
         let body = if body.is_null() { Bytes::new() } else { Bytes::from(body.to_string()) };
         let (status, answer) = self.send(method, url, "application/json", body).await?;
         ensure!(status == 200, "{url} answered {status}: {}", String::from_utf8_lossy(&answer));
@@ -47,8 +62,13 @@ impl Http {
         body.extend_from_slice(content);
         body.extend_from_slice(b"\r\n--edge--\r\n");
         let kind = "multipart/form-data; boundary=edge";
-        let (status, answer) = self.send(Method::POST, &format!("{base}/v1/files"), kind, Bytes::from(body)).await?;
-        ensure!(status == 200, "the upload was answered {status}: {}", String::from_utf8_lossy(&answer));
+        let (status, answer) =
+            self.send(Method::POST, &format!("{base}/v1/files"), kind, Bytes::from(body)).await?;
+        ensure!(
+            status == 200,
+            "the upload was answered {status}: {}",
+            String::from_utf8_lossy(&answer)
+        );
         let file: serde_json::Value = serde_json::from_slice(&answer)?;
         Ok(file.get("id").and_then(|id| id.as_str()).context("a file has an id")?.to_owned())
     }
@@ -63,8 +83,10 @@ pub struct Server {
 impl Server {
     /// Starts a command and waits until it listens.
     pub fn start(command: &mut Command) -> Result<Self> {
-        let mut child =
-            command.stdout(Stdio::piped()).spawn().with_context(|| format!("failed to start {command:?}"))?;
+        let mut child = command
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("failed to start {command:?}"))?;
         let output = child.stdout.take().context("standard output is piped")?;
         let mut line = String::new();
         BufReader::new(output).read_line(&mut line)?;
@@ -84,8 +106,11 @@ impl Server {
     pub fn cpu_seconds(&self) -> Result<f64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
         // Fields after the name, which stands in parentheses and may hold anything.
-        let fields: Vec<&str> = stat.rsplit_once(')').context("stat has a name")?.1.split_whitespace().collect();
-        let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').context("stat has a name")?.1.split_whitespace().collect();
+        let ticks = |index: usize| {
+            fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0)
+        };
         // utime and stime, in ticks of which Linux has 100 a second for user space.
         Ok((ticks(11) + ticks(12)) / 100.0)
     }
@@ -93,7 +118,10 @@ impl Server {
     /// The most memory it has had in use, in bytes.
     pub fn peak_memory(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("status has VmHWM")?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .context("status has VmHWM")?;
         let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
         Ok(kib * 1024)
     }

@@ -33,7 +33,9 @@ const MODES: [(&str, &str); 8] = [
 struct Took(f64, u64);
 
 pub async fn limits(paths: &Paths) -> Result<()> {
-    say("| provider | seconds | refused | plain tasks: seconds | refused | ratio |\n|---|---|---|---|---|---|");
+    say(
+        "| provider | seconds | refused | plain tasks: seconds | refused | ratio |\n|---|---|---|---|---|---|",
+    );
     for (name, mode) in MODES {
         let mode = format!("latency=100-200&{mode}");
         let ours = ours(paths, &mode).await?;
@@ -58,7 +60,8 @@ async fn stub(paths: &Paths, mode: &str) -> Result<Server> {
 
 /// Requests beyond one for each line.
 async fn refused(stub: &Server) -> Result<u64> {
-    let arrivals = Http::default().json(Method::GET, &format!("{}/arrivals", stub.url), &Value::Null).await?;
+    let arrivals =
+        Http::default().json(Method::GET, &format!("{}/arrivals", stub.url), &Value::Null).await?;
     let arrivals: HashMap<String, Vec<u64>> = serde_json::from_value(arrivals)?;
     Ok(arrivals.values().map(|times| times.len() as u64 - 1).sum())
 }
@@ -92,11 +95,14 @@ async fn plain(paths: &Paths, mode: &str) -> Result<Took> {
                 let line: Value = serde_json::from_str(&request_line(number))?;
                 let body = Bytes::from(line.get("body").unwrap_or(&Value::Null).to_string());
                 let mut pause = 0.5_f64;
-                while http.send(Method::POST, &url, "application/json", body.clone()).await?.0 != 200 {
+                while http.send(Method::POST, &url, "application/json", body.clone()).await?.0
+                    != 200
+                {
                     // The SDK's: doubled up to eight seconds, of which up to a quarter is left out by chance.
                     let dice = dice.fetch_add(2_654_435_761, Ordering::Relaxed);
                     let chance = f64::from(dice) / f64::from(u32::MAX);
-                    tokio::time::sleep(Duration::from_secs_f64(pause * (1.0 - 0.25 * chance))).await;
+                    tokio::time::sleep(Duration::from_secs_f64(pause * (1.0 - 0.25 * chance)))
+                        .await;
                     pause = (pause * 2.0).min(8.0);
                 }
             }

@@ -42,7 +42,9 @@ async fn main() -> Result<()> {
         Some("validation") => validation(&paths).await,
         // Two minutes, and only when it is asked for.
         Some("limits") => limits::limits(&paths).await,
-        Some(other) => bail!("there is no benchmark `{other}`; there are start, throughput, validation and limits"),
+        Some(other) => bail!(
+            "there is no benchmark `{other}`; there are start, throughput, validation and limits"
+        ),
     }
 }
 
@@ -59,9 +61,13 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A plugin directory with the standard rules, echo, and the OpenAI adapter pointed at a stub.
 fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
-    for file in
-        ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm", "standard.toml", "echo.toml"]
-    {
+    for file in [
+        "validator-standard.wasm",
+        "inference-openai.wasm",
+        "inference-echo.wasm",
+        "standard.toml",
+        "echo.toml",
+    ] {
         std::fs::copy(paths.plugins.join(file), folder.path().join(file))
             .with_context(|| format!("{file} is not built"))?;
     }
@@ -88,7 +94,8 @@ async fn start(paths: &Paths) -> Result<()> {
     for round in 0..11 {
         let begun = Instant::now();
         let server = Server::start(&mut serve(paths, data.path(), plugins.path(), &[]))?;
-        let ready = http.json(Method::GET, &format!("{}/health/ready", server.url), &Value::Null).await?;
+        let ready =
+            http.json(Method::GET, &format!("{}/health/ready", server.url), &Value::Null).await?;
         let took = begun.elapsed().as_secs_f64() * 1000.0;
         if ready.pointer("/plugins/loaded") != Some(&json!(3)) {
             bail!("not all plugins are loaded: {ready}");
@@ -99,7 +106,8 @@ async fn start(paths: &Paths) -> Result<()> {
             times.push(took);
         }
     }
-    let (least, most) = (times.iter().copied().fold(f64::MAX, f64::min), times.iter().copied().fold(0.0, f64::max));
+    let (least, most) =
+        (times.iter().copied().fold(f64::MAX, f64::min), times.iter().copied().fold(0.0, f64::max));
     say(&format!(
         "start: {:.0} ms to ready with a warm cache and three plugins (median of 10, {least:.0} to {most:.0}); the aim is 100",
         median(times)
@@ -193,7 +201,10 @@ async fn validation(paths: &Paths) -> Result<()> {
     while input.len() < VALIDATED {
         // Of about two kilobytes, with some escapes: a prompt with a passage to work on.
         let passage = "The quick brown fox said: \\\"jump\\\" over the lazy dog.\\n".repeat(32);
-        input.push_str(&request_line(number).replace("This is question", &format!("{passage} This is question")));
+        input.push_str(
+            &request_line(number)
+                .replace("This is question", &format!("{passage} This is question")),
+        );
         input.push('\n');
         number += 1;
     }

@@ -49,9 +49,10 @@ pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
 pub(crate) fn answer(request: &Request) -> Answered {
     let before = |message: String| Refused { status: 0, message, param: None };
     let json = hidden(&request.body);
-    let parsed = serde_json::from_str(&json).or_else(|_| serde_json::from_str(&without_large_numbers(&json)));
-    let body: Map<String, Value> =
-        parsed.map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
+    let parsed = serde_json::from_str(&json)
+        .or_else(|_| serde_json::from_str(&without_large_numbers(&json)));
+    let body: Map<String, Value> = parsed
+        .map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
     match ENDPOINTS.iter().find(|(path, _)| *path == request.endpoint) {
         Some((_, answer)) => answer(request, &body),
         None => Err(before(format!("The echo adapter has no endpoint {}.", request.endpoint))),
@@ -64,7 +65,12 @@ fn id(prefix: &str, request: &Request) -> String {
 }
 
 fn usage(input: u64, output: u64) -> Usage {
-    Usage { input_tokens: input, cached_input_tokens: 0, output_tokens: output, reasoning_tokens: 0 }
+    Usage {
+        input_tokens: input,
+        cached_input_tokens: 0,
+        output_tokens: output,
+        reasoning_tokens: 0,
+    }
 }
 
 fn completion_usage(input: u64, output: u64) -> Value {
@@ -78,14 +84,22 @@ fn completion_usage(input: u64, output: u64) -> Value {
 }
 
 /// A whole number within bounds that a body may give.
-fn limit(body: &Map<String, Value>, param: &'static str, bounds: (u64, u64)) -> Result<Option<u64>, Refused> {
+fn limit(
+    body: &Map<String, Value>,
+    param: &'static str,
+    bounds: (u64, u64),
+) -> Result<Option<u64>, Refused> {
     match body.get(param) {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => match value.as_u64().filter(|number| (bounds.0..=bounds.1).contains(number)) {
+        Some(value) => match value.as_u64().filter(|number| (bounds.0..=bounds.1).contains(number))
+        {
             Some(number) => Ok(Some(number)),
             None => Err(refused(
                 param,
-                format!("Invalid value for '{param}': expected an integer from {} to {}.", bounds.0, bounds.1),
+                format!(
+                    "Invalid value for '{param}': expected an integer from {} to {}.",
+                    bounds.0, bounds.1
+                ),
             )),
         },
     }
@@ -105,9 +119,11 @@ fn cut(text: &str, limit: Option<u64>) -> (String, u64, bool) {
 fn text_of(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => {
-            parts.iter().filter_map(|part| part.get("text")?.as_str()).collect::<Vec<_>>().join("\n")
-        }
+        Value::Array(parts) => parts
+            .iter()
+            .filter_map(|part| part.get("text")?.as_str())
+            .collect::<Vec<_>>()
+            .join("\n"),
         _ => String::new(),
     }
 }
@@ -116,9 +132,11 @@ fn text_of(content: &Value) -> String {
 fn conversation(messages: &[Value]) -> (String, u64) {
     let text = |message: &Value| message.get("content").map(text_of).unwrap_or_default();
     let of_user = |message: &&Value| message.get("role").is_some_and(|role| role == "user");
-    let last = messages.iter().rev().find(of_user).or(messages.last()).map(text).unwrap_or_default();
+    let last =
+        messages.iter().rev().find(of_user).or(messages.last()).map(text).unwrap_or_default();
     // Three tokens more a message, as chat templates have it.
-    let input = messages.iter().map(|message| tokens::count(&text(message)).saturating_add(3)).sum();
+    let input =
+        messages.iter().map(|message| tokens::count(&text(message)).saturating_add(3)).sum();
     (last, input)
 }
 
@@ -129,15 +147,23 @@ fn chat(request: &Request, body: &Map<String, Value>) -> Answered {
     for (index, message) in messages.iter().enumerate() {
         let role = message.get("role");
         if !role.and_then(Value::as_str).is_some_and(|role| ROLES.contains(&role)) {
-            let shown =
-                role.map_or_else(|| "none given".into(), |role| role.as_str().map_or(role.to_string(), str::to_owned));
-            let message =
-                format!("Unknown message role: {shown} (messages[{index}].role; known are {})", ROLES.join(", "));
+            let shown = role.map_or_else(
+                || "none given".into(),
+                |role| role.as_str().map_or(role.to_string(), str::to_owned),
+            );
+            let message = format!(
+                "Unknown message role: {shown} (messages[{index}].role; known are {})",
+                ROLES.join(", ")
+            );
             return Err(Refused { status: 0, message, param: None });
         }
     }
     let (last, input) = conversation(messages);
-    let most = limit(body, "max_completion_tokens", (1, u64::MAX))?.or(limit(body, "max_tokens", (1, u64::MAX))?);
+    let most = limit(body, "max_completion_tokens", (1, u64::MAX))?.or(limit(
+        body,
+        "max_tokens",
+        (1, u64::MAX),
+    )?);
     let (text, output, whole) = cut(&last, most);
     let choices = limit(body, "n", (1, CHOICES))?.unwrap_or(1);
     let choice = |index: u64| {
@@ -173,7 +199,10 @@ fn inputs(body: &Map<String, Value>, param: &'static str) -> Result<Vec<String>,
                 other => text_of(other),
             })
             .collect()),
-        _ => Err(refused(param, format!("Invalid '{param}': expected a string or an array that is not empty."))),
+        _ => Err(refused(
+            param,
+            format!("Invalid '{param}': expected a string or an array that is not empty."),
+        )),
     }
 }
 
@@ -190,7 +219,8 @@ fn completions(request: &Request, body: &Map<String, Value>) -> Answered {
         let (text, count, whole) = cut(prompt, most);
         output = output.saturating_add(count);
         let reason = if whole { "stop" } else { "length" };
-        choices.push(json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason}));
+        choices
+            .push(json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason}));
     }
     let input = prompts.iter().map(|prompt| tokens::count(prompt)).sum();
     let answer = json!({
@@ -208,7 +238,10 @@ fn embeddings(request: &Request, body: &Map<String, Value>) -> Answered {
         None | Some("float") => false,
         Some("base64") => true,
         Some(_) => {
-            return Err(refused("encoding_format", "Invalid 'encoding_format': use 'float' or 'base64'.".into()));
+            return Err(refused(
+                "encoding_format",
+                "Invalid 'encoding_format': use 'float' or 'base64'.".into(),
+            ));
         }
     };
     let data: Vec<Value> = texts
@@ -231,9 +264,9 @@ fn embeddings(request: &Request, body: &Map<String, Value>) -> Answered {
 /// A vector of length 1 that is the same for the same text and unlike for another.
 fn vector(text: &str, dimensions: u64) -> Vec<f32> {
     // FNV-1a over the text, then a SplitMix64 sequence seeded with it.
-    let seed = text
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let seed = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
     let mut vector: Vec<f32> = (1..=dimensions)
         .map(|step| {
             let mut word = seed.wrapping_add(step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -242,7 +275,8 @@ fn vector(text: &str, dimensions: u64) -> Vec<f32> {
             ((word ^ (word >> 31)) >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
         })
         .collect();
-    let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+    let length =
+        vector.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
     vector.iter_mut().for_each(|value| *value /= length);
     vector
 }
@@ -253,9 +287,11 @@ fn base64(vector: &[f32]) -> String {
     let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {
-        let word = chunk.iter().fold(0_u32, |word, byte| word << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        let word = chunk.iter().fold(0_u32, |word, byte| word << 8 | u32::from(*byte))
+            << (8 * (3 - chunk.len()));
         for place in 0..4 {
-            let digit = ALPHABET.get((word >> (18 - 6 * place) & 63) as usize).copied().unwrap_or(b'=');
+            let digit =
+                ALPHABET.get((word >> (18 - 6 * place) & 63) as usize).copied().unwrap_or(b'=');
             out.push(if place <= chunk.len() { char::from(digit) } else { '=' });
         }
     }
@@ -314,7 +350,9 @@ fn moderations(request: &Request, body: &Map<String, Value>) -> Answered {
         "violence",
         "violence/graphic",
     ];
-    let each = |value: Value| CATEGORIES.iter().map(|name| ((*name).to_owned(), value.clone())).collect::<Map<_, _>>();
+    let each = |value: Value| {
+        CATEGORIES.iter().map(|name| ((*name).to_owned(), value.clone())).collect::<Map<_, _>>()
+    };
     let texts = inputs(body, "input")?;
     let result = json!({
         "flagged": false, "categories": each(json!(false)), "category_scores": each(json!(0.0)),
@@ -353,8 +391,10 @@ mod tests {
         assert_eq!(answer["created"], 1_700_000_000);
         assert_eq!(answer["choices"][0]["message"]["content"], "one two three");
         assert_eq!((usage.input_tokens, usage.output_tokens), (3 + 3 + 3 + 3 + 1 + 3, 3));
-        let (answer, usage) =
-            value(ask("/v1/chat/completions", json!({"messages": messages, "max_tokens": 2, "n": 2})));
+        let (answer, usage) = value(ask(
+            "/v1/chat/completions",
+            json!({"messages": messages, "max_tokens": 2, "n": 2}),
+        ));
         assert_eq!(answer["choices"][1]["message"]["content"], "one two");
         assert_eq!(answer["choices"][1]["finish_reason"], "length");
         assert_eq!(usage.output_tokens, 4);
@@ -363,28 +403,35 @@ mod tests {
     #[test]
     fn what_no_provider_would_take_is_refused() {
         let messages = json!([{"role": "user", "content": "x"}]);
-        for body in [json!({"messages": messages, "n": 17}), json!({"messages": messages, "max_tokens": 0}), json!({})]
-        {
-            assert_eq!(ask("/v1/chat/completions", body).err().map(|refused| refused.status), Some(400));
+        for body in [
+            json!({"messages": messages, "n": 17}),
+            json!({"messages": messages, "max_tokens": 0}),
+            json!({}),
+        ] {
+            assert_eq!(
+                ask("/v1/chat/completions", body).err().map(|refused| refused.status),
+                Some(400)
+            );
         }
         let refused = ask("/v1/chat/completions", json!({"messages": [{"role": "robot"}]})).err();
-        assert!(
-            refused.is_some_and(
-                |refused| refused.status == 0 && refused.message.starts_with("Unknown message role: robot")
-            )
-        );
+        assert!(refused.is_some_and(|refused| refused.status == 0
+            && refused.message.starts_with("Unknown message role: robot")));
         assert!(ask("/v1/embeddings", json!({"input": []})).is_err());
         assert!(ask("/v1/embeddings", json!({"input": "x", "dimensions": 1_000_000})).is_err());
     }
 
     #[test]
     fn embeddings_are_unit_vectors_in_either_encoding() {
-        let (answer, _) = value(ask("/v1/embeddings", json!({"input": ["a", "b"], "dimensions": 3})));
-        let vector: Vec<f64> = serde_json::from_value(answer["data"][0]["embedding"].clone()).unwrap();
+        let (answer, _) =
+            value(ask("/v1/embeddings", json!({"input": ["a", "b"], "dimensions": 3})));
+        let vector: Vec<f64> =
+            serde_json::from_value(answer["data"][0]["embedding"].clone()).unwrap();
         assert!((vector.iter().map(|value| value * value).sum::<f64>() - 1.0).abs() < 1e-5);
         assert_ne!(answer["data"][0]["embedding"], answer["data"][1]["embedding"]);
-        let (answer, _) =
-            value(ask("/v1/embeddings", json!({"input": [1, 2], "dimensions": 1, "encoding_format": "base64"})));
+        let (answer, _) = value(ask(
+            "/v1/embeddings",
+            json!({"input": [1, 2], "dimensions": 1, "encoding_format": "base64"}),
+        ));
         assert_eq!(answer["data"].as_array().map(Vec::len), Some(1));
         assert_eq!(base64(&[1.0]), "AACAPw==");
         assert_eq!(base64(&[1.0, -1.0]), "AACAPwAAgL8=");
@@ -392,12 +439,18 @@ mod tests {
 
     #[test]
     fn the_other_endpoints_answer_each_input() {
-        let (answer, _) = value(ask("/v1/completions", json!({"prompt": ["a b", "c"], "max_tokens": 1})));
-        assert_eq!((&answer["choices"][0]["text"], &answer["choices"][1]["text"]), (&json!("a"), &json!("c")));
-        let (answer, usage) = value(ask("/v1/responses", json!({"input": "hi there", "instructions": "be kind"})));
+        let (answer, _) =
+            value(ask("/v1/completions", json!({"prompt": ["a b", "c"], "max_tokens": 1})));
+        assert_eq!(
+            (&answer["choices"][0]["text"], &answer["choices"][1]["text"]),
+            (&json!("a"), &json!("c"))
+        );
+        let (answer, usage) =
+            value(ask("/v1/responses", json!({"input": "hi there", "instructions": "be kind"})));
         assert_eq!(answer["output"][0]["content"][0]["text"], "hi there");
         assert_eq!((usage.input_tokens, usage.output_tokens), (4, 2));
-        let (answer, _) = value(ask("/v1/moderations", json!({"input": ["a", {"type": "text", "text": "b"}]})));
+        let (answer, _) =
+            value(ask("/v1/moderations", json!({"input": ["a", {"type": "text", "text": "b"}]})));
         assert_eq!(answer["results"].as_array().map(Vec::len), Some(2));
     }
 }

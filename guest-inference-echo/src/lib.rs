@@ -23,7 +23,8 @@ impl plugin::Guest for Component {
             summary: "Answers each request from the request itself: no provider, no key".into(),
             endpoints: answers::ENDPOINTS.iter().map(|(path, _)| (*path).into()).collect(),
             credentials: Vec::new(),
-            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#.into(),
+            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#
+                .into(),
         }
     }
 
@@ -41,9 +42,10 @@ impl inference::Guest for Component {
                 body: surrogates::restored(&body.to_string()),
                 usage: Some(usage),
             }),
-            Err(refused) if refused.status == 0 => {
-                Answer::Failure(Failure { code: "invalid_request".into(), message: refused.message })
-            }
+            Err(refused) if refused.status == 0 => Answer::Failure(Failure {
+                code: "invalid_request".into(),
+                message: refused.message,
+            }),
             Err(refused) => Answer::Response(Response {
                 status: refused.status,
                 request_id: Some(request.id),

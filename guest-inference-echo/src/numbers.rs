@@ -8,9 +8,9 @@ pub(crate) fn without_large_numbers(json: &str) -> String {
     while let Some(letter) = rest.chars().next() {
         let is_number = !in_string && (letter == '-' || letter.is_ascii_digit());
         let length = match is_number {
-            true => {
-                rest.find(|letter: char| !(letter.is_ascii_digit() || "+-.eE".contains(letter))).unwrap_or(rest.len())
-            }
+            true => rest
+                .find(|letter: char| !(letter.is_ascii_digit() || "+-.eE".contains(letter)))
+                .unwrap_or(rest.len()),
             false => letter.len_utf8(),
         };
         let (token, after) = rest.split_at(length);
@@ -39,6 +39,9 @@ mod tests {
     #[test]
     fn numbers_beyond_all_floats_become_text() {
         let json = r#"{"a":1e400,"b":[-1e999,2],"c":"1e400 \" 1e400"}"#;
-        assert_eq!(without_large_numbers(json), r#"{"a":"1e400","b":["-1e999",2],"c":"1e400 \" 1e400"}"#);
+        assert_eq!(
+            without_large_numbers(json),
+            r#"{"a":"1e400","b":["-1e999",2],"c":"1e400 \" 1e400"}"#
+        );
     }
 }

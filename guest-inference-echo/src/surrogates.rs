@@ -21,7 +21,9 @@ pub(crate) fn hidden(json: &str) -> String {
         };
         let length = length.min(escape.len());
         // An escaped letter may have several bytes in what is no JSON.
-        let length = (length..=escape.len()).find(|&length| escape.is_char_boundary(length)).unwrap_or(escape.len());
+        let length = (length..=escape.len())
+            .find(|&length| escape.is_char_boundary(length))
+            .unwrap_or(escape.len());
         let (whole, after) = escape.split_at(length);
         hidden.push_str(whole);
         rest = after;

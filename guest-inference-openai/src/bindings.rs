@@ -1,6 +1,11 @@
 //! Generated from `wit/`; nothing else lives here.
 #![expect(unsafe_code, reason = "the canonical ABI passes pointers")]
-#![allow(clippy::allow_attributes, missing_docs, unreachable_pub, reason = "generated code is not ours to lint")]
+#![allow(
+    clippy::allow_attributes,
+    missing_docs,
+    unreachable_pub,
+    reason = "generated code is not ours to lint"
+)]
 
 wit_bindgen::generate!({ path: "../wit/v0.1", world: "classifying-adapter" });
 

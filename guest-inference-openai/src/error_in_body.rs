@@ -9,8 +9,9 @@ pub(crate) fn status_of(body: &Value) -> Option<u16> {
     let error = body.get("error").filter(|error| error.is_object())?;
     let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
     let told = ["code", "status"].iter().find_map(|key| error.get(key).and_then(number));
-    if let Some(status) =
-        told.and_then(|status| u16::try_from(status).ok()).filter(|status| (400..600).contains(status))
+    if let Some(status) = told
+        .and_then(|status| u16::try_from(status).ok())
+        .filter(|status| (400..600).contains(status))
     {
         return Some(status);
     }

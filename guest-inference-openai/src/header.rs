@@ -4,5 +4,8 @@ use crate::bindings::exports::batchwright::plugin::inference::Header;
 
 /// The value of the first header of this name, in whatever case it is written.
 pub(crate) fn header<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
-    headers.iter().find(|header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value.as_str())
+    headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case(name))
+        .map(|header| header.value.as_str())
 }

@@ -41,9 +41,15 @@ impl plugin::Guest for Component {
             name: "openai".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             summary: "Any provider that speaks the OpenAI API".into(),
-            endpoints: ["chat/completions", "completions", "embeddings", "responses", "moderations"]
-                .map(|name| format!("/v1/{name}"))
-                .to_vec(),
+            endpoints: [
+                "chat/completions",
+                "completions",
+                "embeddings",
+                "responses",
+                "moderations",
+            ]
+            .map(|name| format!("/v1/{name}"))
+            .to_vec(),
             credentials: vec![
                 credential("api_key", "authorization", "Bearer "),
                 credential("azure_api_key", "api-key", ""),

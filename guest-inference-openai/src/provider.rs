@@ -36,8 +36,13 @@ pub(crate) fn answer(response: HttpResponse) -> Step {
         408 | 409 | 425 => true,
         status => status >= 500,
     };
-    let answer = Answer::Response(Response { status, request_id, body: error.to_string(), usage: None });
-    if retriable { Step::Retry(Advice { after_milliseconds, otherwise: answer }) } else { Step::Done(answer) }
+    let answer =
+        Answer::Response(Response { status, request_id, body: error.to_string(), usage: None });
+    if retriable {
+        Step::Retry(Advice { after_milliseconds, otherwise: answer })
+    } else {
+        Step::Done(answer)
+    }
 }
 
 pub(crate) fn no_answer(error: TransportError) -> Step {
@@ -46,7 +51,9 @@ pub(crate) fn no_answer(error: TransportError) -> Step {
         TransportFault::TooLarge => return failed("provider_answer_too_large", error.message),
         TransportFault::Timeout => "provider_timeout",
         TransportFault::Protocol => "provider_protocol_error",
-        TransportFault::NameResolution | TransportFault::Connection | TransportFault::Tls => "provider_unreachable",
+        TransportFault::NameResolution | TransportFault::Connection | TransportFault::Tls => {
+            "provider_unreachable"
+        }
     };
     let otherwise = Answer::Failure(Failure { code: code.into(), message: error.message });
     Step::Retry(Advice { after_milliseconds: None, otherwise })
@@ -62,14 +69,19 @@ enum Success {
 fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
     // It may have been cut short on the way, and the next one may be whole.
     let unreadable = |what: &str| {
-        let message = format!("The provider answered {status} with {what} where a JSON object belongs.");
-        let otherwise = Answer::Failure(Failure { code: "invalid_provider_response".into(), message });
+        let message =
+            format!("The provider answered {status} with {what} where a JSON object belongs.");
+        let otherwise =
+            Answer::Failure(Failure { code: "invalid_provider_response".into(), message });
         Success::Answer(Step::Retry(Advice { after_milliseconds: None, otherwise }))
     };
     let body = if body.starts_with(MARK) { without_mark(&body).to_vec() } else { body };
     let Ok(body) = String::from_utf8(body) else { return unreadable("text that is not UTF-8") };
     if !body.trim_ascii_start().starts_with('{') {
-        return unreadable(&format!("`{}`", body.chars().take(80).collect::<String>().escape_debug()));
+        return unreadable(&format!(
+            "`{}`",
+            body.chars().take(80).collect::<String>().escape_debug()
+        ));
     }
     let counted = serde_json::from_str::<Counted>(&body);
     if counted.is_err()
@@ -78,7 +90,10 @@ fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
         return unreadable(&format!("what is not JSON ({error})"));
     }
     let counted = counted.ok();
-    if let Some(error) = counted.as_ref().and_then(|counted| counted.error).filter(|error| error.get().starts_with('{'))
+    if let Some(error) = counted
+        .as_ref()
+        .and_then(|counted| counted.error)
+        .filter(|error| error.get().starts_with('{'))
         && let Ok(error) = serde_json::from_str::<Value>(error.get())
     {
         let error = json!({"error": error});
@@ -100,13 +115,20 @@ fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
     let said = parsed
         .as_ref()
         .and_then(|body| ["message", "detail", "error"].iter().find_map(|key| body.get(key)))
-        .map_or_else(|| body.trim().to_owned(), |said| said.as_str().map_or_else(|| said.to_string(), str::to_owned));
+        .map_or_else(
+            || body.trim().to_owned(),
+            |said| said.as_str().map_or_else(|| said.to_string(), str::to_owned),
+        );
     let said: String = said.chars().take(QUOTED).collect();
     let message = match header(headers, "location") {
         Some(location) if (300..400).contains(&status) => {
-            format!("The provider redirected with status {status} to {location}; set base_url to the place itself.")
+            format!(
+                "The provider redirected with status {status} to {location}; set base_url to the place itself."
+            )
         }
-        _ if said.is_empty() => format!("The provider answered with status {status} and no message."),
+        _ if said.is_empty() => {
+            format!("The provider answered with status {status} and no message.")
+        }
         _ => said,
     };
     json!({"error": {"message": message, "type": "provider_error", "param": null, "code": null}})
@@ -114,7 +136,9 @@ fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
 
 /// An account without money answers 429 as well, and waiting does not help it.
 fn is_quota(body: &Value) -> bool {
-    ["code", "type"].iter().any(|key| body.pointer(&format!("/error/{key}")) == Some(&"insufficient_quota".into()))
+    ["code", "type"]
+        .iter()
+        .any(|key| body.pointer(&format!("/error/{key}")) == Some(&"insufficient_quota".into()))
 }
 
 #[cfg(test)]
@@ -122,8 +146,10 @@ mod tests {
     use super::*;
 
     fn response(status: u16, headers: &[(&str, &str)], body: &str) -> Step {
-        let headers =
-            headers.iter().map(|(name, value)| Header { name: (*name).into(), value: (*value).into() }).collect();
+        let headers = headers
+            .iter()
+            .map(|(name, value)| Header { name: (*name).into(), value: (*value).into() })
+            .collect();
         answer(HttpResponse { status, headers, body: body.into() })
     }
 
@@ -131,35 +157,63 @@ mod tests {
     fn an_answer_comes_back_as_it_is_with_its_usage() {
         let body = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"total_tokens":13,
             "prompt_tokens_details":{"cached_tokens":3},"completion_tokens_details":{"reasoning_tokens":2}}}"#;
-        let Step::Done(Answer::Response(got)) = response(200, &[("X-Request-Id", "r1")], body) else {
+        let Step::Done(Answer::Response(got)) = response(200, &[("X-Request-Id", "r1")], body)
+        else {
             panic!("expected a response")
         };
-        assert_eq!((got.status, got.body.as_str(), got.request_id.as_deref()), (200, body, Some("r1")));
+        assert_eq!(
+            (got.status, got.body.as_str(), got.request_id.as_deref()),
+            (200, body, Some("r1"))
+        );
         let usage = got.usage.unwrap();
-        let counts = (usage.input_tokens, usage.cached_input_tokens, usage.output_tokens, usage.reasoning_tokens);
+        let counts = (
+            usage.input_tokens,
+            usage.cached_input_tokens,
+            usage.output_tokens,
+            usage.reasoning_tokens,
+        );
         assert_eq!(counts, (9, 3, 4, 2));
     }
 
     #[test]
     fn an_odd_usage_does_not_cost_the_answer() {
-        for usage in
-            ["null", "7", "{}", r#"{"prompt_tokens":-1,"prompt_tokens_details":[]}"#, r#"{"input_tokens":null}"#]
-        {
+        for usage in [
+            "null",
+            "7",
+            "{}",
+            r#"{"prompt_tokens":-1,"prompt_tokens_details":[]}"#,
+            r#"{"input_tokens":null}"#,
+        ] {
             let step = response(200, &[], &format!(r#"{{"usage":{usage}}}"#));
             assert!(matches!(step, Step::Done(Answer::Response(_))), "{usage}");
         }
-        assert!(matches!(response(200, &[], r#"{"usage":1,"usage":2}"#), Step::Done(Answer::Response(_))));
+        assert!(matches!(
+            response(200, &[], r#"{"usage":1,"usage":2}"#),
+            Step::Done(Answer::Response(_))
+        ));
     }
 
     #[test]
     fn a_200_that_is_no_json_object_is_tried_again() {
-        for body in ["", "<html>", "[1]", "\"x\"", "{", "{} {}", r#"{"choices":[{"message":{"content":"cut o"#] {
-            let Step::Retry(Advice { otherwise: Answer::Failure(failure), .. }) = response(200, &[], body) else {
+        for body in [
+            "",
+            "<html>",
+            "[1]",
+            "\"x\"",
+            "{",
+            "{} {}",
+            r#"{"choices":[{"message":{"content":"cut o"#,
+        ] {
+            let Step::Retry(Advice { otherwise: Answer::Failure(failure), .. }) =
+                response(200, &[], body)
+            else {
                 panic!("{body}")
             };
             assert_eq!(failure.code, "invalid_provider_response");
         }
-        let Step::Done(Answer::Response(got)) = response(200, &[], "\u{feff}{\"a\":1}") else { panic!("a mark") };
+        let Step::Done(Answer::Response(got)) = response(200, &[], "\u{feff}{\"a\":1}") else {
+            panic!("a mark")
+        };
         assert_eq!(got.body, "{\"a\":1}");
     }
 
@@ -170,13 +224,21 @@ mod tests {
             (r#"{"error":{"code":"502","message":"bad gateway"}}"#, 502, true),
             (r#"{"error":{"message":"oops"}}"#, 500, true),
             (r#"{"error":{"code":400,"message":"bad"}}"#, 400, false),
-            (r#"{"object":"response","status":"failed","error":{"code":"server_error","message":"m"}}"#, 500, true),
+            (
+                r#"{"object":"response","status":"failed","error":{"code":"server_error","message":"m"}}"#,
+                500,
+                true,
+            ),
             (
                 r#"{"object":"response","status":"failed","error":{"code":"rate_limit_exceeded","message":"m"}}"#,
                 429,
                 true,
             ),
-            (r#"{"object":"response","status":"failed","error":{"code":"invalid_prompt","message":"m"}}"#, 400, false),
+            (
+                r#"{"object":"response","status":"failed","error":{"code":"invalid_prompt","message":"m"}}"#,
+                400,
+                false,
+            ),
         ] {
             let answer = match response(200, &[], body) {
                 Step::Retry(advice) if retried => advice.otherwise,
@@ -187,15 +249,24 @@ mod tests {
             assert_eq!(got.status, expected, "{body}");
             assert!(got.body.starts_with("{\"error\":{"), "{}", got.body);
         }
-        for body in [r#"{"object":"response","status":"completed","error":null}"#, r#"{"choices":[],"error":"none"}"#] {
-            assert!(matches!(response(200, &[], body), Step::Done(Answer::Response(Response { status: 200, .. }))));
+        for body in [
+            r#"{"object":"response","status":"completed","error":null}"#,
+            r#"{"choices":[],"error":"none"}"#,
+        ] {
+            assert!(matches!(
+                response(200, &[], body),
+                Step::Done(Answer::Response(Response { status: 200, .. }))
+            ));
         }
     }
 
     #[test]
     fn rate_limits_and_server_errors_are_retried_and_an_empty_purse_is_not() {
-        let error = |code: &str| format!(r#"{{"error":{{"message":"m","type":"t","code":"{code}"}}}}"#);
-        let Step::Retry(advice) = response(429, &[("Retry-After", "7")], &error("rate_limit_exceeded")) else {
+        let error =
+            |code: &str| format!(r#"{{"error":{{"message":"m","type":"t","code":"{code}"}}}}"#);
+        let Step::Retry(advice) =
+            response(429, &[("Retry-After", "7")], &error("rate_limit_exceeded"))
+        else {
             panic!("429 is retried")
         };
         assert_eq!(advice.after_milliseconds, Some(7000));
@@ -217,11 +288,15 @@ mod tests {
             (401, "denied\n", "denied"),
             (403, "", "The provider answered with status 403 and no message."),
         ] {
-            let Step::Done(Answer::Response(got)) = response(status, &[], body) else { panic!("{body}") };
+            let Step::Done(Answer::Response(got)) = response(status, &[], body) else {
+                panic!("{body}")
+            };
             let got: Value = serde_json::from_str(&got.body).unwrap();
             assert_eq!(got.pointer("/error/message"), Some(&message.into()), "{body}");
         }
-        let Step::Done(Answer::Response(got)) = response(308, &[("location", "https://x.example/")], "") else {
+        let Step::Done(Answer::Response(got)) =
+            response(308, &[("location", "https://x.example/")], "")
+        else {
             panic!("a redirect is an answer")
         };
         assert!(got.body.contains("https://x.example/"));

@@ -10,14 +10,17 @@ const ROLES: [&str; 6] = ["user", "system", "assistant", "tool", "developer", "f
 
 /// The body to send, or why this request is refused before anything is sent.
 pub(crate) fn prepare(endpoint: &str, model: &str, body: String) -> Result<String, String> {
-    let parts: Parts =
-        serde_json::from_str(&body).map_err(|error| format!("The request body is not a JSON object: {error}"))?;
+    let parts: Parts = serde_json::from_str(&body)
+        .map_err(|error| format!("The request body is not a JSON object: {error}"))?;
     if endpoint == "/v1/chat/completions" {
         check_roles(parts.messages)?;
     }
-    let places: Vec<Range<usize>> = parts.models.iter().filter_map(|raw| place(&body, raw.get())).collect();
+    let places: Vec<Range<usize>> =
+        parts.models.iter().filter_map(|raw| place(&body, raw.get())).collect();
     let wanted = serde_json::Value::from(model).to_string();
-    if !places.is_empty() && places.iter().all(|place| body.get(place.clone()) == Some(wanted.as_str())) {
+    if !places.is_empty()
+        && places.iter().all(|place| body.get(place.clone()) == Some(wanted.as_str()))
+    {
         return Ok(body);
     }
     let mut sent = String::with_capacity(body.len().saturating_add(wanted.len()));
@@ -39,13 +42,14 @@ fn place(whole: &str, part: &str) -> Option<Range<usize>> {
 
 fn check_roles(messages: Option<&RawValue>) -> Result<(), String> {
     let Some(messages) = messages else { return Ok(()) };
-    let roles: Roles =
-        serde_json::from_str(messages.get()).map_err(|_| String::from("Messages must be an array of objects."))?;
+    let roles: Roles = serde_json::from_str(messages.get())
+        .map_err(|_| String::from("Messages must be an array of objects."))?;
     match roles.unknown {
         None => Ok(()),
-        Some((index, role)) => {
-            Err(format!("Unknown message role: {role} (messages[{index}].role; known are {})", ROLES.join(", ")))
-        }
+        Some((index, role)) => Err(format!(
+            "Unknown message role: {role} (messages[{index}].role; known are {})",
+            ROLES.join(", ")
+        )),
     }
 }
 
@@ -197,21 +201,31 @@ mod tests {
     fn the_body_goes_out_as_written_but_for_the_model() {
         let body = r#"{ "model" : "gpt","messages":[{"role":"user","content":"ü","x":1}],"new_field":{"a":1e400} }"#;
         assert_eq!(prepare(CHAT, "gpt", body.into()).unwrap(), body);
-        assert_eq!(prepare(CHAT, "llama \"3\"", body.into()).unwrap(), body.replace("\"gpt\"", r#""llama \"3\"""#));
+        assert_eq!(
+            prepare(CHAT, "llama \"3\"", body.into()).unwrap(),
+            body.replace("\"gpt\"", r#""llama \"3\"""#)
+        );
         let twice = r#"{"model":"a","input":"x","model":"gpt"}"#;
-        assert_eq!(prepare("/v1/embeddings", "m", twice.into()).unwrap(), r#"{"model":"m","input":"x","model":"m"}"#);
+        assert_eq!(
+            prepare("/v1/embeddings", "m", twice.into()).unwrap(),
+            r#"{"model":"m","input":"x","model":"m"}"#
+        );
     }
 
     #[test]
     fn an_unknown_role_is_refused_by_name() {
-        let of = |messages: &str| prepare(CHAT, "m", format!(r#"{{"model":"m","messages":{messages}}}"#));
+        let of = |messages: &str| {
+            prepare(CHAT, "m", format!(r#"{{"model":"m","messages":{messages}}}"#))
+        };
         for role in ROLES {
             assert!(of(&format!(r#"[{{"role":"{role}"}}]"#)).is_ok());
         }
         assert!(of(r#"[{"role":"us\u0065r"}]"#).is_ok());
         let error = of(r#"[{"role":"user"},{"role":"robot"},{}]"#).unwrap_err();
         assert!(error.starts_with("Unknown message role: robot (messages[1].role"), "{error}");
-        assert!(of(r#"[{"content":"x"}]"#).unwrap_err().starts_with("Unknown message role: none given"));
+        assert!(
+            of(r#"[{"content":"x"}]"#).unwrap_err().starts_with("Unknown message role: none given")
+        );
         assert!(of(r#"[{"role":null}]"#).unwrap_err().starts_with("Unknown message role: null"));
         assert!(of(r#"["x"]"#).is_err());
         assert!(prepare("/v1/responses", "m", r#"{"model":"m","messages":[{}]}"#.into()).is_ok());

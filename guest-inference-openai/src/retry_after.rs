@@ -28,7 +28,8 @@ fn number(text: &str) -> Option<u64> {
 
 /// Reads an IMF-fixdate such as `Sun, 06 Nov 1994 08:49:37 GMT`.
 fn unix_seconds(date: &str) -> Option<u64> {
-    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut words = date.split_once(", ")?.1.split(' ');
     let day: u64 = words.next()?.parse().ok()?;
     let month_name = words.next()?;
@@ -51,8 +52,10 @@ mod tests {
     use super::*;
 
     fn after(headers: &[(&str, &str)]) -> Option<u64> {
-        let headers: Vec<Header> =
-            headers.iter().map(|(name, value)| Header { name: (*name).into(), value: (*value).into() }).collect();
+        let headers: Vec<Header> = headers
+            .iter()
+            .map(|(name, value)| Header { name: (*name).into(), value: (*value).into() })
+            .collect();
         retry_after_milliseconds(&headers)
     }
 

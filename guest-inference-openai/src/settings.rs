@@ -56,10 +56,13 @@ impl Default for Settings {
 
 impl Settings {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let mut settings: Self = serde_json::from_str(text).map_err(|error| format!("settings: {error}"))?;
+        let mut settings: Self =
+            serde_json::from_str(text).map_err(|error| format!("settings: {error}"))?;
         settings.base_url.truncate(settings.base_url.trim_end_matches('/').len());
         if settings.base_url.contains(['?', '#']) {
-            return Err("settings.base_url must not have a query or a fragment; use settings.query".into());
+            return Err(
+                "settings.base_url must not have a query or a fragment; use settings.query".into(),
+            );
         }
         Ok(settings)
     }
@@ -87,7 +90,11 @@ impl Settings {
     pub(crate) fn headers(&self) -> Vec<Header> {
         let fixed = [("content-type", "application/json"), ("accept", "application/json")];
         let own = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        fixed.into_iter().chain(own).map(|(name, value)| Header { name: name.into(), value: value.into() }).collect()
+        fixed
+            .into_iter()
+            .chain(own)
+            .map(|(name, value)| Header { name: name.into(), value: value.into() })
+            .collect()
     }
 }
 
@@ -98,10 +105,21 @@ mod tests {
     #[test]
     fn the_base_url_has_the_providers_own_prefix() {
         let settings = Settings::parse(r#"{"base_url":"http://localhost:8000/api/v1/"}"#).unwrap();
-        assert_eq!(settings.url("/v1/chat/completions"), "http://localhost:8000/api/v1/chat/completions");
-        let settings = Settings::parse(r#"{"base_url":"https://x.example/openai","query":"api-version=1"}"#).unwrap();
-        assert_eq!(settings.url("/v1/embeddings"), "https://x.example/openai/embeddings?api-version=1");
-        assert_eq!(Settings::parse("{}").unwrap().url("/v1/responses"), "https://api.openai.com/v1/responses");
+        assert_eq!(
+            settings.url("/v1/chat/completions"),
+            "http://localhost:8000/api/v1/chat/completions"
+        );
+        let settings =
+            Settings::parse(r#"{"base_url":"https://x.example/openai","query":"api-version=1"}"#)
+                .unwrap();
+        assert_eq!(
+            settings.url("/v1/embeddings"),
+            "https://x.example/openai/embeddings?api-version=1"
+        );
+        assert_eq!(
+            Settings::parse("{}").unwrap().url("/v1/responses"),
+            "https://api.openai.com/v1/responses"
+        );
         assert!(Settings::parse(r#"{"base_url":"https://x.example/v1?a=b"}"#).is_err());
     }
 
@@ -109,7 +127,10 @@ mod tests {
     fn an_attempt_after_an_answer_has_a_key_of_its_own() {
         let key = |settings: &str, attempt| {
             let headers = Settings::parse(settings).unwrap().headers_of("batch_req_1", attempt);
-            headers.into_iter().find(|header| header.name == "idempotency-key").map(|header| header.value)
+            headers
+                .into_iter()
+                .find(|header| header.name == "idempotency-key")
+                .map(|header| header.value)
         };
         assert_eq!(key("{}", 1).as_deref(), Some("batch_req_1"));
         assert_eq!(key("{}", 3).as_deref(), Some("batch_req_1-3"));

@@ -104,11 +104,14 @@ struct Details {
 impl Tokens {
     /// Where a number is given twice, the larger one counts: the other is often a zero that stands for nothing.
     pub(crate) fn into_usage(self) -> Usage {
-        let most = |numbers: &[Number]| numbers.iter().filter_map(|number| number.0).max().unwrap_or(0);
-        let details =
-            |one: Option<Details>, other: Option<Details>| [one.unwrap_or_default(), other.unwrap_or_default()];
+        let most =
+            |numbers: &[Number]| numbers.iter().filter_map(|number| number.0).max().unwrap_or(0);
+        let details = |one: Option<Details>, other: Option<Details>| {
+            [one.unwrap_or_default(), other.unwrap_or_default()]
+        };
         let [input, prompt] = details(self.input_tokens_details, self.prompt_tokens_details);
-        let [output, completion] = details(self.output_tokens_details, self.completion_tokens_details);
+        let [output, completion] =
+            details(self.output_tokens_details, self.completion_tokens_details);
         Usage {
             input_tokens: most(&[self.input_tokens, self.prompt_tokens]),
             cached_input_tokens: most(&[
@@ -119,13 +122,19 @@ impl Tokens {
                 self.cached_tokens,
             ]),
             output_tokens: most(&[self.output_tokens, self.completion_tokens]),
-            reasoning_tokens: most(&[output.reasoning_tokens, completion.reasoning_tokens, self.reasoning_tokens]),
+            reasoning_tokens: most(&[
+                output.reasoning_tokens,
+                completion.reasoning_tokens,
+                self.reasoning_tokens,
+            ]),
         }
     }
 }
 
 /// Reads a value of the wrong type as none: a provider's odd `usage` must not cost a good answer.
-fn lenient<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
+fn lenient<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(
+    from: D,
+) -> Result<Option<T>, D::Error> {
     let raw = <&RawValue>::deserialize(from)?;
     Ok(serde_json::from_str(raw.get()).ok())
 }
@@ -138,7 +147,12 @@ mod tests {
         let text = format!(r#"{{"usage":{usage}}}"#);
         let counted: Counted = serde_json::from_str(&text).unwrap();
         let usage = counted.usage?.into_usage();
-        Some((usage.input_tokens, usage.cached_input_tokens, usage.output_tokens, usage.reasoning_tokens))
+        Some((
+            usage.input_tokens,
+            usage.cached_input_tokens,
+            usage.output_tokens,
+            usage.reasoning_tokens,
+        ))
     }
 
     #[test]

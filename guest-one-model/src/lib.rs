@@ -15,7 +15,8 @@ impl plugin::Guest for Component {
             summary: "All requests of a batch name the same model".into(),
             endpoints: Vec::new(),
             credentials: Vec::new(),
-            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#.into(),
+            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#
+                .into(),
         }
     }
 
@@ -25,7 +26,10 @@ impl plugin::Guest for Component {
 }
 
 impl validation::Guest for Component {
-    fn validate(batch: validation::Batch, lines: Vec<validation::Line>) -> Vec<validation::Violation> {
+    fn validate(
+        batch: validation::Batch,
+        lines: Vec<validation::Line>,
+    ) -> Vec<validation::Violation> {
         let Some(first) = batch.first_model else { return Vec::new() };
         lines.iter().filter_map(|line| judge(&first, line)).collect()
     }
@@ -69,7 +73,13 @@ mod tests {
             (found.line, found.code.as_str(), found.param.as_deref()),
             (7, "mismatched_model", Some("body.model"))
         );
-        for fine in [r#"{"body":{"model":"a"}}"#, "{}", "no json", r#"{"body":{"model":1}}"#, r#"{"body":{}}"#] {
+        for fine in [
+            r#"{"body":{"model":"a"}}"#,
+            "{}",
+            "no json",
+            r#"{"body":{"model":1}}"#,
+            r#"{"body":{}}"#,
+        ] {
             assert!(judge("a", &line(fine)).is_none(), "{fine}");
         }
     }

@@ -19,7 +19,8 @@ impl plugin::Guest for Component {
             summary: "The rules of the OpenAI Batch API for each line of an input file".into(),
             endpoints: rules::ENDPOINTS.iter().map(|rule| rule.path.into()).collect(),
             credentials: Vec::new(),
-            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#.into(),
+            settings_schema: r#"{"type":"object","properties":{},"additionalProperties":false}"#
+                .into(),
         }
     }
 
@@ -29,7 +30,10 @@ impl plugin::Guest for Component {
 }
 
 impl validation::Guest for Component {
-    fn validate(batch: validation::Batch, lines: Vec<validation::Line>) -> Vec<validation::Violation> {
+    fn validate(
+        batch: validation::Batch,
+        lines: Vec<validation::Line>,
+    ) -> Vec<validation::Violation> {
         let mut violations = Vec::new();
         for line in &lines {
             rules::check(&batch.endpoint, &line.text, &mut |fault| {

@@ -88,7 +88,9 @@ fn parse_by_parts(text: &str) -> Option<Object<Line<'_>>> {
             Key::CustomId => line.custom_id = kept,
             Key::Method => line.method = kept,
             Key::Url => line.url = kept,
-            Key::Body => line.body = Some(serde_json::from_str(value.get()).unwrap_or(Object::IsNot)),
+            Key::Body => {
+                line.body = Some(serde_json::from_str(value.get()).unwrap_or(Object::IsNot))
+            }
             _ => {}
         }
     }

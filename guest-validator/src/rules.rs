@@ -86,10 +86,13 @@ fn check_line(endpoint: &str, line: &Line, report: &mut dyn FnMut(Fault)) {
     must_be_string("url", "URL", line.url, report);
     match &line.body {
         None => report(missing("body")),
-        Some(Object::IsNot) => report(invalid("body", "Body must be a JSON dictionary object".into())),
+        Some(Object::IsNot) => {
+            report(invalid("body", "Body must be a JSON dictionary object".into()))
+        }
         Some(Object::Is(_)) => {}
     }
-    if let Some(method) = line.method.filter(|method| method.is_string() && !method.is_text("POST")) {
+    if let Some(method) = line.method.filter(|method| method.is_string() && !method.is_text("POST"))
+    {
         let method = method.to_text().unwrap_or_default();
         report(Fault {
             code: "invalid_method",
@@ -130,19 +133,29 @@ fn check_body(endpoint: &str, body: &Body, report: &mut dyn FnMut(Fault)) {
     }
     match body.model {
         None => report(invalid("body.model", "Model parameter is required.".into())),
-        Some(model) if !model.is_string() => report(invalid("body.model", "Model must be a string".into())),
+        Some(model) if !model.is_string() => {
+            report(invalid("body.model", "Model must be a string".into()))
+        }
         Some(_) => {}
     }
     let (name, value, kind) = &endpoint.required;
     let (fits, expected): (fn(Raw) -> bool, _) = match kind {
         Kind::Array => (|value| value.is_array(), "an array"),
-        Kind::StringOrArray => (|value| value.is_string() || value.is_array(), "a string or an array"),
+        Kind::StringOrArray => {
+            (|value| value.is_string() || value.is_array(), "a string or an array")
+        }
     };
     match value(body) {
         None if endpoint.unless.is_some_and(|other| other(body).is_some()) => {}
-        None => report(invalid(&format!("body.{name}"), format!("{} parameter is required.", capitalised(name)))),
+        None => report(invalid(
+            &format!("body.{name}"),
+            format!("{} parameter is required.", capitalised(name)),
+        )),
         Some(value) if !fits(value) => {
-            report(invalid(&format!("body.{name}"), format!("{} must be {expected}", capitalised(name))));
+            report(invalid(
+                &format!("body.{name}"),
+                format!("{} must be {expected}", capitalised(name)),
+            ));
         }
         Some(_) => {}
     }
@@ -151,7 +164,9 @@ fn check_body(endpoint: &str, body: &Body, report: &mut dyn FnMut(Fault)) {
 fn must_be_string(param: &str, label: &str, value: Option<Raw>, report: &mut dyn FnMut(Fault)) {
     match value {
         None => report(missing(param)),
-        Some(value) if !value.is_string() => report(invalid(param, format!("{label} must be a string"))),
+        Some(value) if !value.is_string() => {
+            report(invalid(param, format!("{label} must be a string")))
+        }
         Some(_) => {}
     }
 }
@@ -195,13 +210,19 @@ mod tests {
     }
 
     fn chat(body: &str) -> String {
-        faults(CHAT, &format!(r#"{{"custom_id":"a","method":"POST","url":"{CHAT}","body":{body}}}"#))
+        faults(
+            CHAT,
+            &format!(r#"{{"custom_id":"a","method":"POST","url":"{CHAT}","body":{body}}}"#),
+        )
     }
 
     #[test]
     fn a_good_line_of_every_endpoint_is_accepted() {
         for (endpoint, body) in [
-            (CHAT, r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"unknown":{"x":[1e999]}}"#),
+            (
+                CHAT,
+                r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"unknown":{"x":[1e999]}}"#,
+            ),
             ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
             ("/v1/completions", r#"{"model":"m","prompt":["hi"],"stream":false}"#),
             ("/v1/embeddings", r#"{"model":"m","input":["a","b"],"stream":null}"#),
@@ -209,18 +230,36 @@ mod tests {
             ("/v1/responses", r#"{"model":"m","prompt":{"id":"p"}}"#),
             ("/v1/moderations", r#"{"model":"m","input":"hi"}"#),
         ] {
-            let line = format!(r#"{{"custom_id":"","method":"P\u004fST","url":"{endpoint}","body":{body},"x":1}}"#);
+            let line = format!(
+                r#"{{"custom_id":"","method":"P\u004fST","url":"{endpoint}","body":{body},"x":1}}"#
+            );
             assert_eq!(faults(endpoint, &line), "", "{line}");
         }
     }
 
     #[test]
     fn what_is_not_json_or_no_object_says_so() {
-        for text in ["{", "nope", "{\"a\":1} x", "{\"a\":\"\u{1}\"}", "{'a':1}", "{\"body\":{\"model\":}}", "01"] {
-            assert_eq!(faults(CHAT, text), "invalid_json_line - This line is not parseable as valid JSON.\n", "{text}");
+        for text in [
+            "{",
+            "nope",
+            "{\"a\":1} x",
+            "{\"a\":\"\u{1}\"}",
+            "{'a':1}",
+            "{\"body\":{\"model\":}}",
+            "01",
+        ] {
+            assert_eq!(
+                faults(CHAT, text),
+                "invalid_json_line - This line is not parseable as valid JSON.\n",
+                "{text}"
+            );
         }
         for text in ["[]", "[\"a\",\"POST\",\"u\",{}]", "1", "1e999", "null", "true", "\"{}\""] {
-            assert_eq!(faults(CHAT, text), "invalid_request - Each line must be a JSON dictionary object\n", "{text}");
+            assert_eq!(
+                faults(CHAT, text),
+                "invalid_request - Each line must be a JSON dictionary object\n",
+                "{text}"
+            );
         }
     }
 
@@ -270,7 +309,12 @@ mod tests {
              The line has '/v1/embeddings', the batch '/v1/chat/completions'.\n"
         );
         assert_eq!(
-            faults(CHAT, &format!(r#"{{"custom_id":"a","method":"","url":"{CHAT}","body":{{"messages":[]}}}}"#)),
+            faults(
+                CHAT,
+                &format!(
+                    r#"{{"custom_id":"a","method":"","url":"{CHAT}","body":{{"messages":[]}}}}"#
+                )
+            ),
             "invalid_method method Invalid method: ''. Only 'POST' is allowed.\n\
              invalid_request body.model Model parameter is required.\n"
         );
@@ -285,7 +329,10 @@ mod tests {
     fn of_a_key_given_twice_the_last_counts_and_odd_numbers_are_json() {
         assert_eq!(chat(r#"{"model":1,"model":"m","messages":[]}"#), "");
         assert_eq!(
-            faults(CHAT, &format!(r#"{{"custom_id":1e999,"method":"POST","url":"{CHAT}","body":1e999}}"#)),
+            faults(
+                CHAT,
+                &format!(r#"{{"custom_id":1e999,"method":"POST","url":"{CHAT}","body":1e999}}"#)
+            ),
             "invalid_request custom_id Custom_id must be a string\n\
              invalid_request body Body must be a JSON dictionary object\n"
         );

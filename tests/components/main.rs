@@ -1,6 +1,11 @@
 //! The components that ship, as they were built.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 use std::path::Path;
 
@@ -11,8 +16,8 @@ fn world(file: &str) -> (Vec<String>, Vec<String>) {
     // Asked for when it runs: checkouts may share what is compiled.
     let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap();
     let path = Path::new(&here).join("../dist/plugins").join(file);
-    let bytes =
-        std::fs::read(&path).unwrap_or_else(|error| panic!("{} ({error}); run `cargo xtask build`", path.display()));
+    let bytes = std::fs::read(&path)
+        .unwrap_or_else(|error| panic!("{} ({error}); run `cargo xtask build`", path.display()));
     let DecodedWasm::Component(resolve, world) = wit_component::decode(&bytes).unwrap() else {
         panic!("{file} is no component")
     };
@@ -30,7 +35,10 @@ fn components_that_ship_import_nothing() {
         ("inference-echo.wasm", "batchwright:plugin/inference@0.1.0"),
     ] {
         let (imports, exports) = world(file);
-        assert!(imports.is_empty(), "{file} imports {imports:?}: it could reach out of its sandbox");
+        assert!(
+            imports.is_empty(),
+            "{file} imports {imports:?}: it could reach out of its sandbox"
+        );
         assert!(exports.iter().any(|name| name == export), "{file} exports {exports:?}");
     }
 }

@@ -46,8 +46,10 @@ pub fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
     run(&mut build)?;
     fs::create_dir_all(to)?;
     for (package, file) in guests {
-        let module = target().join(TARGET).join("guest").join(format!("{}.wasm", package.replace('-', "_")));
-        let module = fs::read(&module).with_context(|| format!("failed to read {}", module.display()))?;
+        let module =
+            target().join(TARGET).join("guest").join(format!("{}.wasm", package.replace('-', "_")));
+        let module =
+            fs::read(&module).with_context(|| format!("failed to read {}", module.display()))?;
         let component = ComponentEncoder::default().validate(true).module(&module)?.encode()?;
         write_if_changed(&to.join(file), &component)?;
     }
@@ -56,11 +58,19 @@ pub fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
 
 fn host() -> Result<()> {
     step("host");
-    run(cargo().args(["build", "--release", "--package", "batchwright", "--package", "batchwright-bench"]))?;
+    run(cargo().args([
+        "build",
+        "--release",
+        "--package",
+        "batchwright",
+        "--package",
+        "batchwright-bench",
+    ]))?;
     let dist = root().join("dist/batchwright");
     // A running server keeps the file it was started from.
     fs::remove_file(&dist).ok();
-    fs::copy(target().join("release/batchwright"), &dist).context("failed to copy the host to dist")?;
+    fs::copy(target().join("release/batchwright"), &dist)
+        .context("failed to copy the host to dist")?;
     Ok(())
 }
 
@@ -77,13 +87,17 @@ fn plugins() -> Result<()> {
 
 /// The target's standard library may be missing on a fresh machine.
 pub fn add_target(name: &str) -> Result<()> {
-    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output()?;
+    let sysroot =
+        Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output()?;
     let sysroot = String::from_utf8(sysroot.stdout)?;
     if Path::new(sysroot.trim()).join("lib/rustlib").join(name).exists() {
         return Ok(());
     }
     let added = run(Command::new("rustup").args(["target", "add", name]).current_dir(root()));
-    ensure!(added.is_ok(), "the target {name} is missing; install it with `rustup target add {name}`");
+    ensure!(
+        added.is_ok(),
+        "the target {name} is missing; install it with `rustup target add {name}`"
+    );
     Ok(())
 }
 

@@ -60,7 +60,14 @@ impl Demo {
         fs::create_dir_all(&folder)?;
         step("batchwright serve --plugins dist/plugins");
         let mut server = batchwright()
-            .args(["serve", "--listen", "127.0.0.1:0", "--log-level", "error,batchwright::plugin=off", "--data"])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--log-level",
+                "error,batchwright::plugin=off",
+                "--data",
+            ])
             .arg(folder.join("data"))
             .arg("--plugins")
             .arg(root().join("dist/plugins"))
@@ -68,7 +75,8 @@ impl Demo {
             .spawn()
             .context("failed to start dist/batchwright")?;
         let mut line = String::new();
-        BufReader::new(server.stdout.take().context("standard output is piped")?).read_line(&mut line)?;
+        BufReader::new(server.stdout.take().context("standard output is piped")?)
+            .read_line(&mut line)?;
         eprint!("{line}");
         let Some(url) = line.trim().strip_prefix("listening on ") else {
             server.kill().ok();
@@ -104,7 +112,9 @@ impl Demo {
             line(5, "echo", "Streamed.", "user").replace("\"model\"", "\"stream\":true,\"model\""),
         ];
         fs::write(self.folder.join("faulty.jsonl"), lines.concat())?;
-        step("A file with faults is rejected before anything is executed, each fault with its line");
+        step(
+            "A file with faults is rejected before anything is executed, each fault with its line",
+        );
         self.batch(&["create", "faulty.jsonl", "--watch"]).status()?;
         Ok(())
     }
@@ -117,15 +127,18 @@ impl Demo {
     }
 
     fn newest(&self) -> Result<String> {
-        let listed = batchwright().args(["batch", "list", "--limit", "1", "--url", &self.url]).output()?;
+        let listed =
+            batchwright().args(["batch", "list", "--limit", "1", "--url", &self.url]).output()?;
         let listed = String::from_utf8(listed.stdout)?;
         Ok(listed.split_whitespace().next().context("there is a batch")?.to_owned())
     }
 
     fn head(&self, file: &str, lines: usize) -> Result<()> {
         let path = self.folder.join(file);
-        for line in
-            fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?.lines().take(lines)
+        for line in fs::read_to_string(&path)
+            .with_context(|| format!("failed to read {}", path.display()))?
+            .lines()
+            .take(lines)
         {
             eprintln!("{line}");
         }

@@ -48,7 +48,9 @@ fn tools() -> Result<PathBuf> {
     let wanted = root().join("examples/requirements.txt");
     if stale(&wanted, &folder)? {
         run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&wanted))?;
+        run(Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--requirement"])
+            .arg(&wanted))?;
         mark(&wanted, &folder)?;
     }
     Ok(python)
@@ -66,7 +68,11 @@ fn policy_in_python(python: &Path, to: &Path) -> Result<()> {
     }
     let componentize = python.with_file_name("componentize-py");
     let mut command = Command::new(componentize);
-    command.arg("-d").arg(wit()).args(["-w", "validator", "componentize", "policy", "-o"]).arg(&built);
+    command
+        .arg("-d")
+        .arg(wit())
+        .args(["-w", "validator", "componentize", "policy", "-o"])
+        .arg(&built);
     run(command.current_dir(folder).env("PYTHONDONTWRITEBYTECODE", "1"))
 }
 
@@ -84,7 +90,11 @@ fn javascript(to: &Path) -> Result<()> {
         return Ok(());
     }
     let mut command = Command::new(modules.join(".bin/componentize-qjs"));
-    command.arg("--wit").arg(wit()).args(["--world", "adapter", "--sync", "--js", "ollama.js", "--output"]).arg(&built);
+    command
+        .arg("--wit")
+        .arg(wit())
+        .args(["--world", "adapter", "--sync", "--js", "ollama.js", "--output"])
+        .arg(&built);
     run(command.current_dir(folder))
 }
 
@@ -98,7 +108,11 @@ fn policy_in_c(python: &Path, to: &Path) -> Result<()> {
     let tool = |name: &str| cargo_tools().join("bin").join(name);
     let folder = to.join("policy-c");
     fs::create_dir_all(&folder)?;
-    run(Command::new(tool("wit-bindgen")).arg("c").arg(wit()).args(["--world", "validator"]).current_dir(&folder))?;
+    run(Command::new(tool("wit-bindgen"))
+        .arg("c")
+        .arg(wit())
+        .args(["--world", "validator"])
+        .current_dir(&folder))?;
     let mut compile = Command::new(python);
     compile.args(["-m", "ziglang", "cc", "--target=wasm32-wasi", "-mexec-model=reactor"]);
     compile.args(["-Os", "-s", "-Wall", "-Werror", "-I."]).arg(&source);
@@ -115,9 +129,13 @@ fn cargo_tools() -> PathBuf {
 
 /// The two public tools that C needs, in the versions that the README files name.
 fn install_cargo_tools() -> Result<()> {
-    for (package, version, features) in [("wit-bindgen-cli", "0.61.1", "c"), ("wasm-tools", "1.263.0", "component")] {
+    for (package, version, features) in
+        [("wit-bindgen-cli", "0.61.1", "c"), ("wasm-tools", "1.263.0", "component")]
+    {
         let mut install = cargo();
-        install.args(["install", "--locked", "--quiet", "--version", version, "--root"]).arg(cargo_tools());
+        install
+            .args(["install", "--locked", "--quiet", "--version", version, "--root"])
+            .arg(cargo_tools());
         // It knows by itself whether there is anything to do.
         run(install.args(["--no-default-features", "--features", features, package]))?;
     }
@@ -129,5 +147,9 @@ fn newer(file: &Path, sources: &[PathBuf]) -> bool {
     let time = |path: &Path| fs::metadata(path).and_then(|found| found.modified());
     let Ok(built) = time(file) else { return false };
     let contract = fs::read_dir(wit()).into_iter().flatten().flatten().map(|entry| entry.path());
-    sources.iter().cloned().chain(contract).all(|source| time(&source).is_ok_and(|changed| changed < built))
+    sources
+        .iter()
+        .cloned()
+        .chain(contract)
+        .all(|source| time(&source).is_ok_and(|changed| changed < built))
 }

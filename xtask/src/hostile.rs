@@ -22,7 +22,8 @@ pub fn all() -> Result<()> {
         let source = entry?.path();
         let name = source.file_stem().context("a file has a name")?;
         let text = fs::read_to_string(&source)?;
-        let built = from_text(&text).with_context(|| format!("failed to build {}", source.display()))?;
+        let built =
+            from_text(&text).with_context(|| format!("failed to build {}", source.display()))?;
         write_if_changed(&wasm(&to, &name.to_string_lossy()), &built)?;
     }
     let slow = wasm(&to, "slow");
@@ -36,7 +37,16 @@ pub fn all() -> Result<()> {
 fn curious(name: &str, features: &[&str], to: &Path) -> Result<()> {
     add_target(WASI_TARGET)?;
     let mut build = cargo();
-    build.args(["build", "--quiet", "--profile", "guest", "--target", WASI_TARGET, "--package", "guest-wasi"]);
+    build.args([
+        "build",
+        "--quiet",
+        "--profile",
+        "guest",
+        "--target",
+        WASI_TARGET,
+        "--package",
+        "guest-wasi",
+    ]);
     run(build.args(features))?;
     let built = target().join(WASI_TARGET).join("guest/guest_wasi.wasm");
     write_if_changed(&wasm(to, name), &fs::read(built)?)
@@ -58,14 +68,18 @@ fn from_text(text: &str) -> Result<Vec<u8>> {
             embed_component_metadata(&mut binary, &resolve, world, StringEncoding::UTF8, false)?;
             ComponentEncoder::default().validate(true).module(&binary)?.encode()
         }
-        first => bail!("its first line must say `;; world: NAME`, `;; component` or `;; module`, not {first:?}"),
+        first => bail!(
+            "its first line must say `;; world: NAME`, `;; component` or `;; module`, not {first:?}"
+        ),
     }
 }
 
 /// A component of one MB that takes a compiler a minute: one function whose 4,000 variables all live at once.
 fn slow_text() -> Result<String> {
     const LOCALS: usize = 4000;
-    let mut text = String::from("(component (core module (func (export \"f\") (param i64) (result i64) (local");
+    let mut text = String::from(
+        "(component (core module (func (export \"f\") (param i64) (result i64) (local",
+    );
     text.push_str(&" i64".repeat(LOCALS));
     text.push(')');
     for round in 0..20 {

@@ -15,7 +15,11 @@ struct Need {
     package: &'static str,
 }
 
-const fn need(program: &'static str, check: &'static [&'static str], package: &'static str) -> Need {
+const fn need(
+    program: &'static str,
+    check: &'static [&'static str],
+    package: &'static str,
+) -> Need {
     Need { program, check, package }
 }
 
@@ -60,7 +64,8 @@ pub fn to_test() -> Result<()> {
 }
 
 fn provide(required: &[&'static [Need]], optional: &[&'static [Need]]) -> Result<()> {
-    let look = |lists: &[&'static [Need]]| lists.iter().flat_map(|list| missing(list)).collect::<Vec<_>>();
+    let look =
+        |lists: &[&'static [Need]]| lists.iter().flat_map(|list| missing(list)).collect::<Vec<_>>();
     let (lacking, also) = (look(required), look(optional));
     let packages: Vec<&str> = lacking.iter().chain(&also).map(|need| need.package).collect();
     if packages.is_empty() {
@@ -74,17 +79,22 @@ fn provide(required: &[&'static [Need]], optional: &[&'static [Need]]) -> Result
         run(install.env("DEBIAN_FRONTEND", "noninteractive"))?;
         return Ok(());
     }
-    let names = |needs: &[&Need]| needs.iter().map(|need| need.program).collect::<Vec<_>>().join(", ");
+    let names =
+        |needs: &[&Need]| needs.iter().map(|need| need.program).collect::<Vec<_>>().join(", ");
     let command = format!("sudo apt-get install --no-install-recommends {}", packages.join(" "));
     if !lacking.is_empty() {
         bail!("{} missing; on Debian or Ubuntu: {command}", names(&lacking));
     }
-    eprintln!("not here: {}; the tests that need it are skipped. On Debian or Ubuntu: {command}", names(&also));
+    eprintln!(
+        "not here: {}; the tests that need it are skipped. On Debian or Ubuntu: {command}",
+        names(&also)
+    );
     Ok(())
 }
 
 /// Debian's package manager, and the right to use it.
 fn can_install() -> bool {
-    let is_root = Command::new("id").arg("-u").output().is_ok_and(|found| found.stdout.trim_ascii() == b"0");
+    let is_root =
+        Command::new("id").arg("-u").output().is_ok_and(|found| found.stdout.trim_ascii() == b"0");
     is_root && need("apt-get", &["apt-get", "--version"], "").is_there()
 }

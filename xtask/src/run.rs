@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 /// The workspace's folder.
 pub fn root() -> PathBuf {
     // As cargo says now, and not as it said when this was built: checkouts may share a target folder.
-    let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    let here = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     here.parent().unwrap_or(&here).to_owned()
 }
 
@@ -24,7 +25,10 @@ pub fn cargo() -> Command {
     command.current_dir(root());
     // What `cargo run` says of this package; some build scripts run again whenever it changes.
     for (name, _) in std::env::vars_os() {
-        if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_"]
+            .iter()
+            .any(|prefix| name.to_string_lossy().starts_with(prefix))
+        {
             command.env_remove(&name);
         }
     }

@@ -15,7 +15,15 @@ pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
     hostile::all()?;
     examples::all()?;
     step("lints");
-    run(cargo().args(["clippy", "--release", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
+    run(cargo().args([
+        "clippy",
+        "--release",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ]))?;
     step("unit tests and guest tests");
     run(cargo().args(["test", "--release", "--quiet", "--workspace"]).args(filter))?;
     python(filter, more)?;
@@ -46,7 +54,10 @@ fn python(filter: Option<&str>, more: &[String]) -> Result<()> {
         pytest.args(["-k", filter]);
         // 5: there is no test of that name here.
         let status = pytest.status()?;
-        anyhow::ensure!(matches!(status.code(), Some(0 | 5)), "the Python tests failed with {status}");
+        anyhow::ensure!(
+            matches!(status.code(), Some(0 | 5)),
+            "the Python tests failed with {status}"
+        );
         return Ok(());
     }
     run(&mut pytest)
@@ -58,7 +69,9 @@ fn node(filter: Option<&str>) -> Result<()> {
     let tests = root().join("tests/node");
     let modules = tests.join("node_modules");
     if stale(&tests.join("package-lock.json"), &modules)? {
-        run(Command::new("npm").args(["ci", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(&tests))?;
+        run(Command::new("npm")
+            .args(["ci", "--no-audit", "--no-fund", "--loglevel=error"])
+            .current_dir(&tests))?;
         mark(&tests.join("package-lock.json"), &modules)?;
     }
     let mut node = Command::new("node");

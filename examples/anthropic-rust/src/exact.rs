@@ -9,10 +9,13 @@ const MARK: char = '\u{FDD0}';
 pub(crate) fn read(json: &str) -> serde_json::Result<Value> {
     let mut marked = String::with_capacity(json.len());
     let mut rest = json;
-    while let Some(at) = rest.find(|letter: char| letter == '"' || letter == '-' || letter.is_ascii_digit()) {
+    while let Some(at) =
+        rest.find(|letter: char| letter == '"' || letter == '-' || letter.is_ascii_digit())
+    {
         let (before, token) = rest.split_at(at);
         marked.push_str(before);
-        let length = if token.starts_with('"') { string_length(token) } else { number_length(token) };
+        let length =
+            if token.starts_with('"') { string_length(token) } else { number_length(token) };
         let (token, after) = token.split_at(length);
         if token.starts_with('"') || is_exact(token) {
             marked.push_str(token);
@@ -51,7 +54,9 @@ fn string_length(token: &str) -> usize {
 }
 
 fn number_length(token: &str) -> usize {
-    token.find(|letter: char| !(letter.is_ascii_digit() || "+-.eE".contains(letter))).unwrap_or(token.len())
+    token
+        .find(|letter: char| !(letter.is_ascii_digit() || "+-.eE".contains(letter)))
+        .unwrap_or(token.len())
 }
 
 /// Whether a number keeps its value here. What is no number is left to the parser.

@@ -71,7 +71,8 @@ impl plugin::Guest for Component {
 
     fn configure(text: String) -> Result<(), String> {
         // The host fills in the schema's defaults, so every setting is there.
-        let mut settings: Settings = serde_json::from_str(&text).map_err(|error| format!("settings: {error}"))?;
+        let mut settings: Settings =
+            serde_json::from_str(&text).map_err(|error| format!("settings: {error}"))?;
         settings.base_url.truncate(settings.base_url.trim_end_matches('/').len());
         CURRENT.set(settings);
         Ok(())
@@ -81,12 +82,15 @@ impl plugin::Guest for Component {
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
         CURRENT.with_borrow(|settings| {
-            let (body, asked_model) = match request::translate(&request.body, &request.model, settings.max_tokens) {
-                Ok(translated) => translated,
-                Err(refused) => return failed(refused.code, refused.message),
-            };
-            let asked = Asked { id: request.id, model: asked_model, created_at: request.created_at };
-            let header = |name: &str, value: &str| Header { name: name.into(), value: value.into() };
+            let (body, asked_model) =
+                match request::translate(&request.body, &request.model, settings.max_tokens) {
+                    Ok(translated) => translated,
+                    Err(refused) => return failed(refused.code, refused.message),
+                };
+            let asked =
+                Asked { id: request.id, model: asked_model, created_at: request.created_at };
+            let header =
+                |name: &str, value: &str| Header { name: name.into(), value: value.into() };
             Step::Send(Exchange {
                 request: HttpRequest {
                     method: "POST".into(),

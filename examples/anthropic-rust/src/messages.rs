@@ -18,7 +18,10 @@ pub(crate) fn conversation(messages: &[Value]) -> Result<(Vec<Value>, Vec<Value>
             Some("system" | "developer") => {
                 let blocks = content(said)?;
                 if blocks.iter().any(|block| block.get("type") != Some(&"text".into())) {
-                    return Err(Refused::unsupported("messages", "Anthropic's system prompt is text alone."));
+                    return Err(Refused::unsupported(
+                        "messages",
+                        "Anthropic's system prompt is text alone.",
+                    ));
                 }
                 system.extend(blocks);
             }
@@ -26,7 +29,10 @@ pub(crate) fn conversation(messages: &[Value]) -> Result<(Vec<Value>, Vec<Value>
             Some("assistant") => add(&mut turns, "assistant", said_by_assistant(message)?),
             Some("tool") => add(&mut turns, "user", vec![tool_result(message)?]),
             other => {
-                return Err(Refused::invalid(format!("Unknown message role: {}", other.unwrap_or("none"))));
+                return Err(Refused::invalid(format!(
+                    "Unknown message role: {}",
+                    other.unwrap_or("none")
+                )));
             }
         }
     }
@@ -56,8 +62,12 @@ fn add(turns: &mut Vec<Value>, role: &str, mut blocks: Vec<Value>) {
 
 /// The answer goes on where the assistant's last turn ends, which must not be white space.
 fn trim_last(turns: &mut [Value]) {
-    let Some(last) = turns.last_mut().filter(|turn| turn.get("role") == Some(&"assistant".into())) else { return };
-    let block = last.get_mut("content").and_then(Value::as_array_mut).and_then(|blocks| blocks.last_mut());
+    let Some(last) = turns.last_mut().filter(|turn| turn.get("role") == Some(&"assistant".into()))
+    else {
+        return;
+    };
+    let block =
+        last.get_mut("content").and_then(Value::as_array_mut).and_then(|blocks| blocks.last_mut());
     if let Some(Value::String(text)) = block.and_then(|block| block.get_mut("text")) {
         text.truncate(text.trim_end().len());
     }
@@ -72,18 +82,25 @@ fn content(content: Option<&Value>) -> Result<Vec<Value>, Refused> {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::String(said)) => Ok(text(said).into_iter().collect()),
         Some(Value::Array(parts)) => parts.iter().filter_map(|one| part(one).transpose()).collect(),
-        Some(_) => Err(Refused::invalid("A message's content must be a string or an array of parts.")),
+        Some(_) => {
+            Err(Refused::invalid("A message's content must be a string or an array of parts."))
+        }
     }
 }
 
 fn part(part: &Value) -> Result<Option<Value>, Refused> {
     match part.get("type").and_then(Value::as_str) {
         Some("text" | "refusal") => {
-            let said = part.get("text").or(part.get("refusal")).and_then(Value::as_str).unwrap_or_default();
+            let said = part
+                .get("text")
+                .or(part.get("refusal"))
+                .and_then(Value::as_str)
+                .unwrap_or_default();
             Ok(text(said))
         }
         Some("image_url") => {
-            image(part.pointer("/image_url/url").and_then(Value::as_str).unwrap_or_default()).map(Some)
+            image(part.pointer("/image_url/url").and_then(Value::as_str).unwrap_or_default())
+                .map(Some)
         }
         other => {
             let kind = other.unwrap_or("none");
@@ -103,7 +120,12 @@ fn image(url: &str) -> Result<Value, Refused> {
             return Err(Refused::unsupported("messages", &why));
         }
         None if url.starts_with("https://") => json!({"type": "url", "url": url}),
-        None => return Err(Refused::unsupported("messages", "The URL of an image begins with https:// or data:.")),
+        None => {
+            return Err(Refused::unsupported(
+                "messages",
+                "The URL of an image begins with https:// or data:.",
+            ));
+        }
     };
     Ok(json!({"type": "image", "source": source}))
 }
@@ -122,7 +144,8 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
         blocks.extend(message.get("refusal").and_then(Value::as_str).and_then(text));
     }
     for call in message.get("tool_calls").and_then(Value::as_array).into_iter().flatten() {
-        let string = |path: &str| call.pointer(path).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let string =
+            |path: &str| call.pointer(path).and_then(Value::as_str).filter(|text| !text.is_empty());
         let (Some(id), Some(name)) = (string("/id"), string("/function/name")) else {
             return Err(Refused::invalid(
                 "A tool call of the assistant must have an 'id' and a 'function' with a 'name'.",
@@ -133,13 +156,17 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
             None | Some(Value::Null) => json!({}),
             Some(Value::String(arguments)) if arguments.trim().is_empty() => json!({}),
             Some(Value::String(arguments)) => exact::read(arguments).map_err(|error| {
-                Refused::invalid(format!("The arguments of the tool call '{id}' are not JSON: {error}."))
+                Refused::invalid(format!(
+                    "The arguments of the tool call '{id}' are not JSON: {error}."
+                ))
             })?,
             Some(other) => other.clone(),
         };
         let input = if input.is_null() { json!({}) } else { input };
         if !input.is_object() {
-            return Err(Refused::invalid(format!("The arguments of the tool call '{id}' must be a JSON object.")));
+            return Err(Refused::invalid(format!(
+                "The arguments of the tool call '{id}' must be a JSON object."
+            )));
         }
         blocks.push(json!({"type": "tool_use", "id": id, "name": name, "input": input}));
     }
@@ -147,7 +174,8 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
 }
 
 fn tool_result(message: &Value) -> Result<Value, Refused> {
-    let Some(id) = message.get("tool_call_id").and_then(Value::as_str).filter(|id| !id.is_empty()) else {
+    let Some(id) = message.get("tool_call_id").and_then(Value::as_str).filter(|id| !id.is_empty())
+    else {
         return Err(Refused::invalid("A message with the role 'tool' must have a 'tool_call_id'."));
     };
     let blocks = content(message.get("content"))?;
@@ -218,7 +246,10 @@ mod tests {
             (json!({"role": "user", "content": " "}), "something from the user"),
             (json!({"role": "user", "content": 7}), "a string or an array of parts"),
             (user(json!({"type": "input_audio"})), "no message part of type 'input_audio'"),
-            (user(json!({"type": "image_url", "image_url": {"url": "http://x"}})), "https:// or data:"),
+            (
+                user(json!({"type": "image_url", "image_url": {"url": "http://x"}})),
+                "https:// or data:",
+            ),
             (
                 user(json!({"type": "image_url", "image_url": {"url": "data:image/bmp;base64,A"}})),
                 "of the types image/jpeg",
@@ -228,7 +259,10 @@ mod tests {
                 "text alone",
             ),
             (json!({"role": "assistant", "audio": {"id": "a"}}), "'audio'"),
-            (json!({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}), "must have an 'id'"),
+            (
+                json!({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}),
+                "must have an 'id'",
+            ),
             (
                 json!({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "[1]"}}]}),
                 "JSON object",

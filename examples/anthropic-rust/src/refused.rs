@@ -14,6 +14,9 @@ impl Refused {
 
     /// What this provider cannot do: to leave it out would change the answer.
     pub(crate) fn unsupported(parameter: &str, why: &str) -> Self {
-        Self { code: "unsupported_parameter", message: format!("Unsupported parameter: '{parameter}'. {why}") }
+        Self {
+            code: "unsupported_parameter",
+            message: format!("Unsupported parameter: '{parameter}'. {why}"),
+        }
     }
 }

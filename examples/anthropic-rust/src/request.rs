@@ -54,15 +54,24 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
 }
 
 /// The body to send, and the model as the client named it.
-pub(crate) fn translate(body: &str, model: &str, max_tokens: u64) -> Result<(Value, String), Refused> {
+pub(crate) fn translate(
+    body: &str,
+    model: &str,
+    max_tokens: u64,
+) -> Result<(Value, String), Refused> {
     let unreadable = |why: String| Refused::invalid(format!("The body cannot be read: {why}."));
     let body = exact::read(body).map_err(|error| unreadable(error.to_string()))?;
     let Value::Object(body) = body else { return Err(unreadable("it is no object".into())) };
     let given = Given(&body);
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
         let known = TRANSLATED.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
-        if (name == "stream" && *value == Value::Bool(true)) || !(known || asks_for_nothing(name, value)) {
-            return Err(Refused::unsupported(name, "Anthropic's Messages API has nothing like it; leave it out."));
+        if (name == "stream" && *value == Value::Bool(true))
+            || !(known || asks_for_nothing(name, value))
+        {
+            return Err(Refused::unsupported(
+                name,
+                "Anthropic's Messages API has nothing like it; leave it out.",
+            ));
         }
     }
     let Some(Value::Array(messages)) = given.get("messages") else {
@@ -71,7 +80,9 @@ pub(crate) fn translate(body: &str, model: &str, max_tokens: u64) -> Result<(Val
     let (system, turns) = conversation(messages)?;
     let tokens = given.get("max_completion_tokens").or(given.get("max_tokens")).cloned();
     if tokens.as_ref().is_some_and(|tokens| tokens.as_u64().is_none_or(|tokens| tokens == 0)) {
-        return Err(Refused::invalid("'max_completion_tokens' must be a whole number of at least 1."));
+        return Err(Refused::invalid(
+            "'max_completion_tokens' must be a whole number of at least 1.",
+        ));
     }
     let mut sent = Map::new();
     sent.insert("model".into(), model.into());
@@ -115,7 +126,9 @@ fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> 
             Some(value) if value.as_f64().is_some_and(|number| (0.0..1.0).contains(&number)) => {
                 sent.insert(name.into(), value.clone());
             }
-            Some(_) => return Err(Refused::unsupported(name, "Anthropic takes a number from 0 to 1.")),
+            Some(_) => {
+                return Err(Refused::unsupported(name, "Anthropic takes a number from 0 to 1."));
+            }
             None => {}
         }
     }
@@ -144,7 +157,9 @@ fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
             Some("text") => {}
             Some("json_schema") => {
                 let Some(schema @ Value::Object(_)) = format.pointer("/json_schema/schema") else {
-                    return Err(Refused::invalid("'response_format.json_schema.schema' must be an object."));
+                    return Err(Refused::invalid(
+                        "'response_format.json_schema.schema' must be an object.",
+                    ));
                 };
                 let mut schema = schema.clone();
                 close_objects(&mut schema)?;
@@ -180,8 +195,13 @@ fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
 fn close_objects(schema: &mut Value) -> Result<(), Refused> {
     match schema {
         Value::Object(object) => {
-            let is_object = object.get("type") == Some(&json!("object")) || object.contains_key("properties");
-            if is_object && object.get("additionalProperties").is_some_and(|more| *more != Value::Bool(false)) {
+            let is_object =
+                object.get("type") == Some(&json!("object")) || object.contains_key("properties");
+            if is_object
+                && object
+                    .get("additionalProperties")
+                    .is_some_and(|more| *more != Value::Bool(false))
+            {
                 let why = "Anthropic takes schemas whose objects have additionalProperties false.";
                 return Err(Refused::unsupported("response_format", why));
             }
@@ -219,7 +239,10 @@ mod tests {
     #[test]
     fn what_has_a_counterpart_is_translated() {
         for (more, expected) in [
-            (json!({"stop": "END", "temperature": 0.5}), json!({"stop_sequences": ["END"], "temperature": 0.5})),
+            (
+                json!({"stop": "END", "temperature": 0.5}),
+                json!({"stop_sequences": ["END"], "temperature": 0.5}),
+            ),
             (json!({"temperature": 1, "top_p": 1.0, "stop": []}), json!({})),
             (json!({"max_completion_tokens": 7, "max_tokens": 9}), json!({"max_tokens": 7})),
             (json!({"user": "u", "safety_identifier": "s"}), json!({"metadata": {"user_id": "s"}})),
@@ -269,9 +292,15 @@ mod tests {
             (json!({"service_tier": "flex"}), "'service_tier'"),
         ] {
             let refused = refused(&with(&more));
-            assert!(refused.starts_with("unsupported_parameter: ") && refused.contains(named), "{more}: {refused}");
+            assert!(
+                refused.starts_with("unsupported_parameter: ") && refused.contains(named),
+                "{more}: {refused}"
+            );
         }
-        assert!(refused(&json!({"messages": "hi"})).starts_with("invalid_request: Messages must be an array."));
+        assert!(
+            refused(&json!({"messages": "hi"}))
+                .starts_with("invalid_request: Messages must be an array.")
+        );
         assert!(refused(&with(&json!({"max_tokens": 0}))).contains("at least 1"));
         assert!(translate("[]", "m", 1).unwrap_err().message.contains("cannot be read"));
     }
@@ -283,6 +312,9 @@ mod tests {
             {"role":"tool","tool_call_id":"c","content":"y"}]}"#;
         let (sent, _) = translate(body, "m", 1).unwrap();
         let text = exact::write(&sent);
-        assert!(text.contains(r#""input":{"a":123456789012345678901234567890,"b":1e400,"c":1.1}"#), "{text}");
+        assert!(
+            text.contains(r#""input":{"a":123456789012345678901234567890,"b":1e400,"c":1.1}"#),
+            "{text}"
+        );
     }
 }

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::bindings::exports::batchwright::plugin::inference::{
-    Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault, Usage,
+    Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault,
+    Usage,
 };
 use crate::{Asked, exact, failed};
 
@@ -20,16 +21,27 @@ pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
         });
         // 529 is `overloaded_error`; 408 and 409 are said to pass as well.
         return if matches!(answer.status, 408 | 409 | 429 | 500..) {
-            Step::Retry(Advice { after_milliseconds: retry_after(header("retry-after")), otherwise: response })
+            Step::Retry(Advice {
+                after_milliseconds: retry_after(header("retry-after")),
+                otherwise: response,
+            })
         } else {
             Step::Done(response)
         };
     }
     let Some(message) = body.filter(|body| body.get("content").is_some_and(Value::is_array)) else {
-        return failed("invalid_provider_response", "The provider answered 200 with what is no message.".into());
+        return failed(
+            "invalid_provider_response",
+            "The provider answered 200 with what is no message.".into(),
+        );
     };
     let (body, usage) = completion(asked, &message);
-    Step::Done(Answer::Response(Response { status: 200, request_id, body: exact::write(&body), usage: Some(usage) }))
+    Step::Done(Answer::Response(Response {
+        status: 200,
+        request_id,
+        body: exact::write(&body),
+        usage: Some(usage),
+    }))
 }
 
 pub(crate) fn no_answer(error: TransportError) -> Step {
@@ -38,16 +50,22 @@ pub(crate) fn no_answer(error: TransportError) -> Step {
         TransportFault::TooLarge => return failed("provider_answer_too_large", error.message),
         TransportFault::Timeout => "provider_timeout",
         TransportFault::Protocol => "provider_protocol_error",
-        TransportFault::NameResolution | TransportFault::Connection | TransportFault::Tls => "provider_unreachable",
+        TransportFault::NameResolution | TransportFault::Connection | TransportFault::Tls => {
+            "provider_unreachable"
+        }
     };
     let otherwise = Answer::Failure(Failure { code: code.into(), message: error.message });
     Step::Retry(Advice { after_milliseconds: None, otherwise })
 }
 
 fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
-    let blocks = message.get("content").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-    let of_type = |kind: &'static str| blocks.iter().filter(move |block| block.get("type") == Some(&kind.into()));
-    let text: String = of_type("text").filter_map(|block| block.get("text").and_then(Value::as_str)).collect();
+    let blocks =
+        message.get("content").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let of_type = |kind: &'static str| {
+        blocks.iter().filter(move |block| block.get("type") == Some(&kind.into()))
+    };
+    let text: String =
+        of_type("text").filter_map(|block| block.get("text").and_then(Value::as_str)).collect();
     let calls: Vec<Value> = of_type("tool_use")
         .map(|block| {
             let arguments = block.get("input").map_or_else(|| "{}".into(), exact::write);
@@ -61,16 +79,21 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
         _ => "stop",
     };
     // Why the provider refused; not every refusal says so.
-    let refusal = message.pointer("/stop_details/explanation").filter(|_| reason == "content_filter");
+    let refusal =
+        message.pointer("/stop_details/explanation").filter(|_| reason == "content_filter");
     let text = if text.is_empty() && !calls.is_empty() { Value::Null } else { text.into() };
     let mut said = json!({"role": "assistant", "content": text, "refusal": refusal});
     if let (false, Value::Object(said)) = (calls.is_empty(), &mut said) {
         said.insert("tool_calls".into(), calls.into());
     }
-    let count = |name: &str| message.pointer(&format!("/usage/{name}")).and_then(Value::as_u64).unwrap_or(0);
+    let count = |name: &str| {
+        message.pointer(&format!("/usage/{name}")).and_then(Value::as_u64).unwrap_or(0)
+    };
     let cached = count("cache_read_input_tokens");
     // This API counts what was read from and written to its cache apart from the rest.
-    let input = count("input_tokens").saturating_add(cached).saturating_add(count("cache_creation_input_tokens"));
+    let input = count("input_tokens")
+        .saturating_add(cached)
+        .saturating_add(count("cache_creation_input_tokens"));
     let output = count("output_tokens");
     let reasoning = count("output_tokens_details/thinking_tokens");
     let body = json!({
@@ -87,21 +110,29 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     });
-    let usage =
-        Usage { input_tokens: input, cached_input_tokens: cached, output_tokens: output, reasoning_tokens: reasoning };
+    let usage = Usage {
+        input_tokens: input,
+        cached_input_tokens: cached,
+        output_tokens: output,
+        reasoning_tokens: reasoning,
+    };
     (body, usage)
 }
 
 /// The provider's error in the form of the OpenAI API; its own type, such as `overloaded_error`, becomes the code.
 fn error(status: u16, body: Option<&Value>) -> Value {
     let said = |name: &str| body?.pointer(&format!("/error/{name}")).and_then(Value::as_str);
-    let message = said("message").map_or_else(|| format!("The provider answered with status {status}."), str::to_owned);
+    let message = said("message")
+        .map_or_else(|| format!("The provider answered with status {status}."), str::to_owned);
     let kind = if status >= 500 { "server_error" } else { "invalid_request_error" };
     json!({"error": {"message": message, "type": kind, "param": null, "code": said("type")}})
 }
 
 fn find<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
-    headers.iter().find(|header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value.as_str())
+    headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case(name))
+        .map(|header| header.value.as_str())
 }
 
 /// This API gives whole seconds.

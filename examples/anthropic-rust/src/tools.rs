@@ -11,10 +11,13 @@ pub(crate) fn translate(given: Given, sent: &mut Map<String, Value>) -> Result<(
         Some(_) => return Err(Refused::invalid("'tools' must be an array.")),
         None => Vec::new(),
     };
-    let mut choice = given.get("tool_choice").map(|choice| tool_choice(choice, &mut tools)).transpose()?;
+    let mut choice =
+        given.get("tool_choice").map(|choice| tool_choice(choice, &mut tools)).transpose()?;
     if tools.is_empty() {
-        let needs_one =
-            choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "any" || kind == "tool");
+        let needs_one = choice
+            .as_ref()
+            .and_then(|choice| choice.get("type"))
+            .is_some_and(|kind| kind == "any" || kind == "tool");
         return if needs_one {
             Err(Refused::invalid("'tool_choice' asks for a tool, and there is none."))
         } else {
@@ -37,20 +40,35 @@ pub(crate) fn translate(given: Given, sent: &mut Map<String, Value>) -> Result<(
 }
 
 fn tool(tool: &Value) -> Result<Value, Refused> {
-    let unsupported =
-        || Refused::unsupported("tools", "This provider takes tools of type 'function', each with a name.");
+    let unsupported = || {
+        Refused::unsupported(
+            "tools",
+            "This provider takes tools of type 'function', each with a name.",
+        )
+    };
     if tool.get("type").is_some_and(|kind| kind != "function") {
         return Err(unsupported());
     }
     let function = tool.get("function").ok_or_else(unsupported)?;
-    let name = function.get("name").and_then(Value::as_str).filter(|name| !name.is_empty()).ok_or_else(unsupported)?;
+    let name = function
+        .get("name")
+        .and_then(Value::as_str)
+        .filter(|name| !name.is_empty())
+        .ok_or_else(unsupported)?;
     let mut schema = match function.get("parameters") {
         Some(Value::Object(schema)) => schema.clone(),
         None | Some(Value::Null) => Map::new(),
-        Some(_) => return Err(Refused::invalid(format!("The parameters of the tool '{name}' must be an object."))),
+        Some(_) => {
+            return Err(Refused::invalid(format!(
+                "The parameters of the tool '{name}' must be an object."
+            )));
+        }
     };
     schema.entry("type").or_insert_with(|| "object".into());
-    let mut named = Map::from_iter([("name".to_owned(), name.into()), ("input_schema".to_owned(), schema.into())]);
+    let mut named = Map::from_iter([
+        ("name".to_owned(), name.into()),
+        ("input_schema".to_owned(), schema.into()),
+    ]);
     for key in ["description", "strict"] {
         if let Some(value) = function.get(key).filter(|value| !value.is_null()) {
             named.insert(key.into(), value.clone());
@@ -60,8 +78,12 @@ fn tool(tool: &Value) -> Result<Value, Refused> {
 }
 
 fn tool_choice(choice: &Value, tools: &mut Vec<Value>) -> Result<Value, Refused> {
-    let unsupported =
-        || Refused::unsupported("tool_choice", "Use auto, none, required, a function by its name, or allowed_tools.");
+    let unsupported = || {
+        Refused::unsupported(
+            "tool_choice",
+            "Use auto, none, required, a function by its name, or allowed_tools.",
+        )
+    };
     let by_mode = |mode: Option<&str>| match mode {
         Some("required") => Ok(json!({"type": "any"})),
         Some("none") => Ok(json!({"type": "none"})),
@@ -77,8 +99,12 @@ fn tool_choice(choice: &Value, tools: &mut Vec<Value>) -> Result<Value, Refused>
             None => Err(unsupported()),
         },
         Some("allowed_tools") => {
-            let allowed = choice.pointer("/allowed_tools/tools").and_then(Value::as_array).ok_or_else(unsupported)?;
-            let names: Vec<&Value> = allowed.iter().filter_map(|tool| tool.pointer("/function/name")).collect();
+            let allowed = choice
+                .pointer("/allowed_tools/tools")
+                .and_then(Value::as_array)
+                .ok_or_else(unsupported)?;
+            let names: Vec<&Value> =
+                allowed.iter().filter_map(|tool| tool.pointer("/function/name")).collect();
             tools.retain(|tool| tool.get("name").is_some_and(|name| names.contains(&name)));
             by_mode(choice.pointer("/allowed_tools/mode").and_then(Value::as_str))
         }

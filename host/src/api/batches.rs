@@ -52,7 +52,8 @@ pub async fn create(
     };
     params.end()?;
     if request.input_file_id.len() > LONGEST_ID {
-        let message = format!("Invalid 'input_file_id': expected an id of at most {LONGEST_ID} characters.");
+        let message =
+            format!("Invalid 'input_file_id': expected an id of at most {LONGEST_ID} characters.");
         return Err(ApiError::invalid("input_file_id", "string_above_max_length", message));
     }
     let batch = on_its_own(batches.clone(), tenant.0.clone(), request).await?;
@@ -70,7 +71,11 @@ async fn on_its_own(
 }
 
 /// A batch with all of its errors, which may be many.
-async fn whole(batches: &Batches, tenant: &Tenant, mut batch: BatchRecord) -> Result<Response, ApiError> {
+async fn whole(
+    batches: &Batches,
+    tenant: &Tenant,
+    mut batch: BatchRecord,
+) -> Result<Response, ApiError> {
     if !batch.has_more_errors() {
         return sized(&Batch::from(batch), None);
     }
@@ -90,7 +95,8 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
         given = Some(text.to_string());
     }
     let fits = |key: &String| {
-        (1..=LONGEST_IDEMPOTENCY_KEY).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
+        (1..=LONGEST_IDEMPOTENCY_KEY).contains(&key.len())
+            && key.bytes().all(|byte| byte.is_ascii_graphic())
     };
     if given.as_ref().is_some_and(|key| !fits(key)) {
         return Err(invalid(format!(
@@ -103,7 +109,11 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
 /// Get a batch
 #[utoipa::path(get, path = "/batches/{id}", tag = "Batches", params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
-pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn get(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
     match batches.get(&tenant.0, &id).await? {
         Some(batch) => whole(&batches, &tenant, batch).await,
         None => Err(no_batch(&id)),
@@ -115,7 +125,11 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("after" = Option<String>, Query, description = "Id of the last batch of the page before"),
     ("limit" = Option<u32>, Query, minimum = 1, maximum = 100, description = "Batches in the page; 20 if absent"),
 ), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
-pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
+pub async fn list(
+    State(batches): App,
+    tenant: Tenant,
+    mut query: QueryParams,
+) -> Result<Response, ApiError> {
     let limit = query.limit(1..=batches.settings().max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
     let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
@@ -123,7 +137,9 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
         let (batches, tenant) = (batches.clone(), tenant.0.clone());
         async move {
             match batches.list(&tenant, after, limit, bytes).await? {
-                Paged::Page(page) => Ok(Some((page.items.into_iter().map(Batch::from).collect(), page.has_more))),
+                Paged::Page(page) => {
+                    Ok(Some((page.items.into_iter().map(Batch::from).collect(), page.has_more)))
+                }
                 Paged::UnknownAfter => Ok(None),
             }
         }
@@ -147,9 +163,10 @@ pub async fn cancel(
 ) -> Result<Response, ApiError> {
     match batches.cancel(&tenant.0, &id).await? {
         Cancel::Accepted(batch) => whole(&batches, &tenant, *batch).await,
-        Cancel::TooLate(status) => {
-            Err(ApiError::conflict(format!("Cannot cancel a batch with status '{}'.", status.as_str())))
-        }
+        Cancel::TooLate(status) => Err(ApiError::conflict(format!(
+            "Cannot cancel a batch with status '{}'.",
+            status.as_str()
+        ))),
         Cancel::Unknown => Err(no_batch(&id)),
     }
 }

@@ -120,7 +120,9 @@ impl Connections {
         }
         if asks_others && state.open.len() >= self.max.saturating_add(SPARE) {
             let idle = state.open.values().filter(|open| !open.close.is_cancelled());
-            let longest = idle.filter_map(|open| Some((open.idle_since?, &open.close))).min_by_key(|(since, _)| *since);
+            let longest = idle
+                .filter_map(|open| Some((open.idle_since?, &open.close)))
+                .min_by_key(|(since, _)| *since);
             if let Some((_, close)) = longest {
                 close.cancel();
             }
@@ -130,7 +132,9 @@ impl Connections {
         }
         let (id, close) = (state.next_id, CancellationToken::new());
         state.next_id = id.wrapping_add(1);
-        state.open.insert(id, Open { address, idle_since: Some(Instant::now()), close: close.clone() });
+        state
+            .open
+            .insert(id, Open { address, idle_since: Some(Instant::now()), close: close.clone() });
         state.by_address.insert(address, of_address.saturating_add(1));
         let activity = Activity {
             requests: 0,
@@ -165,7 +169,11 @@ impl Connections {
     fn is_making_way(&self) -> bool {
         let state = self.lock();
         let is_full = state.open.len() >= self.max.saturating_add(RESERVE);
-        is_full && state.open.values().any(|open| open.close.is_cancelled() && open.idle_since.is_some())
+        is_full
+            && state
+                .open
+                .values()
+                .any(|open| open.close.is_cancelled() && open.idle_since.is_some())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -320,10 +328,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn patience_is_for_heads_first_and_for_keep_alive_after_an_answer() {
-        let patience = Patience { head: Duration::from_secs(10), keep_alive: Duration::from_secs(75) };
+        let patience =
+            Patience { head: Duration::from_secs(10), keep_alive: Duration::from_secs(75) };
         let all = Connections::new(2, 0);
         let connection = Arc::new(all.enter_asking(HERE, true).unwrap());
-        let left = || connection.deadline(patience).map(|at| at.saturating_duration_since(Instant::now()).as_secs());
+        let left = || {
+            connection
+                .deadline(patience)
+                .map(|at| at.saturating_duration_since(Instant::now()).as_secs())
+        };
         assert_eq!(left(), Some(10));
         tokio::time::advance(Duration::from_secs(4)).await;
         connection.heard();

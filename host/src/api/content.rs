@@ -42,13 +42,17 @@ pub async fn download(
 ) -> Result<Response, ApiError> {
     let Some(file) = batches.file(&tenant.0, &id).await? else { return Err(no_file(&id)) };
     let size = file.bytes;
-    let asked =
-        headers.get(header::RANGE).and_then(|value| value.to_str().ok()).map_or(Asked::All, |text| asked(text, size));
+    let asked = headers
+        .get(header::RANGE)
+        .and_then(|value| value.to_str().ok())
+        .map_or(Asked::All, |text| asked(text, size));
     let (status, range) = match asked {
         Asked::All => (StatusCode::OK, 0..size),
         Asked::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
         Asked::Nothing => {
-            let mut refused = ApiError::range_not_satisfiable(format!("The file has {size} bytes.")).into_response();
+            let mut refused =
+                ApiError::range_not_satisfiable(format!("The file has {size} bytes."))
+                    .into_response();
             put(refused.headers_mut(), header::CONTENT_RANGE, &format!("bytes */{size}"));
             return Ok(refused);
         }
@@ -81,7 +85,8 @@ fn pieces(
 ) -> impl Stream<Item = Result<Bytes, StoreError>> {
     let holder: Holder = tenant.as_str().into();
     futures_util::stream::try_unfold(range.start, move |at| {
-        let (batches, tenant, id, holder) = (batches.clone(), tenant.clone(), id.clone(), holder.clone());
+        let (batches, tenant, id, holder) =
+            (batches.clone(), tenant.clone(), id.clone(), holder.clone());
         async move {
             if at >= range.end {
                 return Ok(None);
@@ -103,8 +108,10 @@ fn put(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 
 /// The name twice where it is not plain ASCII: once for any client, once as RFC 6266 has it.
 fn disposition(filename: &str) -> String {
-    let plain = |letter: char| letter.is_ascii_graphic() && !matches!(letter, '"' | '\\') || letter == ' ';
-    let ascii: String = filename.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
+    let plain =
+        |letter: char| letter.is_ascii_graphic() && !matches!(letter, '"' | '\\') || letter == ' ';
+    let ascii: String =
+        filename.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
     let mut value = format!("attachment; filename=\"{ascii}\"");
     if ascii != filename {
         value.push_str("; filename*=UTF-8''");
@@ -129,7 +136,9 @@ enum Asked {
 
 /// One range; several at once, and what is no range, are ignored, as a server may.
 fn asked(text: &str, size: u64) -> Asked {
-    let Some((first, last)) = text.strip_prefix("bytes=").and_then(|range| range.trim().split_once('-')) else {
+    let Some((first, last)) =
+        text.strip_prefix("bytes=").and_then(|range| range.trim().split_once('-'))
+    else {
         return Asked::All;
     };
     let range = match (first.parse::<u64>(), last.parse::<u64>()) {
@@ -167,7 +176,10 @@ mod tests {
     #[test]
     fn a_name_cannot_break_out_of_its_header() {
         assert_eq!(disposition("a b.jsonl"), "attachment; filename=\"a b.jsonl\"");
-        assert_eq!(disposition("a\"\r\nb"), "attachment; filename=\"a___b\"; filename*=UTF-8''a%22%0D%0Ab");
+        assert_eq!(
+            disposition("a\"\r\nb"),
+            "attachment; filename=\"a___b\"; filename*=UTF-8''a%22%0D%0Ab"
+        );
         assert_eq!(disposition("ü"), "attachment; filename=\"_\"; filename*=UTF-8''%C3%BC");
     }
 }

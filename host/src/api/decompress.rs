@@ -26,7 +26,12 @@ pub async fn decompress(State(batches): App, request: Request, next: Next) -> Re
         .headers()
         .get_all(header::CONTENT_ENCODING)
         .iter()
-        .flat_map(|value| String::from_utf8_lossy(value.as_bytes()).split(',').map(str::to_owned).collect::<Vec<_>>())
+        .flat_map(|value| {
+            String::from_utf8_lossy(value.as_bytes())
+                .split(',')
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
         .map(|encoding| encoding.trim().to_ascii_lowercase())
         .filter(|encoding| !encoding.is_empty() && encoding != "identity")
         .collect();
@@ -40,17 +45,20 @@ pub async fn decompress(State(batches): App, request: Request, next: Next) -> Re
         return error.with_code("unsupported_content_encoding").into_response();
     }
     let tenant = Tenant::of(&request);
-    let share = match room_for(&batches.memory().clients, &tenant.0.as_str().into(), DECODER_BYTES).await {
-        Ok(share) => share,
-        Err(error) => return error.into_response(),
-    };
+    let share =
+        match room_for(&batches.memory().clients, &tenant.0.as_str().into(), DECODER_BYTES).await {
+            Ok(share) => share,
+            Err(error) => return error.into_response(),
+        };
     let (mut head, body) = request.into_parts();
     head.headers.remove(header::CONTENT_ENCODING);
     head.headers.remove(header::CONTENT_LENGTH);
     let bytes = TryStreamExt::map_err(body.into_data_stream(), io::Error::other);
     let reader = StreamReader::new(bytes);
     let plain = match encoding.as_str() {
-        "deflate" => pieces(async_compression::tokio::bufread::ZlibDecoder::new(reader)).left_stream(),
+        "deflate" => {
+            pieces(async_compression::tokio::bufread::ZlibDecoder::new(reader)).left_stream()
+        }
         _ => {
             let mut decoder = async_compression::tokio::bufread::GzipDecoder::new(reader);
             decoder.multiple_members(true);

@@ -27,11 +27,23 @@ pub struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into(), param: None, code: None, should_retry: None, retry_after: None }
+        Self {
+            status,
+            kind,
+            message: message.into(),
+            param: None,
+            code: None,
+            should_retry: None,
+            retry_after: None,
+        }
     }
 
     /// 400: a parameter is not as it should be.
-    pub fn invalid(param: impl Into<String>, code: &'static str, message: impl Into<String>) -> Self {
+    pub fn invalid(
+        param: impl Into<String>,
+        code: &'static str,
+        message: impl Into<String>,
+    ) -> Self {
         Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
     }
 
@@ -115,16 +127,20 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::Full(cause) => {
                 tracing::error!("a request failed for want of disk space: {cause}");
-                let message = "The server's disk is full; try again when its operator has made room.";
+                let message =
+                    "The server's disk is full; try again when its operator has made room.";
                 Self {
                     code: Some("storage_full"),
                     ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
                 }
             }
-            StoreError::Closed => Self::unavailable("The server is shutting down; try again in a moment."),
+            StoreError::Closed => {
+                Self::unavailable("The server is shutting down; try again in a moment.")
+            }
             StoreError::NotReady(cause) => {
                 tracing::warn!("a request was refused: {cause}");
-                Self::unavailable("The server is not ready; try again in a while.").with_code("server_not_ready")
+                Self::unavailable("The server is not ready; try again in a while.")
+                    .with_code("server_not_ready")
             }
             error => Self::internal(error),
         }
@@ -136,13 +152,16 @@ impl From<CreateError> for ApiError {
         let message = error.to_string();
         match error {
             CreateError::Endpoint(_) => Self::invalid("endpoint", "invalid_value", message),
-            CreateError::CompletionWindow { .. } => Self::invalid("completion_window", "invalid_value", message),
-            CreateError::Conflict(_) => {
-                Self::conflict(message).with_param("idempotency_key").with_code("idempotency_conflict")
+            CreateError::CompletionWindow { .. } => {
+                Self::invalid("completion_window", "invalid_value", message)
             }
-            CreateError::NotReady => {
-                Self { retry_after: Some(30), ..Self::unavailable(message).with_code("server_not_ready") }
-            }
+            CreateError::Conflict(_) => Self::conflict(message)
+                .with_param("idempotency_key")
+                .with_code("idempotency_conflict"),
+            CreateError::NotReady => Self {
+                retry_after: Some(30),
+                ..Self::unavailable(message).with_code("server_not_ready")
+            },
             CreateError::Store(error) => error.into(),
         }
     }
@@ -153,7 +172,9 @@ impl From<UploadError> for ApiError {
         let message = error.to_string();
         match error {
             UploadError::Empty => Self::invalid("file", "empty_file", message),
-            UploadError::TooLarge(_) => Self::too_large(message).with_param("file").with_code("file_too_large"),
+            UploadError::TooLarge(_) => {
+                Self::too_large(message).with_param("file").with_code("file_too_large")
+            }
             UploadError::Store(error) => error.into(),
         }
     }

@@ -28,7 +28,11 @@ const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_
 // at the end.
 #[utoipa::path(post, path = "/files", tag = "Files", request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, body = File, description = "The file"), Errors))]
-pub async fn upload(State(batches): App, tenant: Tenant, request: Request) -> Result<Json<File>, ApiError> {
+pub async fn upload(
+    State(batches): App,
+    tenant: Tenant,
+    request: Request,
+) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request)?;
     let mut upload = batches.upload(&tenant.0).await?;
     let received = receive(&mut form, &mut upload).await;
@@ -80,8 +84,12 @@ async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiEr
             }
             "purpose" => once(&mut received.purpose, part).await?,
             // Brackets are most clients' form, dots that of Go.
-            "expires_after[anchor]" | "expires_after.anchor" => once(&mut received.anchor, part).await?,
-            "expires_after[seconds]" | "expires_after.seconds" => once(&mut received.seconds, part).await?,
+            "expires_after[anchor]" | "expires_after.anchor" => {
+                once(&mut received.anchor, part).await?
+            }
+            "expires_after[seconds]" | "expires_after.seconds" => {
+                once(&mut received.seconds, part).await?
+            }
             "expires_after" => once(&mut received.expires_after, part).await?,
             _ => form.ignore(part).await?,
         }
@@ -108,8 +116,9 @@ impl Received {
         if !PURPOSES.contains(&purpose.as_str()) {
             let shown = shortened(&purpose);
             let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
-            let message =
-                format!("Invalid value: '{shown}'. Supported values are: {supported}. The parameter is 'purpose'.");
+            let message = format!(
+                "Invalid value: '{shown}'. Supported values are: {supported}. The parameter is 'purpose'."
+            );
             return Err(ApiError::invalid("purpose", "invalid_value", message));
         }
         let lifetime = match (self.anchor, self.seconds) {
@@ -134,7 +143,11 @@ impl Received {
 /// Get a file
 #[utoipa::path(get, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
     responses((status = 200, body = File, description = "The file"), Errors))]
-pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<File>, ApiError> {
+pub async fn get(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<File>, ApiError> {
     match batches.file(&tenant.0, &id).await? {
         Some(file) => Ok(Json(file.into())),
         None => Err(no_file(&id)),
@@ -148,7 +161,11 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
     ("order" = inline(Option<Direction>), Query, description = "By age; newest first if absent"),
     ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
 ), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
-pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -> Result<Response, ApiError> {
+pub async fn list(
+    State(batches): App,
+    tenant: Tenant,
+    mut query: QueryParams,
+) -> Result<Response, ApiError> {
     let after = query.text("after");
     let order = match query.text("order").as_deref() {
         None | Some("desc") => Order::NewestFirst,
@@ -171,7 +188,9 @@ pub async fn list(State(batches): App, tenant: Tenant, mut query: QueryParams) -
         let (batches, tenant) = (batches.clone(), tenant.0.clone());
         async move {
             match batches.files(&tenant, query).await? {
-                Paged::Page(page) => Ok(Some((page.items.into_iter().map(File::from).collect(), page.has_more))),
+                Paged::Page(page) => {
+                    Ok(Some((page.items.into_iter().map(File::from).collect(), page.has_more)))
+                }
                 Paged::UnknownAfter => Ok(None),
             }
         }
@@ -188,7 +207,11 @@ const LISTED_BYTES: usize = 700;
 /// It is gone for clients at once; a batch that reads it goes on.
 #[utoipa::path(delete, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
     responses((status = 200, body = Deleted, description = "It is deleted"), Errors))]
-pub async fn delete(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+pub async fn delete(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Deleted>, ApiError> {
     if batches.delete_file(&tenant.0, &id).await? {
         Ok(Json(Deleted { id, object: "file", deleted: true }))
     } else {

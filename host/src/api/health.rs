@@ -30,7 +30,8 @@ pub async fn ready(State(batches): App) -> Response {
     let failed = plugins.entries.iter().filter(|entry| entry.state() == EntryState::Failed).count();
     let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
     // Their providers do not answer; requests wait, and what is created is kept.
-    let mut waiting: Vec<String> = batches.outages().into_iter().map(|(key, _)| key.plugin).collect();
+    let mut waiting: Vec<String> =
+        batches.outages().into_iter().map(|(key, _)| key.plugin).collect();
     waiting.dedup();
     let plugins = json!({"loaded": loaded, "failed": failed, "waiting": waiting.len()});
     if readiness.reasons.is_empty() {
@@ -43,8 +44,8 @@ pub async fn ready(State(batches): App) -> Response {
 
 /// An error object, and beside it what a person looks for.
 fn unavailable(reasons: &[String], plugins: Value) -> Response {
-    let error =
-        json!({"message": reasons.join(" "), "type": "server_error", "param": null, "code": "server_not_ready"});
-    let body = json!({"error": error, "status": "unavailable", "reasons": reasons, "plugins": plugins});
+    let error = json!({"message": reasons.join(" "), "type": "server_error", "param": null, "code": "server_not_ready"});
+    let body =
+        json!({"error": error, "status": "unavailable", "reasons": reasons, "plugins": plugins});
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }

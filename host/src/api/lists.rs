@@ -50,7 +50,9 @@ pub fn held(bytes: Bytes, share: Option<Share>) -> Bytes {
 
 /// A share for an answer of this size, which is not made yet.
 pub async fn room_for(pool: &Pool, holder: &Holder, bytes: usize) -> Result<Share, ApiError> {
-    tokio::time::timeout(PATIENCE, pool.take(holder, bytes)).await.map_err(|_| ApiError::overloaded())
+    tokio::time::timeout(PATIENCE, pool.take(holder, bytes))
+        .await
+        .map_err(|_| ApiError::overloaded())
 }
 
 /// An object that takes a share until the client has it.
@@ -65,7 +67,9 @@ pub fn sized<T: Serialize>(value: &T, mut share: Option<Share>) -> Result<Respon
 
 fn json(body: Body) -> Response {
     let mut response = body.into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 
@@ -137,12 +141,14 @@ impl<F> Rest<F> {
     {
         let share = self.pool.try_take(&self.holder, PIECE.saturating_mul(COPIES));
         let bytes = if share.is_some() { PIECE } else { FREE };
-        let Some((items, has_more)) = (self.page)(self.last_id.clone(), self.limit, bytes).await? else {
+        let Some((items, has_more)) = (self.page)(self.last_id.clone(), self.limit, bytes).await?
+        else {
             // The entry that the last piece ended with is gone.
             return Err(ApiError::internal("a list changed while it was read"));
         };
         self.limit = self.limit.saturating_sub(items.len());
-        self.last_id = items.last().map(|item| item.id().to_owned()).or_else(|| self.last_id.take());
+        self.last_id =
+            items.last().map(|item| item.id().to_owned()).or_else(|| self.last_id.take());
         self.has_more = has_more;
         Ok((items, share))
     }
@@ -161,8 +167,7 @@ impl<F> Rest<F> {
         }
         if !self.has_more || self.limit == 0 {
             self.ended = true;
-            let end =
-                serde_json::json!({"first_id": self.first_id, "last_id": self.last_id, "has_more": self.has_more});
+            let end = serde_json::json!({"first_id": self.first_id, "last_id": self.last_id, "has_more": self.has_more});
             text.extend_from_slice(b"],");
             // Without the brace that opens it.
             text.extend_from_slice(end.to_string().get(1..).unwrap_or("}").as_bytes());

@@ -86,7 +86,8 @@ pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -
         .routes(routes!(models::list));
     let (api, mut described) = api.split_for_parts();
     // The name of a model may hold slashes, which the description of a path cannot say.
-    let (_, model) = OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
+    let (_, model) =
+        OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
     described.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
     let document = Json(openapi::document(described, settings));
@@ -102,7 +103,9 @@ pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -
         .layer(middleware::from_fn_with_state(Trusted::new(settings, address), web::guard))
         .layer(middleware::from_fn(drain::drain))
         .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
-        .layer(CatchPanicLayer::custom(|_| ApiError::internal("the handler panicked").into_response()))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError::internal("the handler panicked").into_response()
+        }))
         .with_state(batches);
     let router = match web::cors(settings) {
         Some(cors) => router.layer(cors),
@@ -136,8 +139,10 @@ async fn tag(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
     let status = response.status();
-    let is_json =
-        response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes() == b"application/json");
+    let is_json = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes() == b"application/json");
     if (status.is_client_error() || status.is_server_error()) && !is_json {
         // A refusal of the framework's own, for a path that is not UTF-8 say.
         response = ApiError::of_status(status).into_response();

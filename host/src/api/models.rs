@@ -20,7 +20,11 @@ pub async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model>> {
 /// Get a model
 #[utoipa::path(get, path = "/models/{id}", tag = "Models", params(("id" = String, Path, description = "Name of the model")),
     responses((status = 200, body = Model, description = "The model"), Errors))]
-pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) -> Result<Json<Model>, ApiError> {
+pub async fn get(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Model>, ApiError> {
     match batches.registry().current().route(&tenant.0, &id) {
         Some(route) => Ok(Json(model(&id, &route.plugin))),
         None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
@@ -30,5 +34,10 @@ pub async fn get(State(batches): App, tenant: Tenant, Path(id): Path<String>) ->
 }
 
 fn model(name: &str, plugin: &Plugin) -> Model {
-    Model { id: name.to_owned(), object: "model", created: plugin.loaded_at, owned_by: plugin.name.clone() }
+    Model {
+        id: name.to_owned(),
+        object: "model",
+        created: plugin.loaded_at,
+        owned_by: plugin.name.clone(),
+    }
 }

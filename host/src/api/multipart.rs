@@ -55,7 +55,8 @@ impl Form {
     pub fn read(request: Request) -> Result<Self, ApiError> {
         let boundary = boundary(request.headers())?;
         let allowance = Arc::new(AtomicUsize::new(MAX_HEAD_BYTES));
-        let body = Metered { body: request.into_body(), allowance: allowance.clone(), yielded: false };
+        let body =
+            Metered { body: request.into_body(), allowance: allowance.clone(), yielded: false };
         let multipart = Multipart::new(Body::new(body).into_data_stream(), boundary);
         Ok(Self { multipart, allowance, ignored: 0 })
     }
@@ -65,7 +66,8 @@ impl Form {
         let field = self.multipart.next_field().await.map_err(|error| broken(&error))?;
         self.allowance.store(usize::MAX, Ordering::Relaxed);
         Ok(field.map(|field| {
-            let disposition = field.headers().get(header::CONTENT_DISPOSITION).map(|value| value.as_bytes());
+            let disposition =
+                field.headers().get(header::CONTENT_DISPOSITION).map(|value| value.as_bytes());
             let (name, filename) = names(disposition.unwrap_or_default());
             Part { name, filename, field }
         }))
@@ -119,7 +121,9 @@ fn boundary(headers: &HeaderMap) -> Result<String, ApiError> {
     };
     let Some(kind) = kind.filter(is_form) else {
         let given = shortened(&String::from_utf8_lossy(given));
-        let message = format!("Unsupported content type: '{given}'. A file is uploaded as multipart/form-data.");
+        let message = format!(
+            "Unsupported content type: '{given}'. A file is uploaded as multipart/form-data."
+        );
         let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
         return Err(error.with_code("unsupported_content_type"));
     };
@@ -157,14 +161,18 @@ fn with_plain_backslashes(header: &str) -> String {
 
 /// The name of a part, and that of its file.
 fn names(disposition: &[u8]) -> (String, Option<String>) {
-    let Some(message) = parsed("Content-Disposition", disposition) else { return Default::default() };
+    let Some(message) = parsed("Content-Disposition", disposition) else {
+        return Default::default();
+    };
     let Some(parsed) = message.content_disposition() else { return Default::default() };
     let name = parsed.attribute("name").unwrap_or_default().to_owned();
-    let mut filenames = parsed.attributes().into_iter().flatten().filter(|attribute| attribute.name == "filename");
+    let mut filenames =
+        parsed.attributes().into_iter().flatten().filter(|attribute| attribute.name == "filename");
     // `filename*` goes before `filename` (RFC 6266, 4.3), wherever it stands.
     let written = String::from_utf8_lossy(disposition).to_ascii_lowercase();
     let plain = ["filename=", "filename ="].iter().filter_map(|key| written.find(key)).min();
-    let extended_first = written.find("filename*").is_some_and(|at| plain.is_none_or(|plain| at < plain));
+    let extended_first =
+        written.find("filename*").is_some_and(|at| plain.is_none_or(|plain| at < plain));
     let found = if extended_first { filenames.next() } else { filenames.next_back() };
     // Browsers write a quote so (WHATWG HTML, multipart form data). Other letters with a percent sign may stand for themselves.
     let filename = found.map(|attribute| attribute.value.replace("%22", "\""));
@@ -175,7 +183,10 @@ fn broken(error: &multer::Error) -> ApiError {
     if let Some(late) = ApiError::of_late_body(error) {
         return late;
     }
-    let causes = std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |cause| cause.source());
+    let causes =
+        std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |cause| {
+            cause.source()
+        });
     if causes.into_iter().any(<dyn std::error::Error>::is::<HeadTooLong>) {
         return ApiError::bad_request(format!(
             "The multipart body could not be read: the headers of a part are longer than {MAX_HEAD_BYTES} bytes."
@@ -236,8 +247,16 @@ mod tests {
         for (header, name, filename) in [
             (r#"form-data; name="file"; filename="a;b.jsonl""#, "file", "a;b.jsonl"),
             (r#"form-data; filename="x = y"; name=file"#, "file", "x = y"),
-            (r#"form-data; name="file"; filename="a.jsonl"; filename*=utf-8''%C3%BC%20x.jsonl"#, "file", "ü x.jsonl"),
-            (r#"form-data; name="file"; filename*=utf-8''%C3%BC%20x.jsonl; filename="a.jsonl""#, "file", "ü x.jsonl"),
+            (
+                r#"form-data; name="file"; filename="a.jsonl"; filename*=utf-8''%C3%BC%20x.jsonl"#,
+                "file",
+                "ü x.jsonl",
+            ),
+            (
+                r#"form-data; name="file"; filename*=utf-8''%C3%BC%20x.jsonl; filename="a.jsonl""#,
+                "file",
+                "ü x.jsonl",
+            ),
             (
                 r#"form-data; name="file"; FILENAME*=UTF-8''plain%20x.jsonl; filename="a.jsonl""#,
                 "file",
@@ -283,9 +302,12 @@ mod tests {
         ] {
             assert_eq!(read(kind).as_deref(), Ok(expected), "{kind}");
         }
-        for kind in
-            ["multipart/form-data", "multipart/form-data; boundary=\"\"", "multipart/mixed; boundary=x", "text/plain"]
-        {
+        for kind in [
+            "multipart/form-data",
+            "multipart/form-data; boundary=\"\"",
+            "multipart/mixed; boundary=x",
+            "text/plain",
+        ] {
             assert!(read(kind).is_err(), "{kind}");
         }
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use utoipa::openapi::{
-    ContentBuilder, HeaderBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder, ResponsesBuilder, ServerBuilder,
+    ContentBuilder, HeaderBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder,
+    ResponsesBuilder, ServerBuilder,
 };
 use utoipa::{IntoResponses, PartialSchema, ToSchema};
 
@@ -18,7 +19,8 @@ pub struct Errors;
 
 impl IntoResponses for Errors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
+        let content =
+            ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
         let id = HeaderBuilder::new()
             .schema(Some(String::schema()))
             .description(Some("Names the request in the server's log"))
@@ -36,7 +38,8 @@ impl IntoResponses for Errors {
 pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
     gathered.info.title = "Batchwright".into();
     gathered.info.description = Some("The OpenAI Batch API: files, batches, models.".into());
-    gathered.servers = Some(PREFIXES.iter().map(|prefix| ServerBuilder::new().url(*prefix).build()).collect());
+    gathered.servers =
+        Some(PREFIXES.iter().map(|prefix| ServerBuilder::new().url(*prefix).build()).collect());
     let components = gathered.components.get_or_insert_default();
     let mut schemas = Vec::new();
     ErrorBody::schemas(&mut schemas);
@@ -49,7 +52,10 @@ pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
             "/components/schemas/CreateBatch/properties/completion_window/enum",
             settings.completion_window_names().collect(),
         ),
-        ("/components/schemas/CreateBatch/properties/metadata/maxProperties", json!(settings.max_metadata_pairs)),
+        (
+            "/components/schemas/CreateBatch/properties/metadata/maxProperties",
+            json!(settings.max_metadata_pairs),
+        ),
         (
             "/components/schemas/CreateBatch/properties/metadata/additionalProperties/maxLength",
             json!(settings.max_metadata_value),
@@ -62,10 +68,16 @@ pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
             "/components/schemas/UploadForm/dependentRequired",
             json!({"expires_after[anchor]": ["expires_after[seconds]"], "expires_after[seconds]": ["expires_after[anchor]"]}),
         ),
-        ("/paths/~1batches/get/parameters/1/schema/maximum", json!(settings.max_batches_per_page.get())),
+        (
+            "/paths/~1batches/get/parameters/1/schema/maximum",
+            json!(settings.max_batches_per_page.get()),
+        ),
         // Some clients send every parameter; an empty one is as good as none.
         ("/paths/~1files/get/parameters/2/schema/enum", json!(["asc", "desc", ""])),
-        ("/paths/~1files/get/parameters/1/schema/maximum", json!(settings.max_files_per_page.get())),
+        (
+            "/paths/~1files/get/parameters/1/schema/maximum",
+            json!(settings.max_files_per_page.get()),
+        ),
     ] {
         set(&mut document, place, value);
     }

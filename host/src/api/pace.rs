@@ -26,7 +26,8 @@ pub const MIN_RATE: u64 = 4 << 10;
 pub struct TooSlow;
 
 pub async fn pace(State(timeout): State<Duration>, request: Request, next: Next) -> Response {
-    let request = request.map(|body| if body.is_end_stream() { body } else { Body::new(Paced::new(body, timeout)) });
+    let request = request
+        .map(|body| if body.is_end_stream() { body } else { Body::new(Paced::new(body, timeout)) });
     next.run(request).await
 }
 
@@ -81,7 +82,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for PacedStream<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for PacedStream<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.wrote(polled)
     }
@@ -99,11 +104,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for PacedStream<S> {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
@@ -143,7 +154,8 @@ impl HttpBody for Paced {
                 self.waited = self.waited.saturating_add(since.elapsed());
             }
             if let Some(Ok(frame)) = &polled {
-                self.received = self.received.saturating_add(frame.data_ref().map_or(0, Bytes::len) as u64);
+                self.received =
+                    self.received.saturating_add(frame.data_ref().map_or(0, Bytes::len) as u64);
                 if self.waited > self.allowance() {
                     return Poll::Ready(Some(Err(axum::Error::new(TooSlow))));
                 }

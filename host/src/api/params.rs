@@ -61,13 +61,26 @@ impl<S: Sync> FromRequest<S> for AnyJson {
 
 /// Refuses what says that it is no JSON: a web page can send other types to any server without being asked (see [`super::web`]).
 fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
-    let given = headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
-    let kind = given.as_deref().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let given =
+        headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let kind = given
+        .as_deref()
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
     if kind == "application/json" || kind.starts_with("application/") && kind.ends_with("+json") {
         return Ok(());
     }
-    let given = given.map_or_else(|| "none was given".into(), |given| format!("'{}' was given", shortened(&given)));
-    let message = format!("Unsupported content type: this method needs 'Content-Type: application/json', but {given}.");
+    let given = given.map_or_else(
+        || "none was given".into(),
+        |given| format!("'{}' was given", shortened(&given)),
+    );
+    let message = format!(
+        "Unsupported content type: this method needs 'Content-Type: application/json', but {given}."
+    );
     let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
     Err(error.with_code("unsupported_content_type"))
 }
@@ -81,22 +94,29 @@ impl Params {
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
                 let late = ApiError::of_late_body(&error);
-                late.unwrap_or_else(|| ApiError::bad_request(format!("The request body could not be read: {error}.")))
+                late.unwrap_or_else(|| {
+                    ApiError::bad_request(format!("The request body could not be read: {error}."))
+                })
             })?;
             let Ok(data) = frame.into_data() else { continue };
             if bytes.len().saturating_add(data.len()) > MOST_JSON {
                 let limit = MOST_JSON >> 10;
-                return Err(ApiError::too_large(format!("The request body is larger than {limit} KiB.")));
+                return Err(ApiError::too_large(format!(
+                    "The request body is larger than {limit} KiB."
+                )));
             }
             if share.is_none() && bytes.len().saturating_add(data.len()) > FREE {
-                share = Some(room_for(&batches.memory().clients, &tenant.0.as_str().into(), MEMORY).await?);
+                share = Some(
+                    room_for(&batches.memory().clients, &tenant.0.as_str().into(), MEMORY).await?,
+                );
             }
             bytes.extend_from_slice(&data);
         }
         match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)) {
             Ok(Value::Object(given)) => Ok(Self { given, _share: share }),
             Ok(other) => {
-                let message = format!("The request body must be a JSON object, but it is {}.", kind(&other));
+                let message =
+                    format!("The request body must be a JSON object, but it is {}.", kind(&other));
                 Err(ApiError::bad_request(message))
             }
             Err(error) => {
@@ -109,7 +129,11 @@ impl Params {
     /// One parameter, whose value a part of a form has as JSON.
     pub fn of_json(name: &str, json: &str) -> Result<Self, ApiError> {
         let value: Value = serde_json::from_str(json).map_err(|error| {
-            ApiError::invalid(name, "invalid_value", format!("The part '{name}' is not valid JSON: {error}."))
+            ApiError::invalid(
+                name,
+                "invalid_value",
+                format!("The part '{name}' is not valid JSON: {error}."),
+            )
         })?;
         Ok(Self { given: Map::from_iter([(name.to_owned(), value)]), _share: None })
     }
@@ -132,7 +156,11 @@ impl Params {
     }
 
     /// Pairs of strings, as many and as long as the settings allow.
-    pub fn metadata(&mut self, name: &str, settings: &Settings) -> Result<Option<Metadata>, ApiError> {
+    pub fn metadata(
+        &mut self,
+        name: &str,
+        settings: &Settings,
+    ) -> Result<Option<Metadata>, ApiError> {
         let most = settings.max_metadata_pairs;
         let pairs = match self.take(name) {
             None => return Ok(None),
@@ -149,9 +177,13 @@ impl Params {
         let mut metadata = Metadata::new();
         for (key, value) in pairs {
             let at = format!("{name}.{key}");
-            let Value::String(value) = value else { return Err(wrong_type(&at, "a string", &value)) };
+            let Value::String(value) = value else {
+                return Err(wrong_type(&at, "a string", &value));
+            };
             let longest_key = settings.max_metadata_key;
-            for (what, text, longest) in [("key", &key, longest_key), ("value", &value, settings.max_metadata_value)] {
+            for (what, text, longest) in
+                [("key", &key, longest_key), ("value", &value, settings.max_metadata_value)]
+            {
                 let length = text.chars().count();
                 if length > longest {
                     let shown: String = at.chars().take(name.len() + 1 + longest_key).collect();
@@ -181,7 +213,9 @@ impl Params {
         }
         let at = format!("{name}.seconds");
         let lifetime = match given.take("seconds") {
-            Some(value) if is_whole(&value) => check_lifetime(&at, whole_number(&value), &value.to_string())?,
+            Some(value) if is_whole(&value) => {
+                check_lifetime(&at, whole_number(&value), &value.to_string())?
+            }
             Some(other) => return Err(wrong_type(&at, "an integer", &other)),
             None => return Err(missing(&at)),
         };
@@ -201,7 +235,11 @@ impl Params {
 }
 
 pub fn missing(name: &str) -> ApiError {
-    ApiError::invalid(name, "missing_required_parameter", format!("Missing required parameter: '{name}'."))
+    ApiError::invalid(
+        name,
+        "missing_required_parameter",
+        format!("Missing required parameter: '{name}'."),
+    )
 }
 
 pub fn unknown_parameter(name: &str) -> ApiError {
@@ -216,8 +254,13 @@ fn is_whole(value: &Value) -> bool {
 }
 
 fn whole_number(value: &Value) -> Option<u64> {
-    let written_as_decimal = || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is whole, positive and small")]
+    let written_as_decimal =
+        || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "it is whole, positive and small"
+    )]
     value.as_u64().or_else(|| written_as_decimal().map(|number| number as u64))
 }
 
@@ -226,25 +269,36 @@ pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
         return Ok(());
     }
     let anchor = shortened(anchor);
-    let message = format!("Invalid value: '{anchor}'. Supported values are: 'created_at'. The parameter is '{name}'.");
+    let message = format!(
+        "Invalid value: '{anchor}'. Supported values are: 'created_at'. The parameter is '{name}'."
+    );
     Err(ApiError::invalid(name, "invalid_value", message))
 }
 
 /// Seconds, if they are a number, and as the client wrote them.
-pub fn check_lifetime(name: &str, seconds: Option<u64>, written: &str) -> Result<Duration, ApiError> {
+pub fn check_lifetime(
+    name: &str,
+    seconds: Option<u64>,
+    written: &str,
+) -> Result<Duration, ApiError> {
     let fitting = seconds.filter(|seconds| LIFETIME.contains(seconds));
-    fitting.map(Duration::from_secs).ok_or_else(|| out_of_range(name, &LIFETIME, &shortened(written)))
+    fitting
+        .map(Duration::from_secs)
+        .ok_or_else(|| out_of_range(name, &LIFETIME, &shortened(written)))
 }
 
 fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
     let (least, most) = (range.start(), range.end());
-    let message = format!("Invalid '{name}': expected an integer from {least} to {most}, but got '{given}' instead.");
+    let message = format!(
+        "Invalid '{name}': expected an integer from {least} to {most}, but got '{given}' instead."
+    );
     ApiError::invalid(name, "invalid_value", message)
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
     let shown = shortened(name);
-    let message = format!("Invalid type for '{shown}': expected {expected}, but got {} instead.", kind(got));
+    let message =
+        format!("Invalid type for '{shown}': expected {expected}, but got {} instead.", kind(got));
     ApiError::invalid(shown, "invalid_type", message)
 }
 
@@ -269,7 +323,9 @@ impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match Query::from_request_parts(parts, state).await {
             Ok(Query(params)) => Ok(Self(params)),
-            Err(rejection) => Err(ApiError::bad_request(format!("The query could not be read: {rejection}."))),
+            Err(rejection) => {
+                Err(ApiError::bad_request(format!("The query could not be read: {rejection}.")))
+            }
         }
     }
 }

@@ -55,7 +55,8 @@ mod tests {
             ("//", Some("/")),
             ("/v1/files/%2F/", Some("/v1/files/%2F")),
         ] {
-            let uri = Uri::builder().scheme("http").authority("h").path_and_query(given).build().unwrap();
+            let uri =
+                Uri::builder().scheme("http").authority("h").path_and_query(given).build().unwrap();
             let expected = expected.map(|path| format!("http://h{path}"));
             assert_eq!(normalized(&uri).map(|uri| uri.to_string()), expected, "{given}");
         }

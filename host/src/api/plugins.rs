@@ -18,14 +18,18 @@ pub async fn list(State(batches): App, tenant: Tenant) -> Json<Collection<Plugin
     let plugins = batches.registry().current();
     let outages = batches.outages();
     let shown = plugins.entries.iter().filter(|entry| entry.is_shown_to(&tenant.0));
-    Json(Collection::new(shown.map(|entry| Plugin::from(entry).with(&outages, &tenant.0)).collect()))
+    Json(Collection::new(
+        shown.map(|entry| Plugin::from(entry).with(&outages, &tenant.0)).collect(),
+    ))
 }
 
 /// The same in the operator's words, with every tenant's trouble: on the operator's own listener.
 pub async fn list_for_operator(State(batches): App) -> Json<Collection<OperatorPlugin>> {
     let plugins = batches.registry().current();
     let outages = batches.outages();
-    Json(Collection::new(plugins.entries.iter().map(|entry| OperatorPlugin::new(entry, &outages)).collect()))
+    Json(Collection::new(
+        plugins.entries.iter().map(|entry| OperatorPlugin::new(entry, &outages)).collect(),
+    ))
 }
 
 /// List the plugins that served a batch, each as it was then

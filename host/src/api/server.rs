@@ -54,13 +54,24 @@ const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const ADMIN_CONNECTIONS: usize = 64;
 
 /// Serves the API until `end`, and then until every connection has its answer.
-pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, end: impl Future<Output = ()>) {
-    let connections = Connections::new(settings.max_connections.get(), settings.max_connections_per_address);
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    settings: &Settings,
+    end: impl Future<Output = ()>,
+) {
+    let connections =
+        Connections::new(settings.max_connections.get(), settings.max_connections_per_address);
     listen(listener, router, settings, connections, end).await;
 }
 
 /// Serves health alone, with connections of its own.
-pub async fn serve_admin(listener: TcpListener, router: Router, settings: &Settings, end: impl Future<Output = ()>) {
+pub async fn serve_admin(
+    listener: TcpListener,
+    router: Router,
+    settings: &Settings,
+    end: impl Future<Output = ()>,
+) {
     listen(listener, router, settings, Connections::new(ADMIN_CONNECTIONS, 0), end).await;
 }
 
@@ -72,8 +83,10 @@ async fn listen(
     end: impl Future<Output = ()>,
 ) {
     let builder = builder(settings.client_timeout.duration());
-    let patience =
-        Patience { head: settings.request_head_timeout.duration(), keep_alive: settings.keep_alive_timeout.duration() };
+    let patience = Patience {
+        head: settings.request_head_timeout.duration(),
+        keep_alive: settings.keep_alive_timeout.duration(),
+    };
     let ending = CancellationToken::new();
     let tasks = TaskTracker::new();
     let mut end = pin!(end);
@@ -89,7 +102,9 @@ async fn listen(
             },
             () = &mut end => break,
         };
-        let Some(connection) = connections.enter_soon(address.ip()).await.map(Arc::new) else { continue };
+        let Some(connection) = connections.enter_soon(address.ip()).await.map(Arc::new) else {
+            continue;
+        };
         stream.set_nodelay(true).ok();
         let timeout = settings.client_timeout.duration();
         let mut stream = TimeoutStream::new(stream);
@@ -107,7 +122,11 @@ async fn listen(
 /// HTTP/1, or HTTP/2 if the client begins with its preface. When a connection is idle for too long is decided here, not by the library.
 fn builder(client_timeout: Duration) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_BUFFER_BYTES);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_buf_size(MAX_BUFFER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())

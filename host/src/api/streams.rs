@@ -193,7 +193,9 @@ impl HttpBody for Watched {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         if self.stream.lock().is_cut {
             self.end();
-            return Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(std::io::ErrorKind::TimedOut)))));
+            return Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(
+                std::io::ErrorKind::TimedOut,
+            )))));
         }
         loop {
             if self.rest.has_remaining() {

@@ -45,7 +45,9 @@ pub struct Trusted {
 impl Trusted {
     /// The settings for a listener on this address.
     pub fn new(settings: &Settings, address: SocketAddr) -> Arc<Self> {
-        let lowered = |names: &[String]| names.iter().map(|name| name.to_ascii_lowercase()).collect::<Vec<_>>();
+        let lowered = |names: &[String]| {
+            names.iter().map(|name| name.to_ascii_lowercase()).collect::<Vec<_>>()
+        };
         let hosts = lowered(&settings.allowed_hosts.0);
         Arc::new(Self {
             checks_hosts: address.ip().is_loopback() || !hosts.is_empty(),
@@ -62,7 +64,9 @@ impl Trusted {
             || name == "localhost"
             || name.ends_with(".localhost")
             || self.hosts.iter().any(|allowed| match allowed.strip_prefix("*.") {
-                Some(parent) => name.strip_suffix(parent).is_some_and(|below| below.len() > 1 && below.ends_with('.')),
+                Some(parent) => name
+                    .strip_suffix(parent)
+                    .is_some_and(|below| below.len() > 1 && below.ends_with('.')),
                 None => name == allowed,
             })
     }
@@ -78,7 +82,9 @@ pub fn cors(settings: &Settings) -> Option<CorsLayer> {
     let origins = &settings.cors_origins.0;
     let allowed = match origins.iter().any(|origin| origin == "*") {
         true => AllowOrigin::any(),
-        false => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+        false => AllowOrigin::list(
+            origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()),
+        ),
     };
     let layer = CorsLayer::new()
         .allow_origin(allowed)
@@ -108,7 +114,12 @@ fn host(request: &Request) -> Option<&str> {
     request.uri().authority().map(axum::http::uri::Authority::as_str).or_else(of_header)
 }
 
-fn check(trusted: &Trusted, method: &Method, host: Option<&str>, headers: &HeaderMap) -> Result<(), ApiError> {
+fn check(
+    trusted: &Trusted,
+    method: &Method,
+    host: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<(), ApiError> {
     if headers.get_all(header::HOST).iter().nth(1).is_some() {
         return Err(ApiError::bad_request("The request has more than one Host header."));
     }
@@ -120,12 +131,14 @@ fn check(trusted: &Trusted, method: &Method, host: Option<&str>, headers: &Heade
         let message = format!(
             "This server does not answer for the host '{host}'. Its operator can allow the name with the setting allowed_hosts."
         );
-        return Err(ApiError::refused(StatusCode::MISDIRECTED_REQUEST, message).with_code("host_not_allowed"));
+        return Err(ApiError::refused(StatusCode::MISDIRECTED_REQUEST, message)
+            .with_code("host_not_allowed"));
     }
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return Ok(());
     }
-    let origin = headers.get(header::ORIGIN).map(|origin| String::from_utf8_lossy(origin.as_bytes()));
+    let origin =
+        headers.get(header::ORIGIN).map(|origin| String::from_utf8_lossy(origin.as_bytes()));
     let site = headers.get(SEC_FETCH_SITE).map(HeaderValue::as_bytes);
     let is_same = match (site, &origin) {
         (Some(b"same-origin" | b"none"), _) | (None, None) => true,
@@ -133,14 +146,16 @@ fn check(trusted: &Trusted, method: &Method, host: Option<&str>, headers: &Heade
         (_, Some(origin)) if trusted.trusts_origin(origin) => true,
         (Some(_), Some(_)) => false,
         // The scheme is not compared: a proxy may have taken the TLS off.
-        (None, Some(origin)) => {
-            origin.split_once("://").zip(host).is_some_and(|((_, of_page), host)| of_page.eq_ignore_ascii_case(host))
-        }
+        (None, Some(origin)) => origin
+            .split_once("://")
+            .zip(host)
+            .is_some_and(|((_, of_page), host)| of_page.eq_ignore_ascii_case(host)),
     };
     if is_same {
         return Ok(());
     }
-    let origin = origin.map_or_else(|| "another site".into(), |origin| format!("'{}'", shortened(&origin)));
+    let origin =
+        origin.map_or_else(|| "another site".into(), |origin| format!("'{}'", shortened(&origin)));
     let message = format!(
         "Web pages of {origin} may not write here. The server's operator can allow an origin with the setting cors_origins."
     );
@@ -150,7 +165,11 @@ fn check(trusted: &Trusted, method: &Method, host: Option<&str>, headers: &Heade
 /// A host without its port; an IPv6 address keeps its brackets.
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
-        Some((name, port)) if !port.contains(']') && port.bytes().all(|digit| digit.is_ascii_digit()) => name,
+        Some((name, port))
+            if !port.contains(']') && port.bytes().all(|digit| digit.is_ascii_digit()) =>
+        {
+            name
+        }
         _ => host,
     }
 }
@@ -160,7 +179,9 @@ mod tests {
     use super::*;
 
     fn trusted(address: &str, hosts: &[&str], origins: &[&str]) -> Arc<Trusted> {
-        let names = |names: &[&str]| crate::config::Names(names.iter().map(|&name| name.to_owned()).collect());
+        let names = |names: &[&str]| {
+            crate::config::Names(names.iter().map(|&name| name.to_owned()).collect())
+        };
         let settings = Settings {
             allowed_hosts: names(hosts),
             cors_origins: names(origins),
@@ -169,13 +190,21 @@ mod tests {
         Trusted::new(&settings, address.parse().unwrap())
     }
 
-    fn status(trusted: &Trusted, method: Method, host: &str, headers: &[(&'static str, &str)]) -> u16 {
+    fn status(
+        trusted: &Trusted,
+        method: Method,
+        host: &str,
+        headers: &[(&'static str, &str)],
+    ) -> u16 {
         let headers: HeaderMap = headers
             .iter()
-            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap()))
+            .map(|(name, value)| {
+                (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
+            })
             .collect();
         let host = Some(host).filter(|host| !host.is_empty());
-        check(trusted, &method, host, &headers).map_or_else(|error| error.into_response().status().as_u16(), |()| 200)
+        check(trusted, &method, host, &headers)
+            .map_or_else(|error| error.into_response().status().as_u16(), |()| 200)
     }
 
     #[test]

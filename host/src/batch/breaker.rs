@@ -162,7 +162,12 @@ impl Drop for Probe {
 
 impl Breaker {
     pub fn new(pauses: Pauses) -> Self {
-        Self { pauses, passes: AtomicU64::new(0), calm: AtomicBool::new(true), state: Mutex::default() }
+        Self {
+            pauses,
+            passes: AtomicU64::new(0),
+            calm: AtomicBool::new(true),
+            state: Mutex::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -275,7 +280,10 @@ impl Breaker {
             state.suspicion = state.suspicion.saturating_add(trouble.kind.weight());
         }
         if state.suspicion < OPENS_AT && trouble.kind != Kind::Plugin {
-            return (Verdict::Hold(now.after(HELD.min(self.pauses.first.saturating_mul(2)))), false);
+            return (
+                Verdict::Hold(now.after(HELD.min(self.pauses.first.saturating_mul(2)))),
+                false,
+            );
         }
         let next = now.after(jittered(self.pauses.first));
         state.open = Some(Open { trouble, pause: self.pauses.first, next, probing: false, plugin });
@@ -345,8 +353,11 @@ mod tests {
     use super::*;
     use crate::plugin::types::Failure;
 
-    const PAUSES: Pauses =
-        Pauses { first: Duration::from_secs(1), longest: Duration::from_secs(60), give_up_after: None };
+    const PAUSES: Pauses = Pauses {
+        first: Duration::from_secs(1),
+        longest: Duration::from_secs(60),
+        give_up_after: None,
+    };
 
     fn trouble(kind: Kind) -> Trouble {
         let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
@@ -357,7 +368,13 @@ mod tests {
         Timestamp::from_millis(seconds * 1000)
     }
 
-    fn fail(breaker: &Breaker, now: i64, line: u64, kind: Kind, refused_at: Option<u64>) -> Verdict {
+    fn fail(
+        breaker: &Breaker,
+        now: i64,
+        line: u64,
+        kind: Kind,
+        refused_at: Option<u64>,
+    ) -> Verdict {
         breaker.failed(at(now), line, 1, refused_at, trouble(kind), false).0
     }
 
@@ -365,8 +382,14 @@ mod tests {
     fn probe(breaker: &Arc<Breaker>, now: i64, line: u64, kind: Kind) -> (i64, Verdict) {
         for second in now..now + 100 {
             if let (Gate::Probe, Some(_guard)) = breaker.enter(at(second), 1) {
-                assert!(matches!(breaker.check(at(second), 1), Gate::Wait(_)), "one probe at a time");
-                return (second - now, breaker.failed(at(second), line, 1, None, trouble(kind), true).0);
+                assert!(
+                    matches!(breaker.check(at(second), 1), Gate::Wait(_)),
+                    "one probe at a time"
+                );
+                return (
+                    second - now,
+                    breaker.failed(at(second), line, 1, None, trouble(kind), true).0,
+                );
             }
         }
         panic!("no probe is let out");
@@ -389,7 +412,10 @@ mod tests {
                 Some(waited)
             })
             .collect();
-        assert!(pauses.windows(2).all(|pair| pair[0] <= pair[1] + 12) && pauses.iter().all(|pause| *pause <= 60));
+        assert!(
+            pauses.windows(2).all(|pair| pair[0] <= pair[1] + 12)
+                && pauses.iter().all(|pause| *pause <= 60)
+        );
         assert!(*pauses.last().unwrap() >= 48, "{pauses:?}");
         let ended = breaker.passed().unwrap();
         assert_eq!(ended.trouble.detail, "refused by 192.0.2.1");
@@ -441,7 +467,10 @@ mod tests {
 
     #[test]
     fn lines_are_given_up_after_the_time_that_the_operator_sets() {
-        let breaker = Arc::new(Breaker::new(Pauses { give_up_after: Some(Duration::from_secs(10)), ..PAUSES }));
+        let breaker = Arc::new(Breaker::new(Pauses {
+            give_up_after: Some(Duration::from_secs(10)),
+            ..PAUSES
+        }));
         fail(&breaker, 0, 1, Kind::Unreachable, None);
         fail(&breaker, 0, 2, Kind::Unreachable, None);
         assert!(matches!(breaker.check(at(9), 1), Gate::Probe));

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::{Batches, ENDPOINTS};
 use crate::store::{
-    BatchRecord, Counts, Created, Idempotency, Metadata, NewBatch, Status, StoreError, Times, TokenUsage,
+    BatchRecord, Counts, Created, Idempotency, Metadata, NewBatch, Status, StoreError, Times,
+    TokenUsage,
 };
 
 /// A batch as a client asks for it.
@@ -27,8 +28,13 @@ impl Request {
     /// A digest of everything but the key.
     fn fingerprint(&self) -> [u8; 32] {
         let lifetime = self.output_lifetime.map(|lifetime| lifetime.as_millis().to_string());
-        let parameters =
-            serde_json::json!([self.input_file_id, self.endpoint, self.completion_window, self.metadata, lifetime]);
+        let parameters = serde_json::json!([
+            self.input_file_id,
+            self.endpoint,
+            self.completion_window,
+            self.metadata,
+            lifetime
+        ]);
         Sha256::digest(parameters.to_string()).into()
     }
 }
@@ -41,9 +47,13 @@ pub enum CreateError {
         "Invalid value: '{given}'. Supported values are: {supported}. The parameter is 'completion_window'; the server's setting completion_windows allows others."
     )]
     CompletionWindow { given: String, supported: String },
-    #[error("Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key.")]
+    #[error(
+        "Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key."
+    )]
     Conflict(String),
-    #[error("The server takes no batches now, as its rules are not complete; try again in a while.")]
+    #[error(
+        "The server takes no batches now, as its rules are not complete; try again in a while."
+    )]
     NotReady,
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -59,7 +69,11 @@ fn quoted(values: &[&str]) -> String {
 }
 
 impl Batches {
-    pub async fn create(&self, tenant: &str, mut request: Request) -> Result<BatchRecord, CreateError> {
+    pub async fn create(
+        &self,
+        tenant: &str,
+        mut request: Request,
+    ) -> Result<BatchRecord, CreateError> {
         // Tools for Azure write it without.
         let long = format!("/v1{}", request.endpoint);
         if ENDPOINTS.contains(&long.as_str()) {
@@ -70,9 +84,16 @@ impl Batches {
         }
         let Some(window) = self.settings.completion_window(&request.completion_window) else {
             let supported = self.settings.completion_windows.to_string();
-            return Err(CreateError::CompletionWindow { given: shortened(&request.completion_window), supported });
+            return Err(CreateError::CompletionWindow {
+                given: shortened(&request.completion_window),
+                supported,
+            });
         };
-        if let Err(why) = self.registry.current().check_required(&self.settings.required_plugins, tenant, &ENDPOINTS) {
+        if let Err(why) = self.registry.current().check_required(
+            &self.settings.required_plugins,
+            tenant,
+            &ENDPOINTS,
+        ) {
             tracing::warn!(tenant, "no batch is created: {why}");
             return Err(CreateError::NotReady);
         }

@@ -130,9 +130,10 @@ impl Deferred {
     /// Where the first of them stands.
     pub fn first(&self) -> Option<Position> {
         let entries = self.lock();
-        let positions = entries
-            .iter()
-            .map(|Reverse(entry)| Position { lines: entry.number.saturating_sub(1), bytes: entry.range.start });
+        let positions = entries.iter().map(|Reverse(entry)| Position {
+            lines: entry.number.saturating_sub(1),
+            bytes: entry.range.start,
+        });
         positions.min()
     }
 

@@ -67,7 +67,10 @@ impl<'a> Envelope<'a> {
         }
         state.naming = Some(Naming::default());
         read(text, &mut state)?;
-        Ok(Self { duplicates: state.naming.map(|naming| naming.found).unwrap_or_default(), ..found })
+        Ok(Self {
+            duplicates: state.naming.map(|naming| naming.found).unwrap_or_default(),
+            ..found
+        })
     }
 }
 
@@ -110,9 +113,18 @@ impl State {
             && naming.found.len() < MAX_NAMED
         {
             let key = String::from_utf8_lossy(key);
-            let shown: String = key.chars().filter(|letter| !letter.is_control()).take(MAX_KEY_CHARS).collect();
-            let path = naming.path.iter().map(String::as_str).chain([shown.as_str()]).collect::<Vec<_>>().join(".");
-            if !naming.found.contains(&path) && self.keys.get(from..).is_some_and(|keys| keys.contains(&hash)) {
+            let shown: String =
+                key.chars().filter(|letter| !letter.is_control()).take(MAX_KEY_CHARS).collect();
+            let path = naming
+                .path
+                .iter()
+                .map(String::as_str)
+                .chain([shown.as_str()])
+                .collect::<Vec<_>>()
+                .join(".");
+            if !naming.found.contains(&path)
+                && self.keys.get(from..).is_some_and(|keys| keys.contains(&hash))
+            {
                 naming.found.push(path);
             }
         }
@@ -135,8 +147,18 @@ impl State {
 }
 
 /// Keys that rules look at, and that some readers find in any case.
-const CASELESS: [&[u8]; 10] =
-    [b"custom_id", b"method", b"url", b"body", b"model", b"messages", b"input", b"prompt", b"stream", b"role"];
+const CASELESS: [&[u8]; 10] = [
+    b"custom_id",
+    b"method",
+    b"url",
+    b"body",
+    b"model",
+    b"messages",
+    b"input",
+    b"prompt",
+    b"stream",
+    b"role",
+];
 
 /// A key as it is compared: `MODEL` is another `model`, for readers that ignore the case of letters.
 fn folded(key: &[u8]) -> Cow<'_, [u8]> {
@@ -148,7 +170,12 @@ fn folded(key: &[u8]) -> Cow<'_, [u8]> {
 
 /// What is taken of an object: the value of a key is read here, or passed over.
 trait Wanted<'de> {
-    fn take<A: MapAccess<'de>>(&mut self, key: Key, map: &mut A, state: &mut State) -> Result<(), A::Error>;
+    fn take<A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        map: &mut A,
+        state: &mut State,
+    ) -> Result<(), A::Error>;
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -179,14 +206,20 @@ impl Key {
 struct Top<'f, 'de>(&'f mut Envelope<'de>);
 
 impl<'de> Wanted<'de> for Top<'_, 'de> {
-    fn take<A: MapAccess<'de>>(&mut self, key: Key, map: &mut A, state: &mut State) -> Result<(), A::Error> {
+    fn take<A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        map: &mut A,
+        state: &mut State,
+    ) -> Result<(), A::Error> {
         match key {
             Key::CustomId => self.0.custom_id = string(map.next_value::<&RawValue>()?.get()),
             Key::Url => self.0.url = Some(map.next_value::<&RawValue>()?.get()),
             Key::Body => {
                 let body = Body { has: false, has_model: false, model: None };
                 let body = nested(map, state, "body", body)?;
-                (self.0.has_body, self.0.has_model, self.0.model) = (body.has, body.has_model, body.model);
+                (self.0.has_body, self.0.has_model, self.0.model) =
+                    (body.has, body.has_model, body.model);
             }
             _ => drop(map.next_value::<IgnoredAny>()?),
         }
@@ -201,7 +234,12 @@ struct Body<'de> {
 }
 
 impl<'de> Wanted<'de> for Body<'de> {
-    fn take<A: MapAccess<'de>>(&mut self, key: Key, map: &mut A, state: &mut State) -> Result<(), A::Error> {
+    fn take<A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        map: &mut A,
+        state: &mut State,
+    ) -> Result<(), A::Error> {
         match key {
             Key::Model => {
                 self.has_model = true;
@@ -223,7 +261,12 @@ impl<'de> Wanted<'de> for Body<'de> {
 struct Nothing;
 
 impl<'de> Wanted<'de> for Nothing {
-    fn take<A: MapAccess<'de>>(&mut self, _: Key, map: &mut A, _: &mut State) -> Result<(), A::Error> {
+    fn take<A: MapAccess<'de>>(
+        &mut self,
+        _: Key,
+        map: &mut A,
+        _: &mut State,
+    ) -> Result<(), A::Error> {
         map.next_value::<IgnoredAny>().map(drop)
     }
 }
@@ -242,7 +285,9 @@ fn nested<'de, A: MapAccess<'de>, W: Wanted<'de> + Present>(
         let raw: &RawValue = map.next_value()?;
         if raw.get().starts_with(['{', '[']) {
             let object = Object { state, wanted: &mut wanted };
-            object.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(A::Error::custom)?;
+            object
+                .deserialize(&mut serde_json::Deserializer::from_str(raw.get()))
+                .map_err(A::Error::custom)?;
         }
     } else {
         map.next_value_seed(Object { state, wanted: &mut wanted })?;
@@ -271,7 +316,12 @@ impl<W: Present> Present for &mut W {
     }
 }
 impl<'de, W: Wanted<'de>> Wanted<'de> for &mut W {
-    fn take<A: MapAccess<'de>>(&mut self, key: Key, map: &mut A, state: &mut State) -> Result<(), A::Error> {
+    fn take<A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        map: &mut A,
+        state: &mut State,
+    ) -> Result<(), A::Error> {
         (**self).take(key, map, state)
     }
 }
@@ -405,17 +455,28 @@ mod tests {
     #[test]
     fn what_the_host_looks_at_is_read_whatever_else_is_in_the_line() {
         for odd in ["", r#","odd":[1e999,"\ud800",123456789012345678901234567890]"#] {
-            let text = format!(r#"{{"custom_id":"\u0061","url":"/v1/x","body":{{"model":"m","n":{{}}{odd}}}{odd}}}"#);
+            let text = format!(
+                r#"{{"custom_id":"\u0061","url":"/v1/x","body":{{"model":"m","n":{{}}{odd}}}{odd}}}"#
+            );
             let line = parse(&text);
-            assert_eq!((line.custom_id.as_deref(), line.url), (Some("a"), Some(r#""/v1/x""#)), "{text}");
-            assert_eq!((line.has_body, line.has_model, line.model.as_deref()), (true, true, Some("m")), "{text}");
+            assert_eq!(
+                (line.custom_id.as_deref(), line.url),
+                (Some("a"), Some(r#""/v1/x""#)),
+                "{text}"
+            );
+            assert_eq!(
+                (line.has_body, line.has_model, line.model.as_deref()),
+                (true, true, Some("m")),
+                "{text}"
+            );
             assert_eq!(line.duplicates, [""; 0]);
         }
         for nothing in ["[]", "null", "1e999", r#""\ud800""#, "{}", r#"[{"a":1,"a":2}]"#] {
             assert_eq!(parse(nothing).model, None, "{nothing}");
             assert!(!parse(nothing).has_body, "{nothing}");
         }
-        for no_body in [r#"{"body":1e999}"#, r#"{"body":"\ud800"}"#, r#"{"body":[{"model":"m"}]}"#] {
+        for no_body in [r#"{"body":1e999}"#, r#"{"body":"\ud800"}"#, r#"{"body":[{"model":"m"}]}"#]
+        {
             assert!(!parse(no_body).has_body && parse(no_body).model.is_none(), "{no_body}");
         }
         assert!(parse(r#"{"body":{"model":7}}"#).has_model);
@@ -439,29 +500,40 @@ mod tests {
             (r#"{"x":1,"body":{"x":1,"messages":[{"x":1},{"x":1}]}}"#, vec![]),
             (r#"{"body":{"tools":[{"a":1,"a":2}],"metadata":{"b":1,"b":2}}}"#, vec![]),
             (r#"{"\ud800":1,"\ud800":2}"#, vec!["\u{fffd}\u{fffd}\u{fffd}"]),
-            (r#"{"body":{"model":"a"},"body":{"model":"a","model":"b"}}"#, vec!["body", "body.model"]),
+            (
+                r#"{"body":{"model":"a"},"body":{"model":"a","model":"b"}}"#,
+                vec!["body", "body.model"],
+            ),
         ] {
             assert_eq!(parse(text).duplicates, paths, "{text}");
         }
-        let many: String = (0..50).map(|number| format!(r#""k{number}":1,"k{number}":2,"#)).collect();
+        let many: String =
+            (0..50).map(|number| format!(r#""k{number}":1,"k{number}":2,"#)).collect();
         assert_eq!(parse(&format!(r#"{{{many}"body":{{}}}}"#)).duplicates.len(), MAX_NAMED);
     }
 
     #[test]
     fn a_line_of_a_million_arrays_is_read() {
         for bad in [false, true] {
-            let (open, close) = ("[".repeat(1_000_000), "]".repeat(if bad { 999_999 } else { 1_000_000 }));
+            let (open, close) =
+                ("[".repeat(1_000_000), "]".repeat(if bad { 999_999 } else { 1_000_000 }));
             for text in [
                 format!("{open}{close}"),
                 format!(r#"{{"body":{open}{close}}}"#),
                 format!(r#"{{"body":{{"model":"m","input":{open}{close}}}}}"#),
                 format!(r#"{{"body":{{"messages":[1e999,{open}{close}],"model":"m"}}}}"#),
-                format!(r#"{{"body":{{"messages":[{{"role":{open}{close}}}]}},"x":{open}{close}}}"#),
+                format!(
+                    r#"{{"body":{{"messages":[{{"role":{open}{close}}}]}},"x":{open}{close}}}"#
+                ),
             ] {
                 assert_eq!(Envelope::parse(&text).is_err(), bad, "{}", text.get(..40).unwrap());
             }
         }
-        let deep = format!(r#"{{"body":{{"input":{}{{"x":1,"x":1}}{}}}}}"#, "[".repeat(200), "]".repeat(200));
+        let deep = format!(
+            r#"{{"body":{{"input":{}{{"x":1,"x":1}}{}}}}}"#,
+            "[".repeat(200),
+            "]".repeat(200)
+        );
         assert_eq!(parse(&deep).duplicates, [""; 0]);
     }
 

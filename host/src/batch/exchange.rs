@@ -31,7 +31,8 @@ pub struct Exchange<'a> {
 /// Whether what the adapter knows may change what becomes of the request. Some providers put an error into a 200, which is short.
 fn matters(response: &HttpResponse, weighed: &Weighed) -> bool {
     weighed.said != Said::Answered
-        || (response.body.len() < BEGINNING && memchr::memmem::find(&response.body, b"\"error\"").is_some())
+        || (response.body.len() < BEGINNING
+            && memchr::memmem::find(&response.body, b"\"error\"").is_some())
 }
 
 impl<'a> Exchange<'a> {
@@ -49,7 +50,11 @@ impl<'a> Exchange<'a> {
     }
 
     /// The first step. Where what it makes has no room, that is waited for, and it is made again.
-    pub async fn begin(&mut self, tenant: &str, request: impl Fn() -> Request) -> Result<Step, CallError> {
+    pub async fn begin(
+        &mut self,
+        tenant: &str,
+        request: impl Fn() -> Request,
+    ) -> Result<Step, CallError> {
         let step = self.plugin.begin(tenant, &request).await?;
         let Err(bytes) = self.fits(&step, 0) else { return Ok(step) };
         drop(step);
@@ -118,7 +123,12 @@ impl<'a> Exchange<'a> {
         Box::pin(self.plugin.classify(tenant, response)).await.map(Some)
     }
 
-    pub async fn resume(&mut self, tenant: &str, state: &[u8], outcome: &mut Outcome) -> Result<Step, CallError> {
+    pub async fn resume(
+        &mut self,
+        tenant: &str,
+        state: &[u8],
+        outcome: &mut Outcome,
+    ) -> Result<Step, CallError> {
         let beside = match &*outcome {
             Outcome::Response(response) => response.body.len(),
             Outcome::Error(_) | Outcome::Elapsed => 0,
@@ -138,7 +148,13 @@ impl<'a> Exchange<'a> {
         self.plugin.gateway().brought(response.body.len());
         let Response { status, request_id, .. } = response;
         if let Some(theirs) = request_id {
-            tracing::debug!(plugin = self.plugin.name, id, status, provider_request_id = theirs, "answered");
+            tracing::debug!(
+                plugin = self.plugin.name,
+                id,
+                status,
+                provider_request_id = theirs,
+                "answered"
+            );
         }
     }
 

@@ -105,7 +105,10 @@ impl Batches {
             registry: self.registry.clone(),
             jobs: Jobs::of_batch(&self.store, claim).await?,
             outages: self.outages.clone(),
-            breakers: ways.iter().map(|way| (way.plugin.to_string(), way.breaker.clone())).collect(),
+            breakers: ways
+                .iter()
+                .map(|way| (way.plugin.to_string(), way.breaker.clone()))
+                .collect(),
             clock: self.clock.clone(),
             settings: self.settings.clone(),
             stop: stop.clone(),
@@ -122,7 +125,8 @@ impl Batches {
             let tasks = TaskTracker::new();
             tasks.close();
             // Whom lines share memory with that were not looked into: all lines for the same plugins.
-            let holder: Holder = plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
+            let holder: Holder =
+                plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
             let work = Work { context, holder, ways, results, kill: &kill, tasks: &tasks };
             let taken = self.take_lines(claim, batch, &work, (lanes, &plugins), place).await;
             // Lines that are under way need no place.
@@ -164,7 +168,9 @@ impl Batches {
             match paused {
                 Pause::TurnOver => {}
                 Pause::Idle(due) => {
-                    if let Some(ended) = self.idle(claim, work, &mut lines, due, &mut changes).await? {
+                    if let Some(ended) =
+                        self.idle(claim, work, &mut lines, due, &mut changes).await?
+                    {
                         return Ok(ended);
                     }
                 }
@@ -204,8 +210,14 @@ impl Batches {
     }
 
     /// The lines of a batch from a position on, before which all have a result.
-    async fn lines<'a>(&'a self, claim: &'a Claim, from: Kept, many: bool) -> Result<LinesToDo<'a>> {
-        let window = self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
+    async fn lines<'a>(
+        &'a self,
+        claim: &'a Claim,
+        from: Kept,
+        many: bool,
+    ) -> Result<LinesToDo<'a>> {
+        let window =
+            self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
         let input: Input = self.open_input_at(claim, READ, from.position).await?;
         Ok(LinesToDo::new(self, claim, input, from, window, many))
     }
@@ -226,7 +238,8 @@ impl Batches {
             if lines.is_at_end() && !lines.has_passed_over() {
                 return Ok(Some(Pause::End));
             }
-            let due = due.or_else(|| work.due(self.clock.now())).unwrap_or_else(|| self.clock.now());
+            let due =
+                due.or_else(|| work.due(self.clock.now())).unwrap_or_else(|| self.clock.now());
             if self.clock.now().until(due) > REST {
                 self.keep(claim, lines);
                 return Ok(Some(Pause::Rests(due)));
@@ -283,7 +296,9 @@ impl Batches {
                 lines.held_until = Some(until);
                 return Ok(Pause::Idle(Some(until)));
             }
-            let Some(line) = lines.peek(now, work.is_calm()).await? else { return Ok(Pause::Idle(lines.due())) };
+            let Some(line) = lines.peek(now, work.is_calm()).await? else {
+                return Ok(Pause::Idle(lines.due()));
+            };
             place.begins();
             if place.is_over() {
                 return Ok(Pause::TurnOver);
@@ -323,7 +338,12 @@ impl Batches {
                 context: work.context.clone(),
                 deferred: lines.deferred.clone(),
                 batch: batch.new.id.clone(),
-                entry: Entry { at: now, number: candidate.number, range: candidate.range(), tries: candidate.tries },
+                entry: Entry {
+                    at: now,
+                    number: candidate.number,
+                    range: candidate.range(),
+                    tries: candidate.tries,
+                },
                 bytes,
             };
             let (results, kill) = (work.results.clone(), work.kill.clone());
@@ -421,7 +441,13 @@ impl Task {
             // In a box of its own: it is large, and what wraps it moves it.
             let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
             let (at, tries) = match attempt.await {
-                Err(_) => return Some((panicked(&self.batch, self.entry.number, &self.bytes), None, None)),
+                Err(_) => {
+                    return Some((
+                        panicked(&self.batch, self.entry.number, &self.bytes),
+                        None,
+                        None,
+                    ));
+                }
                 Ok(Attempt::Recorded(recorded)) => return Some(recorded),
                 Ok(Attempt::Stopped) => return None,
                 Ok(Attempt::Back(at, tries)) => (at, tries),
@@ -446,7 +472,8 @@ impl Task {
         let custom_id = line.custom_id.as_deref().unwrap_or_default();
         // A line of moderations may name no model; then it has the one that it was validated with.
         let default = self.context.default_model.as_deref().filter(|_| line.model.is_none());
-        let with_default = line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
+        let with_default =
+            line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
         let (body, model) = match &with_default {
             Some((body, model)) => (Some(body.as_str()), Some(*model)),
             None => (line.body, line.model.as_deref()),

@@ -106,7 +106,11 @@ impl Upload {
     /// Takes bytes, and writes what was gathered once it is enough.
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), UploadError> {
         let limit = self.begun.batches.settings.max_file_size;
-        let size = self.writer.written().saturating_add(self.buffer.len() as u64).saturating_add(bytes.len() as u64);
+        let size = self
+            .writer
+            .written()
+            .saturating_add(self.buffer.len() as u64)
+            .saturating_add(bytes.len() as u64);
         if size > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
@@ -148,7 +152,8 @@ impl Upload {
         let bytes = writer.finish().await?;
         let batches = begun.batches.clone();
         let created_at = batches.clock.now();
-        let by_default = (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
+        let by_default =
+            (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
         let file = FileRecord {
             id: begun.id.clone(),
             bytes,

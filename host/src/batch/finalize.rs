@@ -10,7 +10,10 @@ use super::stop::Reason;
 use super::validate::lost_input;
 use crate::config::Span;
 use crate::memory::{Holder, Share};
-use crate::store::{BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status, StoreError};
+use crate::store::{
+    BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status,
+    StoreError,
+};
 
 /// Results held at a time, in bytes; and what is gathered of each file before it is written.
 const PAGE: usize = 256 << 10;
@@ -59,7 +62,14 @@ impl<'a> Rows<'a> {
     async fn new(batches: &'a Batches, claim: &'a Claim) -> Self {
         let holder: Holder = claim.tenant.as_str().into();
         let share = batches.memory.finalizing.take(&holder, MEMORY).await;
-        Self { batches, claim, page: Vec::new().into_iter().peekable(), after: 0, ended: false, share }
+        Self {
+            batches,
+            claim,
+            page: Vec::new().into_iter().peekable(),
+            after: 0,
+            ended: false,
+            share,
+        }
     }
 
     /// The next result, if there is one.
@@ -94,30 +104,40 @@ impl<'a> Rows<'a> {
 
 impl Batches {
     /// Writes the files of a batch and ends it.
-    pub(super) async fn finalize(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
+    pub(super) async fn finalize(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        end: End,
+    ) -> Result<()> {
         self.store.start_finalizing(claim, self.clock.now()).await?;
         match self.write_files(claim, batch, end).await {
             // It was about to end as expired, and a client was told since that it is being cancelled.
-            Err(StoreError::Overtaken) => self.write_files(claim, batch, End::Stopped(Reason::Cancelled)).await,
+            Err(StoreError::Overtaken) => {
+                self.write_files(claim, batch, End::Stopped(Reason::Cancelled)).await
+            }
             written => written,
         }
     }
 
     async fn write_files(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
-        let file = |kind| ResultFile { batches: self, claim, kind, writer: None, buffer: Vec::new() };
+        let file =
+            |kind| ResultFile { batches: self, claim, kind, writer: None, buffer: Vec::new() };
         let (mut output, mut error) = (file("output"), file("error"));
         let mut errors = Vec::new();
         let lost = match end {
             End::Whole => None,
             End::InputLost => Some("it is missing".to_owned()),
-            End::Stopped(reason) => match self.copy_with_rest(claim, batch, reason, &mut output, &mut error).await {
-                // Somebody has taken it out of the store. What is done is handed over all the same.
-                Err(StoreError::Missing(cause)) => Some(cause),
-                copied => {
-                    copied?;
-                    None
+            End::Stopped(reason) => {
+                match self.copy_with_rest(claim, batch, reason, &mut output, &mut error).await {
+                    // Somebody has taken it out of the store. What is done is handed over all the same.
+                    Err(StoreError::Missing(cause)) => Some(cause),
+                    copied => {
+                        copied?;
+                        None
+                    }
                 }
-            },
+            }
         };
         if let Some(cause) = &lost {
             errors.push(lost_input(claim, &batch.new.input_file_id, cause));
@@ -135,7 +155,8 @@ impl Batches {
         };
         let record = |kind: &str, bytes: Option<u64>, by_default: Span| {
             let by_default = Some(by_default.duration()).filter(|lifetime| !lifetime.is_zero());
-            let expires_at = batch.new.output_lifetime.or(by_default).map(|lifetime| at.after(lifetime));
+            let expires_at =
+                batch.new.output_lifetime.or(by_default).map(|lifetime| at.after(lifetime));
             bytes.map(|bytes| FileRecord {
                 id: file_id(&batch.new.id, kind),
                 bytes,
@@ -160,7 +181,12 @@ impl Batches {
     }
 
     /// The same, from a position on.
-    pub(super) async fn open_input_at(&self, claim: &Claim, piece: u64, from: Position) -> Result<Input> {
+    pub(super) async fn open_input_at(
+        &self,
+        claim: &Claim,
+        piece: u64,
+        from: Position,
+    ) -> Result<Input> {
         let Some(file) = self.store.input_file(claim).await? else {
             return Err(StoreError::Missing("it has no record".into()));
         };
@@ -169,7 +195,12 @@ impl Batches {
         Input::open_at(&self.blobs, place, file.bytes, usize::MAX, piece, from).await
     }
 
-    async fn copy_results(&self, claim: &Claim, output: &mut ResultFile<'_>, error: &mut ResultFile<'_>) -> Result<()> {
+    async fn copy_results(
+        &self,
+        claim: &Claim,
+        output: &mut ResultFile<'_>,
+        error: &mut ResultFile<'_>,
+    ) -> Result<()> {
         let mut rows = Rows::new(self, claim).await;
         while rows.peek().await?.is_some() {
             if let Some(row) = rows.take() {
@@ -190,14 +221,17 @@ impl Batches {
         error: &mut ResultFile<'_>,
     ) -> Result<()> {
         let (code, mut message) = match reason {
-            Reason::Expired => {
-                ("batch_expired", "This request had no answer before the completion window expired.".to_owned())
-            }
-            Reason::Cancelled | Reason::Shutdown => {
-                ("batch_cancelled", "This request had no answer when the batch was cancelled.".to_owned())
-            }
+            Reason::Expired => (
+                "batch_expired",
+                "This request had no answer before the completion window expired.".to_owned(),
+            ),
+            Reason::Cancelled | Reason::Shutdown => (
+                "batch_cancelled",
+                "This request had no answer when the batch was cancelled.".to_owned(),
+            ),
         };
-        let waited = self.waits_for(claim, batch, batch.new.expires_at).or_else(|| batch.waits_for.clone());
+        let waited =
+            self.waits_for(claim, batch, batch.new.expires_at).or_else(|| batch.waits_for.clone());
         if let Some(waited) = waited.filter(|_| reason == Reason::Expired) {
             message = format!("{message} It waited, as: {}", waited.cause);
         }
@@ -222,7 +256,11 @@ impl Batches {
             }
             let bytes = match (held, range) {
                 (None, Some(range)) => {
-                    rows.hold(usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)).await;
+                    rows.hold(
+                        usize::try_from(range.end.saturating_sub(range.start))
+                            .unwrap_or(usize::MAX),
+                    )
+                    .await;
                     input.large(range).await.map_err(unreadable)?
                 }
                 (held, _) => held,
@@ -236,7 +274,11 @@ impl Batches {
     }
 }
 
-async fn place(row: ResultRow, output: &mut ResultFile<'_>, error: &mut ResultFile<'_>) -> Result<()> {
+async fn place(
+    row: ResultRow,
+    output: &mut ResultFile<'_>,
+    error: &mut ResultFile<'_>,
+) -> Result<()> {
     match row.ending {
         Ending::Completed => output.add(&row.payload).await,
         Ending::Failed => error.add(&row.payload).await,

@@ -45,7 +45,14 @@ pub struct Input {
 
 impl Input {
     /// Opens a file of so many bytes; one that has another size now is damaged. It is read in pieces of this size.
-    pub async fn open(blobs: &Blobs, tenant: &str, file: &str, bytes: u64, longest: usize, piece: u64) -> Result<Self> {
+    pub async fn open(
+        blobs: &Blobs,
+        tenant: &str,
+        file: &str,
+        bytes: u64,
+        longest: usize,
+        piece: u64,
+    ) -> Result<Self> {
         Self::open_at(blobs, (tenant, file), bytes, longest, piece, Position::default()).await
     }
 
@@ -60,7 +67,9 @@ impl Input {
     ) -> Result<Self> {
         let size = blobs.size(tenant, file).await?;
         if size != bytes {
-            return Err(StoreError::Missing(format!("it has {size} bytes where {bytes} were uploaded")));
+            return Err(StoreError::Missing(format!(
+                "it has {size} bytes where {bytes} were uploaded"
+            )));
         }
         let stream = blobs.read(tenant, file, Some(from.bytes.min(bytes)..bytes), piece).await?;
         let mut lines = Lines::new(stream, longest, HELD);
@@ -135,7 +144,9 @@ impl Lines {
             if self.ended {
                 return Ok(None);
             }
-            if self.passing.is_some() || self.buffer.len() > self.held.saturating_add(BYTE_ORDER_MARK.len() + 1) {
+            if self.passing.is_some()
+                || self.buffer.len() > self.held.saturating_add(BYTE_ORDER_MARK.len() + 1)
+            {
                 self.pass();
             }
             match self.stream.next().await {
@@ -189,10 +200,15 @@ impl Lines {
         let number = self.number;
         if let Some(began) = self.passing.take() {
             let last = bytes.last().copied().unwrap_or(self.passed);
-            let end = start.saturating_add(bytes.len() as u64).saturating_sub(u64::from(last == b'\r'));
+            let end =
+                start.saturating_add(bytes.len() as u64).saturating_sub(u64::from(last == b'\r'));
             let range = began..end;
             let too_long = end.saturating_sub(began) > self.longest as u64;
-            return Some(if too_long { InputLine::TooLong { number } } else { InputLine::Large { number, range } });
+            return Some(if too_long {
+                InputLine::TooLong { number }
+            } else {
+                InputLine::Large { number, range }
+            });
         }
         let mut began = start;
         if number == 1 && bytes.starts_with(BYTE_ORDER_MARK) {
@@ -207,7 +223,10 @@ impl Lines {
         }
         if bytes.len() > self.held {
             // It came in one piece, which is as large as whoever reads has it.
-            return Some(InputLine::Large { number, range: began..began.saturating_add(bytes.len() as u64) });
+            return Some(InputLine::Large {
+                number,
+                range: began..began.saturating_add(bytes.len() as u64),
+            });
         }
         (!is_blank(&bytes)).then_some(InputLine::Whole { number, at: began, bytes })
     }
@@ -222,12 +241,18 @@ mod tests {
 
     /// Each line as `number:text`, or `number!` where it is too long, from pieces of this many bytes.
     async fn read_holding(file: &[u8], longest: usize, held: usize, piece: usize) -> Vec<String> {
-        let pieces: Vec<_> = file.chunks(piece).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+        let pieces: Vec<_> =
+            file.chunks(piece).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
         let mut lines = Lines::new(Box::pin(stream::iter(pieces)), longest, held);
         let mut found = Vec::new();
         while let Some(line) = lines.next().await.unwrap() {
-            assert!(lines.buffer.len() <= held + piece + 4, "it holds {} bytes", lines.buffer.len());
-            let shown = |number: u64, bytes: &[u8]| format!("{number}:{}", String::from_utf8_lossy(bytes));
+            assert!(
+                lines.buffer.len() <= held + piece + 4,
+                "it holds {} bytes",
+                lines.buffer.len()
+            );
+            let shown =
+                |number: u64, bytes: &[u8]| format!("{number}:{}", String::from_utf8_lossy(bytes));
             found.push(match line {
                 InputLine::Whole { number, at, bytes } => {
                     let at = usize::try_from(at).unwrap();
@@ -235,7 +260,8 @@ mod tests {
                     shown(number, &bytes)
                 }
                 InputLine::Large { number, range } => {
-                    let bytes = &file[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+                    let bytes = &file[usize::try_from(range.start).unwrap()
+                        ..usize::try_from(range.end).unwrap()];
                     assert!(bytes.len() > held);
                     if is_blank(bytes) {
                         continue;
@@ -255,8 +281,16 @@ mod tests {
     #[tokio::test]
     async fn lines_have_their_physical_numbers() {
         for piece in [1, 2, 3, 7, 100] {
-            assert_eq!(read(b"\xef\xbb\xbfa\r\n\n  \t\nb\n\r\nc", 10, piece).await, ["1:a", "4:b", "6:c"], "{piece}");
-            assert_eq!(read(b"a\n\xef\xbb\xbfb\n", 10, piece).await, ["1:a", "2:\u{feff}b"], "{piece}");
+            assert_eq!(
+                read(b"\xef\xbb\xbfa\r\n\n  \t\nb\n\r\nc", 10, piece).await,
+                ["1:a", "4:b", "6:c"],
+                "{piece}"
+            );
+            assert_eq!(
+                read(b"a\n\xef\xbb\xbfb\n", 10, piece).await,
+                ["1:a", "2:\u{feff}b"],
+                "{piece}"
+            );
             assert_eq!(read(b"", 10, piece).await, [""; 0]);
             assert_eq!(read(b"\n\n", 10, piece).await, [""; 0]);
         }

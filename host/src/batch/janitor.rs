@@ -52,7 +52,14 @@ impl Batches {
         if search {
             *next_search = now.after(SEARCH);
         }
-        for chore in [Chore::GivenUp, Chore::Results, Chore::Files, Chore::FileNames, Chore::Batches, Chore::Space] {
+        for chore in [
+            Chore::GivenUp,
+            Chore::Results,
+            Chore::Files,
+            Chore::FileNames,
+            Chore::Batches,
+            Chore::Space,
+        ] {
             if chore == Chore::Batches && !search {
                 continue;
             }
@@ -76,7 +83,9 @@ impl Batches {
             Chore::GivenUp => self.remove_given_up().await,
             Chore::Results => self.store.discard_results(ROWS).await,
             Chore::Files => self.remove_files().await,
-            Chore::FileNames => self.store.forget_files(self.clock.now().before(REMEMBERED), ROWS).await,
+            Chore::FileNames => {
+                self.store.forget_files(self.clock.now().before(REMEMBERED), ROWS).await
+            }
             Chore::Batches => self.forget_batches().await,
             Chore::Space => self.store.compact().await,
         }

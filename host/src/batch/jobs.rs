@@ -40,13 +40,24 @@ impl Jobs {
         let job = Job { plugin: plugin.name.clone(), state: state.to_vec() };
         let kept = self.store.keep_job(&self.claim, line, job).await;
         if let Err(error) = &kept {
-            tracing::warn!(batch = self.claim.batch_id, line, "the state of a job is not kept: {error}");
+            tracing::warn!(
+                batch = self.claim.batch_id,
+                line,
+                "the state of a job is not kept: {error}"
+            );
         }
         kept.is_ok()
     }
 
     /// Keeps a state for as long as it takes, or until the batch is to be left: a job that is not known any more would be paid for twice.
-    pub async fn insist(&self, line: u64, plugin: &Plugin, state: &[u8], clock: &Clock, leave: &CancellationToken) {
+    pub async fn insist(
+        &self,
+        line: u64,
+        plugin: &Plugin,
+        state: &[u8],
+        clock: &Clock,
+        leave: &CancellationToken,
+    ) {
         while !self.keep(line, plugin, state).await {
             if leave.run_until_cancelled(clock.sleep(AGAIN)).await.is_none() {
                 return;

@@ -109,16 +109,27 @@ impl Lanes {
     pub fn next(self: &Arc<Self>, waiting: &[Waiting]) -> Next {
         let mut state = self.lock();
         state.returning.retain(|returning| !returning.granted.is_closed());
-        let mut queue: Vec<(Timestamp, bool, usize)> =
-            waiting.iter().enumerate().map(|(place, waiting)| (waiting.since, false, place)).collect();
-        queue.extend(state.returning.iter().enumerate().map(|(place, returning)| (returning.since, true, place)));
+        let mut queue: Vec<(Timestamp, bool, usize)> = waiting
+            .iter()
+            .enumerate()
+            .map(|(place, waiting)| (waiting.since, false, place))
+            .collect();
+        queue.extend(
+            state
+                .returning
+                .iter()
+                .enumerate()
+                .map(|(place, returning)| (returning.since, true, place)),
+        );
         queue.sort_unstable();
         // Plugins whose next place is somebody's who waits for longer.
         let mut reserved: HashSet<String> = HashSet::new();
         let mut next = Next::Nothing;
         for (_, is_here, place) in queue {
             if is_here {
-                let Some(plugins) = state.returning.get(place).map(|returning| returning.plugins.clone()) else {
+                let Some(plugins) =
+                    state.returning.get(place).map(|returning| returning.plugins.clone())
+                else {
                     continue;
                 };
                 if next == Next::Nothing && state.has_room(&plugins, &reserved, self) {
@@ -136,7 +147,9 @@ impl Lanes {
             let (room, may_begin) = match &found.lane {
                 Lane::Validate => (state.validating < self.max, true),
                 Lane::Finish => (state.finishing < self.max, true),
-                Lane::Execute(plugins) => (state.has_room(plugins, &reserved, self), state.may_work_on(plugins, self)),
+                Lane::Execute(plugins) => {
+                    (state.has_room(plugins, &reserved, self), state.may_work_on(plugins, self))
+                }
             };
             if room && may_begin && next == Next::Nothing {
                 next = Next::Claim(place);
@@ -152,7 +165,8 @@ impl Lanes {
         let full = state.executing >= self.max_executing;
         state.running.retain(|turn| turn.strong_count() > 0);
         for turn in state.running.iter().filter_map(Weak::upgrade) {
-            let asked = !reserved.is_empty() && (full || turn.plugins.iter().any(|name| reserved.contains(name)));
+            let asked = !reserved.is_empty()
+                && (full || turn.plugins.iter().any(|name| reserved.contains(name)));
             turn.asked.store(asked, Ordering::Relaxed);
             if asked {
                 turn.told.notify_waiters();
@@ -217,11 +231,14 @@ fn count(counts: &HashMap<String, usize>, name: &str) -> usize {
 impl State {
     /// Whether each of the plugins has a place that nobody else is to have.
     fn has_room(&self, plugins: &Plugins, reserved: &HashSet<String>, lanes: &Lanes) -> bool {
-        let free = |name: &String| count(&self.places, name) < lanes.max && !reserved.contains(name);
+        let free =
+            |name: &String| count(&self.places, name) < lanes.max && !reserved.contains(name);
         let is_new = |name: &String| count(&self.places, name) == 0;
         // A batch of no plugin comes from a database of an older version.
         plugins.iter().all(free)
-            && (self.executing < lanes.max_executing || plugins.iter().any(is_new) || plugins.is_empty())
+            && (self.executing < lanes.max_executing
+                || plugins.iter().any(is_new)
+                || plugins.is_empty())
     }
 
     /// Asks the batch to leave whose last turn is longest ago, of those for one of these plugins; not more than one in a while.
@@ -229,9 +246,12 @@ impl State {
         if self.asked_to_leave.is_some_and(|at| at.elapsed() < STINT) {
             return false;
         }
-        let shares = |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
+        let shares =
+            |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
         let oldest = self.returning.iter().enumerate().filter(|(_, returning)| shares(returning));
-        let Some(place) = oldest.min_by_key(|(_, returning)| returning.since).map(|(place, _)| place) else {
+        let Some(place) =
+            oldest.min_by_key(|(_, returning)| returning.since).map(|(place, _)| place)
+        else {
             return false;
         };
         self.asked_to_leave = Some(Instant::now());
@@ -243,7 +263,8 @@ impl State {
     fn may_work_on(&self, plugins: &Plugins, lanes: &Lanes) -> bool {
         let is_new = |name: &String| count(&self.worked_on, name) == 0;
         plugins.iter().all(|name| count(&self.worked_on, name) < lanes.max.saturating_mul(2))
-            && (self.all_worked_on < lanes.max_executing.saturating_mul(2) || plugins.iter().any(is_new))
+            && (self.all_worked_on < lanes.max_executing.saturating_mul(2)
+                || plugins.iter().any(is_new))
     }
 
     fn change(&mut self, lane: &Lane, by: impl Fn(usize) -> usize) {
@@ -342,7 +363,10 @@ mod tests {
             "finish" => Lane::Finish,
             names => Lane::Execute(plugins(names)),
         };
-        lanes.iter().map(|(name, since)| Waiting::of(lane(name), Timestamp::from_millis(*since))).collect()
+        lanes
+            .iter()
+            .map(|(name, since)| Waiting::of(lane(name), Timestamp::from_millis(*since)))
+            .collect()
     }
 
     #[test]
@@ -364,7 +388,8 @@ mod tests {
     #[test]
     fn the_bound_on_the_whole_leaves_each_plugin_one() {
         let lanes = Lanes::new(16, 2, Arc::default());
-        let _places = [lanes.take(&Lane::Execute(plugins("a"))), lanes.take(&Lane::Execute(plugins("b")))];
+        let _places =
+            [lanes.take(&Lane::Execute(plugins("a"))), lanes.take(&Lane::Execute(plugins("b")))];
         assert_eq!(lanes.next(&waiting(&[("a", 1), ("a b", 1)])), Next::Nothing);
         assert_eq!(lanes.next(&waiting(&[("a", 1), ("c", 2)])), Next::Claim(1));
     }

@@ -19,7 +19,9 @@ pub struct RequestLine<'a> {
 impl<'a> RequestLine<'a> {
     /// Reads a line; what is no JSON object has nothing in it.
     pub fn parse(text: &'a str) -> Self {
-        let Ok(Members::<Top>(found, _)) = serde_json::from_str(text) else { return Self::default() };
+        let Ok(Members::<Top>(found, _)) = serde_json::from_str(text) else {
+            return Self::default();
+        };
         let [custom_id, body] = found;
         let body = body.filter(|body| body.starts_with('{'));
         let model = body.and_then(|body| {
@@ -121,11 +123,23 @@ mod tests {
 
     #[test]
     fn what_can_be_read_is_read_and_the_last_of_a_key_counts() {
-        let line =
-            RequestLine::parse(r#"{"custom_id":"x","a":[1e999],"body":{"model":"m","n":{}},"custom_id":"\u0061"}"#);
+        let line = RequestLine::parse(
+            r#"{"custom_id":"x","a":[1e999],"body":{"model":"m","n":{}},"custom_id":"\u0061"}"#,
+        );
         assert_eq!(line.custom_id.as_deref(), Some("a"));
-        assert_eq!((line.body, line.model.as_deref()), (Some(r#"{"model":"m","n":{}}"#), Some("m")));
-        for nothing in ["", "[]", "{", "null", r#"{"custom_id":1,"body":[]}"#, r#"{"custom_id":"\ud800"}"#, "{} {}"] {
+        assert_eq!(
+            (line.body, line.model.as_deref()),
+            (Some(r#"{"model":"m","n":{}}"#), Some("m"))
+        );
+        for nothing in [
+            "",
+            "[]",
+            "{",
+            "null",
+            r#"{"custom_id":1,"body":[]}"#,
+            r#"{"custom_id":"\ud800"}"#,
+            "{} {}",
+        ] {
             assert_eq!(RequestLine::parse(nothing), RequestLine::default(), "{nothing}");
         }
         assert_eq!(RequestLine::parse(r#"{"body":{"model":7}}"#).model, None);

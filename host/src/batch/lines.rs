@@ -38,7 +38,9 @@ impl Candidate {
     pub fn size(&self) -> usize {
         match &self.held {
             Held::Here(bytes) => bytes.len(),
-            Held::InFile(range) => usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX),
+            Held::InFile(range) => {
+                usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)
+            }
         }
     }
 
@@ -72,8 +74,21 @@ pub struct LinesToDo<'a> {
 }
 
 impl<'a> LinesToDo<'a> {
-    pub fn new(batches: &'a Batches, claim: &'a Claim, input: Input, from: Kept, window: usize, many: bool) -> Self {
-        let done = RecordedLines { batches, claim, known: VecDeque::new(), last: from.position.lines, ended: false };
+    pub fn new(
+        batches: &'a Batches,
+        claim: &'a Claim,
+        input: Input,
+        from: Kept,
+        window: usize,
+        many: bool,
+    ) -> Self {
+        let done = RecordedLines {
+            batches,
+            claim,
+            known: VecDeque::new(),
+            last: from.position.lines,
+            ended: false,
+        };
         Self {
             input,
             done,
@@ -101,7 +116,13 @@ impl<'a> LinesToDo<'a> {
         let held = self.held_until.is_some_and(|until| until > now);
         if let Some(entry) = self.deferred.due(now, calm || self.ended) {
             let (number, at, tries) = (entry.number, entry.range.start, entry.tries);
-            return Ok(Some(Candidate { number, at, held: Held::InFile(entry.range), model: None, tries }));
+            return Ok(Some(Candidate {
+                number,
+                at,
+                held: Held::InFile(entry.range),
+                model: None,
+                tries,
+            }));
         }
         if held {
             return Ok(None);
@@ -114,10 +135,14 @@ impl<'a> LinesToDo<'a> {
                     break;
                 }
                 Some(InputLine::Whole { number, at, bytes }) => (number, at, Held::Here(bytes)),
-                Some(InputLine::Large { number, range }) => (number, range.start, Held::InFile(range)),
+                Some(InputLine::Large { number, range }) => {
+                    (number, range.start, Held::InFile(range))
+                }
                 Some(InputLine::TooLong { .. }) => continue,
             };
-            if self.done.contains(number).await? || (number <= self.read_before && self.deferred.contains(number)) {
+            if self.done.contains(number).await?
+                || (number <= self.read_before && self.deferred.contains(number))
+            {
                 continue;
             }
             let model = match &held {
@@ -152,7 +177,12 @@ impl<'a> LinesToDo<'a> {
             return false;
         }
         let tries = Tries { in_vain, ..line.tries };
-        let entry = Entry { at: Timestamp::from_millis(0), number: line.number, range: line.range(), tries };
+        let entry = Entry {
+            at: Timestamp::from_millis(0),
+            number: line.number,
+            range: line.range(),
+            tries,
+        };
         if self.deferred.add(entry).is_err() {
             return false;
         }
@@ -217,7 +247,8 @@ impl RecordedLines<'_> {
                 Some(known) => return Ok(*known == line),
                 None if self.ended => return Ok(false),
                 None => {
-                    let page = self.batches.store.recorded_lines(self.claim, self.last, RECORDED).await?;
+                    let page =
+                        self.batches.store.recorded_lines(self.claim, self.last, RECORDED).await?;
                     self.ended = page.len() < RECORDED;
                     self.last = page.last().copied().unwrap_or(self.last);
                     self.known.extend(page);

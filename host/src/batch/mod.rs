@@ -55,7 +55,8 @@ use crate::egress::Queue;
 use crate::memory::Memory;
 use crate::plugin::Registry;
 use crate::store::{
-    BatchError, BatchRecord, Blobs, Cancel, Claim, Paged, Result, ServedBy, Status, Store, StoreError, WaitsFor,
+    BatchError, BatchRecord, Blobs, Cancel, Claim, Paged, Result, ServedBy, Status, Store,
+    StoreError, WaitsFor,
 };
 use backoff::Backoff;
 use gate::Gate;
@@ -65,8 +66,13 @@ use rests::Rests;
 use stop::{Reason, Stop};
 
 /// The API's endpoints that a batch can be for.
-pub const ENDPOINTS: [&str; 5] =
-    ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations"];
+pub const ENDPOINTS: [&str; 5] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/moderations",
+];
 
 /// How long the store may take to be closed; it can also be left as it is.
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -208,11 +214,14 @@ impl Batches {
             return None;
         }
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let claim = running.get(&(tenant.to_owned(), batch.new.id.clone())).map(|running| running.claim.clone());
+        let claim = running
+            .get(&(tenant.to_owned(), batch.new.id.clone()))
+            .map(|running| running.claim.clone());
         drop(running);
         match claim {
             Some(claim) => {
-                let next = batch.waits_for.as_ref().map_or_else(|| self.clock.now(), |known| known.next);
+                let next =
+                    batch.waits_for.as_ref().map_or_else(|| self.clock.now(), |known| known.next);
                 self.waits_for(&claim, batch, next)
             }
             None => batch.waits_for.clone(),

@@ -38,8 +38,12 @@ pub fn explain(text: &str, error: &serde_json::Error) -> String {
         {
             advice
         }
-        _ if error.is_eof() => "it ends in the middle of a value; each request has to be whole, on one line",
-        _ if before.trim_end().ends_with(',') && text.get(at..).is_some_and(|rest| rest.starts_with(['}', ']'])) => {
+        _ if error.is_eof() => {
+            "it ends in the middle of a value; each request has to be whole, on one line"
+        }
+        _ if before.trim_end().ends_with(',')
+            && text.get(at..).is_some_and(|rest| rest.starts_with(['}', ']'])) =>
+        {
             "trailing comma; JSON has none before a bracket"
         }
         _ if looks_like_csv(text) => "it looks like CSV; each line has to be a JSON object",
@@ -50,7 +54,8 @@ pub fn explain(text: &str, error: &serde_json::Error) -> String {
 
 /// The message for a line that is no text.
 pub fn not_utf8(bytes: &[u8], valid_up_to: usize) -> String {
-    let before = String::from_utf8_lossy(bytes.get(..valid_up_to).unwrap_or_default()).chars().count();
+    let before =
+        String::from_utf8_lossy(bytes.get(..valid_up_to).unwrap_or_default()).chars().count();
     let byte = bytes.get(valid_up_to).copied().unwrap_or_default();
     let column = before.saturating_add(1);
     format!(
@@ -85,11 +90,14 @@ pub fn of_file(beginning: &[u8]) -> Option<String> {
         return whole("The file is encoded in UTF-16; save it as UTF-8.");
     }
     let text = beginning.strip_prefix(b"\xef\xbb\xbf").unwrap_or(beginning);
-    let mut lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+    let mut lines =
+        text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
     let (first, second) = (lines.next()?, lines.next()?);
-    let is_cut = serde_json::from_slice::<serde::de::IgnoredAny>(first).is_err_and(|error| error.is_eof());
+    let is_cut =
+        serde_json::from_slice::<serde::de::IgnoredAny>(first).is_err_and(|error| error.is_eof());
     let advice = "write each request as one JSON object on a line of its own (JSON Lines)";
-    let delimiters = |line: &[u8]| line.iter().filter(|byte| matches!(byte, b',' | b';' | b'\t')).count();
+    let delimiters =
+        |line: &[u8]| line.iter().filter(|byte| matches!(byte, b',' | b';' | b'\t')).count();
     if !first.starts_with(b"{")
         && !first.starts_with(b"[")
         && delimiters(first) > 0
@@ -159,7 +167,9 @@ mod tests {
         ] {
             let found = of_file(beginning);
             match expected {
-                Some(word) => assert!(found.as_ref().is_some_and(|found| found.contains(word)), "{found:?}"),
+                Some(word) => {
+                    assert!(found.as_ref().is_some_and(|found| found.contains(word)), "{found:?}")
+                }
                 None => assert_eq!(found, None, "{beginning:?}"),
             }
         }

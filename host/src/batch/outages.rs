@@ -36,7 +36,8 @@ pub struct Outages {
 
 impl Outages {
     pub fn new(settings: &Settings) -> Self {
-        let give_up_after = Some(settings.max_outage.duration()).filter(|longest| !longest.is_zero());
+        let give_up_after =
+            Some(settings.max_outage.duration()).filter(|longest| !longest.is_zero());
         let pauses = Pauses {
             first: settings.outage_backoff.duration(),
             longest: settings.max_outage_backoff.duration(),
@@ -46,7 +47,11 @@ impl Outages {
     }
 
     pub fn of(&self, plugin: &str, tenant: &str, endpoint: &str) -> Arc<Breaker> {
-        let mut key = Key { plugin: plugin.to_owned(), tenant: tenant.to_owned(), endpoint: endpoint.to_owned() };
+        let mut key = Key {
+            plugin: plugin.to_owned(),
+            tenant: tenant.to_owned(),
+            endpoint: endpoint.to_owned(),
+        };
         let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = breakers.get(&key) {
             return found.clone();
@@ -56,7 +61,10 @@ impl Outages {
             // Clients name models: those beyond share a breaker.
             if breakers.len() >= KEPT && plugin.starts_with(MODEL) {
                 key.plugin = format!("{MODEL}{OTHERS}");
-                return breakers.entry(key).or_insert_with(|| Arc::new(Breaker::new(self.pauses))).clone();
+                return breakers
+                    .entry(key)
+                    .or_insert_with(|| Arc::new(Breaker::new(self.pauses)))
+                    .clone();
             }
         }
         let made = Arc::new(Breaker::new(self.pauses));
@@ -67,10 +75,14 @@ impl Outages {
     /// What is the matter now, by plugin.
     pub fn list(&self) -> Vec<(Key, Outage)> {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut found: Vec<_> =
-            breakers.iter().filter_map(|(key, breaker)| Some((key.clone(), breaker.outage()?))).collect();
+        let mut found: Vec<_> = breakers
+            .iter()
+            .filter_map(|(key, breaker)| Some((key.clone(), breaker.outage()?)))
+            .collect();
         drop(breakers);
-        found.sort_by(|(one, _), (other, _)| (&one.plugin, &one.tenant).cmp(&(&other.plugin, &other.tenant)));
+        found.sort_by(|(one, _), (other, _)| {
+            (&one.plugin, &one.tenant).cmp(&(&other.plugin, &other.tenant))
+        });
         found
     }
 
@@ -79,7 +91,8 @@ impl Outages {
         let Lane::Execute(plugins) = &claim.lane else { return Vec::new() };
         // A model that is gone is the affair of the batches that ask for it alone.
         let own = |key: &Key, breaker: &Breaker| {
-            plugins.contains(&key.plugin) || (key.plugin.starts_with(MODEL) && breaker.holds(&claim.batch_id))
+            plugins.contains(&key.plugin)
+                || (key.plugin.starts_with(MODEL) && breaker.holds(&claim.batch_id))
         };
         let of = |key: &Key| key.tenant == claim.tenant && key.endpoint == endpoint;
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,8 +110,12 @@ impl Outages {
             }
             let serves = match key.plugin.strip_prefix(MODEL) {
                 Some(OTHERS) => true,
-                Some(model) => plugins.route(&key.tenant, model).is_some_and(|route| !route.plugin.paused),
-                None => plugins.adapters().any(|plugin| plugin.name == key.plugin && !plugin.paused),
+                Some(model) => {
+                    plugins.route(&key.tenant, model).is_some_and(|route| !route.plugin.paused)
+                }
+                None => {
+                    plugins.adapters().any(|plugin| plugin.name == key.plugin && !plugin.paused)
+                }
             };
             if serves {
                 breaker.close();
@@ -136,7 +153,12 @@ mod tests {
         for number in 0..KEPT * 3 {
             let breaker = outages.of(&format!("{MODEL}{number}"), "t", "/v1/chat/completions");
             let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
-            let trouble = Trouble { kind: Kind::Plugin, message: "gone".into(), detail: "gone".into(), answer };
+            let trouble = Trouble {
+                kind: Kind::Plugin,
+                message: "gone".into(),
+                detail: "gone".into(),
+                answer,
+            };
             breaker.failed(Timestamp::from_millis(0), number as u64, 0, None, trouble, true);
         }
         assert_eq!(outages.list().len(), KEPT + 1);

@@ -80,7 +80,9 @@ impl Batches {
             details.push("plugins: no adapter is loaded".into());
         }
         // As for tenants that no plugin names.
-        if let Err(why) = plugins.check_required(&self.settings.required_plugins, "default", &ENDPOINTS) {
+        if let Err(why) =
+            plugins.check_required(&self.settings.required_plugins, "default", &ENDPOINTS)
+        {
             reasons.push("Required plugins are not loaded.".into());
             details.push(format!("plugins: {why}"));
         }

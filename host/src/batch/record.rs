@@ -29,7 +29,11 @@ type By = Option<Arc<Plugin>>;
 impl Batches {
     /// Writes results as they come, as many at a time as are there. A write that fails is tried again for as long as the batch is ours:
     /// what was answered is not asked twice.
-    pub(super) async fn record(&self, claim: &Claim, mut results: mpsc::Receiver<Recorded>) -> Result<()> {
+    pub(super) async fn record(
+        &self,
+        claim: &Claim,
+        mut results: mpsc::Receiver<Recorded>,
+    ) -> Result<()> {
         let mut group = Vec::new();
         let mut known: Vec<Arc<Plugin>> = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
@@ -44,7 +48,8 @@ impl Batches {
                 rows.push(row);
                 memory.push(share);
                 // There are few: one for each model, and one more whenever the operator changes it.
-                if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by))) {
+                if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by)))
+                {
                     new.push(served_by(&by));
                     known.push(by);
                 }
@@ -64,7 +69,10 @@ impl Batches {
                     Err(error) => {
                         // Nothing is asked for whose answer could not be kept either.
                         closed.get_or_insert_with(|| self.gate.close());
-                        tracing::error!(batch = claim.batch_id, "results wait to be written: {error}");
+                        tracing::error!(
+                            batch = claim.batch_id,
+                            "results wait to be written: {error}"
+                        );
                         self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
                     }
                 }

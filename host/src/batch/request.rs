@@ -111,20 +111,35 @@ impl Context {
         // Looked up at each attempt: the operator may have repaired the plugin meanwhile.
         let plugins = self.registry.current();
         let route = plugins.route(&self.tenant, line.model);
-        let Some(Route { plugin, model }) = route.filter(|route| route.plugin.handles(&self.endpoint)) else {
+        let Some(Route { plugin, model }) =
+            route.filter(|route| route.plugin.handles(&self.endpoint))
+        else {
             return self.without_plugin(line, tries);
         };
-        let known = self.breakers.iter().find(|(name, _)| *name == plugin.name).map(|(_, breaker)| breaker.clone());
-        let breaker = known.unwrap_or_else(|| self.outages.of(&plugin.name, &self.tenant, &self.endpoint));
+        let known = self
+            .breakers
+            .iter()
+            .find(|(name, _)| *name == plugin.name)
+            .map(|(_, breaker)| breaker.clone());
+        let breaker =
+            known.unwrap_or_else(|| self.outages.of(&plugin.name, &self.tenant, &self.endpoint));
         if plugin.paused {
             let told = format!("The plugin `{}` is paused by the operator.", plugin.name);
-            return self.blocked_by_plugin(&breaker, line, tries, "The provider is paused by the operator.", &told);
+            return self.blocked_by_plugin(
+                &breaker,
+                line,
+                tries,
+                "The provider is paused by the operator.",
+                &told,
+            );
         }
         let (gate, probe) = breaker.enter(self.clock.now(), identity(&plugin));
         match gate {
             Breakers::Go | Breakers::Probe => {}
             Breakers::Wait(until) => return Ended::Back(until, Tries { waits: true, ..tries }),
-            Breakers::GiveUp(answer) => return Ended::Answered(Answered { answer, by: Some(plugin), share: None }),
+            Breakers::GiveUp(answer) => {
+                return Ended::Answered(Answered { answer, by: Some(plugin), share: None });
+            }
         }
         let mut exchange = Exchange::new(&plugin, tries.refusals);
         let request = || Request {
@@ -139,7 +154,9 @@ impl Context {
         let may_send = || {
             // One that was paused, turned off or changed while the request waited for its place is asked for anew.
             let current = self.registry.current();
-            if !Arc::ptr_eq(&plugins, &current) && current.identity(&plugin.name) != identity(&plugin) {
+            if !Arc::ptr_eq(&plugins, &current)
+                && current.identity(&plugin.name) != identity(&plugin)
+            {
                 return false;
             }
             let go = || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
@@ -152,7 +169,11 @@ impl Context {
             }
             // To begin it anew would be to pay for it twice.
             Err(error) => {
-                tracing::error!(batch = self.batch, id = line.id, "the state of a job cannot be read: {error}");
+                tracing::error!(
+                    batch = self.batch,
+                    id = line.id,
+                    "the state of a job cannot be read: {error}"
+                );
                 return Ended::Back(self.clock.now().after(SHORT), tries);
             }
         }
@@ -162,7 +183,8 @@ impl Context {
         let took = exchange.sent_at.map_or(Duration::ZERO, |begun| begun.until(self.clock.now()));
         let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
         let share = exchange.share;
-        let answered = |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
+        let answered =
+            |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
         let stepped = match stepped {
             Ok(stepped) => stepped,
             Err(error) => return answered(failure(error.code(), error.to_string()), Some(share)),
@@ -196,10 +218,16 @@ impl Context {
         let asked = again.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
         let trouble = |kind| self.trouble(kind, &answer, sent.as_ref());
         match (said, again) {
-            (Said::Trouble(kind @ (Kind::Unauthorized | Kind::Forbidden | Kind::Quota | Kind::Unreachable)), _) => {
+            (
+                Said::Trouble(
+                    kind @ (Kind::Unauthorized | Kind::Forbidden | Kind::Quota | Kind::Unreachable),
+                ),
+                _,
+            ) => {
                 let refused_at = tries.refused_at.replace(breaker.passes());
                 let trouble = trouble(kind);
-                let verdict = self.failed(&breaker, line, &plugin, refused_at, trouble, probe.is_some());
+                let verdict =
+                    self.failed(&breaker, line, &plugin, refused_at, trouble, probe.is_some());
                 tries.in_vain = breaker.tries(line.mark);
                 match verdict {
                     Verdict::Hold(until) => Ended::Back(until, tries),
@@ -209,8 +237,15 @@ impl Context {
             }
             (Said::Busy, Some(_)) => {
                 self.passed(&breaker, &plugin);
-                tracing::debug!(plugin = plugin.name, batch = self.batch, id = line.id, ?asked, "refused for now");
-                let pause = refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
+                tracing::debug!(
+                    plugin = plugin.name,
+                    batch = self.batch,
+                    id = line.id,
+                    ?asked,
+                    "refused for now"
+                );
+                let pause =
+                    refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
                 Ended::Back(self.clock.now().after(pause.max(asked.unwrap_or_default())), tries)
             }
             (Said::Trouble(_) | Said::Unanswered, Some(_)) => {
@@ -219,7 +254,14 @@ impl Context {
                 } else {
                     tries.answered = tries.answered.saturating_add(1);
                 }
-                let verdict = self.failed(&breaker, line, &plugin, None, trouble(Kind::Failed), probe.is_some());
+                let verdict = self.failed(
+                    &breaker,
+                    line,
+                    &plugin,
+                    None,
+                    trouble(Kind::Failed),
+                    probe.is_some(),
+                );
                 tries.in_vain = breaker.tries(line.mark);
                 let waits = match verdict {
                     Verdict::Wait(until) => Some(until),
@@ -235,7 +277,9 @@ impl Context {
                 self.again(tries, took, asked, None).unwrap_or_else(|| answered(answer, None))
             }
             (_, None) => {
-                if !matches!(said, Said::NotSent | Said::Unanswered | Said::Trouble(_)) && sent.is_some() {
+                if !matches!(said, Said::NotSent | Said::Unanswered | Said::Trouble(_))
+                    && sent.is_some()
+                {
                     self.passed(&breaker, &plugin);
                 }
                 answered(answer, Some(share))
@@ -302,7 +346,10 @@ impl Context {
                     return Ok(Stepped::Done(answer));
                 }
                 Step::Retry { after_milliseconds, otherwise } => {
-                    return Ok(Stepped::Again(after_milliseconds.map(Duration::from_millis), otherwise));
+                    return Ok(Stepped::Again(
+                        after_milliseconds.map(Duration::from_millis),
+                        otherwise,
+                    ));
                 }
                 Step::Send { request, state } => {
                     let mut outcome = exchange.send(&self.tenant, request, &self.clock).await;
@@ -405,8 +452,14 @@ impl Context {
         probe: bool,
     ) -> Verdict {
         let detail = trouble.detail.clone();
-        let (verdict, opened) =
-            breaker.failed(self.clock.now(), line.mark, identity(plugin), refused_at, trouble, probe);
+        let (verdict, opened) = breaker.failed(
+            self.clock.now(),
+            line.mark,
+            identity(plugin),
+            refused_at,
+            trouble,
+            probe,
+        );
         if opened {
             tracing::warn!(
                 plugin = plugin.name,
@@ -416,7 +469,13 @@ impl Context {
                 "requests wait for the provider: {detail}"
             );
         } else {
-            tracing::debug!(plugin = plugin.name, batch = self.batch, id = line.id, ?verdict, "not answered: {detail}");
+            tracing::debug!(
+                plugin = plugin.name,
+                batch = self.batch,
+                id = line.id,
+                ?verdict,
+                "not answered: {detail}"
+            );
         }
         verdict
     }
@@ -432,9 +491,15 @@ impl Context {
             None => format!("{what}."),
         };
         let message = match (kind, answer) {
-            (Kind::Unauthorized, _) => with_status("The provider does not accept the operator's credential"),
-            (Kind::Forbidden, _) => with_status("The provider forbids this to the operator's credential"),
-            (Kind::Quota, _) => with_status("The provider says that the account's quota is used up"),
+            (Kind::Unauthorized, _) => {
+                with_status("The provider does not accept the operator's credential")
+            }
+            (Kind::Forbidden, _) => {
+                with_status("The provider forbids this to the operator's credential")
+            }
+            (Kind::Quota, _) => {
+                with_status("The provider says that the account's quota is used up")
+            }
             (_, Answer::Failure(failure)) => failure.message.clone(),
             (_, Answer::Response(_)) => with_status("The provider answers with an error"),
         };
@@ -447,7 +512,8 @@ impl Context {
         let model = shortened(line.model);
         let told = format!("No plugin serves the model '{model}' any more.");
         let plugins = self.registry.current();
-        let gone = self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
+        let gone =
+            self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
         let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
         let breaker = self.outages.of(&name, &self.tenant, &self.endpoint);
         let ended = self.blocked_by_plugin(&breaker, line, tries, &told, &told);
@@ -458,7 +524,14 @@ impl Context {
         ended
     }
 
-    fn blocked_by_plugin(&self, breaker: &Breaker, line: Line<'_>, tries: Tries, message: &str, detail: &str) -> Ended {
+    fn blocked_by_plugin(
+        &self,
+        breaker: &Breaker,
+        line: Line<'_>,
+        tries: Tries,
+        message: &str,
+        detail: &str,
+    ) -> Ended {
         let now = self.clock.now();
         if let Breakers::GiveUp(answer) = breaker.check(now, 0) {
             return Ended::Answered(Answered { answer, by: None, share: None });

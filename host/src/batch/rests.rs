@@ -64,7 +64,12 @@ fn key(claim: &Claim) -> (String, String) {
 impl Batches {
     /// Where to begin with a batch that is taken up.
     pub(super) fn kept(&self, claim: &Claim) -> Kept {
-        self.rests.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(claim)).unwrap_or_default()
+        self.rests
+            .kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&key(claim))
+            .unwrap_or_default()
     }
 
     /// Remembers where to begin, as nothing is under way.
@@ -76,7 +81,10 @@ impl Batches {
             lines.kept()
         } else {
             let first = lines.deferred.first();
-            Kept { position: first.map_or(lines.position(), |first| first.min(lines.position())), ..Kept::default() }
+            Kept {
+                position: first.map_or(lines.position(), |first| first.min(lines.position())),
+                ..Kept::default()
+            }
         };
         if kept.len() < POSITIONS {
             kept.insert(key(claim), here);
@@ -89,7 +97,12 @@ impl Batches {
     }
 
     /// Gives a batch back until then.
-    pub(super) async fn let_rest(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
+    pub(super) async fn let_rest(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        until: Timestamp,
+    ) -> Result<()> {
         let waits_for = self.waits_for(claim, batch, until);
         self.count_waiting(claim, &batch.new.endpoint).await?;
         self.store.release(claim, Release::Rest(until, waits_for)).await?;
@@ -111,13 +124,21 @@ impl Batches {
     }
 
     /// What a batch waits for now, in the client's words.
-    pub(super) fn waits_for(&self, claim: &Claim, batch: &BatchRecord, next: Timestamp) -> Option<WaitsFor> {
+    pub(super) fn waits_for(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        next: Timestamp,
+    ) -> Option<WaitsFor> {
         let outages = self.outages.of_batch(claim, &batch.new.endpoint);
-        let outage = outages.iter().filter_map(|breaker| breaker.outage()).min_by_key(|outage| outage.since);
+        let outage =
+            outages.iter().filter_map(|breaker| breaker.outage()).min_by_key(|outage| outage.since);
         match outage {
-            Some(outage) => {
-                Some(WaitsFor { cause: outage.trouble.message, since: outage.since, next: next.max(outage.next_probe) })
-            }
+            Some(outage) => Some(WaitsFor {
+                cause: outage.trouble.message,
+                since: outage.since,
+                next: next.max(outage.next_probe),
+            }),
             // Nothing is wrong, but the provider has asked to wait.
             None => (self.clock.now() < next).then(|| WaitsFor {
                 cause: "The provider asks to wait.".into(),

@@ -33,10 +33,15 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
     let custom_id = serde_json::to_string(custom_id).unwrap_or_default();
     let (ending, payload, usage) = match answer {
         Answer::Response(response) => {
-            let ending = if (200..300).contains(&response.status) { Ending::Completed } else { Ending::Failed };
+            let ending = if (200..300).contains(&response.status) {
+                Ending::Completed
+            } else {
+                Ending::Failed
+            };
             let call = derived(&[b"call", batch.as_bytes(), &line.to_le_bytes()]);
             let (status, body) = (response.status, &response.body);
-            let theirs = response.request_id.as_deref().map(provider_request_id).unwrap_or_default();
+            let theirs =
+                response.request_id.as_deref().map(provider_request_id).unwrap_or_default();
             let payload = format!(
                 r#"{{"id":"{id}","custom_id":{custom_id},"response":{{"status_code":{status},"request_id":"{call}",{theirs}"body":{body}}},"error":null}}"#
             );
@@ -44,12 +49,18 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
         }
         Answer::Failure(failure) => (Ending::Failed, failure_line(&id, &custom_id, failure), None),
     };
-    ResultRow { line, ending, payload: one_line(payload).into_bytes(), usage: usage.map(tokens).unwrap_or_default() }
+    ResultRow {
+        line,
+        ending,
+        payload: one_line(payload).into_bytes(),
+        usage: usage.map(tokens).unwrap_or_default(),
+    }
 }
 
 /// JSON without letters that many readers of lines take for the end of one. They can only be within strings, where an escape means the same.
 fn one_line(json: String) -> String {
-    const ENDS: [(char, &str); 3] = [('\u{85}', "\\u0085"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")];
+    const ENDS: [(char, &str); 3] =
+        [('\u{85}', "\\u0085"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")];
     if json.is_ascii() || !json.contains(ENDS.map(|(letter, _)| letter)) {
         return json;
     }
@@ -92,8 +103,14 @@ mod tests {
 
     #[test]
     fn a_line_has_the_contracts_shape() {
-        let response =
-            |status| Answer::Response(Response { status, request_id: None, body: r#"{"a":1}"#.into(), usage: None });
+        let response = |status| {
+            Answer::Response(Response {
+                status,
+                request_id: None,
+                body: r#"{"a":1}"#.into(),
+                usage: None,
+            })
+        };
         let good = row("batch_1", 3, "a\"b\n", &response(200));
         let id = request_id("batch_1", 3);
         assert_eq!(id.len(), "batch_req_".len() + 32);
@@ -105,18 +122,38 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with(r#"","body":{"a":1}},"error":null}"#), "{text}");
-        let odd = Response { status: 200, request_id: None, body: "{\"a\":\"\u{2028}\u{85}\"}".into(), usage: None };
-        let text = String::from_utf8(row("batch_1", 3, "\u{2029}", &Answer::Response(odd)).payload).unwrap();
-        assert!(text.contains(r#""custom_id":"\u2029""#) && text.contains(r#"{"a":"\u2028\u0085"}"#), "{text}");
-        let with_id = Response { status: 200, request_id: Some("req\n\"1".into()), body: "{}".into(), usage: None };
-        let text = String::from_utf8(row("batch_1", 3, "a", &Answer::Response(with_id)).payload).unwrap();
+        let odd = Response {
+            status: 200,
+            request_id: None,
+            body: "{\"a\":\"\u{2028}\u{85}\"}".into(),
+            usage: None,
+        };
+        let text = String::from_utf8(row("batch_1", 3, "\u{2029}", &Answer::Response(odd)).payload)
+            .unwrap();
+        assert!(
+            text.contains(r#""custom_id":"\u2029""#) && text.contains(r#"{"a":"\u2028\u0085"}"#),
+            "{text}"
+        );
+        let with_id = Response {
+            status: 200,
+            request_id: Some("req\n\"1".into()),
+            body: "{}".into(),
+            usage: None,
+        };
+        let text =
+            String::from_utf8(row("batch_1", 3, "a", &Answer::Response(with_id)).payload).unwrap();
         let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(parsed.pointer("/response/provider_request_id"), Some(&"req\"1".into()));
         assert_eq!(good.ending, Ending::Completed);
         assert_eq!(row("batch_1", 3, "a", &response(404)).ending, Ending::Failed);
         let failure = Answer::Failure(Failure { code: "c".into(), message: "\"m\"".into() });
         let text = String::from_utf8(row("batch_1", 4, "a", &failure).payload).unwrap();
-        assert!(text.ends_with(r#""custom_id":"a","response":null,"error":{"code":"c","message":"\"m\""}}"#), "{text}");
+        assert!(
+            text.ends_with(
+                r#""custom_id":"a","response":null,"error":{"code":"c","message":"\"m\""}}"#
+            ),
+            "{text}"
+        );
         assert_ne!(request_id("batch_1", 3), request_id("batch_1", 4));
         assert_ne!(file_id("batch_1", "output"), file_id("batch_1", "error"));
     }

@@ -34,7 +34,11 @@ impl Batches {
             tracing::warn!("what a former process left half done stays for now: {error}");
         }
         let max_executing = self.settings.max_executing_batches.get();
-        let lanes = Lanes::new(self.settings.max_concurrent_batches.get(), max_executing, self.work.clone());
+        let lanes = Lanes::new(
+            self.settings.max_concurrent_batches.get(),
+            max_executing,
+            self.work.clone(),
+        );
         let mut backoff = Backoff::default();
         while !self.closing.is_cancelled() {
             match self.claim_next(&lanes).await {
@@ -97,10 +101,13 @@ impl Batches {
                 running.remove(&key);
             }
         }
-        let lived = lived.unwrap_or_else(|_| Err(StoreError::Database("the work on it panicked".into())));
+        let lived =
+            lived.unwrap_or_else(|_| Err(StoreError::Database("the work on it panicked".into())));
         let batch = claim.batch_id.as_str();
         match lived {
-            Err(StoreError::Fenced) => tracing::warn!(batch, "another worker has taken over the batch"),
+            Err(StoreError::Fenced) => {
+                tracing::warn!(batch, "another worker has taken over the batch")
+            }
             Err(error) => {
                 tracing::error!(batch, "the batch rests and goes on later: {error}");
                 return self.rest(&claim, key).await;
@@ -132,11 +139,19 @@ impl Batches {
 
     /// Gives a batch back that could not go on, after a while. As long as it is not given back nobody takes it up.
     async fn rest(&self, claim: &Claim, key: (String, String)) {
-        let pause = self.resting.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().pause();
+        let pause = self
+            .resting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(key)
+            .or_default()
+            .pause();
         self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
         let mut backoff = Backoff::default();
         while let Err(error) = self.store.release(claim, Release::AsItWas).await {
-            if matches!(error, StoreError::Fenced | StoreError::Closed) || self.closing.is_cancelled() {
+            if matches!(error, StoreError::Fenced | StoreError::Closed)
+                || self.closing.is_cancelled()
+            {
                 return;
             }
             self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
@@ -155,12 +170,25 @@ impl Batches {
     }
 
     /// Takes a batch from wherever it is to its end, or to where it was told to stop.
-    async fn live(&self, claim: &Claim, stop: &Arc<Stop>, lanes: &Arc<Lanes>, place: Place) -> Result<()> {
+    async fn live(
+        &self,
+        claim: &Claim,
+        stop: &Arc<Stop>,
+        lanes: &Arc<Lanes>,
+        place: Place,
+    ) -> Result<()> {
         // One that executes gives its place back between its turns, and counts as worked on until its files are written; others hold theirs.
         let _worked_on = lanes.work_on(&claim.lane);
         let mut place = Some(place);
-        let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else { return Ok(()) };
-        tracing::info!(batch = claim.batch_id, tenant = claim.tenant, status = batch.status.as_str(), "batch taken up");
+        let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else {
+            return Ok(());
+        };
+        tracing::info!(
+            batch = claim.batch_id,
+            tenant = claim.tenant,
+            status = batch.status.as_str(),
+            "batch taken up"
+        );
         let expires_at = batch.new.expires_at;
         let expiry = async {
             self.clock.sleep_until(expires_at).await;
@@ -184,18 +212,27 @@ impl Batches {
             };
             let whole = self.is_whole(claim).await?;
             let end = match stopped {
-                Ok(Executed::Stopped(Reason::Shutdown)) => return self.store.release(claim, Release::AsItWas).await,
+                Ok(Executed::Stopped(Reason::Shutdown)) => {
+                    return self.store.release(claim, Release::AsItWas).await;
+                }
                 Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
                 // In time after all.
                 Ok(_) if whole => End::Whole,
                 Ok(Executed::Stopped(reason)) => End::Stopped(reason),
-                Ok(Executed::TurnOver) => return self.store.release(claim, Release::Turn(self.clock.now())).await,
+                Ok(Executed::TurnOver) => {
+                    return self.store.release(claim, Release::Turn(self.clock.now())).await;
+                }
                 Ok(Executed::Rests(until)) => return self.let_rest(claim, &batch, until).await,
                 Ok(Executed::All) => return Err(StoreError::Incomplete),
                 Err(StoreError::Missing(cause)) => {
-                    tracing::error!(batch = claim.batch_id, "the batch ends, as its input cannot be read: {cause}");
+                    tracing::error!(
+                        batch = claim.batch_id,
+                        "the batch ends, as its input cannot be read: {cause}"
+                    );
                     match stop.reason() {
-                        Some(Reason::Shutdown) => return self.store.release(claim, Release::AsItWas).await,
+                        Some(Reason::Shutdown) => {
+                            return self.store.release(claim, Release::AsItWas).await;
+                        }
                         _ if whole => End::Whole,
                         _ => End::InputLost,
                     }
@@ -230,7 +267,9 @@ impl Batches {
     /// Whether work on a batch has failed so often that trying again will not help.
     pub(super) fn is_hopeless(&self, claim: &Claim) -> bool {
         let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        resting.get(&(claim.tenant.clone(), claim.batch_id.clone())).is_some_and(|rest| rest.pauses() >= HOPELESS)
+        resting
+            .get(&(claim.tenant.clone(), claim.batch_id.clone()))
+            .is_some_and(|rest| rest.pauses() >= HOPELESS)
     }
 
     /// Whether every line of a batch has its result.
@@ -262,22 +301,31 @@ impl Batches {
         let may_end = stop.reason().is_some();
         let verdict = match verdict {
             // It has waited for its rules, or for its input, for as long as it may.
-            Err(StoreError::NotReady(cause)) if may_end => Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new()),
+            Err(StoreError::NotReady(cause)) if may_end => {
+                Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new())
+            }
             Err(error) if may_end && self.is_hopeless(claim) => {
                 Verdict::Bad(vec![not_validated(claim, &error.to_string())], Vec::new())
             }
             verdict => verdict?,
         };
         match verdict {
-            Verdict::Good(found) => self.store.start_execution(claim, found, self.clock.now()).await,
-            Verdict::Bad(errors, judged_by) => self.store.fail(claim, errors, judged_by, self.clock.now()).await,
+            Verdict::Good(found) => {
+                self.store.start_execution(claim, found, self.clock.now()).await
+            }
+            Verdict::Bad(errors, judged_by) => {
+                self.store.fail(claim, errors, judged_by, self.clock.now()).await
+            }
         }
     }
 }
 
 /// The error of a batch that ended before it could be validated, with the cause for the operator alone.
 fn not_validated(claim: &Claim, cause: &str) -> BatchError {
-    tracing::error!(batch = claim.batch_id, "the batch ends without having been validated: {cause}");
+    tracing::error!(
+        batch = claim.batch_id,
+        "the batch ends without having been validated: {cause}"
+    );
     let message =
         "The batch ended before it could be validated, for a reason that is not its own; create it again.".into();
     BatchError { code: "not_validated".into(), message, param: None, line: None }

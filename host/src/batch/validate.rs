@@ -100,13 +100,20 @@ impl Batches {
             ));
         }
         let holder: Holder = tenant.as_str().into();
-        let hashes = HASH_BYTES.saturating_mul(self.settings.max_requests_per_file.min(file.bytes / SHORTEST_LINE));
+        let hashes = HASH_BYTES
+            .saturating_mul(self.settings.max_requests_per_file.min(file.bytes / SHORTEST_LINE));
         let _hashes = match hashes > FREE_HASHES {
-            true => Some(self.memory.custom_ids.take(&holder, usize::try_from(hashes).unwrap_or(usize::MAX)).await),
+            true => Some(
+                self.memory
+                    .custom_ids
+                    .take(&holder, usize::try_from(hashes).unwrap_or(usize::MAX))
+                    .await,
+            ),
             false => None,
         };
         let longest = self.settings.max_line_size.in_memory();
-        let input = match Input::open(&self.blobs, tenant, file_id, file.bytes, longest, READ).await {
+        let input = match Input::open(&self.blobs, tenant, file_id, file.bytes, longest, READ).await
+        {
             Ok(input) => input,
             Err(StoreError::Missing(cause)) => {
                 return Ok(Verdict::Bad(vec![lost_input(claim, file_id, &cause)], Vec::new()));
@@ -114,14 +121,22 @@ impl Batches {
             Err(error) => return Err(error),
         };
         if let Some(message) = self.other_kind(tenant, file_id, file.bytes).await? {
-            let error = BatchError { code: "invalid_json_line".into(), message, param: None, line: Some(1) };
+            let error = BatchError {
+                code: "invalid_json_line".into(),
+                message,
+                param: None,
+                line: Some(1),
+            };
             return Ok(Verdict::Bad(vec![error], Vec::new()));
         }
-        let mut pieces = Pieces { input, next: None, memory: self.memory.validation.clone(), holder };
+        let mut pieces =
+            Pieces { input, next: None, memory: self.memory.validation.clone(), holder };
         let first = pieces.next().await?;
         let plugins = self.registry.current();
         // A batch that was created before a rule went away waits for it to come back.
-        plugins.check_required(&self.settings.required_plugins, tenant, &ENDPOINTS).map_err(StoreError::NotReady)?;
+        plugins
+            .check_required(&self.settings.required_plugins, tenant, &ENDPOINTS)
+            .map_err(StoreError::NotReady)?;
         let validators = plugins.validators(tenant, &batch.new.endpoint);
         let judged_by = validators.iter().map(|plugin| served_by(plugin)).collect();
         let judge = Arc::new(Judge {
@@ -139,7 +154,9 @@ impl Batches {
         });
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         // The next piece is not read before there is room for this one.
-        let rest = stream::try_unfold(pieces, async |mut pieces| Ok(pieces.next().await?.map(|piece| (piece, pieces))));
+        let rest = stream::try_unfold(pieces, async |mut pieces| {
+            Ok(pieces.next().await?.map(|piece| (piece, pieces)))
+        });
         let pieces = stream::iter(first.map(Ok)).chain(rest);
         let judged = pieces
             .map(|piece: Result<(Vec<InputLine>, Share)>| {
@@ -157,7 +174,8 @@ impl Batches {
             })
             .buffered(threads.saturating_mul(2));
         let mut judged = std::pin::pin!(judged);
-        let mut whole = Whole::new(self.settings.max_reported_errors, self.settings.max_requests_per_file);
+        let mut whole =
+            Whole::new(self.settings.max_reported_errors, self.settings.max_requests_per_file);
         while let Some(piece) = judged.next().await {
             match piece? {
                 Ok(Ok(piece)) => whole.add(piece),
@@ -186,15 +204,23 @@ impl Batches {
 /// The error of a batch whose input cannot be read any more, with the cause for the operator alone.
 pub fn lost_input(claim: &Claim, file: &str, cause: &str) -> BatchError {
     tracing::error!(batch = claim.batch_id, file, "the bytes of an input file are gone: {cause}");
-    let message =
-        format!("The content of the input file {file} is lost or damaged; upload it again and create a new batch.");
-    BatchError { code: "input_file_lost".into(), message, param: Some("input_file_id".into()), line: None }
+    let message = format!(
+        "The content of the input file {file} is lost or damaged; upload it again and create a new batch."
+    );
+    BatchError {
+        code: "input_file_lost".into(),
+        message,
+        param: Some("input_file_id".into()),
+        line: None,
+    }
 }
 
 /// The model that the first request names.
 fn first_model(piece: &[InputLine]) -> Option<String> {
     match piece.first()? {
-        InputLine::Whole { bytes, .. } => RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from),
+        InputLine::Whole { bytes, .. } => {
+            RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from)
+        }
         InputLine::Large { .. } | InputLine::TooLong { .. } => None,
     }
 }
@@ -227,7 +253,8 @@ impl Pieces {
                     if let Some(piece) = self.large(number, range).await? {
                         return Ok(Some(piece));
                     }
-                    share = self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
+                    share =
+                        self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
                 }
                 Some(InputLine::Large { number, range }) => {
                     self.next = Some((number, range));
@@ -245,7 +272,11 @@ impl Pieces {
         Ok((!piece.is_empty()).then_some((piece, share)))
     }
 
-    async fn large(&mut self, number: u64, range: Range<u64>) -> Result<Option<(Vec<InputLine>, Share)>> {
+    async fn large(
+        &mut self,
+        number: u64,
+        range: Range<u64>,
+    ) -> Result<Option<(Vec<InputLine>, Share)>> {
         let size = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
         let share = self.memory.take(&self.holder, size.saturating_mul(COPIES)).await;
         let bytes = self.input.large(range.clone()).await?;
@@ -301,14 +332,20 @@ impl Judge {
             found(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
         let providers = self.judge_models(&requests, &mut violations);
-        unlisted = unlisted.saturating_add(violations.len().saturating_sub(MAX_PIECE_VIOLATIONS) as u64);
+        unlisted =
+            unlisted.saturating_add(violations.len().saturating_sub(MAX_PIECE_VIOLATIONS) as u64);
         violations.sort_by_key(|violation| violation.line);
         violations.truncate(MAX_PIECE_VIOLATIONS);
         Ok(Judged { requests, violations, unlisted, providers })
     }
 
     /// Reads a line once and for all, and writes it as every rule is to see it. What is no JSON, or has a key twice, no validator sees.
-    fn settle(&self, number: u64, text: String, violations: &mut Vec<Violation>) -> Option<(Known, String)> {
+    fn settle(
+        &self,
+        number: u64,
+        text: String,
+        violations: &mut Vec<Violation>,
+    ) -> Option<(Known, String)> {
         let line = match Envelope::parse(&text) {
             Ok(line) => line,
             Err(error) => {
@@ -332,7 +369,8 @@ impl Judge {
         let default = self.default_model.as_ref().filter(|_| line.has_body && !line.has_model);
         let model = default.cloned().or_else(|| line.model.map(String::from));
         let url = line.url.filter(|url| self.is_other_form(url)).map(|url| range_of(&text, url));
-        let body = default.and_then(|_| RequestLine::parse(&text).body.map(|body| range_of(&text, body)));
+        let body =
+            default.and_then(|_| RequestLine::parse(&text).body.map(|body| range_of(&text, body)));
         let text = self.rewritten(text, url, body.zip(default));
         Some((Known { line: number, custom_id, model }, text))
     }
@@ -344,7 +382,12 @@ impl Judge {
     }
 
     /// A line with the batch's endpoint as its `url`, and with a model in its body, where it had neither.
-    fn rewritten(&self, mut text: String, url: Option<Range<usize>>, body: Option<(Range<usize>, &String)>) -> String {
+    fn rewritten(
+        &self,
+        mut text: String,
+        url: Option<Range<usize>>,
+        body: Option<(Range<usize>, &String)>,
+    ) -> String {
         // From the back, as each moves what is behind it.
         let mut changes = Vec::new();
         if let Some(range) = url {
@@ -362,7 +405,11 @@ impl Judge {
     }
 
     /// The host's own rules for a line: it can be executed, and there is a plugin for its model. Returns the plugins' names.
-    fn judge_models(&self, requests: &[Known], violations: &mut Vec<Violation>) -> BTreeSet<String> {
+    fn judge_models(
+        &self,
+        requests: &[Known],
+        violations: &mut Vec<Violation>,
+    ) -> BTreeSet<String> {
         let mut providers = BTreeSet::new();
         let faulty: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
         // What a line says of another endpoint is not held against it here.
@@ -376,7 +423,9 @@ impl Judge {
                 Some(_) if elsewhere.contains(&request.line) => {}
                 Some(model) => {
                     let route = self.plugins.route(&self.tenant, model);
-                    if let Some(route) = route.filter(|route| route.plugin.handles(&self.batch.endpoint)) {
+                    if let Some(route) =
+                        route.filter(|route| route.plugin.handles(&self.batch.endpoint))
+                    {
                         if !providers.contains(&route.plugin.name) {
                             providers.insert(route.plugin.name.clone());
                         }
@@ -388,20 +437,38 @@ impl Judge {
                         if self.plugins.route(&self.tenant, model).is_some() {
                             message.push_str(&format!(" for {}", self.batch.endpoint));
                         }
-                        violations.push(violation(request.line, MODEL_NOT_FOUND, &message, Some("body.model")));
+                        violations.push(violation(
+                            request.line,
+                            MODEL_NOT_FOUND,
+                            &message,
+                            Some("body.model"),
+                        ));
                     }
                 }
                 // Whatever rules the operator has, a line that cannot be executed is not let through.
                 None if !faulty.contains(&request.line) => {
-                    let message = "The line has no body with a model, without which it cannot be executed.";
-                    violations.push(violation(request.line, "invalid_request", message, Some("body.model")));
+                    let message =
+                        "The line has no body with a model, without which it cannot be executed.";
+                    violations.push(violation(
+                        request.line,
+                        "invalid_request",
+                        message,
+                        Some("body.model"),
+                    ));
                 }
                 None => {}
             }
-            if request.custom_id.is_none() && request.model.is_some() && !faulty.contains(&request.line) {
-                let message =
-                    "The line has no custom_id that is valid text, without which its result could not be told apart.";
-                violations.push(violation(request.line, "invalid_request", message, Some("custom_id")));
+            if request.custom_id.is_none()
+                && request.model.is_some()
+                && !faulty.contains(&request.line)
+            {
+                let message = "The line has no custom_id that is valid text, without which its result could not be told apart.";
+                violations.push(violation(
+                    request.line,
+                    "invalid_request",
+                    message,
+                    Some("custom_id"),
+                ));
             }
         }
         providers
@@ -421,7 +488,12 @@ pub fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> V
 }
 
 fn of_input_file(message: String) -> BatchError {
-    BatchError { code: "invalid_request".into(), message, param: Some("input_file_id".into()), line: None }
+    BatchError {
+        code: "invalid_request".into(),
+        message,
+        param: Some("input_file_id".into()),
+        line: None,
+    }
 }
 
 fn of_plugin(error: &CallError) -> BatchError {

@@ -69,7 +69,9 @@ impl Weighed {
 fn of_error(error: &TransportError) -> Said {
     match error.fault {
         _ if error.sent => Said::Unanswered,
-        Fault::NameResolution | Fault::Connection | Fault::Tls | Fault::Timeout => Said::Trouble(Kind::Unreachable),
+        Fault::NameResolution | Fault::Connection | Fault::Tls | Fault::Timeout => {
+            Said::Trouble(Kind::Unreachable)
+        }
         Fault::Protocol | Fault::TooLarge | Fault::NotAllowed => Said::NotSent,
     }
 }

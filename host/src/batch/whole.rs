@@ -62,7 +62,12 @@ impl Whole {
                         "The custom_id of this line is used by line {} already; each must be unique.",
                         first.get()
                     );
-                    violations.push(violation(request.line, "duplicate_custom_id", &message, Some("custom_id")));
+                    violations.push(violation(
+                        request.line,
+                        "duplicate_custom_id",
+                        &message,
+                        Some("custom_id"),
+                    ));
                 }
             }
         }
@@ -81,23 +86,37 @@ impl Whole {
 
     /// Says once what could have been asked for instead of a model that is not served.
     pub fn explain_models(&mut self, plugins: &Snapshot, tenant: &str) {
-        let Some(error) = self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND) else { return };
+        let Some(error) = self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND) else {
+            return;
+        };
         let models = plugins.models(tenant);
-        let named: Vec<String> =
-            models.iter().take(MAX_NAMED_MODELS).map(|(name, _)| format!("'{}'", shortened(name))).collect();
+        let named: Vec<String> = models
+            .iter()
+            .take(MAX_NAMED_MODELS)
+            .map(|(name, _)| format!("'{}'", shortened(name)))
+            .collect();
         let more = models.len().saturating_sub(named.len());
         error.message.push_str(&match (named.is_empty(), more) {
             (true, _) => ". No model is served by name.".to_owned(),
             (false, 0) => format!(". Served: {}.", named.join(", ")),
-            (false, more) => format!(". Served: {}, and {more} more (GET /v1/models).", named.join(", ")),
+            (false, more) => {
+                format!(". Served: {}, and {more} more (GET /v1/models).", named.join(", "))
+            }
         });
         if plugins.entries.iter().any(|entry| entry.error.is_some() && entry.is_shown_to(tenant)) {
-            error.message.push_str(" A plugin could not be loaded, which may be why; the server's log has the cause.");
+            error.message.push_str(
+                " A plugin could not be loaded, which may be why; the server's log has the cause.",
+            );
         }
     }
 
     pub fn verdict(mut self, judged_by: Vec<ServedBy>) -> Verdict {
-        let of_file = |code: &str, message: String| BatchError { code: code.into(), message, param: None, line: None };
+        let of_file = |code: &str, message: String| BatchError {
+            code: code.into(),
+            message,
+            param: None,
+            line: None,
+        };
         if self.total > self.most_requests {
             let message = format!(
                 "The input file has more than {} requests (max_requests_per_file); split it into several.",
@@ -106,8 +125,10 @@ impl Whole {
             self.errors.insert(0, of_file("too_many_requests", message));
         }
         if self.total == 0 {
-            self.errors
-                .push(of_file("empty_file", "The input file is empty. A batch needs at least one request.".into()));
+            self.errors.push(of_file(
+                "empty_file",
+                "The input file is empty. A batch needs at least one request.".into(),
+            ));
         }
         if self.unlisted > 0 {
             let (listed, more) = (self.errors.len(), self.unlisted);

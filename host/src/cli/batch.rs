@@ -86,7 +86,8 @@ impl Batch {
         let as_json = self.server.json;
         match self.action {
             Action::Create { input, endpoint, completion_window, metadata, watch } => {
-                let body = new_batch(&client, &input, endpoint, &completion_window, &metadata).await?;
+                let body =
+                    new_batch(&client, &input, endpoint, &completion_window, &metadata).await?;
                 let batch = client.post("batches", &body).await?;
                 if watch {
                     return follow(&client, text(&batch, "id"), as_json).await;
@@ -95,12 +96,24 @@ impl Batch {
             }
             Action::List { limit, after } => {
                 let after = after.map(|id| format!("&after={id}")).unwrap_or_default();
-                list(&client, &client.get(&format!("batches?limit={limit}{after}")).await?, as_json).await;
+                list(
+                    &client,
+                    &client.get(&format!("batches?limit={limit}{after}")).await?,
+                    as_json,
+                )
+                .await;
             }
-            Action::Get { id } => show(&client, &client.get(&format!("batches/{id}")).await?, as_json).await,
+            Action::Get { id } => {
+                show(&client, &client.get(&format!("batches/{id}")).await?, as_json).await
+            }
             Action::Watch { id } => return follow(&client, &id, as_json).await,
             Action::Cancel { id } => {
-                show(&client, &client.post(&format!("batches/{id}/cancel"), &json!({})).await?, as_json).await;
+                show(
+                    &client,
+                    &client.post(&format!("batches/{id}/cancel"), &json!({})).await?,
+                    as_json,
+                )
+                .await;
             }
             Action::Download { id, output, errors, force } => {
                 return download(&client, &id, &output, errors.as_deref(), force).await;
@@ -120,7 +133,9 @@ async fn new_batch(
     let mut metadata = serde_json::Map::new();
     for pair in pairs {
         let Some((key, value)) = pair.split_once('=') else {
-            return Err(Error::Other(format!("--metadata `{pair}` is no pair; write it as KEY=VALUE")));
+            return Err(Error::Other(format!(
+                "--metadata `{pair}` is no pair; write it as KEY=VALUE"
+            )));
         };
         metadata.insert(key.to_owned(), value.into());
     }
@@ -136,7 +151,9 @@ async fn new_batch(
     };
     let endpoint = endpoint.or(of_file).unwrap_or_else(|| "/v1/chat/completions".into());
     let metadata = if metadata.is_empty() { Value::Null } else { Value::Object(metadata) };
-    Ok(json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}))
+    Ok(
+        json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}),
+    )
 }
 
 async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Error> {
@@ -150,7 +167,11 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
             last = (done, Instant::now());
         }
         // What it waits for is asked only when nothing has moved for a while.
-        let waits = if status == "in_progress" && last.1.elapsed() > STILL { waits(client, id).await } else { None };
+        let waits = if status == "in_progress" && last.1.elapsed() > STILL {
+            waits(client, id).await
+        } else {
+            None
+        };
         progress.show(&status.replace('_', " "), done, failed, total, waits.as_deref());
         if matches!(status.as_str(), "completed" | "failed" | "cancelled" | "expired") {
             progress.end();
@@ -180,7 +201,11 @@ async fn download(
 ) -> Result<ExitCode, Error> {
     let output = Target::find(output)?;
     let errors = errors.map(Target::find).transpose()?;
-    check(&[Some(&output), errors.as_ref()].into_iter().flatten().collect::<Vec<_>>(), force, |_| false)?;
+    check(
+        &[Some(&output), errors.as_ref()].into_iter().flatten().collect::<Vec<_>>(),
+        force,
+        |_| false,
+    )?;
     let batch = client.get(&format!("batches/{id}")).await?;
     let places = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
     let (mut found, mut all_here) = (false, true);
@@ -209,7 +234,10 @@ async fn download(
         say!("{key} {file} -> {}", to.given.display());
     }
     if !found {
-        return Err(Error::Other(format!("the batch has no files; its status is '{}'", text(&batch, "status"))));
+        return Err(Error::Other(format!(
+            "the batch has no files; its status is '{}'",
+            text(&batch, "status")
+        )));
     }
     Ok(if all_here { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -233,7 +261,9 @@ async fn names(client: &Client, batches: impl Iterator<Item = &Value>) -> HashMa
 
 /// Done, of these failed, and in total.
 fn counts(batch: &Value) -> (u64, u64, u64) {
-    let count = |key: &str| batch.pointer(&format!("/request_counts/{key}")).and_then(Value::as_u64).unwrap_or(0);
+    let count = |key: &str| {
+        batch.pointer(&format!("/request_counts/{key}")).and_then(Value::as_u64).unwrap_or(0)
+    };
     (count("completed").saturating_add(count("failed")), count("failed"), count("total"))
 }
 
@@ -252,8 +282,16 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
     let mut rejected = Failures::default();
     for error in batch.pointer("/errors/data").and_then(Value::as_array).into_iter().flatten() {
         rejected.add(text(error, "code").to_owned());
-        let line = error.get("line").and_then(Value::as_u64).map(|line| format!("line {line}: ")).unwrap_or_default();
-        let param = error.get("param").and_then(Value::as_str).map(|param| format!(" ({param})")).unwrap_or_default();
+        let line = error
+            .get("line")
+            .and_then(Value::as_u64)
+            .map(|line| format!("line {line}: "))
+            .unwrap_or_default();
+        let param = error
+            .get("param")
+            .and_then(Value::as_str)
+            .map(|param| format!(" ({param})"))
+            .unwrap_or_default();
         put!("  {line}{}{param}: {}", text(error, "code"), one_line(text(error, "message")));
     }
     let ended = batch.get("error_file_id").and_then(Value::as_str);
@@ -283,7 +321,10 @@ async fn list(client: &Client, list: &Value, as_json: bool) {
         let created = time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
         let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
         let (id, status) = (text(batch, "id"), text(batch, "status"));
-        put!("{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}", one_line(name));
+        put!(
+            "{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}",
+            one_line(name)
+        );
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
         say!("there are more: --after {}", text(list, "last_id"));

@@ -56,7 +56,9 @@ impl Client {
     pub fn new(url: &str, key: Option<String>) -> Result<Self, Error> {
         let trimmed = url.trim_end_matches('/').trim_end_matches("/v1");
         let base = Url::parse(&format!("{trimmed}/v1/")).map_err(|error| {
-            Error::Other(format!("--url `{url}` is not a URL: {error}; write it as http://127.0.0.1:8080"))
+            Error::Other(format!(
+                "--url `{url}` is not a URL: {error}; write it as http://127.0.0.1:8080"
+            ))
         })?;
         let connector = https().https_or_http().enable_http1().build();
         Ok(Self { base, key, http: HyperClient::builder(TokioExecutor::new()).build(connector) })
@@ -67,7 +69,8 @@ impl Client {
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, Error> {
-        let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed_unsync();
+        let body =
+            Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed_unsync();
         self.json(self.request(Method::POST, path, Some("application/json"), body)?).await
     }
 
@@ -77,11 +80,14 @@ impl Client {
 
     /// Uploads an input file as it is read.
     pub async fn upload(&self, path: &Path) -> Result<Value, Error> {
-        let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", path.display()));
+        let failed = |error: std::io::Error| {
+            Error::Other(format!("failed to read {}: {error}", path.display()))
+        };
         let file = tokio::fs::File::open(path).await.map_err(failed)?;
         let boundary = uuid::Uuid::new_v4().simple().to_string();
-        let name =
-            path.file_name().map_or_else(String::new, |name| name.to_string_lossy().replace(['"', '\r', '\n'], "_"));
+        let name = path.file_name().map_or_else(String::new, |name| {
+            name.to_string_lossy().replace(['"', '\r', '\n'], "_")
+        });
         let head = format!(
             "--{boundary}\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--{boundary}\r\n\
              Content-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\nContent-Type: application/jsonl\r\n\r\n"
@@ -100,7 +106,10 @@ impl Client {
     }
 
     /// The bytes of a file of the server, as they come. One that breaks off before its end is an error.
-    pub async fn content(&self, id: &str) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
+    pub async fn content(
+        &self,
+        id: &str,
+    ) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
         let request = self.request(Method::GET, &format!("files/{id}/content"), None, empty())?;
         let response = self.send(request).await?;
         if !response.status().is_success() {
@@ -110,7 +119,13 @@ impl Client {
         Ok(response.into_body().into_data_stream().map_err(broken))
     }
 
-    fn request(&self, method: Method, path: &str, kind: Option<&str>, body: Body) -> Result<Request<Body>, Error> {
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        kind: Option<&str>,
+        body: Body,
+    ) -> Result<Request<Body>, Error> {
         let invalid = |error: String| Error::Other(format!("the request cannot be made: {error}"));
         let url = self.base.join(path).map_err(|error| invalid(error.to_string()))?;
         let mut request = Request::builder().method(method).uri(url.as_str());
@@ -127,7 +142,9 @@ impl Client {
         self.http.request(request).await.map_err(|error| {
             let cause = innermost(&error);
             let host = self.base.origin().ascii_serialization();
-            Error::Other(format!("no answer from {host}: {cause}; is the server running, and is --url right?"))
+            Error::Other(format!(
+                "no answer from {host}: {cause}; is the server running, and is --url right?"
+            ))
         })
     }
 
@@ -143,7 +160,9 @@ impl Client {
 }
 
 /// The cause of an error that has none itself: the outermost says least.
-pub fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+pub fn innermost<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> &'a (dyn std::error::Error + 'static) {
     std::iter::successors(Some(error), |cause| cause.source()).last().unwrap_or(error)
 }
 
@@ -153,14 +172,19 @@ fn empty() -> Body {
 
 async fn bounded(response: Response<Incoming>) -> Result<Bytes, Error> {
     let limited = http_body_util::Limited::new(response.into_body(), MOST_JSON);
-    let collected = limited.collect().await.map_err(|error| Error::Other(format!("the answer broke off: {error}")))?;
+    let collected = limited
+        .collect()
+        .await
+        .map_err(|error| Error::Other(format!("the answer broke off: {error}")))?;
     Ok(collected.to_bytes())
 }
 
 /// What the server says of a request it refused.
 async fn refusal(response: Response<Incoming>) -> Error {
     let status = response.status();
-    let Ok(bytes) = bounded(response).await else { return Error::Other(format!("the server answered {status}")) };
+    let Ok(bytes) = bounded(response).await else {
+        return Error::Other(format!("the server answered {status}"));
+    };
     let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
     match body.pointer("/error/message").and_then(Value::as_str) {
         Some(message) => Error::Other(message.to_owned()),

@@ -42,7 +42,8 @@ struct Coded {
 impl Failures {
     /// Sums up the lines of an error file as they come.
     pub async fn read(pieces: impl Stream<Item = Result<Bytes, Error>>) -> Result<Self, Error> {
-        let (mut failures, mut held, mut pieces) = (Self::default(), Vec::new(), std::pin::pin!(pieces));
+        let (mut failures, mut held, mut pieces) =
+            (Self::default(), Vec::new(), std::pin::pin!(pieces));
         while let Some(piece) = pieces.try_next().await? {
             for part in piece.split_inclusive(|&byte| byte == b'\n') {
                 if held.len() <= MAX_LINE_BYTES {
@@ -58,11 +59,15 @@ impl Failures {
     }
 
     fn add_line(&mut self, line: &[u8]) {
-        let Ok(Line { response, error }) = serde_json::from_slice(line) else { return self.others += 1 };
+        let Ok(Line { response, error }) = serde_json::from_slice(line) else {
+            return self.others += 1;
+        };
         match (response, error) {
             (_, Some(error)) => self.add(error.code),
             (Some(Response { status_code, body }), None) => {
-                let text = |key: &str| body.pointer(key).and_then(Value::as_str).filter(|text| !text.is_empty());
+                let text = |key: &str| {
+                    body.pointer(key).and_then(Value::as_str).filter(|text| !text.is_empty())
+                };
                 let code = text("/error/code").or_else(|| text("/error/type")).unwrap_or_default();
                 self.add(format!("status {status_code} {code}").trim_end().to_owned());
             }
@@ -81,7 +86,8 @@ impl Failures {
 
     /// Those that came most often first.
     pub fn in_words(&self) -> String {
-        let mut counts: Vec<(&str, u64)> = self.counts.iter().map(|(code, count)| (code.as_str(), *count)).collect();
+        let mut counts: Vec<(&str, u64)> =
+            self.counts.iter().map(|(code, count)| (code.as_str(), *count)).collect();
         if self.others > 0 {
             counts.push(("others", self.others));
         }
@@ -109,7 +115,11 @@ mod tests {
         .join("\n")
             + "\n";
         for size in [1, 7, 1000] {
-            let pieces: Vec<_> = file.as_bytes().chunks(size).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+            let pieces: Vec<_> = file
+                .as_bytes()
+                .chunks(size)
+                .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+                .collect();
             let failures = Failures::read(stream::iter(pieces)).await.unwrap();
             assert_eq!(
                 failures.in_words(),

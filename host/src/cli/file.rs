@@ -79,14 +79,23 @@ fn list(list: &Value, as_json: bool) {
         put!("{list:#}");
         return;
     }
-    let text = |file: &Value, key: &str| file.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text = |file: &Value, key: &str| {
+        file.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+    };
     for file in list.get("data").and_then(Value::as_array).into_iter().flatten() {
         let number = |key: &str| file.get(key).and_then(Value::as_i64);
-        let size = bytesize::ByteSize(number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0));
-        let expires = number("expires_at").map_or_else(|| "never expires".into(), |at| format!("expires {}", time(at)));
+        let size = bytesize::ByteSize(
+            number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
+        );
+        let expires = number("expires_at")
+            .map_or_else(|| "never expires".into(), |at| format!("expires {}", time(at)));
         let created = time(number("created_at").unwrap_or(0));
-        let (id, purpose, name) = (text(file, "id"), text(file, "purpose"), one_line(&text(file, "filename")));
-        put!("{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}", size.display().iec().to_string());
+        let (id, purpose, name) =
+            (text(file, "id"), text(file, "purpose"), one_line(&text(file, "filename")));
+        put!(
+            "{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}",
+            size.display().iec().to_string()
+        );
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
         say!("there are more: --after {}", text(list, "last_id"));

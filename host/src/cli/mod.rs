@@ -31,7 +31,9 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWR
 
 #[derive(Parser)]
 #[command(name = "batchwright", version = VERSION, about, max_term_width = 100)]
-#[command(after_help = "Every setting can also stand in the environment as BATCHWRIGHT_… or in the file of --config.")]
+#[command(
+    after_help = "Every setting can also stand in the environment as BATCHWRIGHT_… or in the file of --config."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -150,7 +152,8 @@ struct EndSignals {
 
 impl EndSignals {
     fn listen() -> Result<Self, Error> {
-        let failed = |error: std::io::Error| Error::Other(format!("signals cannot be heard: {error}"));
+        let failed =
+            |error: std::io::Error| Error::Other(format!("signals cannot be heard: {error}"));
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
@@ -219,7 +222,8 @@ fn warn_of_environment() {
 
 /// The cache of compiled plugins for commands that have no data folder.
 fn user_cache() -> PathBuf {
-    let own = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let own =
+        std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     own.or_else(home).unwrap_or_else(std::env::temp_dir).join("batchwright")
 }

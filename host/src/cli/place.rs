@@ -63,20 +63,30 @@ impl Target {
         let identity = found.as_ref().map(|found| (found.dev(), found.ino()));
         let kind = match &found {
             Some(found) if found.is_dir() => return Err(refused("is a folder; name a file in it")),
-            Some(found) if !found.is_file() || given.starts_with("/dev") || given.starts_with("/proc") => {
+            Some(found)
+                if !found.is_file() || given.starts_with("/dev") || given.starts_with("/proc") =>
+            {
                 if found.file_type().is_socket() || found.file_type().is_block_device() {
                     return Err(refused("is neither a file nor a pipe"));
                 }
                 Kind::Stream
             }
-            Some(_) => Kind::File(fs::canonicalize(given).map_err(|error| refused(&error.to_string()))?),
+            Some(_) => {
+                Kind::File(fs::canonicalize(given).map_err(|error| refused(&error.to_string()))?)
+            }
             None if fs::symlink_metadata(given).is_ok() => {
-                return Err(refused("is a link to a file that is not there; remove the link, or make the file"));
+                return Err(refused(
+                    "is a link to a file that is not there; remove the link, or make the file",
+                ));
             }
             None => {
                 let name = given.file_name().ok_or_else(|| refused("names no file"))?;
-                let parent = given.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                let parent = fs::canonicalize(parent).map_err(|error| refused(&format!("its folder: {error}")))?;
+                let parent = given
+                    .parent()
+                    .filter(|parent| !parent.as_os_str().is_empty())
+                    .unwrap_or(Path::new("."));
+                let parent = fs::canonicalize(parent)
+                    .map_err(|error| refused(&format!("its folder: {error}")))?;
                 Kind::File(parent.join(name))
             }
         };
@@ -86,7 +96,8 @@ impl Target {
     /// Whether both are one place, also by links. `/dev/null` is no place.
     pub fn is_same(&self, other: &Self) -> bool {
         let is_null = self.given == Path::new("/dev/null");
-        let same_path = matches!((&self.kind, &other.kind), (Kind::File(one), Kind::File(two)) if one == two);
+        let same_path =
+            matches!((&self.kind, &other.kind), (Kind::File(one), Kind::File(two)) if one == two);
         !is_null && (same_path || (self.identity.is_some() && self.identity == other.identity))
     }
 
@@ -112,7 +123,8 @@ impl Target {
     pub fn holds(&self, written: &Digested) -> bool {
         let Some(path) = self.path() else { return false };
         let digested = || digest(path).ok();
-        path == written.path && digested().is_some_and(|found| found == (written.bytes, written.sha256.clone()))
+        path == written.path
+            && digested().is_some_and(|found| found == (written.bytes, written.sha256.clone()))
     }
 
     /// Writes a file that is to be put here: in a folder of one's own if that is on the same disk, or else beside its place.
@@ -163,7 +175,9 @@ impl Target {
             })?;
         }
         if let Some(parent) = path.parent() {
-            File::open(parent).and_then(|folder| folder.sync_all()).map_err(|error| self.failed(error))?;
+            File::open(parent)
+                .and_then(|folder| folder.sync_all())
+                .map_err(|error| self.failed(error))?;
         }
         Ok(())
     }
@@ -173,7 +187,8 @@ impl Target {
     where
         S: Stream<Item = Result<Bytes, Error>>,
     {
-        let mut file = File::options().write(true).open(&self.given).map_err(|error| self.failed(error))?;
+        let mut file =
+            File::options().write(true).open(&self.given).map_err(|error| self.failed(error))?;
         let mut pieces = std::pin::pin!(pieces);
         while let Some(piece) = pieces.try_next().await? {
             file.write_all(&piece).map_err(|error| self.failed(error))?;
@@ -187,12 +202,18 @@ impl Target {
 }
 
 /// Refuses places that are one, or that exist and may not be overwritten.
-pub fn check(targets: &[&Target], force: bool, may_replace: impl Fn(&Target) -> bool) -> Result<(), Error> {
+pub fn check(
+    targets: &[&Target],
+    force: bool,
+    may_replace: impl Fn(&Target) -> bool,
+) -> Result<(), Error> {
     if let [one, other] = targets
         && one.is_same(other)
     {
         let (one, other) = (one.given.display(), other.given.display());
-        return Err(Error::Usage(format!("{one} and {other} are the same file; answers and errors need one each")));
+        return Err(Error::Usage(format!(
+            "{one} and {other} are the same file; answers and errors need one each"
+        )));
     }
     match targets.iter().find(|target| target.exists() && !force && !may_replace(target)) {
         None => Ok(()),

@@ -21,7 +21,9 @@ impl Progress {
             return Self::Lines { begun: now, last: now, first_done: None, status: String::new() };
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{msg:12} {wide_bar} {human_pos}/{human_len} {rate:>8} {eta:>4} left");
+        let style = ProgressStyle::with_template(
+            "{msg:12} {wide_bar} {human_pos}/{human_len} {rate:>8} {eta:>4} left",
+        );
         if let Ok(style) = style {
             let rate = |state: &ProgressState, to: &mut dyn std::fmt::Write| {
                 write!(to, "{:.0}/s", state.per_sec()).ok();
@@ -33,7 +35,14 @@ impl Progress {
     }
 
     /// Shows how far it is, and what it waits for, if it waits.
-    pub fn show(&mut self, now_status: &str, done: u64, failed: u64, total: u64, waits: Option<&str>) {
+    pub fn show(
+        &mut self,
+        now_status: &str,
+        done: u64,
+        failed: u64,
+        total: u64,
+        waits: Option<&str>,
+    ) {
         let failures = if failed == 0 { String::new() } else { format!(", {failed} failed") };
         match self {
             Self::Bar(bar) => {
@@ -61,7 +70,8 @@ impl Progress {
                     say!("{now_status}");
                     return;
                 }
-                let rate = done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
+                let rate =
+                    done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
                 let left = if rate > 0.0 && done < total {
                     format!(", {:.0} s left", (total.saturating_sub(done)) as f64 / rate)
                 } else {

@@ -40,7 +40,8 @@ const MAX_OUTAGE: Duration = Duration::from_secs(600);
 const AWAY: u8 = 6;
 
 /// What a run logs, unless it is said. That a plugin was not loaded it says itself.
-const RUN_LOG_LEVEL: &str = "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
+const RUN_LOG_LEVEL: &str =
+    "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
 
 /// The completion window of a run: none that anybody will see the end of.
 const WINDOW: &str = "99years";
@@ -87,7 +88,9 @@ impl Run {
         let mut before = Note::read(&places.state)?;
         if let Some(status) = before.as_ref().and_then(|note| note.finished) {
             // It ended in the moment after its files were placed.
-            let same = before.as_ref().is_some_and(|note| note.check(&places, self.endpoint.as_deref()).is_ok());
+            let same = before
+                .as_ref()
+                .is_some_and(|note| note.check(&places, self.endpoint.as_deref()).is_ok());
             remove(&places.state)?;
             if !self.force && same {
                 say!("this run had finished; its results are in place");
@@ -95,7 +98,9 @@ impl Run {
             }
             before = None;
         }
-        let ours = |target: &Target| before.iter().flat_map(|note| &note.placed).any(|written| target.holds(written));
+        let ours = |target: &Target| {
+            before.iter().flat_map(|note| &note.placed).any(|written| target.holds(written))
+        };
         check(&[&places.output, &places.errors], self.force, ours)?;
         settings.data.clone_from(&places.state);
         settings.completion_windows = CompletionWindows::of(WINDOW)?;
@@ -105,7 +110,10 @@ impl Run {
         check_directory(&settings.plugins)?;
         let had_state = places.state.exists();
         if self.partial && !had_state {
-            return Err(Error::Usage(format!("there is no unfinished run: {} is not there", places.state.display())));
+            return Err(Error::Usage(format!(
+                "there is no unfinished run: {} is not there",
+                places.state.display()
+            )));
         }
         let batches = open(settings).await?;
         let begun = begin(&batches, &places, before, self.endpoint, self.partial).await;
@@ -135,7 +143,10 @@ impl Run {
         };
         if let Some(status) = status {
             let done = batch.counts.completed.saturating_add(batch.counts.failed);
-            say!("stopped: {done} of {} done and kept; the same command continues", batch.counts.total);
+            say!(
+                "stopped: {done} of {} done and kept; the same command continues",
+                batch.counts.total
+            );
             return Ok(ExitCode::from(status));
         }
         batch.errors = batches.errors(TENANT, &id).await?;
@@ -173,7 +184,9 @@ fn first_url(input: &Path) -> std::io::Result<Option<String>> {
 
 /// The endpoint that the first line of a file with a `url` asks for.
 pub fn of_first_line(input: &Path) -> Result<Option<String>, Error> {
-    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
+    let failed = |error: std::io::Error| {
+        Error::Other(format!("failed to read {}: {error}", input.display()))
+    };
     let Some(url) = first_url(input).map_err(failed)? else { return Ok(None) };
     let long = format!("/v1{url}");
     if ENDPOINTS.iter().any(|endpoint| **endpoint == url || **endpoint == long) {
@@ -189,7 +202,8 @@ async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let clock = Clock::system();
     let store = SqliteStore::open(&settings.data)?;
     let blobs = Blobs::local(&settings.data.join("objects"))?;
-    let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
+    let memory =
+        Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
     // The folder of a run goes with its end; what older signed files must not replace is remembered for the user.
     let kept = user_cache();
     let serials = std::fs::create_dir_all(&kept).ok().map(|()| kept.join("serials"));
@@ -226,12 +240,16 @@ async fn begin(
         .current()
         .check_required(&batches.settings().required_plugins, TENANT, &ENDPOINTS)
         .map_err(Error::Required)?;
-    let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", places.input.display()));
+    let failed = |error: std::io::Error| {
+        Error::Other(format!("failed to read {}: {error}", places.input.display()))
+    };
     let endpoint = match endpoint {
         Some(endpoint) => endpoint,
         None => of_first_line(&places.input)?.unwrap_or_else(|| "/v1/chat/completions".into()),
     };
-    let told = |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", places.input.display()));
+    let told = |error: &dyn std::fmt::Display| {
+        Error::Other(format!("{}: {error}", places.input.display()))
+    };
     let mut file = std::fs::File::open(&places.input).map_err(failed)?;
     let mut upload = batches.upload(TENANT).await?;
     let (mut buffer, mut digest, mut size) = (vec![0; 1 << 20], Sha256::new(), 0_u64);
@@ -242,7 +260,10 @@ async fn begin(
         size = size.saturating_add(read as u64);
         upload.write(Bytes::copy_from_slice(bytes)).await.map_err(|error| told(&error))?;
     }
-    let filename = places.input.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let filename = places
+        .input
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let new = NewFile { filename, purpose: "batch".into(), lifetime: None };
     let file = upload.finish(new).await.map_err(|error| told(&error))?;
     let note = Note {
@@ -263,7 +284,8 @@ async fn begin(
         output_lifetime: None,
         idempotency_key: None,
     };
-    let batch = batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
+    let batch =
+        batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
     Ok((batch.new.id, note))
 }
 
@@ -275,7 +297,9 @@ async fn place(
     note: &mut Note,
     force: bool,
 ) -> Result<(), Error> {
-    for (target, id) in [(&places.output, &batch.output_file_id), (&places.errors, &batch.error_file_id)] {
+    for (target, id) in
+        [(&places.output, &batch.output_file_id), (&places.errors, &batch.error_file_id)]
+    {
         let Some(id) = id else { continue };
         if target.path().is_none() {
             target.write_through(content(batches, id).await?).await?;
@@ -295,7 +319,10 @@ async fn place(
 }
 
 /// The content of a file of results, piece by piece.
-async fn content(batches: &Arc<Batches>, id: &str) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
+async fn content(
+    batches: &Arc<Batches>,
+    id: &str,
+) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
     let (batches, id) = (batches.clone(), id.to_owned());
     let size = batches.content_size(TENANT, &id).await?;
     Ok(stream::try_unfold(0, move |at: u64| {
@@ -320,7 +347,9 @@ async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Erro
 
 async fn find(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
     let found = batches.get(TENANT, id).await?;
-    found.ok_or_else(|| Error::Other("the unfinished run is not in its folder any more; delete the folder".into()))
+    found.ok_or_else(|| {
+        Error::Other("the unfinished run is not in its folder any more; delete the folder".into())
+    })
 }
 
 /// How a run came to its end.
@@ -342,15 +371,25 @@ async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<Watc
         let done = counts.completed.saturating_add(counts.failed);
         let now = batches.clock().now();
         let waits = batches.waits(TENANT, &batch);
-        let words = waits.as_ref().map(|waits| Progress::waiting(&waits.cause, now.until(waits.next).as_secs()));
-        progress.show(&batch.status.as_str().replace('_', " "), done, counts.failed, counts.total, words.as_deref());
+        let words = waits
+            .as_ref()
+            .map(|waits| Progress::waiting(&waits.cause, now.until(waits.next).as_secs()));
+        progress.show(
+            &batch.status.as_str().replace('_', " "),
+            done,
+            counts.failed,
+            counts.total,
+            words.as_deref(),
+        );
         if batch.status.is_final() {
             progress.end();
             return Ok(Watched::Ended(Box::new(batch)));
         }
         let outages = batches.outages();
         let longest = outages.iter().map(|(_, outage)| outage).min_by_key(|outage| outage.since);
-        if let Some(outage) = longest.filter(|outage| !max_outage.is_zero() && outage.since.until(now) >= max_outage) {
+        if let Some(outage) =
+            longest.filter(|outage| !max_outage.is_zero() && outage.since.until(now) >= max_outage)
+        {
             progress.end();
             return Ok(Watched::Away(outage.trouble.detail.clone()));
         }
@@ -390,9 +429,10 @@ fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Ta
             if !by_code.is_empty() {
                 say!("failed: {by_code}");
             }
-            for (what, id, target) in
-                [("answers", &batch.output_file_id, output), ("errors", &batch.error_file_id, errors)]
-            {
+            for (what, id, target) in [
+                ("answers", &batch.output_file_id, output),
+                ("errors", &batch.error_file_id, errors),
+            ] {
                 let place = target.given.display();
                 if id.is_some() {
                     say!("{what}: {place}");

@@ -37,7 +37,9 @@ pub struct Places {
 impl Places {
     /// Finds all places, and refuses what would harm the input, before anything is made.
     pub fn find(input: &Path, output: &Path, errors: Option<PathBuf>) -> Result<Self, Error> {
-        let failed = |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", input.display()));
+        let failed = |error: std::io::Error| {
+            Error::Other(format!("failed to read {}: {error}", input.display()))
+        };
         let found = std::fs::metadata(input).map_err(failed)?;
         if !found.is_file() {
             let message = "is no regular file; save it to a file first, as a run that is interrupted reads it again";
@@ -97,17 +99,21 @@ impl Note {
             file.sync_all()?;
             std::fs::rename(&beside, state.join(NOTE))
         };
-        written().map_err(|error| Error::Other(format!("failed to write {}: {error}", state.join(NOTE).display())))
+        written().map_err(|error| {
+            Error::Other(format!("failed to write {}: {error}", state.join(NOTE).display()))
+        })
     }
 }
 
 impl Note {
     /// Refuses to continue with another input: its content counts, not its name or its date.
     pub fn check(&self, places: &Places, endpoint: Option<&str>) -> Result<(), Error> {
-        let failed =
-            |error: std::io::Error| Error::Other(format!("failed to read {}: {error}", places.input.display()));
+        let failed = |error: std::io::Error| {
+            Error::Other(format!("failed to read {}: {error}", places.input.display()))
+        };
         let state = places.state.display();
-        let ways = "--partial ends that run and writes what it has, or delete the folder to begin anew";
+        let ways =
+            "--partial ends that run and writes what it has, or delete the folder to begin anew";
         if digest(&places.input).map_err(failed)? != (self.bytes, self.sha256.clone()) {
             let before = self.input.display();
             return Err(Error::Usage(format!(
@@ -141,5 +147,7 @@ pub fn remove(state: &Path) -> Result<(), Error> {
         std::fs::remove_file(state.join(NOTE))?;
         std::fs::remove_dir(state)
     };
-    removed().map_err(|error: std::io::Error| Error::Other(format!("failed to remove {}: {error}", state.display())))
+    removed().map_err(|error: std::io::Error| {
+        Error::Other(format!("failed to remove {}: {error}", state.display()))
+    })
 }

@@ -44,7 +44,8 @@ impl Serve {
         check_directory(&settings.plugins)?;
         let store = SqliteStore::open(&settings.data)?;
         let blobs = Blobs::local(&settings.data.join("objects"))?;
-        let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
+        let memory =
+            Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
         let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
         let registry = Registry::open(&settings.plugins, loader).await?;
         let _watcher = watch(&registry);
@@ -60,7 +61,8 @@ impl Serve {
             );
         }
         let settings = Arc::new(settings);
-        let batches = Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
+        let batches =
+            Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
         let app = api::router(batches.clone(), &settings, address);
         println_now(&format!("listening on http://{address}"));
@@ -68,9 +70,14 @@ impl Serve {
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
             println_now(&format!("health on http://{address}"));
-            let (router, settings, ended) =
-                (api::admin_router(batches.clone(), &settings, address), settings.clone(), ending.clone());
-            tasks.spawn(async move { api::serve_admin(listener, router, &settings, ended.cancelled()).await });
+            let (router, settings, ended) = (
+                api::admin_router(batches.clone(), &settings, address),
+                settings.clone(),
+                ending.clone(),
+            );
+            tasks.spawn(async move {
+                api::serve_admin(listener, router, &settings, ended.cancelled()).await
+            });
         }
         let (of_api, ended) = (settings.clone(), ending.clone());
         tasks.spawn(async move { api::serve(listener, app, &of_api, ended.cancelled()).await });
@@ -81,7 +88,9 @@ impl Serve {
         let signal = loop {
             match signals.next().await {
                 EndSignal::Hangup => {
-                    tracing::info!("SIGHUP: plugins, their secrets and the trusted keys are read again");
+                    tracing::info!(
+                        "SIGHUP: plugins, their secrets and the trusted keys are read again"
+                    );
                     batches.registry().request_read();
                 }
                 signal => break signal,
@@ -99,7 +108,11 @@ impl Serve {
 /// Says in one line what runs here.
 fn announce(settings: &Settings, batches: &Batches, address: SocketAddr) {
     let plugins = batches.registry().current();
-    let names = plugins.entries.iter().filter(|entry| entry.serving.is_some()).map(|entry| entry.name.as_str());
+    let names = plugins
+        .entries
+        .iter()
+        .filter(|entry| entry.serving.is_some())
+        .map(|entry| entry.name.as_str());
     tracing::info!(
         version = VERSION,
         %address,
@@ -130,7 +143,9 @@ async fn shut_down(
         tracing::info!("not ready any more; shutting down in {delay:?}");
         tokio::time::sleep(delay).await;
     }
-    tracing::info!("shutting down; requests in flight have {grace:?}, a second signal ends the process at once");
+    tracing::info!(
+        "shutting down; requests in flight have {grace:?}, a second signal ends the process at once"
+    );
     let begun = Instant::now();
     batches.close().await;
     ending.cancel();

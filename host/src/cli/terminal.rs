@@ -45,7 +45,8 @@ pub fn write_error(text: Arguments<'_>) {
 
 pub fn write_output(text: Arguments<'_>) {
     let mut output = std::io::stdout().lock();
-    let written = output.write_all(plain(&text.to_string()).as_bytes()).and_then(|()| output.flush());
+    let written =
+        output.write_all(plain(&text.to_string()).as_bytes()).and_then(|()| output.flush());
     if written.is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe) {
         IS_LOST.store(true, Ordering::Relaxed);
     }

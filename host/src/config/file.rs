@@ -18,10 +18,16 @@ pub struct File {
 impl File {
     /// Reads a file; an error is where it is not TOML.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let values = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
-        let parsed = DeTable::parse(text).map_err(|error| error.to_string().trim_end().to_owned())?;
-        let line = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count().saturating_add(1);
-        let lines = parsed.get_ref().iter().map(|(key, _)| (key.get_ref().to_string(), line(key.span().start)));
+        let values =
+            toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        let parsed =
+            DeTable::parse(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        let line =
+            |at: usize| text.get(..at).unwrap_or_default().matches('\n').count().saturating_add(1);
+        let lines = parsed
+            .get_ref()
+            .iter()
+            .map(|(key, _)| (key.get_ref().to_string(), line(key.span().start)));
         Ok(Self { values, lines: lines.collect(), known: Vec::new(), wrong: Vec::new() })
     }
 
@@ -41,7 +47,8 @@ impl File {
     /// What is wrong with the file: values, and keys that no setting has.
     pub fn end(mut self) -> Vec<String> {
         for key in std::mem::take(&mut self.values).keys() {
-            let hint = nearest(key, &self.known).map_or_else(String::new, |near| format!("; did you mean {near}?"));
+            let hint = nearest(key, &self.known)
+                .map_or_else(String::new, |near| format!("; did you mean {near}?"));
             self.add(key, &format!("there is no setting `{key}`{hint}"));
         }
         self.wrong.sort();
@@ -57,10 +64,14 @@ impl File {
 /// The library's complaint without the names of types.
 fn in_words(message: &str) -> String {
     let Some((found, expected)) = message.split_once(", expected ") else {
-        return message.replace("invalid socket address syntax", "it is no address; write it as 127.0.0.1:8080");
+        return message.replace(
+            "invalid socket address syntax",
+            "it is no address; write it as 127.0.0.1:8080",
+        );
     };
     let found = found.replace("unknown variant", "unknown value");
-    let found = match found.strip_prefix("invalid type: ").or(found.strip_prefix("invalid value: ")) {
+    let found = match found.strip_prefix("invalid type: ").or(found.strip_prefix("invalid value: "))
+    {
         Some(found) => format!("{found} does not belong here"),
         None => found,
     };

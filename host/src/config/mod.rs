@@ -198,7 +198,9 @@ pub const COMPILE_MEMORY: Size = Size::mib(4096);
 /// The folder `plugins` beside the running program, or in the working directory if it does not know where it is.
 pub fn default_plugins() -> PathBuf {
     let program = std::env::current_exe().ok();
-    program.and_then(|program| Some(program.parent()?.join("plugins"))).unwrap_or_else(|| "plugins".into())
+    program
+        .and_then(|program| Some(program.parent()?.join("plugins")))
+        .unwrap_or_else(|| "plugins".into())
 }
 
 impl Settings {
@@ -245,12 +247,18 @@ impl Settings {
             }
         }
         if self.max_requests_per_file == 0 || self.max_reported_errors == 0 {
-            wrong.push("max_requests_per_file and max_reported_errors: must be at least 1".to_owned());
+            wrong.push(
+                "max_requests_per_file and max_reported_errors: must be at least 1".to_owned(),
+            );
         }
         for origin in &self.cors_origins.0 {
-            let is_origin = |url: &url::Url| url.origin().is_tuple() && url.origin().ascii_serialization() == *origin;
+            let is_origin = |url: &url::Url| {
+                url.origin().is_tuple() && url.origin().ascii_serialization() == *origin
+            };
             if origin != "*" && !url::Url::parse(origin).is_ok_and(|url| is_origin(&url)) {
-                wrong.push(format!("cors_origins: `{origin}` is no origin; write it as https://tool.example.com"));
+                wrong.push(format!(
+                    "cors_origins: `{origin}` is no origin; write it as https://tool.example.com"
+                ));
             }
         }
         for host in &self.allowed_hosts.0 {
@@ -286,11 +294,15 @@ impl Settings {
 
 /// What a file says, and what is wrong in it.
 fn read(path: &Path) -> Result<(Given, Vec<String>), ConfigError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    let mut file = File::parse(&text).map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let mut file = File::parse(&text)
+        .map_err(|message| ConfigError::Invalid { path: path.to_owned(), message })?;
     let given = Given::from_file(&mut file);
-    Ok((given, file.end().into_iter().map(|wrong| format!("{}: {wrong}", path.display())).collect()))
+    Ok((
+        given,
+        file.end().into_iter().map(|wrong| format!("{}: {wrong}", path.display())).collect(),
+    ))
 }
 
 /// The windows a client may name, each with its length.
@@ -314,7 +326,8 @@ impl TryFrom<Listed> for CompletionWindows {
 impl CompletionWindows {
     /// This window alone.
     pub fn of(name: &str) -> Result<Self, ConfigError> {
-        name.parse().map_err(|message| ConfigError::Value { setting: "completion_windows", message })
+        name.parse()
+            .map_err(|message| ConfigError::Value { setting: "completion_windows", message })
     }
 }
 
@@ -332,7 +345,11 @@ impl std::str::FromStr for CompletionWindows {
         let windows = names
             .map(|name| Ok((name.to_owned(), name.parse::<Span>()?.duration())))
             .collect::<Result<Vec<_>, String>>()?;
-        if windows.is_empty() { Err("name at least one window, such as 24h".into()) } else { Ok(Self(windows)) }
+        if windows.is_empty() {
+            Err("name at least one window, such as 24h".into())
+        } else {
+            Ok(Self(windows))
+        }
     }
 }
 
@@ -392,8 +409,12 @@ impl std::str::FromStr for RequiredPlugins {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let names: Vec<String> =
-            text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let names: Vec<String> = text
+            .split(',')
+            .map(str::trim)
+            .filter(|name| !name.is_empty())
+            .map(str::to_owned)
+            .collect();
         match names.as_slice() {
             [none] if none == "none" => Ok(Self::Named(Vec::new())),
             [] => Err("name at least one plugin, or write `none` to require none".into()),
@@ -417,7 +438,10 @@ mod tests {
     #[test]
     fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(b"max_attempts = 3\nretry_backoff = \"2s\"\ncompletion_windows = [\"24h\", \"1h\"]\n").unwrap();
+        file.write_all(
+            b"max_attempts = 3\nretry_backoff = \"2s\"\ncompletion_windows = [\"24h\", \"1h\"]\n",
+        )
+        .unwrap();
         let given = Given { retry_backoff: Some(Span::seconds(5)), ..Given::default() };
         let settings = Settings::resolve(given, Some(file.path())).unwrap();
         assert_eq!(settings.max_attempts.get(), 3);
@@ -433,16 +457,25 @@ mod tests {
         for (text, parts) in [
             (
                 "a = 1\nlissten = \"x\"",
-                vec!["line 1: there is no setting `a`", "line 2: there is no setting `lissten`; did you mean listen?"],
+                vec![
+                    "line 1: there is no setting `a`",
+                    "line 2: there is no setting `lissten`; did you mean listen?",
+                ],
             ),
             (
                 "max_attempts = 0\nclient_timeout = 5\n\nmax_file_size = \"x\"",
                 vec!["line 1: max_attempts", "line 2: client_timeout", "line 4: max_file_size"],
             ),
-            ("max_requests_per_file = \"many\"", vec!["line 1: max_requests_per_file", "whole number"]),
+            (
+                "max_requests_per_file = \"many\"",
+                vec!["line 1: max_requests_per_file", "whole number"],
+            ),
             (
                 "client_timeout = \"0s\"\nlog_level = \"warning\"",
-                vec!["client_timeout: must be longer", "log_level: `warning` is no level; did you mean warn?"],
+                vec![
+                    "client_timeout: must be longer",
+                    "log_level: `warning` is no level; did you mean warn?",
+                ],
             ),
             ("\n\nmax_file_size = \"12 parsecs\"", vec!["line 3", "12 parsecs", "200MiB"]),
             ("max_attempts = 0", vec!["line 1", "at least 1"]),

@@ -28,8 +28,9 @@ impl FromStr for Span {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let span = humantime::parse_duration(text)
-            .map_err(|error| format!("`{text}` is not a length of time ({error}); write it as 100ms, 30s or 24h"))?;
+        let span = humantime::parse_duration(text).map_err(|error| {
+            format!("`{text}` is not a length of time ({error}); write it as 100ms, 30s or 24h")
+        })?;
         // Bounded so that no sum with a point in time can overflow.
         if span > Duration::from_secs(100 * 365 * 86_400) {
             return Err(format!("`{text}` is longer than a hundred years"));
@@ -59,7 +60,8 @@ impl Count {
     }
 
     fn from_number(number: Option<i64>, given: &dyn fmt::Display) -> Result<Self, String> {
-        let number = number.and_then(|number| u32::try_from(number).ok()).filter(|number| *number > 0);
+        let number =
+            number.and_then(|number| u32::try_from(number).ok()).filter(|number| *number > 0);
         number.map(Self).ok_or_else(|| format!("`{given}` is not a whole number of at least 1"))
     }
 }
@@ -102,8 +104,9 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let size = bytesize::ByteSize::from_str(text)
-            .map_err(|error| format!("`{text}` is not a size ({error}); write it as 512KiB, 64MiB or 200MiB"))?;
+        let size = bytesize::ByteSize::from_str(text).map_err(|error| {
+            format!("`{text}` is not a size ({error}); write it as 512KiB, 64MiB or 200MiB")
+        })?;
         Ok(Self(size.as_u64()))
     }
 }

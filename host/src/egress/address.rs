@@ -15,7 +15,8 @@ pub enum Reach {
 
 /// Services of clouds that give out credentials, outside the link-local ranges: Alibaba Cloud's and Azure's; those of AWS (metadata, and
 /// EKS credentials) and of Google Cloud over IPv6.
-const METADATA_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
+const METADATA_V4: [Ipv4Addr; 2] =
+    [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
 const METADATA_V6: [Ipv6Addr; 3] = [
     Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
     Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23),
@@ -66,7 +67,10 @@ fn reach_v6(address: Ipv6Addr) -> Reach {
         || address.is_unicast_link_local()
         || matches!(
             address.segments(),
-            [0xfec0..=0xfeff, ..] | [0x2001, 0xdb8, ..] | [0x100, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..]
+            [0xfec0..=0xfeff, ..]
+                | [0x2001, 0xdb8, ..]
+                | [0x100, 0, 0, 0, ..]
+                | [0x64, 0xff9b, 1, ..]
         )
     {
         Reach::Restricted
@@ -98,7 +102,10 @@ mod tests {
     #[test]
     fn every_notation_of_an_address_has_its_class() {
         for (class, addresses) in [
-            (Reach::Public, vec!["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]),
+            (
+                Reach::Public,
+                vec!["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"],
+            ),
             (
                 Reach::Private,
                 vec![

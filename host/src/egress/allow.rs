@@ -71,10 +71,15 @@ impl AllowList {
     pub fn check(&self, url: &Url) -> Result<Target, TransportError> {
         let refused = |message: String| Err(TransportError::new(Fault::NotAllowed, message));
         if !matches!(url.scheme(), "http" | "https") {
-            return refused(format!("The scheme `{}` is not allowed; use http or https.", url.scheme()));
+            return refused(format!(
+                "The scheme `{}` is not allowed; use http or https.",
+                url.scheme()
+            ));
         }
         if !url.username().is_empty() || url.password().is_some() {
-            return refused("A URL must not hold a user name or a password; use [credentials].".into());
+            return refused(
+                "A URL must not hold a user name or a password; use [credentials].".into(),
+            );
         }
         let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
             return refused("The URL names no host.".into());
@@ -148,9 +153,15 @@ impl Pattern {
     fn limit(&self, host: &Host<String>) -> Option<Reach> {
         match (self, host) {
             (Self::Host(known), host) if known == host => {
-                Some(if matches!(host, Host::Domain(_)) { Reach::Private } else { Reach::Restricted })
+                Some(if matches!(host, Host::Domain(_)) {
+                    Reach::Private
+                } else {
+                    Reach::Restricted
+                })
             }
-            (Self::Below(suffix), Host::Domain(name)) if name.len() > suffix.len() && name.ends_with(suffix) => {
+            (Self::Below(suffix), Host::Domain(name))
+                if name.len() > suffix.len() && name.ends_with(suffix) =>
+            {
                 Some(Reach::Public)
             }
             _ => None,
@@ -184,12 +195,17 @@ fn parse(entry: &str) -> Option<Entry> {
     if let Some(domain) = entry.strip_prefix("*.") {
         let (domain, port) = split_port(domain)?;
         let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
-        return Some(Entry { pattern: Pattern::Below(format!(".{domain}")), port, scheme: scheme(port) });
+        return Some(Entry {
+            pattern: Pattern::Below(format!(".{domain}")),
+            port,
+            scheme: scheme(port),
+        });
     }
     if entry.contains('*') {
         return None;
     }
-    let bare_v6 = entry.parse::<std::net::Ipv6Addr>().ok().map(|address| (format!("[{address}]"), None));
+    let bare_v6 =
+        entry.parse::<std::net::Ipv6Addr>().ok().map(|address| (format!("[{address}]"), None));
     let (host, port) = match bare_v6 {
         Some(found) => found,
         None => split_port(entry).map(|(host, port)| (host.to_owned(), port))?,
@@ -204,7 +220,9 @@ fn scheme(port: Option<u16>) -> Option<String> {
 
 fn split_port(text: &str) -> Option<(&str, Option<u16>)> {
     match text.rsplit_once(':') {
-        Some((host, port)) if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) => {
+        Some((host, port))
+            if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) =>
+        {
             Some((host, Some(port.parse().ok()?)))
         }
         _ => Some((text, None)),
@@ -216,8 +234,10 @@ mod tests {
     use super::*;
 
     fn list(allow: &[&str]) -> AllowList {
-        let urls =
-            [Url::parse("http://models.internal:8000/v1").unwrap(), Url::parse("https://api.example.com").unwrap()];
+        let urls = [
+            Url::parse("http://models.internal:8000/v1").unwrap(),
+            Url::parse("https://api.example.com").unwrap(),
+        ];
         let allow: Vec<_> = allow.iter().map(|entry| (*entry).to_owned()).collect();
         AllowList::new("plugins/x.toml".into(), &urls, &allow).unwrap()
     }
@@ -228,7 +248,8 @@ mod tests {
 
     #[test]
     fn only_hosts_of_the_settings_and_of_allow_are_reached() {
-        let list = list(&["*.example.org", "other.example.net:8443", "10.1.2.3:80", "[::1]:80", "::1"]);
+        let list =
+            list(&["*.example.org", "other.example.net:8443", "10.1.2.3:80", "[::1]:80", "::1"]);
         for url in [
             "http://models.internal:8000/v1/x",
             "https://api.example.com/y",
@@ -268,7 +289,9 @@ mod tests {
     #[test]
     fn how_near_an_address_may_be_depends_on_how_its_host_was_written() {
         let list = list(&["*.example.org", "169.254.169.254:80"]);
-        let may = |url: &str, address: &str| check(&list, url).unwrap().check_address(address.parse().unwrap()).is_ok();
+        let may = |url: &str, address: &str| {
+            check(&list, url).unwrap().check_address(address.parse().unwrap()).is_ok()
+        };
         assert!(may("http://models.internal:8000/", "10.0.0.7"));
         assert!(may("http://models.internal:8000/", "127.0.0.1"));
         assert!(!may("http://models.internal:8000/", "169.254.169.254"));
@@ -281,7 +304,9 @@ mod tests {
 
     #[test]
     fn what_is_no_host_is_refused() {
-        for entry in ["", "https://x.example/", "a b", "*.", "*", "host:99999", "host:", "*.1.2.3.4"] {
+        for entry in
+            ["", "https://x.example/", "a b", "*.", "*", "host:99999", "host:", "*.1.2.3.4"]
+        {
             assert!(AllowList::new(String::new(), &[], &[entry.into()]).is_err(), "{entry}");
         }
     }

@@ -24,7 +24,8 @@ const SHORTEST_DISTINCT: usize = 16;
 const IN_URLS: [&AsciiSet; 5] = [NON_ALPHANUMERIC, RESERVED, IN_PATHS, IN_COMPONENTS, IN_URIS];
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 const IN_PATHS: &AsciiSet = &RESERVED.remove(b'/');
-const IN_COMPONENTS: &AsciiSet = &RESERVED.remove(b'!').remove(b'*').remove(b'\'').remove(b'(').remove(b')');
+const IN_COMPONENTS: &AsciiSet =
+    &RESERVED.remove(b'!').remove(b'*').remove(b'\'').remove(b'(').remove(b')');
 const IN_URIS: &AsciiSet = &IN_COMPONENTS
     .remove(b';')
     .remove(b',')
@@ -123,8 +124,9 @@ impl Secrets {
             let (name, host) = (&sent.name, url.host_str().unwrap_or_default());
             let message = "The plugin's credential may not be sent over plain HTTP.";
             let hint = "use https, or set `allow_plain_http = true` in the plugin's file if its network is trusted";
-            return Err(TransportError::new(Fault::NotAllowed, message)
-                .with_detail(format!("The credential `{name}` is not sent to {host} over plain HTTP; {hint}.")));
+            return Err(TransportError::new(Fault::NotAllowed, message).with_detail(format!(
+                "The credential `{name}` is not sent to {host} over plain HTTP; {hint}."
+            )));
         }
         Ok(belonging.into_iter().map(|sent| (sent.header.clone(), sent.value.clone())).collect())
     }
@@ -221,7 +223,9 @@ mod tests {
         let secrets = secrets();
         let names = |url: &str| {
             let headers = secrets.for_url(&Url::parse(url).unwrap())?;
-            Ok::<_, TransportError>(headers.into_iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>())
+            Ok::<_, TransportError>(
+                headers.into_iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>(),
+            )
         };
         assert_eq!(names("https://api.example.com/v1").unwrap(), ["authorization"]);
         assert_eq!(names("https://other.example.com/v1").unwrap(), ["x-key"]);
@@ -229,7 +233,10 @@ mod tests {
         assert_eq!(names("http://api.example.com:443/").unwrap(), [""; 0]);
         assert_eq!(names("http://127.0.0.1:8000/v1").unwrap(), ["authorization"]);
         let refused = names("http://models.internal/v1").unwrap_err();
-        assert!(!refused.message.contains("models.internal") && refused.detail().contains("models.internal"));
+        assert!(
+            !refused.message.contains("models.internal")
+                && refused.detail().contains("models.internal")
+        );
         assert!(refused.detail().contains("allow_plain_http = true"), "{}", refused.detail());
     }
 
@@ -243,7 +250,10 @@ mod tests {
         secrets().add_to(&mut headers, &own);
         assert!(!headers.contains_key("x-key"));
         assert!(!headers.contains_key("x-other-key"));
-        assert_eq!(headers.get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer sk-verysecret"]);
+        assert_eq!(
+            headers.get_all("authorization").iter().collect::<Vec<_>>(),
+            ["Bearer sk-verysecret"]
+        );
         let mut body = b"none: sk-verysecret, sk-verysecret".to_vec();
         secrets().blank_body(&mut body, true);
         assert_eq!(body, b"none: [redacted], [redacted]");
@@ -256,14 +266,17 @@ mod tests {
     #[test]
     fn a_secret_is_found_however_it_is_written() {
         let secret = "s/k+very=\"secret\"~0";
-        let secrets = Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
+        let secrets =
+            Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
         let json = serde_json::to_string(secret).unwrap();
         for shown in [
             secret.to_owned(),
             secret.to_uppercase(),
             json.clone(),
             json.replace('/', "\\/"),
-            url::form_urlencoded::Serializer::new(String::new()).append_pair("key", secret).finish(),
+            url::form_urlencoded::Serializer::new(String::new())
+                .append_pair("key", secret)
+                .finish(),
             percent_encode(secret.as_bytes(), NON_ALPHANUMERIC).to_string().to_lowercase(),
             "s/k%2Bvery%3D%22secret%22~0".into(),
             "s%2Fk%2Bvery%3D%22secret%22~0".into(),
@@ -271,7 +284,10 @@ mod tests {
         ] {
             let mut text = shown.clone();
             secrets.blank(&mut text);
-            assert!(text.contains(BLANK) && !text.contains("very") && !text.contains("VERY"), "{shown}: {text}");
+            assert!(
+                text.contains(BLANK) && !text.contains("very") && !text.contains("VERY"),
+                "{shown}: {text}"
+            );
         }
         for before in ["", "a", "ab", "user:"] {
             for after in ["", "b", "bc"] {
@@ -280,7 +296,10 @@ mod tests {
                     secrets.blank_body(&mut body, false);
                     let text = String::from_utf8(body).unwrap();
                     // No more of it is left than the digits it shares with its neighbours.
-                    assert!(text.contains(BLANK) && text.len() < BLANK.len() + 18, "{before} {after}: {text}");
+                    assert!(
+                        text.contains(BLANK) && text.len() < BLANK.len() + 18,
+                        "{before} {after}: {text}"
+                    );
                 }
             }
         }
@@ -289,7 +308,9 @@ mod tests {
     #[test]
     fn words_are_redacted_in_errors_and_headers_alone() {
         let blanked = |secret: &str, is_error: bool| {
-            let secrets = Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
+            let secrets =
+                Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false)
+                    .unwrap();
             let mut body = format!("I know {}.", secret.to_uppercase()).into_bytes();
             secrets.blank_body(&mut body, is_error);
             body.ends_with(b"[redacted].")
@@ -301,7 +322,11 @@ mod tests {
             ("1234567890123456", false, true),
             ("sk-0123456789abcdef", true, true),
         ] {
-            assert_eq!((blanked(secret, false), blanked(secret, true)), (in_answers, in_errors), "{secret}");
+            assert_eq!(
+                (blanked(secret, false), blanked(secret, true)),
+                (in_answers, in_errors),
+                "{secret}"
+            );
         }
     }
 

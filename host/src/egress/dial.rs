@@ -42,7 +42,10 @@ pub struct Resolver {
 
 impl Default for Resolver {
     fn default() -> Self {
-        Self { all: Arc::new(Semaphore::new(LOOKUPS)), own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)) }
+        Self {
+            all: Arc::new(Semaphore::new(LOOKUPS)),
+            own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)),
+        }
     }
 }
 
@@ -54,12 +57,14 @@ impl Resolver {
 
     async fn lookup(&self, name: &str, port: u16) -> std::io::Result<Vec<IpAddr>> {
         // They never close, so there is always a permit.
-        let permits = (self.own.clone().acquire_owned().await, self.all.clone().acquire_owned().await);
+        let permits =
+            (self.own.clone().acquire_owned().await, self.all.clone().acquire_owned().await);
         let name = name.to_owned();
         // On a task of its own: a caller that gives up does not give back the thread.
         let looking = tokio::spawn(async move {
-            let found =
-                tokio::net::lookup_host((name.as_str(), port)).await.map(|found| found.map(|at| at.ip()).collect());
+            let found = tokio::net::lookup_host((name.as_str(), port))
+                .await
+                .map(|found| found.map(|at| at.ip()).collect());
             drop(permits);
             found
         });
@@ -77,14 +82,16 @@ pub struct Dialer {
 
 impl Dialer {
     async fn dial(self, uri: Uri) -> Result<TokioIo<TcpStream>, TransportError> {
-        let url = Url::parse(&uri.to_string())
-            .map_err(|error| TransportError::new(Fault::NotAllowed, format!("The URL is not valid: {error}.")))?;
+        let url = Url::parse(&uri.to_string()).map_err(|error| {
+            TransportError::new(Fault::NotAllowed, format!("The URL is not valid: {error}."))
+        })?;
         let target = self.allow.check(&url)?;
         let connecting = connect(&self.resolver, &target);
         tokio::time::timeout(self.connect_timeout, connecting).await.unwrap_or_else(|_| {
             let (host, port, limit) = (&target.host, target.port, self.connect_timeout);
             let took = format!("took longer than {limit:?} ([limits] connect_timeout).");
-            let error = TransportError::new(Fault::Timeout, format!("Connecting to the provider {took}"));
+            let error =
+                TransportError::new(Fault::Timeout, format!("Connecting to the provider {took}"));
             Err(error.with_detail(format!("Connecting to {host}:{port} {took}")))
         })
     }
@@ -92,7 +99,10 @@ impl Dialer {
 
 /// Tries the addresses one after the other, each a moment after the one before, and takes the first that answers (RFC 8305): a dead route costs
 /// that moment and no more.
-async fn connect(resolver: &Resolver, target: &Target) -> Result<TokioIo<TcpStream>, TransportError> {
+async fn connect(
+    resolver: &Resolver,
+    target: &Target,
+) -> Result<TokioIo<TcpStream>, TransportError> {
     let addresses = in_turns(resolve(resolver, target).await?);
     for address in &addresses {
         target.check_address(*address)?;
@@ -129,10 +139,11 @@ async fn connect(resolver: &Resolver, target: &Target) -> Result<TokioIo<TcpStre
     }
     let (host, port) = (&target.host, target.port);
     Err(match last {
-        Some((address, error)) => {
-            TransportError::new(Fault::Connection, format!("Connecting to the provider failed: {error}."))
-                .with_detail(format!("Connecting to {host}:{port} ({address}) failed: {error}."))
-        }
+        Some((address, error)) => TransportError::new(
+            Fault::Connection,
+            format!("Connecting to the provider failed: {error}."),
+        )
+        .with_detail(format!("Connecting to {host}:{port} ({address}) failed: {error}.")),
         None => TransportError::new(Fault::NameResolution, "The provider's name has no address.")
             .with_detail(format!("The name {host} has no address.")),
     })
@@ -142,7 +153,10 @@ fn prepare(stream: &TcpStream) {
     // Requests are written whole: waiting to fill a packet only delays them.
     stream.set_nodelay(true).ok();
     // What lies between drops connections on which nothing is said for minutes, and tells nobody.
-    let keep_alive = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE_INTERVAL).with_retries(3);
+    let keep_alive = TcpKeepalive::new()
+        .with_time(KEEP_ALIVE)
+        .with_interval(KEEP_ALIVE_INTERVAL)
+        .with_retries(3);
     SockRef::from(stream).set_tcp_keepalive(&keep_alive).ok();
 }
 
@@ -191,9 +205,13 @@ mod tests {
 
     #[test]
     fn addresses_of_both_kinds_take_turns() {
-        let addresses = |text: &str| text.split(' ').map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let addresses =
+            |text: &str| text.split(' ').map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>();
         assert_eq!(in_turns(addresses("::1 ::2 127.0.0.1")), addresses("::1 127.0.0.1 ::2"));
-        assert_eq!(in_turns(addresses("127.0.0.1 ::1 127.0.0.2")), addresses("127.0.0.1 ::1 127.0.0.2"));
+        assert_eq!(
+            in_turns(addresses("127.0.0.1 ::1 127.0.0.2")),
+            addresses("127.0.0.1 ::1 127.0.0.2")
+        );
         assert_eq!(in_turns(Vec::new()), Vec::<IpAddr>::new());
     }
 }

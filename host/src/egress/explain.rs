@@ -10,13 +10,16 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
     let mut message = String::new();
     let mut detail = None;
     // What failed on the way to a connection was never sent.
-    let sent = !error.downcast_ref::<hyper_util::client::legacy::Error>().is_some_and(|error| error.is_connect());
+    let sent = !error
+        .downcast_ref::<hyper_util::client::legacy::Error>()
+        .is_some_and(|error| error.is_connect());
     let mut unsent = false;
     let mut next = Some(error);
     while let Some(cause) = next {
         next = cause.source();
         if let Some(known) = cause.downcast_ref::<TransportError>() {
-            return TransportError::new(known.fault, known.message.clone()).with_detail(known.detail());
+            return TransportError::new(known.fault, known.message.clone())
+                .with_detail(known.detail());
         }
         if cause.is::<std::io::Error>() {
             fault = Fault::Connection;
@@ -43,7 +46,8 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
         secrets.blank(&mut text);
         text
     };
-    let error = TransportError { sent: sent && !unsent, ..TransportError::new(fault, told(message)) };
+    let error =
+        TransportError { sent: sent && !unsent, ..TransportError::new(fault, told(message)) };
     match detail {
         Some(detail) => error.with_detail(told(detail)),
         None => error,
@@ -61,10 +65,16 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
 
 /// A failed handshake in words without names: what a certificate says is the operator's.
 fn tls_trouble(error: &rustls::Error) -> &'static str {
-    use rustls::CertificateError::{Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer};
+    use rustls::CertificateError::{
+        Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer,
+    };
     match error {
-        rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. }) => "its certificate has expired",
-        rustls::Error::InvalidCertificate(UnknownIssuer) => "its certificate is from an unknown issuer",
+        rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. }) => {
+            "its certificate has expired"
+        }
+        rustls::Error::InvalidCertificate(UnknownIssuer) => {
+            "its certificate is from an unknown issuer"
+        }
         rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => {
             "its certificate is for another name"
         }

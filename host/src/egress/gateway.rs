@@ -122,7 +122,13 @@ impl Deadline {
 }
 
 impl Gateway {
-    pub fn new(plugin: &str, allow: AllowList, secrets: Secrets, bounds: Bounds, shared: &Shared) -> Self {
+    pub fn new(
+        plugin: &str,
+        allow: AllowList,
+        secrets: Secrets,
+        bounds: Bounds,
+        shared: &Shared,
+    ) -> Self {
         Self {
             plugin: plugin.into(),
             allow: Arc::new(allow),
@@ -162,7 +168,11 @@ impl Gateway {
     /// Takes note of how much an exchange brought: what is expected rises at once and falls slowly.
     pub fn brought(&self, bytes: usize) {
         let known = self.expected.load(Ordering::Relaxed);
-        let next = if bytes >= known { bytes } else { known.saturating_sub(known.saturating_sub(bytes).div_ceil(16)) };
+        let next = if bytes >= known {
+            bytes
+        } else {
+            known.saturating_sub(known.saturating_sub(bytes).div_ceil(16))
+        };
         if next != known {
             self.expected.store(next, Ordering::Relaxed);
         }
@@ -173,7 +183,8 @@ impl Gateway {
         let Some((turn, rate)) = &self.rate else { return };
         let _turn = turn.lock().await;
         while let Err(not_until) = rate.check() {
-            tokio::time::sleep(not_until.wait_time_from(governor::clock::Clock::now(rate.clock()))).await;
+            tokio::time::sleep(not_until.wait_time_from(governor::clock::Clock::now(rate.clock())))
+                .await;
         }
     }
 
@@ -247,28 +258,41 @@ impl Gateway {
         {
             return Ok(last.clone());
         }
-        let invalid =
-            |error: String| TransportError::new(Fault::NotAllowed, format!("The adapter's URL is not valid: {error}."));
+        let invalid = |error: String| {
+            TransportError::new(
+                Fault::NotAllowed,
+                format!("The adapter's URL is not valid: {error}."),
+            )
+        };
         let mut url = Url::parse(text).map_err(|error| invalid(error.to_string()))?;
         url.set_fragment(None);
         self.allow.check(&url)?;
         let headers = self.secrets.for_url(&url)?;
-        let uri: Uri = url.as_str().parse().map_err(|error: http::uri::InvalidUri| invalid(error.to_string()))?;
+        let uri: Uri = url
+            .as_str()
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| invalid(error.to_string()))?;
         let checked = Arc::new(Checked { text: text.to_owned(), uri, headers });
         self.last_checked.store(Some(checked.clone()));
         Ok(checked)
     }
 
-    fn prepare(&self, checked: &Checked, request: HttpRequest) -> Result<Request<Full<Bytes>>, TransportError> {
-        let invalid =
-            |what: String| TransportError::new(Fault::Protocol, format!("The adapter's {what} is not valid HTTP."));
+    fn prepare(
+        &self,
+        checked: &Checked,
+        request: HttpRequest,
+    ) -> Result<Request<Full<Bytes>>, TransportError> {
+        let invalid = |what: String| {
+            TransportError::new(Fault::Protocol, format!("The adapter's {what} is not valid HTTP."))
+        };
         let method = Method::from_bytes(request.method.as_bytes())
             .ok()
             .filter(|method| !matches!(*method, Method::CONNECT | Method::TRACE))
             .ok_or_else(|| invalid(format!("method `{}`", request.method.escape_debug())))?;
         if request.headers.len() > MOST_HEADERS {
             let number = request.headers.len();
-            let message = format!("The adapter's request has {number} headers; it may have {MOST_HEADERS}.");
+            let message =
+                format!("The adapter's request has {number} headers; it may have {MOST_HEADERS}.");
             return Err(TransportError::new(Fault::Protocol, message));
         }
         let mut headers = HeaderMap::with_capacity(request.headers.len().saturating_add(2));
@@ -283,9 +307,10 @@ impl Gateway {
                 headers.append(parsed, value);
             }
         }
-        headers
-            .entry(header::USER_AGENT)
-            .or_insert(HeaderValue::from_static(concat!("batchwright/", env!("CARGO_PKG_VERSION"))));
+        headers.entry(header::USER_AGENT).or_insert(HeaderValue::from_static(concat!(
+            "batchwright/",
+            env!("CARGO_PKG_VERSION")
+        )));
         // Bodies are not decoded here, and a secret must be found in what comes back.
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         self.secrets.add_to(&mut headers, &checked.headers);
@@ -325,7 +350,8 @@ impl Gateway {
         share: &mut Share,
         sent: usize,
     ) -> Result<HttpResponse, TransportError> {
-        let limit = self.bounds.first_byte_timeout.min(end.0.saturating_duration_since(Instant::now()));
+        let limit =
+            self.bounds.first_byte_timeout.min(end.0.saturating_duration_since(Instant::now()));
         let sending = if request.uri().scheme_str() == Some("https") {
             let client = self.tls_client(clients).await?;
             timeout(limit, client.request(request)).await
@@ -337,7 +363,9 @@ impl Gateway {
             Ok(Err(error)) => Err(explain(&self.secrets, &error)),
             Err(_) => Err(TransportError::new(
                 Fault::Timeout,
-                format!("The provider sent no response within {limit:?} ([limits] first_byte_timeout)."),
+                format!(
+                    "The provider sent no response within {limit:?} ([limits] first_byte_timeout)."
+                ),
             )
             .after_sending()),
         }
@@ -354,8 +382,9 @@ impl Gateway {
         let made = tokio::task::spawn_blocking(move || {
             client(https().https_only().enable_all_versions().wrap_connector(dialer))
         });
-        let made =
-            made.await.map_err(|error| TransportError::new(Fault::Tls, format!("TLS cannot be set up: {error}.")))?;
+        let made = made.await.map_err(|error| {
+            TransportError::new(Fault::Tls, format!("TLS cannot be set up: {error}."))
+        })?;
         Ok(clients.tls.get_or_init(|| made).clone())
     }
 
@@ -378,11 +407,16 @@ impl Gateway {
                 (name, value)
             })
             .collect();
-        if let Some(coding) = head.headers.get(header::CONTENT_ENCODING).filter(|coding| is_coded(coding)) {
+        if let Some(coding) =
+            head.headers.get(header::CONTENT_ENCODING).filter(|coding| is_coded(coding))
+        {
             let coding = String::from_utf8_lossy(coding.as_bytes());
             return Err(TransportError::new(
                 Fault::Protocol,
-                format!("The provider encoded its answer as `{}`, though it was asked not to.", coding.escape_debug()),
+                format!(
+                    "The provider encoded its answer as `{}`, though it was asked not to.",
+                    coding.escape_debug()
+                ),
             )
             .after_sending());
         }
@@ -428,7 +462,9 @@ impl Gateway {
 /// Whether a body is in a coding. Some providers write what is none there, or the character set.
 fn is_coded(coding: &HeaderValue) -> bool {
     let coding = coding.as_bytes().trim_ascii();
-    !["", "identity", "none", "utf-8", "utf8"].iter().any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
+    !["", "identity", "none", "utf-8", "utf8"]
+        .iter()
+        .any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
 }
 
 /// TLS with the system's certificates, so that an operator's own authority counts; a container may have none, and gets those of Mozilla.

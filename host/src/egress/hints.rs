@@ -38,7 +38,10 @@ impl Hints {
             return Self::default();
         }
         let get = |name: &str| {
-            headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+            headers
+                .iter()
+                .find(|(known, _)| known.eq_ignore_ascii_case(name))
+                .map(|(_, value)| value.trim())
         };
         // By the provider's own clock where it gives the time.
         let now = get("date").and_then(date).unwrap_or_else(|| now.as_millis());
@@ -63,13 +66,17 @@ impl Hints {
 
 /// Whether a header may be one of these. Names are in lower case as they come from the network; others are looked at in any case.
 fn is_hint(name: &str) -> bool {
-    let begins = |word: &str| name.get(..word.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(word));
-    ["x-ratelimit-", "ratelimit-", "retry-after", "anthropic-ratelimit-"].iter().any(|word| begins(word))
+    let begins =
+        |word: &str| name.get(..word.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(word));
+    ["x-ratelimit-", "ratelimit-", "retry-after", "anthropic-ratelimit-"]
+        .iter()
+        .any(|word| begins(word))
 }
 
 /// A time from now: a span, seconds, a date, or seconds since 1970.
 fn moment(text: &str, now: i64) -> Option<Duration> {
-    let until = |then: i64| Duration::from_millis(u64::try_from(then.saturating_sub(now)).unwrap_or(0));
+    let until =
+        |then: i64| Duration::from_millis(u64::try_from(then.saturating_sub(now)).unwrap_or(0));
     if let Ok(seconds) = text.parse::<f64>() {
         const YEAR_2001: f64 = 1e9;
         const YEAR_5138: f64 = 1e11;
@@ -109,7 +116,9 @@ fn span(text: &str) -> Option<Duration> {
 
 /// A date as HTTP (RFC 9110) or RFC 3339 write it, in milliseconds since 1970.
 fn date(text: &str) -> Option<i64> {
-    let at = httpdate::parse_http_date(text).ok().or_else(|| humantime::parse_rfc3339_weak(text).ok())?;
+    let at = httpdate::parse_http_date(text)
+        .ok()
+        .or_else(|| humantime::parse_rfc3339_weak(text).ok())?;
     i64::try_from(at.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis()).ok()
 }
 
@@ -118,7 +127,8 @@ mod tests {
     use super::*;
 
     fn of(headers: &[(&str, &str)]) -> Hints {
-        let headers: Vec<_> = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let headers: Vec<_> =
+            headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Hints::of(&headers, Timestamp::from_millis(784_111_770_000))
     }
 
@@ -137,20 +147,45 @@ mod tests {
             ("retry-after", "1e300", None),
             ("retry-after", "", None),
         ] {
-            assert_eq!(of(&[(name, value)]).delay, milliseconds.map(Duration::from_millis), "{name}: {value}");
+            assert_eq!(
+                of(&[(name, value)]).delay,
+                milliseconds.map(Duration::from_millis),
+                "{name}: {value}"
+            );
         }
         // A date is held against the provider's own.
-        let headers = [("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT"), ("date", "Sun, 06 Nov 1994 08:49:36 GMT")];
+        let headers = [
+            ("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT"),
+            ("date", "Sun, 06 Nov 1994 08:49:36 GMT"),
+        ];
         assert_eq!(of(&headers).delay, Some(Duration::from_secs(1)));
     }
 
     #[test]
     fn what_is_left_is_read_from_the_headers_of_many_providers() {
         for (headers, left) in [
-            (vec![("x-ratelimit-remaining-requests", "59"), ("x-ratelimit-reset-requests", "1s")], Some((59, 1000))),
-            (vec![("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", "20ms")], Some((0, 20))),
-            (vec![("x-ratelimit-remaining-tokens", "0"), ("x-ratelimit-reset-tokens", "6m0s")], Some((0, 60_000))),
-            (vec![("x-ratelimit-remaining-tokens", "100"), ("x-ratelimit-reset-tokens", "6s")], None),
+            (
+                vec![
+                    ("x-ratelimit-remaining-requests", "59"),
+                    ("x-ratelimit-reset-requests", "1s"),
+                ],
+                Some((59, 1000)),
+            ),
+            (
+                vec![
+                    ("x-ratelimit-remaining-requests", "0"),
+                    ("x-ratelimit-reset-requests", "20ms"),
+                ],
+                Some((0, 20)),
+            ),
+            (
+                vec![("x-ratelimit-remaining-tokens", "0"), ("x-ratelimit-reset-tokens", "6m0s")],
+                Some((0, 60_000)),
+            ),
+            (
+                vec![("x-ratelimit-remaining-tokens", "100"), ("x-ratelimit-reset-tokens", "6s")],
+                None,
+            ),
             (
                 vec![
                     ("anthropic-ratelimit-requests-remaining", "3"),
@@ -176,10 +211,17 @@ mod tests {
                 ],
                 Some((0, 2000)),
             ),
-            (vec![("x-ratelimit-remaining-requests", "-1"), ("x-ratelimit-reset-requests", "1s")], None),
+            (
+                vec![
+                    ("x-ratelimit-remaining-requests", "-1"),
+                    ("x-ratelimit-reset-requests", "1s"),
+                ],
+                None,
+            ),
             (vec![("x-ratelimit-remaining-requests", "many")], None),
         ] {
-            let expected = left.map(|(left, milliseconds)| (left, Duration::from_millis(milliseconds)));
+            let expected =
+                left.map(|(left, milliseconds)| (left, Duration::from_millis(milliseconds)));
             assert_eq!(of(&headers).left, expected, "{headers:?}");
         }
     }

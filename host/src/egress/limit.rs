@@ -204,7 +204,8 @@ impl Limit {
 
     /// Whether everything waits for a time that the provider gave, and until when.
     pub fn closed_until(&self, now: Instant) -> Option<Instant> {
-        let spent = self.left.filter(|(left, until)| *left == 0 && *until > now).map(|(_, until)| until);
+        let spent =
+            self.left.filter(|(left, until)| *left == 0 && *until > now).map(|(_, until)| until);
         self.closed_until.filter(|until| *until > now).max(spent)
     }
 
@@ -281,7 +282,13 @@ impl Limit {
     }
 
     /// Takes note of how a request was taken, with so many under way, this one included; returns how long its place stays taken.
-    pub fn ended(&mut self, now: Instant, began: Began, taken: Taken, under_way: usize) -> Option<Instant> {
+    pub fn ended(
+        &mut self,
+        now: Instant,
+        began: Began,
+        taken: Taken,
+        under_way: usize,
+    ) -> Option<Instant> {
         let took = now.saturating_duration_since(began.at).as_secs_f64();
         self.presume(now);
         let uncounted = self.settle(began);
@@ -301,7 +308,8 @@ impl Limit {
                 if began.epoch == self.epoch {
                     self.refused(now, asked, under_way);
                 }
-                let hold = Duration::from_secs_f64((self.takes.unwrap_or(0.0) - took).max(0.0)).min(LONGEST_HOLD);
+                let hold = Duration::from_secs_f64((self.takes.unwrap_or(0.0) - took).max(0.0))
+                    .min(LONGEST_HOLD);
                 now.checked_add(hold)
             }
         }
@@ -338,7 +346,9 @@ impl Limit {
         self.has_grown = true;
         let factor = match self.ceiling {
             _ if self.recovering => 2.0,
-            Some(ceiling) if self.limit < 0.93 * ceiling => (0.95 * ceiling / self.limit).min(1.0 + 1.0 / 16.0),
+            Some(ceiling) if self.limit < 0.93 * ceiling => {
+                (0.95 * ceiling / self.limit).min(1.0 + 1.0 / 16.0)
+            }
             Some(_) if self.stayed < self.patience => {
                 self.stayed += 1.0;
                 1.0
@@ -374,8 +384,10 @@ impl Limit {
             self.decide(now, test, under_way);
         } else if self.suspicion > ALARM {
             // What is under way for longer than a refusal takes has been accepted. Where lowering has just been too little, that is no guide.
-            let accepted = u32::try_from(under_way).unwrap_or(u32::MAX).saturating_sub(self.suspected.refused);
-            let answers = self.suspected.answers.max(self.suspected.refused.saturating_add(accepted));
+            let accepted =
+                u32::try_from(under_way).unwrap_or(u32::MAX).saturating_sub(self.suspected.refused);
+            let answers =
+                self.suspected.answers.max(self.suspected.refused.saturating_add(accepted));
             let all = Counts { answers, ..self.suspected };
             let share = if self.has_grown { all.share() } else { self.suspected.share() };
             self.lower(now, self.suspected, share, under_way);
@@ -386,7 +398,11 @@ impl Limit {
         if let Some(test) = &mut self.test {
             test.now.add(refused);
             let (random, limited) = test.guesses(self.random);
-            test.evidence += if refused { (random / limited).ln() } else { ((1.0 - random) / (1.0 - limited)).ln() };
+            test.evidence += if refused {
+                (random / limited).ln()
+            } else {
+                ((1.0 - random) / (1.0 - limited)).ln()
+            };
             let test = *test;
             if !refused && test.is_over() {
                 self.end(test);
@@ -400,7 +416,8 @@ impl Limit {
         let known = self.random.clamp(0.01, 0.9);
         let more = known + CHANGE * (1.0 - known);
         self.suspected.add(refused);
-        self.suspicion += if refused { (more / known).ln() } else { ((1.0 - more) / (1.0 - known)).ln() };
+        self.suspicion +=
+            if refused { (more / known).ln() } else { ((1.0 - more) / (1.0 - known)).ln() };
         if self.suspicion <= 0.0 {
             // Nothing was the matter: what was refused meanwhile is of the random kind.
             let weight = f64::from(self.suspected.answers.min(MEMORY)) / f64::from(MEMORY);
@@ -452,9 +469,18 @@ impl Limit {
         let to = (before * factor).max(floor.min(1.0));
         // Lowered again and again, it remembers where it all began.
         let began = self.test.map_or(before, |test| test.before);
-        self.ceiling =
-            Some(if self.test.is_some() { self.ceiling.unwrap_or(before).min(before.max(1.0)) } else { before });
-        self.test = Some(Test { before: began, lowered_to: to / before, first, now: Counts::default(), evidence: 0.0 });
+        self.ceiling = Some(if self.test.is_some() {
+            self.ceiling.unwrap_or(before).min(before.max(1.0))
+        } else {
+            before
+        });
+        self.test = Some(Test {
+            before: began,
+            lowered_to: to / before,
+            first,
+            now: Counts::default(),
+            evidence: 0.0,
+        });
         self.limit = to;
         self.recovering = false;
         self.step = 0.0;
@@ -479,7 +505,8 @@ impl Test {
     /// Shares of refusals to expect at the lower limit: if they are random, and if there is a limit.
     fn guesses(&self, known: f64) -> (f64, f64) {
         let share = self.first.share().clamp(0.03, 0.95);
-        let limited = (1.0 - (1.0 - share) / self.lowered_to.max(0.01)).max(known).clamp(0.01, share * 0.9);
+        let limited =
+            (1.0 - (1.0 - share) / self.lowered_to.max(0.01)).max(known).clamp(0.01, share * 0.9);
         (share, limited)
     }
 }

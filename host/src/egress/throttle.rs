@@ -164,7 +164,9 @@ impl Inner {
                 }
                 let waiting = state.queues.iter_mut().filter(|queue| !queue.waiting.is_empty());
                 let Some(queue) = waiting.min_by_key(|queue| queue.under_way) else { return };
-                let (name, Some((_, waiter))) = (queue.name, queue.waiting.pop_front()) else { return };
+                let (name, Some((_, waiter))) = (queue.name, queue.waiting.pop_front()) else {
+                    return;
+                };
                 let admitted = state.let_out(self, name, now);
                 (waiter, admitted)
             };
@@ -220,7 +222,10 @@ impl State {
     /// Exchanges that take much longer than usual.
     fn hanging(&self, now: Instant) -> usize {
         let hang = self.hang();
-        self.since.values().take_while(|since| now.saturating_duration_since(**since) >= hang).count()
+        self.since
+            .values()
+            .take_while(|since| now.saturating_duration_since(**since) >= hang)
+            .count()
     }
 
     /// When to look again whether somebody can be let out, if no exchange ends before.
@@ -233,7 +238,11 @@ impl State {
                 let hang = self.hang();
                 // The oldest that does not hang yet.
                 let now = Instant::now();
-                let mut hangs = self.since.values().filter_map(|since| since.checked_add(hang)).filter(|at| *at > now);
+                let mut hangs = self
+                    .since
+                    .values()
+                    .filter_map(|since| since.checked_add(hang))
+                    .filter(|at| *at > now);
                 let hangs = if self.under_way < max { hangs.next() } else { None };
                 held.into_iter().chain(hangs).min()
             }
@@ -306,7 +315,10 @@ impl Admitted {
         let taken = match taken {
             Taken::Refused(asked) => {
                 let alone = refusals.number >= 2 && state.accepted > refusals.accepted;
-                *refusals = Refusals { number: refusals.number.saturating_add(1), accepted: state.accepted };
+                *refusals = Refusals {
+                    number: refusals.number.saturating_add(1),
+                    accepted: state.accepted,
+                };
                 if alone { Taken::RefusedAlone } else { Taken::Refused(asked) }
             }
             Taken::Accepted => {
@@ -407,7 +419,10 @@ mod tests {
         drop(small);
         // Those that have gone leave nothing behind.
         drop(waiting);
-        assert_eq!(throttle.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(), 0);
+        assert_eq!(
+            throttle.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(),
+            0
+        );
         assert!(throttle.admit(3).now_or_never().is_some());
         large.clear();
         assert_eq!(throttle.0.lock().queues.len(), 0);
@@ -431,7 +446,10 @@ mod tests {
             let mut state = throttle.0.lock();
             let soon = Instant::now().checked_add(LEAST_HANG / 2).unwrap();
             assert_eq!(state.next(soon, 8), Next::Later);
-            assert!(state.look_at(Next::Later, 8).is_some_and(|at| at < later), "nobody looks again");
+            assert!(
+                state.look_at(Next::Later, 8).is_some_and(|at| at < later),
+                "nobody looks again"
+            );
             assert_eq!(state.next(later, 8), Next::Now);
             // The operator's own bound stands.
             assert_eq!(state.next(later, 1), Next::Later);
@@ -460,7 +478,8 @@ mod tests {
         let mut under_way = all(&throttle);
         assert!((&mut waiting).now_or_never().is_none());
         for admitted in &mut under_way {
-            admitted.ended(Taken::Refused(Some(Duration::from_secs(3600))), &mut Refusals::default());
+            admitted
+                .ended(Taken::Refused(Some(Duration::from_secs(3600))), &mut Refusals::default());
         }
         let until = waiting.await.err().unwrap();
         let left = until.saturating_duration_since(Instant::now());

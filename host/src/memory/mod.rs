@@ -66,7 +66,8 @@ mod tests {
     fn pools_sum_to_the_budget() {
         let budget = 64 << 20;
         let memory = Memory::new(budget, 1);
-        let Memory { lines, exchanges, validation, custom_ids, finalizing, clients, instances: _ } = memory;
+        let Memory { lines, exchanges, validation, custom_ids, finalizing, clients, instances: _ } =
+            memory;
         let pools = [lines, exchanges, validation, custom_ids, finalizing, clients];
         assert_eq!(pools.iter().map(Pool::size).sum::<usize>(), budget);
     }

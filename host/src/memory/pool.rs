@@ -184,11 +184,16 @@ impl State {
             let Some(holder) = self.waiting.pop_front() else { break };
             loop {
                 let next = self.holders.get(&holder).and_then(|found| found.queue.front());
-                let Some((share, bytes)) = next.map(|waiter| ((waiter.share, waiter.has), waiter.bytes)) else { break };
+                let Some((share, bytes)) =
+                    next.map(|waiter| ((waiter.share, waiter.has), waiter.bytes))
+                else {
+                    break;
+                };
                 if !self.grant(&holder, share, bytes, overdraft, true) {
                     break;
                 }
-                let waiter = self.holders.get_mut(&holder).and_then(|found| found.queue.pop_front());
+                let waiter =
+                    self.holders.get_mut(&holder).and_then(|found| found.queue.pop_front());
                 granted.extend(waiter.map(|waiter| waiter.granted));
             }
             if self.holders.get(&holder).is_some_and(|found| !found.queue.is_empty()) {
@@ -230,7 +235,11 @@ impl Share {
     }
 
     /// Grows now, or takes a place in its holder's queue if it is to wait: at the front if it is the first.
-    fn try_grow(&mut self, bytes: usize, wait: bool) -> Result<(), Option<(i64, oneshot::Receiver<()>)>> {
+    fn try_grow(
+        &mut self,
+        bytes: usize,
+        wait: bool,
+    ) -> Result<(), Option<(i64, oneshot::Receiver<()>)>> {
         let more = signed(bytes).saturating_sub(self.bytes);
         if more <= 0 {
             return Ok(());
@@ -341,11 +350,15 @@ mod tests {
     async fn many_small_holders_fit_into_the_overdraft_and_one_item_exceeds_the_pool() {
         let pool = Pool::new(4000);
         let hog = pool.take(&holder("hog"), 3000).await;
-        let small: Vec<_> = (0..90).map(|name| pool.take(&holder(&name.to_string()), 10).now_or_never()).collect();
+        let small: Vec<_> =
+            (0..90).map(|name| pool.take(&holder(&name.to_string()), 10).now_or_never()).collect();
         assert!(small.iter().all(Option::is_some));
         let first = pool.take(&holder("first"), 2000).now_or_never();
         assert!(first.is_some());
-        assert!(pool.take(&holder("second"), 2000).now_or_never().is_none(), "two items exceed the pool");
+        assert!(
+            pool.take(&holder("second"), 2000).now_or_never().is_none(),
+            "two items exceed the pool"
+        );
         // Beside it the pool is as it was.
         assert!(pool.take(&holder("small"), 10).now_or_never().is_some());
         drop(first);

@@ -28,14 +28,16 @@ pub fn checked(step: Step) -> Result<Step, String> {
 /// An answer as it is kept while a request waits for its next attempt, which may be long, and many do.
 fn brief(answer: Answer) -> Answer {
     match answer {
-        Answer::Response(response) if response.body.len() > MOST_STATE => Answer::Failure(Failure {
-            code: "answer_too_large".into(),
-            message: format!(
-                "No attempt is left. The last answer, of status {}, had {} bytes, more than is kept between attempts.",
-                response.status,
-                response.body.len()
-            ),
-        }),
+        Answer::Response(response) if response.body.len() > MOST_STATE => {
+            Answer::Failure(Failure {
+                code: "answer_too_large".into(),
+                message: format!(
+                    "No attempt is left. The last answer, of status {}, had {} bytes, more than is kept between attempts.",
+                    response.status,
+                    response.body.len()
+                ),
+            })
+        }
         answer => answer,
     }
 }
@@ -59,13 +61,16 @@ fn checked_answer(answer: Answer) -> Result<Answer, String> {
 
 /// A guest's words as they may be shown to people, on a terminal, in a log or a table: on one line, and not too long.
 pub fn for_people(text: &str, characters: usize) -> String {
-    text.chars().take(characters).map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+    text.chars()
+        .take(characters)
+        .map(|letter| if letter.is_control() { ' ' } else { letter })
+        .collect()
 }
 
 /// A JSON object without line breaks; every value stays as it was written, numbers of any size included.
 fn one_line_object(text: String) -> Result<String, String> {
-    let object: &RawValue =
-        serde_json::from_str(&text).map_err(|error| format!("the body of its answer is not JSON: {error}."))?;
+    let object: &RawValue = serde_json::from_str(&text)
+        .map_err(|error| format!("the body of its answer is not JSON: {error}."))?;
     let object = object.get();
     if !object.starts_with('{') {
         return Err("the body of its answer is not a JSON object.".into());
@@ -100,7 +105,8 @@ mod tests {
     use super::*;
 
     fn response(status: u16, body: &str) -> Result<String, String> {
-        let answer = Answer::Response(Response { status, request_id: None, body: body.into(), usage: None });
+        let answer =
+            Answer::Response(Response { status, request_id: None, body: body.into(), usage: None });
         match checked(Step::Done(answer))? {
             Step::Done(Answer::Response(response)) => Ok(response.body),
             _ => Err("another step".into()),
@@ -109,7 +115,8 @@ mod tests {
 
     #[test]
     fn a_body_comes_out_as_one_line_with_its_values_as_written() {
-        let body = "{\n  \"a\": 1.0000000000000000001e400,\r\n\t\"b \\\" \\\\\": [ \"x\\n y\" , {} ]\n}";
+        let body =
+            "{\n  \"a\": 1.0000000000000000001e400,\r\n\t\"b \\\" \\\\\": [ \"x\\n y\" , {} ]\n}";
         let line = r#"{"a":1.0000000000000000001e400,"b \" \\":["x\n y",{}]}"#;
         assert_eq!(response(200, body).as_deref(), Ok(line));
         assert_eq!(response(200, " {\"a\": 1} ").as_deref(), Ok("{\"a\": 1}"));
@@ -130,15 +137,23 @@ mod tests {
     #[test]
     fn a_failures_words_are_kept_short() {
         let failure = Failure { code: "c".repeat(1000), message: "\x1b[2Jü\n".repeat(10_000) };
-        let Ok(Step::Done(Answer::Failure(failure))) = checked(Step::Done(Answer::Failure(failure))) else { panic!() };
-        assert_eq!((failure.code.len(), failure.message.chars().count()), (LONGEST_CODE, LONGEST_MESSAGE));
+        let Ok(Step::Done(Answer::Failure(failure))) =
+            checked(Step::Done(Answer::Failure(failure)))
+        else {
+            panic!()
+        };
+        assert_eq!(
+            (failure.code.len(), failure.message.chars().count()),
+            (LONGEST_CODE, LONGEST_MESSAGE)
+        );
         assert!(failure.message.starts_with(" [2Jü  [2J"), "{}", failure.message);
     }
 
     #[test]
     fn what_is_kept_between_attempts_is_small() {
         let otherwise = |body: String| {
-            let otherwise = Answer::Response(Response { status: 503, request_id: None, body, usage: None });
+            let otherwise =
+                Answer::Response(Response { status: 503, request_id: None, body, usage: None });
             match checked(Step::Retry { after_milliseconds: None, otherwise }) {
                 Ok(Step::Retry { otherwise, .. }) => otherwise,
                 other => panic!("{other:?}"),
@@ -146,7 +161,9 @@ mod tests {
         };
         assert!(matches!(otherwise("{}".into()), Answer::Response(_)));
         let large = otherwise(format!(r#"{{"x":"{}"}}"#, "x".repeat(MOST_STATE)));
-        assert!(matches!(large, Answer::Failure(failure) if failure.message.contains("status 503")));
+        assert!(
+            matches!(large, Answer::Failure(failure) if failure.message.contains("status 503"))
+        );
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {

@@ -55,7 +55,8 @@ impl Cache {
             }
             Err(why) => {
                 let own = tempfile::Builder::new().prefix("batchwright-cache-").tempdir().ok();
-                let kept = if own.is_some() { "in a folder for temporary files" } else { "in memory" };
+                let kept =
+                    if own.is_some() { "in a folder for temporary files" } else { "in memory" };
                 tracing::warn!(
                     "the compile cache {} {why}; plugins are compiled again at each start, and kept {kept} until then. Name a folder of this user's with --cache",
                     folder.display()
@@ -88,7 +89,9 @@ impl Cache {
         match load(engine, path) {
             Ok(component) => {
                 // So that `tidy` knows that it is in use.
-                std::fs::File::open(path).and_then(|file| file.set_modified(SystemTime::now())).ok();
+                std::fs::File::open(path)
+                    .and_then(|file| file.set_modified(SystemTime::now()))
+                    .ok();
                 Some(component)
             }
             Err(error) => {
@@ -100,7 +103,10 @@ impl Cache {
 
     /// A file to compile into.
     pub fn output(&self) -> std::io::Result<Output> {
-        let beside = self.folder.as_ref().map(|folder| tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder));
+        let beside = self
+            .folder
+            .as_ref()
+            .map(|folder| tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder));
         match beside {
             Some(Ok(file)) => Ok(Output::Beside(file)),
             Some(Err(error)) => {
@@ -113,12 +119,20 @@ impl Cache {
     }
 
     /// Takes over what was compiled, and loads it.
-    pub fn keep(&self, engine: &Engine, output: Output, path: &Path) -> wasmtime::Result<Component> {
+    pub fn keep(
+        &self,
+        engine: &Engine,
+        output: Output,
+        path: &Path,
+    ) -> wasmtime::Result<Component> {
         match output {
             Output::InMemory(file) => load_copy(engine, file),
             Output::Beside(file) => {
                 let loaded = load(engine, file.path())?;
-                let kept = file.as_file().sync_all().and_then(|()| file.persist(path).map_err(|error| error.error));
+                let kept = file
+                    .as_file()
+                    .sync_all()
+                    .and_then(|()| file.persist(path).map_err(|error| error.error));
                 if let Err(error) = kept {
                     tracing::warn!("{} is not kept: {error}", path.display());
                 }
@@ -135,7 +149,9 @@ impl Cache {
             .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name();
-                let ours = name.to_str().is_some_and(|name| name.starts_with(UNFINISHED) || is_compiled(name));
+                let ours = name
+                    .to_str()
+                    .is_some_and(|name| name.starts_with(UNFINISHED) || is_compiled(name));
                 let found = entry.metadata().ok().filter(|found| ours && found.is_file())?;
                 Some((found.modified().ok()?, found.len(), entry.path()))
             })
@@ -156,7 +172,9 @@ impl Cache {
 
 /// Whether a name is one that `path` gives: the folder may be somebody's who keeps other things there.
 fn is_compiled(name: &str) -> bool {
-    let digits = |text: &str, number: usize| text.len() == number && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let digits = |text: &str, number: usize| {
+        text.len() == number && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
     let parts = name.strip_suffix(".cwasm").and_then(|name| name.split_once('-'));
     parts.is_some_and(|(sha256, fingerprint)| digits(sha256, 64) && digits(fingerprint, 16))
 }
@@ -183,7 +201,8 @@ fn private_folder(folder: &Path) -> Result<PathBuf, String> {
         return Err(format!("belongs to user {}, not to {own}", found.uid()));
     }
     // Names of temporary files are whole, and so must this be to compare with them.
-    let folder = std::fs::canonicalize(folder).map_err(|error| format!("cannot be found: {error}"))?;
+    let folder =
+        std::fs::canonicalize(folder).map_err(|error| format!("cannot be found: {error}"))?;
     let mode = found.permissions().mode() & 0o7777;
     if mode & 0o022 == 0 {
         // Asked for by writing, as a mount may be read-only.
@@ -192,11 +211,17 @@ fn private_folder(folder: &Path) -> Result<PathBuf, String> {
             .map_err(|error| format!("cannot be written to: {error}"));
     }
     // Kubernetes opens volumes to a group (fsGroup). What others could have put there meanwhile goes.
-    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700))
-        .map_err(|error| format!("is open to others (mode {mode:03o}), which cannot be changed: {error}"))?;
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).map_err(|error| {
+        format!("is open to others (mode {mode:03o}), which cannot be changed: {error}")
+    })?;
     for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_str().is_some_and(|name| is_compiled(name) || name.starts_with(UNFINISHED)) {
-            std::fs::remove_file(entry.path()).map_err(|error| format!("cannot be emptied: {error}"))?;
+        if entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| is_compiled(name) || name.starts_with(UNFINISHED))
+        {
+            std::fs::remove_file(entry.path())
+                .map_err(|error| format!("cannot be emptied: {error}"))?;
         }
     }
     tracing::info!(
@@ -271,7 +296,9 @@ mod tests {
                 .unwrap();
             cache.keep(&engine, output, &path).unwrap();
             assert!(cache.load(&engine, &path).is_some());
-            let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let mode = |mode| {
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap()
+            };
             mode(0o666);
             assert!(cache.load(&engine, &path).is_none(), "others could have written it");
             mode(0o600);
@@ -306,7 +333,10 @@ mod tests {
             .map(|entry| entry.unwrap().file_name())
             .collect();
         let left: Vec<_> = left.iter().map(|name| name.to_str().unwrap()).collect();
-        assert_eq!(left, [&format!("{UNFINISHED}begun"), &name("a"), &name("b"), "other.cwasm", "thesis.docx"]);
+        assert_eq!(
+            left,
+            [&format!("{UNFINISHED}begun"), &name("a"), &name("b"), "other.cwasm", "thesis.docx"]
+        );
     }
 
     #[test]

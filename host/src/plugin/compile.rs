@@ -124,10 +124,13 @@ impl Compiler {
         }
         let running = {
             let mut all = self.0.running.lock().unwrap_or_else(PoisonError::into_inner);
-            let (inner, engine, sha256, bytes) = (self.0.clone(), engine.clone(), sha256.to_owned(), bytes.clone());
+            let (inner, engine, sha256, bytes) =
+                (self.0.clone(), engine.clone(), sha256.to_owned(), bytes.clone());
             let place = path.clone();
             let start = || {
-                let work = tokio::spawn(async move { inner.compile(engine, flavour, sha256, bytes, place).await });
+                let work = tokio::spawn(async move {
+                    inner.compile(engine, flavour, sha256, bytes, place).await
+                });
                 let ended = |ended: Result<_, tokio::task::JoinError>| {
                     ended.unwrap_or_else(|error| Err(format!("the compiler failed: {error}")))
                 };
@@ -168,18 +171,23 @@ impl Inner {
         bytes: &[u8],
         path: &Path,
     ) -> Result<Component, Failure> {
-        let nowhere =
-            |error: std::io::Error| Failure::Passing(format!("there is no room for its compiled form: {error}"));
+        let nowhere = |error: std::io::Error| {
+            Failure::Passing(format!("there is no room for its compiled form: {error}"))
+        };
         let output = self.cache.output().map_err(nowhere)?;
         self.run(flavour, bytes, output.writer().map_err(nowhere)?).await?;
         let (inner, engine, path) = (self.clone(), engine.clone(), path.to_owned());
-        let kept = tokio::task::spawn_blocking(move || inner.cache.keep(&engine, output, &path)).await;
+        let kept =
+            tokio::task::spawn_blocking(move || inner.cache.keep(&engine, output, &path)).await;
         kept.map_err(|error| Failure::Passing(error.to_string()))?.map_err(|error| {
             let error = format!("{error:#}");
             if error.contains("pooling allocator") {
                 Failure::Component(format!("asks for more than a plugin may have: {error}"))
             } else {
-                Failure::Passing(format!("its compiled form does not load: {error}{}", hint(&error)))
+                Failure::Passing(format!(
+                    "its compiled form does not load: {error}{}",
+                    hint(&error)
+                ))
             }
         })
     }
@@ -199,14 +207,26 @@ impl Inner {
     }
 
     /// Runs the process: the component goes in, compiled code comes out.
-    async fn run(&self, flavour: Flavour, bytes: &[u8], output: std::fs::File) -> Result<(), Failure> {
-        let failed = |error: std::io::Error| Failure::Passing(format!("the compiler does not start: {error}"));
+    async fn run(
+        &self,
+        flavour: Flavour,
+        bytes: &[u8],
+        output: std::fs::File,
+    ) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| {
+            Failure::Passing(format!("the compiler does not start: {error}"))
+        };
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).args(["--memory", &self.memory.bytes().to_string()]);
         // Its own clock, should this process end before it.
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
         let seconds = self.timeout.duration().as_secs().saturating_add(10).saturating_mul(threads);
-        command.args(["--seconds", &seconds.to_string(), "--parent", &std::process::id().to_string()]);
+        command.args([
+            "--seconds",
+            &seconds.to_string(),
+            "--parent",
+            &std::process::id().to_string(),
+        ]);
         if flavour == Flavour::Concurrent {
             command.arg("--concurrent");
         }
@@ -272,21 +292,31 @@ impl Inner {
 impl Inner {
     /// What the compiler says of the component. What it says of its sandbox is logged once.
     fn without_missing_layers(&self, said: &str) -> String {
-        let missing: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(MISSING)).collect();
+        let missing: Vec<&str> =
+            said.lines().filter_map(|line| line.strip_prefix(MISSING)).collect();
         if !missing.is_empty() {
             self.told_missing.call_once(|| {
                 for layer in &missing {
-                    tracing::warn!(layer, "the process that compiles plugins runs without a layer of its sandbox");
+                    tracing::warn!(
+                        layer,
+                        "the process that compiles plugins runs without a layer of its sandbox"
+                    );
                 }
             });
         }
-        said.lines().filter(|line| !line.starts_with(MISSING)).collect::<Vec<_>>().join("\n").trim_end().to_owned()
+        said.lines()
+            .filter(|line| !line.starts_with(MISSING))
+            .collect::<Vec<_>>()
+            .join("\n")
+            .trim_end()
+            .to_owned()
     }
 }
 
 /// What to do about a system that does not let compiled code be run.
 fn hint(error: &str) -> &'static str {
-    let is_refused = ["Operation not permitted", "Permission denied", "os error 1)", "os error 13)"];
+    let is_refused =
+        ["Operation not permitted", "Permission denied", "os error 1)", "os error 13)"];
     if is_refused.iter().any(|words| error.contains(words)) {
         "; the system forbids this process to run code that it has compiled: set MemoryDenyWriteExecute=no in the unit of systemd, or allow execmem in SELinux"
     } else {
@@ -335,17 +365,23 @@ impl Process {
     }
 
     fn compile(self) -> Result<(), (u8, String)> {
-        self.bound().map_err(|error| (UNWRITTEN, format!("the compiler cannot be bounded: {error}")))?;
+        self.bound()
+            .map_err(|error| (UNWRITTEN, format!("the compiler cannot be bounded: {error}")))?;
         let flavour = if self.concurrent { Flavour::Concurrent } else { Flavour::Plain };
         let mut bytes = Vec::new();
         let read = std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes);
         read.map_err(|error| {
-            let code = if error.kind() == std::io::ErrorKind::OutOfMemory { NO_MEMORY } else { UNWRITTEN };
+            let code =
+                if error.kind() == std::io::ErrorKind::OutOfMemory { NO_MEMORY } else { UNWRITTEN };
             (code, format!("the component does not come through: {error}"))
         })?;
         let compiler = engine::compiler(flavour).map_err(|message| (UNWRITTEN, message))?;
-        let compiled = compiler.precompile_component(&bytes).map_err(|error| (1, format!("{error:#}")))?;
-        std::io::stdout().lock().write_all(&compiled).map_err(|error| (UNWRITTEN, error.to_string()))
+        let compiled =
+            compiler.precompile_component(&bytes).map_err(|error| (1, format!("{error:#}")))?;
+        std::io::stdout()
+            .lock()
+            .write_all(&compiled)
+            .map_err(|error| (UNWRITTEN, error.to_string()))
     }
 
     fn bound(&self) -> std::io::Result<()> {
@@ -354,7 +390,9 @@ impl Process {
             use rustix::process::{Signal, getppid, set_parent_process_death_signal};
             set_parent_process_death_signal(Some(Signal::KILL))?;
             // It may have ended before this was heard.
-            if getppid().is_none_or(|parent| parent.as_raw_nonzero().get().cast_unsigned() != self.parent) {
+            if getppid()
+                .is_none_or(|parent| parent.as_raw_nonzero().get().cast_unsigned() != self.parent)
+            {
                 return Err(std::io::Error::other("whoever started it is gone"));
             }
         }

@@ -22,7 +22,8 @@ pub fn secrets(
     for (name, given) in &manifest.credentials {
         let at = format!("credentials.{name}");
         let Some(need) = description.credentials.iter().find(|need| need.name == *name) else {
-            let known: Vec<&str> = description.credentials.iter().map(|need| need.name.as_str()).collect();
+            let known: Vec<&str> =
+                description.credentials.iter().map(|need| need.name.as_str()).collect();
             let message = if known.is_empty() {
                 "the component takes no credentials".into()
             } else {
@@ -50,22 +51,34 @@ pub fn secrets(
         let hosts = AllowList::new(file.display().to_string(), urls, &given.hosts)
             .map_err(|error| key(&at, error.to_string()))?;
         check_hosts(manifest, name, urls).map_err(|message| key(&at, message))?;
-        credentials.push(Credential { name: name.clone(), header, prefix: need.prefix.clone(), secret, hosts });
+        credentials.push(Credential {
+            name: name.clone(),
+            header,
+            prefix: need.prefix.clone(),
+            secret,
+            hosts,
+        });
     }
-    if let Some(need) =
-        description.credentials.iter().find(|need| need.required && !manifest.credentials.contains_key(&need.name))
+    if let Some(need) = description
+        .credentials
+        .iter()
+        .find(|need| need.required && !manifest.credentials.contains_key(&need.name))
     {
         let message = format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
         return Err(key(&format!("credentials.{}", need.name), message));
     }
-    let headers = description.credentials.iter().filter_map(|need| http::HeaderName::try_from(&need.header).ok());
+    let headers = description
+        .credentials
+        .iter()
+        .filter_map(|need| http::HeaderName::try_from(&need.header).ok());
     let secrets = Secrets::new(credentials, headers.collect(), manifest.allow_plain_http);
     secrets.map_err(|error| key("credentials", error.to_string()))
 }
 
 /// Whether a credential can be sent at all: one that cannot is not left out without a word.
 fn check_hosts(manifest: &Manifest, name: &str, urls: &[Url]) -> Result<(), String> {
-    let given = manifest.credentials.get(name).map(|given| (given.from.as_str(), given.hosts.as_slice()));
+    let given =
+        manifest.credentials.get(name).map(|given| (given.from.as_str(), given.hosts.as_slice()));
     let (from, hosts) = given.unwrap_or_default();
     if urls.is_empty() && hosts.is_empty() {
         return Err(format!(

@@ -34,7 +34,8 @@ impl Flavour {
     pub fn of(component: &[u8]) -> Self {
         let concurrent = memchr::memmem::find_iter(component, b"wasi:").any(|at| {
             let name = component.get(at..).unwrap_or_default();
-            let of_name = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b':' | b'/');
+            let of_name =
+                |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b':' | b'/');
             let end = name.iter().take(100).position(|byte| !of_name(byte)).unwrap_or_default();
             name.get(end..).is_some_and(|rest| rest.starts_with(b"@0.3."))
         });
@@ -49,7 +50,8 @@ pub fn start(flavour: Flavour) -> Result<Engine, String> {
         tracing::warn!("plugins run without an instance pool: {error:#}");
         Engine::new(&config(flavour, false))
     });
-    let engine = engine.map_err(|error| format!("the WebAssembly engine does not start: {error:#}"))?;
+    let engine =
+        engine.map_err(|error| format!("the WebAssembly engine does not start: {error:#}"))?;
     let ticking = engine.weak();
     std::thread::Builder::new()
         .name("epoch".into())
@@ -66,7 +68,8 @@ pub fn start(flavour: Flavour) -> Result<Engine, String> {
 
 /// An engine that only compiles: its code fits the one of `start`.
 pub fn compiler(flavour: Flavour) -> Result<Engine, String> {
-    Engine::new(&config(flavour, false)).map_err(|error| format!("the compiler does not start: {error:#}"))
+    Engine::new(&config(flavour, false))
+        .map_err(|error| format!("the compiler does not start: {error:#}"))
 }
 
 fn config(flavour: Flavour, pooled: bool) -> Config {
@@ -109,7 +112,10 @@ mod tests {
     fn only_imports_of_wasi_0_3_ask_for_the_slower_engine() {
         for (bytes, flavour) in [
             (&b"..wasi:cli/stdout@0.3.0.."[..], Flavour::Concurrent),
-            (b"wasi:cli/stdout@0.2.6 wasi:clocks/monotonic-clock@0.3.0-rc-2026-01-01", Flavour::Concurrent),
+            (
+                b"wasi:cli/stdout@0.2.6 wasi:clocks/monotonic-clock@0.3.0-rc-2026-01-01",
+                Flavour::Concurrent,
+            ),
             (b"wasi:cli/stdout@0.2.3", Flavour::Plain),
             (b"wasi: see batchwright:plugin/logging@0.3.0", Flavour::Plain),
             (b"wasi:", Flavour::Plain),

@@ -28,21 +28,29 @@ pub enum CallError {
         "Plugin `{plugin}` used more than {limit} of CPU time in one call of `{function}`; the limit is [limits] call_timeout."
     )]
     Cpu { plugin: String, function: &'static str, limit: String },
-    #[error("Plugin `{plugin}` waits in `{function}` and does not come back; a plugin has nothing to wait for.")]
+    #[error(
+        "Plugin `{plugin}` waits in `{function}` and does not come back; a plugin has nothing to wait for."
+    )]
     Asleep { plugin: String, function: &'static str },
-    #[error("Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory.")]
+    #[error(
+        "Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory."
+    )]
     Memory { plugin: String, function: &'static str, limit: String },
     #[error(
         "Plugin `{plugin}` asked for a table of more than {limit} elements in `{function}`; the limit is [limits] table_elements."
     )]
     Table { plugin: String, function: &'static str, limit: u32 },
-    #[error("Plugin `{plugin}` held more than {limit} handles in `{function}`; the limit is [limits] handles.")]
+    #[error(
+        "Plugin `{plugin}` held more than {limit} handles in `{function}`; the limit is [limits] handles."
+    )]
     Handles { plugin: String, function: &'static str, limit: u32 },
     #[error(
         "Plugin `{plugin}` used up its call stack of {limit} in `{function}`; this limit is the same for all plugins."
     )]
     Stack { plugin: String, function: &'static str, limit: String },
-    #[error("Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer.")]
+    #[error(
+        "Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer."
+    )]
     Answer { plugin: String, function: &'static str, limit: String },
     #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
     Trap {
@@ -66,7 +74,9 @@ impl CallError {
             Self::Trap { plugin, function, message, said } if !said.is_empty() => {
                 format!("Plugin `{plugin}` failed in `{function}`: {message}; it wrote: {said}")
             }
-            Self::Configure { plugin, message } => format!("Plugin `{plugin}` refused its settings: {message}"),
+            Self::Configure { plugin, message } => {
+                format!("Plugin `{plugin}` refused its settings: {message}")
+            }
             error => error.to_string(),
         }
     }
@@ -75,9 +85,10 @@ impl CallError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Cpu { .. } | Self::Asleep { .. } => "plugin_timeout",
-            Self::Memory { .. } | Self::Table { .. } | Self::Handles { .. } | Self::Stack { .. } => {
-                "plugin_out_of_memory"
-            }
+            Self::Memory { .. }
+            | Self::Table { .. }
+            | Self::Handles { .. }
+            | Self::Stack { .. } => "plugin_out_of_memory",
             Self::Answer { .. } => "plugin_answer_too_large",
             Self::Trap { .. } | Self::Configure { .. } => "plugin_failed",
             Self::Contract { .. } => "plugin_contract_violation",

@@ -92,11 +92,16 @@ impl Files {
 /// cannot be read.
 pub fn named_by(file: &Path) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
-    let secrets = manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
-        Some(Source::File(path)) => Some(path.to_owned()),
-        _ => None,
-    });
-    Some(secrets.chain([file.with_file_name("").join(&manifest.component), signature_file(file)]).collect())
+    let secrets =
+        manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
+            Some(Source::File(path)) => Some(path.to_owned()),
+            _ => None,
+        });
+    Some(
+        secrets
+            .chain([file.with_file_name("").join(&manifest.component), signature_file(file)])
+            .collect(),
+    )
 }
 
 /// Where the signature of a TOML file lies: beside it, with `.sig` at the end of its name.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use wasmtime::component::{HasSelf, InstancePre};
-use wasmtime::{Engine, PoolConcurrencyLimitError, ResourceLimiterAsync, Store, StoreContextMut, UpdateDeadline};
+use wasmtime::{
+    Engine, PoolConcurrencyLimitError, ResourceLimiterAsync, Store, StoreContextMut, UpdateDeadline,
+};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use super::bindings::v0_1::{self, Exports, logging};
@@ -79,7 +81,12 @@ pub async fn in_time<T>(
     call: impl Future<Output = wasmtime::Result<T>>,
 ) -> wasmtime::Result<T> {
     // Other guests and requests take turns with this one, so its time on the clock is many times that on the processor.
-    let most = limits.call_timeout.duration().saturating_mul(units.max(1)).saturating_mul(10).saturating_add(PATIENCE);
+    let most = limits
+        .call_timeout
+        .duration()
+        .saturating_mul(units.max(1))
+        .saturating_mul(10)
+        .saturating_add(PATIENCE);
     let begun = Instant::now();
     let before = waited.so_far();
     let mut call = std::pin::pin!(call);
@@ -127,7 +134,12 @@ pub enum Refused {
 
 #[async_trait::async_trait]
 impl ResourceLimiterAsync for MemoryLimit {
-    async fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    async fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         let used = self.used.saturating_add(desired.saturating_sub(current));
         if used > self.limit {
             self.refused = Some(Refused::Memory);
@@ -141,7 +153,12 @@ impl ResourceLimiterAsync for MemoryLimit {
         Ok(true)
     }
 
-    async fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    async fn table_growing(
+        &mut self,
+        _: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         if desired > self.table_elements {
             self.refused = Some(Refused::Table);
             return Ok(false);
@@ -164,7 +181,8 @@ impl ResourceLimiterAsync for MemoryLimit {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
-        let world = self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log, &self.said)));
+        let world =
+            self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log, &self.said)));
         WasiCtxView { ctx: &mut world.ctx, table: &mut world.table }
     }
 }
@@ -183,7 +201,10 @@ impl logging::Host for State {
 }
 
 /// What plugins may import: WASI as an empty world, and the log.
-pub fn linker(engine: &Engine, flavour: Flavour) -> wasmtime::Result<wasmtime::component::Linker<State>> {
+pub fn linker(
+    engine: &Engine,
+    flavour: Flavour,
+) -> wasmtime::Result<wasmtime::component::Linker<State>> {
     let mut linker = wasmtime::component::Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
     if flavour == Flavour::Concurrent {
@@ -253,7 +274,8 @@ impl Instance {
             refused: None,
         };
         let said = Said::default();
-        let state = State { memory, ticks_left: 0, world: None, log: log.clone(), said: said.clone() };
+        let state =
+            State { memory, ticks_left: 0, world: None, log: log.clone(), said: said.clone() };
         let mut store = Store::new(engine, state);
         store.limiter_async(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.answer.in_memory());
@@ -262,19 +284,33 @@ impl Instance {
         allow(&mut store, limits, 1);
         let exports = match template {
             Template::Validator(pre) => {
-                in_time(limits, 1, &waited, pre.instantiate_async(&mut store)).await.map(Exports::Validator)
+                in_time(limits, 1, &waited, pre.instantiate_async(&mut store))
+                    .await
+                    .map(Exports::Validator)
             }
             Template::Adapter { linked, adapter, classifier } => {
-                in_time(limits, 1, &waited, linked.instantiate_async(&mut store)).await.and_then(|instance| {
-                    let exports = adapter.load(&mut store, &instance)?;
-                    let classifier = classifier.as_ref().map(|known| known.load(&mut store, &instance)).transpose()?;
-                    Ok(Exports::Adapter(exports, classifier))
-                })
+                in_time(limits, 1, &waited, linked.instantiate_async(&mut store)).await.and_then(
+                    |instance| {
+                        let exports = adapter.load(&mut store, &instance)?;
+                        let classifier = classifier
+                            .as_ref()
+                            .map(|known| known.load(&mut store, &instance))
+                            .transpose()?;
+                        Ok(Exports::Adapter(exports, classifier))
+                    },
+                )
             }
         };
         let refused = store.data().memory.refused;
         (
-            exports.map(|exports| Self { store, exports, calls: 0, waited, at_first: 0, said: said.clone() }),
+            exports.map(|exports| Self {
+                store,
+                exports,
+                calls: 0,
+                waited,
+                at_first: 0,
+                said: said.clone(),
+            }),
             (refused, said),
         )
     }
@@ -316,7 +352,8 @@ impl Instance {
 fn allow(store: &mut Store<State>, limits: &Limits, units: u32) {
     let ticks = limits.call_timeout.duration().as_millis().div_ceil(TICK.as_millis());
     // One tick more: the first may come at once.
-    let ticks = u32::try_from(ticks).unwrap_or(u32::MAX).saturating_mul(units.max(1)).saturating_add(1);
+    let ticks =
+        u32::try_from(ticks).unwrap_or(u32::MAX).saturating_mul(units.max(1)).saturating_add(1);
     let state = store.data_mut();
     state.ticks_left = ticks;
     state.memory.refused = None;

@@ -105,8 +105,13 @@ impl Instances {
     /// Drops the instance that is idle for longest, if it is for as long as this; whether there was one.
     fn evict(&self, at_least: Duration) -> bool {
         let places: Vec<Arc<Kept>> = self.lock().iter().filter_map(Weak::upgrade).collect();
-        let oldest = places.iter().filter_map(|place| Some((place.lock().first()?.0, place))).min_by_key(|(at, _)| *at);
-        let Some((since, place)) = oldest.filter(|(since, _)| since.elapsed() >= at_least) else { return false };
+        let oldest = places
+            .iter()
+            .filter_map(|place| Some((place.lock().first()?.0, place)))
+            .min_by_key(|(at, _)| *at);
+        let Some((since, place)) = oldest.filter(|(since, _)| since.elapsed() >= at_least) else {
+            return false;
+        };
         let mut idle = place.lock();
         // Somebody may have taken it meanwhile.
         if idle.first().is_some_and(|(at, _)| *at == since) {

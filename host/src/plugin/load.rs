@@ -102,10 +102,22 @@ impl World {
 
 impl Loader {
     pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
-        let failed = |message: String| LoadError::Component { component: PathBuf::from("wasmtime"), message };
-        let Loading { cache, compile_timeout, compile_memory, trusted_keys, serials, order, compiler, memory } =
-            loading;
-        let compiler = Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
+        let failed = |message: String| LoadError::Component {
+            component: PathBuf::from("wasmtime"),
+            message,
+        };
+        let Loading {
+            cache,
+            compile_timeout,
+            compile_memory,
+            trusted_keys,
+            serials,
+            order,
+            compiler,
+            memory,
+        } = loading;
+        let compiler =
+            Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
         let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
         Ok(Self {
             plain: World::start(Flavour::Plain).map_err(failed)?,
@@ -157,7 +169,11 @@ impl Loader {
         let name = plugin_name(&files.file)?;
         let signed = self.trust.signed(&name, &files)?;
         let Files { file, mut manifest, component, .. } = files;
-        let key = |key: &str, message: String| LoadError::Key { file: file.clone(), key: key.into(), message };
+        let key = |key: &str, message: String| LoadError::Key {
+            file: file.clone(),
+            key: key.into(),
+            message,
+        };
         if let Some(pinned) = &manifest.sha256
             && !pinned.eq_ignore_ascii_case(&component.sha256)
         {
@@ -175,8 +191,11 @@ impl Loader {
         let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
         schema::add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
         let settings = Value::Object(std::mem::take(&mut manifest.settings));
-        schema::check(&settings, &inspected.description.settings_schema)
-            .map_err(|(place, message)| key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE)))?;
+        schema::check(&settings, &inspected.description.settings_schema).map_err(
+            |(place, message)| {
+                key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE))
+            },
+        )?;
         let secrets = secrets(&manifest, &inspected.description, &file, &urls, stand_in, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
@@ -216,11 +235,18 @@ impl Loader {
 
     /// What a component says of itself, without settings.
     pub async fn inspect(&self, component: &Path) -> Result<Inspected, LoadError> {
-        let name = component.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+        let name = component
+            .file_stem()
+            .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
         self.inspect_with(ComponentFile::read(component)?, &name, &Limits::default()).await
     }
 
-    async fn inspect_with(&self, file: ComponentFile, name: &str, limits: &Limits) -> Result<Inspected, LoadError> {
+    async fn inspect_with(
+        &self,
+        file: ComponentFile,
+        name: &str,
+        limits: &Limits,
+    ) -> Result<Inspected, LoadError> {
         let ComponentFile { path, bytes, sha256 } = file;
         // What is told here holds words of the component's own.
         let failed = |message: String| LoadError::Component {
@@ -231,14 +257,16 @@ impl Loader {
         let size = bytes.len();
         let flavour = Flavour::of(&bytes);
         let World { engine, linker } = self.world(flavour).map_err(failed)?;
-        let component = self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
+        let component =
+            self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
         drop(bytes);
         let imports: Vec<String> =
             component.component_type().imports(&engine).map(|(name, _)| name.to_owned()).collect();
         let (kind, template) = template(&engine, &linker, &component).map_err(failed)?;
         let log = Arc::new(PluginLog::new(name));
         let holder = format!("{name}/").into();
-        let (made, refused) = Instance::new(&template, &engine, limits, &log, (&self.instances, &holder)).await;
+        let (made, refused) =
+            Instance::new(&template, &engine, limits, &log, (&self.instances, &holder)).await;
         let (refused, said) = refused;
         let error = |function, error: &wasmtime::Error, refused| {
             explain(name, limits, function, error, refused, &said).detail()
@@ -260,11 +288,24 @@ impl Loader {
         })?;
         instance.allow(limits, 1);
         let waited = instance.waited.clone();
-        let described = in_time(limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
-        let (description, schema) = described.map_err(|found| failed(error("describe", &found, instance.refused())))?;
+        let described =
+            in_time(limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
+        let (description, schema) =
+            described.map_err(|found| failed(error("describe", &found, instance.refused())))?;
         let description = check_description(description, &schema, kind)
             .map_err(|message| failed(format!("`describe`: {message}")))?;
-        Ok(Inspected { kind, version: "0.1.0", description, imports, sha256, size, component, template, engine, log })
+        Ok(Inspected {
+            kind,
+            version: "0.1.0",
+            description,
+            imports,
+            sha256,
+            size,
+            component,
+            template,
+            engine,
+            log,
+        })
     }
 
     fn world(&self, flavour: Flavour) -> Result<World, String> {
@@ -280,14 +321,21 @@ impl Loader {
 }
 
 /// Which world it is of, and whether the host has what it imports.
-fn template(engine: &Engine, linker: &Linker<State>, component: &Component) -> Result<(Kind, Template), String> {
-    let exports: Vec<String> = component.component_type().exports(engine).map(|(name, _)| name.to_owned()).collect();
+fn template(
+    engine: &Engine,
+    linker: &Linker<State>,
+    component: &Component,
+) -> Result<(Kind, Template), String> {
+    let exports: Vec<String> =
+        component.component_type().exports(engine).map(|(name, _)| name.to_owned()).collect();
     let has = |interface: &str| exports.iter().any(|name| same_interface(name, interface));
     let kind = match (has(v0_1::VALIDATION), has(v0_1::INFERENCE)) {
         (true, false) => Kind::Validator,
         (false, true) => Kind::Adapter,
         (true, true) => {
-            return Err("exports both `validation` and `inference`; a plugin is one or the other".into());
+            return Err(
+                "exports both `validation` and `inference`; a plugin is one or the other".into()
+            );
         }
         (false, false) => {
             return Err(format!(
@@ -308,21 +356,29 @@ fn template(engine: &Engine, linker: &Linker<State>, component: &Component) -> R
         Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
         Kind::Adapter => adapter(linked, has(v0_1::CLASSIFICATION)),
     };
-    let template = template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
+    let template =
+        template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
     Ok((kind, template))
 }
 
 fn adapter(linked: InstancePre<State>, classifies: bool) -> wasmtime::Result<Template> {
     let adapter = v0_1::adapter::AdapterIndices::new(&linked)?;
-    let classifier = classifies.then(|| v0_1::classifier::ClassifierIndices::new(&linked)).transpose()?;
+    let classifier =
+        classifies.then(|| v0_1::classifier::ClassifierIndices::new(&linked)).transpose()?;
     Ok(Template::Adapter { linked, adapter, classifier })
 }
 
 /// Reads a plugin's files, away from the threads that serve.
-async fn read_off_thread(file: &Path, read: fn(&Path) -> Result<Files, LoadError>) -> Result<Files, LoadError> {
+async fn read_off_thread(
+    file: &Path,
+    read: fn(&Path) -> Result<Files, LoadError>,
+) -> Result<Files, LoadError> {
     let place = file.to_owned();
     let files = tokio::task::spawn_blocking(move || read(&place)).await;
-    files.map_err(|error| LoadError::Manifest { file: file.to_owned(), message: error.to_string() })?
+    files.map_err(|error| LoadError::Manifest {
+        file: file.to_owned(),
+        message: error.to_string(),
+    })?
 }
 
 fn list(names: &[String]) -> String {
@@ -331,10 +387,14 @@ fn list(names: &[String]) -> String {
 
 /// Whether a component's interface is the known one, of this version or a later one of its line.
 fn same_interface(name: &str, known: &str) -> bool {
-    let (Some((name, version)), Some((known, known_version))) = (name.split_once('@'), known.split_once('@')) else {
+    let (Some((name, version)), Some((known, known_version))) =
+        (name.split_once('@'), known.split_once('@'))
+    else {
         return false;
     };
-    let line = |version: &str| semver::Version::parse(version).ok().map(|version| (version.major, version.minor));
+    let line = |version: &str| {
+        semver::Version::parse(version).ok().map(|version| (version.major, version.minor))
+    };
     name == known && line(version).is_some() && line(version) == line(known_version)
 }
 
@@ -343,7 +403,8 @@ pub fn plugin_name(file: &Path) -> Result<String, LoadError> {
     let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
     if stem.is_empty() || stem.len() > 64 || !stem.chars().all(fits) {
-        let message = "the file's name is the plugin's: letters, digits, `-`, `_` and `.`, at most 64".into();
+        let message =
+            "the file's name is the plugin's: letters, digits, `-`, `_` and `.`, at most 64".into();
         return Err(LoadError::Manifest { file: file.to_owned(), message });
     }
     Ok(stem.to_owned())
@@ -382,30 +443,44 @@ fn check_kind(
         ]
         .into_iter()
         .find(|(_, absent)| !absent),
-        Kind::Adapter => [("order", manifest.order.is_none()), ("endpoints", manifest.endpoints.is_empty())]
-            .into_iter()
-            .find(|(_, absent)| !absent),
+        Kind::Adapter => {
+            [("order", manifest.order.is_none()), ("endpoints", manifest.endpoints.is_empty())]
+                .into_iter()
+                .find(|(_, absent)| !absent)
+        }
     };
     if let Some((name, _)) = wrong {
         return Err(key(
             name,
-            format!("the component is a plugin of kind {}, which has no use for this key", inspected.kind),
+            format!(
+                "the component is a plugin of kind {}, which has no use for this key",
+                inspected.kind
+            ),
         ));
     }
-    if let Some(endpoint) = manifest.default_models.keys().find(|endpoint| *endpoint != OPTIONAL_MODEL) {
-        let message = format!("`{endpoint}` needs a model in every request; only {OPTIONAL_MODEL} does not");
+    if let Some(endpoint) =
+        manifest.default_models.keys().find(|endpoint| *endpoint != OPTIONAL_MODEL)
+    {
+        let message =
+            format!("`{endpoint}` needs a model in every request; only {OPTIONAL_MODEL} does not");
         return Err(key("default_models", message));
     }
-    if inspected.kind == Kind::Adapter && manifest.models.is_empty() && manifest.aliases.is_empty() {
+    if inspected.kind == Kind::Adapter && manifest.models.is_empty() && manifest.aliases.is_empty()
+    {
         return Err(key(
             "models",
-            "names no model, so no request would ever reach this adapter; add `models = [\"…\"]`".into(),
+            "names no model, so no request would ever reach this adapter; add `models = [\"…\"]`"
+                .into(),
         ));
     }
     Ok(())
 }
 
-fn check_description(mut description: Description, settings: &str, kind: Kind) -> Result<Description, String> {
+fn check_description(
+    mut description: Description,
+    settings: &str,
+    kind: Kind,
+) -> Result<Description, String> {
     let Description { name, version, summary, endpoints, credentials, .. } = &mut description;
     *name = for_people(name, 65);
     if name.is_empty() || name.chars().count() > 64 {
@@ -425,13 +500,20 @@ fn check_description(mut description: Description, settings: &str, kind: Kind) -
         return Err("a validator makes no exchanges and has no credentials".into());
     }
     for need in credentials {
-        let fits = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+        let fits =
+            |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
         if need.name.is_empty() || need.name.len() > 64 || !need.name.chars().all(fits) {
-            return Err(format!("`{}` is no name for a credential: lower-case letters, digits and `_`", need.name));
+            return Err(format!(
+                "`{}` is no name for a credential: lower-case letters, digits and `_`",
+                need.name
+            ));
         }
         let header = http::HeaderName::try_from(need.header.as_str());
         let Some(header) = header.ok().filter(|header| !is_host_header(header)) else {
-            return Err(format!("the credential `{}` cannot go into the header `{}`", need.name, need.header));
+            return Err(format!(
+                "the credential `{}` cannot go into the header `{}`",
+                need.name, need.header
+            ));
         };
         need.header = header.as_str().to_owned();
         need.prefix = for_people(&need.prefix, 100);
@@ -443,9 +525,11 @@ fn check_description(mut description: Description, settings: &str, kind: Kind) -
 /// Every URL in a setting, at any depth.
 fn urls_in(value: &Value) -> Vec<Url> {
     match value {
-        Value::String(text) => {
-            Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https")).into_iter().collect()
-        }
+        Value::String(text) => Url::parse(text)
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https"))
+            .into_iter()
+            .collect(),
         Value::Array(values) => values.iter().flat_map(urls_in).collect(),
         Value::Object(values) => values.values().flat_map(urls_in).collect(),
         _ => Vec::new(),

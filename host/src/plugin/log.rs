@@ -68,8 +68,11 @@ impl PluginLog {
             tracing::warn!(plugin, "{dropped} log lines of the plugin were dropped");
         }
         // A plugin's text must not forge lines or colours of the log.
-        let shown: String =
-            message.chars().take(Self::LONGEST).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+        let shown: String = message
+            .chars()
+            .take(Self::LONGEST)
+            .map(|letter| if letter.is_control() { ' ' } else { letter })
+            .collect();
         match level {
             tracing::Level::ERROR => tracing::error!(plugin, "{shown}"),
             tracing::Level::WARN => tracing::warn!(plugin, "{shown}"),

@@ -188,7 +188,11 @@ impl Manifest {
             // Without the line itself: it may hold a secret that somebody wrote there, and this is shown to clients.
             message: format!("{}{}", place(text, error.span()), error.message()),
         })?;
-        let invalid = |key: &str, message: String| LoadError::Key { file: file.to_owned(), key: key.into(), message };
+        let invalid = |key: &str, message: String| LoadError::Key {
+            file: file.to_owned(),
+            key: key.into(),
+            message,
+        };
         if manifest.component.components().any(|part| !matches!(part, Component::Normal(_))) {
             let message = format!(
                 "`{}` leads out of the plugin directory; name a file beside this one",
@@ -197,7 +201,10 @@ impl Manifest {
             return Err(invalid("component", message));
         }
         if manifest.limits.memory > MOST_MEMORY {
-            return Err(invalid("limits.memory", format!("{} is more than {MOST_MEMORY}", manifest.limits.memory)));
+            return Err(invalid(
+                "limits.memory",
+                format!("{} is more than {MOST_MEMORY}", manifest.limits.memory),
+            ));
         }
         if manifest.limits.table_elements.get() as usize > MOST_TABLE {
             let message = format!("{} is more than {MOST_TABLE}", manifest.limits.table_elements);
@@ -237,7 +244,8 @@ fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count().saturating_add(1);
     let whole = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
     let key = whole.split_once('=').map(|(key, _)| key.trim()).filter(|key| {
-        let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.');
+        let fits =
+            |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.');
         !key.is_empty() && key.len() <= 64 && key.chars().all(fits)
     });
     let key = key.map(|key| format!(" (`{key}`)")).unwrap_or_default();
@@ -254,8 +262,9 @@ fn cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
         while let Some(next) = aliases.get(at) {
             if !seen.insert(at) {
                 let circle = way.iter().skip_while(|known| **known != at);
-                let shown: Vec<_> =
-                    circle.filter_map(|from| Some(format!("`{from}` = `{}`", aliases.get(*from)?))).collect();
+                let shown: Vec<_> = circle
+                    .filter_map(|from| Some(format!("`{from}` = `{}`", aliases.get(*from)?)))
+                    .collect();
                 if !shown.is_empty() {
                     return Some(shown.join(", "));
                 }
@@ -276,7 +285,8 @@ pub enum Source<'a> {
 
 /// The secret that `env:NAME` or `file:PATH` leads to.
 pub fn read_secret(source: &str) -> Result<String, String> {
-    let parsed = Source::parse(source).ok_or("must be `env:NAME` or `file:PATH`; a secret never stands here itself")?;
+    let parsed = Source::parse(source)
+        .ok_or("must be `env:NAME` or `file:PATH`; a secret never stands here itself")?;
     parsed.read()
 }
 
@@ -299,11 +309,13 @@ impl<'a> Source<'a> {
     /// The secret, without the line end that editors leave in a file. Errors say where it was looked for.
     pub fn read(&self) -> Result<String, String> {
         let secret = match self {
-            Self::Env(name) => std::env::var(name)
-                .map_err(|_| format!("the environment variable {name} is not set; export it and start again"))?,
+            Self::Env(name) => std::env::var(name).map_err(|_| {
+                format!("the environment variable {name} is not set; export it and start again")
+            })?,
             Self::File(path) => {
                 let bytes = read_bounded(path, MOST_SECRET);
-                let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
+                let text =
+                    bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
                 text.map_err(|error| format!("failed to read {}: {error}", path.display()))?
             }
         };
@@ -350,7 +362,10 @@ mod tests {
             ("component = 'x.wasm'\n[limits]\nmemory = '5GiB'", vec!["limits.memory", "4GiB"]),
             ("component = 'x.wasm'\n[limits]\nconcurrency = 0", vec!["line 3"]),
             ("component = 'x.wasm'\n[limits]\ncall_timeout = 'long'", vec!["line 3", "100ms"]),
-            ("component = 'x.wasm'\n[limits]\ntable_elements = 1000000", vec!["limits.table_elements", "100000"]),
+            (
+                "component = 'x.wasm'\n[limits]\ntable_elements = 1000000",
+                vec!["limits.table_elements", "100000"],
+            ),
             (
                 "component = 'x.wasm'\n[aliases]\na = 'b'\nb = 'c'\nc = 'b'",
                 vec!["aliases", "`b` = `c`, `c` = `b` is a cycle"],
@@ -363,10 +378,14 @@ mod tests {
                 assert!(error.contains(part), "`{part}` is missing from: {error}");
             }
         }
-        let error = parse("component = 'x.wasm'\n[credentials]\napi_key = 'sk-secret'").unwrap_err();
+        let error =
+            parse("component = 'x.wasm'\n[credentials]\napi_key = 'sk-secret'").unwrap_err();
         assert!(error.contains("credentials.api_key") && error.contains("env:NAME"), "{error}");
         assert!(!error.contains("sk-secret"), "{error}");
         let error = parse("component = 'x.wasm'\n[credentials]\napi_key = sk-secret").unwrap_err();
-        assert!(error.contains("line 3") && error.contains("api_key") && !error.contains("sk-secret"), "{error}");
+        assert!(
+            error.contains("line 3") && error.contains("api_key") && !error.contains("sk-secret"),
+            "{error}"
+        );
     }
 }

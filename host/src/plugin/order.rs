@@ -30,8 +30,10 @@ impl Order {
     pub fn note<'a>(&self, serving: impl Iterator<Item = &'a str>) {
         let serving: Vec<&str> = serving.collect();
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut now: Vec<String> = names.iter().filter(|name| serving.contains(&name.as_str())).cloned().collect();
-        let new: Vec<&&str> = serving.iter().filter(|name| !now.iter().any(|known| known == **name)).collect();
+        let mut now: Vec<String> =
+            names.iter().filter(|name| serving.contains(&name.as_str())).cloned().collect();
+        let new: Vec<&&str> =
+            serving.iter().filter(|name| !now.iter().any(|known| known == **name)).collect();
         now.extend(new.into_iter().map(|name| (*name).to_owned()));
         if *names == now {
             return;

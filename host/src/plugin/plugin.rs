@@ -17,7 +17,8 @@ use super::log::{PluginLog, Said};
 use super::manifest::{Isolation, Limits};
 use super::trust::Signed;
 use super::types::{
-    BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step, Violation,
+    BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
+    Violation,
 };
 use crate::egress::{Gateway, HttpResponse};
 use crate::memory::Holder;
@@ -88,11 +89,17 @@ struct Lease<'a> {
 
 impl Plugin {
     /// What is wrong with these lines.
-    pub async fn validate(&self, tenant: &str, batch: BatchContext, lines: Vec<Line>) -> Result<Judgement, CallError> {
+    pub async fn validate(
+        &self,
+        tenant: &str,
+        batch: BatchContext,
+        lines: Vec<Line>,
+    ) -> Result<Judgement, CallError> {
         const FUNCTION: &str = "validate";
         let bytes: usize = lines.iter().map(|line| line.text.len()).sum();
         let units = lines.len().div_ceil(LINES_A_UNIT).max(bytes.div_ceil(BYTES_A_UNIT));
-        let numbers: std::collections::HashSet<u64> = lines.iter().map(|line| line.number).collect();
+        let numbers: std::collections::HashSet<u64> =
+            lines.iter().map(|line| line.number).collect();
         let pool = self.pool(tenant);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
         let mut lease = self.lease(&pool, units, bytes).await?;
@@ -106,7 +113,11 @@ impl Plugin {
         for mut violation in violations {
             if !numbers.contains(&violation.line) {
                 let message = format!("it judged line {}, which it was not given.", violation.line);
-                return Err(CallError::Contract { plugin: self.name.clone(), function: FUNCTION, message });
+                return Err(CallError::Contract {
+                    plugin: self.name.clone(),
+                    function: FUNCTION,
+                    message,
+                });
             }
             if bytes >= VIOLATION_BYTES {
                 unlisted = unlisted.saturating_add(1);
@@ -122,7 +133,11 @@ impl Plugin {
     }
 
     /// The first step of a request. One that runs out of memory on a used instance begins again on a new one.
-    pub async fn begin(&self, tenant: &str, request: impl Fn() -> Request) -> Result<Step, CallError> {
+    pub async fn begin(
+        &self,
+        tenant: &str,
+        request: impl Fn() -> Request,
+    ) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
         let mut needs_new = false;
         loop {
@@ -141,7 +156,12 @@ impl Plugin {
     }
 
     /// The next step. The outcome is as it was when this returns, so that the call can be made again; after an error it may be gone.
-    pub async fn resume(&self, tenant: &str, state: &[u8], outcome: &mut Outcome) -> Result<Step, CallError> {
+    pub async fn resume(
+        &self,
+        tenant: &str,
+        state: &[u8],
+        outcome: &mut Outcome,
+    ) -> Result<Step, CallError> {
         let bytes = match &outcome {
             Outcome::Response(response) => response.body.len(),
             Outcome::Error(_) | Outcome::Elapsed => 0,
@@ -158,17 +178,28 @@ impl Plugin {
     /// Whether the adapter is to be asked about a response. Where that does not matter, as the host thinks it an answer like others, it is asked now
     /// and then, for what the provider says of its limits.
     pub fn classifies(&self, matters: bool) -> bool {
-        matches!(self.template, Template::Adapter { classifier: Some(_), .. }) && (matters || self.asks_now_and_then())
+        matches!(self.template, Template::Adapter { classifier: Some(_), .. })
+            && (matters || self.asks_now_and_then())
     }
 
     /// What the adapter knows of a response.
-    pub async fn classify(&self, tenant: &str, response: &HttpResponse) -> Result<Classification, CallError> {
-        let beginning = response.body.get(..response.body.len().min(BEGINNING)).unwrap_or_default().to_vec();
+    pub async fn classify(
+        &self,
+        tenant: &str,
+        response: &HttpResponse,
+    ) -> Result<Classification, CallError> {
+        let beginning =
+            response.body.get(..response.body.len().min(BEGINNING)).unwrap_or_default().to_vec();
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1, beginning.len()).await?;
         let waited = lease.instance.waited.clone();
         let store = &mut lease.instance.store;
-        let call = lease.instance.exports.classify(store, response.status, response.headers.clone(), beginning);
+        let call = lease.instance.exports.classify(
+            store,
+            response.status,
+            response.headers.clone(),
+            beginning,
+        );
         let called = in_time(&self.limits, 1, &waited, call).await;
         self.settle(lease, "classify", called)
     }
@@ -184,16 +215,20 @@ impl Plugin {
 
     /// Whether `describe` still says what it said when the plugin was loaded.
     pub async fn describe_again(&self) -> Result<(), String> {
-        let mut instance = self.instantiate(&self.holder(None)).await.map_err(|error| error.to_string())?;
+        let mut instance =
+            self.instantiate(&self.holder(None)).await.map_err(|error| error.to_string())?;
         for _ in 0..2 {
             instance.allow(&self.limits, 1);
             let waited = instance.waited.clone();
-            let called = in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store)).await;
-            let (found, schema) = called
-                .map_err(|error| self.explain("describe", &error, instance.refused(), &instance.said).detail())?;
+            let called =
+                in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store))
+                    .await;
+            let (found, schema) = called.map_err(|error| {
+                self.explain("describe", &error, instance.refused(), &instance.said).detail()
+            })?;
             let known = &self.description;
-            let same_schema =
-                serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref() == Some(&known.settings_schema);
+            let same_schema = serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref()
+                == Some(&known.settings_schema);
             if found.name != known.name
                 || found.version != known.version
                 || found.endpoints != known.endpoints
@@ -234,12 +269,20 @@ impl Plugin {
     fn checked(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
         let longest = self.limits.max_wait;
         let checked = match step {
-            Step::Wait { milliseconds, .. } if Duration::from_millis(milliseconds) > longest.duration() => {
-                Err(format!("it asks for a pause of {milliseconds} ms; the limit is {longest}, [limits] max_wait."))
+            Step::Wait { milliseconds, .. }
+                if Duration::from_millis(milliseconds) > longest.duration() =>
+            {
+                Err(format!(
+                    "it asks for a pause of {milliseconds} ms; the limit is {longest}, [limits] max_wait."
+                ))
             }
             step => checked(step),
         };
-        checked.map_err(|message| CallError::Contract { plugin: self.name.clone(), function, message })
+        checked.map_err(|message| CallError::Contract {
+            plugin: self.name.clone(),
+            function,
+            message,
+        })
     }
 
     fn pool(&self, tenant: &str) -> Arc<Pool> {
@@ -258,7 +301,12 @@ impl Plugin {
     }
 
     /// An instance for a call that is given so many bytes.
-    async fn lease<'a>(&self, pool: &'a Pool, units: u32, bytes: usize) -> Result<Lease<'a>, CallError> {
+    async fn lease<'a>(
+        &self,
+        pool: &'a Pool,
+        units: u32,
+        bytes: usize,
+    ) -> Result<Lease<'a>, CallError> {
         let permit = pool.permits.acquire().await.ok();
         let idle = pool.idle.take().filter(|instance| !instance.is_too_full_for(bytes));
         let mut instance = match idle {
@@ -273,9 +321,11 @@ impl Plugin {
     /// A new instance, configured. It waits for memory and for a slot of wasmtime's pool.
     pub(super) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
         let place = (&self.instances, holder);
-        let (made, refused) = Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
+        let (made, refused) =
+            Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
         let (refused, said) = refused;
-        let mut instance = made.map_err(|error| self.explain("instantiate", &error, refused, &said))?;
+        let mut instance =
+            made.map_err(|error| self.explain("instantiate", &error, refused, &said))?;
         instance.allow(&self.limits, 1);
         let waited = instance.waited.clone();
         let call = instance.exports.configure(&mut instance.store, &self.settings);
@@ -289,7 +339,9 @@ impl Plugin {
                 let message = for_people(&message, 1000);
                 Err(self.told(CallError::Configure { plugin: self.name.clone(), message }))
             }
-            Err(error) => Err(self.explain("configure", &error, instance.refused(), &instance.said)),
+            Err(error) => {
+                Err(self.explain("configure", &error, instance.refused(), &instance.said))
+            }
         }
     }
 
@@ -299,16 +351,24 @@ impl Plugin {
     }
 
     /// Ends a lease: the instance is kept after a call that went well, and thrown away after one that did not.
-    fn settle<T>(&self, lease: Lease, function: &'static str, called: wasmtime::Result<T>) -> Result<T, CallError> {
+    fn settle<T>(
+        &self,
+        lease: Lease,
+        function: &'static str,
+        called: wasmtime::Result<T>,
+    ) -> Result<T, CallError> {
         match called {
             Ok(value) => {
-                let fresh = lease.instance.calls < self.limits.max_calls.get() && !lease.instance.is_bloated();
+                let fresh = lease.instance.calls < self.limits.max_calls.get()
+                    && !lease.instance.is_bloated();
                 if self.limits.instances == Isolation::Tenant && fresh {
                     self.instances.keep(&lease.pool.idle, lease.instance);
                 }
                 Ok(value)
             }
-            Err(error) => Err(self.explain(function, &error, lease.instance.refused(), &lease.instance.said)),
+            Err(error) => {
+                Err(self.explain(function, &error, lease.instance.refused(), &lease.instance.said))
+            }
         }
     }
 
@@ -346,8 +406,12 @@ pub(super) fn explain(
         return CallError::Asleep { plugin, function };
     }
     match refused {
-        Some(Refused::Memory) => return CallError::Memory { plugin, function, limit: limits.memory.to_string() },
-        Some(Refused::Table) => return CallError::Table { plugin, function, limit: limits.table_elements.get() },
+        Some(Refused::Memory) => {
+            return CallError::Memory { plugin, function, limit: limits.memory.to_string() };
+        }
+        Some(Refused::Table) => {
+            return CallError::Table { plugin, function, limit: limits.table_elements.get() };
+        }
         None => {}
     }
     if error.downcast_ref::<Trap>() == Some(&Trap::StackOverflow) {

@@ -78,7 +78,8 @@ impl Registry {
         // Until its turn comes, each stays as it was.
         let mut entries: Vec<Entry> =
             before.entries.iter().filter(|entry| files.contains(&entry.file)).cloned().collect();
-        let mut loading: FuturesUnordered<_> = files.into_iter().map(|file| self.entry(file, &before)).collect();
+        let mut loading: FuturesUnordered<_> =
+            files.into_iter().map(|file| self.entry(file, &before)).collect();
         while let Some(entry) = loading.next().await {
             entries.retain(|known| known.name != entry.name);
             entries.push(entry);
@@ -93,11 +94,14 @@ impl Registry {
 
     /// Makes these the plugins from now on. Where two want the same, those of `before` go first.
     fn publish(&self, entries: &[Entry], before: &Snapshot) {
-        let last = self.current.swap(Arc::new(Snapshot::build(entries.to_vec(), before, &self.order)));
+        let last =
+            self.current.swap(Arc::new(Snapshot::build(entries.to_vec(), before, &self.order)));
         let now = self.current.load();
-        let known_in = |entries: &'_ [Entry], name: &str| entries.iter().position(|entry| entry.name == name);
+        let known_in =
+            |entries: &'_ [Entry], name: &str| entries.iter().position(|entry| entry.name == name);
         for entry in &now.entries {
-            let known = known_in(&last.entries, &entry.name).and_then(|place| last.entries.get(place));
+            let known =
+                known_in(&last.entries, &entry.name).and_then(|place| last.entries.get(place));
             if known.is_none_or(|known| {
                 known.fingerprint != entry.fingerprint
                     || known.error != entry.error
@@ -106,7 +110,12 @@ impl Registry {
                 announce(entry);
             }
         }
-        self.order.note(now.entries.iter().filter(|entry| entry.serving.is_some()).map(|entry| entry.name.as_str()));
+        self.order.note(
+            now.entries
+                .iter()
+                .filter(|entry| entry.serving.is_some())
+                .map(|entry| entry.name.as_str()),
+        );
         for entry in last.entries.iter().filter(|old| known_in(&now.entries, &old.name).is_none()) {
             tracing::info!(plugin = entry.name, "plugin removed");
         }
@@ -124,7 +133,8 @@ impl Registry {
         }
         let device = std::fs::metadata(&self.folder).map_err(unreadable)?.dev();
         if files.is_empty() && had_some && device != self.device.load(Ordering::Relaxed) {
-            let message = "it is empty and on another file system than before, as if a mount were missing";
+            let message =
+                "it is empty and on another file system than before, as if a mount were missing";
             return Err(unreadable(std::io::Error::other(message)));
         }
         self.device.store(device, Ordering::Relaxed);
@@ -138,24 +148,29 @@ impl Registry {
         };
         let known = before.entries.iter().find(|known| known.name == name);
         // What serves is held to its own signature, whatever has become of its files.
-        let mut serving =
-            known.and_then(|known| known.serving.clone()).filter(|plugin| self.loader.trust.still_counts(plugin));
+        let mut serving = known
+            .and_then(|known| known.serving.clone())
+            .filter(|plugin| self.loader.trust.still_counts(plugin));
         let _turn = self.loader.turn().await;
         let read = file.clone();
         // With its secrets, which are files too.
-        let files =
-            tokio::task::spawn_blocking(move || Files::read(&read).map(|files| (files.fingerprint(), files))).await;
+        let files = tokio::task::spawn_blocking(move || {
+            Files::read(&read).map(|files| (files.fingerprint(), files))
+        })
+        .await;
         let named = named_by(&file);
         let mut fingerprint = String::new();
-        let named_files = named.or_else(|| known.map(|known| known.named_files.clone())).unwrap_or_default();
+        let named_files =
+            named.or_else(|| known.map(|known| known.named_files.clone())).unwrap_or_default();
         let tenants = tenants_of(&file);
         if error.is_none() {
             match files {
                 Ok(Ok((read, files))) => {
                     fingerprint = format!("{read} {}", self.loader.trust.keys_digest());
                     // One that failed is tried again: what was in its way may be gone.
-                    let unchanged =
-                        known.is_some_and(|known| known.fingerprint == fingerprint && known.error.is_none());
+                    let unchanged = known.is_some_and(|known| {
+                        known.fingerprint == fingerprint && known.error.is_none()
+                    });
                     if !unchanged {
                         match self.loader.load_files(files).await {
                             Ok(plugin) => serving = Some(Arc::new(plugin)),
@@ -163,10 +178,12 @@ impl Registry {
                         }
                     }
                 }
-                Ok(Err(LoadError::Disabled { .. })) => match self.loader.check_disabled(&file).await {
-                    Ok(()) => serving = None,
-                    Err(failed) => error = Some(failed.to_string()),
-                },
+                Ok(Err(LoadError::Disabled { .. })) => {
+                    match self.loader.check_disabled(&file).await {
+                        Ok(()) => serving = None,
+                        Err(failed) => error = Some(failed.to_string()),
+                    }
+                }
                 Ok(Err(failed)) => error = Some(failed.to_string()),
                 Err(failed) => error = Some(failed.to_string()),
             }
@@ -218,7 +235,10 @@ fn announce(entry: &Entry) {
             plugin = entry.name, kind = %plugin.kind, version = plugin.description.version, sha256 = plugin.sha256, "plugin loaded"
         ),
         (Some(error), Some(_)) => {
-            tracing::error!(plugin = entry.name, "plugin not changed, the one before serves on: {error}")
+            tracing::error!(
+                plugin = entry.name,
+                "plugin not changed, the one before serves on: {error}"
+            )
         }
         (Some(error), None) => tracing::error!(plugin = entry.name, "plugin not loaded: {error}"),
         (None, None) => tracing::info!(plugin = entry.name, "plugin turned off"),

@@ -9,13 +9,15 @@
 //! call that compiling does not need with ENOSYS, which every libc has an answer to.
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr, RulesetStatus,
-    Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
+    RulesetAttr, RulesetStatus, Scope,
 };
-use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
-    SeccompFilter, SeccompRule as Rule,
+    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op,
+    SeccompCondition as Condition, SeccompFilter, SeccompRule as Rule,
 };
 
 /// The newest rules that are asked for, and the oldest that have everything that is relied on.
@@ -67,8 +69,12 @@ pub fn enter() -> Vec<String> {
         missing.push(format!("limit of files: {error}"));
     }
     // The one that ends the process first: after the other, `seccomp` itself is refused.
-    for (name, program) in [("seccomp, calls that end it", fatal()), ("seccomp, calls it needs", needed())] {
-        if let Err(error) = program.and_then(|program| seccompiler::apply_filter_all_threads(&program)) {
+    for (name, program) in
+        [("seccomp, calls that end it", fatal()), ("seccomp, calls it needs", needed())]
+    {
+        if let Err(error) =
+            program.and_then(|program| seccompiler::apply_filter_all_threads(&program))
+        {
             missing.push(format!("{name}: {error}"));
         }
     }
@@ -86,7 +92,9 @@ fn files_and_network() -> Result<Option<&'static str>, landlock::RulesetError> {
         .restrict_self()?;
     Ok(match (status.ruleset, status.landlock) {
         (RulesetStatus::FullyEnforced, _) => None,
-        (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => Some("turned off (kernel option lsm=)"),
+        (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {
+            Some("turned off (kernel option lsm=)")
+        }
         (RulesetStatus::NotEnforced, _) => Some("not in this kernel, or a container forbids it"),
         (_, LandlockStatus::Available { effective_abi: ABI::V4 | ABI::V5, .. }) => {
             Some("this kernel lacks scopes (Linux 6.12)")
@@ -97,15 +105,20 @@ fn files_and_network() -> Result<Option<&'static str>, landlock::RulesetError> {
 
 type Rules = std::collections::BTreeMap<i64, Vec<Rule>>;
 
-fn program(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> seccompiler::Result<BpfProgram> {
+fn program(
+    rules: Rules,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> seccompiler::Result<BpfProgram> {
     let architecture = std::env::consts::ARCH.try_into()?;
     Ok(SeccompFilter::new(rules, otherwise, matched, architecture)?.try_into()?)
 }
 
 /// A call whose arguments, by place, are so.
 fn rule(conditions: &[(u8, Len, Op, u64)]) -> seccompiler::Result<Rule> {
-    let conditions =
-        conditions.iter().map(|(place, len, op, value)| Condition::new(*place, len.clone(), op.clone(), *value));
+    let conditions = conditions
+        .iter()
+        .map(|(place, len, op, value)| Condition::new(*place, len.clone(), op.clone(), *value));
     Ok(Rule::new(conditions.collect::<Result<_, _>>()?)?)
 }
 
@@ -165,9 +178,13 @@ fn needed() -> seccompiler::Result<BpfProgram> {
     rules.insert(libc::SYS_mprotect, vec![rule(&[(2, Len::Dword, Op::MaskedEq(exec), 0)])?]);
     rules.insert(libc::SYS_clone, vec![rule(&[(0, Len::Qword, Op::MaskedEq(THREAD), THREAD)])?]);
     // abort()
-    rules.insert(libc::SYS_tgkill, vec![rule(&[(0, Len::Dword, Op::Eq, std::process::id().into())])?]);
+    rules.insert(
+        libc::SYS_tgkill,
+        vec![rule(&[(0, Len::Dword, Op::Eq, std::process::id().into())])?],
+    );
     let option = |option: i32| rule(&[(0, Len::Dword, Op::Eq, option.cast_unsigned().into())]);
-    let names = vec![option(libc::PR_SET_NAME)?, option(libc::PR_GET_NAME)?, option(libc::PR_SET_VMA)?];
+    let names =
+        vec![option(libc::PR_SET_NAME)?, option(libc::PR_GET_NAME)?, option(libc::PR_SET_VMA)?];
     rules.insert(libc::SYS_prctl, names);
     program(rules, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()), SeccompAction::Allow)
 }

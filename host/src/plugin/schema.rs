@@ -18,7 +18,8 @@ pub fn parse(text: &str) -> Result<Value, String> {
     if text.len() > LONGEST {
         return Err(format!("settings-schema has {} bytes; it may have {LONGEST}", text.len()));
     }
-    let schema: Value = serde_json::from_str(text).map_err(|error| format!("settings-schema is not JSON: {error}"))?;
+    let schema: Value = serde_json::from_str(text)
+        .map_err(|error| format!("settings-schema is not JSON: {error}"))?;
     let mut costs = Costs { root: &schema, patterns: 0, of_refs: HashMap::new() };
     let nodes = costs.of(&schema)?;
     if nodes > MOST_NODES || costs.patterns > MOST_PATTERNS {
@@ -36,7 +37,9 @@ pub fn parse(text: &str) -> Result<Value, String> {
 fn validator(schema: &Value) -> Result<Validator, String> {
     jsonschema::options()
         .with_draft(jsonschema::Draft::Draft202012)
-        .with_pattern_options(PatternOptions::regex().size_limit(PATTERN_SIZE).dfa_size_limit(PATTERN_SIZE))
+        .with_pattern_options(
+            PatternOptions::regex().size_limit(PATTERN_SIZE).dfa_size_limit(PATTERN_SIZE),
+        )
         .build(schema)
         .map_err(|error| format!("settings-schema is not usable: {error}"))
 }
@@ -61,13 +64,20 @@ impl<'a> Costs<'a> {
             Value::Object(members) => {
                 for (name, value) in members {
                     match (name.as_str(), value) {
-                        ("$ref", Value::String(place)) => nodes = nodes.saturating_add(self.of_reference(place)?),
-                        ("$dynamicRef" | "$id" | "$anchor" | "$dynamicAnchor", Value::String(_)) => {
+                        ("$ref", Value::String(place)) => {
+                            nodes = nodes.saturating_add(self.of_reference(place)?)
+                        }
+                        (
+                            "$dynamicRef" | "$id" | "$anchor" | "$dynamicAnchor",
+                            Value::String(_),
+                        ) => {
                             return Err(format!(
                                 "settings-schema uses {name}; refer to its parts as in `#/$defs/name`"
                             ));
                         }
-                        ("pattern", Value::String(_)) => self.patterns = self.patterns.saturating_add(1),
+                        ("pattern", Value::String(_)) => {
+                            self.patterns = self.patterns.saturating_add(1)
+                        }
                         ("patternProperties", Value::Object(found)) => {
                             self.patterns = self.patterns.saturating_add(found.len());
                             nodes = nodes.saturating_add(self.of(value)?);
@@ -84,13 +94,17 @@ impl<'a> Costs<'a> {
     fn of_reference(&mut self, place: &'a str) -> Result<usize, String> {
         match self.of_refs.get(place) {
             Some(Some(known)) => return Ok(*known),
-            Some(None) => return Err(format!("settings-schema refers to itself through `{place}`")),
+            Some(None) => {
+                return Err(format!("settings-schema refers to itself through `{place}`"));
+            }
             None => {}
         }
         let pointer = place.strip_prefix('#').filter(|pointer| pointer.starts_with('/'));
         let target = pointer.and_then(|pointer| self.root.pointer(pointer));
         let Some(target) = target else {
-            return Err(format!("settings-schema refers to `{place}`, which is no part of it, such as `#/$defs/name`"));
+            return Err(format!(
+                "settings-schema refers to `{place}`, which is no part of it, such as `#/$defs/name`"
+            ));
         };
         self.of_refs.insert(place, None);
         let cost = self.of(target)?;
@@ -101,7 +115,9 @@ impl<'a> Costs<'a> {
 
 /// Puts in what the schema says of absent settings.
 pub fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
-    for (name, property) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+    for (name, property) in
+        schema.get("properties").and_then(Value::as_object).into_iter().flatten()
+    {
         if let Some(default) = property.get("default")
             && !settings.contains_key(name)
         {
@@ -141,13 +157,18 @@ mod tests {
             let before = json!({"$ref": format!("#/$defs/d{}", number - 1)});
             definitions[format!("d{number}")] = json!({"allOf": [before, before]});
         }
-        let error = parse(&json!({"$ref": "#/$defs/d39", "$defs": definitions}).to_string()).unwrap_err();
+        let error =
+            parse(&json!({"$ref": "#/$defs/d39", "$defs": definitions}).to_string()).unwrap_err();
         assert!(error.contains("it may have 10000"), "{error}");
-        let many: Map<String, Value> = (0..101).map(|number| (format!("\\p{{L}}{{{number}}}"), json!(true))).collect();
+        let many: Map<String, Value> =
+            (0..101).map(|number| (format!("\\p{{L}}{{{number}}}"), json!(true))).collect();
         for (schema, part) in [
             (json!({"patternProperties": many}), "101 patterns"),
             (json!({"properties": {"a": {"pattern": "(\\p{L}{1000}){1000}"}}}), "not usable"),
-            (json!({"$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}), "refers to itself"),
+            (
+                json!({"$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}),
+                "refers to itself",
+            ),
             (json!({"$ref": "#"}), "no part of it"),
             (json!({"$ref": "https://example.com/schema.json"}), "no part of it"),
             (json!({"$dynamicRef": "#x"}), "$dynamicRef"),
@@ -168,7 +189,11 @@ mod tests {
         });
         let schema = parse(&schema.to_string()).unwrap();
         assert_eq!(check(&json!({"base_url": "http://a", "more": ["https://b"]}), &schema), Ok(()));
-        let (place, message) = check(&json!({"more": ["https://b", "ftp://c"]}), &schema).unwrap_err();
-        assert!(place == ".more.1" && message.contains("known settings are base_url, more"), "{place}: {message}");
+        let (place, message) =
+            check(&json!({"more": ["https://b", "ftp://c"]}), &schema).unwrap_err();
+        assert!(
+            place == ".more.1" && message.contains("known settings are base_url, more"),
+            "{place}: {message}"
+        );
     }
 }

@@ -22,7 +22,8 @@ impl Serials {
             None => BTreeMap::new(),
             Some(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
             Some(read) => {
-                let shown = file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
+                let shown =
+                    file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
                 let bytes = read.map_err(|error| format!("failed to read {shown}: {error}"))?;
                 serde_json::from_slice(&bytes).map_err(|error| {
                     format!(
@@ -70,7 +71,11 @@ mod tests {
         serials.raise("a", 5);
         let again = Serials::open(Some(file.clone())).unwrap();
         for serials in [serials, again] {
-            assert!(serials.check("a", 7).is_ok() && serials.check("a", 8).is_ok() && serials.check("b", 0).is_ok());
+            assert!(
+                serials.check("a", 7).is_ok()
+                    && serials.check("a", 8).is_ok()
+                    && serials.check("b", 0).is_ok()
+            );
             assert!(serials.check("a", 6).unwrap_err().contains("its serial is 6, and 7"));
         }
         std::fs::write(&file, "{").unwrap();

@@ -15,13 +15,17 @@ pub const NAMESPACE: &str = "batchwright-plugin";
 /// What is signed. The name is in it, so that a file cannot be put to another use by renaming it.
 pub fn statement(name: &str, manifest: &str, component_sha256: &str) -> String {
     let manifest = sha256(manifest.as_bytes());
-    format!("batchwright plugin v1\nname {name}\nmanifest sha256:{manifest}\ncomponent sha256:{component_sha256}\n")
+    format!(
+        "batchwright plugin v1\nname {name}\nmanifest sha256:{manifest}\ncomponent sha256:{component_sha256}\n"
+    )
 }
 
 /// The signature of a statement, as text.
 pub fn sign(key: &PrivateKey, statement: &str) -> Result<String, String> {
     let signed = key.sign(NAMESPACE, HashAlg::Sha512, statement.as_bytes());
-    signed.and_then(|signature| signature.to_pem(LineEnding::LF)).map_err(|error| format!("cannot sign: {error}"))
+    signed
+        .and_then(|signature| signature.to_pem(LineEnding::LF))
+        .map_err(|error| format!("cannot sign: {error}"))
 }
 
 /// The public keys whose signatures count.
@@ -55,7 +59,10 @@ impl TrustedKeys {
     pub fn read(file: &Path) -> Result<Self, String> {
         let keys = Self::read_any(file)?;
         if keys.keys.is_empty() {
-            return Err(format!("{}: holds no public key, so no plugin could ever be loaded", file.display()));
+            return Err(format!(
+                "{}: holds no public key, so no plugin could ever be loaded",
+                file.display()
+            ));
         }
         Ok(keys)
     }
@@ -69,11 +76,18 @@ impl TrustedKeys {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let (names, line) = names_of(line).map_err(|error| format!("{} line {number}: {error}", file.display()))?;
+            let (names, line) = names_of(line)
+                .map_err(|error| format!("{} line {number}: {error}", file.display()))?;
             let key = PublicKey::from_openssh(line).map_err(|error| {
-                format!("{} line {number}: is no public key as in `ssh-ed25519 AAAA… name`: {error}", file.display())
+                format!(
+                    "{} line {number}: is no public key as in `ssh-ed25519 AAAA… name`: {error}",
+                    file.display()
+                )
             })?;
-            if !matches!(key.algorithm(), Algorithm::Ed25519 | Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }) {
+            if !matches!(
+                key.algorithm(),
+                Algorithm::Ed25519 | Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }
+            ) {
                 return Err(format!(
                     "{} line {number}: is a key of type {}; signatures are by Ed25519 or ECDSA P-256",
                     file.display(),
@@ -86,22 +100,35 @@ impl TrustedKeys {
     }
 
     /// The key that signed the statement, if it is one of these, as `SHA256:…` and its comment.
-    pub fn verify(&self, name: &str, statement: &str, signature: Option<&str>) -> Result<String, String> {
+    pub fn verify(
+        &self,
+        name: &str,
+        statement: &str,
+        signature: Option<&str>,
+    ) -> Result<String, String> {
         let Some(signature) = signature else {
             return Err("there is none, and only signed plugins are loaded (setting trusted_keys); sign it with \
                         `batchwright plugin sign`"
                 .into());
         };
-        let signature = SshSig::from_pem(signature).map_err(|error| format!("is not readable: {error}"))?;
-        let signers = || self.keys.iter().filter(|trusted| trusted.key.key_data() == signature.public_key());
-        let Some(trusted) = signers().find(|trusted| trusted.is_for(name)).or_else(|| signers().next()) else {
-            let signer = PublicKey::from(signature.public_key().clone()).fingerprint(HashAlg::Sha256);
+        let signature =
+            SshSig::from_pem(signature).map_err(|error| format!("is not readable: {error}"))?;
+        let signers =
+            || self.keys.iter().filter(|trusted| trusted.key.key_data() == signature.public_key());
+        let Some(trusted) =
+            signers().find(|trusted| trusted.is_for(name)).or_else(|| signers().next())
+        else {
+            let signer =
+                PublicKey::from(signature.public_key().clone()).fingerprint(HashAlg::Sha256);
             return Err(format!("is by {signer}, a key that is not in {}", self.file.display()));
         };
         let key = &trusted.key;
         if !trusted.is_for(name) {
             let (signer, names) = (key.fingerprint(HashAlg::Sha256), trusted.names.join(", "));
-            return Err(format!("is by {signer}, a key that may sign only {names} (names in {})", self.file.display()));
+            return Err(format!(
+                "is by {signer}, a key that may sign only {names} (names in {})",
+                self.file.display()
+            ));
         }
         if signature.namespace() != NAMESPACE {
             return Err(format!(
@@ -115,20 +142,32 @@ impl TrustedKeys {
                 .to_owned()
         })?;
         let (fingerprint, comment) = (key.fingerprint(HashAlg::Sha256), key.comment());
-        Ok(if comment.is_empty() { fingerprint.to_string() } else { format!("{fingerprint} {comment}") })
+        Ok(if comment.is_empty() {
+            fingerprint.to_string()
+        } else {
+            format!("{fingerprint} {comment}")
+        })
     }
 }
 
 /// The plugins that a line binds its key to, and the rest of the line.
 fn names_of(line: &str) -> Result<(Vec<String>, &str), String> {
     let Some(rest) = line.strip_prefix("names=\"") else { return Ok((Vec::new(), line)) };
-    let (names, key) = rest.split_once("\" ").ok_or("names has no end; write names=\"a,b\" and then the key")?;
-    let names: Vec<String> =
-        names.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    let (names, key) =
+        rest.split_once("\" ").ok_or("names has no end; write names=\"a,b\" and then the key")?;
+    let names: Vec<String> = names
+        .split(',')
+        .map(|name| name.trim().to_owned())
+        .filter(|name| !name.is_empty())
+        .collect();
     if names.iter().any(|name| name.strip_suffix('*').unwrap_or(name).contains('*')) {
         return Err("a `*` in names stands once, at the end of a name".into());
     }
-    if names.is_empty() { Err("names is empty; leave it out for all plugins".into()) } else { Ok((names, key.trim())) }
+    if names.is_empty() {
+        Err("names is empty; leave it out for all plugins".into())
+    } else {
+        Ok((names, key.trim()))
+    }
 }
 
 #[cfg(test)]
@@ -147,14 +186,21 @@ mod tests {
     #[test]
     fn a_signature_holds_for_its_name_its_manifest_and_its_component_alone() {
         let key = PrivateKey::from(Ed25519Keypair::from_seed(&[7; 32]));
-        let trusted = trusted(&format!("# ours\n\n{}\n", key.public_key().to_openssh().unwrap())).unwrap();
+        let trusted =
+            trusted(&format!("# ours\n\n{}\n", key.public_key().to_openssh().unwrap())).unwrap();
         let signature = sign(&key, &statement("a", "manifest", "00")).unwrap();
         assert!(
-            trusted.verify("a", &statement("a", "manifest", "00"), Some(&signature)).unwrap().starts_with("SHA256:")
+            trusted
+                .verify("a", &statement("a", "manifest", "00"), Some(&signature))
+                .unwrap()
+                .starts_with("SHA256:")
         );
-        for (name, manifest, component) in [("b", "manifest", "00"), ("a", "manifest ", "00"), ("a", "manifest", "01")]
+        for (name, manifest, component) in
+            [("b", "manifest", "00"), ("a", "manifest ", "00"), ("a", "manifest", "01")]
         {
-            let error = trusted.verify(name, &statement(name, manifest, component), Some(&signature)).unwrap_err();
+            let error = trusted
+                .verify(name, &statement(name, manifest, component), Some(&signature))
+                .unwrap_err();
             assert!(error.contains("changed after it was signed"), "{error}");
         }
         assert!(trusted.verify("", "", None).unwrap_err().contains("plugin sign"));
@@ -162,14 +208,21 @@ mod tests {
         let bound = format!("names=\"b,a-*\" {}", key.public_key().to_openssh().unwrap());
         let bound = super::tests::trusted(&bound).unwrap();
         assert!(
-            bound.verify("a", &statement("a", "manifest", "00"), Some(&signature)).unwrap_err().contains("only b, a-*")
+            bound
+                .verify("a", &statement("a", "manifest", "00"), Some(&signature))
+                .unwrap_err()
+                .contains("only b, a-*")
         );
         for name in ["b", "a-x"] {
             let signature = sign(&key, &statement(name, "", "")).unwrap();
-            assert!(bound.verify(name, &statement(name, "", ""), Some(&signature)).is_ok(), "{name}");
+            assert!(
+                bound.verify(name, &statement(name, "", ""), Some(&signature)).is_ok(),
+                "{name}"
+            );
         }
         // Made by the same key for another purpose.
-        let other = key.sign("file", HashAlg::Sha512, statement("a", "manifest", "00").as_bytes()).unwrap();
+        let other =
+            key.sign("file", HashAlg::Sha512, statement("a", "manifest", "00").as_bytes()).unwrap();
         let other = other.to_pem(LineEnding::LF).unwrap();
         assert!(trusted.verify("a", &statement("a", "manifest", "00"), Some(&other)).is_err());
     }
@@ -181,7 +234,9 @@ mod tests {
         assert!(trusted("names=\"a ssh-ed25519 AAAA\n").unwrap_err().contains("names has no end"));
         for names in ["a*b", "a**", "*,*a"] {
             assert!(
-                trusted(&format!("names=\"{names}\" ssh-ed25519 AAAA\n")).unwrap_err().contains("once, at the end")
+                trusted(&format!("names=\"{names}\" ssh-ed25519 AAAA\n"))
+                    .unwrap_err()
+                    .contains("once, at the end")
             );
         }
     }

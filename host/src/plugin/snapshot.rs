@@ -73,7 +73,8 @@ impl EntryState {
 impl Entry {
     /// Whether a tenant gets to know of it. A file that cannot be read may be anybody's.
     pub fn is_shown_to(&self, tenant: &str) -> bool {
-        let is_for = |tenants: &[String]| tenants.is_empty() || tenants.iter().any(|known| known == tenant);
+        let is_for =
+            |tenants: &[String]| tenants.is_empty() || tenants.iter().any(|known| known == tenant);
         match &self.serving {
             Some(plugin) => plugin.serves(tenant),
             None => self.tenants.as_deref().is_some_and(is_for),
@@ -94,16 +95,23 @@ impl Entry {
 impl Snapshot {
     /// Where requests for this model go, if anywhere.
     pub fn route(&self, tenant: &str, model: &str) -> Option<Route> {
-        let exact = self.exact.get(model).and_then(|routes| routes.iter().find(|route| route.plugin.serves(tenant)));
+        let exact = self
+            .exact
+            .get(model)
+            .and_then(|routes| routes.iter().find(|route| route.plugin.serves(tenant)));
         exact.cloned().or_else(|| {
-            let (_, plugin) = self.globs.iter().find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
+            let (_, plugin) = self
+                .globs
+                .iter()
+                .find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
             Some(Route { plugin: plugin.clone(), model: model.to_owned() })
         })
     }
 
     /// The model of requests that name none: of the first plugin, by name, that has one for this endpoint and serves it.
     pub fn default_model(&self, tenant: &str, endpoint: &str) -> Option<&str> {
-        let plugins = self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
+        let plugins =
+            self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
         let mut models = plugins.filter_map(|plugin| plugin.default_models.get(endpoint));
         models.find(|model| self.route(tenant, model).is_some()).map(String::as_str)
     }
@@ -111,13 +119,19 @@ impl Snapshot {
     /// What tells the plugin that serves under a name from those that did before; zero if there is none.
     pub fn identity(&self, name: &str) -> usize {
         let found = self.entries.iter().find(|entry| entry.name == name);
-        found.and_then(|entry| entry.serving.as_ref()).map_or(0, |plugin| Arc::as_ptr(plugin) as usize)
+        found
+            .and_then(|entry| entry.serving.as_ref())
+            .map_or(0, |plugin| Arc::as_ptr(plugin) as usize)
     }
 
     /// The models that can be listed, by name, each with the plugin that serves it.
     pub fn models(&self, tenant: &str) -> Vec<(&str, &Plugin)> {
         let served = |(model, routes): (&'_ String, &'_ Vec<Route>)| {
-            routes.iter().find(|route| route.plugin.serves(tenant)).map(|route| (model, &*route.plugin)).is_some()
+            routes
+                .iter()
+                .find(|route| route.plugin.serves(tenant))
+                .map(|route| (model, &*route.plugin))
+                .is_some()
         };
         let mut models: Vec<_> = self
             .exact
@@ -133,23 +147,33 @@ impl Snapshot {
     }
 
     /// Whether the plugins are there without which no batch is created; an error says which are not.
-    pub fn check_required(&self, required: &RequiredPlugins, tenant: &str, endpoints: &[&str]) -> Result<(), String> {
+    pub fn check_required(
+        &self,
+        required: &RequiredPlugins,
+        tenant: &str,
+        endpoints: &[&str],
+    ) -> Result<(), String> {
         match required {
             RequiredPlugins::Named(names) => {
-                let loaded =
-                    |name: &String| self.entries.iter().any(|entry| entry.name == *name && entry.serving.is_some());
-                let missing: Vec<&str> = names.iter().filter(|name| !loaded(name)).map(String::as_str).collect();
+                let loaded = |name: &String| {
+                    self.entries.iter().any(|entry| entry.name == *name && entry.serving.is_some())
+                };
+                let missing: Vec<&str> =
+                    names.iter().filter(|name| !loaded(name)).map(String::as_str).collect();
                 if missing.is_empty() {
                     return Ok(());
                 }
-                Err(format!("required plugins are not loaded: {} (required_plugins)", missing.join(", ")))
+                Err(format!(
+                    "required plugins are not loaded: {} (required_plugins)",
+                    missing.join(", ")
+                ))
             }
             RequiredPlugins::Validators => {
                 let adapters = || self.adapters().filter(|plugin| plugin.serves(tenant));
                 let judged = |endpoint: &str| !self.validators(tenant, endpoint).is_empty();
-                let unjudged = endpoints
-                    .iter()
-                    .find(|endpoint| adapters().any(|plugin| plugin.handles(endpoint)) && !judged(endpoint));
+                let unjudged = endpoints.iter().find(|endpoint| {
+                    adapters().any(|plugin| plugin.handles(endpoint)) && !judged(endpoint)
+                });
                 match unjudged {
                     None => Ok(()),
                     Some(endpoint) => Err(format!(
@@ -162,16 +186,25 @@ impl Snapshot {
 
     /// Adapters that are loaded.
     pub fn adapters(&self) -> impl Iterator<Item = &Plugin> {
-        self.entries.iter().filter_map(|entry| entry.serving.as_deref()).filter(|plugin| plugin.kind == Kind::Adapter)
+        self.entries
+            .iter()
+            .filter_map(|entry| entry.serving.as_deref())
+            .filter(|plugin| plugin.kind == Kind::Adapter)
     }
 
     /// The validators of a batch, in order.
     pub fn validators(&self, tenant: &str, endpoint: &str) -> Vec<Arc<Plugin>> {
-        self.validators.iter().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint)).cloned().collect()
+        self.validators
+            .iter()
+            .filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint))
+            .cloned()
+            .collect()
     }
 
     pub(super) fn build(mut entries: Vec<Entry>, before: &Self, order: &Order) -> Self {
-        entries.sort_by(|one, other| (order.place(&one.name), &one.name).cmp(&(order.place(&other.name), &other.name)));
+        entries.sort_by(|one, other| {
+            (order.place(&one.name), &one.name).cmp(&(order.place(&other.name), &other.name))
+        });
         let mut snapshot = Self::default();
         // What serves already goes first: a new file takes no model away from it.
         for unchanged in [true, false] {
@@ -189,7 +222,9 @@ impl Snapshot {
                 }
             }
         }
-        snapshot.validators.sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
+        snapshot
+            .validators
+            .sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         snapshot.entries = entries;
         snapshot
@@ -210,8 +245,10 @@ impl Snapshot {
             }
         }
         for model in exact.keys() {
-            let taken =
-                self.exact.get(model).and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
+            let taken = self
+                .exact
+                .get(model)
+                .and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
             if let Some(taken) = taken {
                 return Err(format!(
                     "models: `{model}` is served by the plugin `{}` already; take it out of one of the two files",
@@ -240,7 +277,9 @@ impl Served {
         let (mut name, mut glob, mut is_glob) = (String::new(), String::new(), false);
         let mut letters = model.chars().peekable();
         while let Some(letter) = letters.next() {
-            let escaped = (letter == '\\').then(|| letters.next_if(|next| matches!(next, '*' | '?' | '\\'))).flatten();
+            let escaped = (letter == '\\')
+                .then(|| letters.next_if(|next| matches!(next, '*' | '?' | '\\')))
+                .flatten();
             let literal = escaped.unwrap_or(letter);
             name.push(literal);
             if escaped.is_none() && matches!(letter, '*' | '?') {
@@ -253,13 +292,17 @@ impl Served {
         if !is_glob {
             return Ok(Self::Name(name));
         }
-        Glob::new(&glob).map(|glob| Self::Glob(glob.compile_matcher())).map_err(|error| error.to_string())
+        Glob::new(&glob)
+            .map(|glob| Self::Glob(glob.compile_matcher()))
+            .map_err(|error| error.to_string())
     }
 }
 
 /// Whether two plugins serve a tenant in common.
 fn overlap(one: &Plugin, other: &Plugin) -> bool {
-    one.tenants.is_empty() || other.tenants.is_empty() || one.tenants.iter().any(|tenant| other.serves(tenant))
+    one.tenants.is_empty()
+        || other.tenants.is_empty()
+        || one.tenants.iter().any(|tenant| other.serves(tenant))
 }
 
 #[cfg(test)]
@@ -277,7 +320,10 @@ mod tests {
             (r"a\b", r"a\b"),
             (r"a\\b", r"a\b"),
         ] {
-            assert!(matches!(Served::parse(model), Ok(Served::Name(name)) if name == expected), "{model}");
+            assert!(
+                matches!(Served::parse(model), Ok(Served::Name(name)) if name == expected),
+                "{model}"
+            );
         }
         for (model, matching, other) in [
             ("gpt-*", "gpt-5", "xgpt-5"),
@@ -288,7 +334,10 @@ mod tests {
             (r"a\b*", r"a\bc", "abc"),
         ] {
             let Ok(Served::Glob(glob)) = Served::parse(model) else { unreachable!("{model}") };
-            assert!(glob.is_match(matching) && (other.is_empty() || !glob.is_match(other)), "{model}");
+            assert!(
+                glob.is_match(matching) && (other.is_empty() || !glob.is_match(other)),
+                "{model}"
+            );
         }
     }
 }

@@ -42,8 +42,10 @@ impl Trust {
         let Some(keys) = &self.keys else { return Ok(None) };
         let refused = |message| LoadError::Signature { file: files.file.clone(), message };
         let statement = statement(name, &files.text, &files.component.sha256);
-        let by = keys.load().verify(name, &statement, files.signature.as_deref()).map_err(refused)?;
-        let (serial, signature) = (files.manifest.serial, files.signature.clone().unwrap_or_default());
+        let by =
+            keys.load().verify(name, &statement, files.signature.as_deref()).map_err(refused)?;
+        let (serial, signature) =
+            (files.manifest.serial, files.signature.clone().unwrap_or_default());
         self.serials.check(name, serial).map_err(refused)?;
         Ok(Some(Signed { by, serial, statement, signature }))
     }
@@ -59,8 +61,9 @@ impl Trust {
     pub fn still_counts(&self, plugin: &Plugin) -> bool {
         let Some(keys) = &self.keys else { return true };
         let signed = plugin.signed.as_ref();
-        signed
-            .is_some_and(|signed| keys.load().verify(&plugin.name, &signed.statement, Some(&signed.signature)).is_ok())
+        signed.is_some_and(|signed| {
+            keys.load().verify(&plugin.name, &signed.statement, Some(&signed.signature)).is_ok()
+        })
     }
 
     /// Reads the trusted keys again; keys that cannot be read leave those of before.

@@ -63,7 +63,8 @@ impl Seen {
         };
         add(folder);
         let found = std::fs::read_dir(folder).into_iter().flatten().flatten().take(MAX_FILES);
-        let mut files: Vec<PathBuf> = found.map(|entry| entry.path()).filter(|path| !is_hidden(path)).collect();
+        let mut files: Vec<PathBuf> =
+            found.map(|entry| entry.path()).filter(|path| !is_hidden(path)).collect();
         files.sort();
         files.iter().chain(others).for_each(|path| add(path));
         let real = std::fs::canonicalize(folder).ok();
@@ -153,7 +154,8 @@ async fn run(registry: Weak<Registry>) {
 }
 
 async fn quiet(changes: &mut mpsc::Receiver<()>) {
-    let quiet = async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
+    let quiet =
+        async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
     tokio::time::timeout(MAX_QUIET_WAIT, quiet).await.ok();
 }
 
@@ -169,7 +171,9 @@ fn follow(registry: &Registry, now: &Seen, changed: &mpsc::Sender<()>) -> Option
     let shown = registry.folder().display();
     let seconds = POLL_INTERVAL.as_secs();
     if let Some(name) = network(folder) {
-        tracing::info!("the plugin directory {shown} is on {name}; changes are found within {seconds} s, by polling");
+        tracing::info!(
+            "the plugin directory {shown} is on {name}; changes are found within {seconds} s, by polling"
+        );
         return None;
     }
     match Notified::start(folder, changed.clone()) {

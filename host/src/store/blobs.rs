@@ -37,12 +37,15 @@ fn identity(folder: &FilePath) -> std::io::Result<(u64, u64)> {
 impl Blobs {
     /// Objects in a local folder, which is made if need be. What was written is on the disk when writing ends.
     pub fn local(folder: &FilePath) -> Result<Self> {
-        let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-        super::private::make_folder(folder).map_err(|error| failed(format!("cannot be made: {error}")))?;
+        let failed =
+            |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
+        super::private::make_folder(folder)
+            .map_err(|error| failed(format!("cannot be made: {error}")))?;
         if let Err(error) = remove_unfinished(folder, "") {
             tracing::warn!("unfinished objects are left behind in {}: {error}", folder.display());
         }
-        let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
+        let store =
+            LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
         let identity = identity(folder).map_err(|error| failed(error.to_string()))?;
         Ok(Self { store: Arc::new(store.with_fsync(true)), folder: folder.into(), identity })
     }
@@ -87,7 +90,9 @@ impl Blobs {
             read => {
                 let size = self.size(tenant, id).await?;
                 if size < end {
-                    return Err(StoreError::Missing(format!("it has {size} bytes, fewer than it had")));
+                    return Err(StoreError::Missing(format!(
+                        "it has {size} bytes, fewer than it had"
+                    )));
                 }
                 read.and_then(|_| Err(StoreError::Objects("a read was cut short".into())))
             }
@@ -104,7 +109,8 @@ impl Blobs {
     ) -> Result<BoxStream<'static, Result<Bytes>>> {
         let size = self.size(tenant, id).await?;
         let Range { start, end } = range.unwrap_or(0..size);
-        let (blobs, tenant, id, end) = (self.clone(), tenant.to_owned(), id.to_owned(), end.min(size));
+        let (blobs, tenant, id, end) =
+            (self.clone(), tenant.to_owned(), id.to_owned(), end.min(size));
         // Piece by piece, and not as the store would stream it: from a local file those are 8 KiB, each a trip to another thread.
         let pieces = futures_util::stream::try_unfold(start, move |at| {
             let (blobs, tenant, id) = (blobs.clone(), tenant.clone(), id.clone());
@@ -148,7 +154,9 @@ fn remove_unfinished(folder: &FilePath, begin: &str) -> std::io::Result<()> {
         let name = entry.file_name();
         let name = name.to_str().filter(|name| name.starts_with(begin));
         let number = name.and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
-        if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
+        if number.is_some_and(|number| {
+            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+        }) {
             std::fs::remove_file(entry.path())?;
         }
     }
@@ -212,7 +220,9 @@ fn explain(error: object_store::Error) -> StoreError {
 
 fn explain_io(error: &std::io::Error, message: String) -> StoreError {
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => StoreError::Full(message),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            StoreError::Full(message)
+        }
         _ => StoreError::Objects(message),
     }
 }

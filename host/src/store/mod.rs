@@ -394,7 +394,12 @@ pub trait Store: Send + Sync {
     async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
 
     /// One creation for one idempotency key, also when two come at once.
-    async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created>;
+    async fn create_batch(
+        &self,
+        tenant: &str,
+        new: NewBatch,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Created>;
     /// A batch, with the first few of its errors.
     async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
     /// All errors of a batch.
@@ -414,7 +419,12 @@ pub trait Store: Send + Sync {
     /// holds itself.
     async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>>;
     /// Claims a batch, if nobody has claimed it meanwhile.
-    async fn claim(&self, waiting: &Waiting, now: Timestamp, until: Timestamp) -> Result<Option<Claim>>;
+    async fn claim(
+        &self,
+        waiting: &Waiting,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<Option<Claim>>;
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
     /// Gives a batch back.
     async fn release(&self, claim: &Claim, how: Release) -> Result<()>;
@@ -430,12 +440,23 @@ pub trait Store: Send + Sync {
     /// The input file, if it was there when the batch was created: deleting it later does no harm.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
     /// `Validating` to `Failed`.
-    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, by: Vec<ServedBy>, at: Timestamp) -> Result<()>;
+    async fn fail(
+        &self,
+        claim: &Claim,
+        errors: Vec<BatchError>,
+        by: Vec<ServedBy>,
+        at: Timestamp,
+    ) -> Result<()>;
     /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts. The batch is given back, to be claimed
     /// in its new lane when its turn comes.
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
     /// Adds results, counts them, and remembers who served them, all at once. A line that has a result keeps the first.
-    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>, by: Vec<ServedBy>) -> Result<()>;
+    async fn record(
+        &self,
+        claim: &Claim,
+        rows: Arc<Vec<ResultRow>>,
+        by: Vec<ServedBy>,
+    ) -> Result<()>;
     /// The plugins that served a batch, in the order of their first part in it; none if there is no such batch.
     async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>>;
     /// Lines that have a result, in order, beyond `after`.
@@ -449,7 +470,11 @@ pub trait Store: Send + Sync {
     /// Removes some results of ended batches, whose files hold them; whether there may be more.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
     /// Some batches that ended before this and whose files are gone.
-    async fn forgettable_batches(&self, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>>;
+    async fn forgettable_batches(
+        &self,
+        ended_before: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<BatchKey>>;
     async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
     /// Gives the disk back some of the space that is not used any more; whether there may be more.
     async fn compact(&self) -> Result<bool>;

@@ -108,11 +108,15 @@ mod tests {
             }
             if others {
                 std::fs::write(folder.join("thesis.txt"), b"x").unwrap();
-                std::fs::set_permissions(folder.join("thesis.txt"), Permissions::from_mode(0o644)).unwrap();
+                std::fs::set_permissions(folder.join("thesis.txt"), Permissions::from_mode(0o644))
+                    .unwrap();
             }
             correct(&folder);
             assert_eq!(mode(&folder), if others { 0o755 } else { 0o700 });
-            assert_eq!((mode(&folder.join("objects")), mode(&folder.join("batchwright.db"))), (0o700, 0o600));
+            assert_eq!(
+                (mode(&folder.join("objects")), mode(&folder.join("batchwright.db"))),
+                (0o700, 0o600)
+            );
             if others {
                 assert_eq!(mode(&folder.join("thesis.txt")), 0o644);
             }

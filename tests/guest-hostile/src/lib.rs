@@ -10,7 +10,10 @@ use std::cell::{Cell, RefCell};
 
 use bindings::batchwright::plugin::logging::{Level, log};
 use bindings::exports::batchwright::plugin::{
-    inference::{self, Answer, Exchange, Failure, Header, HttpRequest, Outcome, Pause, Response, Step, TransportFault},
+    inference::{
+        self, Answer, Exchange, Failure, Header, HttpRequest, Outcome, Pause, Response, Step,
+        TransportFault,
+    },
     plugin,
 };
 
@@ -37,7 +40,9 @@ impl plugin::Guest for Component {
                 required: false,
             }],
             // A default that names a host must not open the way there.
-            settings_schema: r#"{"type":"object","properties":{"home":{"default":"http://169.254.169.254/"}}}"#.into(),
+            settings_schema:
+                r#"{"type":"object","properties":{"home":{"default":"http://169.254.169.254/"}}}"#
+                    .into(),
         }
     }
 
@@ -59,7 +64,8 @@ impl inference::Guest for Component {
             forever();
         }
         KEPT.with_borrow_mut(|kept| kept.push(request.body.clone()));
-        let (order, argument) = request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
+        let (order, argument) =
+            request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
         match order {
             "loop" => forever(),
             "memory" => {
@@ -95,17 +101,25 @@ impl inference::Guest for Component {
             "wait-forever" => Step::Wait(Pause { milliseconds: u64::MAX, state: Vec::new() }),
             "retry-forever" => Step::Retry(inference::Advice {
                 after_milliseconds: Some(u64::MAX),
-                otherwise: Answer::Failure(Failure { code: "tired".into(), message: "No attempt is left.".into() }),
+                otherwise: Answer::Failure(Failure {
+                    code: "tired".into(),
+                    message: "No attempt is left.".into(),
+                }),
             }),
             "log" => {
                 for line in 0..10_000 {
-                    let message =
-                        format!("line {line}\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J {}", "x".repeat(5000));
+                    let message = format!(
+                        "line {line}\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J {}",
+                        "x".repeat(5000)
+                    );
                     log(Level::Error, &message);
                 }
                 done(200, "{}".into())
             }
-            "kept" => done(200, format!(r#"{{"kept":{}}}"#, KEPT.with_borrow(|kept| quoted(&kept.concat())))),
+            "kept" => done(
+                200,
+                format!(r#"{{"kept":{}}}"#, KEPT.with_borrow(|kept| quoted(&kept.concat()))),
+            ),
             "send" | "follow" | "memory-after" | "loop-after" => send("POST", argument, &[], order),
             "method" => send("GET / HTTP/1.1\r\nx: ", argument, &[], order),
             "header-value" => send("POST", argument, &[("x-a", "1\r\nx-forged: 2")], order),
@@ -135,8 +149,15 @@ impl inference::Guest for Component {
             Outcome::Response(_) if order == "loop-after" => forever(),
             Outcome::Response(response) if order == "memory-after" => {
                 // Everything it ever saw, shown: no secret may be in it.
-                let headers = response.headers.iter().map(|header| format!("{}: {}\n", header.name, header.value));
-                let seen = format!("{}{}", headers.collect::<String>(), String::from_utf8_lossy(&response.body));
+                let headers = response
+                    .headers
+                    .iter()
+                    .map(|header| format!("{}: {}\n", header.name, header.value));
+                let seen = format!(
+                    "{}{}",
+                    headers.collect::<String>(),
+                    String::from_utf8_lossy(&response.body)
+                );
                 log(Level::Warn, &seen);
                 done(200, format!(r#"{{"seen":{}}}"#, quoted(&seen)))
             }
@@ -144,7 +165,9 @@ impl inference::Guest for Component {
                 let location = response.headers.iter().find(|header| header.name == "location");
                 match location.filter(|_| order == "follow") {
                     Some(location) => send("GET", &location.value, &[], "followed"),
-                    None if (300..400).contains(&response.status) => done(200, r#"{"redirect":"not followed"}"#.into()),
+                    None if (300..400).contains(&response.status) => {
+                        done(200, r#"{"redirect":"not followed"}"#.into())
+                    }
                     None => done(200, String::from_utf8_lossy(&response.body).into_owned()),
                 }
             }
@@ -183,7 +206,10 @@ fn pause() -> Step {
 }
 
 fn send(method: &str, url: &str, headers: &[(&str, &str)], order: &str) -> Step {
-    let headers = headers.iter().map(|(name, value)| Header { name: (*name).into(), value: (*value).into() }).collect();
+    let headers = headers
+        .iter()
+        .map(|(name, value)| Header { name: (*name).into(), value: (*value).into() })
+        .collect();
     let body = br#"{"messages":[{"content":"!headers"}]}"#.to_vec();
     let request = HttpRequest { method: method.into(), url: url.into(), headers, body };
     Step::Send(Exchange { request, state: order.as_bytes().to_vec() })
@@ -193,7 +219,8 @@ fn send(method: &str, url: &str, headers: &[(&str, &str)], order: &str) -> Step 
 fn many() -> Step {
     let header = || Header { name: "a".into(), value: "b".into() };
     let headers = std::iter::repeat_with(header).take(500_000).collect();
-    let request = HttpRequest { method: "POST".into(), url: String::new(), headers, body: Vec::new() };
+    let request =
+        HttpRequest { method: "POST".into(), url: String::new(), headers, body: Vec::new() };
     Step::Send(Exchange { request, state: Vec::new() })
 }
 

@@ -36,14 +36,24 @@ impl plugin::Guest for Component {
 
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
-        let (order, argument) = request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
+        let (order, argument) =
+            request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
         let found = match order {
             "look" => look(),
             "read" => format!("{:?}", std::fs::read(argument).map_err(|error| error.kind())),
             "write" => format!("{:?}", std::fs::write(argument, "x").map_err(|error| error.kind())),
-            "connect" => format!("{:?}", TcpStream::connect(argument).map(drop).map_err(|error| error.kind())),
+            "connect" => format!(
+                "{:?}",
+                TcpStream::connect(argument).map(drop).map_err(|error| error.kind())
+            ),
             "resolve" => {
-                format!("{:?}", (argument, 80).to_socket_addrs().map(Iterator::count).map_err(|error| error.kind()))
+                format!(
+                    "{:?}",
+                    (argument, 80)
+                        .to_socket_addrs()
+                        .map(Iterator::count)
+                        .map_err(|error| error.kind())
+                )
             }
             "sleep" => {
                 std::thread::sleep(Duration::from_secs(3600));
@@ -55,7 +65,10 @@ impl inference::Guest for Component {
                 "awake".into()
             }
             #[cfg(feature = "p3")]
-            "resolve-p3" => format!("{:?}", bindings::wasi::sockets::ip_name_lookup::resolve_addresses(argument)),
+            "resolve-p3" => format!(
+                "{:?}",
+                bindings::wasi::sockets::ip_name_lookup::resolve_addresses(argument)
+            ),
             "print" => {
                 println!("said aloud\u{1b}[31m");
                 eprintln!("and aside");
@@ -98,7 +111,10 @@ fn look() -> String {
     let clock = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .is_ok_and(|now| now.as_secs() > 1_700_000_000);
-    let found = format!("{environment:?} {arguments:?} clock {clock} {}", before.elapsed() < Duration::from_secs(60));
+    let found = format!(
+        "{environment:?} {arguments:?} clock {clock} {}",
+        before.elapsed() < Duration::from_secs(60)
+    );
     #[cfg(feature = "p3")]
     let found = {
         use bindings::wasi::{cli, clocks, filesystem, random};

@@ -69,7 +69,9 @@ async fn main() -> anyhow::Result<()> {
             "--fast" => stub.fast = true,
             "--name" => stub.name = arguments.next().unwrap_or_default(),
             "--port" => port = arguments.next().unwrap_or_default().parse()?,
-            other => anyhow::bail!("unknown argument `{other}`; known are --fast, --name NAME and --port PORT"),
+            other => anyhow::bail!(
+                "unknown argument `{other}`; known are --fast, --name NAME and --port PORT"
+            ),
         }
     }
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
@@ -84,7 +86,10 @@ async fn main() -> anyhow::Result<()> {
                 let stub = stub.clone();
                 async move { stub.answer(request).await }
             });
-            auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await.ok();
+            auto::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await
+                .ok();
         });
     }
 }
@@ -152,11 +157,16 @@ impl Stub {
         let headers: Value = request
             .headers()
             .iter()
-            .map(|(name, value)| (name.to_string(), Value::from(String::from_utf8_lossy(value.as_bytes()))))
+            .map(|(name, value)| {
+                (name.to_string(), Value::from(String::from_utf8_lossy(value.as_bytes())))
+            })
             .collect::<serde_json::Map<_, _>>()
             .into();
         if path == "/arrivals" {
-            return Ok(reply(200, json!(*self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)).to_string()));
+            return Ok(reply(
+                200,
+                json!(*self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)).to_string(),
+            ));
         }
         if path == "/load" {
             let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
@@ -166,7 +176,10 @@ impl Stub {
             return Ok(reply(200, said));
         }
         if path == "/keys" {
-            return Ok(reply(200, json!(*self.keys.lock().unwrap_or_else(PoisonError::into_inner)).to_string()));
+            return Ok(reply(
+                200,
+                json!(*self.keys.lock().unwrap_or_else(PoisonError::into_inner)).to_string(),
+            ));
         }
         if path == "/mode" {
             let mode = Mode::parse(request.uri().query().unwrap_or_default());
@@ -180,7 +193,8 @@ impl Stub {
             }
             return Ok(self.poll(id));
         }
-        let body = request.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
+        let body =
+            request.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
         if self.fast {
             return Ok(reply(200, Bytes::from_static(FAST.as_bytes())));
         }
@@ -272,7 +286,8 @@ fn set(object: &mut Value, key: &str, value: &str) {
 }
 
 fn error(message: &str, code: &str) -> String {
-    json!({"error": {"message": message, "type": "stub_error", "param": null, "code": code}}).to_string()
+    json!({"error": {"message": message, "type": "stub_error", "param": null, "code": code}})
+        .to_string()
 }
 
 /// An answer that holds the request's body as it came, if that asks for it.
@@ -286,7 +301,10 @@ fn raw(body: &[u8]) -> Option<String> {
 /// The last message's text, or the prompt, or the input.
 fn prompt(body: &Value) -> String {
     let last = body.get("messages").and_then(Value::as_array).and_then(|messages| messages.last());
-    let found = last.and_then(|message| message.get("content")).or(body.get("prompt")).or(body.get("input"));
+    let found = last
+        .and_then(|message| message.get("content"))
+        .or(body.get("prompt"))
+        .or(body.get("input"));
     found.and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
@@ -299,11 +317,17 @@ fn answer_to(path: &str, body: &Value, text: &str) -> Value {
             json!({"object": "list", "model": model, "usage": {"prompt_tokens": 7, "total_tokens": 7},
             "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]})
         }
-        Some("responses") => json!({"id": "resp_1", "object": "response", "model": model, "status": "completed",
+        Some("responses") => {
+            json!({"id": "resp_1", "object": "response", "model": model, "status": "completed",
             "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}],
-            "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}}),
-        Some("moderations") => json!({"id": "modr-1", "model": model, "results": [{"flagged": false}]}),
-        _ => json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "usage": usage,
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}),
+            "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}})
+        }
+        Some("moderations") => {
+            json!({"id": "modr-1", "model": model, "results": [{"flagged": false}]})
+        }
+        _ => {
+            json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "usage": usage,
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]})
+        }
     }
 }

@@ -52,8 +52,11 @@ impl Mode {
         let mut mode = Self { dice: 88_172_645_463_325_252, ..Self::default() };
         for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
             let number = || value.parse::<u64>().unwrap_or(0);
-            let pair =
-                |by| value.split_once(by).and_then(|(one, other)| Some((one.parse().ok()?, other.parse().ok()?)));
+            let pair = |by| {
+                value
+                    .split_once(by)
+                    .and_then(|(one, other)| Some((one.parse().ok()?, other.parse().ok()?)))
+            };
             match key {
                 "latency" => mode.latency = pair('-').unwrap_or((number(), number())),
                 "random" => mode.random = number(),

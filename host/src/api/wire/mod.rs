@@ -120,7 +120,13 @@ pub struct List<T> {
 impl<T: Identified> List<T> {
     pub fn new(data: Vec<T>, has_more: bool) -> Self {
         let id = |item: Option<&T>| item.map(|item| item.id().to_owned());
-        Self { object: "list", first_id: id(data.first()), last_id: id(data.last()), data, has_more }
+        Self {
+            object: "list",
+            first_id: id(data.first()),
+            last_id: id(data.last()),
+            data,
+            has_more,
+        }
     }
 }
 
@@ -262,7 +268,8 @@ impl From<BatchRecord> for Batch {
     fn from(batch: BatchRecord) -> Self {
         let seconds = |time: Option<Timestamp>| time.map(Timestamp::as_seconds);
         let (times, usage) = (batch.times, batch.usage);
-        let line_error = |BatchError { code, message, param, line }| LineError { code, message, param, line };
+        let line_error =
+            |BatchError { code, message, param, line }| LineError { code, message, param, line };
         let errors: Vec<_> = batch.errors.into_iter().map(line_error).collect();
         Self {
             id: batch.new.id,

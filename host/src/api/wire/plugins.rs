@@ -185,15 +185,19 @@ impl From<&Entry> for Plugin {
                 .map(|models| models.into_iter().collect())
                 .unwrap_or_default(),
             endpoints: plugin
-                .map(
-                    |plugin| {
-                        if plugin.endpoints.is_empty() { &plugin.description.endpoints } else { &plugin.endpoints }
-                    },
-                )
+                .map(|plugin| {
+                    if plugin.endpoints.is_empty() {
+                        &plugin.description.endpoints
+                    } else {
+                        &plugin.endpoints
+                    }
+                })
                 .cloned()
                 .unwrap_or_default(),
             loaded_at: plugin.map(|plugin| plugin.loaded_at),
-            signed_by: plugin.and_then(|plugin| plugin.signed.as_ref()).map(|signed| signed.by.clone()),
+            signed_by: plugin
+                .and_then(|plugin| plugin.signed.as_ref())
+                .map(|signed| signed.by.clone()),
             waiting: None,
         }
     }
@@ -212,6 +216,12 @@ pub struct BatchPlugin {
 
 impl From<ServedBy> for BatchPlugin {
     fn from(by: ServedBy) -> Self {
-        Self { object: "batch.plugin", name: by.name, kind: by.kind, version: by.version, sha256: by.sha256 }
+        Self {
+            object: "batch.plugin",
+            name: by.name,
+            kind: by.kind,
+            version: by.version,
+            sha256: by.sha256,
+        }
     }
 }

@@ -11,7 +11,10 @@ async fn a_batch_expires_and_keeps_what_is_done() {
     let house = House::new("", "").await;
     let id = house.create(&[chat("slow", "m", "!delay 600000"), chat("quick", "m", "hello")]).await;
     let running = house.until(&id, "a result", |batch| batch.counts.completed == 1).await;
-    eventually("the slow one to be sent", async || (house.stub.counts().await.len() == 2).then_some(())).await;
+    eventually("the slow one to be sent", async || {
+        (house.stub.counts().await.len() == 2).then_some(())
+    })
+    .await;
     house.clock.advance(HOUR * 23);
     tokio::task::yield_now().await;
     assert_eq!(house.batch(&id).await.status, Status::InProgress);
@@ -33,14 +36,20 @@ async fn a_batch_expires_and_keeps_what_is_done() {
     let errors = house.results(ended.error_file_id.as_ref()).await;
     assert_eq!((custom_ids(&errors), code(&errors[0])), (vec!["slow"], "batch_expired".into()));
     // The clock has jumped past the lease of the batch many times over; nobody took it up a second time.
-    assert_eq!(house.stub.counts().await, [("!delay 600000".into(), 1), ("hello".into(), 1)].into());
+    assert_eq!(
+        house.stub.counts().await,
+        [("!delay 600000".into(), 1), ("hello".into(), 1)].into()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_jumps_past_the_lease_has_no_batch_worked_on_twice() {
     let house = House::new("", "").await;
     let id = house.create(&[chat("a", "m", "!delay 300")]).await;
-    eventually("the request to be sent", async || (!house.stub.counts().await.is_empty()).then_some(())).await;
+    eventually("the request to be sent", async || {
+        (!house.stub.counts().await.is_empty()).then_some(())
+    })
+    .await;
     for _ in 0..20 {
         house.clock.advance(MINUTE * 5);
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -95,8 +104,9 @@ async fn a_refused_request_waits_for_as_long_as_the_provider_asks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_expires_without_harm_to_the_batch_that_reads_it() {
     let mut house = House::new("", "concurrency = 1").await;
-    let lines: Vec<Value> =
-        (0..20).map(|number| chat(&number.to_string(), "m", &format!("!delay 20 {number}"))).collect();
+    let lines: Vec<Value> = (0..20)
+        .map(|number| chat(&number.to_string(), "m", &format!("!delay 20 {number}")))
+        .collect();
     let file = house.upload(&jsonl(&lines), Some(HOUR)).await;
     let id = house.create_of(&file, Some(HOUR * 2)).await;
     house.until(&id, "the beginning", |batch| batch.counts.completed > 0).await;
@@ -109,7 +119,10 @@ async fn a_file_expires_without_harm_to_the_batch_that_reads_it() {
     let output = ended.output_file_id.unwrap();
     assert_eq!(house.results(Some(&output)).await.len(), 20);
     let objects = || walk(&house.folder.path().join("data/objects"));
-    eventually("the input's bytes to be gone", async || (objects() == [output.clone()]).then_some(())).await;
+    eventually("the input's bytes to be gone", async || {
+        (objects() == [output.clone()]).then_some(())
+    })
+    .await;
     house.clock.advance(HOUR * 2);
     assert!(house.batches().file(TENANT, &output).await.unwrap().is_none());
     let gone = async || {
@@ -131,7 +144,8 @@ async fn what_a_killed_process_left_half_done_is_removed() {
         std::fs::write(files.join(name), "bytes").unwrap();
     }
     house.restart().await;
-    let only_theirs = async || (walk(&files) == [kept.id.clone(), "not-ours".to_owned()]).then_some(());
+    let only_theirs =
+        async || (walk(&files) == [kept.id.clone(), "not-ours".to_owned()]).then_some(());
     eventually("the rest to be removed", only_theirs).await;
 }
 
@@ -169,8 +183,9 @@ async fn a_batch_is_remembered_as_long_as_its_files_and_its_lifetime_say() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_gives_back_what_results_took() {
     let house = House::new("", "").await;
-    let lines: Vec<Value> =
-        (0..30).map(|number| chat(&number.to_string(), "m", &format!("!big 4000000 {number}"))).collect();
+    let lines: Vec<Value> = (0..30)
+        .map(|number| chat(&number.to_string(), "m", &format!("!big 4000000 {number}")))
+        .collect();
     let database = house.folder.path().join("data/batchwright.db");
     let size = || std::fs::metadata(&database).unwrap().len();
     let ended = house.ended(&house.create(&lines).await).await;
@@ -191,7 +206,11 @@ fn walk(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = entries
         .flat_map(|entry| {
             let path = entry.unwrap().path();
-            if path.is_dir() { walk(&path) } else { vec![path.file_name().unwrap().to_string_lossy().into_owned()] }
+            if path.is_dir() {
+                walk(&path)
+            } else {
+                vec![path.file_name().unwrap().to_string_lossy().into_owned()]
+            }
         })
         .collect();
     names.sort();
@@ -203,8 +222,10 @@ async fn a_batch_whose_rules_are_gone_waits_for_them_and_can_be_cancelled() {
     let mut house = House::new("", "").await;
     // Created, and not yet taken up.
     house.batches().close().await;
-    let [cancelled, expired] =
-        [house.create(&[chat("a", "echo", "hi")]).await, house.create(&[chat("a", "echo", "hi")]).await];
+    let [cancelled, expired] = [
+        house.create(&[chat("a", "echo", "hi")]).await,
+        house.create(&[chat("a", "echo", "hi")]).await,
+    ];
     house.settings = "required_plugins = [\"absent\"]".into();
     house.restart().await;
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -32,7 +32,16 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 
 /// Prompts that are answered at once, late, with an error, after an error, or not at all.
 fn prompt() -> impl Strategy<Value = &'static str> {
-    prop::sample::select(vec!["hi", "hi", "!delay 3", "!delay 15", "!status 400", "!fail 503 1", "!close", "!html"])
+    prop::sample::select(vec![
+        "hi",
+        "hi",
+        "!delay 3",
+        "!delay 15",
+        "!status 400",
+        "!fail 503 1",
+        "!close",
+        "!html",
+    ])
 }
 
 #[test]
@@ -49,7 +58,11 @@ fn every_line_ends_in_one_file_whatever_happens() {
     found.unwrap();
 }
 
-async fn live_through(house: &mut House, prompts: &[&str], events: &[Event]) -> Result<(), TestCaseError> {
+async fn live_through(
+    house: &mut House,
+    prompts: &[&str],
+    events: &[Event],
+) -> Result<(), TestCaseError> {
     let lines: Vec<Value> = prompts
         .iter()
         .enumerate()
@@ -68,12 +81,16 @@ async fn live_through(house: &mut House, prompts: &[&str], events: &[Event]) -> 
                 let before = house.batch(&id).await.status;
                 match house.batches().cancel(TENANT, &id).await.unwrap() {
                     Cancel::Accepted(_) => cancelled = true,
-                    Cancel::TooLate(status) => prop_assert!(status.is_final() && status != Status::Cancelled),
+                    Cancel::TooLate(status) => {
+                        prop_assert!(status.is_final() && status != Status::Cancelled)
+                    }
                     Cancel::Unknown => prop_assert!(false, "the batch is gone, it was {before:?}"),
                 }
             }
             Event::Restart => house.restart().await,
-            Event::DeleteInput => drop(house.batches().delete_file(TENANT, &file.id).await.unwrap()),
+            Event::DeleteInput => {
+                drop(house.batches().delete_file(TENANT, &file.id).await.unwrap())
+            }
             Event::TakeAway => {
                 std::fs::rename(&plugin, &away).unwrap();
                 house.restart().await;
@@ -97,7 +114,10 @@ async fn live_through(house: &mut House, prompts: &[&str], events: &[Event]) -> 
     prop_assert_eq!(ended.status == Status::Cancelled, cancelled);
     // The provider was away when the file was validated, so nothing was begun, whatever else was asked.
     if ended.times.in_progress_at.is_none() {
-        prop_assert!(!ended.errors.is_empty() && ended.errors.iter().all(|error| error.code == "model_not_found"));
+        prop_assert!(
+            !ended.errors.is_empty()
+                && ended.errors.iter().all(|error| error.code == "model_not_found")
+        );
         prop_assert_eq!((output.len(), errors.len(), ended.counts.total), (0, 0, 0));
         return Ok(());
     }

@@ -30,7 +30,11 @@ fn changed(number: u64, old: &str, new: &str, codes: &[&'static str]) -> Sample 
         r#"{{"custom_id":"{custom_id}","method":"POST","url":"{CHAT}","body":{{"model":"echo","messages":[{{"role":"user","content":"hi"}}]}}}}"#
     );
     assert!(whole.contains(old), "{old}");
-    Sample { bytes: whole.replacen(old, new, 1).into(), codes: codes.to_vec(), custom_id: Some(custom_id) }
+    Sample {
+        bytes: whole.replacen(old, new, 1).into(),
+        codes: codes.to_vec(),
+        custom_id: Some(custom_id),
+    }
 }
 
 fn lines() -> impl Strategy<Value = Sample> {
@@ -96,7 +100,8 @@ fn faults_are_found_where_they_are() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let settings = format!("max_line_size = \"{LONGEST}B\"");
     let house = runtime.block_on(House::new(&settings, ""));
-    let file = (prop::collection::vec(lines(), 1..60), any::<bool>(), any::<[bool; 8]>(), any::<bool>());
+    let file =
+        (prop::collection::vec(lines(), 1..60), any::<bool>(), any::<[bool; 8]>(), any::<bool>());
     let mut runner = TestRunner::new(cases(100));
     let found = runner.run(&file, |(samples, mark, endings, ended)| {
         let mut bytes = if mark { b"\xef\xbb\xbf".to_vec() } else { Vec::new() };
@@ -115,8 +120,11 @@ fn faults_are_found_where_they_are() {
             house.ended(&house.create_of(&file, None).await).await
         });
         let (faults, total) = expected(&samples);
-        let reported: Vec<(u64, String)> =
-            batch.errors.iter().map(|error| (error.line.unwrap_or(0), error.code.clone())).collect();
+        let reported: Vec<(u64, String)> = batch
+            .errors
+            .iter()
+            .map(|error| (error.line.unwrap_or(0), error.code.clone()))
+            .collect();
         if total == 0 {
             prop_assert_eq!(reported, [(0, "empty_file".to_owned())]);
         } else if faults.is_empty() {
@@ -124,7 +132,8 @@ fn faults_are_found_where_they_are() {
             // What is odd may be more than the adapter can answer.
             let output = runtime.block_on(house.results(batch.output_file_id.as_ref()));
             let errors = runtime.block_on(house.results(batch.error_file_id.as_ref()));
-            let mut ids: Vec<_> = samples.iter().filter_map(|sample| sample.custom_id.as_deref()).collect();
+            let mut ids: Vec<_> =
+                samples.iter().filter_map(|sample| sample.custom_id.as_deref()).collect();
             let mut answered = [custom_ids(&output), custom_ids(&errors)].concat();
             ids.sort_unstable();
             answered.sort_unstable();

@@ -34,10 +34,13 @@ static CACHE: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().unwrap());
 /// What `cargo xtask build` made.
 fn built(path: &str) -> PathBuf {
     // Asked for when it runs: checkouts may share what is compiled.
-    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let here =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     let root = Path::new(&here).join("..");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let built = path.strip_prefix("target/").map_or_else(|| root.join(path), |path| target.join(path));
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let built =
+        path.strip_prefix("target/").map_or_else(|| root.join(path), |path| target.join(path));
     assert!(built.exists(), "{} is missing; run `cargo xtask build` first", built.display());
     built
 }
@@ -50,7 +53,10 @@ struct Stub {
 
 impl Stub {
     fn start() -> Self {
-        let mut child = Command::new(built("target/release/stub-provider")).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new(built("target/release/stub-provider"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         Self { child, url: line.trim().rsplit(' ').next().unwrap().to_owned() }
@@ -59,11 +65,13 @@ impl Stub {
     /// How often each prompt came.
     async fn counts(&self) -> std::collections::BTreeMap<String, usize> {
         let connector = hyper_util::client::legacy::connect::HttpConnector::new();
-        let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
-            .build::<_, http_body_util::Empty<Bytes>>(connector);
+        let client =
+            hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+                .build::<_, http_body_util::Empty<Bytes>>(connector);
         let answer = client.get(format!("{}/arrivals", self.url).parse().unwrap()).await.unwrap();
         let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
-        let arrivals: std::collections::BTreeMap<String, Vec<u64>> = serde_json::from_slice(&body).unwrap();
+        let arrivals: std::collections::BTreeMap<String, Vec<u64>> =
+            serde_json::from_slice(&body).unwrap();
         arrivals.into_iter().map(|(prompt, times)| (prompt, times.len())).collect()
     }
 }
@@ -92,9 +100,13 @@ impl House {
         let (folder, stub) = (TempDir::new().unwrap(), Stub::start());
         let plugins = folder.path().join("plugins");
         std::fs::create_dir(&plugins).unwrap();
-        for file in
-            ["validator-standard.wasm", "inference-openai.wasm", "inference-echo.wasm", "standard.toml", "echo.toml"]
-        {
+        for file in [
+            "validator-standard.wasm",
+            "inference-openai.wasm",
+            "inference-echo.wasm",
+            "standard.toml",
+            "echo.toml",
+        ] {
             std::fs::copy(built("dist/plugins").join(file), plugins.join(file)).unwrap();
         }
         let text = format!(
@@ -102,8 +114,14 @@ impl House {
             stub.url
         );
         std::fs::write(plugins.join("provider.toml"), text).unwrap();
-        let mut house =
-            Self { folder, stub, clock: Clock::system(), settings: settings.into(), tenant: TENANT, running: None };
+        let mut house = Self {
+            folder,
+            stub,
+            clock: Clock::system(),
+            settings: settings.into(),
+            tenant: TENANT,
+            running: None,
+        };
         house.start().await;
         house
     }
@@ -113,7 +131,8 @@ impl House {
         std::fs::write(&file, &self.settings).unwrap();
         let mut settings = Settings::resolve(Given::default(), Some(&file)).unwrap();
         settings.data = self.folder.path().join("data");
-        let memory = Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
+        let memory =
+            Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
         let loading = Loading {
             cache: CACHE.path().to_owned(),
             compile_timeout: settings.compile_timeout,
@@ -126,9 +145,11 @@ impl House {
         };
         let loader = Loader::new(loading, self.clock.clone()).unwrap();
         let registry = Registry::open(&self.folder.path().join("plugins"), loader).await.unwrap();
-        let store = eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
+        let store =
+            eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
         let blobs = Blobs::local(&settings.data.join("objects")).unwrap();
-        let batches = Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings, memory);
+        let batches =
+            Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings, memory);
         batches.start();
         self.running = Some(batches);
     }
@@ -187,7 +208,12 @@ impl House {
         batch
     }
 
-    async fn until(&self, id: &str, what: &str, condition: impl Fn(&BatchRecord) -> bool) -> BatchRecord {
+    async fn until(
+        &self,
+        id: &str,
+        what: &str,
+        condition: impl Fn(&BatchRecord) -> bool,
+    ) -> BatchRecord {
         eventually(what, async || Some(self.batch(id).await).filter(&condition)).await
     }
 
@@ -208,7 +234,8 @@ impl House {
 
 /// So many cases of a property, or as many as PROPTEST_CASES says.
 fn cases(number: u32) -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(number);
+    let cases =
+        std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(number);
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -239,5 +266,7 @@ fn custom_ids(lines: &[Value]) -> Vec<&str> {
 
 /// The code of an error line, or the status of the provider's answer.
 fn code(line: &Value) -> String {
-    line["error"]["code"].as_str().map_or_else(|| line["response"]["status_code"].to_string(), str::to_owned)
+    line["error"]["code"]
+        .as_str()
+        .map_or_else(|| line["response"]["status_code"].to_string(), str::to_owned)
 }

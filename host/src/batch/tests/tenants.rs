@@ -7,7 +7,9 @@ async fn a_plugin_that_keeps_what_it_sees_shows_it_to_its_tenant_alone() {
     let mut house = House::new("", "").await;
     house.add_plugin("hostile", "target/hostile/hostile.wasm", "models = ['hostile']\n").await;
     let mut kept = Vec::new();
-    for (tenant, secret) in [("one", "the secret of one"), ("two", "the secret of two"), ("one", "another of one")] {
+    for (tenant, secret) in
+        [("one", "the secret of one"), ("two", "the secret of two"), ("one", "another of one")]
+    {
         house.tenant = tenant;
         // As many at once as there may be instances, so that each of them has seen it.
         let lines: Vec<Value> = (0..200)

@@ -135,10 +135,16 @@ impl Given {
 impl Plugin {
     pub async fn run(self) -> Result<ExitCode, Error> {
         // What a component says is for its author to see.
-        let filter = if matches!(self, Self::Test { .. }) { "off,batchwright::plugin::log=debug" } else { "off" };
+        let filter = if matches!(self, Self::Test { .. }) {
+            "off,batchwright::plugin::log=debug"
+        } else {
+            "off"
+        };
         telemetry::start(filter, LogFormat::Text).map_err(Error::Other)?;
         match self {
-            Self::List { server: Some(url), .. } => show::list_of_server(&Client::new(&url, None)?).await,
+            Self::List { server: Some(url), .. } => {
+                show::list_of_server(&Client::new(&url, None)?).await
+            }
             Self::Pause(pause) => pause.run(true),
             Self::Resume(pause) => pause.run(false),
             Self::List { plugins, given, .. } => {
@@ -152,7 +158,9 @@ impl Plugin {
                 write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
-            Self::Check { server: Some(url), .. } => show::list_of_server(&Client::new(&url, None)?).await,
+            Self::Check { server: Some(url), .. } => {
+                show::list_of_server(&Client::new(&url, None)?).await
+            }
             Self::Check { path, given, .. } => {
                 let (configured, loader) = given.loader_with_plugins()?;
                 show::check(loader, &path.unwrap_or(configured)).await

@@ -81,8 +81,12 @@ impl New {
             (Lang::Js, Kind::Validator) => {
                 files!("js-validator": "README.md", "package.json", "plugin.js", "{{name}}.toml", ".gitignore")
             }
-            (Lang::C, Kind::Adapter) => files!("c-adapter": "README.md", "Makefile", "plugin.c", ".gitignore"),
-            (Lang::C, Kind::Validator) => files!("c-validator": "README.md", "Makefile", "plugin.c", ".gitignore"),
+            (Lang::C, Kind::Adapter) => {
+                files!("c-adapter": "README.md", "Makefile", "plugin.c", ".gitignore")
+            }
+            (Lang::C, Kind::Validator) => {
+                files!("c-validator": "README.md", "Makefile", "plugin.c", ".gitignore")
+            }
         };
         let shared: &[Template] = match self.kind {
             Kind::Adapter => {
@@ -101,17 +105,19 @@ impl New {
     pub fn run(self) -> Result<ExitCode, Error> {
         check_name(&self.name).map_err(Error::Other)?;
         let folder = self.to.join(&self.name);
-        let failed =
-            |path: &Path, error: std::io::Error| Error::Other(format!("failed to make {}: {error}", path.display()));
+        let failed = |path: &Path, error: std::io::Error| {
+            Error::Other(format!("failed to make {}: {error}", path.display()))
+        };
         // An author's work is never written over.
         std::fs::create_dir(&folder).map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => Error::Other(format!(
                 "{} is there already; choose another name, or another folder with --to",
                 folder.display()
             )),
-            std::io::ErrorKind::NotFound => {
-                Error::Other(format!("there is no folder {}; make it, or name another with --to", self.to.display()))
-            }
+            std::io::ErrorKind::NotFound => Error::Other(format!(
+                "there is no folder {}; make it, or name another with --to",
+                self.to.display()
+            )),
             _ => failed(&folder, error),
         })?;
         for (place, text) in self.templates().into_iter().flatten() {
@@ -119,10 +125,12 @@ impl New {
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(|error| failed(parent, error))?;
             }
-            std::fs::write(&path, text.replace("{{name}}", &self.name)).map_err(|error| failed(&path, error))?;
+            std::fs::write(&path, text.replace("{{name}}", &self.name))
+                .map_err(|error| failed(&path, error))?;
         }
         put!("{} is made. Its README.md says how to build and test it:\n", folder.display());
-        let readme = self.templates().into_iter().flatten().find(|(place, _)| *place == "README.md");
+        let readme =
+            self.templates().into_iter().flatten().find(|(place, _)| *place == "README.md");
         let (_, readme) = readme.copied().unwrap_or_default();
         put!("    cd {}", folder.display());
         for command in commands(readme) {
@@ -139,8 +147,12 @@ fn commands(readme: &str) -> impl Iterator<Item = &str> {
 
 /// Names that all four languages' tools take.
 fn check_name(name: &str) -> Result<(), String> {
-    let fits = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
-    if name.len() <= 40 && name.starts_with(|letter: char| letter.is_ascii_lowercase()) && name.chars().all(fits) {
+    let fits =
+        |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
+    if name.len() <= 40
+        && name.starts_with(|letter: char| letter.is_ascii_lowercase())
+        && name.chars().all(fits)
+    {
         return Ok(());
     }
     Err(format!(
@@ -157,9 +169,11 @@ mod tests {
     fn the_guide_shows_the_adapters_as_they_are() {
         let guide = include_str!("../../../../docs/writing-plugins.md");
         for lang in [Lang::Rust, Lang::Python, Lang::Js, Lang::C] {
-            let new = New { name: "my-adapter".into(), kind: Kind::Adapter, lang, to: PathBuf::new() };
+            let new =
+                New { name: "my-adapter".into(), kind: Kind::Adapter, lang, to: PathBuf::new() };
             let source = ["src/lib.rs", "plugin.py", "plugin.js", "plugin.c"];
-            let found = new.templates().into_iter().flatten().find(|(place, _)| source.contains(place));
+            let found =
+                new.templates().into_iter().flatten().find(|(place, _)| source.contains(place));
             let (place, text) = found.unwrap();
             assert!(
                 guide.contains(&text.replace("{{name}}", &new.name)),

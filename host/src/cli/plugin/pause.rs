@@ -30,7 +30,10 @@ impl Pause {
             Error::Other(format!("failed to {what} {}: {error}", file.display()))
         };
         if name.contains('/') || !file.is_file() {
-            let message = format!("there is no plugin `{name}` in {}; see `batchwright plugin list`", folder.display());
+            let message = format!(
+                "there is no plugin `{name}` in {}; see `batchwright plugin list`",
+                folder.display()
+            );
             return Err(Error::Usage(message));
         }
         let text = std::fs::read_to_string(&file).map_err(|error| failed("read", &error))?;
@@ -42,7 +45,8 @@ impl Pause {
         }
         // Whole or not at all: a server may read it at any moment.
         let write = || {
-            let mut draft = tempfile::Builder::new().prefix(".").suffix(".draft").tempfile_in(&folder)?;
+            let mut draft =
+                tempfile::Builder::new().prefix(".").suffix(".draft").tempfile_in(&folder)?;
             draft.write_all(document.to_string().as_bytes())?;
             draft.as_file().set_permissions(std::fs::metadata(&file)?.permissions())?;
             draft.as_file().sync_all()?;

@@ -58,14 +58,24 @@ pub struct Pull {
 
 impl Pull {
     pub async fn run(self) -> Result<ExitCode, Error> {
-        let failed = |message: String| Error::Other(format!("failed to pull {}: {message}", self.reference));
+        let failed =
+            |message: String| Error::Other(format!("failed to pull {}: {message}", self.reference));
         let reference: Reference = self.reference.parse().map_err(|error| {
-            failed(format!("{error}; write REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST"))
+            failed(format!(
+                "{error}; write REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST"
+            ))
         })?;
-        let name = self.name.as_deref().or_else(|| reference.repository().rsplit('/').next()).unwrap_or_default();
+        let name = self
+            .name
+            .as_deref()
+            .or_else(|| reference.repository().rsplit('/').next())
+            .unwrap_or_default();
         let manifest = PathBuf::from(format!("{name}.toml"));
         if plugin_name(&manifest)? != name {
-            return Err(failed(format!("`{}` is no name for a plugin; choose one with --name", name.escape_debug())));
+            return Err(failed(format!(
+                "`{}` is no name for a plugin; choose one with --name",
+                name.escape_debug()
+            )));
         }
         if !self.to.is_dir() {
             return Err(failed(format!(
@@ -79,8 +89,13 @@ impl Pull {
             .map_err(failed)?;
         let exact = reference.clone_with_digest(digest);
         // Beside the others first, so that a registry's mistake never stands among the plugins.
-        let unwritable = |error: std::io::Error| failed(format!("{} cannot be written to: {error}", self.to.display()));
-        let mut file = tempfile::Builder::new().suffix(".partial").tempfile_in(&self.to).map_err(unwritable)?;
+        let unwritable = |error: std::io::Error| {
+            failed(format!("{} cannot be written to: {error}", self.to.display()))
+        };
+        let mut file = tempfile::Builder::new()
+            .suffix(".partial")
+            .tempfile_in(&self.to)
+            .map_err(unwritable)?;
         std::io::Write::write_all(&mut file, &bytes).map_err(unwritable)?;
         file.as_file().sync_all().map_err(unwritable)?;
         let sha256 = sha256(&bytes);
@@ -100,8 +115,11 @@ impl Pull {
         readable(&path).map_err(unwritable)?;
         let manifest = self.to.join(manifest);
         let text = manifest_text(&exact, &component, &inspected);
-        let written = match std::fs::OpenOptions::new().write(true).create_new(true).open(&manifest) {
-            Ok(mut file) => std::io::Write::write_all(&mut file, text.as_bytes()).map(|()| true).map_err(unwritable)?,
+        let written = match std::fs::OpenOptions::new().write(true).create_new(true).open(&manifest)
+        {
+            Ok(mut file) => std::io::Write::write_all(&mut file, text.as_bytes())
+                .map(|()| true)
+                .map_err(unwritable)?,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
             Err(error) => return Err(unwritable(error)),
         };
@@ -112,12 +130,17 @@ impl Pull {
     /// The component's bytes, and the digest of the manifest that names them.
     async fn fetch(&self, reference: &Reference) -> Result<(Bytes, String), String> {
         let (host, repository) = (reference.resolve_registry(), reference.repository());
-        let mut registry =
-            Registry::new(host, repository, self.plain_http, self.login(reference)?, self.auth_host.clone())?;
+        let mut registry = Registry::new(
+            host,
+            repository,
+            self.plain_http,
+            self.login(reference)?,
+            self.auth_host.clone(),
+        )?;
         let wanted = reference.digest().or_else(|| reference.tag()).unwrap_or("latest");
         let (manifest, digest) = registry.manifest(wanted).await?;
-        let manifest: OciManifest =
-            serde_json::from_slice(&manifest).map_err(|error| format!("its manifest is not readable: {error}"))?;
+        let manifest: OciManifest = serde_json::from_slice(&manifest)
+            .map_err(|error| format!("its manifest is not readable: {error}"))?;
         let OciManifest::Image(manifest) = manifest else {
             return Err("it is an index of several images; name one of them by its digest".into());
         };
@@ -149,13 +172,17 @@ impl Pull {
 
 /// The one layer that is a component.
 fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String> {
-    let is_component = |layer: &&OciDescriptor| COMPONENT_TYPES.contains(&layer.media_type.as_str());
+    let is_component =
+        |layer: &&OciDescriptor| COMPONENT_TYPES.contains(&layer.media_type.as_str());
     let mut found = manifest.layers.iter().filter(is_component);
     match (found.next(), found.next()) {
         (Some(layer), None) => Ok(layer),
-        (Some(_), Some(_)) => Err("it has several layers of WebAssembly, where a plugin is one".into()),
+        (Some(_), Some(_)) => {
+            Err("it has several layers of WebAssembly, where a plugin is one".into())
+        }
         (None, _) => {
-            let types: Vec<&str> = manifest.layers.iter().map(|layer| layer.media_type.as_str()).collect();
+            let types: Vec<&str> =
+                manifest.layers.iter().map(|layer| layer.media_type.as_str()).collect();
             let types = if types.is_empty() { "none".to_owned() } else { types.join(", ") };
             Err(format!("no layer of it is a component (application/wasm); its layers are {types}"))
         }
@@ -176,7 +203,8 @@ fn manifest_text(exact: &Reference, component: &str, inspected: &Inspected) -> S
     if inspected.kind == Kind::Adapter {
         text.push_str("models = []  # what it is to serve\n");
     }
-    let properties = description.settings_schema.get("properties").and_then(|found| found.as_object());
+    let properties =
+        description.settings_schema.get("properties").and_then(|found| found.as_object());
     for (place, (name, schema)) in properties.into_iter().flatten().enumerate() {
         if place == 0 {
             text.push_str("\n[settings]\n");
@@ -189,7 +217,11 @@ fn manifest_text(exact: &Reference, component: &str, inspected: &Inspected) -> S
             text.push_str("\n[credentials]\n");
         }
         let required = if need.required { "required" } else { "optional" };
-        text.push_str(&format!("# {} = \"env:NAME\"  # {required}, sent as `{}`\n", one_line(&need.name), need.header));
+        text.push_str(&format!(
+            "# {} = \"env:NAME\"  # {required}, sent as `{}`\n",
+            one_line(&need.name),
+            need.header
+        ));
     }
     text
 }
@@ -199,12 +231,21 @@ fn readable(path: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
 }
 
-fn report(exact: &Reference, path: &Path, manifest: &Path, written: bool, component: &str, inspected: &Inspected) {
+fn report(
+    exact: &Reference,
+    path: &Path,
+    manifest: &Path,
+    written: bool,
+    component: &str,
+    inspected: &Inspected,
+) {
     put!("pulled {exact}");
     write_output(format_args!("{}", show::describe(path, inspected)));
     let manifest = manifest.display();
     if written {
-        put!("\n{manifest} names it and is turned off: look at it, then take `enabled = false` away.");
+        put!(
+            "\n{manifest} names it and is turned off: look at it, then take `enabled = false` away."
+        );
     } else {
         put!("\n{manifest} stays as it is. To use this component, put there:\n");
         put!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);

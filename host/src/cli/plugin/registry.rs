@@ -88,8 +88,16 @@ impl Registry {
         let scheme = if plain_http { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{host}/v2/{repository}/"))
             .map_err(|error| format!("`{host}` is no host of a registry: {error}"))?;
-        let http = Client::builder(TokioExecutor::new()).build(https().https_or_http().enable_http1().build());
-        Ok(Self { base, repository: repository.to_owned(), http, login, realms, authorization: None })
+        let http = Client::builder(TokioExecutor::new())
+            .build(https().https_or_http().enable_http1().build());
+        Ok(Self {
+            base,
+            repository: repository.to_owned(),
+            http,
+            login,
+            realms,
+            authorization: None,
+        })
     }
 
     /// The manifest of a tag or digest, and its digest.
@@ -103,7 +111,9 @@ impl Registry {
         let bytes = body(accepted(response).await?, MAX_MANIFEST_BYTES, "its manifest").await?;
         let digest = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
         if reference.starts_with("sha256:") && reference != digest {
-            return Err(format!("the registry sent a manifest with the digest {digest}, not {reference}"));
+            return Err(format!(
+                "the registry sent a manifest with the digest {digest}, not {reference}"
+            ));
         }
         Ok((bytes, digest))
     }
@@ -117,7 +127,9 @@ impl Registry {
                 break;
             }
             let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let next = location.and_then(|location| url.join(location).ok()).ok_or("the registry redirects nowhere")?;
+            let next = location
+                .and_then(|location| url.join(location).ok())
+                .ok_or("the registry redirects nowhere")?;
             if next.scheme() != "https" && url.scheme() == "https" {
                 return Err("the registry redirects from https to plain HTTP".into());
             }
@@ -141,7 +153,12 @@ impl Registry {
         self.base.join(path).map_err(|error| format!("`{path}` is no part of a URL: {error}"))
     }
 
-    async fn get(&self, url: &Url, accept: Option<&str>, authorized: bool) -> Result<Response<Incoming>, String> {
+    async fn get(
+        &self,
+        url: &Url,
+        accept: Option<&str>,
+        authorized: bool,
+    ) -> Result<Response<Incoming>, String> {
         let authorization = self.authorization.as_deref().filter(|_| authorized);
         self.send(url, accept, authorization).await
     }
@@ -159,7 +176,9 @@ impl Registry {
                 request = request.header(name, value);
             }
         }
-        let request = request.body(Empty::new()).map_err(|error| format!("the request cannot be made: {error}"))?;
+        let request = request
+            .body(Empty::new())
+            .map_err(|error| format!("the request cannot be made: {error}"))?;
         let host = url.host_str().unwrap_or_default();
         match tokio::time::timeout(SILENCE, self.http.request(request)).await {
             Ok(Ok(response)) => Ok(response),
@@ -170,16 +189,15 @@ impl Registry {
 
     /// The header that the registry asks for.
     async fn authorize(&self, refused: &Response<Incoming>) -> Result<String, String> {
-        let basic = self
-            .login
-            .as_ref()
-            .map(|login| format!("Basic {}", STANDARD.encode(format!("{}:{}", login.username, login.password))));
+        let basic = self.login.as_ref().map(|login| {
+            format!("Basic {}", STANDARD.encode(format!("{}:{}", login.username, login.password)))
+        });
         let challenge = refused.headers().get_all(WWW_AUTHENTICATE).iter();
         let challenge = challenge.filter_map(|value| parse_challenge(value.to_str().ok()?)).next();
         match challenge {
-            Some(Challenge::Basic) => {
-                basic.ok_or_else(|| "the registry wants to know who asks; use --username and --password".into())
-            }
+            Some(Challenge::Basic) => basic.ok_or_else(|| {
+                "the registry wants to know who asks; use --username and --password".into()
+            }),
             Some(Challenge::Bearer { mut realm, service }) => {
                 let registry = self.base.host_str().unwrap_or_default();
                 if basic.is_some() && !may_have_password(&realm, &self.base, &self.realms) {
@@ -189,7 +207,9 @@ impl Registry {
                     ));
                 }
                 if is_near(&realm) && !is_near(&self.base) {
-                    return Err(format!("the registry {registry} wants a token from an address of your own network"));
+                    return Err(format!(
+                        "the registry {registry} wants a token from an address of your own network"
+                    ));
                 }
                 let mut query = realm.query_pairs_mut();
                 if let Some(service) = &service {
@@ -199,13 +219,17 @@ impl Registry {
                 drop(query);
                 let response = accepted(self.send(&realm, None, basic.as_deref()).await?).await?;
                 let bytes = body(response, MAX_TOKEN_BYTES, "the token").await?;
-                let token: Token =
-                    serde_json::from_slice(&bytes).map_err(|error| format!("the token is not readable: {error}"))?;
-                let token =
-                    token.token.or(token.access_token).ok_or("the answer of the token service holds no token")?;
+                let token: Token = serde_json::from_slice(&bytes)
+                    .map_err(|error| format!("the token is not readable: {error}"))?;
+                let token = token
+                    .token
+                    .or(token.access_token)
+                    .ok_or("the answer of the token service holds no token")?;
                 Ok(format!("Bearer {token}"))
             }
-            None => Err("the registry wants to know who asks, in a way that is not supported".into()),
+            None => {
+                Err("the registry wants to know who asks, in a way that is not supported".into())
+            }
         }
     }
 }
@@ -229,7 +253,9 @@ fn is_near(url: &Url) -> bool {
     is_loopback(url)
         || match url.host() {
             Some(Host::Ipv4(address)) => address.is_private() || address.is_link_local(),
-            Some(Host::Ipv6(address)) => address.is_unique_local() || address.is_unicast_link_local(),
+            Some(Host::Ipv6(address)) => {
+                address.is_unique_local() || address.is_unicast_link_local()
+            }
             _ => false,
         }
 }
@@ -250,7 +276,8 @@ fn parse_challenge(text: &str) -> Option<Challenge> {
         })
     };
     let realm = Url::parse(&parameter("realm")?).ok()?;
-    matches!(realm.scheme(), "http" | "https").then(|| Challenge::Bearer { realm, service: parameter("service") })
+    matches!(realm.scheme(), "http" | "https")
+        .then(|| Challenge::Bearer { realm, service: parameter("service") })
 }
 
 /// A response that is what was asked for; or why it is not.
@@ -261,12 +288,17 @@ async fn accepted(response: Response<Incoming>) -> Result<Response<Incoming>, St
     }
     let said = body(response, MAX_ERROR_BYTES, "its error").await.unwrap_or_default();
     let said = serde_json::from_slice::<serde_json::Value>(&said).unwrap_or_default();
-    let said = said.pointer("/errors/0/message").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let said =
+        said.pointer("/errors/0/message").and_then(serde_json::Value::as_str).unwrap_or_default();
     let said: String = said.chars().filter(|letter| !letter.is_control()).take(200).collect();
     Err(match status {
-        StatusCode::NOT_FOUND => "the registry knows no such thing; check the repository, and the tag or digest".into(),
+        StatusCode::NOT_FOUND => {
+            "the registry knows no such thing; check the repository, and the tag or digest".into()
+        }
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-            format!("the registry does not let this user have it ({status} {said}); use --username and --password")
+            format!(
+                "the registry does not let this user have it ({status} {said}); use --username and --password"
+            )
         }
         status => format!("the registry answered {status} {said}").trim_end().to_owned(),
     })
@@ -308,17 +340,28 @@ mod tests {
             ("http://127.0.0.1:6000/token", "http://127.0.0.1:5000/v2/", "", false),
             ("https://user:x@ghcr.io/token", "https://ghcr.io/v2/", "", false),
         ] {
-            let (realm_url, registry_url) = (Url::parse(realm).unwrap(), Url::parse(registry).unwrap());
-            let allowed: Vec<String> = Some(allowed.to_owned()).filter(|host| !host.is_empty()).into_iter().collect();
-            assert_eq!(may_have_password(&realm_url, &registry_url, &allowed), expected, "{realm} for {registry}");
+            let (realm_url, registry_url) =
+                (Url::parse(realm).unwrap(), Url::parse(registry).unwrap());
+            let allowed: Vec<String> =
+                Some(allowed.to_owned()).filter(|host| !host.is_empty()).into_iter().collect();
+            assert_eq!(
+                may_have_password(&realm_url, &registry_url, &allowed),
+                expected,
+                "{realm} for {registry}"
+            );
         }
     }
 
     #[test]
     fn challenges_are_read_as_registries_write_them() {
         let bearer = r#"Bearer realm="https://a.example/token",service="r.example",scope="x""#;
-        let Some(Challenge::Bearer { realm, service }) = parse_challenge(bearer) else { unreachable!() };
-        assert_eq!((realm.as_str(), service.as_deref()), ("https://a.example/token", Some("r.example")));
+        let Some(Challenge::Bearer { realm, service }) = parse_challenge(bearer) else {
+            unreachable!()
+        };
+        assert_eq!(
+            (realm.as_str(), service.as_deref()),
+            ("https://a.example/token", Some("r.example"))
+        );
         assert!(matches!(parse_challenge("basic realm=\"x\""), Some(Challenge::Basic)));
         for odd in ["", "Bearer", "Bearer realm=\"file:///etc/passwd\"", "Negotiate"] {
             assert!(parse_challenge(odd).is_none(), "{odd}");

@@ -27,9 +27,21 @@ pub fn list(registry: &Registry) -> ExitCode {
         rows.push(match &entry.serving {
             Some(plugin) => {
                 let (state, served) = (entry.state().as_str().into(), serves(plugin));
-                [entry.name.clone(), plugin.kind.to_string(), plugin.description.version.clone(), state, served]
+                [
+                    entry.name.clone(),
+                    plugin.kind.to_string(),
+                    plugin.description.version.clone(),
+                    state,
+                    served,
+                ]
             }
-            None => [entry.name.clone(), "-".into(), "-".into(), entry.state().as_str().into(), "-".into()],
+            None => [
+                entry.name.clone(),
+                "-".into(),
+                "-".into(),
+                entry.state().as_str().into(),
+                "-".into(),
+            ],
         });
     }
     write_output(format_args!("{}", table(&rows)));
@@ -46,27 +58,41 @@ fn status(all_well: bool) -> ExitCode {
 /// The plugins of a server, and what requests wait for.
 pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
     let list = client.get("plugins").await?;
-    let plugins: Vec<&Value> = list.get("data").and_then(Value::as_array).into_iter().flatten().collect();
-    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
+    let plugins: Vec<&Value> =
+        list.get("data").and_then(Value::as_array).into_iter().flatten().collect();
+    let text =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
     let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
     let (mut notes, mut all_well) = (Vec::new(), true);
     let now = Clock::system().now();
     for plugin in plugins {
-        let models: Vec<&str> =
-            plugin.get("models").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let models: Vec<&str> = plugin
+            .get("models")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
         let name = text(plugin, "name");
         all_well &= !matches!(text(plugin, "state").as_str(), "failed" | "outdated");
         let own = plugin.get("waiting").filter(|waiting| waiting.is_object());
         let all = plugin.get("outages").and_then(Value::as_array).into_iter().flatten();
         let outages: Vec<&Value> = all.chain(own).collect();
         let state = if outages.is_empty() { text(plugin, "state") } else { "waiting".into() };
-        rows.push([name.clone(), text(plugin, "kind"), text(plugin, "version"), state, models.join(", ")]);
+        rows.push([
+            name.clone(),
+            text(plugin, "kind"),
+            text(plugin, "version"),
+            state,
+            models.join(", "),
+        ]);
         for outage in outages {
             let seconds = |key: &str| outage.get(key).and_then(Value::as_i64).unwrap_or(0);
             let since = humantime::format_duration(Duration::from_secs(
                 u64::try_from(now.as_seconds().saturating_sub(seconds("since"))).unwrap_or(0),
             ));
-            let left = u64::try_from(seconds("next_attempt_at").saturating_sub(now.as_seconds())).unwrap_or(0);
+            let left = u64::try_from(seconds("next_attempt_at").saturating_sub(now.as_seconds()))
+                .unwrap_or(0);
             let requests = match outage.get("waiting_requests").and_then(Value::as_u64) {
                 Some(number) => format!(", {number} requests wait"),
                 None => String::new(),
@@ -86,7 +112,8 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
 }
 
 fn serves(plugin: &Plugin) -> String {
-    let models: BTreeSet<&str> = plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
+    let models: BTreeSet<&str> =
+        plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
     if models.is_empty() {
         format!("all batches (order {})", plugin.order)
     } else {
@@ -96,7 +123,9 @@ fn serves(plugin: &Plugin) -> String {
 
 /// Columns as wide as their widest cell.
 fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+    };
     let mut text = String::new();
     for row in rows {
         let cells: Vec<String> = row
@@ -112,7 +141,9 @@ fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
 
 /// What `inspect` prints.
 pub fn describe(file: &Path, inspected: &Inspected) -> String {
-    let or = |list: &[String], none: &str| if list.is_empty() { none.to_owned() } else { list.join(", ") };
+    let or = |list: &[String], none: &str| {
+        if list.is_empty() { none.to_owned() } else { list.join(", ") }
+    };
     let description = &inspected.description;
     let mut rows = vec![
         ["file".to_owned(), file.display().to_string()],
@@ -124,20 +155,31 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
         ["endpoints".into(), or(&description.endpoints, "all")],
     ];
     for need in &description.credentials {
-        let prefix = if need.prefix.is_empty() { String::new() } else { format!("{} ", need.prefix.trim_end()) };
+        let prefix = if need.prefix.is_empty() {
+            String::new()
+        } else {
+            format!("{} ", need.prefix.trim_end())
+        };
         let required = if need.required { "required" } else { "optional" };
-        rows.push(["credential".into(), format!("{} ({required}), sent as `{}: {prefix}…`", need.name, need.header)]);
+        rows.push([
+            "credential".into(),
+            format!("{} ({required}), sent as `{}: {prefix}…`", need.name, need.header),
+        ]);
     }
     if description.credentials.is_empty() {
         rows.push(["credential".into(), "none".into()]);
     }
-    let settings = description.settings_schema.get("properties").and_then(|found| found.as_object());
+    let settings =
+        description.settings_schema.get("properties").and_then(|found| found.as_object());
     if settings.is_none_or(serde_json::Map::is_empty) {
         rows.push(["setting".into(), "none".into()]);
     }
     for (name, schema) in settings.into_iter().flatten() {
         let text = schema.get("description").and_then(|text| text.as_str()).unwrap_or_default();
-        let default = schema.get("default").map(|default| format!(" (default {default})")).unwrap_or_default();
+        let default = schema
+            .get("default")
+            .map(|default| format!(" (default {default})"))
+            .unwrap_or_default();
         rows.push(["setting".into(), for_people(&format!("{name}: {text}{default}"), 500)]);
     }
     let size = inspected.size as u64;
@@ -147,7 +189,11 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
 }
 
 pub fn size_text(bytes: u64) -> String {
-    if bytes < Size::mib(10).bytes() { format!("{} KiB", bytes.div_ceil(1024)) } else { format!("{} MiB", bytes >> 20) }
+    if bytes < Size::mib(10).bytes() {
+        format!("{} KiB", bytes.div_ceil(1024))
+    } else {
+        format!("{} MiB", bytes >> 20)
+    }
 }
 
 /// Checks a component, a TOML file, or a directory: there also what plugins do to each other.
@@ -162,7 +208,12 @@ pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
             match (&entry.error, &entry.serving) {
                 (Some(error), _) => put!("failed  {error}"),
                 (None, Some(plugin)) => {
-                    put!("ok      {} ({} {})", entry.file.display(), plugin.kind, plugin.description.version);
+                    put!(
+                        "ok      {} ({} {})",
+                        entry.file.display(),
+                        plugin.kind,
+                        plugin.description.version
+                    );
                 }
                 (None, None) => put!("off     {}", entry.file.display()),
             }

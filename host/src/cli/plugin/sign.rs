@@ -68,8 +68,12 @@ impl Sign {
         // What is printed to be signed elsewhere is of the file as it is, which is asked for more than once.
         let keeps = self.keep_serial || self.statement && files.manifest.serial > 0;
         if !keeps {
-            let failed =
-                |error| Error::Other(format!("failed to write a serial into {}: {error}", self.file.display()));
+            let failed = |error| {
+                Error::Other(format!(
+                    "failed to write a serial into {}: {error}",
+                    self.file.display()
+                ))
+            };
             set_serial(&files).map_err(failed)?;
             (_, _, statement) = read(&self.file)?;
         }
@@ -77,27 +81,39 @@ impl Sign {
             write_output(format_args!("{statement}"));
             return Ok(ExitCode::SUCCESS);
         };
-        let signature = sign(&key, &statement).map_err(|error| Error::Other(format!("the key: {error}")))?;
+        let signature =
+            sign(&key, &statement).map_err(|error| Error::Other(format!("the key: {error}")))?;
         let to = signature_file(&self.file);
         let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
         write(&to, signature.as_bytes()).map_err(failed)?;
-        put!("{statement}signed by {} in {}", key.fingerprint(ssh_key::HashAlg::Sha256), to.display());
+        put!(
+            "{statement}signed by {} in {}",
+            key.fingerprint(ssh_key::HashAlg::Sha256),
+            to.display()
+        );
         Ok(ExitCode::SUCCESS)
     }
 
     fn read_key(&self) -> Result<PrivateKey, Error> {
-        let Some(path) = &self.key else { return Err(Error::Other("say which key with --key".into())) };
+        let Some(path) = &self.key else {
+            return Err(Error::Other("say which key with --key".into()));
+        };
         let unusable = |error: String| Error::Other(format!("the key {}: {error}", path.display()));
-        let text = std::fs::read(path).map_err(|error| unusable(format!("cannot be read: {error}")))?;
+        let text =
+            std::fs::read(path).map_err(|error| unusable(format!("cannot be read: {error}")))?;
         let key = PrivateKey::from_openssh(&text).map_err(|error| {
             unusable(format!("is no private key as OpenSSH writes it: {error}; give the private half; `ssh-keygen -t ed25519` makes a pair"))
         })?;
         match (key.is_encrypted(), &self.passphrase) {
             (false, _) => Ok(key),
-            (true, None) => Err(unusable("has a passphrase; say where it is with --passphrase".into())),
+            (true, None) => {
+                Err(unusable("has a passphrase; say where it is with --passphrase".into()))
+            }
             (true, Some(source)) => {
-                let passphrase = read_secret(source).map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
-                key.decrypt(passphrase).map_err(|_| unusable("the passphrase does not open it".into()))
+                let passphrase = read_secret(source)
+                    .map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
+                key.decrypt(passphrase)
+                    .map_err(|_| unusable("the passphrase does not open it".into()))
             }
         }
     }
@@ -114,7 +130,8 @@ fn set_serial(files: &Files) -> std::io::Result<()> {
 
 /// Puts a new file in the place of what is there, a link to somewhere else included.
 fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder =
+        path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(bytes)?;
     file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
@@ -128,10 +145,12 @@ impl Verify {
         let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
         let mut all_well = true;
         for file in &self.files {
-            let verified = read(file).map_err(|error| error.to_string()).and_then(|(files, name, statement)| {
-                keys.verify(&name, &statement, files.signature.as_deref())
-                    .map_err(|message| format!("{}: signature: {message}", file.display()))
-            });
+            let verified = read(file).map_err(|error| error.to_string()).and_then(
+                |(files, name, statement)| {
+                    keys.verify(&name, &statement, files.signature.as_deref())
+                        .map_err(|message| format!("{}: signature: {message}", file.display()))
+                },
+            );
             match verified {
                 Ok(signer) => put!("ok      {} signed by {signer}", file.display()),
                 Err(problem) => {

@@ -9,10 +9,17 @@ use crate::cli::terminal::put;
 use crate::plugin::types::Kind;
 use crate::plugin::{Loader, Plugin, add_defaults, conformance};
 
-pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: &str) -> Result<ExitCode, Error> {
+pub async fn test(
+    loader: &Loader,
+    file: &Path,
+    cases: Option<&Path>,
+    settings: &str,
+) -> Result<ExitCode, Error> {
     let plugin = if file.extension().is_some_and(|extension| extension == "toml") {
         if settings != "{}" {
-            return Err(Error::Other("--settings is for a component alone; a TOML file has its own".into()));
+            return Err(Error::Other(
+                "--settings is for a component alone; a TOML file has its own".into(),
+            ));
         }
         loader.load_to_test(file).await?
     } else {
@@ -30,7 +37,9 @@ pub async fn test(loader: &Loader, file: &Path, cases: Option<&Path>, settings: 
     for (function, calls) in report.calls() {
         let (count, memory) = (calls.count(), size_text(calls.memory as u64));
         let (median, longest) = (calls.median().as_micros(), calls.longest().as_micros());
-        put!("cost    {function}: {count} calls, CPU time {median} us (median) to {longest} us, memory up to {memory}");
+        put!(
+            "cost    {function}: {count} calls, CPU time {median} us (median) to {longest} us, memory up to {memory}"
+        );
     }
     let failed = report.failed();
     put!("{} checks, {failed} failed", report.checks.len());
@@ -59,12 +68,16 @@ async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result
     add_defaults(&mut settings, &inspected.description.settings_schema);
     // Whatever address the URLs have: nothing is sent there.
     let urls = settings.iter().filter_map(|(_, value)| url::Url::parse(value.as_str()?).ok());
-    let hosts = urls.filter_map(|url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?)));
+    let hosts = urls
+        .filter_map(|url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?)));
     let hosts: Vec<toml::Value> = hosts.map(toml::Value::from).collect();
     if inspected.kind == Kind::Adapter {
         manifest.insert("allow".into(), hosts.into());
     }
-    manifest.insert("settings".into(), toml::Table::try_from(settings).map_err(|error| unusable(&error))?.into());
+    manifest.insert(
+        "settings".into(),
+        toml::Table::try_from(settings).map_err(|error| unusable(&error))?.into(),
+    );
     let source = toml::Value::from(format!("file:{}", beside("secret").display()));
     let needs = inspected.description.credentials.iter();
     // With a host of its own, since there may be no URL among the settings; nothing is sent anywhere.
@@ -72,7 +85,8 @@ async fn load_alone(loader: &Loader, component: &Path, settings: &str) -> Result
         ("from".to_owned(), source),
         ("hosts".to_owned(), vec![toml::Value::from("host.invalid")].into()),
     ]);
-    let credentials: toml::Table = needs.map(|need| (need.name.clone(), given.clone().into())).collect();
+    let credentials: toml::Table =
+        needs.map(|need| (need.name.clone(), given.clone().into())).collect();
     manifest.insert("credentials".into(), credentials.into());
     manifest.insert("allow_plain_http".into(), true.into());
     let file = beside("plugin.toml");

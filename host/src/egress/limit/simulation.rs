@@ -157,7 +157,14 @@ struct Host {
 }
 
 /// Runs so many lines of so many hosts through the limit.
-fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64, f64), seed: u64) -> Measured {
+fn run(
+    provider: Provider,
+    hosts: usize,
+    lines: usize,
+    max: usize,
+    latency: (f64, f64),
+    seed: u64,
+) -> Measured {
     let mut dice = fastrand::Rng::with_seed(seed);
     let mut model = Model::new(provider);
     let start = Instant::now();
@@ -185,7 +192,9 @@ fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64
         push(&mut events, 0.0, Event::Look { host });
     }
     while done < lines {
-        let Some(Reverse(At(now, _, event))) = events.pop() else { panic!("nothing happens any more") };
+        let Some(Reverse(At(now, _, event))) = events.pop() else {
+            panic!("nothing happens any more")
+        };
         assert!(now < 100_000.0, "it does not end");
         let host = match event {
             Event::Look { host } => {
@@ -204,7 +213,8 @@ fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64
                 let asked = (asked > 0.0).then(|| Duration::from_secs_f64(asked));
                 let taken = if accepted { Taken::Accepted } else { Taken::Refused(asked) };
                 let under_way = hosts[host].under_way;
-                let held = hosts[host].limit.ended(instant(now), began[line].unwrap(), taken, under_way);
+                let held =
+                    hosts[host].limit.ended(instant(now), began[line].unwrap(), taken, under_way);
                 match held.map(seconds).filter(|until| *until > now) {
                     Some(until) => push(&mut events, until, Event::Freed { host }),
                     None => hosts[host].under_way -= 1,
@@ -216,7 +226,8 @@ fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64
                 } else {
                     measured.refused += 1;
                     refusals[line] += 1;
-                    let pause = crate::egress::refusal_pause(refusals[line]).as_secs_f64() * (0.5 + dice.f64() / 2.0);
+                    let pause = crate::egress::refusal_pause(refusals[line]).as_secs_f64()
+                        * (0.5 + dice.f64() / 2.0);
                     let pause = asked.map_or(pause, |asked| asked.as_secs_f64().max(pause));
                     push(&mut events, now + pause, Event::Due { host, line });
                 }
@@ -248,7 +259,8 @@ fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64
                 Err(asked) => (false, asked.unwrap_or(0.0)),
             };
             model.busy += usize::from(accepted);
-            let takes = if accepted { latency.0 + dice.f64() * (latency.1 - latency.0) } else { 0.005 };
+            let takes =
+                if accepted { latency.0 + dice.f64() * (latency.1 - latency.0) } else { 0.005 };
             push(&mut events, now + takes, Event::Ends { host, line, accepted, asked });
         }
     }
@@ -256,7 +268,13 @@ fn run(provider: Provider, hosts: usize, lines: usize, max: usize, latency: (f64
 }
 
 /// The same with plain tasks and the official SDK's backoff, without a bound on its attempts.
-fn plain(provider: Provider, lines: usize, tasks: usize, latency: (f64, f64), seed: u64) -> Measured {
+fn plain(
+    provider: Provider,
+    lines: usize,
+    tasks: usize,
+    latency: (f64, f64),
+    seed: u64,
+) -> Measured {
     let mut dice = fastrand::Rng::with_seed(seed);
     let mut model = Model::new(provider);
     let mut events = BinaryHeap::new();
@@ -279,8 +297,13 @@ fn plain(provider: Provider, lines: usize, tasks: usize, latency: (f64, f64), se
                     Err(asked) => (false, asked.unwrap_or(0.0)),
                 };
                 model.busy += usize::from(accepted);
-                let takes = if accepted { latency.0 + dice.f64() * (latency.1 - latency.0) } else { 0.005 };
-                events.push(Reverse(At(now + takes, order, Event::Ends { host: 0, line, accepted, asked })));
+                let takes =
+                    if accepted { latency.0 + dice.f64() * (latency.1 - latency.0) } else { 0.005 };
+                events.push(Reverse(At(
+                    now + takes,
+                    order,
+                    Event::Ends { host: 0, line, accepted, asked },
+                )));
             }
             Event::Ends { line, accepted, asked, .. } => {
                 if accepted {
@@ -293,7 +316,8 @@ fn plain(provider: Provider, lines: usize, tasks: usize, latency: (f64, f64), se
                     }
                 } else {
                     measured.refused += 1;
-                    let pause = (0.5 * 2_f64.powi(refusals[line].min(4))).min(8.0) * (1.0 - 0.25 * dice.f64());
+                    let pause = (0.5 * 2_f64.powi(refusals[line].min(4))).min(8.0)
+                        * (1.0 - 0.25 * dice.f64());
                     // It heeds up to a minute.
                     let pause = if asked > 0.0 && asked <= 60.0 { asked } else { pause };
                     refusals[line] += 1;
@@ -335,7 +359,8 @@ fn the_limit_keeps_up_with_plain_tasks_and_spares_the_provider() {
     ];
     for (name, provider, lines, latency) in cases {
         let ours = median((0..15).map(|seed| run(provider, 1, lines, 64, latency, seed)).collect());
-        let theirs = median((0..15).map(|seed| plain(provider, lines, 64, latency, seed)).collect());
+        let theirs =
+            median((0..15).map(|seed| plain(provider, lines, 64, latency, seed)).collect());
         let three = median((0..5).map(|seed| run(provider, 3, lines, 64, latency, seed)).collect());
         println!(
             "| {name} | {:.1} | {} | {:.1} | {} | {:.2} | {:.1} | {} |",

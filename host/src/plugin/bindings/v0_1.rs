@@ -74,17 +74,32 @@ macro_rules! described {
 
 impl Exports {
     /// The description, and its schema as the text it still is.
-    pub async fn describe(&self, store: &mut Store<State>) -> wasmtime::Result<(types::Description, String)> {
+    pub async fn describe(
+        &self,
+        store: &mut Store<State>,
+    ) -> wasmtime::Result<(types::Description, String)> {
         Ok(match self {
-            Self::Validator(guest) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
-            Self::Adapter(guest, _) => described!(guest.batchwright_plugin_plugin().call_describe(store).await?),
+            Self::Validator(guest) => {
+                described!(guest.batchwright_plugin_plugin().call_describe(store).await?)
+            }
+            Self::Adapter(guest, _) => {
+                described!(guest.batchwright_plugin_plugin().call_describe(store).await?)
+            }
         })
     }
 
-    pub async fn configure(&self, store: &mut Store<State>, settings: &String) -> wasmtime::Result<Result<(), String>> {
+    pub async fn configure(
+        &self,
+        store: &mut Store<State>,
+        settings: &String,
+    ) -> wasmtime::Result<Result<(), String>> {
         match self {
-            Self::Validator(guest) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
-            Self::Adapter(guest, _) => guest.batchwright_plugin_plugin().call_configure(store, settings).await,
+            Self::Validator(guest) => {
+                guest.batchwright_plugin_plugin().call_configure(store, settings).await
+            }
+            Self::Adapter(guest, _) => {
+                guest.batchwright_plugin_plugin().call_configure(store, settings).await
+            }
         }
     }
 
@@ -97,13 +112,20 @@ impl Exports {
         let Self::Validator(guest) = self else { return Err(wrong_world("validate")) };
         let types::BatchContext { id, endpoint, metadata, first_model } = batch;
         let batch = validation::Batch { id, endpoint, metadata, first_model };
-        let lines: Vec<_> =
-            lines.into_iter().map(|line| validation::Line { number: line.number, text: line.text }).collect();
-        let violations = guest.batchwright_plugin_validation().call_validate(store, &batch, &lines).await?;
+        let lines: Vec<_> = lines
+            .into_iter()
+            .map(|line| validation::Line { number: line.number, text: line.text })
+            .collect();
+        let violations =
+            guest.batchwright_plugin_validation().call_validate(store, &batch, &lines).await?;
         Ok(violations.into_iter().map(types::Violation::from).collect())
     }
 
-    pub async fn begin(&self, store: &mut Store<State>, request: types::Request) -> wasmtime::Result<types::Step> {
+    pub async fn begin(
+        &self,
+        store: &mut Store<State>,
+        request: types::Request,
+    ) -> wasmtime::Result<types::Step> {
         let Self::Adapter(guest, _) = self else { return Err(wrong_world("begin")) };
         let request = inference::Request {
             id: request.id,
@@ -185,15 +207,23 @@ impl From<inference::Step> for types::Step {
                 request: HttpRequest {
                     method: exchange.request.method,
                     url: exchange.request.url,
-                    headers: exchange.request.headers.into_iter().map(|header| (header.name, header.value)).collect(),
+                    headers: exchange
+                        .request
+                        .headers
+                        .into_iter()
+                        .map(|header| (header.name, header.value))
+                        .collect(),
                     body: exchange.request.body,
                 },
                 state: exchange.state,
             },
-            inference::Step::Wait(pause) => Self::Wait { milliseconds: pause.milliseconds, state: pause.state },
-            inference::Step::Retry(advice) => {
-                Self::Retry { after_milliseconds: advice.after_milliseconds, otherwise: advice.otherwise.into() }
+            inference::Step::Wait(pause) => {
+                Self::Wait { milliseconds: pause.milliseconds, state: pause.state }
             }
+            inference::Step::Retry(advice) => Self::Retry {
+                after_milliseconds: advice.after_milliseconds,
+                otherwise: advice.otherwise.into(),
+            },
             inference::Step::Done(answer) => Self::Done(answer.into()),
         }
     }
@@ -225,7 +255,11 @@ impl From<types::Outcome> for inference::Outcome {
         match from {
             types::Outcome::Response(response) => Self::Response(inference::HttpResponse {
                 status: response.status,
-                headers: response.headers.into_iter().map(|(name, value)| inference::Header { name, value }).collect(),
+                headers: response
+                    .headers
+                    .into_iter()
+                    .map(|(name, value)| inference::Header { name, value })
+                    .collect(),
                 body: response.body,
             }),
             types::Outcome::Error(error) => Self::Error(inference::TransportError {
@@ -250,7 +284,11 @@ impl From<inference::Outcome> for types::Outcome {
         match from {
             inference::Outcome::Response(response) => Self::Response(HttpResponse {
                 status: response.status,
-                headers: response.headers.into_iter().map(|header| (header.name, header.value)).collect(),
+                headers: response
+                    .headers
+                    .into_iter()
+                    .map(|header| (header.name, header.value))
+                    .collect(),
                 body: response.body,
             }),
             inference::Outcome::Error(error) => Self::Error(TransportError::new(

@@ -71,13 +71,22 @@ impl Exchange {
     fn outcome(self) -> Result<Outcome, String> {
         match (self.response, self.error, self.elapsed) {
             (Some(CaseResponse { status, headers, body }), None, false) => {
-                let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
-                Ok(Outcome::Response(HttpResponse { status, headers: headers.into_iter().collect(), body }))
+                let body =
+                    body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
+                Ok(Outcome::Response(HttpResponse {
+                    status,
+                    headers: headers.into_iter().collect(),
+                    body,
+                }))
             }
             (None, Some(name), false) => {
-                let named = |fault: &&Fault| format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""));
-                let fault =
-                    *FAULTS.iter().find(named).ok_or_else(|| format!("`{name}` is no fault of the contract"))?;
+                let named = |fault: &&Fault| {
+                    format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""))
+                };
+                let fault = *FAULTS
+                    .iter()
+                    .find(named)
+                    .ok_or_else(|| format!("`{name}` is no fault of the contract"))?;
                 Ok(Outcome::Error(TransportError::new(fault, "It did not work.")))
             }
             (None, None, true) => Ok(Outcome::Elapsed),
@@ -100,7 +109,10 @@ impl Report {
     pub(super) async fn cases(&mut self, plugin: &Plugin, folder: &Path) {
         let files = match std::fs::read_dir(folder) {
             Ok(files) => files,
-            Err(error) => return self.note(folder.display().to_string(), Err(format!("cannot be read: {error}"))),
+            Err(error) => {
+                return self
+                    .note(folder.display().to_string(), Err(format!("cannot be read: {error}")));
+            }
         };
         let mut paths: Vec<_> = files.flatten().map(|file| file.path()).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
@@ -109,7 +121,9 @@ impl Report {
             self.note(folder.display().to_string(), Err("there is no .json file in it".into()));
         }
         for path in paths {
-            let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            let name = path
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             let found = match read_case(&path) {
                 Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => {
                     let found = self.replay(plugin, case.clone()).await;
@@ -122,8 +136,13 @@ impl Report {
                     }
                     found
                 }
-                Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => self.judge(plugin, case).await,
-                Ok(_) => Err(format!("is a case for the other kind; this is a plugin of kind {}", plugin.kind)),
+                Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => {
+                    self.judge(plugin, case).await
+                }
+                Ok(_) => Err(format!(
+                    "is a case for the other kind; this is a plugin of kind {}",
+                    plugin.kind
+                )),
                 Err(error) => Err(error),
             };
             self.note(format!("case {name}"), found);
@@ -132,12 +151,16 @@ impl Report {
 
     /// Plays a recorded conversation; each step on the other instance.
     async fn replay(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
-        let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, answer } = case;
+        let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, answer } =
+            case;
         let mut asked = request(&endpoint, &body.to_string());
-        asked.model = model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
+        asked.model =
+            model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
         let failed = |error: CallError| error.detail();
         let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
-        for (place, (exchange, tenant)) in exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate() {
+        for (place, (exchange, tenant)) in
+            exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate()
+        {
             let here = |problem: String| format!("exchange {}: {problem}", place + 1);
             let state = match step {
                 Step::Send { request, state } if !exchange.elapsed => {
@@ -155,12 +178,17 @@ impl Report {
                 Step::Wait { state, .. } if exchange.elapsed => state,
                 step => {
                     let wanted = if exchange.elapsed { "to wait" } else { "to send" };
-                    let problem =
-                        format!("the adapter was to ask {wanted}; it asks for {}", cut(&shown(&step).to_string()));
+                    let problem = format!(
+                        "the adapter was to ask {wanted}; it asks for {}",
+                        cut(&shown(&step).to_string())
+                    );
                     return Err(here(problem));
                 }
             };
-            step = self.resume(plugin, tenant, &state, exchange.outcome().map_err(here)?).await.map_err(failed)?;
+            step = self
+                .resume(plugin, tenant, &state, exchange.outcome().map_err(here)?)
+                .await
+                .map_err(failed)?;
         }
         match &step {
             Step::Send { request, .. } if answer.get("send").is_none() => Err(format!(
@@ -179,7 +207,8 @@ impl Report {
     async fn mutate(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
         let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, .. } = case;
         let mut asked = request(&endpoint, &body.to_string());
-        asked.model = model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
+        asked.model =
+            model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
         let failed = |error: CallError| error.detail();
         let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
         for (place, exchange) in (1..).zip(exchanges) {
@@ -196,18 +225,27 @@ impl Report {
                     };
                     let one = self.resume(plugin, ONE, &state, outcome()).await;
                     let two = self.resume(plugin, TWO, &state, outcome()).await;
-                    let here = |problem: String| format!("exchange {place}, its response with {change}: {problem}");
+                    let here = |problem: String| {
+                        format!("exchange {place}, its response with {change}: {problem}")
+                    };
                     super::same(&one, &two).map_err(here)?;
                     // What an adapter polls for it asks for after its pause.
                     let next = match one {
-                        Ok(Step::Wait { state, .. }) => self.resume(plugin, ONE, &state, Outcome::Elapsed).await,
+                        Ok(Step::Wait { state, .. }) => {
+                            self.resume(plugin, ONE, &state, Outcome::Elapsed).await
+                        }
                         step => step,
                     };
                     if let Ok(Step::Send { request, .. }) = &next {
-                        plugin.gateway().check(request).map_err(|error| here(error.detail().to_owned()))?;
+                        plugin
+                            .gateway()
+                            .check(request)
+                            .map_err(|error| here(error.detail().to_owned()))?;
                         if ["../", "?y=1", "#z"].iter().any(|part| request.url.contains(part)) {
-                            let problem =
-                                format!("it sends to {}, where the id leads elsewhere; encode it", request.url);
+                            let problem = format!(
+                                "it sends to {}, where the id leads elsewhere; encode it",
+                                request.url
+                            );
                             return Err(here(problem));
                         }
                     }
@@ -225,8 +263,10 @@ impl Report {
             first_model: batch.first_model,
             ..context(&batch.endpoint)
         };
-        let lines: Vec<Line> = (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
-        let found = self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.detail())?;
+        let lines: Vec<Line> =
+            (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
+        let found =
+            self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.detail())?;
         let mut found: Vec<Value> = found
             .into_iter()
             .map(|found| {
@@ -234,7 +274,11 @@ impl Report {
             })
             .collect();
         if found.len() != expected.len() {
-            return Err(format!("there are {} findings and not {}: {found:?}", found.len(), expected.len()));
+            return Err(format!(
+                "there are {} findings and not {}: {found:?}",
+                found.len(),
+                expected.len()
+            ));
         }
         // They may stand in any order.
         for expected in &expected {
@@ -252,7 +296,8 @@ impl Report {
 
 fn read_case(path: &Path) -> Result<Case, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| format!("is not JSON: {error}"))?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| format!("is not JSON: {error}"))?;
     let is_no_case = |error: serde_json::Error| format!("is no case: {error}");
     match (value.get("request"), value.get("batch")) {
         (Some(_), None) => serde_json::from_value(value).map(Case::Adapter).map_err(is_no_case),
@@ -264,7 +309,8 @@ fn read_case(path: &Path) -> Result<Case, String> {
 }
 
 fn as_json(bytes: &[u8]) -> Value {
-    serde_json::from_slice(bytes).unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into())
+    serde_json::from_slice(bytes)
+        .unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into())
 }
 
 /// A step as a case has it.
@@ -279,14 +325,18 @@ fn shown(step: &Step) -> Value {
             });
             serde_json::json!({"status": response.status, "body": as_json(response.body.as_bytes()), "usage": usage})
         }
-        Answer::Failure(failure) => serde_json::json!({"code": failure.code, "message": failure.message}),
+        Answer::Failure(failure) => {
+            serde_json::json!({"code": failure.code, "message": failure.message})
+        }
     };
     match step {
         Step::Done(done) => answer(done),
         Step::Retry { after_milliseconds, otherwise } => {
             serde_json::json!({"retry": {"after_milliseconds": after_milliseconds, "otherwise": answer(otherwise)}})
         }
-        Step::Wait { milliseconds, state } => serde_json::json!({"wait": milliseconds, "state": as_json(state)}),
+        Step::Wait { milliseconds, state } => {
+            serde_json::json!({"wait": milliseconds, "state": as_json(state)})
+        }
         Step::Send { request, state } => serde_json::json!({
             "send": {"method": request.method, "url": request.url}, "state": as_json(state),
         }),
@@ -297,18 +347,26 @@ fn shown(step: &Step) -> Value {
 fn contains(found: &Value, expected: &Value, place: &str) -> Result<(), String> {
     match (found, expected) {
         (_, Value::Null) if place == "request" => Ok(()),
-        (Value::Object(found), Value::Object(expected)) => expected.iter().try_for_each(|(key, value)| {
-            let place = format!("{place}.{key}");
-            match found.get(key) {
-                Some(found) => contains(found, value, &place),
-                None => Err(format!("{place} is missing")),
-            }
-        }),
-        (Value::Array(found), Value::Array(expected)) if found.len() == expected.len() => (0..)
-            .zip(found.iter().zip(expected))
-            .try_for_each(|(index, (found, expected))| contains(found, expected, &format!("{place}[{index}]"))),
+        (Value::Object(found), Value::Object(expected)) => {
+            expected.iter().try_for_each(|(key, value)| {
+                let place = format!("{place}.{key}");
+                match found.get(key) {
+                    Some(found) => contains(found, value, &place),
+                    None => Err(format!("{place} is missing")),
+                }
+            })
+        }
+        (Value::Array(found), Value::Array(expected)) if found.len() == expected.len() => {
+            (0..).zip(found.iter().zip(expected)).try_for_each(|(index, (found, expected))| {
+                contains(found, expected, &format!("{place}[{index}]"))
+            })
+        }
         _ if found == expected => Ok(()),
-        _ => Err(format!("{place} is {}, expected was {}", cut(&found.to_string()), cut(&expected.to_string()))),
+        _ => Err(format!(
+            "{place} is {}, expected was {}",
+            cut(&found.to_string()),
+            cut(&expected.to_string())
+        )),
     }
 }
 

@@ -81,9 +81,14 @@ pub const LINES: [&str; 15] = [
 ];
 
 /// Another request than any of those above.
-pub const OTHER_BODY: &str =
-    r#"{"model":"other","messages":[{"role":"user","content":"other"}],"input":"other","prompt":"other"}"#;
+pub const OTHER_BODY: &str = r#"{"model":"other","messages":[{"role":"user","content":"other"}],"input":"other","prompt":"other"}"#;
 
 /// What providers may write where seconds are meant.
-pub const ODD_RETRY_AFTER: [&str; 6] =
-    ["3", "0x10", "-1", "1e9", "", "99999999999999999999999999999999999999999999999999999999999999999999999999999999"];
+pub const ODD_RETRY_AFTER: [&str; 6] = [
+    "3",
+    "0x10",
+    "-1",
+    "1e9",
+    "",
+    "99999999999999999999999999999999999999999999999999999999999999999999999999999999",
+];

@@ -17,7 +17,9 @@ use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES, ODD_RETRY_AFTER,
 
 use super::error::CallError;
 use super::plugin::Plugin;
-use super::types::{Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation};
+use super::types::{
+    Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation,
+};
 use crate::egress::{HttpResponse, TransportError};
 
 /// Tenants of the two instances; what one was told the other must not need to know.
@@ -143,10 +145,15 @@ impl Report {
 
     /// A guest that waits holds an instance and its memory.
     fn waits(&mut self) {
-        let waits: Vec<(&str, Duration)> = self.calls().map(|(function, calls)| (function, calls.waited)).collect();
+        let waits: Vec<(&str, Duration)> =
+            self.calls().map(|(function, calls)| (function, calls.waited)).collect();
         let longest = waits.into_iter().max_by_key(|(_, waited)| *waited);
-        if let Some((function, waited)) = longest.filter(|(_, waited)| *waited > MAX_WAIT && !self.gave_up()) {
-            let problem = format!("a call of `{function}` waited {waited:.1?}; a plugin has nothing to wait for");
+        if let Some((function, waited)) =
+            longest.filter(|(_, waited)| *waited > MAX_WAIT && !self.gave_up())
+        {
+            let problem = format!(
+                "a call of `{function}` waited {waited:.1?}; a plugin has nothing to wait for"
+            );
             self.note("does not wait", Err(problem));
         }
     }
@@ -155,7 +162,8 @@ impl Report {
         if self.gave_up() {
             if self.checks.last().is_none_or(|last| last.name != REST) {
                 self.checks.push(Check { name: name.into(), problem: found.err() });
-                let problem = format!("not made, as {MAX_OUT_OF_TIME} calls in a row ran out of time");
+                let problem =
+                    format!("not made, as {MAX_OUT_OF_TIME} calls in a row ran out of time");
                 self.checks.push(Check { name: REST.into(), problem: Some(problem) });
             }
             return;
@@ -163,7 +171,12 @@ impl Report {
         self.checks.push(Check { name: name.into(), problem: found.err() });
     }
 
-    async fn begin(&mut self, plugin: &Plugin, tenant: &str, request: &Request) -> Result<Step, CallError> {
+    async fn begin(
+        &mut self,
+        plugin: &Plugin,
+        tenant: &str,
+        request: &Request,
+    ) -> Result<Step, CallError> {
         if self.gave_up() {
             return Self::given_up(plugin, "begin");
         }
@@ -220,20 +233,32 @@ impl Report {
     }
 
     async fn adapter(&mut self, plugin: &Plugin) {
-        let handled: Vec<_> = ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)).collect();
+        let handled: Vec<_> =
+            ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)).collect();
         if handled.is_empty() {
-            self.note("handles an endpoint", Err("`describe` names no endpoint of the Batch API".into()));
+            self.note(
+                "handles an endpoint",
+                Err("`describe` names no endpoint of the Batch API".into()),
+            );
         }
         for (endpoint, body) in &handled {
             let good = request(endpoint, body);
             let (begun, same) = self.begin_twice(plugin, &good).await;
             self.note(format!("{endpoint}: begins, the same from every instance"), same);
             if let Some(Step::Send { request, .. }) = &begun {
-                let sendable = plugin.gateway().check(request).map_err(|error| error.detail().to_owned());
-                self.note(format!("{endpoint}: what it sends is a request the host would send"), sendable);
+                let sendable =
+                    plugin.gateway().check(request).map_err(|error| error.detail().to_owned());
+                self.note(
+                    format!("{endpoint}: what it sends is a request the host would send"),
+                    sendable,
+                );
             }
             // The other instance sees somebody else's request last: whoever keeps one outside of the state is found out.
-            let other = Request { custom_id: "other".into(), model: "other".into(), ..request(endpoint, OTHER_BODY) };
+            let other = Request {
+                custom_id: "other".into(),
+                model: "other".into(),
+                ..request(endpoint, OTHER_BODY)
+            };
             self.begin(plugin, TWO, &other).await.ok();
             if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = begun {
                 self.outcomes(plugin, endpoint, &state).await;
@@ -242,10 +267,17 @@ impl Report {
                 let (_, same) = self.begin_twice(plugin, &request(endpoint, body)).await;
                 self.note(format!("{endpoint}: odd body {}", place + 1), same);
             }
-            let deep = format!(r#"{{"model":"m","messages":[],"x":{}{}}}"#, "[".repeat(5000), "]".repeat(5000));
+            let deep = format!(
+                r#"{{"model":"m","messages":[],"x":{}{}}}"#,
+                "[".repeat(5000),
+                "]".repeat(5000)
+            );
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &deep)).await;
             self.note(format!("{endpoint}: a body nested 5,000 deep"), same);
-            let long = format!(r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#, "x".repeat(1 << 20));
+            let long = format!(
+                r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#,
+                "x".repeat(1 << 20)
+            );
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
             self.note(format!("{endpoint}: a body of a MiB"), same);
         }
@@ -263,12 +295,20 @@ impl Report {
             self.classification(plugin).await;
         }
         let stranger = self.resume(plugin, TWO, b"not its own", Outcome::Elapsed).await;
-        self.note("takes a state that is not its own", stranger.map(drop).map_err(|error| error.detail()));
+        self.note(
+            "takes a state that is not its own",
+            stranger.map(drop).map_err(|error| error.detail()),
+        );
     }
 
-    async fn begin_twice(&mut self, plugin: &Plugin, request: &Request) -> (Option<Step>, Result<(), String>) {
+    async fn begin_twice(
+        &mut self,
+        plugin: &Plugin,
+        request: &Request,
+    ) -> (Option<Step>, Result<(), String>) {
         let first = self.begin(plugin, ONE, request).await;
-        let others = [self.begin(plugin, TWO, request).await, self.begin(plugin, ONE, request).await];
+        let others =
+            [self.begin(plugin, TWO, request).await, self.begin(plugin, ONE, request).await];
         let same = others.iter().try_for_each(|other| same(&first, other));
         (first.ok(), same)
     }
@@ -280,16 +320,22 @@ impl Report {
             for body in ODD_ANSWERS {
                 let headers = vec![("retry-after".to_owned(), "soon".to_owned())];
                 let response = HttpResponse { status, headers, body: body.to_vec() };
-                let (one, two) = (plugin.classify(ONE, &response).await, plugin.classify(TWO, &response).await);
+                let (one, two) =
+                    (plugin.classify(ONE, &response).await, plugin.classify(TWO, &response).await);
                 found = found.and(same(&one, &two));
             }
-            self.note(format!("classifies answers with status {status}, the same in every instance"), found);
+            self.note(
+                format!("classifies answers with status {status}, the same in every instance"),
+                found,
+            );
         }
     }
 
     /// Every outcome of an exchange, on both instances.
     async fn outcomes(&mut self, plugin: &Plugin, endpoint: &str, state: &[u8]) {
-        for status in [200, 201, 204, 301, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 529, 599] {
+        for status in
+            [200, 201, 204, 301, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 529, 599]
+        {
             let mut found = Ok(());
             for body in ODD_ANSWERS {
                 let outcome = || {
@@ -302,7 +348,10 @@ impl Report {
                 let one = self.resume(plugin, ONE, state, outcome()).await;
                 let two = self.resume(plugin, TWO, state, outcome()).await;
                 found = found.and(same(&one, &two)).map_err(|problem| {
-                    format!("{problem}; the body was {}", String::from_utf8_lossy(body).escape_debug())
+                    format!(
+                        "{problem}; the body was {}",
+                        String::from_utf8_lossy(body).escape_debug()
+                    )
                 });
             }
             self.note(format!("{endpoint}: answers of status {status}"), found);
@@ -317,18 +366,27 @@ impl Report {
             let shown: String = value.chars().take(20).collect();
             self.note(format!("{endpoint}: 429 with retry-after {shown}"), same(&one, &two));
         }
-        let deep = format!(r#"{{"error":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000)).into_bytes();
+        let deep =
+            format!(r#"{{"error":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000)).into_bytes();
         for status in [200, 503] {
-            let answer = Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
+            let answer =
+                Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
             let found = self.resume(plugin, ONE, state, answer).await;
             let found = found.map(drop).map_err(|error| error.detail());
-            self.note(format!("{endpoint}: an answer of status {status} nested 10,000 deep"), found);
+            self.note(
+                format!("{endpoint}: an answer of status {status} nested 10,000 deep"),
+                found,
+            );
         }
         let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1 << 20));
         let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
-        let long = Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
+        let long =
+            Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
         let found = self.resume(plugin, ONE, state, long).await;
-        self.note(format!("{endpoint}: an answer of a MiB"), found.map(drop).map_err(|error| error.detail()));
+        self.note(
+            format!("{endpoint}: an answer of a MiB"),
+            found.map(drop).map_err(|error| error.detail()),
+        );
         for fault in FAULTS {
             let outcome = || Outcome::Error(TransportError::new(fault, "It did not work."));
             let one = self.resume(plugin, ONE, state, outcome()).await;
@@ -339,14 +397,20 @@ impl Report {
 
     async fn validator(&mut self, plugin: &Plugin) {
         let numbered = |texts: &[&str]| -> Vec<Line> {
-            (1..).zip(texts).map(|(number, text)| Line { number, text: (*text).to_owned() }).collect()
+            (1..)
+                .zip(texts)
+                .map(|(number, text)| Line { number, text: (*text).to_owned() })
+                .collect()
         };
         let lines = numbered(&LINES);
         for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)) {
             let batch = context(endpoint);
             let whole = self.validate(plugin, ONE, &batch, &lines).await;
             let again = self.validate(plugin, TWO, &batch, &lines).await;
-            self.note(format!("{endpoint}: judges odd lines, the same from every instance"), same(&whole, &again));
+            self.note(
+                format!("{endpoint}: judges odd lines, the same from every instance"),
+                same(&whole, &again),
+            );
             let mut one_by_one = Ok(Vec::new());
             for line in &lines {
                 let found = self.validate(plugin, ONE, &batch, std::slice::from_ref(line)).await;
@@ -355,11 +419,18 @@ impl Report {
                     Ok(all)
                 });
             }
-            self.note(format!("{endpoint}: judges each line alone as it does among others"), same(&whole, &one_by_one));
-            let bare = BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
+            self.note(
+                format!("{endpoint}: judges each line alone as it does among others"),
+                same(&whole, &one_by_one),
+            );
+            let bare =
+                BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
             let found = self.validate(plugin, ONE, &bare, &lines).await;
             let found = found.map(drop).map_err(|error| error.detail());
-            self.note(format!("{endpoint}: a batch without metadata whose first line names no model"), found);
+            self.note(
+                format!("{endpoint}: a batch without metadata whose first line names no model"),
+                found,
+            );
             let none = self.validate(plugin, ONE, &batch, &[]).await;
             self.note(
                 format!("{endpoint}: no lines, no findings"),
@@ -372,7 +443,8 @@ impl Report {
         }
         let batch = context("/v1/chat/completions");
         let long = format!(r#"{{"custom_id":"{}"}}"#, "x".repeat(1 << 20));
-        let deep = format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
+        let deep =
+            format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
         for (name, text) in [("a line of a MiB", &long), ("a line nested 10,000 deep", &deep)] {
             let found = self.validate(plugin, ONE, &batch, &numbered(&[text])).await;
             self.note(name, found.map(drop).map_err(|error| error.detail()));
@@ -411,7 +483,11 @@ fn same<T: Debug>(one: &Result<T, CallError>, other: &Result<T, CallError>) -> R
         (Err(error), _) | (_, Err(error)) => Err(error.detail()),
         (Ok(one), Ok(other)) => {
             let (one, other) = (format!("{one:?}"), format!("{other:?}"));
-            if one == other { Ok(()) } else { Err(format!("two instances differ: {} and {}", cut(&one), cut(&other))) }
+            if one == other {
+                Ok(())
+            } else {
+                Err(format!("two instances differ: {} and {}", cut(&one), cut(&other)))
+            }
         }
     }
 }

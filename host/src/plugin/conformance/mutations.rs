@@ -16,7 +16,8 @@ pub struct Mutation {
 
 /// What takes the place of a value, as JSON; none takes its key away.
 fn replacements(key: &str, value: &Value) -> Vec<Option<String>> {
-    let json = |texts: &[&str]| texts.iter().map(|text| Some((*text).to_owned())).collect::<Vec<_>>();
+    let json =
+        |texts: &[&str]| texts.iter().map(|text| Some((*text).to_owned())).collect::<Vec<_>>();
     let mut new = match value {
         Value::Number(_) => json(&["-1", "18446744073709551616", "1.5", "1e400", "\"7\"", "null"]),
         Value::String(_) => json(&["7", "null", "{}", "\"\""]),
@@ -56,13 +57,16 @@ pub fn of(body: &Value) -> Vec<Mutation> {
                     format!("{} as {new}", place.trim_start_matches('.'))
                 }
                 None => {
-                    let parent = path.get(..path.len().saturating_sub(key.len() + 1)).unwrap_or_default();
+                    let parent =
+                        path.get(..path.len().saturating_sub(key.len() + 1)).unwrap_or_default();
                     let Some(Value::Object(object)) = changed.pointer_mut(parent) else { continue };
                     object.shift_remove(key);
                     format!("without {}", place.trim_start_matches('.'))
                 }
             };
-            let text = changed.to_string().replace(&format!("\"{MARK}\""), new.as_deref().unwrap_or_default());
+            let text = changed
+                .to_string()
+                .replace(&format!("\"{MARK}\""), new.as_deref().unwrap_or_default());
             mutations.push(Mutation { change, body: text });
         }
     }
@@ -73,7 +77,9 @@ pub fn of(body: &Value) -> Vec<Mutation> {
 fn walk(value: &Value, path: &mut String, paths: &mut Vec<String>) {
     let inner: Vec<(String, &Value)> = match value {
         Value::Object(object) => object.iter().map(|(key, value)| (key.clone(), value)).collect(),
-        Value::Array(array) => array.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect(),
+        Value::Array(array) => {
+            array.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+        }
         _ => return,
     };
     for (key, value) in inner.into_iter().filter(|(key, _)| !key.contains(['/', '~'])) {
@@ -107,7 +113,11 @@ mod tests {
         ] {
             assert!(bodies.contains(&expected), "{expected} is not among {bodies:#?}");
         }
-        assert!(mutations.iter().any(|mutation| mutation.change == "usage.tokens as 18446744073709551616"));
+        assert!(
+            mutations
+                .iter()
+                .any(|mutation| mutation.change == "usage.tokens as 18446744073709551616")
+        );
         let large: Value = (0..1000).collect();
         assert_eq!(of(&large).len(), MAX_MUTATIONS);
     }

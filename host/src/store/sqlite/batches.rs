@@ -5,8 +5,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency, NewBatch, Page, Paged,
-    Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
+    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency,
+    NewBatch, Page, Paged, Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
 };
 use super::{explain, loaded, stored, tenant_key, timestamp};
 use crate::clock::Timestamp;
@@ -18,7 +18,8 @@ const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, meta
 
 /// A batch with its key, and without its errors.
 fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
-    let time = |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
+    let time =
+        |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
     let number = |column: &str| Ok::<_, rusqlite::Error>(loaded(row.get(column)?));
     let metadata: Option<String> = row.get("metadata")?;
     let status: String = row.get("status")?;
@@ -35,7 +36,10 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
                 .get::<_, Option<i64>>("output_lifetime")?
                 .map(|millis| Duration::from_millis(loaded(millis))),
         },
-        status: Status::ALL.into_iter().find(|known| known.as_str() == status).unwrap_or(Status::Failed),
+        status: Status::ALL
+            .into_iter()
+            .find(|known| known.as_str() == status)
+            .unwrap_or(Status::Failed),
         model: row.get("model")?,
         errors: Vec::new(),
         output_file_id: row.get("output_file_id")?,
@@ -49,7 +53,11 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             cancelling_at: time("cancelling_at")?,
             cancelled_at: time("cancelled_at")?,
         },
-        counts: Counts { total: number("total")?, completed: number("completed")?, failed: number("failed")? },
+        counts: Counts {
+            total: number("total")?,
+            completed: number("completed")?,
+            failed: number("failed")?,
+        },
         usage: TokenUsage {
             input: number("input_tokens")?,
             cached_input: number("cached_input_tokens")?,
@@ -57,7 +65,9 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             reasoning: number("reasoning_tokens")?,
         },
         waits_for: match (row.get("waits_for")?, time("waits_for_since")?) {
-            (Some(cause), Some(since)) => Some(WaitsFor { cause, since, next: timestamp(row.get("waits_since")?) }),
+            (Some(cause), Some(since)) => {
+                Some(WaitsFor { cause, since, next: timestamp(row.get("waits_since")?) })
+            }
             _ => None,
         },
     };
@@ -69,13 +79,20 @@ fn first_errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<
     let mut found = errors(connection, tenant, batch, FIRST_ERRORS.saturating_add(1))?;
     if found.len() > FIRST_ERRORS {
         found.truncate(FIRST_ERRORS);
-        let message = format!("There are more errors than these {FIRST_ERRORS}; the batch by itself has all of them.");
+        let message = format!(
+            "There are more errors than these {FIRST_ERRORS}; the batch by itself has all of them."
+        );
         found.push(BatchError { code: "too_many_errors".into(), message, param: None, line: None });
     }
     Ok(found)
 }
 
-fn errors(connection: &Connection, tenant: i64, batch: i64, limit: usize) -> Result<Vec<BatchError>> {
+fn errors(
+    connection: &Connection,
+    tenant: i64,
+    batch: i64,
+    limit: usize,
+) -> Result<Vec<BatchError>> {
     let mut statement = connection
         .prepare_cached(
             "SELECT code, message, param, line FROM batch_errors WHERE tenant = ?1 AND batch = ?2 ORDER BY place LIMIT ?3",
@@ -98,7 +115,11 @@ fn errors(connection: &Connection, tenant: i64, batch: i64, limit: usize) -> Res
 pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(Vec::new()) };
     let batch = connection
-        .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| row.get(0))
+        .query_row(
+            "SELECT key FROM batches WHERE tenant = ?1 AND id = ?2",
+            params![tenant, id],
+            |row| row.get(0),
+        )
         .optional()
         .map_err(explain)?;
     batch.map_or(Ok(Vec::new()), |batch| errors(connection, tenant, batch, usize::MAX))
@@ -115,7 +136,9 @@ pub fn create(
         return Ok(Created::New);
     }
     let key = idempotency.map(|idempotency| &idempotency.key);
-    let sql = format!("SELECT {COLUMNS}, fingerprint FROM batches WHERE tenant = ?1 AND idempotency_key = ?2");
+    let sql = format!(
+        "SELECT {COLUMNS}, fingerprint FROM batches WHERE tenant = ?1 AND idempotency_key = ?2"
+    );
     let (batch, mut record, fingerprint) = connection
         .query_row(&sql, params![tenant, key], |row| {
             let (batch, record) = from_row(row)?;
@@ -130,14 +153,20 @@ pub fn create(
 }
 
 /// Whether it was made; not if the key was used before.
-fn insert(connection: &Connection, tenant: i64, new: &NewBatch, idempotency: Option<&Idempotency>) -> Result<bool> {
+fn insert(
+    connection: &Connection,
+    tenant: i64,
+    new: &NewBatch,
+    idempotency: Option<&Idempotency>,
+) -> Result<bool> {
     let metadata = new
         .metadata
         .as_ref()
         .map(serde_json::to_string)
         .transpose()
         .map_err(|error| StoreError::Database(error.to_string()))?;
-    let lifetime = new.output_lifetime.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
+    let lifetime =
+        new.output_lifetime.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
     let (key, fingerprint) = idempotency.map(|given| (&given.key, given.fingerprint)).unzip();
     let made = connection
         .execute(
@@ -170,7 +199,12 @@ pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Bat
 
 /// Roughly what a batch takes in memory and in an answer, in bytes.
 fn size(record: &BatchRecord) -> usize {
-    let metadata = record.new.metadata.iter().flatten().map(|(key, value)| key.len().saturating_add(value.len()));
+    let metadata = record
+        .new
+        .metadata
+        .iter()
+        .flatten()
+        .map(|(key, value)| key.len().saturating_add(value.len()));
     let errors = record.errors.iter().map(|error| error.message.len().saturating_add(200));
     metadata.chain(errors).fold(1500, usize::saturating_add)
 }
@@ -187,9 +221,11 @@ pub fn list(
         None => i64::MAX,
         Some(id) => {
             let found = connection
-                .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| {
-                    row.get(0)
-                })
+                .query_row(
+                    "SELECT key FROM batches WHERE tenant = ?1 AND id = ?2",
+                    params![tenant, id],
+                    |row| row.get(0),
+                )
                 .optional()
                 .map_err(explain)?;
             let Some(key) = found else { return Ok(Paged::UnknownAfter) };
@@ -197,7 +233,9 @@ pub fn list(
         }
     };
     let mut statement = connection
-        .prepare_cached(&format!("SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC"))
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC"
+        ))
         .map_err(explain)?;
     let mut rows = statement.query(params![tenant, before]).map_err(explain)?;
     let (mut items, mut held, mut has_more) = (Vec::new(), 0_usize, false);
@@ -214,7 +252,12 @@ pub fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
+pub fn request_cancel(
+    connection: &Connection,
+    tenant: &str,
+    id: &str,
+    now: Timestamp,
+) -> Result<Cancel> {
     let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
     connection
         .execute(
@@ -234,7 +277,11 @@ pub fn request_cancel(connection: &Connection, tenant: &str, id: &str, now: Time
 }
 
 /// Some batches that ended before this, whose files are gone and whose results are discarded.
-pub fn forgettable(connection: &Connection, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>> {
+pub fn forgettable(
+    connection: &Connection,
+    ended_before: Timestamp,
+    limit: usize,
+) -> Result<Vec<BatchKey>> {
     let mut statement = connection
         .prepare_cached(
             "SELECT tenant, key FROM batches
@@ -273,7 +320,11 @@ pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
 pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let batch: Option<i64> = connection
-        .query_row("SELECT key FROM batches WHERE tenant = ?1 AND id = ?2", params![tenant, id], |row| row.get(0))
+        .query_row(
+            "SELECT key FROM batches WHERE tenant = ?1 AND id = ?2",
+            params![tenant, id],
+            |row| row.get(0),
+        )
         .optional()
         .map_err(explain)?;
     let Some(batch) = batch else { return Ok(None) };
@@ -281,7 +332,12 @@ pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Opti
     let mut statement = connection.prepare_cached(sql).map_err(explain)?;
     let rows = statement
         .query_map(params![tenant, batch], |row| {
-            Ok(ServedBy { name: row.get(0)?, kind: row.get(1)?, version: row.get(2)?, sha256: row.get(3)? })
+            Ok(ServedBy {
+                name: row.get(0)?,
+                kind: row.get(1)?,
+                version: row.get(2)?,
+                sha256: row.get(3)?,
+            })
         })
         .map_err(explain)?;
     rows.collect::<rusqlite::Result<_>>().map(Some).map_err(explain)

@@ -74,7 +74,9 @@ const GIVEN_BACK: i64 = 512;
 /// Brings a database that was made before space could be given back into the form for that. It is written anew, once.
 pub fn allow_compacting(connection: &Connection) -> rusqlite::Result<()> {
     let incremental = 2;
-    if connection.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))? == incremental {
+    if connection.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))?
+        == incremental
+    {
         return Ok(());
     }
     connection.pragma_update(None, "auto_vacuum", incremental)?;
@@ -83,7 +85,11 @@ pub fn allow_compacting(connection: &Connection) -> rusqlite::Result<()> {
 
 /// Gives some unused pages back to the file system; whether there are more.
 pub fn compact(connection: &Connection) -> Result<bool> {
-    let unused = || connection.pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0)).map_err(explain);
+    let unused = || {
+        connection
+            .pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0))
+            .map_err(explain)
+    };
     let more = unused()?.saturating_sub(KEPT);
     if more <= 0 {
         return Ok(false);
@@ -121,7 +127,9 @@ impl Writer {
         std::thread::Builder::new()
             .name("store-writer".into())
             .spawn(move || run(&connection, waiting))
-            .map_err(|error| StoreError::Database(format!("the writing thread does not start: {error}")))?;
+            .map_err(|error| {
+                StoreError::Database(format!("the writing thread does not start: {error}"))
+            })?;
         Ok(Self { jobs })
     }
 
@@ -172,8 +180,10 @@ impl Wal {
             WAL_PAGES.set(u64::try_from(pages).unwrap_or(0));
             Ok(())
         }));
-        let page_size = connection.pragma_query_value(None, "page_size", |row| row.get::<_, i64>(0));
-        let page_size = page_size.ok().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096).max(512);
+        let page_size =
+            connection.pragma_query_value(None, "page_size", |row| row.get::<_, i64>(0));
+        let page_size =
+            page_size.ok().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096).max(512);
         Self { page_size, due: WAL_CHECKPOINT / page_size }
     }
 
@@ -184,7 +194,8 @@ impl Wal {
             return;
         }
         connection.busy_timeout(CHECKPOINT_PATIENCE).ok();
-        let busy = connection.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
+        let busy =
+            connection.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
         connection.busy_timeout(BUSY_TIMEOUT).ok();
         self.due = match busy {
             Ok(0) => {
@@ -239,8 +250,12 @@ fn group(
     replies: &mut Vec<Reply>,
     after: &mut Option<Job>,
 ) -> Result<()> {
-    let execute =
-        |sql: &str| connection.prepare_cached(sql).and_then(|mut statement| statement.execute([])).map_err(explain);
+    let execute = |sql: &str| {
+        connection
+            .prepare_cached(sql)
+            .and_then(|mut statement| statement.execute([]))
+            .map_err(explain)
+    };
     let begun = execute("BEGIN IMMEDIATE");
     if let Err(error) = &begun {
         replies.push(first(Err(error.clone())).1);
@@ -311,13 +326,17 @@ impl Readers {
             idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
             found
         });
-        reading.await.map_err(|error| StoreError::Database(format!("a read did not end: {error}")))?
+        reading
+            .await
+            .map_err(|error| StoreError::Database(format!("a read did not end: {error}")))?
     }
 }
 
 fn open_reader(path: &Path) -> rusqlite::Result<Connection> {
-    let connection =
-        Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    let connection = Connection::open_with_flags(
+        path,
+        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
@@ -352,8 +371,9 @@ mod tests {
         let (first, (one, two, three)) = tokio::join!(first, others);
         assert!(first.is_ok() && one.is_ok() && three.is_ok());
         assert!(matches!(two, Err(StoreError::Fenced)));
-        let count =
-            |db: &Connection| db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).map_err(explain);
+        let count = |db: &Connection| {
+            db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).map_err(explain)
+        };
         assert_eq!(writer.write(count).await.unwrap(), 2);
 
         // What a full disk does: the transaction is gone when the write returns. Nothing of the group may be reported as written.

@@ -34,16 +34,33 @@ pub fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result
     let expires_at = file.expires_at.map(Timestamp::as_millis);
     let created_at = file.created_at.as_millis();
     statement
-        .execute(params![tenant, file.id, stored(file.bytes), created_at, expires_at, file.filename, file.purpose])
+        .execute(params![
+            tenant,
+            file.id,
+            stored(file.bytes),
+            created_at,
+            expires_at,
+            file.filename,
+            file.purpose
+        ])
         .map_err(explain)?;
     Ok(())
 }
 
-pub fn get(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>> {
+pub fn get(
+    connection: &Connection,
+    tenant: &str,
+    id: &str,
+    now: Timestamp,
+) -> Result<Option<FileRecord>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     connection
-        .prepare_cached(&format!("SELECT {COLUMNS} FROM files WHERE tenant = ? AND id = ? AND {LIVE}"))
-        .and_then(|mut statement| statement.query_row(params![tenant, id, now.as_millis()], from_row).optional())
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM files WHERE tenant = ? AND id = ? AND {LIVE}"
+        ))
+        .and_then(|mut statement| {
+            statement.query_row(params![tenant, id, now.as_millis()], from_row).optional()
+        })
         .map_err(explain)
 }
 
@@ -54,7 +71,9 @@ pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRec
         WHERE batches.tenant = ?1 AND batches.key = ?2";
     connection
         .prepare_cached(sql)
-        .and_then(|mut statement| statement.query_row(params![claim.tenant_key, claim.batch_key], from_row).optional())
+        .and_then(|mut statement| {
+            statement.query_row(params![claim.tenant_key, claim.batch_key], from_row).optional()
+        })
         .map_err(explain)
 }
 
@@ -77,7 +96,11 @@ pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<
     };
     if let Some(after) = &query.after {
         let found = connection
-            .query_row("SELECT key FROM files WHERE tenant = ?1 AND id = ?2", params![tenant, after], |row| row.get(0))
+            .query_row(
+                "SELECT key FROM files WHERE tenant = ?1 AND id = ?2",
+                params![tenant, after],
+                |row| row.get(0),
+            )
             .optional()
             .map_err(explain)?;
         let Some(key) = found else { return Ok(Paged::UnknownAfter) };
@@ -95,14 +118,20 @@ pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<
 }
 
 /// The files that were recorded last and that clients can see, as tenant and id.
-pub fn newest(connection: &Connection, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+pub fn newest(
+    connection: &Connection,
+    now: Timestamp,
+    limit: usize,
+) -> Result<Vec<(String, String)>> {
     let sql = format!(
         "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
          WHERE {LIVE} ORDER BY files.key DESC LIMIT ?"
     );
     let mut statement = connection.prepare_cached(&sql).map_err(explain)?;
     let rows = statement
-        .query_map(params![now.as_millis(), stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .query_map(params![now.as_millis(), stored(limit as u64)], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
         .map_err(explain)?;
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
 }
@@ -119,7 +148,11 @@ pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -
     Ok(changed == 1)
 }
 
-pub fn garbage(connection: &Connection, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+pub fn garbage(
+    connection: &Connection,
+    now: Timestamp,
+    limit: usize,
+) -> Result<Vec<(String, String)>> {
     let mut statement = connection
         .prepare_cached(
             "WITH gone (key) AS (
@@ -133,14 +166,18 @@ pub fn garbage(connection: &Connection, now: Timestamp, limit: usize) -> Result<
         )
         .map_err(explain)?;
     let rows = statement
-        .query_map(params![now.as_millis(), stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .query_map(params![now.as_millis(), stored(limit as u64)], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
         .map_err(explain)?;
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
 }
 
 pub fn begin_object(connection: &Connection, tenant: i64, id: &str, owner: &str) -> Result<()> {
     connection
-        .prepare_cached("INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)")
+        .prepare_cached(
+            "INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)",
+        )
         .and_then(|mut statement| statement.execute(params![tenant, id, owner]))
         .map_err(explain)?;
     Ok(())
@@ -162,7 +199,11 @@ pub fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool
         .map_err(explain)
 }
 
-pub fn abandoned_objects(connection: &Connection, owner: &str, limit: usize) -> Result<Vec<(String, String)>> {
+pub fn abandoned_objects(
+    connection: &Connection,
+    owner: &str,
+    limit: usize,
+) -> Result<Vec<(String, String)>> {
     let mut statement = connection
         .prepare_cached(
             "SELECT tenants.name, id FROM pending_objects JOIN tenants ON tenants.key = tenant WHERE owner <> ?1 LIMIT ?2",

@@ -21,7 +21,9 @@ pub fn keep(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Res
 
 pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<Job>> {
     connection
-        .prepare_cached("SELECT plugin, state FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3")
+        .prepare_cached(
+            "SELECT plugin, state FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3",
+        )
         .and_then(|mut select| {
             select
                 .query_row(params![claim.tenant_key, claim.batch_key, stored(line)], |row| {
@@ -35,7 +37,9 @@ pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<J
 pub fn remove(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3")
-        .and_then(|mut delete| delete.execute(params![claim.tenant_key, claim.batch_key, stored(line)]))
+        .and_then(|mut delete| {
+            delete.execute(params![claim.tenant_key, claim.batch_key, stored(line)])
+        })
         .map(drop)
         .map_err(explain)
 }
@@ -43,6 +47,8 @@ pub fn remove(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
 pub fn any(connection: &Connection, claim: &Claim) -> Result<bool> {
     connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE tenant = ?1 AND batch = ?2)")
-        .and_then(|mut select| select.query_row(params![claim.tenant_key, claim.batch_key], |row| row.get(0)))
+        .and_then(|mut select| {
+            select.query_row(params![claim.tenant_key, claim.batch_key], |row| row.get(0))
+        })
         .map_err(explain)
 }

@@ -15,8 +15,9 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Idempotency, Job,
-    NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store, StoreError, Validated, Waiting,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
+    Idempotency, Job, NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store,
+    StoreError, Validated, Waiting,
 };
 use crate::clock::Timestamp;
 use crate::store::private;
@@ -36,11 +37,15 @@ impl SqliteStore {
     pub fn open(folder: &Path) -> Result<Self> {
         let lock = lock(folder)?;
         let path = folder.join("batchwright.db");
-        let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-        let mut connection = connection::open(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
+        let failed =
+            |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
+        let mut connection = connection::open(&path)
+            .map_err(|error| failed(format!("{}: {error}", path.display())))?;
         migrate(&mut connection).map_err(failed)?;
         if let Err(error) = connection::allow_compacting(&connection) {
-            tracing::warn!("the database cannot be written anew, so it will not give space back: {error}");
+            tracing::warn!(
+                "the database cannot be written anew, so it will not give space back: {error}"
+            );
         }
         // This process holds the folder, so whoever held a batch before is gone.
         connection
@@ -51,29 +56,41 @@ impl SqliteStore {
             )
             .map_err(explain)?;
         let owner = uuid::Uuid::new_v4().to_string();
-        Ok(Self { writer: Writer::start(connection)?, readers: Readers::new(path), owner, _lock: Arc::new(lock) })
+        Ok(Self {
+            writer: Writer::start(connection)?,
+            readers: Readers::new(path),
+            owner,
+            _lock: Arc::new(lock),
+        })
     }
 }
 
 fn lock(folder: &Path) -> Result<File> {
-    let failed = |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-    private::make_folder(folder)
-        .map_err(|error| failed(format!("cannot be made: {error}; name another folder with --data")))?;
+    let failed =
+        |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
+    private::make_folder(folder).map_err(|error| {
+        failed(format!("cannot be made: {error}; name another folder with --data"))
+    })?;
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .open(folder.join("lock"))
-        .map_err(|error| failed(format!("cannot be written to: {error}; name another folder with --data")))?;
+        .map_err(|error| {
+        failed(format!("cannot be written to: {error}; name another folder with --data"))
+    })?;
     match file.try_lock() {
         Ok(()) => {
             private::correct(folder);
             Ok(file)
         }
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(failed("is in use by another batchwright; stop that one, or name another folder with --data".into()))
+        Err(std::fs::TryLockError::WouldBlock) => Err(failed(
+            "is in use by another batchwright; stop that one, or name another folder with --data"
+                .into(),
+        )),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(failed(format!("cannot be locked: {error}")))
         }
-        Err(std::fs::TryLockError::Error(error)) => Err(failed(format!("cannot be locked: {error}"))),
     }
 }
 
@@ -90,7 +107,8 @@ fn migrate(connection: &mut Connection) -> std::result::Result<(), String> {
 
 /// The key of a tenant, if there is anything of it.
 fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
-    let mut statement = connection.prepare_cached("SELECT key FROM tenants WHERE name = ?1").map_err(explain)?;
+    let mut statement =
+        connection.prepare_cached("SELECT key FROM tenants WHERE name = ?1").map_err(explain)?;
     statement.query_row([tenant], |row| row.get(0)).optional().map_err(explain)
 }
 
@@ -129,7 +147,11 @@ fn explain(error: rusqlite::Error) -> StoreError {
 impl Store for SqliteStore {
     async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()> {
         let tenant = tenant.to_owned();
-        self.writer.write(move |connection| files::insert(connection, make_tenant(connection, &tenant)?, &file)).await
+        self.writer
+            .write(move |connection| {
+                files::insert(connection, make_tenant(connection, &tenant)?, &file)
+            })
+            .await
     }
 
     async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>> {
@@ -150,13 +172,17 @@ impl Store for SqliteStore {
     async fn begin_object(&self, tenant: &str, id: &str) -> Result<()> {
         let (tenant, id, owner) = (tenant.to_owned(), id.to_owned(), self.owner.clone());
         self.writer
-            .write(move |connection| files::begin_object(connection, make_tenant(connection, &tenant)?, &id, &owner))
+            .write(move |connection| {
+                files::begin_object(connection, make_tenant(connection, &tenant)?, &id, &owner)
+            })
             .await
     }
 
     async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>> {
         let owner = self.owner.clone();
-        self.readers.read(move |connection| files::abandoned_objects(connection, &owner, limit)).await
+        self.readers
+            .read(move |connection| files::abandoned_objects(connection, &owner, limit))
+            .await
     }
 
     async fn object_removed(&self, tenant: &str, id: &str) -> Result<()> {
@@ -193,11 +219,21 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| files::forget(connection, gone_before, limit)).await
     }
 
-    async fn create_batch(&self, tenant: &str, new: NewBatch, idempotency: Option<Idempotency>) -> Result<Created> {
+    async fn create_batch(
+        &self,
+        tenant: &str,
+        new: NewBatch,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Created> {
         let tenant = tenant.to_owned();
         self.writer
             .write(move |connection| {
-                batches::create(connection, make_tenant(connection, &tenant)?, &new, idempotency.as_ref())
+                batches::create(
+                    connection,
+                    make_tenant(connection, &tenant)?,
+                    &new,
+                    idempotency.as_ref(),
+                )
             })
             .await
     }
@@ -220,12 +256,18 @@ impl Store for SqliteStore {
         bytes: usize,
     ) -> Result<Paged<BatchRecord>> {
         let tenant = tenant.to_owned();
-        self.readers.read(move |connection| batches::list(connection, &tenant, after.as_deref(), limit, bytes)).await
+        self.readers
+            .read(move |connection| {
+                batches::list(connection, &tenant, after.as_deref(), limit, bytes)
+            })
+            .await
     }
 
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.writer.write(move |connection| batches::request_cancel(connection, &tenant, &id, now)).await
+        self.writer
+            .write(move |connection| batches::request_cancel(connection, &tenant, &id, now))
+            .await
     }
 
     async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>> {
@@ -233,7 +275,12 @@ impl Store for SqliteStore {
         self.readers.read(move |connection| work::waiting(connection, &owner, now)).await
     }
 
-    async fn claim(&self, waiting: &Waiting, now: Timestamp, until: Timestamp) -> Result<Option<Claim>> {
+    async fn claim(
+        &self,
+        waiting: &Waiting,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<Option<Claim>> {
         let (owner, key) = (self.owner.clone(), waiting.key);
         self.writer.write(move |connection| work::claim(connection, &owner, key, now, until)).await
     }
@@ -277,17 +324,30 @@ impl Store for SqliteStore {
         self.readers.read(move |connection| files::input_of(connection, &claim)).await
     }
 
-    async fn fail(&self, claim: &Claim, errors: Vec<BatchError>, by: Vec<ServedBy>, at: Timestamp) -> Result<()> {
+    async fn fail(
+        &self,
+        claim: &Claim,
+        errors: Vec<BatchError>,
+        by: Vec<ServedBy>,
+        at: Timestamp,
+    ) -> Result<()> {
         let claim = claim.clone();
         self.writer.write(move |connection| work::fail(connection, &claim, &errors, &by, at)).await
     }
 
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::start_execution(connection, &claim, &found, at)).await
+        self.writer
+            .write(move |connection| work::start_execution(connection, &claim, &found, at))
+            .await
     }
 
-    async fn record(&self, claim: &Claim, rows: Arc<Vec<ResultRow>>, by: Vec<ServedBy>) -> Result<()> {
+    async fn record(
+        &self,
+        claim: &Claim,
+        rows: Arc<Vec<ResultRow>>,
+        by: Vec<ServedBy>,
+    ) -> Result<()> {
         let claim = claim.clone();
         self.writer.write(move |connection| work::record(connection, &claim, &rows, &by)).await
     }
@@ -299,7 +359,9 @@ impl Store for SqliteStore {
 
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
         let claim = claim.clone();
-        self.readers.read(move |connection| work::recorded_lines(connection, &claim, after, limit)).await
+        self.readers
+            .read(move |connection| work::recorded_lines(connection, &claim, after, limit))
+            .await
     }
 
     async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()> {
@@ -321,8 +383,14 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::discard_results(connection, limit)).await
     }
 
-    async fn forgettable_batches(&self, ended_before: Timestamp, limit: usize) -> Result<Vec<BatchKey>> {
-        self.readers.read(move |connection| batches::forgettable(connection, ended_before, limit)).await
+    async fn forgettable_batches(
+        &self,
+        ended_before: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<BatchKey>> {
+        self.readers
+            .read(move |connection| batches::forgettable(connection, ended_before, limit))
+            .await
     }
 
     async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
@@ -353,10 +421,16 @@ impl Store for SqliteStore {
                 if let Some(damage) = connection::damage() {
                     return Err(StoreError::Database(damage));
                 }
-                for table in ["tenants", "files", "batches", "batch_errors", "results", "batch_plugins"] {
-                    let mut statement =
-                        connection.prepare_cached(&format!("SELECT * FROM {table} LIMIT 1")).map_err(explain)?;
-                    statement.query([]).and_then(|mut rows| rows.next().map(drop)).map_err(explain)?;
+                for table in
+                    ["tenants", "files", "batches", "batch_errors", "results", "batch_plugins"]
+                {
+                    let mut statement = connection
+                        .prepare_cached(&format!("SELECT * FROM {table} LIMIT 1"))
+                        .map_err(explain)?;
+                    statement
+                        .query([])
+                        .and_then(|mut rows| rows.next().map(drop))
+                        .map_err(explain)?;
                 }
                 Ok(())
             })

@@ -233,7 +233,9 @@ mod tests {
             ]
         );
         drop(store);
-        let mode = |db: &rusqlite::Connection| db.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0));
+        let mode = |db: &rusqlite::Connection| {
+            db.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))
+        };
         assert_eq!(mode(&rusqlite::Connection::open(&path).unwrap()).unwrap(), 2);
     }
 
@@ -257,9 +259,17 @@ mod tests {
             .unwrap();
         let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(2000));
         let claim = async |lane: &Lane, now| {
-            let waiting = store.waiting(now).await.unwrap().into_iter().find(|waiting| waiting.lane == *lane)?;
+            let waiting = store
+                .waiting(now)
+                .await
+                .unwrap()
+                .into_iter()
+                .find(|waiting| waiting.lane == *lane)?;
             let claim = store.claim(&waiting, now, until).await.unwrap().unwrap();
-            assert!(store.claim(&waiting, now, until).await.unwrap().is_none(), "it is claimed twice");
+            assert!(
+                store.claim(&waiting, now, until).await.unwrap().is_none(),
+                "it is claimed twice"
+            );
             Some((claim.batch_id.clone(), claim))
         };
         let slow = Lane::Execute(["slow".to_owned()].into());

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, BatchKey, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results, ServedBy, Status,
-    StoreError, TokenUsage, Validated, Waiting,
+    BatchError, BatchKey, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results,
+    ServedBy, Status, StoreError, TokenUsage, Validated, Waiting,
 };
 use super::{explain, files, loaded, stored, timestamp};
 use crate::clock::Timestamp;
@@ -72,16 +72,19 @@ pub fn claim(
         )
         .map_err(explain)?;
     statement
-        .query_row(params![key.tenant, key.batch, now.as_millis(), owner, until.as_millis()], |row| {
-            Ok(Claim {
-                tenant_key: row.get(0)?,
-                batch_key: row.get(1)?,
-                fence: row.get(2)?,
-                batch_id: row.get(3)?,
-                tenant: row.get(4)?,
-                lane: lane(&row.get::<_, String>(5)?),
-            })
-        })
+        .query_row(
+            params![key.tenant, key.batch, now.as_millis(), owner, until.as_millis()],
+            |row| {
+                Ok(Claim {
+                    tenant_key: row.get(0)?,
+                    batch_key: row.get(1)?,
+                    fence: row.get(2)?,
+                    batch_id: row.get(3)?,
+                    tenant: row.get(4)?,
+                    lane: lane(&row.get::<_, String>(5)?),
+                })
+            },
+        )
         .optional()
         .map_err(explain)
 }
@@ -90,7 +93,9 @@ pub fn claim(
 fn lane(text: &str) -> Lane {
     match (text, text.strip_prefix("execute ")) {
         ("validate", _) => Lane::Validate,
-        (_, Some(plugins)) => Lane::Execute(plugins.split_whitespace().map(str::to_owned).collect()),
+        (_, Some(plugins)) => {
+            Lane::Execute(plugins.split_whitespace().map(str::to_owned).collect())
+        }
         _ => Lane::Finish,
     }
 }
@@ -101,11 +106,19 @@ fn execution(plugins: &BTreeSet<String>) -> String {
 }
 
 /// Runs a statement whose first three parameters are the claim's; it must change the batch's row.
-fn change(connection: &Connection, claim: &Claim, sql: &str, more: &[&dyn rusqlite::ToSql]) -> Result<()> {
-    let mut values: Vec<&dyn rusqlite::ToSql> = vec![&claim.tenant_key, &claim.batch_key, &claim.fence];
+fn change(
+    connection: &Connection,
+    claim: &Claim,
+    sql: &str,
+    more: &[&dyn rusqlite::ToSql],
+) -> Result<()> {
+    let mut values: Vec<&dyn rusqlite::ToSql> =
+        vec![&claim.tenant_key, &claim.batch_key, &claim.fence];
     values.extend(more);
     let mut statement = connection
-        .prepare_cached(&format!("UPDATE batches SET {sql} WHERE tenant = ?1 AND key = ?2 AND fence = ?3"))
+        .prepare_cached(&format!(
+            "UPDATE batches SET {sql} WHERE tenant = ?1 AND key = ?2 AND fence = ?3"
+        ))
         .map_err(explain)?;
     match statement.execute(values.as_slice()).map_err(explain)? {
         1 => Ok(()),
@@ -115,7 +128,12 @@ fn change(connection: &Connection, claim: &Claim, sql: &str, more: &[&dyn rusqli
 
 pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
     // What was given back meanwhile stays so.
-    change(connection, claim, "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END", &[&until.as_millis()])
+    change(
+        connection,
+        claim,
+        "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END",
+        &[&until.as_millis()],
+    )
 }
 
 pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
@@ -139,7 +157,9 @@ pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<
 
 pub fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
     connection
-        .prepare_cached("UPDATE batches SET waits_since = ?1 WHERE status = 'in_progress' AND waits_since > ?1")
+        .prepare_cached(
+            "UPDATE batches SET waits_since = ?1 WHERE status = 'in_progress' AND waits_since > ?1",
+        )
         .and_then(|mut update| update.execute([now.as_millis()]))
         .map(drop)
         .map_err(explain)
@@ -191,13 +211,26 @@ fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) 
         let line = error.line.map(stored);
         let place = stored(place as u64);
         statement
-            .execute(params![claim.tenant_key, claim.batch_key, place, error.code, error.message, error.param, line])
+            .execute(params![
+                claim.tenant_key,
+                claim.batch_key,
+                place,
+                error.code,
+                error.message,
+                error.param,
+                line
+            ])
             .map_err(explain)?;
     }
     Ok(())
 }
 
-pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated, at: Timestamp) -> Result<()> {
+pub fn start_execution(
+    connection: &Connection,
+    claim: &Claim,
+    found: &Validated,
+    at: Timestamp,
+) -> Result<()> {
     serve(connection, claim, &found.judged_by)?;
     change(
         connection,
@@ -210,7 +243,12 @@ pub fn start_execution(connection: &Connection, claim: &Claim, found: &Validated
     )
 }
 
-pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow], by: &[ServedBy]) -> Result<()> {
+pub fn record(
+    connection: &Connection,
+    claim: &Claim,
+    rows: &[ResultRow],
+    by: &[ServedBy],
+) -> Result<()> {
     serve(connection, claim, by)?;
     let mut insert = connection
         .prepare_cached(
@@ -224,7 +262,13 @@ pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow], by: &[
             Ending::Failed => 1,
         };
         let added = insert
-            .execute(params![claim.tenant_key, claim.batch_key, stored(row.line), ending, row.payload])
+            .execute(params![
+                claim.tenant_key,
+                claim.batch_key,
+                stored(row.line),
+                ending,
+                row.payload
+            ])
             .map_err(explain)?;
         if added == 0 {
             continue;
@@ -258,16 +302,22 @@ pub fn record(connection: &Connection, claim: &Claim, rows: &[ResultRow], by: &[
     )
 }
 
-pub fn recorded_lines(connection: &Connection, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
+pub fn recorded_lines(
+    connection: &Connection,
+    claim: &Claim,
+    after: u64,
+    limit: usize,
+) -> Result<Vec<u64>> {
     let mut statement = connection
         .prepare_cached(
             "SELECT line FROM results WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line LIMIT ?4",
         )
         .map_err(explain)?;
     let rows = statement
-        .query_map(params![claim.tenant_key, claim.batch_key, stored(after), stored(limit as u64)], |row| {
-            row.get(0).map(loaded)
-        })
+        .query_map(
+            params![claim.tenant_key, claim.batch_key, stored(after), stored(limit as u64)],
+            |row| row.get(0).map(loaded),
+        )
         .map_err(explain)?;
     rows.collect::<rusqlite::Result<_>>().map_err(explain)
 }
@@ -282,7 +332,12 @@ pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -
     )
 }
 
-pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize) -> Result<Results> {
+pub fn results(
+    connection: &Connection,
+    claim: &Claim,
+    after: u64,
+    bytes: usize,
+) -> Result<Results> {
     let mut statement = connection
         .prepare_cached(
             // The size is known before the payload is read, and one that is too large is not read.
@@ -291,8 +346,9 @@ pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize)
         )
         .map_err(explain)?;
     let most = stored(bytes as u64);
-    let mut found =
-        statement.query(params![claim.tenant_key, claim.batch_key, stored(after), most]).map_err(explain)?;
+    let mut found = statement
+        .query(params![claim.tenant_key, claim.batch_key, stored(after), most])
+        .map_err(explain)?;
     let mut results = Results::default();
     let mut held = 0_usize;
     while let Some(row) = found.next().map_err(explain)? {
@@ -306,7 +362,11 @@ pub fn results(connection: &Connection, claim: &Claim, after: u64, bytes: usize)
         }
         results.rows.push(ResultRow {
             line: loaded(row.get(0).map_err(explain)?),
-            ending: if row.get::<_, i64>(1).map_err(explain)? == 0 { Ending::Completed } else { Ending::Failed },
+            ending: if row.get::<_, i64>(1).map_err(explain)? == 0 {
+                Ending::Completed
+            } else {
+                Ending::Failed
+            },
             payload: row.get(3).map_err(explain)?,
             usage: TokenUsage::default(),
         });
@@ -375,7 +435,10 @@ pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
             .execute("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2", params![tenant, batch])
             .map_err(explain)?;
         connection
-            .execute("UPDATE batches SET has_results = 0 WHERE tenant = ?1 AND key = ?2", params![tenant, batch])
+            .execute(
+                "UPDATE batches SET has_results = 0 WHERE tenant = ?1 AND key = ?2",
+                params![tenant, batch],
+            )
             .map_err(explain)?;
     }
     Ok(true)
