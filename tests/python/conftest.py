@@ -1,6 +1,7 @@
 """A real server, a real stub provider, the real SDK: what every test here starts with."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +19,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 HOST = ROOT / "dist/batchwright"
 PLUGINS = ROOT / "dist/plugins"
-STUB = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/stub-provider"
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+STUB = TARGET / "release/stub-provider"
 COMPONENTS = ["validator-standard.wasm", "one-model.wasm", "inference-openai.wasm", "inference-echo.wasm"]
 CHAT = "/v1/chat/completions"
 
@@ -26,6 +28,14 @@ CHAT = "/v1/chat/completions"
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="of the crash test and of schemathesis")
     parser.addoption("--kills", type=int, default=25, help="of the crash test")
+
+
+@functools.cache
+def built(part):
+    """The folder target/`part` with test plugins, built when a test first asks for it."""
+    if not os.environ.get("TEST_PLUGINS_BUILT"):
+        subprocess.run(["cargo", "xtask", "build", part], cwd=ROOT, check=True)
+    return TARGET / part
 
 
 # What was contained, and how: a line each at the end of the tests.

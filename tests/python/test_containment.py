@@ -14,10 +14,8 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import CONTAINED, ROOT, STUB, chat, load_errors, run_host, wait_for
+from conftest import CONTAINED, ROOT, STUB, built, chat, load_errors, run_host, wait_for
 
-TARGET = STUB.parents[1]
-HOSTILE = TARGET / "hostile"
 SECRET = "sk-Secret/of+the=0perator"
 
 
@@ -122,7 +120,7 @@ def hostile(serve, stub, provider):
         hosts = [stub.url[7:], provider.url[7:], "*.example.com", "*.example.com:80", *allow]
         text = f'component = "hostile.wasm"\nmodels = ["hostile"]\nallow = {json.dumps(hosts)}\n{more}'
         server = serve("--retry-backoff", "10ms", "--max-attempts", "2", *arguments, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")}, env=env)
-        shutil.copy(HOSTILE / "hostile.wasm", server.plugins / "hostile.wasm")
+        shutil.copy(built("hostile") / "hostile.wasm", server.plugins / "hostile.wasm")
         server.add_plugin("hostile", text)
         wait_for(lambda: "hostile" in server.models(), what="the plugin")
         return server
@@ -358,10 +356,10 @@ BAD_FILES = {
 def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
     server = hostile(arguments=["--compile-timeout", "2s"], env={"AAA_SECRET": "not-for-clients"})
     with bystander(server):
-        whole = (HOSTILE / "hostile.wasm").read_bytes()
+        whole = (built("hostile") / "hostile.wasm").read_bytes()
         for name in BAD_COMPONENTS:
             content = {"truncated": whole[:5000], "text": b"#!/bin/sh\necho hello\n"}.get(name)
-            content = content if content is not None else (HOSTILE / f"{name}.wasm").read_bytes()
+            content = content if content is not None else (built("hostile") / f"{name}.wasm").read_bytes()
             (server.plugins / f"{name}.wasm").write_bytes(content)
             server.add_plugin(name, f'component = "{name}.wasm"\nmodels = ["{name}"]\n')
         for name, (text, _) in BAD_FILES.items():
@@ -407,7 +405,7 @@ def test_lines_that_grow_in_a_guest_take_no_more_memory_than_there_is_for_them(h
 
 def test_a_table_that_grows_stops_at_its_limit(hostile):
     server = hostile()
-    shutil.copy(HOSTILE / "growing-table.wasm", server.plugins)
+    shutil.copy(built("hostile") / "growing-table.wasm", server.plugins)
     server.add_plugin("growing", 'component = "growing-table.wasm"\nmodels = ["growing"]\n[limits]\ntable_elements = 5000\n')
     wait_for(lambda: "growing" in server.models(), what="the plugin")
     _, ends = ask(server, ["growing-table"], model="growing")
@@ -415,7 +413,7 @@ def test_a_table_that_grows_stops_at_its_limit(hostile):
 
 
 def test_compiling_is_held_to_its_memory(tmp_path):
-    component = TARGET / "examples/policy-python.wasm"
+    component = built("examples") / "policy-python.wasm"
     checked = run_host("plugin", "check", component, "--cache", tmp_path / "cache", "--compile-memory", "64MiB")
     assert checked.returncode == 1 and "more memory than 64MiB, the setting compile_memory" in checked.stdout
     CONTAINED.append(("compiling takes much memory", checked.stdout.strip()))
@@ -424,7 +422,7 @@ def test_compiling_is_held_to_its_memory(tmp_path):
 @pytest.mark.parametrize("version", ["0.2", "0.3"])
 def test_wasi_is_an_empty_world(hostile, stub, version):
     server = hostile(env={"HOSTILE_SECRET": "in the environment"})
-    shutil.copy(HOSTILE / f"wasi-{version}.wasm", server.plugins)
+    shutil.copy(built("hostile") / f"wasi-{version}.wasm", server.plugins)
     server.add_plugin("curious", f'component = "wasi-{version}.wasm"\nmodels = ["curious"]\n[limits]\ncall_timeout = "20ms"\n')
     wait_for(lambda: "curious" in server.models(), what="the plugin")
     cases = {
@@ -463,7 +461,7 @@ def test_a_fresh_instance_remembers_nothing(hostile):
 
 def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub):
     server = hostile(arguments=["--compile-timeout", "8s"])
-    shutil.copy(HOSTILE / "slow.wasm", server.plugins)
+    shutil.copy(built("hostile") / "slow.wasm", server.plugins)
     server.add_plugin("slow", 'component = "slow.wasm"\nmodels = ["slow"]\n')
     # It is being compiled when the other comes.
     wait_for(lambda: compilers_of(server), what="the compiler")
@@ -478,7 +476,7 @@ def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub)
 
 
 def test_a_component_cannot_forge_what_is_shown_of_it():
-    shown = run_host("plugin", "inspect", HOSTILE / "liar.wasm")
+    shown = run_host("plugin", "inspect", built("hostile") / "liar.wasm")
     assert shown.returncode == 0, shown.stderr
     assert [line for line in shown.stdout.splitlines() if line.startswith("sha256")] == shown.stdout.splitlines()[-1:]
     assert "\x1b" not in shown.stdout and "harmless imports nothing" in " ".join(shown.stdout.split())
@@ -490,7 +488,7 @@ def test_what_was_compiled_is_kept_and_nothing_else_is_touched(tmp_path):
     (tmp_path / "cache/thesis.docx").write_text("years of work")
     os.utime(tmp_path / "cache/thesis.docx", (0, 0))
     for _ in range(2):
-        checked = run_host("plugin", "check", HOSTILE / "hostile.wasm", "--cache", "cache", cwd=tmp_path)
+        checked = run_host("plugin", "check", built("hostile") / "hostile.wasm", "--cache", "cache", cwd=tmp_path)
         assert checked.returncode == 0, checked.stdout
     kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == [".cwasm", ".docx"]

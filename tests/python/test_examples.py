@@ -9,10 +9,8 @@ import threading
 
 import openai
 import pytest
-from conftest import ROOT, chat, run_host, wait_for
+from conftest import ROOT, TARGET, built, chat, run_host, wait_for
 
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-EXAMPLES = TARGET / "examples"
 FAST = ["--retry-backoff", "10ms", "--cache", TARGET / "examples-cache"]
 
 
@@ -48,7 +46,7 @@ def provider():
 
 def start(serve, component, text, model=None, env=None):
     server = serve(*FAST, env=env, name=component)
-    shutil.copy(EXAMPLES / f"{component}.wasm", server.plugins)
+    shutil.copy(built("examples") / f"{component}.wasm", server.plugins)
     server.add_plugin("example", f'component = "{component}.wasm"\n{text}')
     wait_for(lambda: "plugin loaded plugin=\"example\"" in server.logged(), 60, "the example to be loaded")
     assert model is None or model in server.models()
@@ -186,12 +184,12 @@ def test_each_example_passes_the_tests_for_plugins_and_its_own_cases(component, 
     cases = ROOT / "examples" / folder / "cases"
     if component == "ollama":
         # As its README has it: QuickJS interprets.
-        shutil.copy(EXAMPLES / "ollama.wasm", tmp_path)
+        shutil.copy(built("examples") / "ollama.wasm", tmp_path)
         text = 'component = "ollama.wasm"\nmodels = ["m"]\n[settings]\nbase_url = "http://127.0.0.1:11434"\n[limits]\ncall_timeout = "2s"\n'
         (tmp_path / "ollama.toml").write_text(text)
         given = [tmp_path / "ollama.toml"]
     else:
-        given = [EXAMPLES / f"{component}.wasm", "--settings", json.dumps(settings)]
+        given = [built("examples") / f"{component}.wasm", "--settings", json.dumps(settings)]
     tested = run_host(
         "plugin", "test", *given, "--cases", cases,
         env={"XDG_CACHE_HOME": str(TARGET / "examples-cache")}, timeout=120,
@@ -207,12 +205,12 @@ def test_a_case_that_does_not_hold_is_told_of(tmp_path):
     case["answer"]["body"]["choices"][0]["message"]["content"] = "London."
     (tmp_path / "wrong.json").write_text(json.dumps(case))
     (tmp_path / "broken.json").write_text("{}")
-    tested = run_host("plugin", "test", EXAMPLES / "anthropic.wasm", "--cases", tmp_path)
+    tested = run_host("plugin", "test", built("examples") / "anthropic.wasm", "--cases", tmp_path)
     assert tested.returncode == 1
     assert 'failed  case wrong.json: answer.body.choices[0].message.content is "Paris.", expected was "London."' in tested.stdout
     assert "failed  case broken.json: is no case" in tested.stdout
 
 
 def test_a_component_that_remembers_is_found_out():
-    tested = run_host("plugin", "test", TARGET / "hostile/hostile.wasm")
+    tested = run_host("plugin", "test", built("hostile") / "hostile.wasm")
     assert tested.returncode == 1 and "two instances differ" in tested.stdout

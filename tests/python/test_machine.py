@@ -14,9 +14,8 @@ import threading
 import time
 
 import pytest
-from conftest import CHAT, HOST, PLUGINS, ROOT, chat, jsonl, run_host, wait_for
+from conftest import CHAT, HOST, PLUGINS, ROOT, built, chat, jsonl, run_host, wait_for
 
-HOSTILE = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "hostile"
 
 
 def mode(path):
@@ -239,7 +238,7 @@ def test_the_compiler_is_shut_in(serve):
     looking.start()
     try:
         # Large enough that compiling it takes a while.
-        folder = HOSTILE.parent / "examples"
+        folder = built("examples")
         large = max(folder.rglob("*.wasm"), key=lambda path: path.stat().st_size) if folder.exists() else PLUGINS / "inference-openai.wasm"
         shutil.copy(large, server.plugins / "large.wasm")
         (server.plugins / "large.toml").write_text('component = "large.wasm"\n')
@@ -331,7 +330,7 @@ def test_an_instance_that_only_grows_costs_no_line(serve):
 
 def test_what_a_guest_wrote_before_its_end_is_in_every_report(serve):
     server = serve()
-    shutil.copy(HOSTILE / "wasi-0.2.wasm", server.plugins)
+    shutil.copy(built("hostile") / "wasi-0.2.wasm", server.plugins)
     text = 'component = "wasi-0.2.wasm"\nmodels = ["curious"]\n[settings]\nwhat = "%s"\n'
     (server.plugins / "curious.toml").write_text(text % "good")
     wait_for(lambda: "curious" in server.models(), 60, "the plugin")

@@ -7,7 +7,7 @@ import time
 import urllib.request
 
 import pytest
-from conftest import COMPONENTS, PLUGINS, ROOT, STUB, Stub, chat, run_host, wait_for
+from conftest import COMPONENTS, PLUGINS, ROOT, STUB, Stub, built, chat, run_host, wait_for
 
 
 def answer(server, model="m"):
@@ -284,6 +284,6 @@ def test_what_plugin_test_says_of_cases_loops_and_secrets(tmp_path):
     assert "was to ask to wait" in tested.stdout and '"send"' in tested.stdout
     # One that never comes back is given up soon.
     begun = time.monotonic()
-    spinning = run_host("plugin", "test", STUB.parents[1] / "hostile/hostile.wasm", "--settings", '{"what":"spin"}', timeout=120)
+    spinning = run_host("plugin", "test", built("hostile") / "hostile.wasm", "--settings", '{"what":"spin"}', timeout=120)
     assert spinning.returncode == 1 and "3 calls in a row ran out of time" in spinning.stdout, spinning.stdout
     print(f"given up after {time.monotonic() - begun:.1f} s")

@@ -15,9 +15,8 @@ import time
 import urllib.request
 
 import pytest
-from conftest import PLUGINS, STUB, chat, load_errors, run_host, wait_for
+from conftest import PLUGINS, STUB, built, chat, load_errors, run_host, wait_for
 
-HOSTILE = STUB.parents[1] / "hostile"
 ECHO = PLUGINS / "inference-echo.wasm"
 WASM = "application/wasm"
 
@@ -162,7 +161,7 @@ def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
     registry.push("p", "good", (WASM, content))
     registry.push("p", "image", ("application/vnd.oci.image.layer.v1.tar+gzip", b"x"))
     registry.push("p", "several", (WASM, content), (WASM, content + b"\x00\x05\x04note"))
-    registry.push("p", "module", (WASM, (HOSTILE / "core-module.wasm").read_bytes()))
+    registry.push("p", "module", (WASM, (built("hostile") / "core-module.wasm").read_bytes()))
     spoiled = content + b"\x00\x05\x04spoi"
     registry.push("p", "spoiled", (WASM, spoiled))
     registry.spoil(spoiled)

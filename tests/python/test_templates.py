@@ -8,9 +8,8 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import HOST, ROOT, chat, run_host, wait_for
+from conftest import HOST, ROOT, TARGET, built, chat, run_host, wait_for
 
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 LANGUAGES = ["rust", "python", "js", "c"]
 # What the tests installed stands in for what an author would install.
 PATH = ":".join([str(HOST.parent), str(TARGET / "cargo-tools/bin"), str(TARGET / "tools/bin"), os.environ["PATH"]])
@@ -25,6 +24,8 @@ def make(folder, kind, lang):
     commands = re.search(r"```sh\n(.*?)```", (project / "README.md").read_text(), re.DOTALL)[1]
     # `plugin new` shows the same commands.
     assert all(line in made.stdout for line in commands.splitlines())
+    # Has the tools of each language installed.
+    built("examples")
     # Shared between tests and runs, so that nothing is compiled or downloaded twice.
     shared = TARGET / "templates" / lang
     shared.mkdir(parents=True, exist_ok=True)
@@ -34,11 +35,11 @@ def make(folder, kind, lang):
         (project / ".venv").symlink_to(TARGET / "tools")
     environment = {key: value for key, value in os.environ.items() if key not in ("CARGO_TARGET_DIR", "RUSTFLAGS")}
     environment.update(PATH=PATH, XDG_CACHE_HOME=str(TARGET / "examples-cache"), npm_config_audit="false", npm_config_fund="false")
-    built = subprocess.run(
+    done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands], cwd=project, env=environment, capture_output=True, text=True, timeout=600
     )
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert " 0 failed" in built.stdout and len(re.findall(r"^ok      case \S+$", built.stdout, re.M)) == len(list((project / "cases").iterdir()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout and len(re.findall(r"^ok      case \S+$", done.stdout, re.M)) == len(list((project / "cases").iterdir()))
     return project, name
 
 

@@ -7,8 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use wit_component::ComponentEncoder;
 
-use crate::needs;
 use crate::run::{cargo, root, run, step, target};
+use crate::{examples, hostile, needs};
 
 const TARGET: &str = "wasm32-unknown-unknown";
 
@@ -19,6 +19,28 @@ const GUESTS: [(&str, &str); 4] = [
     ("guest-inference-openai", "inference-openai.wasm"),
     ("guest-inference-echo", "inference-echo.wasm"),
 ];
+
+/// Part of what can be built.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Part {
+    /// dist/batchwright and dist/plugins
+    Dist,
+    /// dist/plugins alone
+    Plugins,
+    /// target/examples: plugins in other languages
+    Examples,
+    /// target/hostile: components that attack the host, for tests
+    Hostile,
+}
+
+pub fn run_part(part: Part) -> Result<()> {
+    match part {
+        Part::Dist => all(),
+        Part::Plugins => guests().and_then(|()| plugins()),
+        Part::Examples => examples::all(),
+        Part::Hostile => hostile::all(),
+    }
+}
 
 pub fn all() -> Result<()> {
     needs::to_build()?;

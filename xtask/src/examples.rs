@@ -105,10 +105,9 @@ fn policy_in_c(python: &Path, to: &Path) -> Result<()> {
     if newer(&built, &[source.clone(), root().join("examples/requirements.txt")]) {
         return Ok(());
     }
-    let tool = |name: &str| cargo_tools().join("bin").join(name);
     let folder = to.join("policy-c");
     fs::create_dir_all(&folder)?;
-    run(Command::new(tool("wit-bindgen"))
+    run(Command::new(program("wit-bindgen"))
         .arg("c")
         .arg(wit())
         .args(["--world", "validator"])
@@ -118,28 +117,35 @@ fn policy_in_c(python: &Path, to: &Path) -> Result<()> {
     compile.args(["-Os", "-s", "-Wall", "-Werror", "-I."]).arg(&source);
     compile.args(["validator.c", "validator_component_type.o", "-o", "policy.core.wasm"]);
     run(compile.current_dir(&folder))?;
-    let mut encode = Command::new(tool("wasm-tools"));
+    let mut encode = Command::new(program("wasm-tools"));
     run(encode.args(["component", "new", "policy.core.wasm", "-o"]).arg(built).current_dir(&folder))
 }
 
-/// Where `wit-bindgen` and `wasm-tools` are installed.
+/// Installs a tool of the Rust ecosystem under the target folder.
+pub fn install(package: &str, version: &str, features: &str) -> Result<()> {
+    let mut install = cargo();
+    install.args(["install", "--locked", "--quiet", "--version", version, "--root"]);
+    install.arg(cargo_tools()).arg("--no-default-features");
+    if !features.is_empty() {
+        install.args(["--features", features]);
+    }
+    // cargo does nothing if this version is installed.
+    run(install.arg(package))
+}
+
+/// Program of an installed tool.
+pub fn program(name: &str) -> PathBuf {
+    cargo_tools().join("bin").join(name)
+}
+
 fn cargo_tools() -> PathBuf {
     target().join("cargo-tools")
 }
 
 /// The two public tools that C needs, in the versions that the README files name.
 fn install_cargo_tools() -> Result<()> {
-    for (package, version, features) in
-        [("wit-bindgen-cli", "0.61.1", "c"), ("wasm-tools", "1.263.0", "component")]
-    {
-        let mut install = cargo();
-        install
-            .args(["install", "--locked", "--quiet", "--version", version, "--root"])
-            .arg(cargo_tools());
-        // It knows by itself whether there is anything to do.
-        run(install.args(["--no-default-features", "--features", features, package]))?;
-    }
-    Ok(())
+    install("wit-bindgen-cli", "0.61.1", "c")?;
+    install("wasm-tools", "1.263.0", "component")
 }
 
 /// Whether a file is newer than all of its sources, and than the contract.

@@ -1,20 +1,22 @@
-//! Builds, shows, tests and measures Batchwright: `cargo xtask build | examples | demo | test | bench`.
+//! Tasks of the repository: `cargo xtask build | check | unit | e2e | test | demo | bench`.
 
 mod bench;
 mod build;
+mod check;
 mod demo;
 mod examples;
 mod hostile;
 mod needs;
 mod run;
 mod test;
+mod tidy;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Builds, shows, tests and measures Batchwright")]
+#[command(name = "cargo xtask", about = "Builds, checks, tests and measures Batchwright")]
 struct Cli {
     #[command(subcommand)]
     task: Task,
@@ -22,21 +24,32 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Build dist/batchwright and dist/plugins
-    Build,
-    /// Build the plugins of `examples` into target/examples, and those that mean harm into target/hostile
-    Examples,
-    /// Build all, then run a batch through the HTTP API and show what happens
-    Demo,
-    /// Build all, then check formatting, lints, and run every test
-    Test {
+    /// Build dist/batchwright and dist/plugins, or another part
+    Build {
+        /// What to build
+        #[arg(value_enum, default_value = "dist")]
+        part: build::Part,
+    },
+    /// Check what needs no running server: format, lints, tidy, licenses of dependencies
+    Check,
+    /// Run the unit tests of all crates and guests
+    Unit {
         /// Only tests whose name contains this
-        filter: Option<String>,
+        name: Option<String>,
+    },
+    /// Run the end-to-end tests: the built server, real components, the official SDKs
+    E2e {
+        /// Only tests whose name contains this
+        name: Option<String>,
         /// Arguments for pytest, such as `--seed 7 --kills 300` of the crash test
         #[arg(last = true)]
         pytest: Vec<String>,
     },
-    /// Build all, then measure against a raw client
+    /// Run everything: build, check, unit, e2e
+    Test,
+    /// Build, then run a batch through the HTTP API and show what happens
+    Demo,
+    /// Build, then measure against a raw client
     Bench {
         /// One of `start`, `throughput`, `validation`; all of them if none is named
         name: Option<String>,
@@ -45,10 +58,12 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
-        Task::Build => build::all(),
-        Task::Examples => examples::all().and_then(|()| hostile::all()),
+        Task::Build { part } => build::run_part(part),
+        Task::Check => check::all(),
+        Task::Unit { name } => test::unit(name.as_deref()),
+        Task::E2e { name, pytest } => test::e2e(name.as_deref(), &pytest),
+        Task::Test => test::all(),
         Task::Demo => demo::show(),
-        Task::Test { filter, pytest } => test::all(filter.as_deref(), &pytest),
         Task::Bench { name } => bench::measure(name.as_deref()),
     };
     match done {

@@ -1,57 +1,91 @@
-//! `cargo xtask test`: everything that must hold before a change goes in.
+//! `cargo xtask unit | e2e | test`.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
 
 use crate::run::{cargo, mark, root, run, stale, step, target};
-use crate::{build, examples, hostile, needs};
+use crate::{build, check, examples, hostile, needs};
 
-pub fn all(filter: Option<&str>, more: &[String]) -> Result<()> {
+/// Tests of this package run the built server.
+const E2E_PACKAGE: &str = "batchwright-tests";
+
+/// Tests of the host under this path use built components and the stub provider.
+const LIFECYCLE: &str = "lifecycle::";
+
+/// Everything that must hold before a change goes in.
+pub fn all() -> Result<()> {
     needs::to_test()?;
-    step("formatting");
-    run(cargo().args(["fmt", "--all", "--check"]))?;
     build::all()?;
     hostile::all()?;
     examples::all()?;
-    step("lints");
-    run(cargo().args([
-        "clippy",
-        "--release",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "--deny",
-        "warnings",
-    ]))?;
+    check::all()?;
+    unit(None)?;
+    run_e2e(None, &[], true)
+}
+
+/// Unit tests, which need nothing that was built before.
+pub fn unit(name: Option<&str>) -> Result<()> {
     step("unit tests and guest tests");
-    run(cargo().args(["test", "--release", "--quiet", "--workspace"]).args(filter))?;
-    python(filter, more)?;
-    node(filter)
+    let mut tests = cargo();
+    tests.args(["test", "--release", "--quiet", "--workspace", "--exclude", E2E_PACKAGE]);
+    run(tests.args(name).args(["--", "--skip", LIFECYCLE]))
+}
+
+/// Tests of the built server. The plugins of `examples` are built by the tests that use them.
+pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
+    needs::to_test()?;
+    build::all()?;
+    run_e2e(name, pytest, false)
+}
+
+fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()> {
+    step("end to end, Rust");
+    run(rust("batchwright").arg(name.map_or_else(|| LIFECYCLE.to_owned(), |name| name.to_owned())))?;
+    run(rust(E2E_PACKAGE).args(name))?;
+    python(name, pytest, all_built)?;
+    node(name)
+}
+
+fn rust(package: &str) -> Command {
+    let mut tests = cargo();
+    // Snapshots belong to this checkout, also where checkouts share compiled tests.
+    tests.env("INSTA_WORKSPACE_ROOT", root());
+    tests.args(["test", "--release", "--quiet", "--package", package]);
+    tests
+}
+
+/// The Python environment of the tests.
+pub fn python_environment() -> Result<PathBuf> {
+    let folder = target().join("python");
+    let python = folder.join("bin/python");
+    let requirements = root().join("tests/python/requirements.txt");
+    if stale(&requirements, &folder)? {
+        run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
+        let mut install = Command::new(&python);
+        install.args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements);
+        run(&mut install)?;
+        mark(&requirements, &folder)?;
+    }
+    Ok(python)
 }
 
 /// The official `openai` package for Python, a stub provider and real processes.
-fn python(filter: Option<&str>, more: &[String]) -> Result<()> {
+fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     step("end to end, Python");
-    let folder = target().join("python");
-    let python = folder.join("bin/python");
-    let tests = root().join("tests/python");
-    if stale(&tests.join("requirements.txt"), &folder)? {
-        run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-        run(Command::new(&python)
-            .args(["-m", "pip", "install", "--quiet", "--requirement"])
-            .arg(tests.join("requirements.txt")))?;
-        mark(&tests.join("requirements.txt"), &folder)?;
+    let mut pytest = Command::new(python_environment()?);
+    if all_built {
+        pytest.env("TEST_PLUGINS_BUILT", "1");
     }
-    let mut pytest = Command::new(&python);
     // -rs: what was skipped, and why.
     pytest
         .args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"])
-        .arg(&tests)
+        .arg(root().join("tests/python"))
         .args(more)
         .current_dir(root());
-    if let Some(filter) = filter {
-        pytest.args(["-k", filter]);
+    if let Some(name) = name {
+        pytest.args(["-k", name]);
         // 5: there is no test of that name here.
         let status = pytest.status()?;
         anyhow::ensure!(
@@ -64,7 +98,7 @@ fn python(filter: Option<&str>, more: &[String]) -> Result<()> {
 }
 
 /// The official `openai` package for Node.
-fn node(filter: Option<&str>) -> Result<()> {
+fn node(name: Option<&str>) -> Result<()> {
     step("end to end, Node");
     let tests = root().join("tests/node");
     let modules = tests.join("node_modules");
@@ -76,8 +110,8 @@ fn node(filter: Option<&str>) -> Result<()> {
     }
     let mut node = Command::new("node");
     node.arg("--test");
-    if let Some(filter) = filter {
-        node.arg(format!("--test-name-pattern={filter}"));
+    if let Some(name) = name {
+        node.arg(format!("--test-name-pattern={name}"));
     }
     run(node.current_dir(&tests))
 }
