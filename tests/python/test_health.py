@@ -86,13 +86,13 @@ def test_objects_that_are_gone_are_noticed(serve):
     assert ready(server)
     server.upload([chat("a")])
     shutil.rmtree(server.data / "objects/default")
-    assert "lacks what was stored" in wait_for(lambda: not ready(server) and refused(server))
+    assert "is missing stored data" in wait_for(lambda: not ready(server) and refused(server))
     # A file that is uploaded now is kept.
     server.upload([chat("b")])
     wait_for(lambda: ready(server), what="readiness")
     # A folder that is made anew is not the one that was opened.
     shutil.rmtree(server.data / "objects")
-    assert "lacks what was stored" in wait_for(lambda: not ready(server) and refused(server))
+    assert "is missing stored data" in wait_for(lambda: not ready(server) and refused(server))
     server.stop()
     server.start()
     wait_for(lambda: not ready(server), what="the missing files to be noticed")

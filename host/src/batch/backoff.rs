@@ -1,11 +1,16 @@
-//! Pauses after failures that may pass.
+//! Exponential backoff after transient failures.
 
 use std::time::Duration;
 
-const FIRST: Duration = Duration::from_millis(50);
-const LONGEST: Duration = Duration::from_secs(5);
+/// First pause.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Upper limit of a pause.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// Short at first, so that a failure which passes costs little; longer with each that follows, so that one which stays costs little too.
+/// Exponential backoff.
+///
+/// The first pauses are short, so that a transient failure costs little time. Each pause is twice
+/// as long as the pause before, so that a permanent failure costs little load.
 pub struct Backoff {
     next: Duration,
     pauses: u32,
@@ -13,19 +18,20 @@ pub struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { next: FIRST, pauses: 0 }
+        Self { next: FIRST_PAUSE, pauses: 0 }
     }
 }
 
 impl Backoff {
+    /// Returns the next pause and doubles the one after it, up to the limit.
     pub fn pause(&mut self) -> Duration {
         let pause = self.next;
-        self.next = pause.saturating_mul(2).min(LONGEST);
+        self.next = pause.saturating_mul(2).min(MAX_PAUSE);
         self.pauses = self.pauses.saturating_add(1);
         pause
     }
 
-    /// Pauses so far.
+    /// Returns the number of pauses so far.
     pub fn pauses(&self) -> u32 {
         self.pauses
     }

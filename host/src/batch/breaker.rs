@@ -1,15 +1,29 @@
-//! When a provider is in trouble: a circuit breaker for each plugin, tenant and endpoint.
+//! Circuit breaker for each plugin, tenant and endpoint.
 //!
-//! **Threat.** A provider that is away for minutes, a key that is being changed, an account without money: each would cost every line of a
-//! batch all its attempts, and none of it is a line's fault.
+//! **Problem.** A provider can be unavailable for minutes, a key can be rotated, an account can run
+//! out of quota. Without a breaker, each line of a batch would spend all its attempts on a failure
+//! that is not the fault of the line.
 //!
-//! **Whose fault.** One line may be refused for what it says: a flagged prompt gets 403 while others pass. So one refusal only raises
-//! suspicion. A second one, of another line where there is one, with nothing passing in between, opens the breaker. Errors of a server and
-//! exchanges without an answer count less: it takes five lines in a row. A line that is refused again although others have passed meanwhile
-//! is refused for itself.
+//! **Fault of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
+//! 403 while other requests succeed. So each failure adds to a suspicion score, and any success
+//! resets the score. The failed line is held for a moment and tried again. If a refused line is
+//! refused again although other lines have succeeded in between, the refusal is the fault of the
+//! line, and the line fails.
 //!
-//! **Open.** Nothing is sent but one probe at a time, after pauses that grow. Lines wait, in the input file alone. Whatever passes closes it.
-//! Who is the probe changes, so that a line which is refused for itself does not keep the others from being tried.
+//! **Opening.** Two refusals in a row open the breaker. The second refusal comes from another line
+//! if the batch has one. Server errors and requests without a response weigh less: the breaker
+//! opens after five different lines. A missing or paused plugin opens the breaker at once.
+//!
+//! **Open.** No request is sent except one half-open probe at a time. The pauses between probes
+//! grow exponentially, with jitter. Waiting lines stay in the input file and use no memory and no
+//! task. Any success closes the breaker, unless the plugin is paused or missing. Each probe uses
+//! another line, so that a line with a fault of its own cannot keep the breaker open. A reloaded
+//! plugin, which may have a new key, is probed at once.
+//!
+//! **Only one line left.** A line that is the only one to fail has no other line to compare with.
+//! If the provider has accepted the credential before, such a line fails after a few 403 responses.
+//!
+//! **Cost.** A closed breaker without suspicion costs one atomic load per line.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,124 +33,139 @@ use std::time::Duration;
 use crate::clock::Timestamp;
 use crate::plugin::types::Answer;
 
-/// Suspicion at which the breaker opens, and what each kind of trouble adds.
-const OPENS_AT: u32 = 5;
-const REFUSED: u32 = 3;
-const FAILED: u32 = 1;
+/// Suspicion score at which the breaker opens.
+const OPEN_THRESHOLD: u32 = 5;
 
-/// How long a line is held that only raised suspicion.
-const HELD: Duration = Duration::from_secs(1);
+/// Suspicion score of a refusal: two refusals open the breaker.
+const REFUSAL_WEIGHT: u32 = 3;
 
-/// How long somebody waits who finds a probe under way.
-const PROBED: Duration = Duration::from_secs(1);
+/// Suspicion score of a server error or of a missing response.
+const FAILURE_WEIGHT: u32 = 1;
 
-/// How often a line that is alone may be forbidden while it is known that the credential is good.
-const FORBIDDEN: u32 = 5;
+/// Hold time of a failed line that has not opened the breaker.
+const HOLD_DURATION: Duration = Duration::from_secs(1);
 
-/// Lines that are remembered with how often each was tried.
-const REMEMBERED: usize = 1024;
+/// Minimum wait of a line while a probe is in flight.
+const PROBE_WAIT: Duration = Duration::from_secs(1);
 
-/// Kinds of trouble.
+/// Number of 403 responses after which a line fails if no other line has failed and the credential
+/// has worked before.
+const MAX_FORBIDDEN_ATTEMPTS: u32 = 5;
+
+/// Maximum number of entries in each collection of a breaker.
+const MAX_TRACKED_ENTRIES: usize = 1024;
+
+/// Kind of provider failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing was sent: no connection, no name, no TLS.
+    /// The request was not sent: DNS, connection or TLS failed.
     Unreachable,
-    /// The credential was refused.
+    /// The provider refused the credential.
     Unauthorized,
-    /// The credential may not do this, or the request may not.
+    /// The provider refused the request, because of either the credential or the content.
     Forbidden,
     /// The account has no money or quota left.
     Quota,
-    /// The provider failed, or sent no answer.
+    /// The provider reported a server error or sent no response.
     Failed,
-    /// There is no plugin for the model, or it is paused.
+    /// No plugin serves the model, or the plugin is paused.
     Plugin,
 }
 
 impl Kind {
-    /// Whether it may be a line's own.
-    fn may_be_own(self) -> bool {
+    /// Returns true if the failure may be the fault of the line.
+    fn may_be_fault_of_line(self) -> bool {
         matches!(self, Self::Unauthorized | Self::Forbidden | Self::Quota)
     }
 
+    /// Returns the suspicion score of the failure.
     fn weight(self) -> u32 {
-        if self == Self::Failed { FAILED } else { REFUSED }
+        if self == Self::Failed { FAILURE_WEIGHT } else { REFUSAL_WEIGHT }
     }
 }
 
-/// What is the matter.
+/// Failure of a provider.
 #[derive(Clone, Debug)]
 pub struct Trouble {
+    /// Kind of the failure.
     pub kind: Kind,
-    /// One sentence for the client: without hosts, addresses and paths.
+    /// Cause for the client: one sentence without hosts, addresses or paths.
     pub message: String,
-    /// The same for the operator.
+    /// Cause for the operator, in full.
     pub detail: String,
-    /// How a line ends that is not let wait any longer.
+    /// Answer for a line that has waited longer than [`Pauses::give_up_after`].
     pub answer: Answer,
 }
 
-/// Whether a line may be sent.
+/// Decision about a line before it is sent.
 #[derive(Debug)]
 pub enum Gate {
+    /// The line may be sent.
     Go,
-    /// As the one that finds out.
+    /// The line may be sent as the half-open probe.
     Probe,
+    /// The line must wait until this time.
     Wait(Timestamp),
-    /// It has lasted for longer than the operator lets lines wait.
+    /// The outage has exceeded [`Pauses::give_up_after`]. The line ends with this answer.
     GiveUp(Answer),
 }
 
-/// What becomes of a line that was not answered.
+/// Decision about a line that failed.
 #[derive(Debug)]
 pub enum Verdict {
-    /// It is not known yet whose fault it was.
+    /// The fault is undecided. The line is tried again at this time.
     Hold(Timestamp),
-    /// The provider is in trouble.
+    /// The breaker is open. The line waits until this time.
     Wait(Timestamp),
-    /// It is the line's own.
+    /// The failure is the fault of the line, which ends with an error.
     Own,
 }
 
 /// Pauses between probes.
 #[derive(Clone, Copy, Debug)]
 pub struct Pauses {
+    /// First pause.
     pub first: Duration,
+    /// Upper limit of a pause.
     pub longest: Duration,
-    /// How long lines wait at most; for as long as their batch's window if there is none.
+    /// Maximum wait of a line, or `None` for the completion window of its batch.
     pub give_up_after: Option<Duration>,
 }
 
-/// What others see of an open breaker.
+/// State of an open breaker, for status reports.
 #[derive(Clone, Debug)]
 pub struct Outage {
+    /// Latest failure.
     pub trouble: Trouble,
+    /// Time of the first failure after the last success.
     pub since: Timestamp,
+    /// Time of the next probe.
     pub next_probe: Timestamp,
-    /// Requests that wait, of batches that rest.
+    /// Number of waiting requests in resting batches.
     pub waiting: u64,
 }
 
+/// Circuit breaker of a plugin, tenant and endpoint.
 pub struct Breaker {
     pauses: Pauses,
-    /// Answers since it was made.
+    /// Successes since the breaker was created.
     passes: AtomicU64,
-    /// There is neither trouble nor suspicion: what is asked at every line.
+    /// True if the breaker is closed and there is no suspicion. Read for every line.
     calm: AtomicBool,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// When the first of the failures came since the last answer.
+    /// Time of the first failure after the last success.
     since: Option<Timestamp>,
     suspicion: u32,
-    /// Lines that failed since then.
-    lines: HashSet<u64>,
+    /// Lines that have failed since then.
+    failed_lines: HashSet<u64>,
     open: Option<Open>,
-    /// Lines tried without an answer, and how often.
-    tried: HashMap<u64, u32>,
-    /// Batches that rest, each with its requests that wait.
+    /// Failed attempts of each line since then.
+    attempts: HashMap<u64, u32>,
+    /// Waiting requests of each resting batch.
     resting: HashMap<String, u64>,
 }
 
@@ -145,11 +174,11 @@ struct Open {
     pause: Duration,
     next: Timestamp,
     probing: bool,
-    /// The plugin as it was loaded then: once it is another, what was found out does not count.
+    /// Identity of the loaded plugin. Failures of one identity do not delay probes of another.
     plugin: usize,
 }
 
-/// A probe under way; given up if it is dropped without a result.
+/// Guard of a probe in flight. Dropping the guard allows the next probe.
 pub struct Probe(Arc<Breaker>);
 
 impl Drop for Probe {
@@ -161,6 +190,7 @@ impl Drop for Probe {
 }
 
 impl Breaker {
+    /// Creates a closed breaker.
     pub fn new(pauses: Pauses) -> Self {
         Self {
             pauses,
@@ -174,12 +204,12 @@ impl Breaker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether there is nothing to ask.
+    /// Returns true if the breaker is closed and there is no suspicion.
     pub fn is_calm(&self) -> bool {
         self.calm.load(Ordering::Relaxed)
     }
 
-    /// Whether a line may be sent by this plugin.
+    /// Decides whether this plugin may send a line now.
     pub fn check(&self, now: Timestamp, plugin: usize) -> Gate {
         if self.is_calm() {
             return Gate::Go;
@@ -187,7 +217,7 @@ impl Breaker {
         self.lock().gate(now, plugin, self.pauses)
     }
 
-    /// The same, and takes the place of the probe if there is one.
+    /// Decides like [`Self::check`] and reserves the probe if the decision is [`Gate::Probe`].
     pub fn enter(self: &Arc<Self>, now: Timestamp, plugin: usize) -> (Gate, Option<Probe>) {
         if self.is_calm() {
             return (Gate::Go, None);
@@ -204,30 +234,30 @@ impl Breaker {
         (gate, None)
     }
 
-    /// How often a line was tried in vain.
+    /// Returns the number of failed attempts of a line.
     pub fn tries(&self, line: u64) -> u32 {
-        if self.is_calm() { 0 } else { self.lock().tried.get(&line).copied().unwrap_or(0) }
+        if self.is_calm() { 0 } else { self.lock().attempts.get(&line).copied().unwrap_or(0) }
     }
 
-    /// Answers so far: a line that is refused remembers them.
+    /// Returns the number of successes so far. A refused line stores this number.
     pub fn passes(&self) -> u64 {
         self.passes.load(Ordering::Relaxed)
     }
 
-    /// Takes note of an answer; returns what it ended, if it ended an outage.
+    /// Records a success and returns the outage that the success has ended, if any.
     pub fn passed(&self) -> Option<Outage> {
         self.passes.fetch_add(1, Ordering::Relaxed);
         if self.is_calm() {
             return None;
         }
-        // What was under way when its plugin was paused says nothing.
+        // A request that was in flight when its plugin was paused does not end the pause.
         if self.lock().open.as_ref().is_some_and(|open| open.trouble.kind == Kind::Plugin) {
             return None;
         }
         self.close()
     }
 
-    /// Ends trouble and suspicion.
+    /// Closes the breaker, resets the suspicion and returns the outage that has ended, if any.
     pub fn close(&self) -> Option<Outage> {
         let mut state = self.lock();
         let ended = state.outage();
@@ -236,8 +266,10 @@ impl Breaker {
         ended
     }
 
-    /// Takes note of a line that was not answered. `refused_at` is what [`Self::passes`] was when it was refused before. The second value
-    /// says whether this opened the breaker.
+    /// Records a failed line and decides about the line.
+    ///
+    /// `refused_at` is the value of [`Self::passes`] when the line was refused before. The second
+    /// value is true if this failure has opened the breaker.
     pub fn failed(
         &self,
         now: Timestamp,
@@ -248,19 +280,20 @@ impl Breaker {
         probe: bool,
     ) -> (Verdict, bool) {
         let passes = self.passes();
-        if trouble.kind.may_be_own() && refused_at.is_some_and(|before| passes > before) {
+        if trouble.kind.may_be_fault_of_line() && refused_at.is_some_and(|before| passes > before) {
             return (Verdict::Own, false);
         }
         let mut state = self.lock();
         self.calm.store(false, Ordering::Relaxed);
         state.since.get_or_insert(now);
-        let is_new = state.lines.len() < REMEMBERED && state.lines.insert(line);
-        if state.tried.len() < REMEMBERED || state.tried.contains_key(&line) {
-            let tries = state.tried.entry(line).or_default();
-            *tries = tries.saturating_add(1);
+        let is_new =
+            state.failed_lines.len() < MAX_TRACKED_ENTRIES && state.failed_lines.insert(line);
+        if state.attempts.len() < MAX_TRACKED_ENTRIES || state.attempts.contains_key(&line) {
+            let attempts = state.attempts.entry(line).or_default();
+            *attempts = attempts.saturating_add(1);
         }
-        let tries = state.tried.get(&line).copied().unwrap_or(0);
-        let alone = state.lines.len() == 1;
+        let attempts = state.attempts.get(&line).copied().unwrap_or(0);
+        let is_only_line = state.failed_lines.len() == 1;
         if let Some(open) = &mut state.open {
             if probe {
                 open.pause = open.pause.saturating_mul(2).min(self.pauses.longest);
@@ -269,7 +302,11 @@ impl Breaker {
                 open.trouble = trouble;
             }
             let (kind, next) = (open.trouble.kind, open.next);
-            if kind == Kind::Forbidden && alone && passes > 0 && tries >= FORBIDDEN {
+            if kind == Kind::Forbidden
+                && is_only_line
+                && passes > 0
+                && attempts >= MAX_FORBIDDEN_ATTEMPTS
+            {
                 *state = State::default();
                 self.calm.store(true, Ordering::Relaxed);
                 return (Verdict::Own, false);
@@ -279,9 +316,9 @@ impl Breaker {
         if is_new || trouble.kind != Kind::Failed {
             state.suspicion = state.suspicion.saturating_add(trouble.kind.weight());
         }
-        if state.suspicion < OPENS_AT && trouble.kind != Kind::Plugin {
+        if state.suspicion < OPEN_THRESHOLD && trouble.kind != Kind::Plugin {
             return (
-                Verdict::Hold(now.after(HELD.min(self.pauses.first.saturating_mul(2)))),
+                Verdict::Hold(now.after(HOLD_DURATION.min(self.pauses.first.saturating_mul(2)))),
                 false,
             );
         }
@@ -290,25 +327,25 @@ impl Breaker {
         (Verdict::Wait(next), true)
     }
 
-    /// What is the matter, if something is.
+    /// Returns the outage if the breaker is open.
     pub fn outage(&self) -> Option<Outage> {
         if self.is_calm() { None } else { self.lock().outage() }
     }
 
-    /// A batch rests because of this, with so many requests that wait.
+    /// Registers a resting batch and the number of its waiting requests.
     pub fn rests(&self, batch: &str, requests: u64) {
         let mut state = self.lock();
-        if state.open.is_some() && state.resting.len() < REMEMBERED {
+        if state.open.is_some() && state.resting.len() < MAX_TRACKED_ENTRIES {
             state.resting.insert(batch.to_owned(), requests);
         }
     }
 
-    /// Whether a batch is among those that wait because of this.
+    /// Returns true if a batch is registered as resting.
     pub fn holds(&self, batch: &str) -> bool {
         !self.is_calm() && self.lock().resting.contains_key(batch)
     }
 
-    /// A batch rests no more.
+    /// Removes a batch from the resting batches.
     pub fn wakes(&self, batch: &str) {
         if !self.is_calm() {
             self.lock().resting.remove(batch);
@@ -317,6 +354,7 @@ impl Breaker {
 }
 
 impl State {
+    /// Decides whether a line may be sent now.
     fn gate(&self, now: Timestamp, plugin: usize, pauses: Pauses) -> Gate {
         let Some(open) = &self.open else { return Gate::Go };
         let waited = self.since.map_or(Duration::ZERO, |since| since.until(now));
@@ -324,7 +362,7 @@ impl State {
             return Gate::GiveUp(open.trouble.answer.clone());
         }
         if open.probing {
-            return Gate::Wait(open.next.max(now.after(PROBED)));
+            return Gate::Wait(open.next.max(now.after(PROBE_WAIT)));
         }
         if open.next > now && open.plugin == plugin {
             return Gate::Wait(open.next);
@@ -343,7 +381,7 @@ impl State {
     }
 }
 
-/// A pause of which up to a fifth is left out by chance, so that hosts do not probe together.
+/// Shortens a pause by up to a fifth at random, so that servers do not probe at the same time.
 fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.8 + fastrand::f64() / 5.0)
 }
@@ -378,7 +416,7 @@ mod tests {
         breaker.failed(at(now), line, 1, refused_at, trouble(kind), false).0
     }
 
-    /// Tries a line as a probe, once that is allowed; returns how long that took.
+    /// Sends a line as a probe as soon as possible and returns the seconds until then.
     fn probe(breaker: &Arc<Breaker>, now: i64, line: u64, kind: Kind) -> (i64, Verdict) {
         for second in now..now + 100 {
             if let (Gate::Probe, Some(_guard)) = breaker.enter(at(second), 1) {
@@ -392,17 +430,17 @@ mod tests {
                 );
             }
         }
-        panic!("no probe is let out");
+        panic!("no probe was allowed");
     }
 
     #[test]
-    fn one_refused_line_is_held_and_a_second_one_opens() {
+    fn first_refusal_holds_the_line_and_second_refusal_opens_the_breaker() {
         let breaker = Arc::new(Breaker::new(PAUSES));
         assert!(matches!(fail(&breaker, 0, 1, Kind::Unauthorized, None), Verdict::Hold(_)));
-        assert!(matches!(breaker.check(at(0), 1), Gate::Go), "others go on");
+        assert!(matches!(breaker.check(at(0), 1), Gate::Go), "other lines are sent");
         assert!(matches!(fail(&breaker, 0, 2, Kind::Unauthorized, None), Verdict::Wait(_)));
         assert!(matches!(breaker.check(at(0), 1), Gate::Wait(_)));
-        // Another plugin of this name, with a new key say, is tried at once.
+        // A reloaded plugin, which may have a new key, is probed at once.
         assert!(matches!(breaker.check(at(0), 2), Gate::Probe));
         let pauses: Vec<i64> = (0..8)
             .scan(0, |now, line| {
@@ -423,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_refused_while_others_pass_is_refused_for_itself() {
+    fn line_refused_while_others_succeed_is_at_fault() {
         let breaker = Arc::new(Breaker::new(PAUSES));
         breaker.passed();
         let before = breaker.passes();
@@ -431,24 +469,25 @@ mod tests {
         breaker.passed();
         assert!(matches!(fail(&breaker, 1, 1, Kind::Forbidden, Some(before)), Verdict::Own));
         assert!(breaker.is_calm());
-        // Alone, with nobody to compare it with, it ends after a few tries; a refused key does not.
+        // Without another failed line, a forbidden line fails after a few attempts. A refused key
+        // waits.
         for (kind, ends) in [(Kind::Forbidden, true), (Kind::Unauthorized, false)] {
             let before = breaker.passes();
             fail(&breaker, 0, 1, kind, None);
             assert!(matches!(fail(&breaker, 1, 1, kind, Some(before)), Verdict::Wait(_)));
             let mut now = 1;
-            let owned = (0..20).any(|_| {
+            let at_fault = (0..20).any(|_| {
                 let (waited, verdict) = probe(&breaker, now, 1, kind);
                 now += waited;
                 matches!(verdict, Verdict::Own)
             });
-            assert_eq!(owned, ends);
+            assert_eq!(at_fault, ends);
             breaker.close();
         }
     }
 
     #[test]
-    fn errors_open_it_after_five_lines_in_a_row_and_one_line_never_does() {
+    fn server_errors_open_the_breaker_after_five_different_lines() {
         let breaker = Arc::new(Breaker::new(PAUSES));
         for _ in 0..20 {
             assert!(matches!(fail(&breaker, 0, 1, Kind::Failed, None), Verdict::Hold(_)));
@@ -466,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_given_up_after_the_time_that_the_operator_sets() {
+    fn lines_fail_after_max_outage() {
         let breaker = Arc::new(Breaker::new(Pauses {
             give_up_after: Some(Duration::from_secs(10)),
             ..PAUSES
@@ -478,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_is_given_up_makes_room_for_the_next() {
+    fn dropped_probe_allows_the_next_probe() {
         let breaker = Arc::new(Breaker::new(PAUSES));
         fail(&breaker, 0, 1, Kind::Unreachable, None);
         fail(&breaker, 0, 2, Kind::Unreachable, None);

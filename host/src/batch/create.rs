@@ -1,4 +1,4 @@
-//! Creating a batch: what can be refused at once is refused here, the rest is found by validation.
+//! Batch creation: checks the parameters at once. Validation checks the input file later.
 
 use std::time::Duration;
 
@@ -11,21 +11,25 @@ use crate::store::{
     TokenUsage,
 };
 
-/// A batch as a client asks for it.
+/// Parameters of a new batch.
 #[derive(Debug)]
 pub struct Request {
+    /// Id of the uploaded input file.
     pub input_file_id: String,
+    /// Path of the API endpoint, with or without the prefix `/v1`.
     pub endpoint: String,
+    /// Completion window, such as `24h`.
     pub completion_window: String,
+    /// Key-value pairs of the client.
     pub metadata: Option<Metadata>,
-    /// How long the output files are kept.
+    /// Lifetime of the output files.
     pub output_lifetime: Option<Duration>,
-    /// The same key with the same parameters is the same batch.
+    /// Idempotency key. The same key with the same parameters returns the same batch.
     pub idempotency_key: Option<String>,
 }
 
 impl Request {
-    /// A digest of everything but the key.
+    /// Returns a digest of all parameters except the idempotency key.
     fn fingerprint(&self) -> [u8; 32] {
         let lifetime = self.output_lifetime.map(|lifetime| lifetime.as_millis().to_string());
         let parameters = serde_json::json!([
@@ -39,45 +43,64 @@ impl Request {
     }
 }
 
+/// Error of a batch creation. The texts are shown to clients.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    #[error("Invalid value: '{0}'. Supported values are: {supported}. The parameter is 'endpoint'.", supported = quoted(&ENDPOINTS))]
-    Endpoint(String),
+    /// The endpoint is not supported.
     #[error(
-        "Invalid value: '{given}'. Supported values are: {supported}. The parameter is 'completion_window'; the server's setting completion_windows allows others."
+        "Invalid value: '{0}'. Supported values are: {supported}. The parameter is 'endpoint'.",
+        supported = quoted(&ENDPOINTS)
     )]
-    CompletionWindow { given: String, supported: String },
+    Endpoint(String),
+    /// The settings do not allow the completion window.
     #[error(
-        "Conflict: the idempotency key '{0}' was used before with other parameters; a new batch needs a new key."
+        "Invalid value: '{given}'. Supported values are: {supported}. The parameter is \
+         'completion_window'; the server's setting completion_windows allows others."
+    )]
+    CompletionWindow {
+        /// Value that the client sent, truncated.
+        given: String,
+        /// Allowed values, as a list in quotes.
+        supported: String,
+    },
+    /// The idempotency key was used before with other parameters.
+    #[error(
+        "Conflict: the idempotency key '{0}' was used before with other parameters; a new batch \
+         needs a new key."
     )]
     Conflict(String),
+    /// A required plugin is not loaded.
     #[error(
-        "The server takes no batches now, as its rules are not complete; try again in a while."
+        "The server accepts no batches now, because a required plugin is not loaded; try again \
+         later."
     )]
     NotReady,
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// As much of what a client sent as a message can hold.
+/// Truncates a value from a client to 100 characters, for error messages.
 pub fn shortened(text: &str) -> String {
     text.chars().take(100).collect()
 }
 
+/// Returns the values in quotes, separated by commas.
 fn quoted(values: &[&str]) -> String {
     values.iter().map(|value| format!("'{value}'")).collect::<Vec<_>>().join(", ")
 }
 
 impl Batches {
+    /// Creates a batch, or returns the batch that was created before with the same idempotency key.
     pub async fn create(
         &self,
         tenant: &str,
         mut request: Request,
     ) -> Result<BatchRecord, CreateError> {
-        // Tools for Azure write it without.
-        let long = format!("/v1{}", request.endpoint);
-        if ENDPOINTS.contains(&long.as_str()) {
-            request.endpoint = long;
+        // Clients for Azure omit the prefix.
+        let prefixed = format!("/v1{}", request.endpoint);
+        if ENDPOINTS.contains(&prefixed.as_str()) {
+            request.endpoint = prefixed;
         }
         if !ENDPOINTS.contains(&request.endpoint.as_str()) {
             return Err(CreateError::Endpoint(shortened(&request.endpoint)));
@@ -89,12 +112,12 @@ impl Batches {
                 supported,
             });
         };
-        if let Err(why) = self.registry.current().check_required(
+        if let Err(error) = self.registry.current().check_required(
             &self.settings.required_plugins,
             tenant,
             &ENDPOINTS,
         ) {
-            tracing::warn!(tenant, "no batch is created: {why}");
+            tracing::warn!(tenant, %error, "batch creation refused");
             return Err(CreateError::NotReady);
         }
         let fingerprint = request.fingerprint();
@@ -112,7 +135,7 @@ impl Batches {
         };
         let key = idempotency.as_ref().map(|idempotency| idempotency.key.clone());
         match self.store.create_batch(tenant, new.clone(), idempotency).await? {
-            Created::New => self.work.notify_one(),
+            Created::New => self.work_available.notify_one(),
             Created::Before(batch) => return Ok(*batch),
             Created::Conflict => return Err(CreateError::Conflict(key.unwrap_or_default())),
         }

@@ -1,4 +1,4 @@
-//! Files: uploaded by clients, read by batches, made by batches.
+//! Files: uploads by clients, input of batches and output of batches.
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
@@ -12,100 +12,115 @@ use crate::config::Size;
 use crate::memory::Share;
 use crate::store::{self, BlobWriter, FileQuery, FileRecord, Paged, StoreError};
 
-/// What is known of an upload besides its bytes.
+/// Metadata of an upload.
 #[derive(Debug)]
 pub struct NewFile {
+    /// Name of the file as the client sent it.
     pub filename: String,
+    /// Purpose of the file, such as `batch`.
     pub purpose: String,
-    /// How long it is kept; an input file that names none gets the setting's.
+    /// Lifetime of the file. An input file without a lifetime gets `input_file_lifetime`.
     pub lifetime: Option<Duration>,
 }
 
+/// Error of an upload. The texts are shown to clients.
 #[derive(Debug, thiserror::Error)]
 pub enum UploadError {
+    /// The file has no bytes.
     #[error("The file is empty.")]
     Empty,
+    /// The file exceeds `max_file_size`.
     #[error("The file is larger than {0} (max_file_size); split it into several.")]
     TooLarge(Size),
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// An upload under way. Its bytes are on the disk before anything else is known of it.
+/// Upload in progress. Its bytes are written to disk before its record exists.
 pub struct Upload {
-    begun: Begun,
+    object: PendingObject,
     writer: BlobWriter,
-    /// Bytes that are not handed to the writer yet, and the memory that they take.
+    /// Bytes that are not written yet, within the memory reserved in `share`.
     buffer: BytesMut,
     share: Share,
 }
 
-/// What is gathered of an upload before it is written, in bytes.
-const BUFFER: usize = 64 << 10;
+/// Size of the write buffer of an upload, in bytes.
+const BUFFER_BYTES: usize = 64 << 10;
 
-/// An object whose writing was noted. Given up, it is left to whoever clears away.
-struct Begun {
+/// Registered object of an upload. Dropped without a record, the object is left to the janitor.
+struct PendingObject {
     batches: Arc<Batches>,
     tenant: String,
     id: String,
     recorded: bool,
 }
 
-impl Drop for Begun {
+impl Drop for PendingObject {
     fn drop(&mut self) {
         if !self.recorded {
-            let given_up = (std::mem::take(&mut self.tenant), std::mem::take(&mut self.id));
-            self.batches.given_up.lock().unwrap_or_else(PoisonError::into_inner).push(given_up);
-            self.batches.garbage.notify_one();
+            let aborted = (std::mem::take(&mut self.tenant), std::mem::take(&mut self.id));
+            self.batches
+                .aborted_objects
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(aborted);
+            self.batches.cleanup_needed.notify_one();
         }
     }
 }
 
 impl Batches {
+    /// Starts an upload: registers the object and opens its writer.
     pub async fn upload(self: &Arc<Self>, tenant: &str) -> store::Result<Upload> {
         let id = format!("file-{}", Uuid::new_v4().simple());
-        let begun = Begun { batches: self.clone(), tenant: tenant.to_owned(), id, recorded: false };
-        self.store.begin_object(tenant, &begun.id).await?;
-        let (blobs, tenant_name, id) = (self.blobs.clone(), tenant.to_owned(), begun.id.clone());
-        // On a task of its own: a client that goes away now leaves a writer that is dropped, and not a file that nobody knows.
-        let making = tokio::spawn(async move { blobs.writer(&tenant_name, &id).await });
-        let writer = making.await.unwrap_or(Err(StoreError::Closed))?;
+        let object =
+            PendingObject { batches: self.clone(), tenant: tenant.to_owned(), id, recorded: false };
+        self.store.begin_object(tenant, &object.id).await?;
+        let (blobs, tenant_name, id) = (self.blobs.clone(), tenant.to_owned(), object.id.clone());
+        // The writer is opened on a separate task. If the client disconnects now, the writer is
+        // dropped and leaves no unknown file.
+        let opening = tokio::spawn(async move { blobs.writer(&tenant_name, &id).await });
+        let writer = opening.await.unwrap_or(Err(StoreError::Closed))?;
         let share = self.memory.clients.share(&tenant.into());
-        Ok(Upload { begun, writer, buffer: BytesMut::new(), share })
+        Ok(Upload { object, writer, buffer: BytesMut::new(), share })
     }
 
+    /// Returns a file, or `None` if it is unknown, deleted or expired.
     pub async fn file(&self, tenant: &str, id: &str) -> store::Result<Option<FileRecord>> {
         self.store.file(tenant, id, self.clock.now()).await
     }
 
+    /// Returns a page of files.
     pub async fn files(&self, tenant: &str, query: FileQuery) -> store::Result<Paged<FileRecord>> {
         self.store.files(tenant, query).await
     }
 
-    /// Whether there was such a file.
+    /// Deletes a file and returns false if there was no such file.
     pub async fn delete_file(&self, tenant: &str, id: &str) -> store::Result<bool> {
         let deleted = self.store.delete_file(tenant, id, self.clock.now()).await?;
         if deleted {
-            self.garbage.notify_one();
+            self.cleanup_needed.notify_one();
         }
         Ok(deleted)
     }
 
-    /// Some bytes of a file.
+    /// Returns a byte range of a file.
     pub async fn content(&self, tenant: &str, id: &str, range: Range<u64>) -> store::Result<Bytes> {
         self.blobs.read_range(tenant, id, range).await
     }
 
-    /// Bytes that there are of a file.
+    /// Returns the size of a file in bytes.
     pub async fn content_size(&self, tenant: &str, id: &str) -> store::Result<u64> {
         self.blobs.size(tenant, id).await
     }
 }
 
 impl Upload {
-    /// Takes bytes, and writes what was gathered once it is enough.
+    /// Appends bytes to the buffer and writes the buffer whenever it is full.
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), UploadError> {
-        let limit = self.begun.batches.settings.max_file_size;
+        let limit = self.object.batches.settings.max_file_size;
         let size = self
             .writer
             .written()
@@ -114,19 +129,19 @@ impl Upload {
         if size > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
-        for piece in bytes.chunks(BUFFER) {
+        for chunk in bytes.chunks(BUFFER_BYTES) {
             if self.buffer.is_empty() {
-                self.share.cover(BUFFER).await;
+                self.share.cover(BUFFER_BYTES).await;
             }
-            self.buffer.extend_from_slice(piece);
-            if self.buffer.len() >= BUFFER {
+            self.buffer.extend_from_slice(chunk);
+            if self.buffer.len() >= BUFFER_BYTES {
                 self.flush().await?;
             }
         }
         Ok(())
     }
 
-    /// Writes what was gathered, so that an upload whose client pauses takes no memory.
+    /// Writes the buffer and releases its memory, so that an idle upload holds no memory.
     pub async fn flush(&mut self) -> Result<(), UploadError> {
         if !self.buffer.is_empty() {
             self.writer.write(std::mem::take(&mut self.buffer).freeze()).await?;
@@ -135,44 +150,48 @@ impl Upload {
         Ok(())
     }
 
-    /// Completes the upload. The file is there when its record is. On a task of its own: a client that goes away at the last moment has
-    /// the file or nothing.
+    /// Completes the upload. The file exists as soon as its record is committed.
+    ///
+    /// The completion runs on a separate task, so that a disconnected client cannot interrupt it.
     pub async fn finish(self, new: NewFile) -> Result<FileRecord, UploadError> {
         let finishing = tokio::spawn(self.finish_now(new));
         finishing.await.unwrap_or(Err(UploadError::Store(StoreError::Closed)))
     }
 
+    /// Completes the upload on the current task.
     async fn finish_now(mut self, new: NewFile) -> Result<FileRecord, UploadError> {
         self.flush().await?;
         if self.writer.written() == 0 {
             self.writer.abort().await;
             return Err(UploadError::Empty);
         }
-        let Self { mut begun, writer, .. } = self;
+        let Self { mut object, writer, .. } = self;
         let bytes = writer.finish().await?;
-        let batches = begun.batches.clone();
+        let batches = object.batches.clone();
         let created_at = batches.clock.now();
         let by_default =
             (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
         let file = FileRecord {
-            id: begun.id.clone(),
+            id: object.id.clone(),
             bytes,
             created_at,
             expires_at: new.lifetime.or(by_default).map(|lifetime| created_at.after(lifetime)),
             filename: new.filename,
             purpose: new.purpose,
         };
-        batches.store.insert_file(&begun.tenant, file.clone()).await?;
-        begun.recorded = true;
+        batches.store.insert_file(&object.tenant, file.clone()).await?;
+        object.recorded = true;
         Ok(file)
     }
 
-    /// Gives up, on a task of its own: what is under way is over before it is cleared away.
+    /// Aborts the upload.
+    ///
+    /// A separate task waits for writes in flight before the janitor may remove the object.
     pub async fn abort(self) {
-        let Self { begun, writer, .. } = self;
+        let Self { object, writer, .. } = self;
         let aborting = tokio::spawn(async move {
             writer.abort().await;
-            drop(begun);
+            drop(object);
         });
         aborting.await.ok();
     }

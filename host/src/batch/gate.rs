@@ -1,14 +1,17 @@
-//! A gate that is closed while results cannot be written: nothing is asked of a provider whose answer could not be kept.
+//! Backpressure from the store: no request is sent to a provider while results cannot be written.
+//!
+//! A result that cannot be stored would be lost with the process, and the request would be sent and
+//! paid for again.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// Open as long as nobody keeps it closed.
+/// Gate that is open while no [`Closed`] guard exists.
 #[derive(Clone)]
 pub struct Gate(Arc<watch::Sender<usize>>);
 
-/// Keeps a gate closed until it is dropped.
+/// Guard that keeps a gate closed until the guard is dropped.
 pub struct Closed(Gate);
 
 impl Default for Gate {
@@ -18,18 +21,20 @@ impl Default for Gate {
 }
 
 impl Gate {
+    /// Returns true if no guard keeps the gate closed.
     pub fn is_open(&self) -> bool {
         *self.0.borrow() == 0
     }
 
-    /// Returns once it is open.
+    /// Waits until the gate is open.
     pub async fn open(&self) {
         if !self.is_open() {
-            // Its sender is here, so it does not end.
+            // `self` holds the sender, so the channel cannot close.
             self.0.subscribe().wait_for(|closed| *closed == 0).await.ok();
         }
     }
 
+    /// Closes the gate until the returned guard is dropped.
     pub fn close(&self) -> Closed {
         self.0.send_modify(|closed| *closed = closed.saturating_add(1));
         Closed(self.clone())

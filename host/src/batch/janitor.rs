@@ -1,5 +1,5 @@
-//! Clears away what nobody needs any more: results that are in files, the bytes of files that are gone, batches long ended, and the space
-//! they took.
+//! Janitor: removes results that are in files, objects of deleted files, tombstones and old
+//! batches, and returns their space to the disk.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -8,68 +8,73 @@ use super::Batches;
 use crate::clock::Timestamp;
 use crate::store::Result;
 
-/// How often it looks without a hint: files expire by themselves.
-const LOOK: Duration = Duration::from_secs(60);
+/// Interval between cleanups without a notification. File expiry sends no notification.
+const CLEANUP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often batches are looked for that nobody needs to remember.
-const SEARCH: Duration = Duration::from_secs(3600);
+/// Interval between searches for old batches.
+const BATCH_SEARCH_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// How long the id of a file that is gone can still be named as the one to begin a page after.
-const REMEMBERED: Duration = Duration::from_secs(86_400);
+/// Lifetime of the tombstone of a removed file. Lists can use a tombstone as their start position.
+const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(86_400);
 
-/// Rows and files removed at a time, so that whoever else writes does not wait long.
-const ROWS: usize = 2000;
-const FILES: usize = 100;
+/// Maximum number of rows removed in one step, so that other writers do not wait long.
+const STEP_ROWS: usize = 2000;
 
+/// Maximum number of files, objects or batches removed in one step.
+const STEP_FILES: usize = 100;
+
+/// Kind of garbage.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Chore {
-    GivenUp,
+enum Garbage {
+    AbortedObjects,
     Results,
     Files,
-    FileNames,
+    Tombstones,
     Batches,
-    Space,
+    DiskSpace,
 }
 
 impl Batches {
-    pub(super) async fn clear_away(self: Arc<Self>) {
+    /// Runs cleanups until the server closes.
+    pub(super) async fn run_janitor(self: Arc<Self>) {
         let mut next_search = self.clock.now();
         while !self.closing.is_cancelled() {
-            self.clear_once(&mut next_search).await;
+            self.clean_up(&mut next_search).await;
             let hint = async {
                 tokio::select! {
-                    () = self.garbage.notified() => {}
-                    () = self.clock.sleep(LOOK) => {}
+                    () = self.cleanup_needed.notified() => {}
+                    () = self.clock.sleep(CLEANUP_INTERVAL) => {}
                 }
             };
             self.closing.run_until_cancelled(hint).await;
         }
     }
 
-    async fn clear_once(&self, next_search: &mut Timestamp) {
+    /// Removes all garbage once.
+    async fn clean_up(&self, next_search: &mut Timestamp) {
         let now = self.clock.now();
         let search = now >= *next_search;
         if search {
-            *next_search = now.after(SEARCH);
+            *next_search = now.after(BATCH_SEARCH_INTERVAL);
         }
-        for chore in [
-            Chore::GivenUp,
-            Chore::Results,
-            Chore::Files,
-            Chore::FileNames,
-            Chore::Batches,
-            Chore::Space,
+        for garbage in [
+            Garbage::AbortedObjects,
+            Garbage::Results,
+            Garbage::Files,
+            Garbage::Tombstones,
+            Garbage::Batches,
+            Garbage::DiskSpace,
         ] {
-            if chore == Chore::Batches && !search {
+            if garbage == Garbage::Batches && !search {
                 continue;
             }
             while !self.closing.is_cancelled() {
-                match self.do_some(chore).await {
+                match self.remove_some(garbage).await {
                     Ok(true) => {}
                     Ok(false) => break,
                     Err(error) => {
-                        // It is left for the next time, and keeps nothing else from being done.
-                        tracing::warn!("what is not needed any more stays for now: {error}");
+                        // The next cleanup tries again. Other kinds of garbage are removed now.
+                        tracing::warn!(%error, "cleanup failed, will be retried");
                         break;
                     }
                 }
@@ -77,76 +82,79 @@ impl Batches {
         }
     }
 
-    /// Does a part of a chore; whether there may be more of it.
-    async fn do_some(&self, chore: Chore) -> Result<bool> {
-        match chore {
-            Chore::GivenUp => self.remove_given_up().await,
-            Chore::Results => self.store.discard_results(ROWS).await,
-            Chore::Files => self.remove_files().await,
-            Chore::FileNames => {
-                self.store.forget_files(self.clock.now().before(REMEMBERED), ROWS).await
+    /// Removes a part of the garbage and returns true if there may be more.
+    async fn remove_some(&self, garbage: Garbage) -> Result<bool> {
+        match garbage {
+            Garbage::AbortedObjects => self.remove_aborted_object().await,
+            Garbage::Results => self.store.discard_results(STEP_ROWS).await,
+            Garbage::Files => self.remove_files().await,
+            Garbage::Tombstones => {
+                self.store
+                    .forget_files(self.clock.now().before(TOMBSTONE_LIFETIME), STEP_ROWS)
+                    .await
             }
-            Chore::Batches => self.forget_batches().await,
-            Chore::Space => self.store.compact().await,
+            Garbage::Batches => self.forget_batches().await,
+            Garbage::DiskSpace => self.store.compact().await,
         }
     }
 
-    /// Removes some files that were deleted or have expired; whether there may be more.
+    /// Removes some deleted or expired files and returns true if there may be more.
     async fn remove_files(&self) -> Result<bool> {
-        let gone = self.store.garbage(self.clock.now(), FILES).await?;
+        let removable = self.store.garbage(self.clock.now(), STEP_FILES).await?;
         let mut failed = None;
-        for (tenant, id) in &gone {
-            // The bytes first: as long as the row is there, they are found again.
+        for (tenant, id) in &removable {
+            // The object goes first. While the row exists, an interrupted removal is repeated.
             let removed = async {
                 self.blobs.delete(tenant, id).await?;
                 self.store.file_removed(tenant, id).await
             };
-            // One that cannot be removed is no reason to keep the others.
+            // A file that cannot be removed must not block the others.
             failed = removed.await.err().or(failed);
         }
-        failed.map_or(Ok(gone.len() == FILES), Err)
+        failed.map_or(Ok(removable.len() == STEP_FILES), Err)
     }
 
-    /// Forgets some batches that ended long ago; whether there may be more.
+    /// Removes some batches that ended long ago and returns true if there may be more.
     async fn forget_batches(&self) -> Result<bool> {
         let ended_before = self.clock.now().before(self.settings.batch_lifetime.duration());
-        let found = self.store.forgettable_batches(ended_before, FILES).await?;
-        let more = found.len() == FILES;
+        let found = self.store.forgettable_batches(ended_before, STEP_FILES).await?;
+        let more = found.len() == STEP_FILES;
         if !found.is_empty() {
             self.store.forget_batches(found).await?;
         }
         Ok(more)
     }
 
-    /// Removes an object whose writing was given up; whether there was one.
-    async fn remove_given_up(&self) -> Result<bool> {
-        let next = || self.given_up.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    /// Removes one object whose upload was aborted and returns false if there was none.
+    async fn remove_aborted_object(&self) -> Result<bool> {
+        let next = || self.aborted_objects.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let Some((tenant, id)) = next() else { return Ok(false) };
         let removed = async {
-            // A client who went away at the last moment may have a file all the same.
+            // The upload of a client that disconnected at the last moment may have succeeded.
             if self.store.is_pending(&tenant, &id).await? {
-                // The bytes first: as long as they are noted, they are found again.
+                // The object goes first. While the registration exists, an interrupted removal is
+                // repeated.
                 self.blobs.delete(&tenant, &id).await?;
                 self.store.object_removed(&tenant, &id).await?;
             }
             Ok(())
         };
         if let Err(error) = removed.await {
-            self.given_up.lock().unwrap_or_else(PoisonError::into_inner).push((tenant, id));
+            self.aborted_objects.lock().unwrap_or_else(PoisonError::into_inner).push((tenant, id));
             return Err(error);
         }
         Ok(true)
     }
 
-    /// Removes the objects that former processes had begun and did not come to record.
+    /// Removes the objects that previous processes registered and did not commit.
     pub(super) async fn remove_abandoned(&self) -> Result<()> {
         loop {
-            let abandoned = self.store.abandoned_objects(FILES).await?;
+            let abandoned = self.store.abandoned_objects(STEP_FILES).await?;
             for (tenant, id) in &abandoned {
                 self.blobs.delete(tenant, id).await?;
                 self.store.object_removed(tenant, id).await?;
             }
-            if abandoned.len() < FILES {
+            if abandoned.len() < STEP_FILES {
                 return Ok(());
             }
         }

@@ -1,4 +1,6 @@
-//! Requests that a provider works on by itself, and that it is asked about: what the adapter has to know for that outlives the process.
+//! Jobs: requests that a provider processes asynchronously and that the adapter polls.
+//!
+//! The polling state of a job is stored, so that the adapter can continue to poll after a restart.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,47 +11,58 @@ use crate::clock::Clock;
 use crate::plugin::Plugin;
 use crate::store::{Claim, Job, Result, Store};
 
-/// How soon a state is written again that the store did not take.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Interval between attempts to write a job state after the store has failed.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The jobs of a batch.
+/// Jobs of a batch.
 pub struct Jobs {
     store: Arc<dyn Store>,
     claim: Claim,
-    /// Whether a former process left some: each request is looked up then.
-    left: bool,
+    /// True if a previous process left jobs, in which case every request is looked up.
+    has_stored_jobs: bool,
 }
 
 impl Jobs {
+    /// Loads the job information of a batch.
     pub async fn of_batch(store: &Arc<dyn Store>, claim: &Claim) -> Result<Self> {
-        let left = store.has_jobs(claim).await?;
-        Ok(Self { store: store.clone(), claim: claim.clone(), left })
+        let has_stored_jobs = store.has_jobs(claim).await?;
+        Ok(Self { store: store.clone(), claim: claim.clone(), has_stored_jobs })
     }
 
-    /// The state of a request's job, if it has one that this plugin began. A later version of the plugin gets it too.
+    /// Returns the job state of a request, or `None` if this plugin has not started a job for it.
+    ///
+    /// A later version of the plugin gets the state of an earlier version. `known` is true if the
+    /// caller knows that a job exists.
     pub async fn of(&self, line: u64, plugin: &Plugin, known: bool) -> Result<Option<Vec<u8>>> {
-        if !self.left && !known {
+        if !self.has_stored_jobs && !known {
             return Ok(None);
         }
         let job = self.store.job(&self.claim, line).await?;
         Ok(job.filter(|job| job.plugin == plugin.name).map(|job| job.state))
     }
 
-    /// Keeps a state; whether the store took it. If not, the job is lost with the process.
+    /// Stores a job state and returns true if the write succeeded.
+    ///
+    /// After a failed write the job is lost if the process ends.
     pub async fn keep(&self, line: u64, plugin: &Plugin, state: &[u8]) -> bool {
         let job = Job { plugin: plugin.name.clone(), state: state.to_vec() };
         let kept = self.store.keep_job(&self.claim, line, job).await;
         if let Err(error) = &kept {
             tracing::warn!(
+                tenant = self.claim.tenant,
                 batch = self.claim.batch_id,
                 line,
-                "the state of a job is not kept: {error}"
+                plugin = plugin.name,
+                %error,
+                "job state write failed"
             );
         }
         kept.is_ok()
     }
 
-    /// Keeps a state for as long as it takes, or until the batch is to be left: a job that is not known any more would be paid for twice.
+    /// Retries [`Self::keep`] until the write succeeds or `leave` is cancelled.
+    ///
+    /// A job whose state is lost would be started and paid for twice.
     pub async fn insist(
         &self,
         line: u64,
@@ -59,16 +72,22 @@ impl Jobs {
         leave: &CancellationToken,
     ) {
         while !self.keep(line, plugin, state).await {
-            if leave.run_until_cancelled(clock.sleep(AGAIN)).await.is_none() {
+            if leave.run_until_cancelled(clock.sleep(RETRY_INTERVAL)).await.is_none() {
                 return;
             }
         }
     }
 
-    /// Forgets a job, as its request begins anew.
+    /// Deletes the job state of a request that starts again from the beginning.
     pub async fn forget(&self, line: u64) {
         if let Err(error) = self.store.drop_job(&self.claim, line).await {
-            tracing::warn!(batch = self.claim.batch_id, line, "the state of a job stays: {error}");
+            tracing::warn!(
+                tenant = self.claim.tenant,
+                batch = self.claim.batch_id,
+                line,
+                %error,
+                "job state delete failed"
+            );
         }
     }
 }

@@ -1,19 +1,33 @@
-//! Places: how many batches of each lane are worked on at a time, and whose turn it is.
+//! Places and turns: how many batches of each lane run at a time, and which batch runs next.
 //!
-//! **Threat.** A stuck provider holds up the batches of others, a combination of many plugins gets places for each combination, or sixteen
-//! long batches keep a short one waiting for hours.
+//! **Problem.** Without a limit per plugin, one stuck provider blocks the batches of all others.
+//! With a limit per combination of plugins, each new combination would get extra capacity. Without
+//! turns, sixteen long batches would keep a short batch waiting for hours.
 //!
-//! **Places.** Validation and finishing have places of their own. For execution a batch needs a place of every plugin that its requests
-//! go to. Each plugin has `max_concurrent_batches` places, and all plugins together `max_executing_batches`; a plugin none of whose
-//! batches is executed always gets one.
+//! **Lanes.** A lane is the queue of batches that need the same: validation, finishing, or
+//! execution with one set of plugins. Batches in different lanes do not compete unless the lanes
+//! share a plugin. The store returns the oldest waiting batch of each lane.
 //!
-//! **Turns.** Batches wait in the order of their last turn. An older one that does not get its places yet keeps them from younger ones,
-//! so that one which needs many plugins is not passed by for ever. A batch that executes gives its place back after a *stint* of a second
-//! or 1,000 lines, if another one waits: it takes no new lines then, while its requests under way go on. It waits for its next turn
-//! here as long as it has requests under way, and in the store when it has none.
+//! **Places.** A place is a permit to run. Validation and finishing have `max_concurrent_batches`
+//! places each. An executing batch holds one place of every plugin that its requests go to. Each
+//! plugin has `max_concurrent_batches` places, and all plugins together have
+//! `max_executing_batches`. A plugin without an executing batch always gets a place, even beyond
+//! that total. Combinations of plugins have no places of their own.
 //!
-//! **Worked on.** Batches with or without a place, at most twice as many as have one. When another one waits that could have a place, the one
-//! whose last turn is longest ago is asked to leave: it sends nothing new, and goes back to the store when what it has sent is answered.
+//! **Turns.** Batches run in the order of their last turn. An older batch that cannot get all its
+//! places yet reserves these places against younger batches. So a batch that needs many plugins
+//! does not starve.
+//!
+//! **Stints.** A stint is the time slice of a turn: one second or 1,000 lines. If another batch
+//! waits, an executing batch releases its place after a stint. The batch then takes no new lines,
+//! and its requests in flight continue. A batch with requests in flight waits for its next turn in
+//! this process. A batch without requests in flight waits in the store.
+//!
+//! **Active batches.** An executing batch is active from its claim to its release or end, with or
+//! without a place. The number of active batches is limited to twice the number of places. If a
+//! waiting batch would exceed this limit, the active batch with the oldest turn is evicted. An
+//! evicted batch sends no new requests and returns to the store when its requests in flight have
+//! finished. At most one batch is evicted during the length of a stint.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,19 +40,23 @@ use tokio::time::Instant;
 use crate::clock::Timestamp;
 use crate::store::{Lane, Waiting};
 
-/// What a batch may take before another one has its turn.
-const STINT: Duration = Duration::from_secs(1);
+/// Duration after which a turn may end.
+const STINT_DURATION: Duration = Duration::from_secs(1);
+
+/// Number of lines after which a turn may end.
 const STINT_LINES: usize = 1000;
 
+/// Names of the plugins that the requests of a batch go to.
 pub type Plugins = BTreeSet<String>;
 
+/// Places of all lanes, and the batches that wait for a place in this process.
 pub struct Lanes {
-    /// Of validation, of finishing, and of each plugin.
+    /// Number of places of validation, of finishing, and of each plugin.
     max: usize,
-    /// Of all plugins together.
+    /// Number of places of all plugins together.
     max_executing: usize,
     state: Mutex<State>,
-    /// Told whenever a place may have become free.
+    /// Notified when a place may have become free.
     freed: Arc<Notify>,
 }
 
@@ -47,117 +65,126 @@ struct State {
     validating: usize,
     finishing: usize,
     executing: usize,
-    /// Places that are taken.
+    /// Occupied places of each plugin.
     places: HashMap<String, usize>,
-    /// Batches worked on, with or without a place: at most twice as many as have places.
-    worked_on: HashMap<String, usize>,
-    all_worked_on: usize,
+    /// Active batches of each plugin, with or without a place.
+    active: HashMap<String, usize>,
+    /// Active batches of all plugins together.
+    all_active: usize,
     returning: Vec<Returning>,
     running: Vec<Weak<Turn>>,
-    /// When a batch was last asked to leave for another one.
-    asked_to_leave: Option<Instant>,
+    /// Time of the last eviction.
+    last_eviction: Option<Instant>,
 }
 
-/// A batch that waits here for its next turn.
+/// Active batch that waits in this process for its next turn.
 struct Returning {
     since: Timestamp,
     plugins: Arc<Plugins>,
-    /// A place, or none if it is to leave.
+    /// Receives a place, or `None` if the batch is evicted.
     granted: oneshot::Sender<Option<Place>>,
 }
 
-/// Whether a batch that executes is asked to let another one have its place.
+/// Turn of an executing batch, with the request to end the turn.
 #[derive(Default)]
 struct Turn {
     plugins: Arc<Plugins>,
-    asked: AtomicBool,
-    told: Notify,
+    /// True if another batch waits for this place.
+    end_requested: AtomicBool,
+    /// Notified when the end of the turn is requested.
+    requested: Notify,
 }
 
-/// A place, given back when it is dropped.
+/// Permit to run in a lane, released when it is dropped.
 pub struct Place {
     lanes: Arc<Lanes>,
     lane: Lane,
     turn: Arc<Turn>,
-    /// When there was a first line to take: to find it may take long.
-    begun: Option<Instant>,
+    /// Time of the first line. The search for this line may take long and does not count.
+    started_at: Option<Instant>,
     lines: usize,
 }
 
-/// The fact that a batch of a plugin is worked on.
+/// Guard that counts a batch as active until the guard is dropped.
 pub struct WorkedOn {
     lanes: Arc<Lanes>,
     plugins: Plugins,
 }
 
-/// What to do next.
+/// Next action of the scheduler.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Claim the batch at this place of the list.
+    /// Claim the batch with this index in the list.
     Claim(usize),
-    /// A batch that waited here goes on.
+    /// An active batch got a place or was evicted, so the lists have changed.
     Returned,
+    /// No batch can get a place.
     Nothing,
 }
 
 impl Lanes {
+    /// Creates the lanes. `freed` is notified when a place may have become free.
     pub fn new(max: usize, max_executing: usize, freed: Arc<Notify>) -> Arc<Self> {
         Arc::new(Self { max, max_executing, state: Mutex::default(), freed })
     }
 
-    /// Whose turn it is: of the batches waiting in the store, the oldest of each lane, and of those waiting here.
+    /// Selects the batch that runs next.
+    ///
+    /// The candidates are the batches in `waiting`, which are the oldest of each lane in the store,
+    /// and the active batches that wait for their next turn.
     pub fn next(self: &Arc<Self>, waiting: &[Waiting]) -> Next {
         let mut state = self.lock();
         state.returning.retain(|returning| !returning.granted.is_closed());
         let mut queue: Vec<(Timestamp, bool, usize)> = waiting
             .iter()
             .enumerate()
-            .map(|(place, waiting)| (waiting.since, false, place))
+            .map(|(index, waiting)| (waiting.since, false, index))
             .collect();
         queue.extend(
             state
                 .returning
                 .iter()
                 .enumerate()
-                .map(|(place, returning)| (returning.since, true, place)),
+                .map(|(index, returning)| (returning.since, true, index)),
         );
         queue.sort_unstable();
-        // Plugins whose next place is somebody's who waits for longer.
+        // Plugins whose next place is reserved for a batch that has waited longer.
         let mut reserved: HashSet<String> = HashSet::new();
         let mut next = Next::Nothing;
-        for (_, is_here, place) in queue {
-            if is_here {
+        for (_, is_active, index) in queue {
+            if is_active {
                 let Some(plugins) =
-                    state.returning.get(place).map(|returning| returning.plugins.clone())
+                    state.returning.get(index).map(|returning| returning.plugins.clone())
                 else {
                     continue;
                 };
                 if next == Next::Nothing && state.has_room(&plugins, &reserved, self) {
-                    let returning = state.returning.remove(place);
+                    let returning = state.returning.remove(index);
                     let place = self.enter(&mut state, Lane::Execute((*plugins).clone()));
                     drop(state);
-                    // One that has gone gives its place back.
+                    // If the receiver is gone, the place is dropped and thereby released.
                     returning.granted.send(Some(place)).ok();
                     return Next::Returned;
                 }
                 reserved.extend(plugins.iter().cloned());
                 continue;
             }
-            let Some(found) = waiting.get(place) else { continue };
-            let (room, may_begin) = match &found.lane {
+            let Some(found) = waiting.get(index) else { continue };
+            let (room, may_activate) = match &found.lane {
                 Lane::Validate => (state.validating < self.max, true),
                 Lane::Finish => (state.finishing < self.max, true),
                 Lane::Execute(plugins) => {
-                    (state.has_room(plugins, &reserved, self), state.may_work_on(plugins, self))
+                    (state.has_room(plugins, &reserved, self), state.may_activate(plugins, self))
                 }
             };
-            if room && may_begin && next == Next::Nothing {
-                next = Next::Claim(place);
+            if room && may_activate && next == Next::Nothing {
+                next = Next::Claim(index);
             } else if let Lane::Execute(plugins) = &found.lane {
-                // One that only waits for another one to leave must not keep those from their places that do the work.
-                if may_begin {
+                // A batch that cannot become active yet must not reserve places, because active
+                // batches need these places to make progress.
+                if may_activate {
                     reserved.extend(plugins.iter().cloned());
-                } else if state.ask_to_leave(plugins) {
+                } else if state.evict_oldest(plugins) {
                     return Next::Returned;
                 }
             }
@@ -165,17 +192,17 @@ impl Lanes {
         let full = state.executing >= self.max_executing;
         state.running.retain(|turn| turn.strong_count() > 0);
         for turn in state.running.iter().filter_map(Weak::upgrade) {
-            let asked = !reserved.is_empty()
+            let end_requested = !reserved.is_empty()
                 && (full || turn.plugins.iter().any(|name| reserved.contains(name)));
-            turn.asked.store(asked, Ordering::Relaxed);
-            if asked {
-                turn.told.notify_waiters();
+            turn.end_requested.store(end_requested, Ordering::Relaxed);
+            if end_requested {
+                turn.requested.notify_waiters();
             }
         }
         next
     }
 
-    /// Takes a place, whether there is one or not: [`Self::next`] says so.
+    /// Takes a place without a check. [`Self::next`] checks that the place is free.
     pub fn take(self: &Arc<Self>, lane: &Lane) -> Place {
         let mut state = self.lock();
         self.enter(&mut state, lane.clone())
@@ -191,22 +218,26 @@ impl Lanes {
         if matches!(lane, Lane::Execute(_)) {
             state.running.push(Arc::downgrade(&turn));
         }
-        Place { lanes: self.clone(), lane, turn, begun: None, lines: 0 }
+        Place { lanes: self.clone(), lane, turn, started_at: None, lines: 0 }
     }
 
-    /// Counts a batch that executes as worked on until what this returns is dropped.
+    /// Counts an executing batch as active until the returned guard is dropped.
+    ///
+    /// Returns `None` for the other lanes, which have no limit on active batches.
     pub fn work_on(self: &Arc<Self>, lane: &Lane) -> Option<WorkedOn> {
         let Lane::Execute(plugins) = lane else { return None };
         let mut state = self.lock();
-        state.all_worked_on = state.all_worked_on.saturating_add(1);
+        state.all_active = state.all_active.saturating_add(1);
         for name in plugins {
-            let number = state.worked_on.entry(name.clone()).or_default();
+            let number = state.active.entry(name.clone()).or_default();
             *number = number.saturating_add(1);
         }
         Some(WorkedOn { lanes: self.clone(), plugins: plugins.clone() })
     }
 
-    /// Waits for the next turn of a batch that is worked on; none if it is to leave, so that another one can be worked on.
+    /// Waits for the next turn of an active batch.
+    ///
+    /// Returns `None` if the batch is evicted. `since` is the time of its last turn.
     pub async fn come_back(self: &Arc<Self>, plugins: &Plugins, since: Timestamp) -> Option<Place> {
         let plugins = Arc::new(plugins.clone());
         loop {
@@ -224,49 +255,53 @@ impl Lanes {
     }
 }
 
+/// Returns the count of a plugin, or 0.
 fn count(counts: &HashMap<String, usize>, name: &str) -> usize {
     counts.get(name).copied().unwrap_or(0)
 }
 
 impl State {
-    /// Whether each of the plugins has a place that nobody else is to have.
+    /// Returns true if each of the plugins has a free place that is not reserved.
     fn has_room(&self, plugins: &Plugins, reserved: &HashSet<String>, lanes: &Lanes) -> bool {
         let free =
             |name: &String| count(&self.places, name) < lanes.max && !reserved.contains(name);
         let is_new = |name: &String| count(&self.places, name) == 0;
-        // A batch of no plugin comes from a database of an older version.
+        // A batch without plugins comes from a database of an older version.
         plugins.iter().all(free)
             && (self.executing < lanes.max_executing
                 || plugins.iter().any(is_new)
                 || plugins.is_empty())
     }
 
-    /// Asks the batch to leave whose last turn is longest ago, of those for one of these plugins; not more than one in a while.
-    fn ask_to_leave(&mut self, plugins: &Plugins) -> bool {
-        if self.asked_to_leave.is_some_and(|at| at.elapsed() < STINT) {
+    /// Evicts the returning batch with the oldest turn among those that share one of the plugins.
+    ///
+    /// Returns false if there is no such batch or a batch was evicted less than a stint ago.
+    fn evict_oldest(&mut self, plugins: &Plugins) -> bool {
+        if self.last_eviction.is_some_and(|at| at.elapsed() < STINT_DURATION) {
             return false;
         }
         let shares =
             |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
         let oldest = self.returning.iter().enumerate().filter(|(_, returning)| shares(returning));
-        let Some(place) =
-            oldest.min_by_key(|(_, returning)| returning.since).map(|(place, _)| place)
+        let Some(index) =
+            oldest.min_by_key(|(_, returning)| returning.since).map(|(index, _)| index)
         else {
             return false;
         };
-        self.asked_to_leave = Some(Instant::now());
-        self.returning.remove(place).granted.send(None).ok();
+        self.last_eviction = Some(Instant::now());
+        self.returning.remove(index).granted.send(None).ok();
         true
     }
 
-    /// Whether one more batch may be worked on.
-    fn may_work_on(&self, plugins: &Plugins, lanes: &Lanes) -> bool {
-        let is_new = |name: &String| count(&self.worked_on, name) == 0;
-        plugins.iter().all(|name| count(&self.worked_on, name) < lanes.max.saturating_mul(2))
-            && (self.all_worked_on < lanes.max_executing.saturating_mul(2)
+    /// Returns true if one more batch may become active.
+    fn may_activate(&self, plugins: &Plugins, lanes: &Lanes) -> bool {
+        let is_new = |name: &String| count(&self.active, name) == 0;
+        plugins.iter().all(|name| count(&self.active, name) < lanes.max.saturating_mul(2))
+            && (self.all_active < lanes.max_executing.saturating_mul(2)
                 || plugins.iter().any(is_new))
     }
 
+    /// Changes the number of occupied places of a lane.
     fn change(&mut self, lane: &Lane, by: impl Fn(usize) -> usize) {
         match lane {
             Lane::Validate => self.validating = by(self.validating),
@@ -287,37 +322,37 @@ impl State {
 }
 
 impl Place {
-    /// There is a first line to take: its time begins.
+    /// Starts the stint when the first line is found. Later calls have no effect.
     pub fn begins(&mut self) {
-        self.begun.get_or_insert_with(Instant::now);
+        self.started_at.get_or_insert_with(Instant::now);
     }
 
-    /// Counts a line that was taken.
+    /// Counts a taken line.
     pub fn took_line(&mut self) {
         self.lines = self.lines.saturating_add(1);
     }
 
-    /// Whether another batch is to have this place now.
+    /// Returns true if the stint has ended and another batch waits for this place.
     pub fn is_over(&self) -> bool {
-        let long = self.begun.is_some_and(|begun| begun.elapsed() >= STINT);
-        self.turn.asked.load(Ordering::Relaxed) && (self.lines >= STINT_LINES || long)
+        let long = self.started_at.is_some_and(|at| at.elapsed() >= STINT_DURATION);
+        self.turn.end_requested.load(Ordering::Relaxed) && (self.lines >= STINT_LINES || long)
     }
 
-    /// Returns when another batch is to have this place.
+    /// Waits until the stint has ended and another batch waits for this place.
     pub async fn over(&self) {
-        let end = self.begun.unwrap_or_else(Instant::now).checked_add(STINT);
+        let end = self.started_at.unwrap_or_else(Instant::now).checked_add(STINT_DURATION);
         while !self.is_over() {
-            let told = self.turn.told.notified();
-            let mut told = std::pin::pin!(told);
-            told.as_mut().enable();
-            if self.turn.asked.load(Ordering::Relaxed) {
+            let requested = self.turn.requested.notified();
+            let mut requested = std::pin::pin!(requested);
+            requested.as_mut().enable();
+            if self.turn.end_requested.load(Ordering::Relaxed) {
                 tokio::time::sleep_until(end.unwrap_or_else(Instant::now)).await;
                 if !self.is_over() {
-                    // Asked no more.
-                    told.await;
+                    // The request has been withdrawn.
+                    requested.await;
                 }
             } else {
-                told.await;
+                requested.await;
             }
         }
     }
@@ -333,12 +368,12 @@ impl Drop for Place {
 impl Drop for WorkedOn {
     fn drop(&mut self) {
         let mut state = self.lanes.lock();
-        state.all_worked_on = state.all_worked_on.saturating_sub(1);
+        state.all_active = state.all_active.saturating_sub(1);
         for name in &self.plugins {
-            if let Some(number) = state.worked_on.get_mut(name) {
+            if let Some(number) = state.active.get_mut(name) {
                 *number = number.saturating_sub(1);
                 if *number == 0 {
-                    state.worked_on.remove(name);
+                    state.active.remove(name);
                 }
             }
         }
@@ -370,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_plugin_leaves_the_others_their_places() {
+    fn full_plugin_does_not_block_other_plugins() {
         let lanes = Lanes::new(2, 100, Arc::default());
         let slow = Lane::Execute(plugins("slow"));
         let first = lanes.take(&slow);
@@ -378,7 +413,7 @@ mod tests {
         assert_eq!(lanes.next(&waiting(&[("slow", 1)])), Next::Nothing);
         assert_eq!(lanes.next(&waiting(&[("slow", 1), ("fast", 2)])), Next::Claim(1));
         assert_eq!(lanes.next(&waiting(&[("slow", 1), ("validate", 3)])), Next::Claim(1));
-        // One that needs both waits for the one that is full, and keeps the other for itself.
+        // A batch of both plugins waits for the full plugin and reserves the place of the other.
         assert_eq!(lanes.next(&waiting(&[("fast slow", 1), ("fast", 2)])), Next::Nothing);
         assert_eq!(lanes.next(&waiting(&[("fast slow", 2), ("fast", 1)])), Next::Claim(1));
         drop(first);
@@ -386,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_on_the_whole_leaves_each_plugin_one() {
+    fn total_limit_leaves_each_plugin_one_place() {
         let lanes = Lanes::new(16, 2, Arc::default());
         let _places =
             [lanes.take(&Lane::Execute(plugins("a"))), lanes.take(&Lane::Execute(plugins("b")))];
@@ -395,13 +430,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_batch_gives_its_place_back_after_a_stint_if_another_waits() {
+    async fn batch_releases_its_place_after_a_stint_if_another_waits() {
         let lanes = Lanes::new(1, 100, Arc::default());
         let (ours, theirs) = (plugins("p"), waiting(&[("p", 5)]));
-        let _worked_on = lanes.work_on(&Lane::Execute(ours.clone()));
+        let _active = lanes.work_on(&Lane::Execute(ours.clone()));
         let mut place = lanes.take(&Lane::Execute(ours.clone()));
-        place.begun = Instant::now().checked_sub(STINT);
-        assert!(!place.is_over(), "nobody waits");
+        place.started_at = Instant::now().checked_sub(STINT_DURATION);
+        assert!(!place.is_over(), "no other batch waits");
         assert_eq!(lanes.next(&theirs), Next::Nothing);
         assert!(place.is_over());
         place = {
@@ -409,13 +444,13 @@ mod tests {
             lanes.take(&Lane::Execute(ours.clone()))
         };
         assert_eq!(lanes.next(&theirs), Next::Nothing);
-        assert!(!place.is_over(), "it has just begun");
+        assert!(!place.is_over(), "the stint has not started");
         for _ in 0..STINT_LINES {
             place.took_line();
         }
         assert!(place.is_over() && place.over().now_or_never().is_some());
         drop(place);
-        // The other has waited for longer; then it is our turn again.
+        // The other batch has waited longer and runs first.
         let mut back = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(6)));
         assert!((&mut back).now_or_never().is_none());
         assert_eq!(lanes.next(&theirs), Next::Claim(0));
@@ -427,21 +462,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_leaves_when_another_waits_to_be_worked_on_and_keeps_nobody_from_its_place() {
+    async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
         let lanes = Lanes::new(1, 100, Arc::default());
         let ours = plugins("p");
-        let worked_on = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
+        let active = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
         let mut first = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(1)));
         let mut second = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(2)));
         assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
         let third = waiting(&[("p", 0), ("p q", 0)]);
-        // The one whose last turn is longest ago is to leave; the other has its turn though somebody waits since before.
+        // The batch with the oldest turn is evicted. The other active batch has its turn, although
+        // the third batch has waited longer.
         assert_eq!(lanes.next(&third), Next::Returned);
         assert!(first.await.is_none());
         assert_eq!(lanes.next(&third), Next::Returned);
         let place = second.await;
         assert!(place.is_some());
-        drop((place, worked_on));
+        drop((place, active));
         assert_eq!(lanes.next(&third), Next::Claim(0));
     }
 }

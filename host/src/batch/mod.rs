@@ -1,7 +1,9 @@
-//! The life of a batch: create, validate, execute, finalize, cancel, expire, recover; and of the files around it.
+//! Batch lifecycle: create, validate, execute, finalize, cancel, expire and recover; and the files
+//! that batches read and write.
 //!
-//! Architecture invariant: this room knows no HTTP routes, no SQL and no WebAssembly. What is to last it hands to `store`, what
-//! concerns a provider to `plugin`, and it asks `clock` what time it is.
+//! Architecture invariant: this module contains no HTTP routes, no SQL and no WebAssembly. Durable
+//! state goes through `store`, calls to providers go through `plugin`, and the time comes from
+//! `clock`.
 
 mod backoff;
 mod breaker;
@@ -65,7 +67,7 @@ use readiness::Probes;
 use rests::Rests;
 use stop::{Reason, Stop};
 
-/// The API's endpoints that a batch can be for.
+/// API endpoints that a batch can target.
 pub const ENDPOINTS: [&str; 5] = [
     "/v1/chat/completions",
     "/v1/completions",
@@ -74,16 +76,16 @@ pub const ENDPOINTS: [&str; 5] = [
     "/v1/moderations",
 ];
 
-/// How long the store may take to be closed; it can also be left as it is.
-const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for closing the store. A store that is not closed in time loses no committed data.
+const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A batch that is worked on here.
+/// Batch that this process works on.
 struct Running {
     stop: Arc<Stop>,
     claim: Claim,
 }
 
-/// All batches and files of a server.
+/// Service for all batches and files of a server.
 pub struct Batches {
     store: Arc<dyn Store>,
     blobs: Blobs,
@@ -92,27 +94,29 @@ pub struct Batches {
     settings: Settings,
     memory: Memory,
     gate: Gate,
-    queues: AtomicU64,
+    next_queue_number: AtomicU64,
     probes: Probes,
-    /// How to stop the batches that are being worked on here, by tenant and id.
+    /// Batches that this process works on, by tenant and batch id.
     running: Mutex<HashMap<(String, String), Running>>,
     outages: Arc<Outages>,
     rests: Rests,
-    /// Batches that could not go on, and how long they rest.
-    resting: Mutex<HashMap<(String, String), Backoff>>,
-    /// There may be a batch to work on.
-    work: Arc<Notify>,
-    /// Objects whose writing was given up here, as tenant and id.
-    given_up: Mutex<Vec<(String, String)>>,
-    /// There may be something to clear away.
-    garbage: Notify,
-    /// The end has been announced: the server is not ready any more.
+    /// Backoffs of batches whose processing failed, by tenant and batch id.
+    backoffs: Mutex<HashMap<(String, String), Backoff>>,
+    /// Notified when a batch may be ready to claim.
+    work_available: Arc<Notify>,
+    /// Objects whose upload was aborted in this process, as tenant and object id.
+    aborted_objects: Mutex<Vec<(String, String)>>,
+    /// Notified when the janitor may have something to remove.
+    cleanup_needed: Notify,
+    /// Cancelled when the server starts to drain and reports not ready.
     draining: CancellationToken,
+    /// Cancelled when the server shuts down and starts no more work.
     closing: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Batches {
+    /// Creates the service. Processing begins with [`Self::start`].
     pub fn new(
         store: Arc<dyn Store>,
         blobs: Blobs,
@@ -128,15 +132,15 @@ impl Batches {
             clock,
             memory,
             gate: Gate::default(),
-            queues: AtomicU64::new(0),
+            next_queue_number: AtomicU64::new(0),
             probes: Probes::default(),
             running: Mutex::default(),
             outages: Arc::new(Outages::new(&settings)),
             rests: Rests::default(),
-            resting: Mutex::default(),
-            work: Arc::default(),
-            given_up: Mutex::default(),
-            garbage: Notify::new(),
+            backoffs: Mutex::default(),
+            work_available: Arc::default(),
+            aborted_objects: Mutex::default(),
+            cleanup_needed: Notify::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -144,19 +148,22 @@ impl Batches {
         })
     }
 
-    /// Begins to work on batches, those that a former process left included.
+    /// Starts to process batches, including those that a previous process left unfinished.
     pub fn start(self: &Arc<Self>) {
         self.tasks.spawn(self.clone().schedule());
-        self.tasks.spawn(self.clone().wake());
-        self.tasks.spawn(self.clone().clear_away());
+        self.tasks.spawn(self.clone().watch_changes());
+        self.tasks.spawn(self.clone().run_janitor());
     }
 
-    /// Says from now on that the server is not ready, and works on.
+    /// Reports the server as not ready from now on, without stopping any work.
     pub fn drain(&self) {
         self.draining.cancel();
     }
 
-    /// Stops work: nothing new is begun, what is in flight gets `shutdown_grace`, the rest is left for the next start.
+    /// Stops all work and returns when all tasks have ended.
+    ///
+    /// No new request is sent. Requests in flight have `shutdown_grace` to finish. The next start
+    /// continues the rest.
     pub async fn close(&self) {
         self.draining.cancel();
         self.closing.cancel();
@@ -167,48 +174,53 @@ impl Batches {
         self.tasks.wait().await;
     }
 
-    /// Ends the use of the store, after everything else: what was written is put into its place.
+    /// Closes the store and flushes its writes. Must be the last call.
     pub async fn close_store(&self) {
-        tokio::time::timeout(STORE_TIMEOUT, self.store.close()).await.ok();
+        tokio::time::timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await.ok();
     }
 
+    /// Returns the clock of the server.
     pub fn clock(&self) -> &Clock {
         &self.clock
     }
 
+    /// Returns the memory pools of the server.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// A number that no other batch has.
+    /// Returns a queue number that is unique in this process.
     fn next_queue(&self) -> Queue {
-        self.queues.fetch_add(1, Ordering::Relaxed)
+        self.next_queue_number.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Returns the settings of the server.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
+    /// Returns the plugin registry of the server.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// A batch, with the first few of its errors.
+    /// Returns a batch with the first few of its errors, or `None` if the batch is unknown.
     pub async fn get(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
         self.store.batch(tenant, id).await
     }
 
-    /// All errors of a batch.
+    /// Returns all errors of a batch.
     pub async fn errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
         self.store.batch_errors(tenant, id).await
     }
 
-    /// The plugins that served a batch so far, if there is such a batch.
+    /// Returns the plugins that have served a batch so far, or `None` if the batch is unknown.
     pub async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
         self.store.served_by(tenant, id).await
     }
 
-    /// What a batch waits for now, in the client's words, if it waits.
+    /// Returns the cause of the wait of a batch, as text for the client, or `None` if the batch is
+    /// not waiting.
     pub fn waits(&self, tenant: &str, batch: &BatchRecord) -> Option<WaitsFor> {
         if batch.status != Status::InProgress {
             return None;
@@ -228,12 +240,14 @@ impl Batches {
         }
     }
 
-    /// What is the matter with providers, each with what it is for.
+    /// Returns all open circuit breakers with their keys.
     pub fn outages(&self) -> Vec<(OutageKey, Outage)> {
         self.outages.list()
     }
 
-    /// Newest first. The page ends before the limit where its entries take more than so many bytes.
+    /// Returns a page of batches, newest first.
+    ///
+    /// The page has at most `limit` entries, and fewer if the entries exceed `bytes`.
     pub async fn list(
         &self,
         tenant: &str,
@@ -244,7 +258,9 @@ impl Batches {
         self.store.batches(tenant, after, limit, bytes).await
     }
 
-    /// On a task of its own: a client who goes away does not leave it half done.
+    /// Requests the cancellation of a batch.
+    ///
+    /// The request runs on a separate task, so that a disconnected client cannot interrupt it.
     pub async fn cancel(self: &Arc<Self>, tenant: &str, id: &str) -> Result<Cancel> {
         let (batches, tenant, id) = (self.clone(), tenant.to_owned(), id.to_owned());
         let cancelling = tokio::spawn(async move {
@@ -252,8 +268,8 @@ impl Batches {
             let running = batches.running.lock().unwrap_or_else(PoisonError::into_inner);
             match running.get(&(tenant, id)) {
                 Some(running) => running.stop.because(Reason::Cancelled),
-                // It waits for a place; to be ended it need not wait any longer.
-                None => batches.work.notify_one(),
+                // The batch waits for a place in its lane. The finish lane may have a free place.
+                None => batches.work_available.notify_one(),
             }
             drop(running);
             Ok(found)

@@ -1,4 +1,4 @@
-//! The breakers of a server: one for each plugin, tenant and endpoint that is in use.
+//! Registry of circuit breakers: one for each plugin, tenant and endpoint in use.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,24 +10,27 @@ use crate::config::Settings;
 use crate::plugin::Snapshot;
 use crate::store::{Claim, Lane};
 
-/// What the name begins with of a breaker for a model that no plugin serves.
+/// Prefix of [`Key::plugin`] for a model that no plugin serves.
 pub const MODEL: &str = "model ";
 
-/// What stands for the models that have none of their own.
-const OTHERS: &str = "…";
+/// Name shared by all unserved models beyond [`MAX_BREAKERS`].
+const OVERFLOW_MODEL: &str = "…";
 
-/// Breakers that are kept though nobody uses them.
-const KEPT: usize = 1024;
+/// Number of breakers from which unused breakers are evicted.
+const MAX_BREAKERS: usize = 1024;
 
-/// What a breaker is for.
+/// Key of a breaker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// The plugin's name. Of a model that no plugin serves, its name instead.
+    /// Name of the plugin, or `model ` and the name of a model that no plugin serves.
     pub plugin: String,
+    /// Name of the tenant.
     pub tenant: String,
+    /// Path of the API endpoint, such as `/v1/embeddings`.
     pub endpoint: String,
 }
 
+/// Circuit breakers of a server.
 pub struct Outages {
     pauses: Pauses,
     breakers: Mutex<HashMap<Key, Arc<Breaker>>>,
@@ -35,6 +38,7 @@ pub struct Outages {
 }
 
 impl Outages {
+    /// Creates an empty registry with the pauses from the settings.
     pub fn new(settings: &Settings) -> Self {
         let give_up_after =
             Some(settings.max_outage.duration()).filter(|longest| !longest.is_zero());
@@ -46,6 +50,7 @@ impl Outages {
         Self { pauses, breakers: Mutex::default(), changed: watch::Sender::new(0) }
     }
 
+    /// Returns the breaker of a plugin, tenant and endpoint, and creates it if necessary.
     pub fn of(&self, plugin: &str, tenant: &str, endpoint: &str) -> Arc<Breaker> {
         let mut key = Key {
             plugin: plugin.to_owned(),
@@ -56,23 +61,23 @@ impl Outages {
         if let Some(found) = breakers.get(&key) {
             return found.clone();
         }
-        if breakers.len() >= KEPT {
+        if breakers.len() >= MAX_BREAKERS {
             breakers.retain(|_, breaker| Arc::strong_count(breaker) > 1 || !breaker.is_calm());
-            // Clients name models: those beyond share a breaker.
-            if breakers.len() >= KEPT && plugin.starts_with(MODEL) {
-                key.plugin = format!("{MODEL}{OTHERS}");
+            // Clients choose model names, so models beyond the limit share one breaker.
+            if breakers.len() >= MAX_BREAKERS && plugin.starts_with(MODEL) {
+                key.plugin = format!("{MODEL}{OVERFLOW_MODEL}");
                 return breakers
                     .entry(key)
                     .or_insert_with(|| Arc::new(Breaker::new(self.pauses)))
                     .clone();
             }
         }
-        let made = Arc::new(Breaker::new(self.pauses));
-        breakers.insert(key, made.clone());
-        made
+        let breaker = Arc::new(Breaker::new(self.pauses));
+        breakers.insert(key, breaker.clone());
+        breaker
     }
 
-    /// What is the matter now, by plugin.
+    /// Returns the outages of all open breakers, sorted by plugin and tenant.
     pub fn list(&self) -> Vec<(Key, Outage)> {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut found: Vec<_> = breakers
@@ -86,10 +91,10 @@ impl Outages {
         found
     }
 
-    /// Those that a batch's lines go through.
+    /// Returns the breakers that the requests of a batch use.
     pub fn of_batch(&self, claim: &Claim, endpoint: &str) -> Vec<Arc<Breaker>> {
         let Lane::Execute(plugins) = &claim.lane else { return Vec::new() };
-        // A model that is gone is the affair of the batches that ask for it alone.
+        // The outage of an unserved model concerns only the batches that request the model.
         let own = |key: &Key, breaker: &Breaker| {
             plugins.contains(&key.plugin)
                 || (key.plugin.starts_with(MODEL) && breaker.holds(&claim.batch_id))
@@ -100,7 +105,7 @@ impl Outages {
         found.map(|(_, breaker)| breaker.clone()).collect()
     }
 
-    /// Ends what was the matter with plugins that are as they should be now.
+    /// Closes the breakers of plugins that were unavailable and serve requests again.
     pub fn plugins_changed(&self, plugins: &Snapshot) {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         for (key, breaker) in &*breakers {
@@ -108,8 +113,8 @@ impl Outages {
             if outage.is_none_or(|outage| outage.trouble.kind != Kind::Plugin) {
                 continue;
             }
-            let serves = match key.plugin.strip_prefix(MODEL) {
-                Some(OTHERS) => true,
+            let is_served = match key.plugin.strip_prefix(MODEL) {
+                Some(OVERFLOW_MODEL) => true,
                 Some(model) => {
                     plugins.route(&key.tenant, model).is_some_and(|route| !route.plugin.paused)
                 }
@@ -117,23 +122,24 @@ impl Outages {
                     plugins.adapters().any(|plugin| plugin.name == key.plugin && !plugin.paused)
                 }
             };
-            if serves {
+            if is_served {
                 breaker.close();
                 tracing::warn!(
                     plugin = key.plugin,
                     tenant = key.tenant,
-                    "requests wait no more: the plugin serves again"
+                    endpoint = key.endpoint,
+                    "plugin available, breaker closed"
                 );
             }
         }
     }
 
-    /// Tells those that wait that something is as it was before, or that plugins have changed.
+    /// Notifies waiting batches that an outage has ended or that plugins have changed.
     pub fn tell(&self) {
         self.changed.send_modify(|number| *number = number.wrapping_add(1));
     }
 
-    /// Told whenever an outage ends or plugins change.
+    /// Returns a receiver that is notified when an outage ends or plugins change.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
@@ -148,9 +154,9 @@ mod tests {
     use crate::plugin::types::{Answer, Failure};
 
     #[test]
-    fn clients_that_name_many_models_make_no_more_breakers_than_are_kept() {
+    fn unserved_models_share_one_breaker_beyond_the_limit() {
         let outages = Outages::new(&Settings::resolve(Given::default(), None).unwrap());
-        for number in 0..KEPT * 3 {
+        for number in 0..MAX_BREAKERS * 3 {
             let breaker = outages.of(&format!("{MODEL}{number}"), "t", "/v1/chat/completions");
             let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
             let trouble = Trouble {
@@ -161,9 +167,9 @@ mod tests {
             };
             breaker.failed(Timestamp::from_millis(0), number as u64, 0, None, trouble, true);
         }
-        assert_eq!(outages.list().len(), KEPT + 1);
-        // None of these models is waited for by anybody any more once it is known that plugins have changed.
+        assert_eq!(outages.list().len(), MAX_BREAKERS + 1);
+        // The shared breaker closes on any change, because its models are unknown.
         outages.plugins_changed(&Snapshot::default());
-        assert_eq!(outages.list().len(), KEPT);
+        assert_eq!(outages.list().len(), MAX_BREAKERS);
     }
 }

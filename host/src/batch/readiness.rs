@@ -1,4 +1,5 @@
-//! Whether the server can do its work, by trying: a small write of everything that a batch needs, at most once in a while.
+//! Readiness: probes everything that a batch needs, with a small write to the database and to the
+//! object store. The result is cached, so that frequent health checks cost nothing.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -6,37 +7,38 @@ use std::time::Duration;
 use super::{Batches, ENDPOINTS};
 use crate::store::{Result, StoreError};
 
-/// How long an answer holds, so that probes cost nothing.
-const FRESH: Duration = Duration::from_secs(2);
+/// Lifetime of a cached result.
+const CACHE_LIFETIME: Duration = Duration::from_secs(2);
 
-/// How long a probe may take.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of each probe.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Files whose objects are looked for. One that is gone is its owner's loss; all of them gone is the store's.
-const SAMPLE: usize = 5;
+/// Number of newest files whose objects are checked. A few missing objects are the problem of their
+/// owners. If all of them are missing, the object store is faulty.
+const SAMPLED_FILES: usize = 5;
 
-/// Whether a batch that is created now would be validated, executed and kept.
+/// Readiness of the server to validate, execute and store a new batch.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
-    /// Why not, in words that may be shown to anybody. Ready if there are none.
+    /// Reasons why the server is not ready, as text for clients. Empty if the server is ready.
     pub reasons: Vec<String>,
 }
 
-/// The last answers.
+/// Latest results.
 #[derive(Default)]
 pub struct Probes {
     ready: tokio::sync::Mutex<Option<(std::time::Instant, Readiness)>>,
-    /// What was told to the log last.
-    told: Mutex<Vec<String>>,
+    /// Causes in the latest log entry.
+    logged: Mutex<Vec<String>>,
 }
 
 impl Batches {
-    /// Whether a batch that is created now would be validated, executed and kept.
+    /// Returns the readiness of the server, from the cache if the latest result is recent.
     pub async fn readiness(&self) -> Readiness {
-        // One probe at a time; whoever comes meanwhile gets its answer.
+        // The lock allows one probe at a time. Concurrent callers get its result.
         let mut last = self.probes.ready.lock().await;
         let mut readiness = match &*last {
-            Some((at, readiness)) if at.elapsed() < FRESH => readiness.clone(),
+            Some((at, readiness)) if at.elapsed() < CACHE_LIFETIME => readiness.clone(),
             _ => {
                 let readiness = self.probe().await;
                 *last = Some((std::time::Instant::now(), readiness.clone()));
@@ -50,27 +52,28 @@ impl Batches {
         readiness
     }
 
-    /// Whether the store answers, so that files can be read and deleted.
+    /// Returns true if the database can be read, so that clients can read and delete files.
     pub async fn is_serving(&self) -> bool {
-        matches!(tokio::time::timeout(TIMEOUT, self.store.probe_read()).await, Ok(Ok(())))
+        matches!(tokio::time::timeout(PROBE_TIMEOUT, self.store.probe_read()).await, Ok(Ok(())))
     }
 
+    /// Probes the database, the object store and the plugins.
     async fn probe(&self) -> Readiness {
         let mut reasons = Vec::new();
         let mut details = Vec::new();
-        let database = self.timed(self.store.probe(self.clock.now())).await;
-        let objects = self.timed(self.probe_objects()).await;
-        for (what, found) in [("database", database), ("object store", objects)] {
+        let database = self.with_timeout(self.store.probe(self.clock.now())).await;
+        let objects = self.with_timeout(self.probe_objects()).await;
+        for (component, found) in [("database", database), ("object store", objects)] {
             match found {
                 Ok(()) => {}
                 Err(error) => {
                     let reason = match &error {
                         StoreError::Full(_) => "is full",
-                        StoreError::Missing(_) => "lacks what was stored in it",
+                        StoreError::Missing(_) => "is missing stored data",
                         _ => "does not work",
                     };
-                    reasons.push(format!("The {what} {reason}."));
-                    details.push(format!("{what}: {error}"));
+                    reasons.push(format!("The {component} {reason}."));
+                    details.push(format!("{component}: {error}"));
                 }
             }
         }
@@ -79,20 +82,21 @@ impl Batches {
             reasons.push("No plugin is loaded that serves a model.".into());
             details.push("plugins: no adapter is loaded".into());
         }
-        // As for tenants that no plugin names.
+        // The default tenant stands for all tenants that no plugin names.
         if let Err(why) =
             plugins.check_required(&self.settings.required_plugins, "default", &ENDPOINTS)
         {
             reasons.push("Required plugins are not loaded.".into());
             details.push(format!("plugins: {why}"));
         }
-        self.tell(details);
+        self.log_changes(details);
         Readiness { reasons }
     }
 
+    /// Probes the object store with a write and checks the objects of the newest files.
     async fn probe_objects(&self) -> Result<()> {
         self.blobs.probe().await?;
-        let files = self.store.newest_files(self.clock.now(), SAMPLE).await?;
+        let files = self.store.newest_files(self.clock.now(), SAMPLED_FILES).await?;
         let mut missing = 0_usize;
         for (tenant, id) in &files {
             match self.blobs.size(tenant, id).await {
@@ -108,20 +112,21 @@ impl Batches {
         }
     }
 
-    async fn timed(&self, probe: impl Future<Output = Result<()>>) -> Result<()> {
-        let timeout = Err(StoreError::Database(format!("no answer within {TIMEOUT:?}")));
-        tokio::time::timeout(TIMEOUT, probe).await.unwrap_or(timeout)
+    /// Runs a probe with a timeout.
+    async fn with_timeout(&self, probe: impl Future<Output = Result<()>>) -> Result<()> {
+        let timeout = Err(StoreError::Database(format!("no response within {PROBE_TIMEOUT:?}")));
+        tokio::time::timeout(PROBE_TIMEOUT, probe).await.unwrap_or(timeout)
     }
 
-    /// A line in the log whenever something changes.
-    fn tell(&self, details: Vec<String>) {
-        let mut told = self.probes.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if *told != details {
+    /// Logs the readiness whenever it changes.
+    fn log_changes(&self, details: Vec<String>) {
+        let mut logged = self.probes.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if *logged != details {
             match details.as_slice() {
-                [] => tracing::info!("the server is ready"),
-                details => tracing::warn!("the server is not ready: {}", details.join("; ")),
+                [] => tracing::info!("server ready"),
+                details => tracing::warn!(error = details.join("; "), "server not ready"),
             }
-            *told = details;
+            *logged = details;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Results on their way from requests to the store.
+//! Recorder: writes the results of requests to the store in groups.
 
 use std::sync::Arc;
 
@@ -11,24 +11,27 @@ use crate::memory::Share;
 use crate::plugin::Plugin;
 use crate::store::{Claim, Result, ResultRow, StoreError};
 
-/// Results written in one go at most; more of them wait in the channel.
+/// Maximum number of results in one write. Further results wait in the channel.
 pub const GROUP: usize = 1024;
 
-/// Plugins that have answered and are known to the store: held on to, so at most so many.
-const KNOWN: usize = 64;
+/// Maximum number of plugins kept in memory because the store already has their records.
+const MAX_KNOWN_PLUGINS: usize = 64;
 
-/// How long results are gathered before they are written. A commit costs the same for one as for many, and nobody waits for a single one.
-const GATHER: std::time::Duration = std::time::Duration::from_millis(10);
+/// Delay that collects results into one write. A commit costs the same for one result as for many,
+/// and no client waits for a single result.
+const GROUP_DELAY: std::time::Duration = std::time::Duration::from_millis(10);
 
-/// A result on its way to the store, with who gave it and the memory that it takes.
+/// Result to be written, with the plugin that answered and the memory reserved for the result.
 pub type Recorded = (ResultRow, By, Option<Share>);
 
-/// The plugin that answered, if one did.
+/// Plugin that answered, or `None` if the host created the result.
 type By = Option<Arc<Plugin>>;
 
 impl Batches {
-    /// Writes results as they come, as many at a time as are there. A write that fails is tried again for as long as the batch is ours:
-    /// what was answered is not asked twice.
+    /// Writes results in groups until the channel closes.
+    ///
+    /// A failed write is retried as long as the claim is valid, so that no answered request is sent
+    /// again.
     pub(super) async fn record(
         &self,
         claim: &Claim,
@@ -38,7 +41,7 @@ impl Batches {
         let mut known: Vec<Arc<Plugin>> = Vec::new();
         while results.recv_many(&mut group, GROUP).await > 0 {
             if group.len() < GROUP && !results.is_closed() {
-                tokio::time::sleep(GATHER).await;
+                tokio::time::sleep(GROUP_DELAY).await;
                 while let Ok(more) = results.try_recv() {
                     group.push(more);
                 }
@@ -47,14 +50,14 @@ impl Batches {
             for (row, by, share) in group.drain(..) {
                 rows.push(row);
                 memory.push(share);
-                // There are few: one for each model, and one more whenever the operator changes it.
+                // The list is short: one plugin for each model, and one more after each change.
                 if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by)))
                 {
                     new.push(served_by(&by));
                     known.push(by);
                 }
             }
-            if known.len() > KNOWN {
+            if known.len() > MAX_KNOWN_PLUGINS {
                 known.clear();
             }
             let rows = Arc::new(rows);
@@ -64,14 +67,16 @@ impl Batches {
                 match self.store.record(claim, rows.clone(), new.clone()).await {
                     Ok(()) => break,
                     Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
-                    // A process that must end does not wait for room on the disk.
+                    // A process that shuts down does not wait for disk space.
                     Err(error) if self.closing.is_cancelled() => return Err(error),
                     Err(error) => {
-                        // Nothing is asked for whose answer could not be kept either.
+                        // Backpressure: further results could not be written either.
                         closed.get_or_insert_with(|| self.gate.close());
                         tracing::error!(
+                            tenant = claim.tenant,
                             batch = claim.batch_id,
-                            "results wait to be written: {error}"
+                            %error,
+                            "result write failed, will be retried"
                         );
                         self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
                     }

@@ -1,4 +1,5 @@
-//! Batches that rest, as nothing of theirs can be sent for a while; and where each begins when it goes on.
+//! Resting batches: released to the store until a wake-up time, because none of their requests can
+//! be sent before. This module also keeps the position from which each batch continues.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,40 +11,43 @@ use super::lines::LinesToDo;
 use crate::clock::{Clock, Timestamp};
 use crate::store::{BatchRecord, Claim, Release, Result, WaitsFor};
 
-/// Batches whose position is remembered. The input of others is read from the start.
-const POSITIONS: usize = 10_000;
+/// Maximum number of saved positions. Batches beyond this limit read their input from the start.
+const MAX_POSITIONS: usize = 10_000;
 
-/// Lines of batches that rest which are remembered with what became of them, of all together. Those of others are read anew.
-const DEFERRED: usize = 65_536;
+/// Maximum number of saved deferred lines of all resting batches together. Batches beyond this
+/// limit read these lines again and lose the count of their attempts.
+const MAX_DEFERRED_LINES: usize = 65_536;
 
-/// A longest wait, where there is none to wait for.
-const NEVER: std::time::Duration = std::time::Duration::from_secs(3600);
+/// Wait while no rest has an end.
+const IDLE_WAIT: std::time::Duration = std::time::Duration::from_secs(3600);
 
-/// What is remembered of batches that nobody works on.
+/// Saved state of resting batches. A batch without saved state reads its input from the start.
 #[derive(Default)]
 pub struct Rests {
-    /// When the first rest ends.
+    /// End of the earliest rest.
     next: Mutex<Option<Timestamp>>,
     kept: Mutex<HashMap<(String, String), Kept>>,
 }
 
-/// Where a batch goes on.
+/// State from which a batch continues.
 #[derive(Default)]
 pub struct Kept {
-    /// Where the input is to be read from: every line before has a result, or is among the deferred ones.
+    /// Position in the input. Each line before it has a result or is a deferred line.
     pub position: Position,
+    /// Lines that are due for another attempt.
     pub deferred: Arc<Deferred>,
-    /// Lines that were read so far: those from the position on may be among the deferred ones.
+    /// Number of lines read so far. Lines from the position up to this number may be deferred
+    /// lines.
     pub read_before: u64,
 }
 
 impl Rests {
-    /// Returns when a rest ends.
+    /// Waits until a rest ends.
     pub async fn next_end(&self, clock: &Clock) {
         let next = *self.next.lock().unwrap_or_else(PoisonError::into_inner);
         match next {
             Some(at) => clock.sleep_until(at).await,
-            None => clock.sleep(NEVER).await,
+            None => clock.sleep(IDLE_WAIT).await,
         }
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         if next.is_some_and(|at| at <= clock.now()) {
@@ -51,6 +55,7 @@ impl Rests {
         }
     }
 
+    /// Registers the end of a rest.
     fn until(&self, at: Timestamp) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         *next = Some(next.map_or(at, |known| known.min(at)));
@@ -62,7 +67,7 @@ fn key(claim: &Claim) -> (String, String) {
 }
 
 impl Batches {
-    /// Where to begin with a batch that is taken up.
+    /// Removes and returns the saved state of a claimed batch, or the start of the input.
     pub(super) fn kept(&self, claim: &Claim) -> Kept {
         self.rests
             .kept
@@ -72,12 +77,14 @@ impl Batches {
             .unwrap_or_default()
     }
 
-    /// Remembers where to begin, as nothing is under way.
+    /// Saves the state of a batch that has no requests in flight.
+    ///
+    /// If there is no room for the deferred lines, the position moves back to the first of them.
     pub(super) fn keep(&self, claim: &Claim, lines: &LinesToDo<'_>) {
         let mut kept = self.rests.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = kept.values().map(|kept| kept.deferred.len()).sum();
-        let room = all.saturating_add(lines.deferred.len()) <= DEFERRED;
-        let here = if room {
+        let room = all.saturating_add(lines.deferred.len()) <= MAX_DEFERRED_LINES;
+        let state = if room {
             lines.kept()
         } else {
             let first = lines.deferred.first();
@@ -86,17 +93,17 @@ impl Batches {
                 ..Kept::default()
             }
         };
-        if kept.len() < POSITIONS {
-            kept.insert(key(claim), here);
+        if kept.len() < MAX_POSITIONS {
+            kept.insert(key(claim), state);
         }
     }
 
-    /// Forgets where a batch would have gone on, as it has ended.
+    /// Removes the saved state of a batch that has ended.
     pub(super) fn forget(&self, claim: &Claim) {
         self.rests.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(claim));
     }
 
-    /// Gives a batch back until then.
+    /// Releases a batch to rest until a time.
     pub(super) async fn let_rest(
         &self,
         claim: &Claim,
@@ -107,11 +114,11 @@ impl Batches {
         self.count_waiting(claim, &batch.new.endpoint).await?;
         self.store.release(claim, Release::Rest(until, waits_for)).await?;
         self.rests.until(until);
-        self.work.notify_one();
+        self.work_available.notify_one();
         Ok(())
     }
 
-    /// Counts a batch's requests among those that wait for their providers.
+    /// Reports the number of unfinished requests of a batch to its breakers as waiting.
     pub(super) async fn count_waiting(&self, claim: &Claim, endpoint: &str) -> Result<()> {
         let left = self.store.batch(&claim.tenant, &claim.batch_id).await?.map_or(0, |batch| {
             let counts = batch.counts;
@@ -123,7 +130,7 @@ impl Batches {
         Ok(())
     }
 
-    /// What a batch waits for now, in the client's words.
+    /// Returns the cause of the wait of a batch, as text for the client.
     pub(super) fn waits_for(
         &self,
         claim: &Claim,
@@ -139,7 +146,7 @@ impl Batches {
                 since: outage.since,
                 next: next.max(outage.next_probe),
             }),
-            // Nothing is wrong, but the provider has asked to wait.
+            // No breaker is open, so the provider has asked for a delay.
             None => (self.clock.now() < next).then(|| WaitsFor {
                 cause: "The provider asks to wait.".into(),
                 since: self.clock.now(),

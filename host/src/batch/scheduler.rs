@@ -1,4 +1,4 @@
-//! Who works on what: claims batches, the oldest first, and takes each through its life.
+//! Scheduler: claims batches in the order of their turns and processes each one to its end.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, PoisonError};
@@ -16,28 +16,30 @@ use super::validate::Verdict;
 use super::{Batches, Running};
 use crate::store::{BatchError, BatchRecord, Claim, Release, Result, Status, StoreError};
 
-/// How long a claim holds without being renewed, and how often it is renewed.
-const LEASE: Duration = Duration::from_secs(30);
-const RENEWAL: Duration = Duration::from_secs(10);
+/// Duration of a lease without renewal.
+const LEASE_DURATION: Duration = Duration::from_secs(30);
 
-/// Failures in a row after which a batch that has been cancelled or has expired ends without what cannot be read.
-const HOPELESS: u32 = 20;
+/// Interval between renewals of a lease.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often work is looked for without a hint: a lease or a rest may have ended.
-const LOOK: Duration = Duration::from_secs(5);
+/// Consecutive failures after which a cancelled or expired batch ends without its unreadable data.
+const MAX_CONSECUTIVE_FAILURES: u32 = 20;
+
+/// Poll interval for batches whose lease or rest has ended, which sends no notification.
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
 impl Batches {
     /// Claims and runs batches until the server closes.
     pub(super) async fn schedule(self: Arc<Self>) {
-        // Before anything of the same name can be written.
+        // Must run before this process can write an object with the same name.
         if let Err(error) = self.remove_abandoned().await {
-            tracing::warn!("what a former process left half done stays for now: {error}");
+            tracing::warn!(%error, "abandoned object cleanup failed");
         }
         let max_executing = self.settings.max_executing_batches.get();
         let lanes = Lanes::new(
             self.settings.max_concurrent_batches.get(),
             max_executing,
-            self.work.clone(),
+            self.work_available.clone(),
         );
         let mut backoff = Backoff::default();
         while !self.closing.is_cancelled() {
@@ -46,15 +48,15 @@ impl Batches {
                 Ok(false) => {
                     let hint = async {
                         tokio::select! {
-                            () = self.work.notified() => {}
-                            () = self.clock.sleep(LOOK) => {}
+                            () = self.work_available.notified() => {}
+                            () = self.clock.sleep(POLL_INTERVAL) => {}
                             () = self.rests.next_end(&self.clock) => {}
                         }
                     };
                     self.closing.run_until_cancelled(hint).await;
                 }
                 Err(error) => {
-                    tracing::error!("no batch can be claimed: {error}");
+                    tracing::error!(%error, "batch claim failed");
                     self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
                     continue;
                 }
@@ -63,18 +65,18 @@ impl Batches {
         }
     }
 
-    /// Gives the next batch its turn; whether there was one.
+    /// Gives the next batch its turn and returns false if no batch can run now.
     async fn claim_next(self: &Arc<Self>, lanes: &Arc<Lanes>) -> Result<bool> {
         let now = self.clock.now();
         let waiting = self.store.waiting(now).await?;
-        let place = match lanes.next(&waiting) {
+        let index = match lanes.next(&waiting) {
             Next::Nothing => return Ok(false),
             Next::Returned => return Ok(true),
-            Next::Claim(place) => place,
+            Next::Claim(index) => index,
         };
-        let Some(waiting) = waiting.get(place) else { return Ok(false) };
-        if let Some(claim) = self.store.claim(waiting, now, now.after(LEASE)).await? {
-            // Places are taken here alone, so there is one still.
+        let Some(waiting) = waiting.get(index) else { return Ok(false) };
+        if let Some(claim) = self.store.claim(waiting, now, now.after(LEASE_DURATION)).await? {
+            // Only this task takes places, so the place is still free.
             let place = lanes.take(&claim.lane);
             let (batches, lanes) = (self.clone(), lanes.clone());
             self.tasks.spawn(async move { batches.run(claim, &lanes, place).await });
@@ -82,6 +84,7 @@ impl Batches {
         Ok(true)
     }
 
+    /// Processes a claimed batch and handles its failure.
     async fn run(self: &Arc<Self>, claim: Claim, lanes: &Arc<Lanes>, place: Place) {
         let key = (claim.tenant.clone(), claim.batch_id.clone());
         let stop = Arc::new(Stop::default());
@@ -93,32 +96,33 @@ impl Batches {
             stop.because(Reason::Shutdown);
         }
         let _renewal = AbortOnDropHandle::new(tokio::spawn(self.clone().renew(claim.clone())));
-        let lived = AssertUnwindSafe(self.live(&claim, &stop, lanes, place)).catch_unwind().await;
-        // A batch that is given back to go on in another lane may have been taken up anew already.
+        let outcome =
+            AssertUnwindSafe(self.process(&claim, &stop, lanes, place)).catch_unwind().await;
+        // A batch that was released to another lane may have been claimed again already.
         {
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
             if running.get(&key).is_some_and(|current| Arc::ptr_eq(&current.stop, &stop)) {
                 running.remove(&key);
             }
         }
-        let lived =
-            lived.unwrap_or_else(|_| Err(StoreError::Database("the work on it panicked".into())));
-        let batch = claim.batch_id.as_str();
-        match lived {
+        let outcome = outcome
+            .unwrap_or_else(|_| Err(StoreError::Database("batch processing panicked".into())));
+        let (tenant, batch) = (claim.tenant.as_str(), claim.batch_id.as_str());
+        match outcome {
             Err(StoreError::Fenced) => {
-                tracing::warn!(batch, "another worker has taken over the batch")
+                tracing::warn!(tenant, batch, "batch claimed by another worker")
             }
             Err(error) => {
-                tracing::error!(batch, "the batch rests and goes on later: {error}");
-                return self.rest(&claim, key).await;
+                tracing::error!(tenant, batch, %error, "batch processing failed, will be retried");
+                return self.release_after_backoff(&claim, key).await;
             }
             Ok(()) => {}
         }
-        self.resting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        self.backoffs.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// Ends all rests whenever an outage ends or plugins change.
-    pub(super) async fn wake(self: Arc<Self>) {
+    /// Wakes all resting batches whenever an outage ends or plugins change.
+    pub(super) async fn watch_changes(self: Arc<Self>) {
         let (mut plugins, mut outages) = (self.registry.changes(), self.outages.changes());
         loop {
             tokio::select! {
@@ -128,19 +132,21 @@ impl Batches {
                 }
                 _ = outages.changed() => {
                     if let Err(error) = self.store.wake(self.clock.now()).await {
-                        tracing::warn!("batches rest on until their time: {error}");
+                        tracing::warn!(%error, "wake of resting batches failed");
                     }
-                    self.work.notify_one();
+                    self.work_available.notify_one();
                 }
                 () = self.closing.cancelled() => return,
             }
         }
     }
 
-    /// Gives a batch back that could not go on, after a while. As long as it is not given back nobody takes it up.
-    async fn rest(&self, claim: &Claim, key: (String, String)) {
+    /// Releases a failed batch after a backoff.
+    ///
+    /// The claim is held during the backoff, so that no other worker claims the batch.
+    async fn release_after_backoff(&self, claim: &Claim, key: (String, String)) {
         let pause = self
-            .resting
+            .backoffs
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .entry(key)
@@ -156,38 +162,46 @@ impl Batches {
             }
             self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
         }
-        self.work.notify_one();
+        self.work_available.notify_one();
     }
 
-    /// Renews a claim for as long as it is worked on.
+    /// Renews the lease of a claim until the task is aborted.
     async fn renew(self: Arc<Self>, claim: Claim) {
         loop {
-            self.clock.sleep(RENEWAL).await;
-            if let Err(error) = self.store.renew(&claim, self.clock.now().after(LEASE)).await {
-                tracing::warn!(batch = claim.batch_id, "the claim was not renewed: {error}");
+            self.clock.sleep(RENEWAL_INTERVAL).await;
+            if let Err(error) =
+                self.store.renew(&claim, self.clock.now().after(LEASE_DURATION)).await
+            {
+                tracing::warn!(
+                    tenant = claim.tenant,
+                    batch = claim.batch_id,
+                    %error,
+                    "lease renewal failed"
+                );
             }
         }
     }
 
-    /// Takes a batch from wherever it is to its end, or to where it was told to stop.
-    async fn live(
+    /// Processes a batch from its current status to its end, or until it is stopped or released.
+    async fn process(
         &self,
         claim: &Claim,
         stop: &Arc<Stop>,
         lanes: &Arc<Lanes>,
         place: Place,
     ) -> Result<()> {
-        // One that executes gives its place back between its turns, and counts as worked on until its files are written; others hold theirs.
-        let _worked_on = lanes.work_on(&claim.lane);
+        // An executing batch releases its place between its turns, and counts as active until its
+        // files are written. Batches in other lanes hold their places to the end.
+        let _active = lanes.work_on(&claim.lane);
         let mut place = Some(place);
         let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else {
             return Ok(());
         };
         tracing::info!(
-            batch = claim.batch_id,
             tenant = claim.tenant,
+            batch = claim.batch_id,
             status = batch.status.as_str(),
-            "batch taken up"
+            "batch claimed"
         );
         let expires_at = batch.new.expires_at;
         let expiry = async {
@@ -195,29 +209,30 @@ impl Batches {
             stop.because(Reason::Expired);
             std::future::pending::<()>().await;
         };
-        let living = async {
+        let processing = async {
             if batch.status == Status::Cancelling {
                 stop.because(Reason::Cancelled);
             } else if self.clock.now() >= expires_at {
                 stop.because(Reason::Expired);
             }
             if batch.times.in_progress_at.is_none() {
-                return self.begin(claim, &batch, stop).await;
+                return self.validate_and_start(claim, &batch, stop).await;
             }
             let stopped = match (batch.status, stop.reason()) {
-                // Finalizing was begun before, with every result there is; if some lines have none, the batch had expired.
+                // Finalizing started before and all results are recorded. If some lines have no
+                // result, the batch had expired.
                 (Status::Finalizing, _) => Ok(Executed::Stopped(Reason::Expired)),
                 (_, Some(reason)) => Ok(Executed::Stopped(reason)),
                 (_, None) => self.execute(claim, &batch, stop, lanes, &mut place).await,
             };
-            let whole = self.is_whole(claim).await?;
+            let complete = self.has_all_results(claim).await?;
             let end = match stopped {
                 Ok(Executed::Stopped(Reason::Shutdown)) => {
                     return self.store.release(claim, Release::AsItWas).await;
                 }
                 Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
-                // In time after all.
-                Ok(_) if whole => End::Whole,
+                // A batch with all results is complete, even if its window has ended.
+                Ok(_) if complete => End::Complete,
                 Ok(Executed::Stopped(reason)) => End::Stopped(reason),
                 Ok(Executed::TurnOver) => {
                     return self.store.release(claim, Release::Turn(self.clock.now())).await;
@@ -226,26 +241,28 @@ impl Batches {
                 Ok(Executed::All) => return Err(StoreError::Incomplete),
                 Err(StoreError::Missing(cause)) => {
                     tracing::error!(
+                        tenant = claim.tenant,
                         batch = claim.batch_id,
-                        "the batch ends, as its input cannot be read: {cause}"
+                        error = cause,
+                        "input file unreadable, batch ends"
                     );
                     match stop.reason() {
                         Some(Reason::Shutdown) => {
                             return self.store.release(claim, Release::AsItWas).await;
                         }
-                        _ if whole => End::Whole,
+                        _ if complete => End::Complete,
                         _ => End::InputLost,
                     }
                 }
                 Err(error) => return Err(error),
             };
-            self.finalize_in_time(claim, &batch, end).await
+            self.finalize_before_shutdown(claim, &batch, end).await
         };
-        let lived = tokio::select! {
-            lived = living => lived,
+        let outcome = tokio::select! {
+            outcome = processing => outcome,
             () = expiry => Ok(()),
         };
-        if lived.is_ok()
+        if outcome.is_ok()
             && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?
         {
             if ended.status.is_final() {
@@ -253,33 +270,42 @@ impl Batches {
             }
             let counts = ended.counts;
             tracing::info!(
+                tenant = claim.tenant,
                 batch = claim.batch_id,
                 status = ended.status.as_str(),
                 total = counts.total,
                 completed = counts.completed,
                 failed = counts.failed,
-                "batch left"
+                "batch released"
             );
         }
-        lived
+        outcome
     }
 
-    /// Whether work on a batch has failed so often that trying again will not help.
-    pub(super) fn is_hopeless(&self, claim: &Claim) -> bool {
-        let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        resting
+    /// Returns true if the batch has failed so often that further retries are pointless.
+    pub(super) fn retries_exhausted(&self, claim: &Claim) -> bool {
+        let backoffs = self.backoffs.lock().unwrap_or_else(PoisonError::into_inner);
+        backoffs
             .get(&(claim.tenant.clone(), claim.batch_id.clone()))
-            .is_some_and(|rest| rest.pauses() >= HOPELESS)
+            .is_some_and(|backoff| backoff.pauses() >= MAX_CONSECUTIVE_FAILURES)
     }
 
-    /// Whether every line of a batch has its result.
-    async fn is_whole(&self, claim: &Claim) -> Result<bool> {
+    /// Returns true if every line of a batch has a result.
+    async fn has_all_results(&self, claim: &Claim) -> Result<bool> {
         let batch = self.store.batch(&claim.tenant, &claim.batch_id).await?;
         Ok(batch.is_none_or(|batch| batch.counts.is_whole()))
     }
 
-    /// Finalizes a batch, unless the process ends and it takes too long: it can be repeated.
-    async fn finalize_in_time(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
+    /// Finalizes a batch, or releases the batch if the process shuts down and the grace period
+    /// ends.
+    ///
+    /// The next start repeats an interrupted finalization.
+    async fn finalize_before_shutdown(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        end: End,
+    ) -> Result<()> {
         let too_late = async {
             self.closing.cancelled().await;
             self.clock.sleep(self.settings.shutdown_grace.duration()).await;
@@ -290,21 +316,27 @@ impl Batches {
         }
     }
 
-    /// Validates a batch. If it is good it goes on when its turn comes, in the lane of its provider.
-    async fn begin(&self, claim: &Claim, batch: &BatchRecord, stop: &Stop) -> Result<()> {
-        // A batch that is cancelled or has expired is validated all the same: only then is it known which lines to tell of.
+    /// Validates a batch and moves a valid batch to the lane of its plugins.
+    async fn validate_and_start(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        stop: &Stop,
+    ) -> Result<()> {
+        // A cancelled or expired batch is validated too, because validation determines the lines
+        // that the error file must report.
         let verdict = tokio::select! {
             biased;
             () = stop.shutting_down() => return self.store.release(claim, Release::AsItWas).await,
             verdict = self.validate(claim, batch) => verdict,
         };
-        let may_end = stop.reason().is_some();
+        let must_end = stop.reason().is_some();
         let verdict = match verdict {
-            // It has waited for its rules, or for its input, for as long as it may.
-            Err(StoreError::NotReady(cause)) if may_end => {
+            // Required plugins or the input have not become available in time.
+            Err(StoreError::NotReady(cause)) if must_end => {
                 Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new())
             }
-            Err(error) if may_end && self.is_hopeless(claim) => {
+            Err(error) if must_end && self.retries_exhausted(claim) => {
                 Verdict::Bad(vec![not_validated(claim, &error.to_string())], Vec::new())
             }
             verdict => verdict?,
@@ -320,13 +352,16 @@ impl Batches {
     }
 }
 
-/// The error of a batch that ended before it could be validated, with the cause for the operator alone.
+/// Returns the error of a batch that ended before validation, and logs the cause for the operator.
 fn not_validated(claim: &Claim, cause: &str) -> BatchError {
     tracing::error!(
+        tenant = claim.tenant,
         batch = claim.batch_id,
-        "the batch ends without having been validated: {cause}"
+        error = cause,
+        "batch ended without validation"
     );
-    let message =
-        "The batch ended before it could be validated, for a reason that is not its own; create it again.".into();
+    let message = "The batch ended before it could be validated, because of a problem of the \
+                   server; create the batch again."
+        .into();
     BatchError { code: "not_validated".into(), message, param: None, line: None }
 }

@@ -1,9 +1,9 @@
-//! Which plugins served a batch.
+//! Records of the plugins that served a batch.
 
 use crate::plugin::Plugin;
 use crate::store::ServedBy;
 
-/// What is remembered of a plugin.
+/// Returns the record of a plugin: its name, kind, version and digest.
 pub fn served_by(plugin: &Plugin) -> ServedBy {
     ServedBy {
         name: plugin.name.clone(),

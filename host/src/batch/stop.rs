@@ -1,18 +1,21 @@
-//! Why work on a batch ends early.
+//! Requests to stop the processing of a batch early.
 
 use std::sync::OnceLock;
 
 use tokio_util::sync::CancellationToken;
 
+/// Reason to stop a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
+    /// A client cancelled the batch.
     Cancelled,
+    /// The completion window has ended.
     Expired,
-    /// The process ends; the batch goes on at the next start.
+    /// The process shuts down. The next start continues the batch.
     Shutdown,
 }
 
-/// A request to stop, and its reason: the first one given counts.
+/// Stop request of a batch. The first reason given is kept.
 #[derive(Default)]
 pub struct Stop {
     reason: OnceLock<Reason>,
@@ -21,6 +24,7 @@ pub struct Stop {
 }
 
 impl Stop {
+    /// Requests a stop for a reason.
     pub fn because(&self, reason: Reason) {
         if reason == Reason::Shutdown {
             self.shutdown.cancel();
@@ -29,20 +33,22 @@ impl Stop {
         self.token.cancel();
     }
 
+    /// Returns the reason, or `None` if no stop has been requested.
     pub fn reason(&self) -> Option<Reason> {
         self.reason.get().copied()
     }
 
-    /// The process ends, whatever else was asked before.
+    /// Waits until the process shuts down, even if the stop had another reason before.
     pub async fn shutting_down(&self) {
         self.shutdown.cancelled().await;
     }
 
-    /// A token that is cancelled when a stop is asked for; it can also be cancelled by itself.
+    /// Returns a child token that a stop cancels and that can also be cancelled separately.
     pub fn child(&self) -> CancellationToken {
         self.token.child_token()
     }
 
+    /// Waits until a stop is requested.
     pub async fn asked(&self) {
         self.token.cancelled().await;
     }

@@ -1,4 +1,5 @@
-//! Whatever happens to a batch, in whatever order: each line ends in one of the two files, or nothing was counted.
+//! Property test: random events in random order. Each line of a batch ends in exactly one of the
+//! two files, or the batch has no counts.
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -6,31 +7,34 @@ use proptest::test_runner::TestRunner;
 use super::*;
 use crate::store::{Cancel, Status};
 
+/// Event during the life of a batch.
 #[derive(Clone, Debug)]
 enum Event {
-    /// Time passes, a little of it really.
-    Pass(u64),
-    Turn(Duration),
+    /// Sleep in real time, in milliseconds.
+    Sleep(u64),
+    /// Advance of the test clock.
+    AdvanceClock(Duration),
     Cancel,
     Restart,
     DeleteInput,
-    /// The provider's plugin goes away, and comes back.
-    TakeAway,
+    /// Removal and return of the provider's plugin.
+    RemovePlugin,
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
-        6 => (0..30_u64).prop_map(Event::Pass),
-        2 => prop::sample::select(vec![1, 60, 3600, 12 * 3600]).prop_map(|seconds| Event::Turn(Duration::from_secs(seconds))),
+        6 => (0..30_u64).prop_map(Event::Sleep),
+        2 => prop::sample::select(vec![1, 60, 3600, 12 * 3600])
+            .prop_map(|seconds| Event::AdvanceClock(Duration::from_secs(seconds))),
         2 => Just(Event::Cancel),
         2 => Just(Event::Restart),
         1 => Just(Event::DeleteInput),
-        1 => Just(Event::TakeAway),
+        1 => Just(Event::RemovePlugin),
     ];
     prop::collection::vec(event, 0..8)
 }
 
-/// Prompts that are answered at once, late, with an error, after an error, or not at all.
+/// Prompts with an immediate response, a late one, an error, an error at first, or no response.
 fn prompt() -> impl Strategy<Value = &'static str> {
     prop::sample::select(vec![
         "hi",
@@ -45,21 +49,23 @@ fn prompt() -> impl Strategy<Value = &'static str> {
 }
 
 #[test]
-fn every_line_ends_in_one_file_whatever_happens() {
+fn every_line_ends_in_one_file_after_any_events() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let settings = "retry_backoff = \"1ms\"\nmax_attempts = 3\nstop_grace = \"1s\"\nshutdown_grace = \"5ms\"\n\
+    let settings = "retry_backoff = \"1ms\"\nmax_attempts = 3\nstop_grace = \"1s\"\n\
+                    shutdown_grace = \"5ms\"\n\
                     max_concurrent_requests_per_batch = 4";
-    let house = tokio::sync::Mutex::new(runtime.block_on(House::new(settings, "")));
+    let server = tokio::sync::Mutex::new(runtime.block_on(TestServer::new(settings, "")));
     let case = (prop::collection::vec(prompt(), 1..60), events());
     let mut runner = TestRunner::new(cases(40));
     let found = runner.run(&case, |(prompts, events)| {
-        runtime.block_on(async { live_through(&mut *house.lock().await, &prompts, &events).await })
+        runtime.block_on(async { run_events(&mut *server.lock().await, &prompts, &events).await })
     });
     found.unwrap();
 }
 
-async fn live_through(
-    house: &mut House,
+/// Creates a batch, applies the events and checks the result files.
+async fn run_events(
+    server: &mut TestServer,
     prompts: &[&str],
     events: &[Event],
 ) -> Result<(), TestCaseError> {
@@ -68,51 +74,53 @@ async fn live_through(
         .enumerate()
         .map(|(number, prompt)| chat(&number.to_string(), "m", &format!("{prompt} {number}")))
         .collect();
-    let file = house.upload(&jsonl(&lines), None).await;
-    let id = house.create_of(&file, None).await;
-    let plugin = house.folder.path().join("plugins/provider.toml");
-    let away = plugin.with_extension("away");
+    let file = server.upload(&jsonl(&lines), None).await;
+    let id = server.create_of(&file, None).await;
+    let plugin = server.folder.path().join("plugins/provider.toml");
+    let removed = plugin.with_extension("removed");
     let mut cancelled = false;
     for event in events {
         match event {
-            Event::Pass(millis) => tokio::time::sleep(Duration::from_millis(*millis)).await,
-            Event::Turn(by) => house.clock.advance(*by),
+            Event::Sleep(millis) => tokio::time::sleep(Duration::from_millis(*millis)).await,
+            Event::AdvanceClock(by) => server.clock.advance(*by),
             Event::Cancel => {
-                let before = house.batch(&id).await.status;
-                match house.batches().cancel(TENANT, &id).await.unwrap() {
+                let before = server.batch(&id).await.status;
+                match server.batches().cancel(TENANT, &id).await.unwrap() {
                     Cancel::Accepted(_) => cancelled = true,
                     Cancel::TooLate(status) => {
                         prop_assert!(status.is_final() && status != Status::Cancelled)
                     }
-                    Cancel::Unknown => prop_assert!(false, "the batch is gone, it was {before:?}"),
+                    Cancel::Unknown => {
+                        prop_assert!(false, "the batch is unknown, its status was {before:?}")
+                    }
                 }
             }
-            Event::Restart => house.restart().await,
+            Event::Restart => server.restart().await,
             Event::DeleteInput => {
-                drop(house.batches().delete_file(TENANT, &file.id).await.unwrap())
+                drop(server.batches().delete_file(TENANT, &file.id).await.unwrap())
             }
-            Event::TakeAway => {
-                std::fs::rename(&plugin, &away).unwrap();
-                house.restart().await;
-                std::fs::rename(&away, &plugin).unwrap();
-                house.restart().await;
+            Event::RemovePlugin => {
+                std::fs::rename(&plugin, &removed).unwrap();
+                server.restart().await;
+                std::fs::rename(&removed, &plugin).unwrap();
+                server.restart().await;
             }
         }
     }
     let ended = loop {
-        let batch = house.batch(&id).await;
+        let batch = server.batch(&id).await;
         if batch.status.is_final() {
             break batch;
         }
-        // Grace periods and rests pass.
-        house.clock.advance(Duration::from_secs(1));
+        // Grace periods and rests must end.
+        server.clock.advance(Duration::from_secs(1));
         tokio::time::sleep(Duration::from_millis(3)).await;
     };
-    let output = house.results(ended.output_file_id.as_ref()).await;
-    let errors = house.results(ended.error_file_id.as_ref()).await;
-    // Who was told that it is being cancelled sees it cancelled.
+    let output = server.results(ended.output_file_id.as_ref()).await;
+    let errors = server.results(ended.error_file_id.as_ref()).await;
+    // An accepted cancellation must lead to a cancelled batch.
     prop_assert_eq!(ended.status == Status::Cancelled, cancelled);
-    // The provider was away when the file was validated, so nothing was begun, whatever else was asked.
+    // The plugin was unavailable during validation, so the batch never started.
     if ended.times.in_progress_at.is_none() {
         prop_assert!(
             !ended.errors.is_empty()
@@ -123,7 +131,7 @@ async fn live_through(
     }
     let number = |line: &Value| line["custom_id"].as_str().unwrap().parse::<usize>().unwrap();
     for file in [&output, &errors] {
-        prop_assert!(file.is_sorted_by_key(number), "not in the input's order");
+        prop_assert!(file.is_sorted_by_key(number), "not in input order");
     }
     let mut all: Vec<usize> = output.iter().chain(&errors).map(number).collect();
     all.sort_unstable();
@@ -137,10 +145,11 @@ async fn live_through(
         prop_assert!(counts.is_whole());
     }
     for line in &output {
-        let said = line["response"]["body"]["choices"][0]["message"]["content"].as_str().unwrap();
+        let content =
+            line["response"]["body"]["choices"][0]["message"]["content"].as_str().unwrap();
         let number = number(line);
-        let asked = format!("stub: {} {number}", prompts[number]);
-        prop_assert_eq!(said, asked, "an answer to another prompt");
+        let expected = format!("stub: {} {number}", prompts[number]);
+        prop_assert_eq!(content, expected, "response to another prompt");
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
-//! The life of batches from within: a real database, real components and a real provider, under a clock that is turned.
+//! Tests of the batch lifecycle with a real database, real components and a real provider process,
+//! under a clock that the tests advance.
 //!
-//! What a client sees over HTTP is tested from outside, in `tests`.
+//! The tests over HTTP are in the folder `tests` of the repository.
 
 mod clock;
 mod events;
@@ -28,12 +29,12 @@ use crate::store::{BatchRecord, Blobs, FileRecord, SqliteStore};
 const TENANT: &str = "default";
 const CHAT: &str = "/v1/chat/completions";
 
-/// Compiled once for all tests.
+/// Compile cache of all tests.
 static CACHE: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().unwrap());
 
-/// What `cargo xtask build` made.
+/// Returns the path of a file that `cargo xtask build` has created.
 fn built(path: &str) -> PathBuf {
-    // Asked for when it runs: checkouts may share what is compiled.
+    // Read at run time, because several checkouts may share one compiled test binary.
     let here =
         std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     let root = Path::new(&here).join("..");
@@ -45,13 +46,13 @@ fn built(path: &str) -> PathBuf {
     built
 }
 
-/// A provider of its own process.
-struct Stub {
+/// Stub provider in a separate process.
+struct StubProvider {
     child: Child,
     url: String,
 }
 
-impl Stub {
+impl StubProvider {
     fn start() -> Self {
         let mut child = Command::new(built("target/release/stub-provider"))
             .stdout(Stdio::piped())
@@ -62,7 +63,7 @@ impl Stub {
         Self { child, url: line.trim().rsplit(' ').next().unwrap().to_owned() }
     }
 
-    /// How often each prompt came.
+    /// Returns the number of requests for each prompt.
     async fn counts(&self) -> std::collections::BTreeMap<String, usize> {
         let connector = hyper_util::client::legacy::connect::HttpConnector::new();
         let client =
@@ -76,28 +77,28 @@ impl Stub {
     }
 }
 
-impl Drop for Stub {
+impl Drop for StubProvider {
     fn drop(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
-/// A server without its HTTP side, and all it needs: models `m` of a provider and `echo`.
-struct House {
+/// Server without HTTP, with the model `m` of a stub provider and the model `echo`.
+struct TestServer {
     folder: TempDir,
-    stub: Stub,
+    stub: StubProvider,
     clock: Clock,
     settings: String,
-    /// Who uploads, creates and asks.
+    /// Tenant of all calls.
     tenant: &'static str,
     running: Option<Arc<Batches>>,
 }
 
-impl House {
-    /// Settings are given as in a config file.
+impl TestServer {
+    /// Starts a server with settings and plugin limits in TOML.
     async fn new(settings: &str, limits: &str) -> Self {
-        let (folder, stub) = (TempDir::new().unwrap(), Stub::start());
+        let (folder, stub) = (TempDir::new().unwrap(), StubProvider::start());
         let plugins = folder.path().join("plugins");
         std::fs::create_dir(&plugins).unwrap();
         for file in [
@@ -110,11 +111,12 @@ impl House {
             std::fs::copy(built("dist/plugins").join(file), plugins.join(file)).unwrap();
         }
         let text = format!(
-            "component = \"inference-openai.wasm\"\nmodels = [\"m\"]\n[settings]\nbase_url = \"{}/v1\"\n[limits]\n{limits}\n",
+            "component = \"inference-openai.wasm\"\nmodels = [\"m\"]\n\
+             [settings]\nbase_url = \"{}/v1\"\n[limits]\n{limits}\n",
             stub.url
         );
         std::fs::write(plugins.join("provider.toml"), text).unwrap();
-        let mut house = Self {
+        let mut server = Self {
             folder,
             stub,
             clock: Clock::system(),
@@ -122,8 +124,8 @@ impl House {
             tenant: TENANT,
             running: None,
         };
-        house.start().await;
-        house
+        server.start().await;
+        server
     }
 
     async fn start(&mut self) {
@@ -161,7 +163,7 @@ impl House {
         self.start().await;
     }
 
-    /// Adds a plugin of a component that xtask built.
+    /// Adds a plugin with a component from `cargo xtask build` and restarts the server.
     async fn add_plugin(&mut self, name: &str, component: &str, text: &str) {
         let plugins = self.folder.path().join("plugins");
         std::fs::copy(built(component), plugins.join(format!("{name}.wasm"))).unwrap();
@@ -181,6 +183,7 @@ impl House {
         upload.finish(new).await.unwrap()
     }
 
+    /// Creates a batch of a file and returns the batch id.
     async fn create_of(&self, file: &FileRecord, output_lifetime: Option<Duration>) -> String {
         let request = Request {
             input_file_id: file.id.clone(),
@@ -193,12 +196,13 @@ impl House {
         self.batches().create(self.tenant, request).await.unwrap().new.id
     }
 
+    /// Creates a batch of lines and returns the batch id.
     async fn create(&self, lines: &[Value]) -> String {
         let file = self.upload(&jsonl(lines), None).await;
         self.create_of(&file, None).await
     }
 
-    /// A batch with all its errors.
+    /// Returns a batch with all its errors.
     async fn batch(&self, id: &str) -> BatchRecord {
         let batches = self.batches();
         let mut batch = batches.get(self.tenant, id).await.unwrap().unwrap();
@@ -208,6 +212,7 @@ impl House {
         batch
     }
 
+    /// Waits until a batch meets a condition.
     async fn until(
         &self,
         id: &str,
@@ -217,11 +222,12 @@ impl House {
         eventually(what, async || Some(self.batch(id).await).filter(&condition)).await
     }
 
+    /// Waits for the end of a batch.
     async fn ended(&self, id: &str) -> BatchRecord {
         self.until(id, "the end of the batch", |batch| batch.status.is_final()).await
     }
 
-    /// The lines of a file of results; none if there is no file.
+    /// Returns the lines of a result file, or none if there is no file.
     async fn results(&self, id: Option<&String>) -> Vec<Value> {
         let Some(id) = id else { return Vec::new() };
         let size = self.batches().content_size(self.tenant, id).await.unwrap();
@@ -232,21 +238,21 @@ impl House {
     }
 }
 
-/// So many cases of a property, or as many as PROPTEST_CASES says.
+/// Returns a configuration with a number of cases, which `PROPTEST_CASES` overrides.
 fn cases(number: u32) -> ProptestConfig {
     let cases =
         std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(number);
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// Asks until there is an answer: for what happens at once, but on another thread or in another process.
-async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
+/// Polls until there is a value. For events that happen soon, in another thread or process.
+async fn eventually<T>(what: &str, mut poll: impl AsyncFnMut() -> Option<T>) -> T {
+    let started = Instant::now();
     loop {
-        if let Some(found) = look().await {
+        if let Some(found) = poll().await {
             return found;
         }
-        assert!(begun.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
+        assert!(started.elapsed() < Duration::from_secs(30), "timed out waiting for {what}");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -264,7 +270,7 @@ fn custom_ids(lines: &[Value]) -> Vec<&str> {
     lines.iter().map(|line| line["custom_id"].as_str().unwrap()).collect()
 }
 
-/// The code of an error line, or the status of the provider's answer.
+/// Returns the code of an error line, or the status of the provider's response.
 fn code(line: &Value) -> String {
     line["error"]["code"]
         .as_str()
