@@ -1,4 +1,4 @@
-//! The commit that the program is built from, for `--version` and the log.
+//! Sets `BATCHWRIGHT_COMMIT` to the commit of the build, for `--version` and the log.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,13 +15,13 @@ fn main() {
     let commit = git(&["rev-parse", "--short=12", "HEAD"]).filter(|commit| !commit.is_empty());
     println!("cargo::rustc-env=BATCHWRIGHT_COMMIT={}", commit.as_deref().unwrap_or("unknown"));
     println!("cargo::rerun-if-changed=build.rs");
-    // What HEAD names changes with each commit, and HEAD itself with each branch.
-    let places = [
+    // The branch file changes with each commit, and HEAD changes with each switch of the branch.
+    let paths = [
         git(&["rev-parse", "--git-path", "HEAD"]),
         git(&["symbolic-ref", "--quiet", "HEAD"])
             .and_then(|name| git(&["rev-parse", "--git-path", &name])),
     ];
-    for place in places.into_iter().flatten().filter(|place| Path::new(place).exists()) {
-        println!("cargo::rerun-if-changed={place}");
+    for path in paths.into_iter().flatten().filter(|path| Path::new(path).exists()) {
+        println!("cargo::rerun-if-changed={path}");
     }
 }

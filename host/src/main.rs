@@ -1,4 +1,5 @@
-//! An OpenAI-compatible Batch API server whose validation rules and inference providers are WebAssembly components.
+//! OpenAI-compatible Batch API server whose validation rules and inference providers are
+//! WebAssembly components.
 
 mod api;
 mod batch;

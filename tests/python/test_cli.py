@@ -177,11 +177,11 @@ def snapshot(folder):
         (["bad.jsonl", "-o", "old.jsonl"], "old.jsonl exists"),
         (["in.jsonl", "-o", "new.jsonl", "-e", "old.jsonl"], "old.jsonl exists"),
         (["in.jsonl", "-o", "link-to-old.jsonl"], "exists"),
-        (["in.jsonl", "-o", "nowhere.jsonl"], "link to a file that is not there"),
+        (["in.jsonl", "-o", "nowhere.jsonl"], "link to a missing file"),
         (["in.jsonl", "-o", "folder"], "is a folder"),
         (["in.jsonl", "-o", "no/such/folder.jsonl"], "its folder"),
-        (["folder", "-o", "new.jsonl"], "no regular file"),
-        (["/dev/null", "-o", "new.jsonl"], "no regular file"),
+        (["folder", "-o", "new.jsonl"], "not a regular file"),
+        (["/dev/null", "-o", "new.jsonl"], "not a regular file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -218,7 +218,7 @@ def test_a_finished_run_is_not_repeated_over_its_answers(tmp_path, stub):
     away = run_host(*command, "--force", "--max-outage", "1s", cwd=tmp_path)
     assert away.returncode == 6 and (tmp_path / "out.jsonl").read_bytes() == answers, away.stderr
     down = run_host(*command, "--force", "--partial", cwd=tmp_path)
-    assert down.returncode == 1 and "out.jsonl is of an earlier run and stays as it is" in down.stderr, down.stderr
+    assert down.returncode == 1 and "out.jsonl is from an earlier run and stays as it is" in down.stderr, down.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == answers
     assert len(lines(tmp_path / "out.errors.jsonl")) == 2
     # A rejected input touches nothing.
@@ -291,14 +291,14 @@ def test_a_download_harms_nothing_and_says_what_is_missing(server, tmp_path):
         assert done.returncode == 2 and said in done.stderr
     assert (tmp_path / "old.jsonl").read_text() == "old\n" and not (tmp_path / "x.jsonl").exists()
     done = batch("download", made["id"], "-o", "o.jsonl")
-    assert done.returncode == 1 and "name a place for it with --errors" in done.stderr
+    assert done.returncode == 1 and "name a path for it with --errors" in done.stderr
     assert len(lines(tmp_path / "o.jsonl")) == 1
     # A file of the server that breaks off does not take the place of a whole one.
     output = next((server.data / "objects/default/files").glob(server.client.batches.retrieve(made["id"]).output_file_id))
     before = (tmp_path / "o.jsonl").read_bytes()
     os.truncate(output, 10)
     done = batch("download", made["id"], "-o", "o.jsonl", "--force")
-    assert done.returncode == 1 and "broke off" in done.stderr, done.stderr
+    assert done.returncode == 1 and "was interrupted" in done.stderr, done.stderr
     assert (tmp_path / "o.jsonl").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.jsonl", "o.jsonl", "old.jsonl"]
 

@@ -83,7 +83,7 @@ def test_an_outage_costs_no_line_and_everybody_sees_it(serve, stub, tmp_path):
         everything_answered(server, batch, 400)
         assert health(server)["status"] == "ok" and waiting(server, batch) is None
         _, said = watching.communicate(timeout=30)
-        assert re.search(r"^waiting: .*refused.*, (next try in \d+ s|being tried again)", said, re.M), said
+        assert re.search(r"^waiting: .*refused.*, (next attempt in \d+ s|retrying now)", said, re.M), said
         # A request may have been on its way when the provider died; none was sent twice to the one that came back.
         assert set(again.counts().values()) == {1}
         told = warnings(server)
@@ -395,7 +395,7 @@ def test_a_run_stops_when_its_provider_is_away_and_goes_on_later(serve, stub, tm
     stopped = run_host(*command, "--max-outage", "2s")
     assert stopped.returncode == 6, stopped.stderr
     assert "has not answered for 2s" in stopped.stderr and "credential" in stopped.stderr and "the same command continues" in stopped.stderr
-    assert re.search(r"^waiting: The provider does not accept the operator's credential.*next try in|being tried", stopped.stderr, re.M)
+    assert re.search(r"^waiting: The provider does not accept the operator's credential.*next attempt in|retrying now", stopped.stderr, re.M)
     stub.ask("/mode?")
     finished = run_host(*command)
     assert finished.returncode == 0 and "continuing an unfinished run" in finished.stderr, finished.stderr

@@ -94,6 +94,6 @@ def test_mistakes_are_named_and_nothing_is_written_over(tmp_path):
     assert run_host(*new, "mine").returncode == 0
     (tmp_path / "mine/src/lib.rs").write_text("my work")
     refused = run_host(*new, "mine")
-    assert refused.returncode != 0 and "is there already" in refused.stderr
+    assert refused.returncode != 0 and "already exists" in refused.stderr
     assert (tmp_path / "mine/src/lib.rs").read_text() == "my work"
     assert "there is no folder" in run_host(*new[:-1], tmp_path / "nowhere", "other").stderr

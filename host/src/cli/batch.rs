@@ -1,4 +1,4 @@
-//! `batchwright batch`: the batches of a server.
+//! `batchwright batch`: creates, watches, cancels and downloads batches of a server.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,18 +11,20 @@ use serde_json::{Value, json};
 use super::Error;
 use super::client::{Client, Server};
 use super::failures::Failures;
-use super::file::time;
+use super::file::utc_time;
 use super::place::{Target, check};
 use super::progress::Progress;
-use super::run::of_first_line;
-use super::terminal::{one_line, put, say};
+use super::run::endpoint_of_first_line;
+use super::terminal::{errln, one_line, outln};
 use crate::clock::Clock;
 
-/// How long nothing moves before it is asked what a batch waits for.
-const STILL: Duration = Duration::from_secs(1);
+/// Time without progress before the command requests the cause of a wait.
+const STALL_CHECK_DELAY: Duration = Duration::from_secs(1);
 
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval between two requests for the status of a batch.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
+/// Arguments of `batchwright batch`.
 #[derive(Args)]
 pub struct Batch {
     #[command(flatten)]
@@ -33,54 +35,67 @@ pub struct Batch {
 
 #[derive(Subcommand)]
 enum Action {
-    /// Upload a file of requests and create a batch of it
+    /// Upload an input file and create a batch
     Create {
-        /// Requests, one JSON object a line; or the id of a file that was uploaded before
+        /// Input file with one request as a JSON object per line, or the id of an uploaded file
         input: String,
         /// Endpoint of the batch [default: that of the first line]
         #[arg(long)]
         endpoint: Option<String>,
-        /// Time in which it is to be done
+        /// Completion window, the time after which the batch expires
         #[arg(long, default_value = "24h")]
         completion_window: String,
-        /// A pair of metadata, KEY=VALUE; may be given several times
+        /// Metadata pair; can be given several times
         #[arg(long, value_name = "KEY=VALUE")]
         metadata: Vec<String>,
-        /// Watch it to its end
+        /// Watch the batch until it ends
         #[arg(long)]
         watch: bool,
     },
     /// List batches, newest first
     List {
-        /// How many, 1 to 100
+        /// Maximum number of batches to list, 1 to 100
         #[arg(long, default_value_t = 20)]
         limit: u32,
-        /// Begin after this one
+        /// Id of a batch; list the batches after it
         #[arg(long)]
         after: Option<String>,
     },
     /// Show a batch
-    Get { id: String },
-    /// Show how a batch comes along, to its end
-    Watch { id: String },
-    /// Cancel a batch; what is done stays done
-    Cancel { id: String },
-    /// Download a batch's files
-    Download {
+    Get {
+        /// Id of the batch
         id: String,
-        /// Where the answers go
+    },
+    /// Show the progress of a batch until it ends
+    Watch {
+        /// Id of the batch
+        id: String,
+    },
+    /// Cancel a batch; results so far are kept
+    Cancel {
+        /// Id of the batch
+        id: String,
+    },
+    /// Download the output file and the error file of a batch
+    Download {
+        /// Id of the batch
+        id: String,
+        /// Path for the output file, with the results of successful requests
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
-        /// Where the requests go that failed
+        /// Path for the error file, with the results of failed requests
         #[arg(short, long, value_name = "FILE")]
         errors: Option<PathBuf>,
-        /// Overwrite files that are there
+        /// Overwrite existing files
         #[arg(long)]
         force: bool,
     },
 }
 
 impl Batch {
+    /// Runs the command.
+    ///
+    /// Returns failure if a watched batch has failed requests or a download is incomplete.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let client = self.server.client()?;
         let as_json = self.server.json;
@@ -123,18 +138,19 @@ impl Batch {
     }
 }
 
+/// Uploads the input unless it is a file id, and returns the body of the creation request.
 async fn new_batch(
     client: &Client,
     input: &str,
     endpoint: Option<String>,
     window: &str,
-    pairs: &[String],
+    metadata_pairs: &[String],
 ) -> Result<Value, Error> {
     let mut metadata = serde_json::Map::new();
-    for pair in pairs {
+    for pair in metadata_pairs {
         let Some((key, value)) = pair.split_once('=') else {
             return Err(Error::Other(format!(
-                "--metadata `{pair}` is no pair; write it as KEY=VALUE"
+                "--metadata `{pair}` is not a pair; write it as KEY=VALUE"
             )));
         };
         metadata.insert(key.to_owned(), value.into());
@@ -146,16 +162,20 @@ async fn new_batch(
         text(&client.upload(input.as_ref()).await?, "id").to_owned()
     };
     let of_file = match &endpoint {
-        None if is_file => of_first_line(input.as_ref())?,
+        None if is_file => endpoint_of_first_line(input.as_ref())?,
         _ => None,
     };
     let endpoint = endpoint.or(of_file).unwrap_or_else(|| "/v1/chat/completions".into());
     let metadata = if metadata.is_empty() { Value::Null } else { Value::Object(metadata) };
-    Ok(
-        json!({"input_file_id": id, "endpoint": endpoint, "completion_window": window, "metadata": metadata}),
-    )
+    Ok(json!({
+        "input_file_id": id,
+        "endpoint": endpoint,
+        "completion_window": window,
+        "metadata": metadata,
+    }))
 }
 
+/// Shows the progress of a batch until it ends; success requires that every request succeeded.
 async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Error> {
     let mut progress = Progress::new();
     let mut last = (0, Instant::now());
@@ -166,32 +186,33 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
         if done > last.0 {
             last = (done, Instant::now());
         }
-        // What it waits for is asked only when nothing has moved for a while.
-        let waits = if status == "in_progress" && last.1.elapsed() > STILL {
-            waits(client, id).await
+        // The cause of a wait needs a second request, which is sent only without progress.
+        let waiting = if status == "in_progress" && last.1.elapsed() > STALL_CHECK_DELAY {
+            waiting_message(client, id).await
         } else {
             None
         };
-        progress.show(&status.replace('_', " "), done, failed, total, waits.as_deref());
+        progress.show(&status.replace('_', " "), done, failed, total, waiting.as_deref());
         if matches!(status.as_str(), "completed" | "failed" | "cancelled" | "expired") {
-            progress.end();
+            progress.finish();
             show(client, &batch, as_json).await;
-            let well = status == "completed" && failed == 0;
-            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            let succeeded = status == "completed" && failed == 0;
+            return Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// What a batch waits for, in words.
-async fn waits(client: &Client, id: &str) -> Option<String> {
+/// Returns a message with the cause of a batch's wait; none if the batch does not wait.
+async fn waiting_message(client: &Client, id: &str) -> Option<String> {
     let plugins = client.get(&format!("batches/{id}/plugins")).await.ok()?;
     let waiting = plugins.get("waiting").filter(|waiting| waiting.is_object())?;
     let next = waiting.get("next_attempt_at").and_then(Value::as_i64).unwrap_or(0);
     let left = next.saturating_sub(Clock::system().now().as_seconds());
-    Some(Progress::waiting(text(waiting, "message"), u64::try_from(left).unwrap_or(0)))
+    Some(Progress::waiting_message(text(waiting, "message"), u64::try_from(left).unwrap_or(0)))
 }
 
+/// Downloads the output and error files; returns failure if a file is missing or was not named.
 async fn download(
     client: &Client,
     id: &str,
@@ -199,39 +220,39 @@ async fn download(
     errors: Option<&Path>,
     force: bool,
 ) -> Result<ExitCode, Error> {
-    let output = Target::find(output)?;
-    let errors = errors.map(Target::find).transpose()?;
+    let output = Target::resolve(output)?;
+    let errors = errors.map(Target::resolve).transpose()?;
     check(
         &[Some(&output), errors.as_ref()].into_iter().flatten().collect::<Vec<_>>(),
         force,
         |_| false,
     )?;
     let batch = client.get(&format!("batches/{id}")).await?;
-    let places = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
-    let (mut found, mut all_here) = (false, true);
-    for (key, to) in places {
+    let files = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
+    let (mut found, mut complete) = (false, true);
+    for (key, to) in files {
         let file = text(&batch, key);
         if file.is_empty() {
             if let Some(to) = to.filter(|to| to.exists()) {
-                // Whoever reads it must not take it for this batch's.
-                all_here = false;
-                say!("the batch has no {key}; {} stays as it is", to.given.display());
+                // The status must show that the existing file is not a result of this batch.
+                complete = false;
+                errln!("the batch has no {key}; {} stays as it is", to.given.display());
             }
             continue;
         }
         found = true;
         let Some(to) = to else {
-            all_here = false;
-            say!("{key} {file} is not downloaded; name a place for it with --errors");
+            complete = false;
+            errln!("{key} {file} is not downloaded; name a path for it with --errors");
             continue;
         };
-        let pieces = client.content(file).await?;
+        let chunks = client.content(file).await?;
         if to.path().is_some() {
-            to.place(to.draft(None, pieces).await?, force)?;
+            to.place(to.draft(None, chunks).await?, force)?;
         } else {
-            to.write_through(pieces).await?;
+            to.write_through(chunks).await?;
         }
-        say!("{key} {file} -> {}", to.given.display());
+        errln!("{key} {file} -> {}", to.given.display());
     }
     if !found {
         return Err(Error::Other(format!(
@@ -239,15 +260,19 @@ async fn download(
             text(&batch, "status")
         )));
     }
-    Ok(if all_here { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Returns the string member `key` of an object, or an empty string.
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// The names of batches' input files, by id, as far as they are still there.
-async fn names(client: &Client, batches: impl Iterator<Item = &Value>) -> HashMap<String, String> {
+/// Returns the names of the input files by id; a deleted file has an empty name.
+async fn input_file_names(
+    client: &Client,
+    batches: impl Iterator<Item = &Value>,
+) -> HashMap<String, String> {
     let mut names = HashMap::new();
     for batch in batches {
         let id = text(batch, "input_file_id");
@@ -259,7 +284,7 @@ async fn names(client: &Client, batches: impl Iterator<Item = &Value>) -> HashMa
     names
 }
 
-/// Done, of these failed, and in total.
+/// Returns the numbers of done requests, of failed requests among them, and of all requests.
 fn counts(batch: &Value) -> (u64, u64, u64) {
     let count = |key: &str| {
         batch.pointer(&format!("/request_counts/{key}")).and_then(Value::as_u64).unwrap_or(0)
@@ -267,16 +292,21 @@ fn counts(batch: &Value) -> (u64, u64, u64) {
     (count("completed").saturating_add(count("failed")), count("failed"), count("total"))
 }
 
+/// Prints a batch with its errors and a summary of failures, or the JSON of the server.
 async fn show(client: &Client, batch: &Value, as_json: bool) {
     if as_json {
-        put!("{batch:#}");
+        outln!("{batch:#}");
         return;
     }
     let (done, failed, total) = counts(batch);
-    put!("{}  {}  {done}/{total} done, {failed} failed", text(batch, "id"), text(batch, "status"));
+    outln!(
+        "{}  {}  {done}/{total} done, {failed} failed",
+        text(batch, "id"),
+        text(batch, "status")
+    );
     for key in ["output_file_id", "error_file_id"] {
         if let Some(id) = batch.get(key).and_then(Value::as_str) {
-            put!("  {key}  {id}");
+            outln!("  {key}  {id}");
         }
     }
     let mut rejected = Failures::default();
@@ -292,41 +322,42 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
             .and_then(Value::as_str)
             .map(|param| format!(" ({param})"))
             .unwrap_or_default();
-        put!("  {line}{}{param}: {}", text(error, "code"), one_line(text(error, "message")));
+        outln!("  {line}{}{param}: {}", text(error, "code"), one_line(text(error, "message")));
     }
-    let ended = batch.get("error_file_id").and_then(Value::as_str);
-    let failed = match ended {
-        // What failed is in the file; if it is gone, there is nothing to sum up.
+    let error_file = batch.get("error_file_id").and_then(Value::as_str);
+    let failed = match error_file {
+        // A deleted error file leaves nothing to count.
         Some(file) => match client.content(file).await {
-            Ok(pieces) => Failures::read(pieces).await.unwrap_or_default(),
+            Ok(chunks) => Failures::read(chunks).await.unwrap_or_default(),
             Err(_) => Failures::default(),
         },
         None => rejected,
     };
-    let failed = failed.in_words();
+    let failed = failed.summary();
     if !failed.is_empty() {
-        put!("  failed: {failed}");
+        outln!("  failed: {failed}");
     }
 }
 
+/// Prints a page of batches, as text or as the JSON of the server.
 async fn list(client: &Client, list: &Value, as_json: bool) {
     if as_json {
-        put!("{list:#}");
+        outln!("{list:#}");
         return;
     }
     let data = list.get("data").and_then(Value::as_array);
-    let names = names(client, data.into_iter().flatten()).await;
+    let names = input_file_names(client, data.into_iter().flatten()).await;
     for batch in data.into_iter().flatten() {
         let (done, failed, total) = counts(batch);
-        let created = time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
+        let created = utc_time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
         let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
         let (id, status) = (text(batch, "id"), text(batch, "status"));
-        put!(
+        outln!(
             "{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}",
             one_line(name)
         );
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
-        say!("there are more: --after {}", text(list, "last_id"));
+        errln!("more batches follow: --after {}", text(list, "last_id"));
     }
 }

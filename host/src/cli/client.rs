@@ -1,4 +1,4 @@
-//! A client of the HTTP API, for the commands that work with a server.
+//! HTTP client of the Batch API, for the commands that work with a server.
 
 use std::path::Path;
 
@@ -22,29 +22,31 @@ use crate::egress::https;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
-/// Largest answer that is no file, in bytes.
-const MOST_JSON: usize = 64 << 20;
+/// Maximum size of a response that is not file content, in bytes.
+const MAX_JSON_BODY_BYTES: usize = 64 << 20;
 
-/// Which server a command works with, and how it prints.
+/// Arguments that select the server and the output format.
 #[derive(Args)]
 pub struct Server {
-    /// The server
+    /// URL of the server, with or without /v1
     #[arg(long, global = true, env = "BATCHWRIGHT_URL", default_value = "http://127.0.0.1:8080")]
     url: String,
-    /// Key for the server, if it wants one
+    /// API key, sent as a bearer token
     #[arg(long, global = true, env = "BATCHWRIGHT_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Print the server's JSON
+    /// Print the JSON of the server instead of text
     #[arg(long, global = true)]
     pub json: bool,
 }
 
 impl Server {
+    /// Creates a client; fails if the URL is invalid.
     pub fn client(&self) -> Result<Client, Error> {
         Client::new(&self.url, self.api_key.clone())
     }
 }
 
+/// Client of one server.
 pub struct Client {
     base: Url,
     key: Option<String>,
@@ -52,7 +54,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client for the server at `url`, with or without its `/v1`.
+    /// Creates a client for the server at `url`, with or without `/v1` at its end.
     pub fn new(url: &str, key: Option<String>) -> Result<Self, Error> {
         let trimmed = url.trim_end_matches('/').trim_end_matches("/v1");
         let base = Url::parse(&format!("{trimmed}/v1/")).map_err(|error| {
@@ -64,21 +66,24 @@ impl Client {
         Ok(Self { base, key, http: HyperClient::builder(TokioExecutor::new()).build(connector) })
     }
 
+    /// Sends GET for a path below `/v1/` and returns the JSON body; any status but 200 is an error.
     pub async fn get(&self, path: &str) -> Result<Value, Error> {
         self.json(self.request(Method::GET, path, None, empty())?).await
     }
 
+    /// Sends POST with a JSON body and returns the JSON body; any status but 200 is an error.
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, Error> {
         let body =
             Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed_unsync();
         self.json(self.request(Method::POST, path, Some("application/json"), body)?).await
     }
 
+    /// Sends DELETE and returns the JSON body; any status but 200 is an error.
     pub async fn delete(&self, path: &str) -> Result<Value, Error> {
         self.json(self.request(Method::DELETE, path, None, empty())?).await
     }
 
-    /// Uploads an input file as it is read.
+    /// Uploads an input file as a stream and returns the file object.
     pub async fn upload(&self, path: &Path) -> Result<Value, Error> {
         let failed = |error: std::io::Error| {
             Error::Other(format!("failed to read {}: {error}", path.display()))
@@ -89,23 +94,28 @@ impl Client {
             name.to_string_lossy().replace(['"', '\r', '\n'], "_")
         });
         let head = format!(
-            "--{boundary}\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--{boundary}\r\n\
-             Content-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\nContent-Type: application/jsonl\r\n\r\n"
+            "--{boundary}\r\n\
+             Content-Disposition: form-data; name=\"purpose\"\r\n\r\n\
+             batch\r\n\
+             --{boundary}\r\n\
+             Content-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\
+             Content-Type: application/jsonl\r\n\r\n"
         );
-        let pieces = stream::try_unfold(file, async |mut file| {
-            let mut piece = vec![0; 256 << 10];
-            let read = file.read(&mut piece).await?;
-            piece.truncate(read);
-            Ok::<_, std::io::Error>((read > 0).then(|| (Bytes::from(piece), file)))
+        let chunks = stream::try_unfold(file, async |mut file| {
+            let mut chunk = vec![0; 256 << 10];
+            let read = file.read(&mut chunk).await?;
+            chunk.truncate(read);
+            Ok::<_, std::io::Error>((read > 0).then(|| (Bytes::from(chunk), file)))
         });
-        let edge = |text: String| stream::iter([Ok(Bytes::from(text))]);
-        let body = edge(head).chain(pieces).chain(edge(format!("\r\n--{boundary}--\r\n")));
+        let text_part = |text: String| stream::iter([Ok(Bytes::from(text))]);
+        let body =
+            text_part(head).chain(chunks).chain(text_part(format!("\r\n--{boundary}--\r\n")));
         let body = StreamBody::new(body.map_ok(Frame::data)).boxed_unsync();
-        let kind = format!("multipart/form-data; boundary={boundary}");
-        self.json(self.request(Method::POST, "files", Some(&kind), body)?).await
+        let content_type = format!("multipart/form-data; boundary={boundary}");
+        self.json(self.request(Method::POST, "files", Some(&content_type), body)?).await
     }
 
-    /// The bytes of a file of the server, as they come. One that breaks off before its end is an error.
+    /// Streams the content of a file; the stream fails if the content ends early.
     pub async fn content(
         &self,
         id: &str,
@@ -113,24 +123,26 @@ impl Client {
         let request = self.request(Method::GET, &format!("files/{id}/content"), None, empty())?;
         let response = self.send(request).await?;
         if !response.status().is_success() {
-            return Err(refusal(response).await);
+            return Err(response_error(response).await);
         }
-        let broken = |error: hyper::Error| Error::Other(format!("the download broke off: {error}"));
-        Ok(response.into_body().into_data_stream().map_err(broken))
+        let failed =
+            |error: hyper::Error| Error::Other(format!("the download was interrupted: {error}"));
+        Ok(response.into_body().into_data_stream().map_err(failed))
     }
 
+    /// Builds a request for a path below `/v1/`, with the API key.
     fn request(
         &self,
         method: Method,
         path: &str,
-        kind: Option<&str>,
+        content_type: Option<&str>,
         body: Body,
     ) -> Result<Request<Body>, Error> {
-        let invalid = |error: String| Error::Other(format!("the request cannot be made: {error}"));
+        let invalid = |error: String| Error::Other(format!("failed to build the request: {error}"));
         let url = self.base.join(path).map_err(|error| invalid(error.to_string()))?;
         let mut request = Request::builder().method(method).uri(url.as_str());
-        if let Some(kind) = kind {
-            request = request.header(header::CONTENT_TYPE, kind);
+        if let Some(content_type) = content_type {
+            request = request.header(header::CONTENT_TYPE, content_type);
         }
         if let Some(key) = &self.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
@@ -138,56 +150,60 @@ impl Client {
         request.body(body).map_err(|error| invalid(error.to_string()))
     }
 
+    /// Sends a request; the error names the server.
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
         self.http.request(request).await.map_err(|error| {
-            let cause = innermost(&error);
+            let cause = root_cause(&error);
             let host = self.base.origin().ascii_serialization();
             Error::Other(format!(
-                "no answer from {host}: {cause}; is the server running, and is --url right?"
+                "no response from {host}: {cause}; is the server running, and is --url correct?"
             ))
         })
     }
 
+    /// Sends a request and parses the JSON body of a response with status 200.
     async fn json(&self, request: Request<Body>) -> Result<Value, Error> {
         let response = self.send(request).await?;
         if response.status() != StatusCode::OK {
-            return Err(refusal(response).await);
+            return Err(response_error(response).await);
         }
-        let bytes = bounded(response).await?;
+        let bytes = read_body(response).await?;
         serde_json::from_slice(&bytes)
-            .map_err(|error| Error::Other(format!("the server's answer is not JSON: {error}")))
+            .map_err(|error| Error::Other(format!("the server's response is not JSON: {error}")))
     }
 }
 
-/// The cause of an error that has none itself: the outermost says least.
-pub fn innermost<'a>(
+/// Returns the last error in the chain of causes, which has the most specific message.
+pub fn root_cause<'a>(
     error: &'a (dyn std::error::Error + 'static),
 ) -> &'a (dyn std::error::Error + 'static) {
     std::iter::successors(Some(error), |cause| cause.source()).last().unwrap_or(error)
 }
 
+/// Returns a body without content.
 fn empty() -> Body {
     Full::default().map_err(|never| match never {}).boxed_unsync()
 }
 
-async fn bounded(response: Response<Incoming>) -> Result<Bytes, Error> {
-    let limited = http_body_util::Limited::new(response.into_body(), MOST_JSON);
+/// Reads a body of at most [`MAX_JSON_BODY_BYTES`].
+async fn read_body(response: Response<Incoming>) -> Result<Bytes, Error> {
+    let limited = http_body_util::Limited::new(response.into_body(), MAX_JSON_BODY_BYTES);
     let collected = limited
         .collect()
         .await
-        .map_err(|error| Error::Other(format!("the answer broke off: {error}")))?;
+        .map_err(|error| Error::Other(format!("failed to read the response: {error}")))?;
     Ok(collected.to_bytes())
 }
 
-/// What the server says of a request it refused.
-async fn refusal(response: Response<Incoming>) -> Error {
+/// Returns the error message of a response with an error status.
+async fn response_error(response: Response<Incoming>) -> Error {
     let status = response.status();
-    let Ok(bytes) = bounded(response).await else {
-        return Error::Other(format!("the server answered {status}"));
+    let Ok(bytes) = read_body(response).await else {
+        return Error::Other(format!("the server returned status {status}"));
     };
     let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
     match body.pointer("/error/message").and_then(Value::as_str) {
         Some(message) => Error::Other(message.to_owned()),
-        None => Error::Other(format!("the server answered {status}")),
+        None => Error::Other(format!("the server returned status {status}")),
     }
 }

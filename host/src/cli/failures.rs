@@ -1,4 +1,4 @@
-//! Failures summed up by their codes: what a person asks first of a batch of thousands.
+//! Summary of failures by error code, for batches with thousands of failed requests.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use serde_json::Value;
 
 use super::Error;
 
-/// Kinds of failures that are told apart; the rest is summed up as one.
-const MAX_KINDS: usize = 20;
+/// Maximum number of codes with a count of their own; other codes share one count.
+const MAX_CODES: usize = 20;
 
-/// Longest line of an error file that is looked into, in bytes.
+/// Maximum size of an error file line that is parsed, in bytes; longer lines count as others.
 const MAX_LINE_BYTES: usize = 1 << 20;
 
-/// How often each code came.
+/// Number of failures per error code.
 #[derive(Default)]
 pub struct Failures {
     counts: BTreeMap<String, u64>,
@@ -25,7 +25,7 @@ pub struct Failures {
 #[derive(Deserialize)]
 struct Line {
     response: Option<Response>,
-    error: Option<Coded>,
+    error: Option<ErrorCode>,
 }
 
 #[derive(Deserialize)]
@@ -35,29 +35,30 @@ struct Response {
 }
 
 #[derive(Deserialize)]
-struct Coded {
+struct ErrorCode {
     code: String,
 }
 
 impl Failures {
-    /// Sums up the lines of an error file as they come.
-    pub async fn read(pieces: impl Stream<Item = Result<Bytes, Error>>) -> Result<Self, Error> {
-        let (mut failures, mut held, mut pieces) =
-            (Self::default(), Vec::new(), std::pin::pin!(pieces));
-        while let Some(piece) = pieces.try_next().await? {
-            for part in piece.split_inclusive(|&byte| byte == b'\n') {
-                if held.len() <= MAX_LINE_BYTES {
-                    held.extend_from_slice(part);
+    /// Counts the lines of an error file while its chunks arrive; fails if the stream fails.
+    pub async fn read(chunks: impl Stream<Item = Result<Bytes, Error>>) -> Result<Self, Error> {
+        let (mut failures, mut buffer, mut chunks) =
+            (Self::default(), Vec::new(), std::pin::pin!(chunks));
+        while let Some(chunk) = chunks.try_next().await? {
+            for part in chunk.split_inclusive(|&byte| byte == b'\n') {
+                if buffer.len() <= MAX_LINE_BYTES {
+                    buffer.extend_from_slice(part);
                 }
                 if part.ends_with(b"\n") {
-                    failures.add_line(&held);
-                    held.clear();
+                    failures.add_line(&buffer);
+                    buffer.clear();
                 }
             }
         }
         Ok(failures)
     }
 
+    /// Counts the failure on one line of an error file.
     fn add_line(&mut self, line: &[u8]) {
         let Ok(Line { response, error }) = serde_json::from_slice(line) else {
             return self.others += 1;
@@ -75,8 +76,9 @@ impl Failures {
         }
     }
 
+    /// Counts one failure with this code.
     pub fn add(&mut self, code: String) {
-        if self.counts.len() < MAX_KINDS || self.counts.contains_key(&code) {
+        if self.counts.len() < MAX_CODES || self.counts.contains_key(&code) {
             let count = self.counts.entry(code).or_default();
             *count = count.saturating_add(1);
         } else {
@@ -84,8 +86,8 @@ impl Failures {
         }
     }
 
-    /// Those that came most often first.
-    pub fn in_words(&self) -> String {
+    /// Returns the counts as text, most frequent code first; empty without failures.
+    pub fn summary(&self) -> String {
         let mut counts: Vec<(&str, u64)> =
             self.counts.iter().map(|(code, count)| (code.as_str(), *count)).collect();
         if self.others > 0 {
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn failures_are_summed_up_wherever_the_file_is_cut() {
+    async fn summary_does_not_depend_on_chunk_boundaries() {
         let file = [
             r#"{"response":null,"error":{"code":"provider_timeout","message":"m"}}"#,
             r#"{"response":{"status_code":400,"body":{"error":{"code":"bad_image","type":"t"}}},"error":null}"#,
@@ -115,15 +117,16 @@ mod tests {
         .join("\n")
             + "\n";
         for size in [1, 7, 1000] {
-            let pieces: Vec<_> = file
+            let chunks: Vec<_> = file
                 .as_bytes()
                 .chunks(size)
-                .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+                .map(|chunk| Ok(Bytes::copy_from_slice(chunk)))
                 .collect();
-            let failures = Failures::read(stream::iter(pieces)).await.unwrap();
+            let failures = Failures::read(stream::iter(chunks)).await.unwrap();
             assert_eq!(
-                failures.in_words(),
-                "2 provider_timeout, 1 status 400 bad_image, 1 status 429 tokens, 1 status 500, 1 others"
+                failures.summary(),
+                "2 provider_timeout, 1 status 400 bad_image, 1 status 429 tokens, \
+                 1 status 500, 1 others"
             );
         }
     }

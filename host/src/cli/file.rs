@@ -1,4 +1,4 @@
-//! `batchwright file`: the files of a server.
+//! `batchwright file`: lists and deletes the files of a server.
 
 use std::process::ExitCode;
 
@@ -7,8 +7,9 @@ use serde_json::Value;
 
 use super::Error;
 use super::client::{Client, Server};
-use super::terminal::{one_line, put, say};
+use super::terminal::{errln, one_line, outln};
 
+/// Arguments of `batchwright file`.
 #[derive(Args)]
 pub struct File {
     #[command(flatten)]
@@ -21,17 +22,17 @@ pub struct File {
 enum Action {
     /// List files, newest first
     List {
-        /// How many, 1 to 10000
+        /// Maximum number of files to list, 1 to 10000
         #[arg(long, default_value_t = 20)]
         limit: u32,
-        /// Begin after this one
+        /// Id of a file; list the files after it
         #[arg(long)]
         after: Option<String>,
-        /// Only files of this purpose, such as `batch` for input or `batch_output` for results
+        /// Purpose of the files to list, such as `batch` for input or `batch_output` for results
         #[arg(long)]
         purpose: Option<String>,
     },
-    /// Delete files; a batch that reads one goes on
+    /// Delete files; a batch that already reads a deleted file continues
     Delete {
         /// Ids of files
         #[arg(required = true)]
@@ -40,6 +41,7 @@ enum Action {
 }
 
 impl File {
+    /// Runs the command; returns failure if one file could not be deleted.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let client = self.server.client()?;
         match self.action {
@@ -59,24 +61,25 @@ impl File {
     }
 }
 
-/// Deletes what can be deleted, and says of the rest why not.
+/// Deletes each file and prints the error of each file that cannot be deleted.
 async fn delete(client: &Client, ids: &[String]) -> Result<ExitCode, Error> {
-    let mut all_gone = true;
+    let mut all_deleted = true;
     for id in ids {
         match client.delete(&format!("files/{id}")).await {
-            Ok(_) => put!("deleted {id}"),
+            Ok(_) => outln!("deleted {id}"),
             Err(error) => {
-                all_gone = false;
-                say!("error: {error}");
+                all_deleted = false;
+                errln!("error: {error}");
             }
         }
     }
-    Ok(if all_gone { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if all_deleted { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Prints a page of files, as text or as the JSON of the server.
 fn list(list: &Value, as_json: bool) {
     if as_json {
-        put!("{list:#}");
+        outln!("{list:#}");
         return;
     }
     let text = |file: &Value, key: &str| {
@@ -88,22 +91,22 @@ fn list(list: &Value, as_json: bool) {
             number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
         );
         let expires = number("expires_at")
-            .map_or_else(|| "never expires".into(), |at| format!("expires {}", time(at)));
-        let created = time(number("created_at").unwrap_or(0));
+            .map_or_else(|| "never expires".into(), |at| format!("expires {}", utc_time(at)));
+        let created = utc_time(number("created_at").unwrap_or(0));
         let (id, purpose, name) =
             (text(file, "id"), text(file, "purpose"), one_line(&text(file, "filename")));
-        put!(
+        outln!(
             "{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}",
             size.display().iec().to_string()
         );
     }
     if list.get("has_more") == Some(&Value::Bool(true)) {
-        say!("there are more: --after {}", text(list, "last_id"));
+        errln!("more files follow: --after {}", text(list, "last_id"));
     }
 }
 
-/// A time as people read it, in UTC.
-pub fn time(seconds: i64) -> String {
+/// Formats Unix seconds as an RFC 3339 time in UTC.
+pub fn utc_time(seconds: i64) -> String {
     let since = std::time::Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
     humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + since).to_string()
 }

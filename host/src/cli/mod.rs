@@ -1,4 +1,4 @@
-//! The command line.
+//! Command line: the subcommands, their settings, exit codes and signals.
 
 mod batch;
 mod client;
@@ -19,20 +19,21 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::cli::terminal::say;
+use crate::cli::terminal::errln;
 use crate::config::{ConfigError, Given, Settings};
 use crate::memory::Memory;
 use crate::plugin::signature::TrustedKeys;
 use crate::plugin::{LoadError, Loading, compile};
 use crate::store::StoreError;
 
-/// With the commit that it was built from.
+/// Version of the program with the commit of its build.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWRIGHT_COMMIT"), ")");
 
 #[derive(Parser)]
 #[command(name = "batchwright", version = VERSION, about, max_term_width = 100)]
 #[command(
-    after_help = "Every setting can also stand in the environment as BATCHWRIGHT_… or in the file of --config."
+    after_help = "Every setting is also an environment variable BATCHWRIGHT_… and a key of the \
+                  config file (--config)."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -46,22 +47,22 @@ enum Command {
     /// Run one batch without a server
     #[command(mut_arg("listen", |arg| arg.hide(true)), mut_arg("data", |arg| arg.hide(true)))]
     Run(run::Run),
-    /// Look at plugins
+    /// Manage plugins
     #[command(subcommand)]
     Plugin(plugin::Plugin),
-    /// Work with the batches of a server
+    /// Manage the batches of a server
     Batch(batch::Batch),
     /// List and delete the files of a server
     File(file::File),
-    /// Compile a component from standard input to standard output: what the host starts for each
+    /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
 }
 
-/// Settings, wherever they are given.
+/// Settings from all sources: flags, environment and config file.
 #[derive(Args)]
 struct SettingsArgs {
-    /// Config file (TOML) with any of the settings below, written as in max_file_size = "200MiB"
+    /// Config file (TOML) with any of the settings below, such as max_file_size = "200MiB"
     #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -69,32 +70,38 @@ struct SettingsArgs {
 }
 
 impl SettingsArgs {
+    /// Resolves all sources; the error lists every invalid value.
     fn resolve(self) -> Result<Settings, ConfigError> {
         Settings::resolve(self.given, self.config.as_deref())
     }
 }
 
-/// Why a command did not do what it was asked for, in words for people.
+/// Error of a command, with a message for the user and an exit code.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Invalid setting.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Plugin that cannot be loaded.
     #[error(transparent)]
     Plugin(#[from] LoadError),
+    /// Failure of the data folder or its disk.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Plugins that have to be there are not.
+    /// Required plugin that is not loaded.
     #[error("{0}")]
     Required(String),
-    /// What was asked for cannot be done as it was asked for; nothing was done.
+    /// Invalid arguments; the command changed nothing.
     #[error("{0}")]
     Usage(String),
+    /// Any other failure.
     #[error("{0}")]
     Other(String),
 }
 
 impl Error {
-    /// 2 is the command line, by clap's word or ours; 3 a setting, 4 a plugin, 5 the data folder or the disk.
+    /// Returns the exit code: 1 for other failures, 2 for arguments (as clap does), 3 for settings,
+    /// 4 for plugins, 5 for the data folder or its disk.
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) => 3,
@@ -106,20 +113,21 @@ impl Error {
     }
 }
 
+/// Parses the command line, runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Compile(process) = cli.command {
-        // Before there are threads that it has no use for.
+        // The compiler process needs no runtime: its sandbox starts before any thread exists.
         return process.run();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            say!("error: the async runtime does not start: {error}");
+            errln!("error: failed to start the async runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let done = runtime.block_on(async {
+    let result = runtime.block_on(async {
         match cli.command {
             Command::Serve(serve) => serve.run().await,
             Command::Run(run) => run.run().await,
@@ -129,68 +137,74 @@ pub fn main() -> ExitCode {
             Command::Compile(process) => Ok(process.run()),
         }
     });
-    // What still runs on a blocking thread, a compilation given up say, is not waited for.
+    // Blocking threads may still run, for example an abandoned compilation; do not wait for them.
     runtime.shutdown_background();
-    if terminal::is_output_lost() {
-        say!("error: the output could not be written");
+    if terminal::output_failed() {
+        errln!("error: the output could not be written to standard output and is incomplete");
         return ExitCode::FAILURE;
     }
-    done.unwrap_or_else(|error| {
-        say!("error: {error}");
+    result.unwrap_or_else(|error| {
+        errln!("error: {error}");
         ExitCode::from(error.exit_code())
     })
 }
 
-/// Requests from outside that the process end. Heard from the moment this is made, so that none is lost between two.
-struct EndSignals {
+/// Signal handlers of the process.
+///
+/// The handlers exist from `listen` on, so that no signal is lost between two calls of `next`.
+struct ProcessSignals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
-    /// Those that end a process which does not listen for them.
-    others: [Signal; 2],
+    /// Signals that are ignored, but that end a process without a handler.
+    ignored: [Signal; 2],
 }
 
-impl EndSignals {
+impl ProcessSignals {
+    /// Installs the handlers.
     fn listen() -> Result<Self, Error> {
-        let failed =
-            |error: std::io::Error| Error::Other(format!("signals cannot be heard: {error}"));
+        let failed = |error: std::io::Error| {
+            Error::Other(format!("failed to install the signal handlers: {error}"))
+        };
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             hangup: signal(SignalKind::hangup()).map_err(failed)?,
-            others: [
+            ignored: [
                 signal(SignalKind::user_defined1()).map_err(failed)?,
                 signal(SignalKind::user_defined2()).map_err(failed)?,
             ],
         })
     }
 
-    async fn next(&mut self) -> EndSignal {
-        let [one, two] = &mut self.others;
+    /// Waits for the next signal that is not ignored.
+    async fn next(&mut self) -> ProcessSignal {
+        let [user_defined1, user_defined2] = &mut self.ignored;
         loop {
-            let other = tokio::select! {
-                _ = self.interrupt.recv() => return EndSignal::Interrupt,
-                _ = self.terminate.recv() => return EndSignal::Terminate,
-                _ = self.hangup.recv() => return EndSignal::Hangup,
-                _ = one.recv() => "SIGUSR1",
-                _ = two.recv() => "SIGUSR2",
+            let ignored = tokio::select! {
+                _ = self.interrupt.recv() => return ProcessSignal::Interrupt,
+                _ = self.terminate.recv() => return ProcessSignal::Terminate,
+                _ = self.hangup.recv() => return ProcessSignal::Hangup,
+                _ = user_defined1.recv() => "SIGUSR1",
+                _ = user_defined2.recv() => "SIGUSR2",
             };
-            tracing::info!(signal = other, "signal ignored");
+            tracing::info!(signal = ignored, "signal ignored");
         }
     }
 }
 
+/// Signal that a command acts on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum EndSignal {
-    /// A person at the terminal.
+enum ProcessSignal {
+    /// SIGINT, from a user at the terminal.
     Interrupt,
-    /// A supervisor.
+    /// SIGTERM, from a supervisor.
     Terminate,
-    /// The terminal has gone; or, for a server, its operator wants plugins and keys read again.
+    /// SIGHUP: a server reloads plugins and keys, and `run` stops as for SIGINT.
     Hangup,
 }
 
-/// How plugins are loaded, as settings have it.
+/// Returns the plugin loader configuration that the settings describe.
 fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
     Ok(Loading {
         cache: settings.cache.clone(),
@@ -204,7 +218,7 @@ fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
     })
 }
 
-/// The keys of a file; an empty path is none.
+/// Reads the trusted keys of a file; an empty path returns none.
 fn trusted_keys(file: &Path) -> Result<Option<TrustedKeys>, Error> {
     if file.as_os_str().is_empty() {
         return Ok(None);
@@ -213,17 +227,21 @@ fn trusted_keys(file: &Path) -> Result<Option<TrustedKeys>, Error> {
     Ok(Some(keys.map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?))
 }
 
-/// Tells of variables that were meant as settings and are none.
-fn warn_of_environment() {
-    for warning in Settings::warnings() {
-        tracing::warn!("{warning}");
+/// Logs a warning for each environment variable that looks like a setting and is not.
+fn warn_unknown_variables() {
+    for unknown in Settings::unknown_variables() {
+        tracing::warn!(
+            variable = unknown.name,
+            did_you_mean = unknown.suggestion,
+            "unknown environment variable ignored"
+        );
     }
 }
 
-/// The cache of compiled plugins for commands that have no data folder.
+/// Returns the cache folder of compiled plugins for commands without a data folder.
 fn user_cache() -> PathBuf {
-    let own =
+    let xdg =
         std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    own.or_else(home).unwrap_or_else(std::env::temp_dir).join("batchwright")
+    xdg.or_else(home).unwrap_or_else(std::env::temp_dir).join("batchwright")
 }

@@ -1,24 +1,42 @@
-//! How a batch is coming along: a bar on a terminal, plain lines elsewhere.
+//! Progress display of a batch: a bar on a terminal, plain lines elsewhere.
 
-use crate::cli::terminal::{plain, say};
+use crate::cli::terminal::{errln, escape_control_characters};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-/// How often a plain line is printed.
-const LINE: Duration = Duration::from_secs(5);
+/// Minimum time between two plain lines with the same status.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Progress display on standard error.
 pub enum Progress {
+    /// Bar on a terminal.
     Bar(ProgressBar),
-    Lines { begun: Instant, last: Instant, first_done: Option<u64>, status: String },
+    /// Plain lines, where standard error is not a terminal.
+    Lines {
+        /// Start of the display.
+        started: Instant,
+        /// Time of the last line.
+        last: Instant,
+        /// Requests done at the first update; not part of the rate.
+        first_done: Option<u64>,
+        /// Status in the last line.
+        status: String,
+    },
 }
 
 impl Progress {
+    /// Creates a bar if standard error is a terminal, plain lines otherwise.
     pub fn new() -> Self {
         if !std::io::stderr().is_terminal() {
             let now = Instant::now();
-            return Self::Lines { begun: now, last: now, first_done: None, status: String::new() };
+            return Self::Lines {
+                started: now,
+                last: now,
+                first_done: None,
+                status: String::new(),
+            };
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
         let style = ProgressStyle::with_template(
@@ -34,64 +52,69 @@ impl Progress {
         Self::Bar(bar)
     }
 
-    /// Shows how far it is, and what it waits for, if it waits.
+    /// Updates the display.
+    ///
+    /// `done` counts completed and failed requests. `waiting` is the cause if the batch waits.
     pub fn show(
         &mut self,
-        now_status: &str,
+        new_status: &str,
         done: u64,
         failed: u64,
         total: u64,
-        waits: Option<&str>,
+        waiting: Option<&str>,
     ) {
         let failures = if failed == 0 { String::new() } else { format!(", {failed} failed") };
         match self {
             Self::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(match waits {
-                    Some(waits) => plain(&format!("waiting{failures}: {waits}")),
-                    None => format!("{now_status}{failures}"),
+                bar.set_message(match waiting {
+                    Some(waiting) => {
+                        escape_control_characters(&format!("waiting{failures}: {waiting}"))
+                    }
+                    None => format!("{new_status}{failures}"),
                 });
             }
-            Self::Lines { begun, last, first_done, status } => {
-                // What a former run did says nothing of this one's rate.
+            Self::Lines { started, last, first_done, status } => {
+                // Requests that an earlier run completed do not count for the rate of this run.
                 let first = *first_done.get_or_insert(done);
-                let now_status = if waits.is_some() { "waiting" } else { now_status };
-                if status == now_status && last.elapsed() < LINE {
+                let new_status = if waiting.is_some() { "waiting" } else { new_status };
+                if status == new_status && last.elapsed() < LINE_INTERVAL {
                     return;
                 }
                 *last = Instant::now();
-                now_status.clone_into(status);
-                if let Some(waits) = waits {
-                    say!("waiting: {waits} ({done} of {total} done{failures})");
+                new_status.clone_into(status);
+                if let Some(waiting) = waiting {
+                    errln!("waiting: {waiting} ({done} of {total} done{failures})");
                     return;
                 }
                 if total == 0 {
-                    say!("{now_status}");
+                    errln!("{new_status}");
                     return;
                 }
                 let rate =
-                    done.saturating_sub(first) as f64 / begun.elapsed().as_secs_f64().max(0.001);
+                    done.saturating_sub(first) as f64 / started.elapsed().as_secs_f64().max(0.001);
                 let left = if rate > 0.0 && done < total {
                     format!(", {:.0} s left", (total.saturating_sub(done)) as f64 / rate)
                 } else {
                     String::new()
                 };
-                say!("{now_status}: {done} of {total} done{failures}, {rate:.0}/s{left}");
+                errln!("{new_status}: {done} of {total} done{failures}, {rate:.0}/s{left}");
             }
         }
     }
 
-    /// What something waits for, in words: the cause without its full stop, and the time in seconds until it is tried again.
-    pub fn waiting(cause: &str, left: u64) -> String {
+    /// Returns a message with the cause of a wait and the seconds until the next attempt.
+    pub fn waiting_message(cause: &str, left: u64) -> String {
         let cause = cause.trim_end_matches('.');
         match left {
-            0 => format!("{cause}, being tried again"),
-            left => format!("{cause}, next try in {left} s"),
+            0 => format!("{cause}, retrying now"),
+            left => format!("{cause}, next attempt in {left} s"),
         }
     }
 
-    pub fn end(&self) {
+    /// Removes the bar from the terminal.
+    pub fn finish(&self) {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();
         }

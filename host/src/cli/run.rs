@@ -1,8 +1,32 @@
-//! `batchwright run`: one batch without a server.
+//! `batchwright run`: a resumable batch without a server.
 //!
-//! Its state is a data folder like a server's, beside the output. It goes when both files of results are in place; until then the same
-//! command continues where the last one stopped. It records which files this run has placed, as these alone may be replaced by its own
-//! continuation. A run has no completion window.
+//! **Problem.** A batch takes hours and its responses cost money. A run can be interrupted at any
+//! step: Ctrl-C, a closed terminal, a crash, an outage of the provider. The same command must then
+//! continue without sending finished requests again, and it must never damage a file that it did
+//! not write.
+//!
+//! **State.** A run keeps a state folder, `OUTPUT.batchwright`, with the layout of a server's data
+//! folder and the record `run.json`. The database commits each result, so a continued run sends
+//! only the requests that have no committed result. The record holds the digest of the input and
+//! the endpoint; a run with other input or another endpoint is refused. `run.json` is written
+//! before the batch is created, so that a folder with a batch always has a record. The plugin cache
+//! and the plugin serials are in the user's cache folder, because they must survive the state
+//! folder.
+//!
+//! **Results.** The results go to drafts and are renamed to their paths at the end. The digest of
+//! each draft is recorded before the rename. A continued run may therefore replace a file that an
+//! earlier attempt placed, and recognizes any other file at the same path. Existing files are
+//! overwritten only with `--force`. A pipe or device is written directly.
+//!
+//! **End.** After the last rename the exit status is recorded, then the state folder is removed,
+//! `run.json` last. A crash between these steps is harmless: the next run finds the recorded
+//! status, removes the folder and returns that status. `--partial` cancels an unfinished batch and
+//! writes the results that it has.
+//!
+//! **Waiting.** A run has no completion window in which to wait for an unavailable provider. It
+//! stops after `max_outage` (10 minutes by default) with status 6 and keeps its state. A signal
+//! (SIGINT, SIGTERM or SIGHUP) lets requests in flight finish and stops the run with status 130; a
+//! second signal ends the process at once.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -19,10 +43,10 @@ use sha2::{Digest, Sha256};
 use super::failures::Failures;
 use super::place::{Target, check};
 use super::progress::Progress;
-use super::run_state::{Note, Places, remove};
-use super::{EndSignals, Error, SettingsArgs, loading, user_cache, warn_of_environment};
+use super::run_state::{RunPaths, RunState, remove};
+use super::{Error, ProcessSignals, SettingsArgs, loading, user_cache, warn_unknown_variables};
 use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
-use crate::cli::terminal::{one_line, say};
+use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
 use crate::config::{CompletionWindows, Settings, Span};
 use crate::memory::Memory;
@@ -30,39 +54,46 @@ use crate::plugin::{Loader, Loading, Registry, check_directory, hex};
 use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status, umask};
 use crate::telemetry;
 
+/// Tenant of every run.
 const TENANT: &str = "default";
+
+/// Interval between two updates of the progress display.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long a provider may be away, unless it is said.
-const MAX_OUTAGE: Duration = Duration::from_secs(600);
+/// Default of `max_outage` for a run.
+const DEFAULT_MAX_OUTAGE: Duration = Duration::from_secs(600);
 
-/// The exit status of a run whose provider is away.
-const AWAY: u8 = 6;
+/// Exit status of a run whose provider is unavailable.
+const PROVIDER_UNAVAILABLE_STATUS: u8 = 6;
 
-/// What a run logs, unless it is said. That a plugin was not loaded it says itself.
+/// Default log filter of a run.
+///
+/// The registry is off because the command prints the errors of plugins itself.
 const RUN_LOG_LEVEL: &str =
     "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
 
-/// The completion window of a run: none that anybody will see the end of.
-const WINDOW: &str = "99years";
+/// Completion window of a run, long enough to have no effect.
+const COMPLETION_WINDOW: &str = "99years";
 
+/// Arguments of `batchwright run`.
 #[derive(Args)]
 pub struct Run {
-    /// Requests, one JSON object a line
+    /// Input file, one request as a JSON object per line
     input: PathBuf,
-    /// Where the answers go
+    /// Output file, for the results of successful requests
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Where the requests go that failed [default: OUTPUT with `.errors.jsonl` in place of `.jsonl`]
+    /// Error file, for the results of failed requests
+    /// [default: OUTPUT with `.errors.jsonl` in place of `.jsonl`]
     #[arg(short, long, value_name = "FILE")]
     errors: Option<PathBuf>,
     /// Endpoint of the batch [default: that of the first line]
     #[arg(long)]
     endpoint: Option<String>,
-    /// Overwrite files of earlier runs
+    /// Overwrite existing output and error files
     #[arg(long)]
     force: bool,
-    /// End an unfinished run: write the answers it has, and the rest as `batch_cancelled`
+    /// End an unfinished run: write its results so far, and the other requests as `batch_cancelled`
     #[arg(long)]
     partial: bool,
     #[command(flatten)]
@@ -70,59 +101,61 @@ pub struct Run {
 }
 
 impl Run {
+    /// Runs or continues the batch; returns success only if every request succeeded.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let own_cache = self.settings.given.cache.is_some();
         let own_outage = self.settings.given.max_outage.is_some();
         let own_level = self.settings.given.log_level.is_some();
         let mut settings = self.settings.resolve()?;
-        // What is wrong with plugins is told as a warning of our own.
+        // The default filter is quieter than that of a server: `open` prints plugin errors.
         let level = if own_level { settings.log_level.as_str() } else { RUN_LOG_LEVEL };
         telemetry::start(level, settings.log_format).map_err(Error::Other)?;
-        warn_of_environment();
+        warn_unknown_variables();
         umask();
-        // A run has no window in which to wait: it ends, and can be continued.
+        // `watch` applies `max_outage` and stops the run; in the batch it would fail requests.
         let max_outage = settings.max_outage.duration();
-        let max_outage = if own_outage || !max_outage.is_zero() { max_outage } else { MAX_OUTAGE };
+        let max_outage =
+            if own_outage || !max_outage.is_zero() { max_outage } else { DEFAULT_MAX_OUTAGE };
         settings.max_outage = Span::seconds(0);
-        let places = Places::find(&self.input, &self.output, self.errors)?;
-        let mut before = Note::read(&places.state)?;
-        if let Some(status) = before.as_ref().and_then(|note| note.finished) {
-            // It ended in the moment after its files were placed.
+        let paths = RunPaths::resolve(&self.input, &self.output, self.errors)?;
+        let mut before = RunState::read(&paths.state)?;
+        if let Some(status) = before.as_ref().and_then(|saved| saved.finished) {
+            // The earlier run stopped between the last rename and the removal of its folder.
             let same = before
                 .as_ref()
-                .is_some_and(|note| note.check(&places, self.endpoint.as_deref()).is_ok());
-            remove(&places.state)?;
+                .is_some_and(|saved| saved.check(&paths, self.endpoint.as_deref()).is_ok());
+            remove(&paths.state)?;
             if !self.force && same {
-                say!("this run had finished; its results are in place");
+                errln!("this run had finished; its results are in place");
                 return Ok(ExitCode::from(status));
             }
             before = None;
         }
-        let ours = |target: &Target| {
-            before.iter().flat_map(|note| &note.placed).any(|written| target.holds(written))
+        let may_replace = |target: &Target| {
+            before.iter().flat_map(|saved| &saved.placed).any(|written| target.matches(written))
         };
-        check(&[&places.output, &places.errors], self.force, ours)?;
-        settings.data.clone_from(&places.state);
-        settings.completion_windows = CompletionWindows::of(WINDOW)?;
+        check(&[&paths.output, &paths.errors], self.force, may_replace)?;
+        settings.data.clone_from(&paths.state);
+        settings.completion_windows = CompletionWindows::single(COMPLETION_WINDOW)?;
         if !own_cache {
             settings.cache = user_cache();
         }
         check_directory(&settings.plugins)?;
-        let had_state = places.state.exists();
+        let had_state = paths.state.exists();
         if self.partial && !had_state {
             return Err(Error::Usage(format!(
-                "there is no unfinished run: {} is not there",
-                places.state.display()
+                "there is no unfinished run: {} does not exist",
+                paths.state.display()
             )));
         }
         let batches = open(settings).await?;
-        let begun = begin(&batches, &places, before, self.endpoint, self.partial).await;
-        let (id, mut note) = match begun {
-            Ok(begun) => begun,
+        let created = create_or_resume(&batches, &paths, before, self.endpoint, self.partial).await;
+        let (id, mut saved) = match created {
+            Ok(created) => created,
             Err(error) => {
-                // What holds no batch is no unfinished run.
+                // A folder without a batch is not an unfinished run.
                 if unfinished_batch(&batches).await.is_ok_and(|found| found.is_none()) {
-                    std::fs::remove_dir_all(&places.state).ok();
+                    std::fs::remove_dir_all(&paths.state).ok();
                 }
                 return Err(error);
             }
@@ -134,43 +167,43 @@ impl Run {
         let ended = watch(&batches, &id, max_outage).await?;
         batches.close().await;
         let (mut batch, status) = match ended {
-            Watched::Ended(batch) => (*batch, None),
-            Watched::Stopped => (find(&batches, &id).await?, Some(130)),
-            Watched::Away(why) => {
-                say!("the provider has not answered for {max_outage:?}: {why}");
-                (find(&batches, &id).await?, Some(AWAY))
+            RunEnd::Ended(batch) => (*batch, None),
+            RunEnd::Stopped => (get_batch(&batches, &id).await?, Some(130)),
+            RunEnd::ProviderUnavailable(cause) => {
+                errln!("the provider has not answered for {max_outage:?}: {cause}");
+                (get_batch(&batches, &id).await?, Some(PROVIDER_UNAVAILABLE_STATUS))
             }
         };
         if let Some(status) = status {
             let done = batch.counts.completed.saturating_add(batch.counts.failed);
-            say!(
+            errln!(
                 "stopped: {done} of {} done and kept; the same command continues",
                 batch.counts.total
             );
             return Ok(ExitCode::from(status));
         }
         batch.errors = batches.errors(TENANT, &id).await?;
-        place(&batches, &batch, &places, &mut note, self.force).await?;
+        place_results(&batches, &batch, &paths, &mut saved, self.force).await?;
         let failed = match &batch.error_file_id {
             Some(file) => Failures::read(content(&batches, file).await?).await?,
             None => Failures::default(),
         };
-        // Only now is everything where it belongs.
-        let status = report(&batch, &failed, &places.output, &places.errors);
-        note.finished = Some(status);
-        note.write(&places.state)?;
-        remove(&places.state)?;
+        // All result files are in place: the run is finished.
+        let status = report(&batch, &failed, &paths.output, &paths.errors);
+        saved.finished = Some(status);
+        saved.write(&paths.state)?;
+        remove(&paths.state)?;
         Ok(ExitCode::from(status))
     }
 }
 
-/// The `url` of the first line that has one.
+/// Returns the `url` of the first line that has one.
 fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     #[derive(Deserialize)]
     struct Url {
         url: String,
     }
-    // A look at the beginning is enough; a file that has none there fails validation.
+    // The search is bounded: a file without a `url` in its first 16 MiB fails validation.
     let beginning = BufReader::new(std::fs::File::open(input)?.take(16 << 20));
     for line in beginning.split(b'\n') {
         let line = line?;
@@ -182,8 +215,8 @@ fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     Ok(None)
 }
 
-/// The endpoint that the first line of a file with a `url` asks for.
-pub fn of_first_line(input: &Path) -> Result<Option<String>, Error> {
+/// Returns the endpoint in the first `url` of an input file; fails if it is not a batch endpoint.
+pub fn endpoint_of_first_line(input: &Path) -> Result<Option<String>, Error> {
     let failed = |error: std::io::Error| {
         Error::Other(format!("failed to read {}: {error}", input.display()))
     };
@@ -194,45 +227,47 @@ pub fn of_first_line(input: &Path) -> Result<Option<String>, Error> {
     }
     let (input, endpoints) = (input.display(), ENDPOINTS.join(", "));
     Err(Error::Other(format!(
-        "{input}: the first `url` in it is '{url}', which is no endpoint of a batch ({endpoints}); correct it, or give --endpoint"
+        "{input}: the first `url` is '{url}', which is not a batch endpoint ({endpoints}); \
+         correct it, or give --endpoint"
     )))
 }
 
+/// Opens the state folder and the plugins; prints a warning for each plugin that is not loaded.
 async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
     let clock = Clock::system();
     let store = SqliteStore::open(&settings.data)?;
     let blobs = Blobs::local(&settings.data.join("objects"))?;
     let memory =
         Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
-    // The folder of a run goes with its end; what older signed files must not replace is remembered for the user.
-    let kept = user_cache();
-    let serials = std::fs::create_dir_all(&kept).ok().map(|()| kept.join("serials"));
+    // The serials must outlive the state folder, or an older signed file could be loaded again.
+    let cache = user_cache();
+    let serials = std::fs::create_dir_all(&cache).ok().map(|()| cache.join("serials"));
     let loading = Loading { serials, order: None, ..loading(&settings, &memory)? };
     let loader = Loader::new(loading, clock.clone())?;
     let registry = Registry::open(&settings.plugins, loader).await?;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
-        say!("warning: a plugin does not load: {error}");
+        errln!("warning: plugin not loaded: {error}");
     }
     Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings, memory))
 }
 
-/// Begins the batch, or finds the one that was begun before. Returns its id.
-async fn begin(
+/// Creates the batch, or finds the batch of an unfinished run; returns its id and record.
+async fn create_or_resume(
     batches: &Arc<Batches>,
-    places: &Places,
-    before: Option<Note>,
+    paths: &RunPaths,
+    before: Option<RunState>,
     endpoint: Option<String>,
     partial: bool,
-) -> Result<(String, Note), Error> {
-    if let (Some(batch), Some(note)) = (unfinished_batch(batches).await?, before) {
+) -> Result<(String, RunState), Error> {
+    if let (Some(batch), Some(saved)) = (unfinished_batch(batches).await?, before) {
         if !partial {
-            note.check(places, endpoint.as_deref())?;
-            say!("continuing an unfinished run");
+            saved.check(paths, endpoint.as_deref())?;
+            errln!("continuing an unfinished run");
         }
-        return Ok((batch.new.id, note));
+        return Ok((batch.new.id, saved));
     }
     if partial {
-        let message = format!("{} holds no unfinished run", places.state.display());
+        let message = format!("{} holds no unfinished run", paths.state.display());
         return Err(Error::Usage(message));
     }
     batches
@@ -241,16 +276,17 @@ async fn begin(
         .check_required(&batches.settings().required_plugins, TENANT, &ENDPOINTS)
         .map_err(Error::Required)?;
     let failed = |error: std::io::Error| {
-        Error::Other(format!("failed to read {}: {error}", places.input.display()))
+        Error::Other(format!("failed to read {}: {error}", paths.input.display()))
     };
     let endpoint = match endpoint {
         Some(endpoint) => endpoint,
-        None => of_first_line(&places.input)?.unwrap_or_else(|| "/v1/chat/completions".into()),
+        None => {
+            endpoint_of_first_line(&paths.input)?.unwrap_or_else(|| "/v1/chat/completions".into())
+        }
     };
-    let told = |error: &dyn std::fmt::Display| {
-        Error::Other(format!("{}: {error}", places.input.display()))
-    };
-    let mut file = std::fs::File::open(&places.input).map_err(failed)?;
+    let upload_failed =
+        |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", paths.input.display()));
+    let mut file = std::fs::File::open(&paths.input).map_err(failed)?;
     let mut upload = batches.upload(TENANT).await?;
     let (mut buffer, mut digest, mut size) = (vec![0; 1 << 20], Sha256::new(), 0_u64);
     loop {
@@ -258,67 +294,69 @@ async fn begin(
         let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
         digest.update(bytes);
         size = size.saturating_add(read as u64);
-        upload.write(Bytes::copy_from_slice(bytes)).await.map_err(|error| told(&error))?;
+        upload.write(Bytes::copy_from_slice(bytes)).await.map_err(|error| upload_failed(&error))?;
     }
-    let filename = places
+    let filename = paths
         .input
         .file_name()
         .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let new = NewFile { filename, purpose: "batch".into(), lifetime: None };
-    let file = upload.finish(new).await.map_err(|error| told(&error))?;
-    let note = Note {
-        input: places.input.clone(),
+    let file = upload.finish(new).await.map_err(|error| upload_failed(&error))?;
+    let saved = RunState {
+        input: paths.input.clone(),
         bytes: size,
         sha256: hex(&digest.finalize()),
         endpoint: endpoint.clone(),
         placed: Vec::new(),
         finished: None,
     };
-    // The note first: whatever happens after it, the next run knows what this folder is for.
-    note.write(&places.state)?;
+    // The record is written before the batch, so that a folder with a batch always has a record.
+    saved.write(&paths.state)?;
     let request = Request {
         input_file_id: file.id,
         endpoint,
-        completion_window: WINDOW.into(),
+        completion_window: COMPLETION_WINDOW.into(),
         metadata: None,
         output_lifetime: None,
         idempotency_key: None,
     };
     let batch =
         batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
-    Ok((batch.new.id, note))
+    Ok((batch.new.id, saved))
 }
 
-/// Puts the results in their places, those of a former attempt included. A file without a line is not written.
-async fn place(
+/// Writes the result files to their paths, except for those that an earlier attempt placed.
+///
+/// A file without a line is not written.
+async fn place_results(
     batches: &Arc<Batches>,
     batch: &BatchRecord,
-    places: &Places,
-    note: &mut Note,
+    paths: &RunPaths,
+    saved: &mut RunState,
     force: bool,
 ) -> Result<(), Error> {
     for (target, id) in
-        [(&places.output, &batch.output_file_id), (&places.errors, &batch.error_file_id)]
+        [(&paths.output, &batch.output_file_id), (&paths.errors, &batch.error_file_id)]
     {
         let Some(id) = id else { continue };
         if target.path().is_none() {
             target.write_through(content(batches, id).await?).await?;
             continue;
         }
-        if note.placed.iter().any(|written| target.holds(written)) {
+        if saved.placed.iter().any(|written| target.matches(written)) {
             continue;
         }
-        let draft = target.draft(Some(&places.state), content(batches, id).await?).await?;
-        let overwrite = force || note.placed.iter().any(|written| target.holds(written));
-        note.placed.retain(|written| written.path != draft.digested.path);
-        note.placed.push(draft.digested.clone());
-        note.write(&places.state)?;
+        let draft = target.draft(Some(&paths.state), content(batches, id).await?).await?;
+        let overwrite = force || saved.placed.iter().any(|written| target.matches(written));
+        saved.placed.retain(|written| written.path != draft.digested.path);
+        saved.placed.push(draft.digested.clone());
+        saved.write(&paths.state)?;
         target.place(draft, overwrite)?;
     }
     Ok(())
 }
 
-/// The content of a file of results, piece by piece.
+/// Streams the content of a result file in chunks.
 async fn content(
     batches: &Arc<Batches>,
     id: &str,
@@ -337,7 +375,7 @@ async fn content(
     }))
 }
 
-/// The batch of a folder that a former run left.
+/// Returns the batch in the state folder of an earlier run.
 async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Error> {
     Ok(match batches.list(TENANT, None, 1, usize::MAX).await? {
         Paged::Page(page) => page.items.into_iter().next(),
@@ -345,99 +383,108 @@ async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Erro
     })
 }
 
-async fn find(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
+/// Returns the batch of this run; fails if it is no longer in the state folder.
+async fn get_batch(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
     let found = batches.get(TENANT, id).await?;
     found.ok_or_else(|| {
-        Error::Other("the unfinished run is not in its folder any more; delete the folder".into())
+        Error::Other("the state folder holds no batch; delete the folder to start again".into())
     })
 }
 
-/// How a run came to its end.
-enum Watched {
+/// Reason why a run ended.
+enum RunEnd {
+    /// The batch has a final status.
     Ended(Box<BatchRecord>),
-    /// Somebody wants it to stop.
+    /// A signal asked the run to stop.
     Stopped,
-    /// The provider has not answered for too long; what it said last.
-    Away(String),
+    /// The provider was unavailable for `max_outage`; the cause.
+    ProviderUnavailable(String),
 }
 
-/// Shows progress until the batch has ended, or for as long as its provider is not away for too long.
-async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<Watched, Error> {
+/// Shows progress until the batch ends, a signal arrives, or `max_outage` is exceeded.
+async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<RunEnd, Error> {
     let mut progress = Progress::new();
-    let mut signals = EndSignals::listen()?;
+    let mut signals = ProcessSignals::listen()?;
     loop {
-        let batch = find(batches, id).await?;
+        let batch = get_batch(batches, id).await?;
         let counts = batch.counts;
         let done = counts.completed.saturating_add(counts.failed);
         let now = batches.clock().now();
-        let waits = batches.waits(TENANT, &batch);
-        let words = waits
-            .as_ref()
-            .map(|waits| Progress::waiting(&waits.cause, now.until(waits.next).as_secs()));
+        let waiting = batches.waits(TENANT, &batch);
+        let message = waiting.as_ref().map(|waiting| {
+            Progress::waiting_message(&waiting.cause, now.until(waiting.next).as_secs())
+        });
         progress.show(
             &batch.status.as_str().replace('_', " "),
             done,
             counts.failed,
             counts.total,
-            words.as_deref(),
+            message.as_deref(),
         );
         if batch.status.is_final() {
-            progress.end();
-            return Ok(Watched::Ended(Box::new(batch)));
+            progress.finish();
+            return Ok(RunEnd::Ended(Box::new(batch)));
         }
         let outages = batches.outages();
         let longest = outages.iter().map(|(_, outage)| outage).min_by_key(|outage| outage.since);
         if let Some(outage) =
             longest.filter(|outage| !max_outage.is_zero() && outage.since.until(now) >= max_outage)
         {
-            progress.end();
-            return Ok(Watched::Away(outage.trouble.detail.clone()));
+            progress.finish();
+            return Ok(RunEnd::ProviderUnavailable(outage.trouble.detail.clone()));
         }
         tokio::select! {
             () = tokio::time::sleep(POLL_INTERVAL) => {}
             _ = signals.next() => {
-                progress.end();
-                say!("stopping: requests in flight are finished first, a second Ctrl-C leaves them");
+                progress.finish();
+                errln!(
+                    "stopping after the requests in flight; press Ctrl-C again to stop at once"
+                );
                 tokio::spawn(async move {
                     signals.next().await;
                     std::process::exit(130);
                 });
-                return Ok(Watched::Stopped);
+                return Ok(RunEnd::Stopped);
             }
         }
     }
 }
 
+/// Prints the errors, counts and result files of a batch; returns the exit status.
 fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Target) -> u8 {
     let mut rejected = Failures::default();
     batch.errors.iter().for_each(|error| rejected.add(error.code.clone()));
-    let by_code = rejected.in_words();
+    let by_code = rejected.summary();
     for error in &batch.errors {
-        let place = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
+        let position = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
-        say!("{place}{}{param}: {}", error.code, one_line(&error.message));
+        errln!("{position}{}{param}: {}", error.code, one_line(&error.message));
     }
     let counts = batch.counts;
     match batch.status {
         Status::Failed if counts.total == 0 => {
-            say!("rejected ({by_code}): nothing was executed; correct the input and run again")
+            errln!("rejected ({by_code}): no request was sent; correct the input and run again")
         }
         status => {
             let (completed, failed) = (counts.completed, counts.failed);
-            say!("{}: {completed} of {} answered, {failed} failed", status.as_str(), counts.total);
-            let by_code = failures.in_words();
+            errln!(
+                "{}: {completed} of {} answered, {failed} failed",
+                status.as_str(),
+                counts.total
+            );
+            let by_code = failures.summary();
             if !by_code.is_empty() {
-                say!("failed: {by_code}");
+                errln!("failed: {by_code}");
             }
             for (what, id, target) in [
-                ("answers", &batch.output_file_id, output),
+                ("output", &batch.output_file_id, output),
                 ("errors", &batch.error_file_id, errors),
             ] {
-                let place = target.given.display();
+                let path = target.given.display();
                 if id.is_some() {
-                    say!("{what}: {place}");
+                    errln!("{what}: {path}");
                 } else if target.exists() {
-                    say!("{what}: none; {place} is of an earlier run and stays as it is");
+                    errln!("{what}: none; {path} is from an earlier run and stays as it is");
                 }
             }
         }

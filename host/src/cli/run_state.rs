@@ -1,4 +1,4 @@
-//! What `batchwright run` keeps of a run beside its output, and the places that it writes to.
+//! State of `batchwright run`: the paths of a run, and the record in its state folder.
 
 use std::path::{Path, PathBuf};
 
@@ -6,56 +6,67 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::path_text;
-use super::place::{Digested, Target, digest};
+use super::place::{FileDigest, Target, digest};
 
-/// What is remembered of a run, in its folder.
-const NOTE: &str = "run.json";
+/// Name of the record in the state folder.
+const STATE_FILE_NAME: &str = "run.json";
 
-/// What an unfinished run is of, and what it has placed so far.
+/// Record of a run: its input, its endpoint and its progress in placing result files.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Note {
+pub struct RunState {
+    /// Path of the input file with all links resolved, for messages.
     #[serde(with = "path_text")]
     pub input: PathBuf,
+    /// Size of the input file in bytes.
     pub bytes: u64,
+    /// SHA-256 of the input file in hexadecimal.
     pub sha256: String,
+    /// Endpoint of the batch.
     pub endpoint: String,
-    /// Files that were put in their place, or were about to be.
-    pub placed: Vec<Digested>,
-    /// The exit status of a run whose files are all in place: its folder is to go.
+    /// Result files that the run wrote, each recorded before its rename.
+    pub placed: Vec<FileDigest>,
+    /// Exit status of a run whose result files are all in place; its folder can be removed.
     #[serde(default)]
     pub finished: Option<u8>,
 }
 
-/// The places of one run.
-pub struct Places {
+/// Paths of one run.
+pub struct RunPaths {
+    /// Input file with all links resolved.
     pub input: PathBuf,
+    /// Output file, for the results of successful requests.
     pub output: Target,
+    /// Error file, for the results of failed requests.
     pub errors: Target,
+    /// State folder: `OUTPUT.batchwright`, or `INPUT.batchwright` if the output is not a file.
     pub state: PathBuf,
 }
 
-impl Places {
-    /// Finds all places, and refuses what would harm the input, before anything is made.
-    pub fn find(input: &Path, output: &Path, errors: Option<PathBuf>) -> Result<Self, Error> {
+impl RunPaths {
+    /// Resolves all paths and creates nothing; fails if a result would overwrite the input.
+    pub fn resolve(input: &Path, output: &Path, errors: Option<PathBuf>) -> Result<Self, Error> {
         let failed = |error: std::io::Error| {
             Error::Other(format!("failed to read {}: {error}", input.display()))
         };
         let found = std::fs::metadata(input).map_err(failed)?;
         if !found.is_file() {
-            let message = "is no regular file; save it to a file first, as a run that is interrupted reads it again";
-            return Err(Error::Usage(format!("{}: {message}", input.display())));
+            return Err(Error::Usage(format!(
+                "{}: is not a regular file; \
+                 save it to a file first, because a continued run reads it again",
+                input.display()
+            )));
         }
         let input = std::fs::canonicalize(input).map_err(failed)?;
-        let target = Target::find(output)?;
+        let target = Target::resolve(output)?;
         let errors = match errors {
             Some(errors) => errors,
-            // Beside the input where the output is no file.
+            // If the output is a pipe or device, the error file is beside the input.
             None => errors_beside(target.path().map_or(&input, |_| output)),
         };
-        let errors = Target::find(&errors)?;
+        let errors = Target::resolve(&errors)?;
         if let Some(same) = [&target, &errors].into_iter().find(|target| target.is_file(&found)) {
             return Err(Error::Usage(format!(
-                "{} is the input; results never go over it, so name another file",
+                "{} is the input, which results never overwrite; name another file",
                 same.given.display()
             )));
         }
@@ -65,6 +76,7 @@ impl Places {
     }
 }
 
+/// Returns the default error file: the path with `.errors.jsonl` in place of `.jsonl`.
 fn errors_beside(output: &Path) -> PathBuf {
     let mut name = match output.extension() {
         Some(extension) if extension == "jsonl" => output.with_extension("").into_os_string(),
@@ -74,68 +86,74 @@ fn errors_beside(output: &Path) -> PathBuf {
     name.into()
 }
 
-impl Note {
-    /// What a former run left in its folder, if one did.
+impl RunState {
+    /// Reads the record of an unfinished run; none if the state folder has no record.
     pub fn read(state: &Path) -> Result<Option<Self>, Error> {
         let unreadable = |why: &dyn std::fmt::Display| {
             let state = state.display();
             Error::Other(format!(
-                "{state} holds an unfinished run that cannot be read ({why}); delete the folder to begin anew"
+                "{state} holds an unfinished run that cannot be read ({why}); \
+                 delete the folder to start again"
             ))
         };
-        match std::fs::read(state.join(NOTE)) {
+        match std::fs::read(state.join(STATE_FILE_NAME)) {
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| unreadable(&error)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(unreadable(&error)),
         }
     }
 
-    /// Writes it whole or not at all.
+    /// Writes the record atomically: the old record stays until the new one is complete.
     pub fn write(&self, state: &Path) -> Result<(), Error> {
-        let written = || {
-            let beside = state.join("run.json.new");
-            let file = std::fs::File::create(&beside)?;
+        let write = || {
+            let draft = state.join("run.json.new");
+            let file = std::fs::File::create(&draft)?;
             serde_json::to_writer(&file, self)?;
             file.sync_all()?;
-            std::fs::rename(&beside, state.join(NOTE))
+            std::fs::rename(&draft, state.join(STATE_FILE_NAME))
         };
-        written().map_err(|error| {
-            Error::Other(format!("failed to write {}: {error}", state.join(NOTE).display()))
+        write().map_err(|error| {
+            Error::Other(format!(
+                "failed to write {}: {error}",
+                state.join(STATE_FILE_NAME).display()
+            ))
         })
     }
-}
 
-impl Note {
-    /// Refuses to continue with another input: its content counts, not its name or its date.
-    pub fn check(&self, places: &Places, endpoint: Option<&str>) -> Result<(), Error> {
+    /// Fails if the run was started with another input or endpoint.
+    ///
+    /// The content of the input decides, not its name or its modification time.
+    pub fn check(&self, paths: &RunPaths, endpoint: Option<&str>) -> Result<(), Error> {
         let failed = |error: std::io::Error| {
-            Error::Other(format!("failed to read {}: {error}", places.input.display()))
+            Error::Other(format!("failed to read {}: {error}", paths.input.display()))
         };
-        let state = places.state.display();
-        let ways =
-            "--partial ends that run and writes what it has, or delete the folder to begin anew";
-        if digest(&places.input).map_err(failed)? != (self.bytes, self.sha256.clone()) {
+        let state = paths.state.display();
+        let remedy = "give --partial to end that run and write its results so far, \
+                      or delete the folder to start again";
+        if digest(&paths.input).map_err(failed)? != (self.bytes, self.sha256.clone()) {
             let before = self.input.display();
             return Err(Error::Usage(format!(
-                "{state} holds an unfinished run of {before} whose content was another; {ways}"
+                "{state} holds an unfinished run of {before} with other content; {remedy}"
             )));
         }
         match endpoint.filter(|endpoint| *endpoint != self.endpoint) {
             None => Ok(()),
             Some(endpoint) => Err(Error::Usage(format!(
-                "{state} holds an unfinished run for {}, not {endpoint}; {ways}",
+                "{state} holds an unfinished run for {}, not {endpoint}; {remedy}",
                 self.endpoint
             ))),
         }
     }
 }
 
-/// Removes the folder of a run, its note last: that says what the rest is for.
+/// Removes the state folder of a run.
+///
+/// The record goes last, so that the next run finishes the removal after a crash.
 pub fn remove(state: &Path) -> Result<(), Error> {
-    let removed = || {
+    let remove = || {
         for entry in std::fs::read_dir(state)? {
             let entry = entry?;
-            if entry.file_name() == NOTE {
+            if entry.file_name() == STATE_FILE_NAME {
                 continue;
             }
             if entry.file_type()?.is_dir() {
@@ -144,10 +162,10 @@ pub fn remove(state: &Path) -> Result<(), Error> {
                 std::fs::remove_file(entry.path())?;
             }
         }
-        std::fs::remove_file(state.join(NOTE))?;
+        std::fs::remove_file(state.join(STATE_FILE_NAME))?;
         std::fs::remove_dir(state)
     };
-    removed().map_err(|error: std::io::Error| {
+    remove().map_err(|error: std::io::Error| {
         Error::Other(format!("failed to remove {}: {error}", state.display()))
     })
 }

@@ -1,4 +1,4 @@
-//! `batchwright serve`
+//! `batchwright serve`: runs the server until a signal stops it.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -10,9 +10,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{EndSignal, EndSignals, Error, SettingsArgs, VERSION, loading, warn_of_environment};
+use super::{
+    Error, ProcessSignal, ProcessSignals, SettingsArgs, VERSION, loading, warn_unknown_variables,
+};
 use crate::batch::Batches;
-use crate::cli::terminal::put;
+use crate::cli::terminal::outln;
 use crate::clock::Clock;
 use crate::config::Settings;
 use crate::memory::Memory;
@@ -22,9 +24,10 @@ use crate::store::{Blobs, SqliteStore, umask};
 use crate::{api, telemetry};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-/// What answers that are being read have at least, once everything else has ended.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// Minimum time for clients to receive responses in flight, after all other work has ended.
+const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);
 
+/// Arguments of `batchwright serve`.
 #[derive(Args)]
 pub struct Serve {
     #[command(flatten)]
@@ -32,12 +35,13 @@ pub struct Serve {
 }
 
 impl Serve {
+    /// Runs the server until shutdown.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let settings = self.settings.resolve()?;
         telemetry::start(&settings.log_level, settings.log_format).map_err(Error::Other)?;
-        warn_of_environment();
-        // From here on a signal ends nothing by itself.
-        let mut signals = EndSignals::listen()?;
+        warn_unknown_variables();
+        // From here on, a signal no longer ends the process automatically.
+        let mut signals = ProcessSignals::listen()?;
         raise_file_limit();
         umask();
         let clock = Clock::system();
@@ -57,7 +61,8 @@ impl Serve {
         if !address.ip().is_loopback() {
             tracing::warn!(
                 %address,
-                "there are no keys yet: whoever reaches this address reads and deletes everything; listen on loopback, or let only trusted clients through"
+                "no authentication: every client that reaches this address can read and delete all \
+                 data; listen on loopback or restrict access to trusted clients"
             );
         }
         let settings = Arc::new(settings);
@@ -65,48 +70,55 @@ impl Serve {
             Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
         let app = api::router(batches.clone(), &settings, address);
-        println_now(&format!("listening on http://{address}"));
-        let ending = CancellationToken::new();
+        outln!("listening on http://{address}");
+        let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
-            println_now(&format!("health on http://{address}"));
-            let (router, settings, ended) = (
+            outln!("health on http://{address}");
+            let (router, settings, token) = (
                 api::admin_router(batches.clone(), &settings, address),
                 settings.clone(),
-                ending.clone(),
+                shutdown.clone(),
             );
             tasks.spawn(async move {
-                api::serve_admin(listener, router, &settings, ended.cancelled()).await
+                api::serve_admin(listener, router, &settings, token.cancelled()).await
             });
         }
-        let (of_api, ended) = (settings.clone(), ending.clone());
-        tasks.spawn(async move { api::serve(listener, app, &of_api, ended.cancelled()).await });
-        // Tells the log at once if the server is not ready.
-        let first_look = batches.clone();
-        tokio::spawn(async move { first_look.readiness().await });
-        announce(&settings, &batches, address);
+        let (api_settings, token) = (settings.clone(), shutdown.clone());
+        tasks.spawn(
+            async move { api::serve(listener, app, &api_settings, token.cancelled()).await },
+        );
+        // The first readiness probe logs at once if the server is not ready.
+        let probed = batches.clone();
+        tokio::spawn(async move { probed.readiness().await });
+        log_start(&settings, &batches, address);
         let signal = loop {
             match signals.next().await {
-                EndSignal::Hangup => {
+                ProcessSignal::Hangup => {
                     tracing::info!(
-                        "SIGHUP: plugins, their secrets and the trusted keys are read again"
+                        signal = "SIGHUP",
+                        "reloading plugins, secrets and trusted keys"
                     );
                     batches.registry().request_read();
                 }
                 signal => break signal,
             }
         };
-        let again = async { while signals.next().await == EndSignal::Hangup {} };
+        let second_signal = async { while signals.next().await == ProcessSignal::Hangup {} };
         tokio::select! {
-            () = shut_down(&settings, &batches, signal, &ending, &tasks) => tracing::info!("stopped"),
-            () = again => tracing::warn!("stopped at once; what was in flight is sent again at the next start"),
+            () = shut_down(&settings, &batches, signal, &shutdown, &tasks) => {
+                tracing::info!("server stopped");
+            }
+            () = second_signal => {
+                tracing::warn!("server stopped at once, next start sends requests in flight again");
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Says in one line what runs here.
-fn announce(settings: &Settings, batches: &Batches, address: SocketAddr) {
+/// Logs the version, the addresses, the folders and the main limits in one line.
+fn log_start(settings: &Settings, batches: &Batches, address: SocketAddr) {
     let plugins = batches.registry().current();
     let names = plugins
         .entries
@@ -128,38 +140,42 @@ fn announce(settings: &Settings, batches: &Batches, address: SocketAddr) {
     );
 }
 
-/// Ends in order: not ready, but working on for `shutdown_delay`, so that a load balancer turns away; then what is in flight is finished
-/// within `shutdown_grace`, while clients are still answered; then the listeners close.
+/// Shuts down in three steps.
+///
+/// 1. For `shutdown_delay` after SIGTERM the server works as before but reports that it is not
+///    ready, so that load balancers stop sending requests to it.
+/// 2. For `shutdown_grace` the requests in flight finish, while clients still get responses.
+/// 3. The listeners close, and the store closes last.
 async fn shut_down(
     settings: &Settings,
     batches: &Batches,
-    signal: EndSignal,
-    ending: &CancellationToken,
+    signal: ProcessSignal,
+    shutdown: &CancellationToken,
     tasks: &TaskTracker,
 ) {
     let (delay, grace) = (settings.shutdown_delay.duration(), settings.shutdown_grace.duration());
     batches.drain();
-    if signal == EndSignal::Terminate && !delay.is_zero() {
-        tracing::info!("not ready any more; shutting down in {delay:?}");
+    if signal == ProcessSignal::Terminate && !delay.is_zero() {
+        tracing::info!(?delay, "not ready, shutdown delayed");
         tokio::time::sleep(delay).await;
     }
-    tracing::info!(
-        "shutting down; requests in flight have {grace:?}, a second signal ends the process at once"
-    );
-    let begun = Instant::now();
+    tracing::info!(?grace, "shutting down, a second signal stops the server at once");
+    let started = Instant::now();
     batches.close().await;
-    ending.cancel();
+    shutdown.cancel();
     tasks.close();
-    // Clients that hold a connection open are not waited for.
-    let left = grace.saturating_sub(begun.elapsed()).max(LAST_ANSWERS);
+    // The timeout bounds the wait for clients that hold a connection open.
+    let left = grace.saturating_sub(started.elapsed()).max(FINAL_RESPONSE_GRACE);
     tokio::time::timeout(left, tasks.wait()).await.ok();
     batches.close_store().await;
 }
 
+/// Binds a listener; the error names the flag. Returns the address with the port in use.
 async fn bind(listen: SocketAddr, flag: &str) -> Result<(TcpListener, SocketAddr), Error> {
     let failed = |error: std::io::Error| {
         Error::Other(format!(
-            "failed to listen on {listen}: {error}; choose another address with {flag} (port 0 picks a free one)"
+            "failed to listen on {listen}: {error}; \
+             choose another address with {flag} (port 0 picks a free port)"
         ))
     };
     let listener = TcpListener::bind(listen).await.map_err(failed)?;
@@ -167,14 +183,11 @@ async fn bind(listen: SocketAddr, flag: &str) -> Result<(TcpListener, SocketAddr
     Ok((listener, address))
 }
 
-/// Every connection is a file, and many systems let a process have few unless it asks for more.
+/// Raises the limit of open files to its maximum.
+///
+/// Each connection is an open file, and the initial limit of many systems is low.
 fn raise_file_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).ok();
-}
-
-/// Prints a line that whoever started the server may read through a pipe.
-fn println_now(line: &str) {
-    put!("{line}");
 }

@@ -1,33 +1,46 @@
-//! Variables of the environment that look like settings and are none.
+//! Detection of environment variables that look like settings and are not.
 
 use super::file::nearest;
 
-/// How all of ours begin.
-const PREFIX: &str = "BATCHWRIGHT_";
+/// Prefix of every variable that Batchwright reads.
+const VARIABLE_PREFIX: &str = "BATCHWRIGHT_";
 
-/// Those of commands that are no settings.
-const OTHERS: [&str; 3] = ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY"];
+/// Variables with the prefix that commands read and that are not settings.
+const COMMAND_VARIABLES: [&str; 3] =
+    ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY"];
 
-/// A warning for each variable that nobody reads.
-pub fn warnings(settings: &[&str], variables: impl Iterator<Item = String>) -> Vec<String> {
-    let known: Vec<&str> = settings.iter().copied().chain(OTHERS).collect();
-    let unknown =
-        variables.filter(|name| name.starts_with(PREFIX) && !known.contains(&name.as_str()));
-    let mut warnings: Vec<String> = unknown
-        .filter(|name| !is_of_kubernetes(name))
-        .map(|name| {
-            let hint = nearest(&name, &known)
-                .map_or_else(String::new, |near| format!("; did you mean {near}?"));
-            format!("the environment variable {name} is no setting{hint}")
-        })
-        .collect();
-    warnings.sort();
-    warnings
+/// Variable that has the prefix and that neither a setting nor a command reads.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnknownVariable {
+    /// Name of the variable.
+    pub name: String,
+    /// Known variable with the most similar name, if one is similar enough to be meant.
+    pub suggestion: Option<String>,
 }
 
-/// Kubernetes tells every container of the services there are: a service `batchwright` is `BATCHWRIGHT_PORT`, `BATCHWRIGHT_SERVICE_HOST`,
-/// `BATCHWRIGHT_PORT_8080_TCP_ADDR` and so on.
-fn is_of_kubernetes(name: &str) -> bool {
+/// Returns the unknown variables among `variables`, sorted by name.
+pub fn unknown_variables(
+    settings: &[&str],
+    variables: impl Iterator<Item = String>,
+) -> Vec<UnknownVariable> {
+    let known: Vec<&str> = settings.iter().copied().chain(COMMAND_VARIABLES).collect();
+    let mut unknown: Vec<UnknownVariable> = variables
+        .filter(|name| name.starts_with(VARIABLE_PREFIX) && !known.contains(&name.as_str()))
+        .filter(|name| !is_kubernetes_service_variable(name))
+        .map(|name| {
+            let suggestion = nearest(&name, &known).map(str::to_owned);
+            UnknownVariable { name, suggestion }
+        })
+        .collect();
+    unknown.sort();
+    unknown
+}
+
+/// Returns true for a variable with which Kubernetes announces a service to every container.
+///
+/// A service `batchwright` creates `BATCHWRIGHT_PORT`, `BATCHWRIGHT_SERVICE_HOST`,
+/// `BATCHWRIGHT_PORT_8080_TCP_ADDR` and others.
+fn is_kubernetes_service_variable(name: &str) -> bool {
     let is_port = |rest: &str| {
         let mut parts = rest.split('_');
         let number = parts.next().unwrap_or_default();
@@ -47,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mistyped_variable_is_named_and_those_of_kubernetes_are_not() {
+    fn unknown_variables_lists_mistyped_names_and_ignores_kubernetes_services() {
         let given = [
             "BATCHWRIGHT_LISTENN",
             "BATCHWRIGHT_LISTEN",
@@ -61,15 +74,12 @@ mod tests {
             "BATCHWRIGHT_SOMETHING_ELSE_ENTIRELY",
             "PATH",
         ];
-        let told = warnings(
+        let unknown = unknown_variables(
             &["BATCHWRIGHT_LISTEN", "BATCHWRIGHT_DATA"],
             given.iter().map(|name| (*name).to_owned()),
         );
-        assert_eq!(told.len(), 2, "{told:?}");
-        assert!(
-            told[0]
-                .ends_with("BATCHWRIGHT_LISTENN is no setting; did you mean BATCHWRIGHT_LISTEN?"),
-            "{told:?}"
-        );
+        assert_eq!(unknown.len(), 2, "{unknown:?}");
+        assert_eq!(unknown[0].name, "BATCHWRIGHT_LISTENN");
+        assert_eq!(unknown[0].suggestion.as_deref(), Some("BATCHWRIGHT_LISTEN"));
     }
 }

@@ -1,4 +1,4 @@
-//! Values with a unit, as people write them: `30s`, `64MiB`.
+//! Setting values with a unit, such as `30s` or `64MiB`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,19 +6,22 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
-/// A length of time, written as `100ms`, `30s`, `1h 30m` or `30d`.
+/// Duration of at most a hundred years, written as `100ms`, `30s`, `1h 30m` or `30d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(Duration);
 
 impl Span {
+    /// Returns a span of whole seconds.
     pub const fn seconds(seconds: u64) -> Self {
         Self(Duration::from_secs(seconds))
     }
 
+    /// Returns a span of whole milliseconds.
     pub const fn milliseconds(milliseconds: u64) -> Self {
         Self(Duration::from_millis(milliseconds))
     }
 
+    /// Returns the span as a [`Duration`].
     pub const fn duration(self) -> Duration {
         self.0
     }
@@ -29,11 +32,11 @@ impl FromStr for Span {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let span = humantime::parse_duration(text).map_err(|error| {
-            format!("`{text}` is not a length of time ({error}); write it as 100ms, 30s or 24h")
+            format!("`{text}` is not a duration ({error}); write it as 100ms, 30s or 24h")
         })?;
-        // Bounded so that no sum with a point in time can overflow.
+        // The bound keeps a sum with a timestamp from overflowing.
         if span > Duration::from_secs(100 * 365 * 86_400) {
-            return Err(format!("`{text}` is longer than a hundred years"));
+            return Err(format!("`{text}` is longer than 100 years; write a shorter duration"));
         }
         Ok(Self(span))
     }
@@ -45,16 +48,17 @@ impl fmt::Display for Span {
     }
 }
 
-/// A whole number of at least one.
+/// Whole number from 1 to `u32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Count(u32);
 
 impl Count {
-    /// At least one, whatever is given.
-    pub const fn of(number: u32) -> Self {
+    /// Returns `number` as a count, and 1 for 0.
+    pub const fn new(number: u32) -> Self {
         Self(if number == 0 { 1 } else { number })
     }
 
+    /// Returns the number, which is at least 1.
     pub const fn get(self) -> usize {
         self.0 as usize
     }
@@ -81,20 +85,24 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
-/// A number of bytes, written as `512KiB`, `64MiB` or `200MB`.
+/// Number of bytes, written as `512KiB`, `64MiB` or `200MB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(u64);
 
 impl Size {
+    /// Returns a size of `count` mebibytes.
     pub const fn mib(count: u64) -> Self {
         Self(count << 20)
     }
 
+    /// Returns the size in bytes.
     pub const fn bytes(self) -> u64 {
         self.0
     }
 
-    /// In memory: a size larger than the address space is as good as no limit.
+    /// Returns the size in bytes as `usize`.
+    ///
+    /// A size above the address space becomes `usize::MAX`, which has the effect of no limit.
     pub fn in_memory(self) -> usize {
         usize::try_from(self.0).unwrap_or(usize::MAX)
     }
@@ -122,7 +130,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// Both read from a string, with the error of `from_str`.
+/// Implements `Deserialize` from a string, with the error of `from_str`.
 macro_rules! deserialize_from_str {
     ($($name:ident)+) => {$(
         impl<'de> Deserialize<'de> for $name {
@@ -140,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_are_read_and_shown() {
+    fn sizes_and_spans_parse_and_display_units() {
         assert_eq!("64MiB".parse::<Size>(), Ok(Size::mib(64)));
         assert_eq!("200MB".parse::<Size>().map(Size::bytes), Ok(200_000_000));
         assert_eq!(Size::mib(64).to_string(), "64MiB");

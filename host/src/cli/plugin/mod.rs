@@ -1,4 +1,4 @@
-//! `batchwright plugin`
+//! `batchwright plugin`: lists, checks, tests, creates, fetches and signs plugins.
 
 mod new;
 mod pause;
@@ -17,99 +17,105 @@ use super::client::Client;
 use super::{Error, trusted_keys, user_cache};
 use crate::cli::terminal::write_output;
 use crate::clock::Clock;
-use crate::config::{self, INSTANCE_MEMORY, LogFormat, MEMORY_BUDGET, Size, Span};
+use crate::config::{self, DEFAULT_INSTANCE_MEMORY, DEFAULT_MEMORY_BUDGET, LogFormat, Size, Span};
 use crate::memory::Memory;
 use crate::plugin::{Loader, Loading, Registry};
 use crate::telemetry;
 
+/// Subcommands of `batchwright plugin`.
 #[derive(Subcommand)]
 pub enum Plugin {
-    /// List the plugins of a directory, with those that do not load
+    /// List the plugins of a folder, including plugins that cannot be loaded
     List {
-        /// Folder of the plugins [default: the folder `plugins` beside this program]
+        /// Plugin folder [default: the folder `plugins` beside this program]
         #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
         plugins: Option<PathBuf>,
-        /// Ask a server instead, with what requests wait for: its address for health (--admin-listen) has the operator's words
+        /// List the plugins of a running server, with outages; its admin address (--admin-listen)
+        /// shows operator details
         #[arg(long, value_name = "URL", conflicts_with = "plugins")]
         server: Option<String>,
         #[command(flatten)]
-        given: Given,
+        given: LoaderArgs,
     },
-    /// Stop sending to a provider; its batches wait
+    /// Pause a plugin: no requests are sent, and its batches wait
     Pause(pause::Pause),
-    /// Send to a provider again
+    /// Resume a paused plugin
     Resume(pause::Pause),
-    /// Show what a component is: its kind, imports, endpoints, credentials and settings
+    /// Show the kind, imports, endpoints, credentials and settings of a component
     Inspect {
-        /// A component (.wasm)
+        /// Component (.wasm)
         file: PathBuf,
         #[command(flatten)]
-        given: Given,
+        given: LoaderArgs,
     },
-    /// Check that plugins load: a component, a TOML file, or a directory of them
+    /// Check that a component, a plugin's TOML file, or all plugins of a folder can be loaded
     Check {
-        /// A component (.wasm), a TOML file, or a directory [default: the plugins of --config, or the folder `plugins` beside this program]
+        /// Component (.wasm), TOML file or folder
+        /// [default: the plugins of --config, or the folder `plugins` beside this program]
         path: Option<PathBuf>,
-        /// Ask a server instead, which knows its own environment: its address for health (--admin-listen) has the operator's words
+        /// Check the plugins of a running server, in its environment; its admin address
+        /// (--admin-listen) shows operator details
         #[arg(long, value_name = "URL", conflicts_with = "path")]
         server: Option<String>,
         #[command(flatten)]
-        given: Given,
+        given: LoaderArgs,
     },
-    /// Begin a plugin: a small project that builds with public tools and passes `plugin test`
+    /// Create a plugin project that builds with public tools and passes `plugin test`
     New(new::New),
-    /// Test a component against the contract: good, odd and hostile input, and cases that its author recorded
+    /// Test a component against the contract, with valid, unusual and hostile input and with
+    /// recorded cases
     Test {
-        /// A component (.wasm), or a TOML file with settings and limits for one
+        /// Component (.wasm), or TOML file with settings and limits
         file: PathBuf,
         /// Folder of recorded cases (*.json)
         #[arg(long, value_name = "DIR")]
         cases: Option<PathBuf>,
-        /// Settings for a component that is given without a TOML file
+        /// Settings of a component without a TOML file
         #[arg(long, value_name = "JSON", default_value = "{}")]
         settings: String,
         #[command(flatten)]
-        given: Given,
+        given: LoaderArgs,
     },
-    /// Fetch a component from an OCI registry; it is loaded when you say so in its TOML file
+    /// Fetch a component from an OCI registry; it stays disabled until its TOML file enables it
     Pull(pull::Pull),
-    /// Sign a TOML file together with the component it names
+    /// Sign a plugin's TOML file together with its component
     Sign(sign::Sign),
-    /// Check the signatures of TOML files and the components they name
+    /// Verify the signatures of plugins' TOML files and components
     Verify(sign::Verify),
 }
 
-/// How plugins are loaded, as in the settings of `serve`.
+/// Arguments of the plugin loader, a subset of the settings of `serve`.
 #[derive(Args)]
-pub struct Given {
-    /// Config file of a server, whose settings hold here
+pub struct LoaderArgs {
+    /// Config file (TOML) of a server, for the settings of the loader
     #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
     config: Option<PathBuf>,
-    /// Folder of compiled plugins [default: a folder of the user's]
+    /// Folder of compiled plugins [default: `batchwright` in the user's cache folder]
     #[arg(long, env = "BATCHWRIGHT_CACHE", value_name = "DIR", hide_env_values = true)]
     cache: Option<PathBuf>,
-    /// Time that compiling one plugin may take [default: 1m]
+    /// Maximum time to compile one plugin [default: 1m]
     #[arg(long, env = "BATCHWRIGHT_COMPILE_TIMEOUT", value_name = "TIME", hide_env_values = true)]
     compile_timeout: Option<Span>,
-    /// Memory that compiling one plugin may take [default: 4GiB]
+    /// Maximum memory to compile one plugin [default: 4GiB]
     #[arg(long, env = "BATCHWRIGHT_COMPILE_MEMORY", value_name = "SIZE", hide_env_values = true)]
     compile_memory: Option<Size>,
-    /// Public keys: only plugins that one of them signed are loaded
+    /// File of public keys; only plugins that are signed with one of these keys are loaded
     #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
     trusted_keys: Option<PathBuf>,
 }
 
-impl Given {
-    /// Signatures are of TOML files.
-    fn of_component_alone(self) -> Self {
+impl LoaderArgs {
+    /// Drops the trusted keys: a component without a TOML file has no signature.
+    fn without_trusted_keys(self) -> Self {
         Self { trusted_keys: None, ..self }
     }
 
+    /// Creates the loader; fails if a setting is invalid.
     fn loader(self) -> Result<Loader, Error> {
         self.loader_with_plugins().map(|(_, loader)| loader)
     }
 
-    /// With the plugin directory that the settings have.
+    /// Creates the loader; returns it with the plugin folder of the settings.
     fn loader_with_plugins(self) -> Result<(PathBuf, Loader), Error> {
         let given = config::Given {
             compile_timeout: self.compile_timeout,
@@ -126,15 +132,19 @@ impl Given {
             serials: None,
             order: None,
             compiler: None,
-            memory: Memory::new(MEMORY_BUDGET.in_memory(), INSTANCE_MEMORY.in_memory()),
+            memory: Memory::new(
+                DEFAULT_MEMORY_BUDGET.in_memory(),
+                DEFAULT_INSTANCE_MEMORY.in_memory(),
+            ),
         };
         Ok((settings.plugins, Loader::new(loading, Clock::system())?))
     }
 }
 
 impl Plugin {
+    /// Runs the subcommand.
     pub async fn run(self) -> Result<ExitCode, Error> {
-        // What a component says is for its author to see.
+        // The author of a component needs its log lines.
         let filter = if matches!(self, Self::Test { .. }) {
             "off,batchwright::plugin::log=debug"
         } else {
@@ -154,7 +164,7 @@ impl Plugin {
                 Ok(show::list(&registry))
             }
             Self::Inspect { file, given } => {
-                let inspected = given.of_component_alone().loader()?.inspect(&file).await?;
+                let inspected = given.without_trusted_keys().loader()?.inspect(&file).await?;
                 write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
@@ -168,7 +178,7 @@ impl Plugin {
             Self::New(new) => new.run(),
             Self::Test { file, cases, settings, given } => {
                 let is_toml = file.extension().is_some_and(|extension| extension == "toml");
-                let given = if is_toml { given } else { given.of_component_alone() };
+                let given = if is_toml { given } else { given.without_trusted_keys() };
                 test::test(&given.loader()?, &file, cases.as_deref(), &settings).await
             }
             Self::Pull(pull) => pull.run().await,

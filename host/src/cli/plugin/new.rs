@@ -1,4 +1,4 @@
-//! `batchwright plugin new`
+//! `batchwright plugin new`: creates a plugin project from templates.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -6,32 +6,36 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use crate::cli::Error;
-use crate::cli::terminal::put;
+use crate::cli::terminal::outln;
 
-/// A folder with everything in it: source, the contract, a case for `plugin test`, a TOML file to load it with, and a README with the commands.
+/// Arguments of `batchwright plugin new`.
+///
+/// The new folder has the source, the contract, cases for `plugin test`, a TOML file to load the
+/// plugin with, and a README with the commands.
 #[derive(Args)]
 pub struct New {
-    /// The plugin's name, and the folder's: lower-case letters, digits and `-`
+    /// Name of the plugin and of its folder: lower-case letters, digits and `-`
     name: String,
-    /// What it is to be
+    /// Kind of the plugin
     #[arg(long, value_enum)]
     kind: Kind,
-    /// The language to write it in
+    /// Programming language of the plugin
     #[arg(long, value_enum)]
     lang: Lang,
-    /// The folder to make it in [default: the working directory]
+    /// Parent folder [default: the working directory]
     #[arg(long, value_name = "DIR", default_value = ".", hide_default_value = true)]
     to: PathBuf,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Kind {
-    /// Talks to a provider
+    /// Translates requests and responses for a provider
     Adapter,
-    /// Judges the lines of input files
+    /// Checks the lines of input files
     Validator,
 }
 
+// No doc comments here: they would become help texts of the values.
 #[derive(Clone, Copy, ValueEnum)]
 enum Lang {
     Rust,
@@ -40,17 +44,18 @@ enum Lang {
     C,
 }
 
-/// A file's place in the project, and its text with `{{name}}` in it.
+/// Path of a file in the project and text of the file, both with `{{name}}` for the plugin's name.
 type Template = (&'static str, &'static str);
 
-/// Texts of `templates/`, as they stand there.
-macro_rules! files {
+/// Includes files of a folder in `templates/`.
+macro_rules! templates {
     ($folder:literal: $($file:literal),+) => {
         &[$(($file, include_str!(concat!("../../../../templates/", $folder, "/", $file)))),+]
     };
 }
 
-const CONTRACT: &[Template] = &[
+/// Files of the plugin contract, which every project contains.
+const CONTRACT_FILES: &[Template] = &[
     ("wit/plugin.wit", include_str!("../../../../wit/v0.1/plugin.wit")),
     ("wit/validation.wit", include_str!("../../../../wit/v0.1/validation.wit")),
     ("wit/inference.wit", include_str!("../../../../wit/v0.1/inference.wit")),
@@ -60,103 +65,120 @@ const CONTRACT: &[Template] = &[
 ];
 
 impl New {
-    /// What the project is made of, in several lists.
+    /// Returns the files of the project; a later file replaces an earlier one with the same path.
     fn templates(&self) -> [&'static [Template]; 4] {
-        let own: &[Template] = match (self.lang, self.kind) {
+        let own_templates: &[Template] = match (self.lang, self.kind) {
             (Lang::Rust, Kind::Adapter) => {
-                files!("rust-adapter": "README.md", "Cargo.toml", "src/lib.rs", ".gitignore")
+                templates!("rust-adapter": "README.md", "Cargo.toml", "src/lib.rs", ".gitignore")
             }
             (Lang::Rust, Kind::Validator) => {
-                files!("rust-validator": "README.md", "Cargo.toml", "src/lib.rs", ".gitignore")
+                templates!("rust-validator": "README.md", "Cargo.toml", "src/lib.rs", ".gitignore")
             }
             (Lang::Python, Kind::Adapter) => {
-                files!("python-adapter": "README.md", "requirements.txt", "plugin.py", ".gitignore")
+                templates!(
+                    "python-adapter":
+                    "README.md", "requirements.txt", "plugin.py", ".gitignore"
+                )
             }
             (Lang::Python, Kind::Validator) => {
-                files!("python-validator": "README.md", "requirements.txt", "plugin.py", ".gitignore")
+                templates!(
+                    "python-validator":
+                    "README.md", "requirements.txt", "plugin.py", ".gitignore"
+                )
             }
             (Lang::Js, Kind::Adapter) => {
-                files!("js-adapter": "README.md", "package.json", "plugin.js", "{{name}}.toml", ".gitignore")
+                templates!(
+                    "js-adapter":
+                    "README.md", "package.json", "plugin.js", "{{name}}.toml", ".gitignore"
+                )
             }
             (Lang::Js, Kind::Validator) => {
-                files!("js-validator": "README.md", "package.json", "plugin.js", "{{name}}.toml", ".gitignore")
+                templates!(
+                    "js-validator":
+                    "README.md", "package.json", "plugin.js", "{{name}}.toml", ".gitignore"
+                )
             }
             (Lang::C, Kind::Adapter) => {
-                files!("c-adapter": "README.md", "Makefile", "plugin.c", ".gitignore")
+                templates!("c-adapter": "README.md", "Makefile", "plugin.c", ".gitignore")
             }
             (Lang::C, Kind::Validator) => {
-                files!("c-validator": "README.md", "Makefile", "plugin.c", ".gitignore")
+                templates!("c-validator": "README.md", "Makefile", "plugin.c", ".gitignore")
             }
         };
-        let shared: &[Template] = match self.kind {
+        let shared_templates: &[Template] = match self.kind {
             Kind::Adapter => {
-                files!("adapter": "{{name}}.toml", "cases/answer.json", "cases/busy.json", "cases/timeout.json")
+                templates!(
+                    "adapter":
+                    "{{name}}.toml", "cases/answer.json", "cases/busy.json", "cases/timeout.json"
+                )
             }
-            Kind::Validator => files!("validator": "{{name}}.toml", "cases/tokens.json"),
+            Kind::Validator => templates!("validator": "{{name}}.toml", "cases/tokens.json"),
         };
-        let library: &[Template] = match self.lang {
-            Lang::C => files!("c": "json.h"),
+        let library_templates: &[Template] = match self.lang {
+            Lang::C => templates!("c": "json.h"),
             _ => &[],
         };
-        // What a language has of its own stands in for what all have.
-        [shared, library, own, CONTRACT]
+        // The templates of a language come after the shared ones, which they may replace.
+        [shared_templates, library_templates, own_templates, CONTRACT_FILES]
     }
 
+    /// Creates the project and prints the commands to build and test it.
     pub fn run(self) -> Result<ExitCode, Error> {
         check_name(&self.name).map_err(Error::Other)?;
         let folder = self.to.join(&self.name);
         let failed = |path: &Path, error: std::io::Error| {
-            Error::Other(format!("failed to make {}: {error}", path.display()))
+            Error::Other(format!("failed to create {}: {error}", path.display()))
         };
-        // An author's work is never written over.
+        // The folder must be new, so that no existing work is overwritten.
         std::fs::create_dir(&folder).map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => Error::Other(format!(
-                "{} is there already; choose another name, or another folder with --to",
+                "{} already exists; choose another name, or another folder with --to",
                 folder.display()
             )),
             std::io::ErrorKind::NotFound => Error::Other(format!(
-                "there is no folder {}; make it, or name another with --to",
+                "there is no folder {}; create it, or name another folder with --to",
                 self.to.display()
             )),
             _ => failed(&folder, error),
         })?;
-        for (place, text) in self.templates().into_iter().flatten() {
-            let path = folder.join(place.replace("{{name}}", &self.name));
+        for (path, text) in self.templates().into_iter().flatten() {
+            let path = folder.join(path.replace("{{name}}", &self.name));
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(|error| failed(parent, error))?;
             }
             std::fs::write(&path, text.replace("{{name}}", &self.name))
                 .map_err(|error| failed(&path, error))?;
         }
-        put!("{} is made. Its README.md says how to build and test it:\n", folder.display());
-        let readme =
-            self.templates().into_iter().flatten().find(|(place, _)| *place == "README.md");
+        outln!("created {}; build and test it as in its README.md:\n", folder.display());
+        let readme = self.templates().into_iter().flatten().find(|(path, _)| *path == "README.md");
         let (_, readme) = readme.copied().unwrap_or_default();
-        put!("    cd {}", folder.display());
+        outln!("    cd {}", folder.display());
         for command in commands(readme) {
-            put!("    {}", command.replace("{{name}}", &self.name));
+            outln!("    {}", command.replace("{{name}}", &self.name));
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// The lines of the first shell block of a README.
+/// Returns the lines of the first shell block of a README.
 fn commands(readme: &str) -> impl Iterator<Item = &str> {
     readme.lines().skip_while(|line| *line != "```sh").skip(1).take_while(|line| *line != "```")
 }
 
-/// Names that all four languages' tools take.
+/// Fails for a name that the tools of one of the four languages reject.
 fn check_name(name: &str) -> Result<(), String> {
-    let fits =
-        |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
+    let is_allowed = |character: char| {
+        character.is_ascii_lowercase() || character.is_ascii_digit() || character == '-'
+    };
     if name.len() <= 40
-        && name.starts_with(|letter: char| letter.is_ascii_lowercase())
-        && name.chars().all(fits)
+        && name.starts_with(|character: char| character.is_ascii_lowercase())
+        && name.chars().all(is_allowed)
     {
         return Ok(());
     }
     Err(format!(
-        "`{}` is no name for a plugin; take lower-case letters, digits and `-`, a letter first, at most 40",
+        "`{}` is not a plugin name; use lower-case letters, digits and `-`, a letter first, \
+         at most 40 characters",
         name.escape_debug()
     ))
 }
@@ -166,18 +188,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guide_shows_the_adapters_as_they_are() {
+    fn guide_shows_the_adapter_templates_verbatim() {
         let guide = include_str!("../../../../docs/writing-plugins.md");
         for lang in [Lang::Rust, Lang::Python, Lang::Js, Lang::C] {
             let new =
                 New { name: "my-adapter".into(), kind: Kind::Adapter, lang, to: PathBuf::new() };
             let source = ["src/lib.rs", "plugin.py", "plugin.js", "plugin.c"];
             let found =
-                new.templates().into_iter().flatten().find(|(place, _)| source.contains(place));
-            let (place, text) = found.unwrap();
+                new.templates().into_iter().flatten().find(|(path, _)| source.contains(path));
+            let (path, text) = found.unwrap();
             assert!(
                 guide.contains(&text.replace("{{name}}", &new.name)),
-                "docs/writing-plugins.md shows another {place}"
+                "docs/writing-plugins.md differs from the template {path}"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! `batchwright plugin pause` and `resume`
+//! `batchwright plugin pause` and `resume`: set or remove `paused` in a plugin's TOML file.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -8,20 +8,23 @@ use clap::Args;
 use toml_edit::{DocumentMut, value};
 
 use crate::cli::Error;
-use crate::cli::terminal::say;
+use crate::cli::terminal::errln;
 use crate::config::default_plugins;
 
+/// Arguments of `batchwright plugin pause` and `resume`.
 #[derive(Args)]
 pub struct Pause {
-    /// The plugin: the name of its TOML file
+    /// Name of the plugin, that is the name of its TOML file without `.toml`
     name: String,
-    /// Folder of the plugins [default: the folder `plugins` beside this program]
+    /// Plugin folder [default: the folder `plugins` beside this program]
     #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
     plugins: Option<PathBuf>,
 }
 
 impl Pause {
-    /// Writes `paused` into the plugin's file, which a server that watches the folder sees at once.
+    /// Writes or removes `paused` in the plugin's TOML file.
+    ///
+    /// A server that watches the folder applies the change at once.
     pub fn run(self, paused: bool) -> Result<ExitCode, Error> {
         let folder = self.plugins.unwrap_or_else(default_plugins);
         let name = self.name.trim_end_matches(".toml");
@@ -43,7 +46,7 @@ impl Pause {
         } else {
             document.remove("paused");
         }
-        // Whole or not at all: a server may read it at any moment.
+        // The rename makes the change atomic, because a server may read the file at any time.
         let write = || {
             let mut draft =
                 tempfile::Builder::new().prefix(".").suffix(".draft").tempfile_in(&folder)?;
@@ -54,7 +57,7 @@ impl Pause {
             Ok::<_, std::io::Error>(())
         };
         write().map_err(|error| failed("write", &error))?;
-        say!("{name}: {}", if paused { "paused; its batches wait" } else { "resumed" });
+        errln!("{name}: {}", if paused { "paused; its batches wait" } else { "resumed" });
         Ok(ExitCode::SUCCESS)
     }
 }

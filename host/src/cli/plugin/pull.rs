@@ -1,4 +1,4 @@
-//! `batchwright plugin pull`
+//! `batchwright plugin pull`: fetches a component from an OCI registry.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,52 +11,57 @@ use oci_client::Reference;
 use oci_client::manifest::{OciDescriptor, OciImageManifest, OciManifest};
 
 use super::registry::{Login, Registry};
-use super::{Given, show};
+use super::{LoaderArgs, show};
 use crate::cli::Error;
-use crate::cli::terminal::{put, write_output};
+use crate::cli::terminal::{outln, write_output};
 use crate::plugin::types::Kind;
 use crate::plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
 
-/// Media types of a layer that is a component: of the CNCF's "Wasm OCI Artifact layout", and what was in use before it.
+/// Media types of a component layer: that of the CNCF "Wasm OCI Artifact layout", and older types.
 const COMPONENT_TYPES: [&str; 3] = [
     "application/wasm",
     "application/vnd.wasm.content.layer.v1+wasm",
     "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm",
 ];
 
-/// How long all of it may take.
-const TOTAL: Duration = Duration::from_secs(600);
+/// Timeout of a complete pull.
+const PULL_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// The component is stored under its digest, so nothing that is in use is ever overwritten. A TOML file that pins it is written beside it,
-/// with `enabled = false`; if there is one already, it stays as it is, and what to put there is printed.
+/// Arguments of `batchwright plugin pull`.
+///
+/// The file name of the component has its digest, so that a component in use is never overwritten.
+/// A TOML file that pins the component is written beside it with `enabled = false`. An existing
+/// TOML file stays as it is, and the command prints the lines to change.
 #[derive(Args)]
 pub struct Pull {
-    /// What to fetch: REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST
+    /// Component to fetch: REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@sha256:DIGEST
     #[arg(value_name = "REF")]
     reference: String,
-    /// The plugin directory
+    /// Plugin folder
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
-    /// The plugin's name, which its TOML file will have [default: the last part of the repository]
+    /// Name of the plugin and of its TOML file [default: the last part of the repository]
     #[arg(long)]
     name: Option<String>,
-    /// A user of the registry [default: as `docker login` left it]
+    /// User of the registry [default: the user of `docker login`]
     #[arg(long, requires = "password")]
     username: Option<String>,
-    /// Where the password or token is: env:NAME or file:PATH
+    /// Source of the password or token: env:NAME or file:PATH
     #[arg(long, value_name = "SOURCE", requires = "username")]
     password: Option<String>,
-    /// A host besides the registry's own that the password may be sent to for a token; may be given several times
+    /// Host of a token service, besides the registry's own, that the password may be sent to; can
+    /// be given several times
     #[arg(long, value_name = "HOST")]
     auth_host: Vec<String>,
-    /// Speak HTTP without TLS: for a registry in your own network
+    /// Use HTTP without TLS, for a registry in your own network
     #[arg(long)]
     plain_http: bool,
     #[command(flatten)]
-    given: Given,
+    given: LoaderArgs,
 }
 
 impl Pull {
+    /// Fetches and inspects the component, then writes it and its TOML file to the plugin folder.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let failed =
             |message: String| Error::Other(format!("failed to pull {}: {message}", self.reference));
@@ -73,24 +78,24 @@ impl Pull {
         let manifest = PathBuf::from(format!("{name}.toml"));
         if plugin_name(&manifest)? != name {
             return Err(failed(format!(
-                "`{}` is no name for a plugin; choose one with --name",
+                "`{}` is not a plugin name; choose a name with --name",
                 name.escape_debug()
             )));
         }
         if !self.to.is_dir() {
             return Err(failed(format!(
-                "there is no folder {}; make it, or name another with --to",
+                "there is no folder {}; create it, or name another folder with --to",
                 self.to.display()
             )));
         }
-        let (bytes, digest) = tokio::time::timeout(TOTAL, self.fetch(&reference))
+        let (bytes, digest) = tokio::time::timeout(PULL_TIMEOUT, self.fetch(&reference))
             .await
-            .unwrap_or_else(|_| Err(format!("it takes longer than {TOTAL:?}")))
+            .unwrap_or_else(|_| Err(format!("the pull takes longer than {PULL_TIMEOUT:?}")))
             .map_err(failed)?;
         let exact = reference.clone_with_digest(digest);
-        // Beside the others first, so that a registry's mistake never stands among the plugins.
+        // The temporary name keeps an invalid component from being loaded.
         let unwritable = |error: std::io::Error| {
-            failed(format!("{} cannot be written to: {error}", self.to.display()))
+            failed(format!("failed to write to {}: {error}", self.to.display()))
         };
         let mut file = tempfile::Builder::new()
             .suffix(".partial")
@@ -100,19 +105,22 @@ impl Pull {
         file.as_file().sync_all().map_err(unwritable)?;
         let sha256 = sha256(&bytes);
         drop(bytes);
-        let inspected = self.given.of_component_alone().loader()?.inspect(file.path()).await?;
+        let inspected = self.given.without_trusted_keys().loader()?.inspect(file.path()).await?;
         if inspected.sha256 != sha256 {
-            return Err(failed(format!("somebody changed it in {} meanwhile", self.to.display())));
+            return Err(failed(format!(
+                "another process changed the component in {}; run the command again",
+                self.to.display()
+            )));
         }
         let short = sha256.get(..16).unwrap_or_default();
         let component = format!("{name}-{short}.wasm");
         let path = self.to.join(&component);
-        let there = ComponentFile::read(&path).is_ok_and(|there| there.sha256 == sha256);
-        if !there {
+        let exists = ComponentFile::read(&path).is_ok_and(|existing| existing.sha256 == sha256);
+        if !exists {
             file.persist_noclobber(&path).map_err(|error| unwritable(error.error))?;
         }
-        // Temporary files are their owner's alone; this one is for the server's user, too.
-        readable(&path).map_err(unwritable)?;
+        // A temporary file has mode 0600, but the user of the server must read the component.
+        make_world_readable(&path).map_err(unwritable)?;
         let manifest = self.to.join(manifest);
         let text = manifest_text(&exact, &component, &inspected);
         let written = match std::fs::OpenOptions::new().write(true).create_new(true).open(&manifest)
@@ -127,7 +135,7 @@ impl Pull {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The component's bytes, and the digest of the manifest that names them.
+    /// Fetches the manifest and the component; returns the component and the manifest's digest.
     async fn fetch(&self, reference: &Reference) -> Result<(Bytes, String), String> {
         let (host, repository) = (reference.resolve_registry(), reference.repository());
         let mut registry = Registry::new(
@@ -140,11 +148,11 @@ impl Pull {
         let wanted = reference.digest().or_else(|| reference.tag()).unwrap_or("latest");
         let (manifest, digest) = registry.manifest(wanted).await?;
         let manifest: OciManifest = serde_json::from_slice(&manifest)
-            .map_err(|error| format!("its manifest is not readable: {error}"))?;
+            .map_err(|error| format!("its manifest is not valid: {error}"))?;
         let OciManifest::Image(manifest) = manifest else {
             return Err("it is an index of several images; name one of them by its digest".into());
         };
-        // From this registry, wherever else it says it lies.
+        // The layer is always fetched from this registry; its `urls` are ignored.
         let layer = component_layer(&manifest)?;
         if u64::try_from(layer.size).map_or(true, |size| size > MOST_COMPONENT) {
             return Err(format!("its component is larger than {MOST_COMPONENT} bytes"));
@@ -153,24 +161,28 @@ impl Pull {
         Ok((registry.blob(&layer.digest, max_bytes).await?, digest))
     }
 
+    /// Returns the credentials of the arguments, else those of `docker login`, else none.
     fn login(&self, reference: &Reference) -> Result<Option<Login>, String> {
         if let (Some(username), Some(password)) = (&self.username, &self.password) {
             let password = read_secret(password).map_err(|error| format!("--password: {error}"))?;
             return Ok(Some(Login { username: username.clone(), password }));
         }
         match docker_credential::get_credential(reference.resolve_registry()) {
-            Ok(DockerCredential::UsernamePassword(username, password)) => Ok(Some(Login { username, password })),
+            Ok(DockerCredential::UsernamePassword(username, password)) => {
+                Ok(Some(Login { username, password }))
+            }
             Ok(DockerCredential::IdentityToken(_)) => {
-                Err("`docker login` left an identity token, which is not supported; use --username and --password"
+                Err("`docker login` stored an identity token, \
+                 which is not supported; use --username and --password"
                     .into())
             }
-            // Whatever is wrong with it, the registry may answer anybody; if it does not, it says so.
+            // Without credentials the request is anonymous, and a private registry refuses it.
             Err(_) => Ok(None),
         }
     }
 }
 
-/// The one layer that is a component.
+/// Returns the layer that is a component; fails unless there is exactly one.
 fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String> {
     let is_component =
         |layer: &&OciDescriptor| COMPONENT_TYPES.contains(&layer.media_type.as_str());
@@ -178,7 +190,7 @@ fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String
     match (found.next(), found.next()) {
         (Some(layer), None) => Ok(layer),
         (Some(_), Some(_)) => {
-            Err("it has several layers of WebAssembly, where a plugin is one".into())
+            Err("it has several layers of WebAssembly, but a plugin has one".into())
         }
         (None, _) => {
             let types: Vec<&str> =
@@ -189,19 +201,23 @@ fn component_layer(manifest: &OciImageManifest) -> Result<&OciDescriptor, String
     }
 }
 
-/// The TOML file to begin with: off, until somebody has looked at it.
+/// Returns the text of a new TOML file, which is disabled until the operator reviews it.
 fn manifest_text(exact: &Reference, component: &str, inspected: &Inspected) -> String {
     let description = &inspected.description;
-    let one_line = |text: &str| text.replace(|letter: char| letter.is_control(), " ");
+    let one_line = |text: &str| text.replace(|character: char| character.is_control(), " ");
     let mut text = format!(
-        "# {} {}: {}\n# From {exact}\ncomponent = \"{component}\"\nsha256 = \"{}\"\nenabled = false  # look at the rest, then take this line away\n",
+        "# {} {}: {}\n\
+         # From {exact}\n\
+         component = \"{component}\"\n\
+         sha256 = \"{}\"\n\
+         enabled = false  # review the rest, then delete this line\n",
         one_line(&description.name),
         description.version,
         one_line(&description.summary),
         inspected.sha256,
     );
     if inspected.kind == Kind::Adapter {
-        text.push_str("models = []  # what it is to serve\n");
+        text.push_str("models = []  # models to serve\n");
     }
     let properties =
         description.settings_schema.get("properties").and_then(|found| found.as_object());
@@ -226,11 +242,13 @@ fn manifest_text(exact: &Reference, component: &str, inspected: &Inspected) -> S
     text
 }
 
-fn readable(path: &Path) -> std::io::Result<()> {
+/// Sets the mode of a file to 0644.
+fn make_world_readable(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
 }
 
+/// Prints the component and the next step for its TOML file.
 fn report(
     exact: &Reference,
     path: &Path,
@@ -239,15 +257,16 @@ fn report(
     component: &str,
     inspected: &Inspected,
 ) {
-    put!("pulled {exact}");
+    outln!("pulled {exact}");
     write_output(format_args!("{}", show::describe(path, inspected)));
     let manifest = manifest.display();
     if written {
-        put!(
-            "\n{manifest} names it and is turned off: look at it, then take `enabled = false` away."
+        outln!(
+            "\n{manifest} pins the component and is disabled: review it, \
+             then delete `enabled = false`."
         );
     } else {
-        put!("\n{manifest} stays as it is. To use this component, put there:\n");
-        put!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);
+        outln!("\n{manifest} stays as it is. To use this component, set in the file:\n");
+        outln!("component = \"{component}\"\nsha256 = \"{}\"", inspected.sha256);
     }
 }

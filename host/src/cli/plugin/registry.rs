@@ -1,9 +1,18 @@
-//! What is asked of an OCI registry: a token, a manifest, a blob. Each answer is bounded in size and time.
+//! Client of an OCI registry: tokens, manifests and blobs.
 //!
-//! **Threat.** A registry, or whoever answers for it, names another host as the place to ask for a token (`realm`), and would be sent the
-//! user's password; or it answers without an end. So a password goes to the registry's own host, to the token services of the two public
-//! registries that are known to have one elsewhere, and to hosts that the user names. Redirects are followed for blobs alone, without
-//! credentials.
+//! **Threat.** A hostile registry, or an attacker in its place, can try to
+//!
+//! - get the user's password, by naming its own host as the token service (`realm`);
+//! - reach services in the user's network, by a redirect or a realm with a private address;
+//! - exhaust memory or time, by a response without an end;
+//! - deliver another component than the one that the user pinned.
+//!
+//! **Defense.** A password is sent only to the host of the registry, to the token services of the
+//! public registries in `KNOWN_REALMS`, and to hosts that the user names. A realm or a redirect to
+//! a private IP address is an error, unless the URL of the registry has one itself. Redirects are
+//! followed for blobs only, at most `MAX_REDIRECTS`, without credentials and never from HTTPS to
+//! HTTP. Each response has a maximum size and a read timeout. A manifest that is requested by
+//! digest and every blob are verified against their digests.
 
 use std::time::Duration;
 
@@ -22,62 +31,74 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use url::{Host, Url};
 
-use crate::cli::client::innermost;
+use crate::cli::client::root_cause;
 use crate::egress::{https, is_loopback};
 use crate::plugin::hex;
 
-/// How long a registry may keep silent.
-const SILENCE: Duration = Duration::from_secs(30);
+/// Timeout for the head of a response and for each chunk of its body.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Largest answers of each kind, in bytes.
+/// Maximum size of a token response, in bytes.
 const MAX_TOKEN_BYTES: usize = 128 << 10;
+
+/// Maximum size of a manifest, in bytes.
 const MAX_MANIFEST_BYTES: usize = 4 << 20;
+
+/// Maximum size of an error response, in bytes.
 const MAX_ERROR_BYTES: usize = 64 << 10;
 
-/// Redirects of a blob that are followed.
+/// Maximum number of redirects for a blob.
 const MAX_REDIRECTS: usize = 5;
 
-/// Public registries whose token service has another host than they have.
+/// Public registries with a token service on another host: registry host and service host.
 const KNOWN_REALMS: [(&str, &str); 3] = [
     ("index.docker.io", "auth.docker.io"),
     ("registry-1.docker.io", "auth.docker.io"),
     ("registry.gitlab.com", "gitlab.com"),
 ];
 
-const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
+/// Value of the `Accept` header for a manifest.
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json";
 
-/// Who asks.
+/// Credentials of a user of the registry.
 pub struct Login {
+    /// Name of the user.
     pub username: String,
+    /// Password or access token of the user.
     pub password: String,
 }
 
+/// Client of one repository in a registry.
 pub struct Registry {
-    /// Such as `https://ghcr.io/v2/owner/name/`.
+    /// URL of the repository, such as `https://ghcr.io/v2/owner/name/`.
     base: Url,
     repository: String,
     http: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     login: Option<Login>,
-    /// Hosts besides the registry's own that a password may be sent to.
+    /// Hosts of token services that the user allows to receive the password.
     realms: Vec<String>,
+    /// Value of the `Authorization` header, after the registry asked for one.
     authorization: Option<String>,
 }
 
-/// What `WWW-Authenticate` asks for.
+/// Authentication scheme in `WWW-Authenticate`.
 enum Challenge {
     Basic,
     Bearer { realm: Url, service: Option<String> },
 }
 
+/// Response of a token service.
 #[derive(Deserialize)]
 struct Token {
     token: Option<String>,
-    /// The same under OAuth's name; some services give both.
+    /// Name of the same token in OAuth 2; some services return both.
     access_token: Option<String>,
 }
 
 impl Registry {
+    /// Creates a client for `repository` at `host`; `realms` are further hosts of token services.
     pub fn new(
         host: &str,
         repository: &str,
@@ -87,7 +108,7 @@ impl Registry {
     ) -> Result<Self, String> {
         let scheme = if plain_http { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{host}/v2/{repository}/"))
-            .map_err(|error| format!("`{host}` is no host of a registry: {error}"))?;
+            .map_err(|error| format!("`{host}` is not a registry host: {error}"))?;
         let http = Client::builder(TokioExecutor::new())
             .build(https().https_or_http().enable_http1().build());
         Ok(Self {
@@ -100,7 +121,7 @@ impl Registry {
         })
     }
 
-    /// The manifest of a tag or digest, and its digest.
+    /// Fetches the manifest of a tag or digest; returns the manifest and its digest.
     pub async fn manifest(&mut self, reference: &str) -> Result<(Bytes, String), String> {
         let url = self.url(&format!("manifests/{reference}"))?;
         let mut response = self.get(&url, Some(MANIFEST_TYPES), true).await?;
@@ -108,7 +129,7 @@ impl Registry {
             self.authorization = Some(self.authorize(&response).await?);
             response = self.get(&url, Some(MANIFEST_TYPES), true).await?;
         }
-        let bytes = body(accepted(response).await?, MAX_MANIFEST_BYTES, "its manifest").await?;
+        let bytes = body(check_status(response).await?, MAX_MANIFEST_BYTES, "its manifest").await?;
         let digest = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
         if reference.starts_with("sha256:") && reference != digest {
             return Err(format!(
@@ -118,7 +139,7 @@ impl Registry {
         Ok((bytes, digest))
     }
 
-    /// A blob of at most so many bytes, checked against its digest.
+    /// Fetches a blob of at most `max_bytes` and verifies its digest.
     pub async fn blob(&self, digest: &str, max_bytes: usize) -> Result<Bytes, String> {
         let mut url = self.url(&format!("blobs/{digest}"))?;
         let mut response = self.get(&url, None, true).await?;
@@ -129,18 +150,18 @@ impl Registry {
             let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             let next = location
                 .and_then(|location| url.join(location).ok())
-                .ok_or("the registry redirects nowhere")?;
+                .ok_or("the registry redirects to an invalid URL")?;
             if next.scheme() != "https" && url.scheme() == "https" {
                 return Err("the registry redirects from https to plain HTTP".into());
             }
-            if is_near(&next) && !is_near(&self.base) {
-                return Err("the registry redirects to an address of your own network".into());
+            if is_private_address(&next) && !is_private_address(&self.base) {
+                return Err("the registry redirects to a private address".into());
             }
             url = next;
-            // Wherever it leads, also back: no credentials.
+            // A redirect gets no credentials, even if it leads back to the registry.
             response = self.get(&url, None, false).await?;
         }
-        let bytes = body(accepted(response).await?, max_bytes, "its component").await?;
+        let bytes = body(check_status(response).await?, max_bytes, "its component").await?;
         let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
         if found == digest {
             Ok(bytes)
@@ -149,20 +170,23 @@ impl Registry {
         }
     }
 
+    /// Returns the URL of a path below the repository.
     fn url(&self, path: &str) -> Result<Url, String> {
-        self.base.join(path).map_err(|error| format!("`{path}` is no part of a URL: {error}"))
+        self.base.join(path).map_err(|error| format!("`{path}` is not a valid URL path: {error}"))
     }
 
+    /// Sends a GET request, with the credentials of the registry if `with_credentials` is set.
     async fn get(
         &self,
         url: &Url,
         accept: Option<&str>,
-        authorized: bool,
+        with_credentials: bool,
     ) -> Result<Response<Incoming>, String> {
-        let authorization = self.authorization.as_deref().filter(|_| authorized);
+        let authorization = self.authorization.as_deref().filter(|_| with_credentials);
         self.send(url, accept, authorization).await
     }
 
+    /// Sends a GET request with these headers and waits for the head of the response.
     async fn send(
         &self,
         url: &Url,
@@ -178,37 +202,38 @@ impl Registry {
         }
         let request = request
             .body(Empty::new())
-            .map_err(|error| format!("the request cannot be made: {error}"))?;
+            .map_err(|error| format!("failed to build the request: {error}"))?;
         let host = url.host_str().unwrap_or_default();
-        match tokio::time::timeout(SILENCE, self.http.request(request)).await {
+        match tokio::time::timeout(READ_TIMEOUT, self.http.request(request)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(format!("{host} cannot be reached: {}", innermost(&error))),
-            Err(_) => Err(format!("{host} does not answer within {SILENCE:?}")),
+            Ok(Err(error)) => Err(format!("{host} cannot be reached: {}", root_cause(&error))),
+            Err(_) => Err(format!("{host} did not respond within {READ_TIMEOUT:?}")),
         }
     }
 
-    /// The header that the registry asks for.
-    async fn authorize(&self, refused: &Response<Incoming>) -> Result<String, String> {
+    /// Returns the `Authorization` header for the challenge in a 401 response.
+    async fn authorize(&self, response: &Response<Incoming>) -> Result<String, String> {
         let basic = self.login.as_ref().map(|login| {
             format!("Basic {}", STANDARD.encode(format!("{}:{}", login.username, login.password)))
         });
-        let challenge = refused.headers().get_all(WWW_AUTHENTICATE).iter();
+        let challenge = response.headers().get_all(WWW_AUTHENTICATE).iter();
         let challenge = challenge.filter_map(|value| parse_challenge(value.to_str().ok()?)).next();
         match challenge {
             Some(Challenge::Basic) => basic.ok_or_else(|| {
-                "the registry wants to know who asks; use --username and --password".into()
+                "the registry requires authentication; use --username and --password".into()
             }),
             Some(Challenge::Bearer { mut realm, service }) => {
                 let registry = self.base.host_str().unwrap_or_default();
-                if basic.is_some() && !may_have_password(&realm, &self.base, &self.realms) {
+                if basic.is_some() && !may_receive_password(&realm, &self.base, &self.realms) {
                     let host = realm.host_str().unwrap_or_default();
                     return Err(format!(
-                        "the registry {registry} wants the password to be sent to {host}; if that is right, allow it with --auth-host {host}"
+                        "the registry {registry} asks for the password to be sent to {host}; \
+                         if {host} is its token service, allow it with --auth-host {host}"
                     ));
                 }
-                if is_near(&realm) && !is_near(&self.base) {
+                if is_private_address(&realm) && !is_private_address(&self.base) {
                     return Err(format!(
-                        "the registry {registry} wants a token from an address of your own network"
+                        "the registry {registry} names a token service with a private address"
                     ));
                 }
                 let mut query = realm.query_pairs_mut();
@@ -217,25 +242,26 @@ impl Registry {
                 }
                 query.append_pair("scope", &format!("repository:{}:pull", self.repository));
                 drop(query);
-                let response = accepted(self.send(&realm, None, basic.as_deref()).await?).await?;
+                let response =
+                    check_status(self.send(&realm, None, basic.as_deref()).await?).await?;
                 let bytes = body(response, MAX_TOKEN_BYTES, "the token").await?;
                 let token: Token = serde_json::from_slice(&bytes)
-                    .map_err(|error| format!("the token is not readable: {error}"))?;
+                    .map_err(|error| format!("the token response is not valid: {error}"))?;
                 let token = token
                     .token
                     .or(token.access_token)
-                    .ok_or("the answer of the token service holds no token")?;
+                    .ok_or("the response of the token service has no token")?;
                 Ok(format!("Bearer {token}"))
             }
             None => {
-                Err("the registry wants to know who asks, in a way that is not supported".into())
+                Err("the registry requires an authentication scheme that is not supported".into())
             }
         }
     }
 }
 
-/// Whether a password for a registry may be sent to a token service.
-fn may_have_password(realm: &Url, registry: &Url, allowed: &[String]) -> bool {
+/// Returns true if the password for a registry may be sent to a token service.
+fn may_receive_password(realm: &Url, registry: &Url, allowed: &[String]) -> bool {
     let (Some(to), Some(from)) = (realm.host_str(), registry.host_str()) else { return false };
     if !realm.username().is_empty() || realm.password().is_some() {
         return false;
@@ -248,8 +274,8 @@ fn may_have_password(realm: &Url, registry: &Url, allowed: &[String]) -> bool {
         && (is_named || KNOWN_REALMS.contains(&(from, to)))
 }
 
-/// An address that is not on the internet.
-fn is_near(url: &Url) -> bool {
+/// Returns true if the host is loopback, or an IP address that is private or link-local.
+fn is_private_address(url: &Url) -> bool {
     is_loopback(url)
         || match url.host() {
             Some(Host::Ipv4(address)) => address.is_private() || address.is_link_local(),
@@ -260,7 +286,7 @@ fn is_near(url: &Url) -> bool {
         }
 }
 
-/// `Basic …`, or `Bearer realm="…",service="…"` (RFC 9110, 11.6.1).
+/// Parses `Basic …` or `Bearer realm="…",service="…"` (RFC 9110, section 11.6.1).
 fn parse_challenge(text: &str) -> Option<Challenge> {
     let (scheme, parameters) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
@@ -280,38 +306,43 @@ fn parse_challenge(text: &str) -> Option<Challenge> {
         .then(|| Challenge::Bearer { realm, service: parameter("service") })
 }
 
-/// A response that is what was asked for; or why it is not.
-async fn accepted(response: Response<Incoming>) -> Result<Response<Incoming>, String> {
+/// Returns the response if its status is a success, otherwise an error message.
+async fn check_status(response: Response<Incoming>) -> Result<Response<Incoming>, String> {
     let status = response.status();
     if status.is_success() {
         return Ok(response);
     }
-    let said = body(response, MAX_ERROR_BYTES, "its error").await.unwrap_or_default();
-    let said = serde_json::from_slice::<serde_json::Value>(&said).unwrap_or_default();
-    let said =
-        said.pointer("/errors/0/message").and_then(serde_json::Value::as_str).unwrap_or_default();
-    let said: String = said.chars().filter(|letter| !letter.is_control()).take(200).collect();
+    let message = body(response, MAX_ERROR_BYTES, "its error").await.unwrap_or_default();
+    let message = serde_json::from_slice::<serde_json::Value>(&message).unwrap_or_default();
+    let message = message
+        .pointer("/errors/0/message")
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or_default();
+    let message: String =
+        message.chars().filter(|character| !character.is_control()).take(200).collect();
     Err(match status {
         StatusCode::NOT_FOUND => {
-            "the registry knows no such thing; check the repository, and the tag or digest".into()
+            "the registry has no such repository, tag or digest; check the reference".into()
         }
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
             format!(
-                "the registry does not let this user have it ({status} {said}); use --username and --password"
+                "the registry denied access ({status} {message}); use --username and --password"
             )
         }
-        status => format!("the registry answered {status} {said}").trim_end().to_owned(),
+        status => format!("the registry returned {status} {message}").trim_end().to_owned(),
     })
 }
 
+/// Reads a body of at most `max_bytes`; `what` names the body in errors.
 async fn body(response: Response<Incoming>, max_bytes: usize, what: &str) -> Result<Bytes, String> {
     let mut body = response.into_body();
     let mut bytes = Vec::new();
     loop {
-        let frame = tokio::time::timeout(SILENCE, body.frame()).await;
-        let frame = frame.map_err(|_| format!("{what} does not come within {SILENCE:?}"))?;
+        let frame = tokio::time::timeout(READ_TIMEOUT, body.frame()).await;
+        let frame =
+            frame.map_err(|_| format!("{what} was not received within {READ_TIMEOUT:?}"))?;
         let Some(frame) = frame else { return Ok(bytes.into()) };
-        let frame = frame.map_err(|error| format!("{what} broke off: {error}"))?;
+        let frame = frame.map_err(|error| format!("{what} was interrupted: {error}"))?;
         let data = frame.into_data().unwrap_or_default();
         if bytes.len().saturating_add(data.len()) > max_bytes {
             return Err(format!("{what} is larger than {max_bytes} bytes"));
@@ -325,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_password_goes_to_the_registry_and_to_hosts_that_are_known_or_named() {
+    fn password_is_sent_to_the_registry_and_known_or_named_hosts_only() {
         for (realm, registry, allowed, expected) in [
             ("https://ghcr.io/token", "https://ghcr.io/v2/", "", true),
             ("https://ghcr.io:8443/token", "https://ghcr.io/v2/", "", false),
@@ -345,7 +376,7 @@ mod tests {
             let allowed: Vec<String> =
                 Some(allowed.to_owned()).filter(|host| !host.is_empty()).into_iter().collect();
             assert_eq!(
-                may_have_password(&realm_url, &registry_url, &allowed),
+                may_receive_password(&realm_url, &registry_url, &allowed),
                 expected,
                 "{realm} for {registry}"
             );
@@ -353,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges_are_read_as_registries_write_them() {
+    fn challenge_parser_accepts_basic_and_bearer() {
         let bearer = r#"Bearer realm="https://a.example/token",service="r.example",scope="x""#;
         let Some(Challenge::Bearer { realm, service }) = parse_challenge(bearer) else {
             unreachable!()

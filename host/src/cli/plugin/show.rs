@@ -1,4 +1,4 @@
-//! `batchwright plugin list`, `inspect` and `check`
+//! `batchwright plugin list`, `inspect` and `check`: show the state of plugins and components.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,16 +10,16 @@ use serde_json::Value;
 use crate::cli::Error;
 use crate::cli::client::Client;
 use crate::cli::progress::Progress;
-use crate::cli::terminal::{put, write_output};
+use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
 use crate::config::Size;
 use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 
-/// Prints the plugins of a directory. Status 1 if one of them does not load.
+/// Prints the plugins of a folder; returns failure if a plugin cannot be loaded.
 pub fn list(registry: &Registry) -> ExitCode {
     let plugins = registry.current();
     if plugins.entries.is_empty() {
-        put!("There is no plugin: no .toml file is in the directory.");
+        outln!("no plugins: the folder has no .toml file");
         return ExitCode::SUCCESS;
     }
     let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
@@ -46,16 +46,17 @@ pub fn list(registry: &Registry) -> ExitCode {
     }
     write_output(format_args!("{}", table(&rows)));
     for error in plugins.entries.iter().filter_map(|entry| entry.error.as_ref()) {
-        put!("\nfailed: {error}");
+        outln!("\nfailed: {error}");
     }
     status(plugins.entries.iter().all(|entry| entry.error.is_none()))
 }
 
-fn status(all_well: bool) -> ExitCode {
-    if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+/// Returns the exit code of `list` and `check`.
+fn status(all_loaded: bool) -> ExitCode {
+    if all_loaded { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The plugins of a server, and what requests wait for.
+/// Prints the plugins of a server with their outages; returns failure if a plugin is not loaded.
 pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
     let list = client.get("plugins").await?;
     let plugins: Vec<&Value> =
@@ -63,7 +64,7 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
     let text =
         |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
     let mut rows = vec![["NAME", "KIND", "VERSION", "STATE", "SERVES"].map(String::from)];
-    let (mut notes, mut all_well) = (Vec::new(), true);
+    let (mut notes, mut all_loaded) = (Vec::new(), true);
     let now = Clock::system().now();
     for plugin in plugins {
         let models: Vec<&str> = plugin
@@ -74,10 +75,10 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
             .filter_map(Value::as_str)
             .collect();
         let name = text(plugin, "name");
-        all_well &= !matches!(text(plugin, "state").as_str(), "failed" | "outdated");
-        let own = plugin.get("waiting").filter(|waiting| waiting.is_object());
+        all_loaded &= !matches!(text(plugin, "state").as_str(), "failed" | "outdated");
+        let waiting = plugin.get("waiting").filter(|waiting| waiting.is_object());
         let all = plugin.get("outages").and_then(Value::as_array).into_iter().flatten();
-        let outages: Vec<&Value> = all.chain(own).collect();
+        let outages: Vec<&Value> = all.chain(waiting).collect();
         let state = if outages.is_empty() { text(plugin, "state") } else { "waiting".into() };
         rows.push([
             name.clone(),
@@ -97,8 +98,8 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
                 Some(number) => format!(", {number} requests wait"),
                 None => String::new(),
             };
-            let words = Progress::waiting(&text(outage, "message"), left);
-            notes.push(format!("{name}: {words}; since {since}{requests}"));
+            let message = Progress::waiting_message(&text(outage, "message"), left);
+            notes.push(format!("{name}: {message}; since {since}{requests}"));
         }
         if let Some(error) = plugin.get("error").and_then(Value::as_str) {
             notes.push(format!("{name}: {error}"));
@@ -106,11 +107,12 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
     }
     write_output(format_args!("{}", table(&rows)));
     for note in notes {
-        put!("\n{note}");
+        outln!("\n{note}");
     }
-    Ok(status(all_well))
+    Ok(status(all_loaded))
 }
 
+/// Returns the models of an adapter, or the scope of a validator.
 fn serves(plugin: &Plugin) -> String {
     let models: BTreeSet<&str> =
         plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
@@ -121,7 +123,7 @@ fn serves(plugin: &Plugin) -> String {
     }
 }
 
-/// Columns as wide as their widest cell.
+/// Formats rows as a table; each column is as wide as its widest cell.
 fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
@@ -139,9 +141,9 @@ fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     text
 }
 
-/// What `inspect` prints.
+/// Returns the output of `inspect` for a component.
 pub fn describe(file: &Path, inspected: &Inspected) -> String {
-    let or = |list: &[String], none: &str| {
+    let join_or = |list: &[String], none: &str| {
         if list.is_empty() { none.to_owned() } else { list.join(", ") }
     };
     let description = &inspected.description;
@@ -151,8 +153,8 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
         ["contract".into(), format!("batchwright:plugin@{}", inspected.version)],
         ["name".into(), format!("{} {}", description.name, description.version)],
         ["summary".into(), description.summary.clone()],
-        ["imports".into(), or(&inspected.imports, "nothing")],
-        ["endpoints".into(), or(&description.endpoints, "all")],
+        ["imports".into(), join_or(&inspected.imports, "nothing")],
+        ["endpoints".into(), join_or(&description.endpoints, "all")],
     ];
     for need in &description.credentials {
         let prefix = if need.prefix.is_empty() {
@@ -188,6 +190,7 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
     table(&rows)
 }
 
+/// Formats a size in KiB below 10 MiB and in MiB above.
 pub fn size_text(bytes: u64) -> String {
     if bytes < Size::mib(10).bytes() {
         format!("{} KiB", bytes.div_ceil(1024))
@@ -196,26 +199,29 @@ pub fn size_text(bytes: u64) -> String {
     }
 }
 
-/// Checks a component, a TOML file, or a directory: there also what plugins do to each other.
+/// Checks a component, a TOML file or a folder; for a folder also conflicts between plugins.
 pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
     let unreadable = |error| Error::Other(format!("failed to read {}: {error}", path.display()));
     if std::fs::metadata(path).map_err(unreadable)?.is_dir() {
         let plugins = Registry::open(path, loader).await?.current();
         if plugins.entries.is_empty() {
-            return Err(Error::Other(format!("there is no .toml file in {}", path.display())));
+            return Err(Error::Other(format!(
+                "there is no .toml file in {}; name another folder",
+                path.display()
+            )));
         }
         for entry in &plugins.entries {
             match (&entry.error, &entry.serving) {
-                (Some(error), _) => put!("failed  {error}"),
+                (Some(error), _) => outln!("failed  {error}"),
                 (None, Some(plugin)) => {
-                    put!(
+                    outln!(
                         "ok      {} ({} {})",
                         entry.file.display(),
                         plugin.kind,
                         plugin.description.version
                     );
                 }
-                (None, None) => put!("off     {}", entry.file.display()),
+                (None, None) => outln!("off     {}", entry.file.display()),
             }
         }
         return Ok(status(plugins.entries.iter().all(|entry| entry.error.is_none())));
@@ -226,10 +232,10 @@ pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
         loader.inspect(path).await.map(|inspected| (inspected.kind, inspected.description.version))
     };
     match found {
-        Ok((kind, version)) => put!("ok      {} ({kind} {version})", path.display()),
-        Err(LoadError::Disabled { .. }) => put!("off     {}", path.display()),
+        Ok((kind, version)) => outln!("ok      {} ({kind} {version})", path.display()),
+        Err(LoadError::Disabled { .. }) => outln!("off     {}", path.display()),
         Err(error) => {
-            put!("failed  {error}");
+            outln!("failed  {error}");
             return Ok(ExitCode::FAILURE);
         }
     }

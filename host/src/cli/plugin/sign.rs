@@ -1,4 +1,4 @@
-//! `batchwright plugin sign` and `verify`
+//! `batchwright plugin sign` and `verify`: sign and verify a TOML file with its component.
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -9,47 +9,51 @@ use clap::Args;
 use ssh_key::PrivateKey;
 
 use crate::cli::Error;
-use crate::cli::terminal::{put, write_output};
+use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
 use crate::plugin::signature::{TrustedKeys, sign, statement};
 use crate::plugin::{Files, plugin_name, read_secret, signature_file};
 
-/// Make a key with `ssh-keygen -t ed25519 -f KEY`; its public half, KEY.pub, is what servers trust.
+/// Arguments of `batchwright plugin sign`.
+///
+/// `ssh-keygen -t ed25519 -f KEY` creates a key; servers trust its public half, `KEY.pub`.
 #[derive(Args)]
 pub struct Sign {
-    /// The plugin's TOML file; the signature lands beside it, in FILE.sig
+    /// TOML file of the plugin; the signature is written to FILE.sig
     file: PathBuf,
-    /// A private key as OpenSSH writes it (Ed25519 or ECDSA P-256)
+    /// Private key in OpenSSH format (Ed25519 or ECDSA P-256)
     #[arg(long, value_name = "FILE", required_unless_present = "statement")]
     key: Option<PathBuf>,
-    /// Where the key's passphrase is, if it has one: env:NAME or file:PATH
+    /// Source of the key's passphrase: env:NAME or file:PATH
     #[arg(long, value_name = "SOURCE")]
     passphrase: Option<String>,
-    /// Leave the file's serial as it is; a server refuses a signed file whose serial is lower than the one it loaded before
+    /// Keep the serial of the file; a server rejects a signed file with a lower serial than that of
+    /// the file it loaded before
     #[arg(long)]
     keep_serial: bool,
-    /// Print what is to be signed and sign nothing: for a key that lies elsewhere, with
-    /// `ssh-keygen -Y sign -n batchwright-plugin`
+    /// Print the statement to sign instead of signing it, for a key that is elsewhere; sign the
+    /// statement with `ssh-keygen -Y sign -n batchwright-plugin`
     #[arg(long, conflicts_with_all = ["key", "passphrase"])]
     statement: bool,
 }
 
-/// Status 0 only if every file has a signature of one of the keys that fits.
+/// Arguments of `batchwright plugin verify`.
 #[derive(Args)]
 pub struct Verify {
     /// TOML files of plugins
     #[arg(required = true)]
     files: Vec<PathBuf>,
-    /// Public keys as OpenSSH writes them, one a line
+    /// File of public keys in OpenSSH format, one per line
     #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
     trusted_keys: PathBuf,
 }
 
-/// The files of a plugin, its name, and what is signed for them.
+/// Reads the files of a plugin; returns them with the plugin's name and the statement to sign.
 fn read(file: &Path) -> Result<(Files, String, String), Error> {
     if file.extension().is_none_or(|extension| extension != "toml") {
         let message = format!(
-            "{} is no TOML file; a signature is of a plugin's TOML file and the component it names",
+            "{} is not a TOML file; \
+             give the TOML file of a plugin, which is signed together with its component",
             file.display()
         );
         return Err(Error::Other(message));
@@ -61,13 +65,14 @@ fn read(file: &Path) -> Result<(Files, String, String), Error> {
 }
 
 impl Sign {
+    /// Writes a new serial, signs the statement and writes the signature file.
     pub fn run(self) -> Result<ExitCode, Error> {
         let (files, _, mut statement) = read(&self.file)?;
-        // Before anything is written: without a key the old signature stays good.
+        // The key is opened before anything is written: on failure the old signature stays valid.
         let key = if self.statement { None } else { Some(self.read_key()?) };
-        // What is printed to be signed elsewhere is of the file as it is, which is asked for more than once.
-        let keeps = self.keep_serial || self.statement && files.manifest.serial > 0;
-        if !keeps {
+        // A printed statement must be the same each time, so it keeps an existing serial.
+        let keep_serial = self.keep_serial || self.statement && files.manifest.serial > 0;
+        if !keep_serial {
             let failed = |error| {
                 Error::Other(format!(
                     "failed to write a serial into {}: {error}",
@@ -86,7 +91,7 @@ impl Sign {
         let to = signature_file(&self.file);
         let failed = |error| Error::Other(format!("failed to write {}: {error}", to.display()));
         write(&to, signature.as_bytes()).map_err(failed)?;
-        put!(
+        outln!(
             "{statement}signed by {} in {}",
             key.fingerprint(ssh_key::HashAlg::Sha256),
             to.display()
@@ -94,32 +99,35 @@ impl Sign {
         Ok(ExitCode::SUCCESS)
     }
 
+    /// Reads the private key and decrypts it with the passphrase, if it has one.
     fn read_key(&self) -> Result<PrivateKey, Error> {
         let Some(path) = &self.key else {
-            return Err(Error::Other("say which key with --key".into()));
+            return Err(Error::Other("no key given; name it with --key".into()));
         };
         let unusable = |error: String| Error::Other(format!("the key {}: {error}", path.display()));
         let text =
             std::fs::read(path).map_err(|error| unusable(format!("cannot be read: {error}")))?;
         let key = PrivateKey::from_openssh(&text).map_err(|error| {
-            unusable(format!("is no private key as OpenSSH writes it: {error}; give the private half; `ssh-keygen -t ed25519` makes a pair"))
+            unusable(format!(
+                "is not a private key in OpenSSH format: {error}; \
+                 give the private half; `ssh-keygen -t ed25519` creates a pair"
+            ))
         })?;
         match (key.is_encrypted(), &self.passphrase) {
             (false, _) => Ok(key),
             (true, None) => {
-                Err(unusable("has a passphrase; say where it is with --passphrase".into()))
+                Err(unusable("has a passphrase; give its source with --passphrase".into()))
             }
             (true, Some(source)) => {
                 let passphrase = read_secret(source)
                     .map_err(|error| Error::Other(format!("--passphrase: {error}")))?;
-                key.decrypt(passphrase)
-                    .map_err(|_| unusable("the passphrase does not open it".into()))
+                key.decrypt(passphrase).map_err(|_| unusable("the passphrase is wrong".into()))
             }
         }
     }
 }
 
-/// Writes the time as the file's serial, which grows with each signature.
+/// Writes a serial into the TOML file: the Unix time, or the last serial plus 1 if that is greater.
 fn set_serial(files: &Files) -> std::io::Result<()> {
     let mut document: toml_edit::DocumentMut = files.text.parse().map_err(std::io::Error::other)?;
     let last = document.get("serial").and_then(toml_edit::Item::as_integer).unwrap_or(0);
@@ -128,7 +136,7 @@ fn set_serial(files: &Files) -> std::io::Result<()> {
     write(&files.file, document.to_string().as_bytes())
 }
 
-/// Puts a new file in the place of what is there, a link to somewhere else included.
+/// Writes a file atomically with mode 0644; a link at the path is replaced, not followed.
 fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder =
         path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -141,9 +149,10 @@ fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 impl Verify {
+    /// Verifies each file and prints the result; success requires that every signature is valid.
     pub fn run(self) -> Result<ExitCode, Error> {
         let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
-        let mut all_well = true;
+        let mut all_valid = true;
         for file in &self.files {
             let verified = read(file).map_err(|error| error.to_string()).and_then(
                 |(files, name, statement)| {
@@ -152,13 +161,13 @@ impl Verify {
                 },
             );
             match verified {
-                Ok(signer) => put!("ok      {} signed by {signer}", file.display()),
-                Err(problem) => {
-                    all_well = false;
-                    put!("failed  {problem}");
+                Ok(signer) => outln!("ok      {} signed by {signer}", file.display()),
+                Err(error) => {
+                    all_valid = false;
+                    outln!("failed  {error}");
                 }
             }
         }
-        Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if all_valid { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
