@@ -1,19 +1,35 @@
-//! Memory that clients, providers, guests and the disk can make large: one budget, split into named pools.
+//! Memory budget of the process, split into named pools.
 //!
-//! **Threat.** A client sends a large body or does not read its answer, a provider sends 16 MiB where a line had 100 bytes, the disk
-//! takes no writes for a minute. Each of these holds bytes in memory, and each can happen as often as there are connections, requests
-//! or plugins. So whatever can grow takes a share of a pool *before* it grows, and waits if there is none.
+//! **Threat.** Clients, providers, guests and the disk can make the host hold any number of bytes.
+//! A client sends a large body or does not read its response.
+//! A provider sends 16 MiB where a line has 100 bytes.
+//! The disk accepts no writes for a minute.
+//! Each case can happen as often as there are connections, requests or plugins.
+//! A buffer therefore reserves memory from a pool *before* the buffer grows, and waits while the
+//! pool has no room.
+//! Waiting is the backpressure: a task without memory reads, sends and calls nothing.
 //!
-//! **Pools.** They sum to `memory_budget`. What waits for a provider ([`Memory::lines`]) is apart from what an exchange brings
-//! ([`Memory::exchanges`]), so that lines never keep an answer from being written. Clients have a pool of their own, so that a slow
-//! reader holds up no batch. Linear memory of plugins is beside the budget, bounded by `instance_memory` ([`Memory::instances`]).
+//! **Layers.** The first layer is the pool: one pool for each stage of the work.
+//! The sizes of the pools sum to `memory_budget`.
+//! Lines that wait for a provider ([`Memory::lines`]) and the bodies of exchanges
+//! ([`Memory::exchanges`]) have separate pools, so that waiting lines never keep a result from
+//! being written.
+//! Clients have a pool of their own, so that a slow reader delays no batch.
+//! Linear memory of plugins is outside the budget and has its own limit, `instance_memory`
+//! ([`Memory::instances`]).
 //!
-//! **Fairness.** Each pool is shared between *holders*: the plugins that exchanges go to, or the tenants. A holder that takes more must
-//! leave as much free as it then holds, so that the next holder always finds room. See [`Pool`].
+//! **Fairness.** The second layer is the *holder*: a plugin or a tenant that shares a pool.
+//! A holder that reserves more must leave as many bytes free as the holder then holds, so that the
+//! next holder always finds room.
+//! [`Pool`] has the exact rules.
 //!
-//! **No deadlock.** A share may grow step by step. One share of each holder may take all that is free and a quarter of the pool that is
-//! kept for this, and one share of the whole pool may exceed it, so one always comes to its end and gives back what it held. A pool is
-//! exceeded by one item at most: the largest line or response that the settings allow.
+//! **No deadlock.** A share may grow in steps, and shares that wait for each other could wait
+//! forever.
+//! One share of each holder, the priority share, may therefore reserve all free bytes and, beyond
+//! the free bytes, a quarter of the pool that nothing else may use.
+//! One share of the whole pool, the oversized share, may exceed the pool.
+//! At least one share can always grow, so it completes and releases its bytes to the others.
+//! A pool is exceeded by at most one item: the largest line or response that the settings allow.
 
 mod pool;
 
@@ -21,38 +37,40 @@ use std::sync::Arc;
 
 pub use pool::{Pool, Share};
 
-/// Those that share a pool: plugins or tenants, by name.
+/// Name of a plugin or tenant that shares a pool.
 pub type Holder = Arc<str>;
 
-/// The pools of a process.
+/// Pools of the process.
 #[derive(Clone)]
 pub struct Memory {
-    /// Lines in flight, held for as long as a provider thinks; by plugin. 4/16 of the budget.
+    /// Lines in flight, held until the provider responds; by plugin. 4/16 of the budget.
     pub lines: Pool,
-    /// What exchanges bring: bodies of requests, responses, and results until they are committed; by plugin. 5/16.
+    /// Request bodies, responses, and results until their commit; by plugin. 5/16.
     pub exchanges: Pool,
-    /// Pieces of input files being validated; by tenant. 2/16.
+    /// Chunks of input files in validation; by tenant. 2/16.
     pub validation: Pool,
-    /// Hashes of the `custom_id`s of files being validated; by tenant. 1/16.
+    /// Hashes of the `custom_id`s of files in validation; by tenant. 1/16.
     pub custom_ids: Pool,
-    /// Results on their way into files; by tenant. 2/16.
+    /// Results that finalizing copies into files; by tenant. 2/16.
     pub finalizing: Pool,
-    /// Bodies of clients' requests and of answers to clients; by tenant. 2/16.
+    /// Bodies of client requests and of responses to clients; by tenant. 2/16.
     pub clients: Pool,
-    /// Linear memory of plugins' instances and what the host keeps for each; by plugin and tenant. All of `instance_memory`.
+    /// Linear memory of plugin instances and the host's overhead for each; by plugin and tenant.
+    /// All of `instance_memory`.
     pub instances: Pool,
 }
 
 impl Memory {
+    /// Splits `budget` bytes between the pools and gives `instance_memory` bytes to instances.
     pub fn new(budget: usize, instance_memory: usize) -> Self {
-        let part = |sixteenths: usize| Pool::new((budget / 16).saturating_mul(sixteenths));
+        let pool = |sixteenths: usize| Pool::new((budget / 16).saturating_mul(sixteenths));
         Self {
-            lines: part(4),
-            exchanges: part(5),
-            validation: part(2),
-            custom_ids: part(1),
-            finalizing: part(2),
-            clients: part(2),
+            lines: pool(4),
+            exchanges: pool(5),
+            validation: pool(2),
+            custom_ids: pool(1),
+            finalizing: pool(2),
+            clients: pool(2),
             instances: Pool::new(instance_memory),
         }
     }

@@ -1,4 +1,4 @@
-//! A pool of bytes, shared between holders. See the [module](super) for threat and reasons.
+//! Pool of bytes that holders share. The [parent module](super) has the threat and the reasons.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,52 +7,60 @@ use tokio::sync::oneshot;
 
 use super::Holder;
 
-/// A number of bytes that holders share.
+/// Pool of bytes that holders share.
 ///
-/// A request for `n` bytes is granted if, in this order,
-/// 1. its holder then holds no more than is left free,
-/// 2. the share is the holder's *first*, and no more than a quarter of the pool is overdrawn then,
-/// 3. the share is the holder's first and the pool's first.
+/// A quarter of the pool is the *overdraft*: the bytes below a free count of zero.
 ///
-/// A share becomes the first when its request cannot be granted by rule 1 while there is no first. It stays so until it holds nothing any
-/// more. What the pool's first holds is outside of the pool, so that others go on as if it were not there: it may be held for hours.
+/// A request for bytes is granted if one of these rules holds, tested in this order:
+/// 1. After the grant, the holder holds no more than the pool has free.
+/// 2. The share is the *priority share* of its holder, and the overdraft suffices.
+/// 3. The share is the priority share of its holder, and the pool has no *oversized share*.
+///    The share becomes the oversized share.
+///
+/// A share becomes the priority share when rule 1 refuses its request, the request may wait, and
+/// the holder has no priority share yet.
+/// The share keeps both roles until it is dropped or shrunk to zero bytes.
+/// The bytes of the oversized share do not count against the pool, so that other holders continue
+/// as before: the oversized share may be held for hours.
 #[derive(Clone)]
 pub struct Pool(Arc<Inner>);
 
 struct Inner {
     size: usize,
-    /// How far below zero `free` may go for the first share of a holder.
+    /// Limit of `State::free` below zero, for priority shares.
     overdraft: i64,
     state: Mutex<State>,
 }
 
 struct State {
-    /// Below zero by what is overdrawn.
+    /// Free bytes; negative while the overdraft is in use.
     free: i64,
     holders: HashMap<Holder, HolderState>,
-    /// Holders with a waiting share, in the order in which they are asked.
+    /// Holders with a waiting share, in the order in which grants are tried.
     waiting: VecDeque<Holder>,
-    /// The share that may exceed the pool.
-    first: Option<u64>,
+    /// Id of the oversized share.
+    oversized: Option<u64>,
     next_id: u64,
 }
 
 #[derive(Default)]
 struct HolderState {
     held: i64,
-    first: Option<u64>,
+    /// Id of the priority share.
+    priority: Option<u64>,
     queue: VecDeque<Waiter>,
 }
 
 struct Waiter {
     share: u64,
-    /// What the share holds, and what it waits for.
-    has: i64,
+    /// Bytes that the share holds already.
+    held: i64,
+    /// Bytes that the share waits for.
     bytes: i64,
     granted: oneshot::Sender<()>,
 }
 
-/// Bytes taken from a [`Pool`], given back when it is dropped.
+/// Bytes reserved from a [`Pool`], released on drop.
 pub struct Share {
     pool: Pool,
     holder: Holder,
@@ -60,49 +68,51 @@ pub struct Share {
     bytes: i64,
 }
 
+/// Converts to a signed size, capped so that sums of a few sizes do not overflow.
 fn signed(bytes: usize) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX / 4).min(i64::MAX / 4)
 }
 
 impl Pool {
+    /// Creates a pool of `size` bytes.
     pub fn new(size: usize) -> Self {
         let overdraft = size / 4;
         let state = State {
             free: signed(size.saturating_sub(overdraft)),
             holders: HashMap::new(),
             waiting: VecDeque::new(),
-            first: None,
+            oversized: None,
             next_id: 0,
         };
         Self(Arc::new(Inner { size, overdraft: signed(overdraft), state: Mutex::new(state) }))
     }
 
-    /// Bytes of the whole pool.
+    /// Returns the size of the whole pool in bytes.
     pub fn size(&self) -> usize {
         self.0.size
     }
 
-    /// A share without any bytes yet.
+    /// Returns a share that holds no bytes yet.
     pub fn share(&self, holder: &Holder) -> Share {
         let mut state = self.lock();
         state.next_id = state.next_id.wrapping_add(1);
         Share { pool: self.clone(), holder: holder.clone(), id: state.next_id, bytes: 0 }
     }
 
-    /// Waits for a share of this size.
+    /// Reserves a share of `bytes`; waits until the pool has room.
     pub async fn take(&self, holder: &Holder, bytes: usize) -> Share {
         let mut share = self.share(holder);
         share.cover(bytes).await;
         share
     }
 
-    /// A share of this size, if there is room at once.
+    /// Reserves a share of `bytes`, or returns `None` if the pool has no room now.
     pub fn try_take(&self, holder: &Holder, bytes: usize) -> Option<Share> {
         let mut share = self.share(holder);
         share.try_cover(bytes).then_some(share)
     }
 
-    /// Whether some share waits for bytes.
+    /// Returns true if a share waits for bytes.
     pub fn is_short(&self) -> bool {
         !self.lock().waiting.is_empty()
     }
@@ -111,43 +121,46 @@ impl Pool {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives back bytes of a share, and its place as the first if it is done.
-    fn give_back(&self, holder: &Holder, share: u64, bytes: i64, done: bool) {
+    /// Releases bytes of a share and, if the share is then `empty`, its roles. Grants the bytes to
+    /// waiting shares.
+    fn release(&self, holder: &Holder, share: u64, bytes: i64, empty: bool) {
         let mut state = self.lock();
-        let inside = if state.first == Some(share) { 0 } else { bytes };
-        state.free = state.free.saturating_add(inside);
+        let counted = if state.oversized == Some(share) { 0 } else { bytes };
+        state.free = state.free.saturating_add(counted);
         if let Some(found) = state.holders.get_mut(holder) {
-            found.held = found.held.saturating_sub(inside);
-            if done && found.first == Some(share) {
-                found.first = None;
+            found.held = found.held.saturating_sub(counted);
+            if empty && found.priority == Some(share) {
+                found.priority = None;
             }
-            if found.held == 0 && found.first.is_none() && found.queue.is_empty() {
+            if found.held == 0 && found.priority.is_none() && found.queue.is_empty() {
                 state.holders.remove(holder);
             }
         }
-        if done && state.first == Some(share) {
-            state.first = None;
+        if empty && state.oversized == Some(share) {
+            state.oversized = None;
         }
-        let granted = state.serve(self.0.overdraft);
+        let granted = state.grant_waiting(self.0.overdraft);
         drop(state);
         for waiter in granted {
-            // One that has gone gives its bytes back itself.
+            // A waiter that was dropped meanwhile releases its grant in `Waiting::drop`.
             waiter.send(()).ok();
         }
     }
 }
 
 impl State {
-    /// Grants a request by the rules of [`Pool`], or not. `has` is what the share holds before.
+    /// Grants a request by the rules of [`Pool`] and returns true, or returns false.
+    ///
+    /// `share_held` is the number of bytes that the share holds already.
     fn grant(
         &mut self,
         holder: &Holder,
-        (share, has): (u64, i64),
+        (share, share_held): (u64, i64),
         bytes: i64,
         overdraft: i64,
-        may_be_first: bool,
+        may_take_priority: bool,
     ) -> bool {
-        if self.first == Some(share) {
+        if self.oversized == Some(share) {
             return true;
         }
         let free = self.free.saturating_sub(bytes);
@@ -157,16 +170,16 @@ impl State {
         let Some(found) = self.holders.get_mut(holder) else { return false };
         let held = found.held.saturating_add(bytes);
         if held > free {
-            if !may_be_first || *found.first.get_or_insert(share) != share {
+            if !may_take_priority || *found.priority.get_or_insert(share) != share {
                 return false;
             }
             if free < -overdraft {
-                if self.first.is_some() {
+                if self.oversized.is_some() {
                     return false;
                 }
-                self.first = Some(share);
-                found.held = found.held.saturating_sub(has);
-                self.free = self.free.saturating_add(has);
+                self.oversized = Some(share);
+                found.held = found.held.saturating_sub(share_held);
+                self.free = self.free.saturating_add(share_held);
                 return true;
             }
         }
@@ -175,8 +188,11 @@ impl State {
         true
     }
 
-    /// Grants what can be granted now to those that wait: each holder's in a row, so that something large is not passed by for ever.
-    fn serve(&mut self, overdraft: i64) -> Vec<oneshot::Sender<()>> {
+    /// Grants waiting requests as far as the pool has room and returns their channels.
+    ///
+    /// The requests of one holder are granted in queue order, so that small requests do not starve
+    /// a large one.
+    fn grant_waiting(&mut self, overdraft: i64) -> Vec<oneshot::Sender<()>> {
         let mut granted = Vec::new();
         let mut round = self.waiting.len();
         while round > 0 {
@@ -185,7 +201,7 @@ impl State {
             loop {
                 let next = self.holders.get(&holder).and_then(|found| found.queue.front());
                 let Some((share, bytes)) =
-                    next.map(|waiter| ((waiter.share, waiter.has), waiter.bytes))
+                    next.map(|waiter| ((waiter.share, waiter.held), waiter.bytes))
                 else {
                     break;
                 };
@@ -205,36 +221,42 @@ impl State {
 }
 
 impl Share {
-    /// Bytes it holds.
+    /// Returns the number of bytes that the share holds.
     pub fn bytes(&self) -> usize {
         usize::try_from(self.bytes).unwrap_or(0)
     }
 
-    /// Grows to this size, if there is room at once. A share that is large enough stays as it is.
+    /// Grows the share to `bytes` and returns true, or returns false if the pool has no room now.
+    ///
+    /// A share that is large enough does not change.
     pub fn try_cover(&mut self, bytes: usize) -> bool {
         self.try_grow(bytes, false).is_ok()
     }
 
-    /// Grows to this size, and waits for room if there is none.
+    /// Grows the share to `bytes`; waits until the pool has room. A larger share does not change.
     pub async fn cover(&mut self, bytes: usize) {
         let Err(waiting) = self.try_grow(bytes, true) else { return };
         let Some((more, granted)) = waiting else { return };
-        let mut place = Waiting { share: self, bytes: more, granted };
-        if (&mut place.granted).await.is_ok() {
-            place.share.bytes = place.share.bytes.saturating_add(more);
+        let mut waiting = Waiting { share: self, bytes: more, granted };
+        if (&mut waiting.granted).await.is_ok() {
+            waiting.share.bytes = waiting.share.bytes.saturating_add(more);
         }
-        place.bytes = 0;
+        waiting.bytes = 0;
     }
 
-    /// Gives back what it has beyond this size. One that still holds something stays the first: the next one would exceed the pool
-    /// beside it.
+    /// Shrinks the share to `bytes` and releases the rest.
+    ///
+    /// A share that still holds bytes keeps its roles: a second oversized share beside it would
+    /// exceed the pool further.
     pub fn settle(&mut self, bytes: usize) {
         let kept = signed(bytes).min(self.bytes);
-        self.pool.give_back(&self.holder, self.id, self.bytes.saturating_sub(kept), kept == 0);
+        self.pool.release(&self.holder, self.id, self.bytes.saturating_sub(kept), kept == 0);
         self.bytes = kept;
     }
 
-    /// Grows now, or takes a place in its holder's queue if it is to wait: at the front if it is the first.
+    /// Grows the share now, or joins the queue of its holder if `wait` is set.
+    ///
+    /// The priority share joins at the front. An error without a channel means no room, not queued.
     fn try_grow(
         &mut self,
         bytes: usize,
@@ -247,10 +269,16 @@ impl Share {
         let overdraft = self.pool.0.overdraft;
         let mut state = self.pool.lock();
         let found = state.holders.get(&self.holder);
-        let is_first = found.is_some_and(|found| found.first == Some(self.id));
+        let has_priority = found.is_some_and(|found| found.priority == Some(self.id));
         let others_wait = found.is_some_and(|found| !found.queue.is_empty());
-        if (is_first || !others_wait)
-            && state.grant(&self.holder, (self.id, self.bytes), more, overdraft, wait || is_first)
+        if (has_priority || !others_wait)
+            && state.grant(
+                &self.holder,
+                (self.id, self.bytes),
+                more,
+                overdraft,
+                wait || has_priority,
+            )
         {
             self.bytes = self.bytes.saturating_add(more);
             return Ok(());
@@ -259,9 +287,9 @@ impl Share {
             return Err(None);
         }
         let (sender, granted) = oneshot::channel();
-        let waiter = Waiter { share: self.id, has: self.bytes, bytes: more, granted: sender };
+        let waiter = Waiter { share: self.id, held: self.bytes, bytes: more, granted: sender };
         if let Some(found) = state.holders.get_mut(&self.holder) {
-            if is_first || found.first == Some(self.id) {
+            if has_priority || found.priority == Some(self.id) {
                 found.queue.push_front(waiter);
             } else {
                 found.queue.push_back(waiter);
@@ -277,11 +305,11 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.pool.give_back(&self.holder, self.id, self.bytes, true);
+        self.pool.release(&self.holder, self.id, self.bytes, true);
     }
 }
 
-/// A place in a queue, given up when it is dropped.
+/// Queued request of a share, removed from the queue on drop.
 struct Waiting<'a> {
     share: &'a mut Share,
     bytes: i64,
@@ -295,18 +323,19 @@ impl Drop for Waiting<'_> {
         }
         let Share { pool, holder, id, .. } = &*self.share;
         let mut state = pool.lock();
-        let mut left = false;
+        let mut was_queued = false;
         if let Some(found) = state.holders.get_mut(holder) {
             let before = found.queue.len();
             found.queue.retain(|waiter| waiter.share != *id);
-            left = found.queue.len() < before;
+            was_queued = found.queue.len() < before;
             if found.queue.is_empty() {
                 state.waiting.retain(|waiting| waiting != holder);
             }
         }
         drop(state);
-        // What was granted at the last moment goes back; and whoever waited behind may have its turn.
-        pool.give_back(holder, *id, if left { 0 } else { self.bytes }, false);
+        // A request that is no longer queued was granted meanwhile, so its bytes are released.
+        // In both cases, the requests behind it may be grantable now.
+        pool.release(holder, *id, if was_queued { 0 } else { self.bytes }, false);
     }
 }
 
@@ -325,20 +354,20 @@ mod tests {
         pool.lock().free
     }
 
-    /// A pool of 1000 bytes without the quarter that can be overdrawn.
+    /// Creates a pool of 1000 bytes beside the overdraft.
     fn pool() -> Pool {
         Pool::new(1333)
     }
 
     #[tokio::test]
-    async fn a_holder_leaves_as_much_as_it_holds_and_a_new_one_finds_room() {
+    async fn holder_leaves_as_much_free_as_it_holds_and_new_holder_finds_room() {
         let pool = pool();
         let whole = free(&pool);
         let held: Vec<_> = std::iter::from_fn(|| pool.try_take(&holder("stuck"), 100)).collect();
         assert_eq!(held.len(), 5);
         let others: Vec<_> = std::iter::from_fn(|| pool.try_take(&holder("next"), 100)).collect();
         assert_eq!(others.len(), 2);
-        // By rule 2 and then by rule 3: one item may be larger than the pool.
+        // Rule 3: one item may be larger than the pool.
         let oversized = pool.take(&holder("large"), 5000).now_or_never().unwrap();
         assert!(pool.take(&holder("larger"), 5000).now_or_never().is_none());
         drop((held, others, oversized));
@@ -347,31 +376,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_small_holders_fit_into_the_overdraft_and_one_item_exceeds_the_pool() {
+    async fn small_holders_fit_into_the_overdraft_and_only_one_item_exceeds_the_pool() {
         let pool = Pool::new(4000);
         let hog = pool.take(&holder("hog"), 3000).await;
         let small: Vec<_> =
             (0..90).map(|name| pool.take(&holder(&name.to_string()), 10).now_or_never()).collect();
         assert!(small.iter().all(Option::is_some));
-        let first = pool.take(&holder("first"), 2000).now_or_never();
-        assert!(first.is_some());
+        let oversized = pool.take(&holder("first"), 2000).now_or_never();
+        assert!(oversized.is_some());
         assert!(
             pool.take(&holder("second"), 2000).now_or_never().is_none(),
-            "two items exceed the pool"
+            "a second item exceeds the pool"
         );
-        // Beside it the pool is as it was.
+        // The oversized share leaves the rest of the pool unchanged.
         assert!(pool.take(&holder("small"), 10).now_or_never().is_some());
-        drop(first);
+        drop(oversized);
         assert!(pool.take(&holder("second"), 2000).now_or_never().is_some());
         drop((hog, small));
     }
 
     #[tokio::test]
-    async fn something_large_gets_its_turn_before_what_came_after() {
+    async fn large_request_is_granted_before_later_requests() {
         let pool = pool();
         let one = holder("one");
         let first = pool.take(&one, 300).await;
-        // It becomes the first and waits for nobody, unless another is the first.
+        // The large share becomes the priority share and does not wait; the next one must.
         let large = pool.take(&one, 450).now_or_never().unwrap();
         let mut second = Box::pin(pool.take(&one, 450));
         let mut third = Box::pin(pool.take(&one, 1));
@@ -384,7 +413,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn shares_that_grow_step_by_step_come_to_their_end() {
+    async fn shares_that_grow_in_steps_all_complete() {
         let pool = Pool::new(1000);
         let tasks: Vec<_> = (0..40)
             .map(|number| {
@@ -408,17 +437,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_lost_and_the_bound_holds(steps in prop::collection::vec((0_usize..7, 0_usize..3, 1_usize..400), 1..200)) {
+        fn pool_loses_no_bytes_and_never_exceeds_its_bound(
+            steps in prop::collection::vec((0_usize..7, 0_usize..3, 1_usize..400), 1..200)
+        ) {
             let pool = Pool::new(1000);
             let mut shares: Vec<Share> = Vec::new();
             let mut largest = 0;
-            for (what, name, bytes) in steps {
-                match what {
-                    0..3 => shares.extend(pool.take(&holder(&name.to_string()), bytes).now_or_never()),
+            for (action, name, bytes) in steps {
+                match action {
+                    0..3 => {
+                        let name = holder(&name.to_string());
+                        shares.extend(pool.take(&name, bytes).now_or_never());
+                    }
                     3 => shares.extend(pool.try_take(&holder(&name.to_string()), bytes)),
                     4 => {
                         if let Some(share) = shares.get_mut(name) {
-                            // Given up while it waits, if it has to.
+                            // A request that has to wait is dropped at once.
                             share.cover(bytes).now_or_never();
                         }
                     }
@@ -433,14 +467,20 @@ mod tests {
                 largest = largest.max(bytes);
                 let held: usize = shares.iter().map(Share::bytes).sum();
                 prop_assert!(held <= 1000 + largest, "{held}");
-                let first = pool.lock().first;
-                let inside: usize = shares.iter().filter(|share| first != Some(share.id)).map(Share::bytes).sum();
-                prop_assert!(inside <= 1000, "{inside}");
-                prop_assert_eq!(free(&pool), 750 - i64::try_from(inside).unwrap());
+                let oversized = pool.lock().oversized;
+                let counted: usize = shares
+                    .iter()
+                    .filter(|share| oversized != Some(share.id))
+                    .map(Share::bytes)
+                    .sum();
+                prop_assert!(counted <= 1000, "{counted}");
+                prop_assert_eq!(free(&pool), 750 - i64::try_from(counted).unwrap());
             }
             drop(shares);
             prop_assert_eq!(free(&pool), 750);
-            prop_assert!(pool.lock().holders.is_empty() && pool.lock().waiting.is_empty() && pool.lock().first.is_none());
+            let state = pool.lock();
+            prop_assert!(state.holders.is_empty() && state.waiting.is_empty());
+            prop_assert!(state.oversized.is_none());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The bytes of files: streamed in, streamed out, never whole in memory.
+//! Object store for file contents: streamed in, streamed out, never whole in memory.
 
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -13,36 +13,42 @@ use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload};
 
 use super::{Result, StoreError};
 
-/// What is read at a time where nothing else is asked for, in bytes.
+/// Default size of a read chunk in bytes.
 pub const PIECE: u64 = 512 << 10;
 
-/// An object that is written and removed to see whether the store takes one, and its size.
-const PROBE: &str = "probe";
+/// Name of the object that the readiness probe writes and deletes.
+const PROBE_OBJECT: &str = "probe";
+
+/// Size of the probe object in bytes.
 const PROBE_BYTES: usize = 64 << 10;
 
-/// An object store with a folder for each tenant.
+/// Object store with a folder for each tenant.
 #[derive(Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     folder: Arc<FilePath>,
-    /// Device and inode of the folder: those of a disk that is not mounted, or of a folder that was made anew, are others.
+    /// Device and inode of the folder, which differ if its disk is not mounted or if the folder was
+    /// created again.
     identity: (u64, u64),
 }
 
+/// Returns the device and inode of a folder.
 fn identity(folder: &FilePath) -> std::io::Result<(u64, u64)> {
     let found = std::fs::metadata(folder)?;
     Ok((found.dev(), found.ino()))
 }
 
 impl Blobs {
-    /// Objects in a local folder, which is made if need be. What was written is on the disk when writing ends.
+    /// Opens an object store in a local folder; creates the folder if it does not exist.
+    ///
+    /// Each object is flushed to disk before its writer finishes.
     pub fn local(folder: &FilePath) -> Result<Self> {
         let failed =
             |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-        super::private::make_folder(folder)
-            .map_err(|error| failed(format!("cannot be made: {error}")))?;
+        super::private::create_folder(folder)
+            .map_err(|error| failed(format!("cannot be created: {error}")))?;
         if let Err(error) = remove_unfinished(folder, "") {
-            tracing::warn!("unfinished objects are left behind in {}: {error}", folder.display());
+            tracing::warn!(%error, path = %folder.display(), "unfinished objects not removed");
         }
         let store =
             LocalFileSystem::new_with_prefix(folder).map_err(|error| failed(error.to_string()))?;
@@ -50,109 +56,120 @@ impl Blobs {
         Ok(Self { store: Arc::new(store.with_fsync(true)), folder: folder.into(), identity })
     }
 
+    /// Returns the path of an object in the store.
     fn path(tenant: &str, id: &str) -> Path {
         Path::from_iter([tenant, "files", id])
     }
 
-    /// Begins an object, which is there once the writer has finished.
+    /// Starts to write an object, which exists once the writer has finished.
     pub async fn writer(&self, tenant: &str, id: &str) -> Result<BlobWriter> {
         self.check_identity()?;
         let path = Self::path(tenant, id);
-        let place = self.folder.join(tenant).join("files");
-        let upload = self.store.put_multipart(&path).await.map_err(explain)?;
-        Ok(BlobWriter { upload, written: 0, place, id: id.to_owned() })
+        let folder = self.folder.join(tenant).join("files");
+        let upload = self.store.put_multipart(&path).await.map_err(object_error)?;
+        Ok(BlobWriter { upload, written: 0, folder, id: id.to_owned() })
     }
 
-    /// Whether the folder is the one that was opened. If it is gone, or another is in its place, as a disk that is not mounted has it, nothing
-    /// is missing: it may come back.
+    /// Tests that the folder is the one that was opened.
+    ///
+    /// If the disk of the folder is not mounted, objects are unavailable and not missing: the disk
+    /// may be mounted again.
     fn check_identity(&self) -> Result<()> {
         if identity(&self.folder).ok() == Some(self.identity) {
             return Ok(());
         }
-        Err(StoreError::Objects("the folder of objects is gone, or another is in its place".into()))
+        Err(StoreError::Objects(
+            "its folder is missing or was replaced; mount or restore the original folder".into(),
+        ))
     }
 
-    /// The size of an object in bytes.
+    /// Returns the size of an object in bytes.
     pub async fn size(&self, tenant: &str, id: &str) -> Result<u64> {
-        match self.store.head(&Self::path(tenant, id)).await.map_err(explain) {
+        match self.store.head(&Self::path(tenant, id)).await.map_err(object_error) {
             Err(missing @ StoreError::Missing(_)) => self.check_identity().and(Err(missing)),
             found => Ok(found?.size),
         }
     }
 
-    /// Some bytes of an object.
+    /// Reads a range of an object.
+    ///
+    /// Fails with [`StoreError::Missing`] if the object is missing or shorter than the range.
     pub async fn read_range(&self, tenant: &str, id: &str, range: Range<u64>) -> Result<Bytes> {
         let end = range.end;
         let expected = end.saturating_sub(range.start);
-        let read = self.store.get_range(&Self::path(tenant, id), range).await.map_err(explain);
+        let read = self.store.get_range(&Self::path(tenant, id), range).await.map_err(object_error);
         match read {
             Ok(bytes) if bytes.len() as u64 == expected => Ok(bytes),
             read => {
                 let size = self.size(tenant, id).await?;
                 if size < end {
                     return Err(StoreError::Missing(format!(
-                        "it has {size} bytes, fewer than it had"
+                        "object {id} has {size} bytes, but {end} are expected"
                     )));
                 }
-                read.and_then(|_| Err(StoreError::Objects("a read was cut short".into())))
+                read.and_then(|_| Err(StoreError::Objects("a read returned too few bytes".into())))
             }
         }
     }
 
-    /// The bytes of an object, or of a part of it, in pieces of up to `piece`.
+    /// Streams an object, or a range of it, in chunks of up to `chunk_bytes`.
     pub async fn read(
         &self,
         tenant: &str,
         id: &str,
         range: Option<Range<u64>>,
-        piece: u64,
+        chunk_bytes: u64,
     ) -> Result<BoxStream<'static, Result<Bytes>>> {
         let size = self.size(tenant, id).await?;
         let Range { start, end } = range.unwrap_or(0..size);
         let (blobs, tenant, id, end) =
             (self.clone(), tenant.to_owned(), id.to_owned(), end.min(size));
-        // Piece by piece, and not as the store would stream it: from a local file those are 8 KiB, each a trip to another thread.
-        let pieces = futures_util::stream::try_unfold(start, move |at| {
+        // The store's own stream of a local file has chunks of 8 KiB, each a thread switch.
+        let chunks = futures_util::stream::try_unfold(start, move |at| {
             let (blobs, tenant, id) = (blobs.clone(), tenant.clone(), id.clone());
             async move {
                 if at >= end {
                     return Ok(None);
                 }
-                let next = at.saturating_add(piece.max(1)).min(end);
+                let next = at.saturating_add(chunk_bytes.max(1)).min(end);
                 Ok(Some((blobs.read_range(&tenant, &id, at..next).await?, next)))
             }
         });
-        Ok(Box::pin(pieces))
+        Ok(Box::pin(chunks))
     }
 
-    /// Whether the store is the one that was opened, and takes an object.
+    /// Tests that the folder is the one that was opened and that an object can be written.
     pub async fn probe(&self) -> Result<()> {
         self.check_identity().map_err(|error| StoreError::Missing(error.to_string()))?;
-        let path = Path::from(PROBE);
-        self.store.put(&path, PutPayload::from(vec![b'.'; PROBE_BYTES])).await.map_err(explain)?;
-        self.store.delete(&path).await.map_err(explain)
+        let path = Path::from(PROBE_OBJECT);
+        self.store
+            .put(&path, PutPayload::from(vec![b'.'; PROBE_BYTES]))
+            .await
+            .map_err(object_error)?;
+        self.store.delete(&path).await.map_err(object_error)
     }
 
-    /// Removes an object; one that is not there is as good as removed.
+    /// Deletes an object; succeeds if the object does not exist.
     pub async fn delete(&self, tenant: &str, id: &str) -> Result<()> {
         match self.store.delete(&Self::path(tenant, id)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(explain(error)),
+            Err(error) => Err(object_error(error)),
         }
     }
 }
 
-/// Removes what a process was writing when it was killed, of files whose names begin so. A file being written bears its object's name, `#`
-/// and a number; nobody else writes here.
-fn remove_unfinished(folder: &FilePath, begin: &str) -> std::io::Result<()> {
+/// Removes unfinished files whose names start with `prefix`, in a folder and its subfolders.
+///
+/// An unfinished file has the name of its object, `#` and a number. Nothing else writes here.
+fn remove_unfinished(folder: &FilePath, prefix: &str) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            remove_unfinished(&entry.path(), begin)?;
+            remove_unfinished(&entry.path(), prefix)?;
             continue;
         }
         let name = entry.file_name();
-        let name = name.to_str().filter(|name| name.starts_with(begin));
+        let name = name.to_str().filter(|name| name.starts_with(prefix));
         let number = name.and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
         if number.is_some_and(|number| {
             !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
@@ -163,62 +180,67 @@ fn remove_unfinished(folder: &FilePath, begin: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// An object being written. Dropped before the end, it leaves nothing that can be read.
+/// Writer of an object. A writer that is dropped before it finishes leaves no readable object.
 pub struct BlobWriter {
     upload: Box<dyn MultipartUpload>,
     written: u64,
-    /// The folder it is written in, under this name.
-    place: PathBuf,
+    /// Folder of the object's file.
+    folder: PathBuf,
+    /// Name of the object's file.
     id: String,
 }
 
 impl BlobWriter {
-    /// Writes bytes, which the caller gathers: each call is a trip to another thread.
+    /// Writes bytes. Callers buffer, because each call is a thread switch.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.written = self.written.saturating_add(bytes.len() as u64);
-        self.upload.put_part(PutPayload::from(bytes)).await.map_err(explain)
+        self.upload.put_part(PutPayload::from(bytes)).await.map_err(object_error)
     }
 
+    /// Returns the number of bytes written so far.
     pub fn written(&self) -> u64 {
         self.written
     }
 
+    /// Completes the object and returns its size in bytes.
     pub async fn finish(mut self) -> Result<u64> {
-        let finished = self.upload.complete().await.map_err(explain);
+        let finished = self.upload.complete().await.map_err(object_error);
         if finished.is_err() {
-            // What could not be completed stays otherwise, under a name of its own, until the next start.
-            let (place, begin) = (self.place, format!("{}#", self.id));
-            let removal = tokio::task::spawn_blocking(move || remove_unfinished(&place, &begin));
+            // The unfinished file would otherwise stay until the next start.
+            let (folder, prefix) = (self.folder, format!("{}#", self.id));
+            let removal = tokio::task::spawn_blocking(move || remove_unfinished(&folder, &prefix));
             if let Ok(Err(error)) = removal.await {
-                tracing::debug!("an unfinished object is left behind: {error}");
+                tracing::debug!(%error, "unfinished object not removed");
             }
         }
         finished.map(|_| self.written)
     }
 
-    /// Gives up and removes what was written.
+    /// Aborts the object and removes its unfinished file.
     pub async fn abort(mut self) {
         if let Err(error) = self.upload.abort().await {
-            tracing::debug!("an unfinished object is left behind: {error}");
+            tracing::debug!(%error, "unfinished object not removed");
         }
     }
 }
 
-fn explain(error: object_store::Error) -> StoreError {
+/// Converts an error of the object store.
+fn object_error(error: object_store::Error) -> StoreError {
     if matches!(error, object_store::Error::NotFound { .. }) {
         return StoreError::Missing(error.to_string());
     }
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(current) = cause {
         if let Some(io) = current.downcast_ref::<std::io::Error>() {
-            return explain_io(io, error.to_string());
+            return io_error(io, error.to_string());
         }
         cause = current.source();
     }
     StoreError::Objects(error.to_string())
 }
 
-fn explain_io(error: &std::io::Error, message: String) -> StoreError {
+/// Converts an I/O error with a message for the operator.
+fn io_error(error: &std::io::Error, message: String) -> StoreError {
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             StoreError::Full(message)

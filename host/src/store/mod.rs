@@ -1,9 +1,39 @@
-//! What lasts: metadata and results in a database, the bytes of files in an object store.
+//! Durable state: metadata and results in a database, file contents in an object store.
 //!
-//! [`Store`] is made of whole operations, each of which happens or does not, so that another database can take SQLite's place. Work on a
-//! batch is claimed with a lease and a fencing number: a holder whose lease was taken over can change nothing any more.
+//! **Durability.** [`Store`] consists of whole operations: each operation happens completely or not
+//! at all, and is on disk when it returns.
+//! Another database can therefore replace SQLite.
+//! A file has a record in the database and an object in the object store, and no transaction spans
+//! both.
+//! The host registers an object before it writes the bytes ([`Store::begin_object`]), and the
+//! commit of the file's record removes the registration.
+//! After a crash, the registrations of the dead process name every object to remove.
+//! No object is removed because it is unknown: an operator may restore an older database beside
+//! newer objects.
+//! A deleted file leaves a tombstone for a while, so that a client can list the files after it.
 //!
-//! Architecture invariant: this room knows no JSON of the API and no plugins. The tenant is part of every key, path and query.
+//! **Claims.** A worker claims a batch before it works on the batch.
+//! A claim is a conditional update, so two concurrent claims of one batch cannot both succeed.
+//! No lock of the process guards durable state.
+//!
+//! **Leases.** A claim has a lease, which the worker renews.
+//! Another process may claim the batch after the lease has expired.
+//! The process that holds the claim may not: a clock that jumps, or a disk that refuses renewals
+//! for a while, must not make one process work on a batch twice.
+//!
+//! **Fences.** Each claim increments the fence of its batch.
+//! Every update of the batch, its results or a saved job state compares the fence in the same
+//! transaction.
+//! A worker whose batch was claimed again gets [`StoreError::Fenced`], and its update is rolled
+//! back.
+//! Correctness depends on the fence; the lease only decides when another process tries a takeover.
+//!
+//! **Cancellation.** A client cancels a batch without a claim, at any moment.
+//! Every later status change of the worker tests for `cancelling`, so that a batch reported as
+//! `cancelling` ends as `cancelled`.
+//!
+//! Architecture invariant: this module knows neither the JSON of the API nor plugins.
+//! The tenant is part of every key, path and query.
 
 mod blobs;
 mod private;
@@ -21,80 +51,116 @@ pub use sqlite::SqliteStore;
 
 use crate::clock::Timestamp;
 
+/// Error of the database or the object store.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
+    /// Unusable data folder.
     #[error("the data folder {folder}: {message}")]
-    Folder { folder: String, message: String },
+    Folder {
+        /// Path of the folder.
+        folder: String,
+        /// Cause and remedy.
+        message: String,
+    },
+    /// Full disk; message of the database or the object store.
     #[error("the disk is full; free some space and try again ({0})")]
     Full(String),
+    /// Failure of the database; its message.
     #[error("the database failed: {0}")]
     Database(String),
+    /// Failure of the object store; its message.
     #[error("the object store failed: {0}")]
     Objects(String),
-    #[error("the object is gone: {0}")]
+    /// Missing object, or object that is shorter than its record says; its description.
+    #[error("data is missing from the object store: {0}")]
     Missing(String),
-    /// Somebody else holds the batch now.
-    #[error("another worker has taken over this batch")]
+    /// Obsolete claim: the batch was claimed again.
+    #[error("another worker has claimed this batch")]
     Fenced,
-    /// A client cancelled the batch that was about to end in another way.
+    /// Cancellation by a client before the batch could end as expired.
     #[error("the batch was cancelled meanwhile")]
     Overtaken,
-    /// Found before anything is made of it.
+    /// Request without a result in a batch that is about to end; nothing was written.
     #[error("not every line has a result")]
     Incomplete,
+    /// Closed store.
     #[error("the server is shutting down")]
     Closed,
-    /// The store could do it, but something else that the work needs is not there.
+    /// Unavailable dependency other than the store; the cause.
     #[error("the server is not ready: {0}")]
     NotReady(String),
 }
 
+/// Result of an operation of the store.
 pub type Result<T> = std::result::Result<T, StoreError>;
 
+/// Metadata of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileRecord {
+    /// Id, unique for its tenant.
     pub id: String,
+    /// Size in bytes.
     pub bytes: u64,
+    /// Time of creation.
     pub created_at: Timestamp,
+    /// Time from which clients no longer see the file.
     pub expires_at: Option<Timestamp>,
+    /// Name that the client gave.
     pub filename: String,
+    /// Purpose as the API names it.
     pub purpose: String,
 }
 
-/// Which way a list runs.
+/// Sort order of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
+    /// Descending by creation.
     NewestFirst,
+    /// Ascending by creation.
     OldestFirst,
 }
 
-/// A page of a list.
+/// Page of a list.
 #[derive(Debug)]
 pub struct Page<T> {
+    /// Entries in list order.
     pub items: Vec<T>,
+    /// True if entries follow this page.
     pub has_more: bool,
 }
 
-/// A page, or that the item to begin after is not there.
+/// Page of a list, or the report that the `after` id is unknown.
 #[derive(Debug)]
 pub enum Paged<T> {
+    /// Page of entries.
     Page(Page<T>),
+    /// Unknown id to start after.
     UnknownAfter,
 }
 
+/// Status of a batch, as the API names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
+    /// Validation of the input file, or wait for it.
     Validating,
+    /// End with errors of the batch.
     Failed,
+    /// Execution of requests.
     InProgress,
+    /// Copy of the results into the output and error files.
     Finalizing,
+    /// End with a result for every request.
     Completed,
+    /// End because the completion window ended.
     Expired,
+    /// Cancellation by a client; the worker has not ended the batch yet.
     Cancelling,
+    /// End after a cancellation by a client.
     Cancelled,
 }
 
 impl Status {
+    /// All statuses.
     pub const ALL: [Self; 8] = [
         Self::Validating,
         Self::Failed,
@@ -106,6 +172,7 @@ impl Status {
         Self::Cancelled,
     ];
 
+    /// Returns the name in the API and in the database.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Validating => "validating",
@@ -119,293 +186,371 @@ impl Status {
         }
     }
 
+    /// Returns true if the batch has ended.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Failed | Self::Completed | Self::Expired | Self::Cancelled)
     }
 }
 
-/// A fault of the input, or of one of its lines.
+/// Error of an input file or of one of its lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchError {
+    /// Machine-readable code.
     pub code: String,
+    /// Message for the client.
     pub message: String,
+    /// Parameter that has the error.
     pub param: Option<String>,
+    /// Line of the input file, from 1.
     pub line: Option<u64>,
 }
 
+/// Request counts of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// All requests; 0 before validation ends.
     pub total: u64,
+    /// Requests with a result in the output file.
     pub completed: u64,
+    /// Requests with a result in the error file.
     pub failed: u64,
 }
 
 impl Counts {
-    /// Whether every request has ended.
+    /// Returns true if every request has a result.
     pub fn is_whole(&self) -> bool {
         self.completed.saturating_add(self.failed) == self.total
     }
 }
 
+/// Token counts of a request, or of all requests of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TokenUsage {
+    /// Input tokens, cached ones included.
     pub input: u64,
+    /// Input tokens that the provider read from its cache.
     pub cached_input: u64,
+    /// Output tokens, reasoning tokens included.
     pub output: u64,
+    /// Output tokens that the model spent on reasoning.
     pub reasoning: u64,
 }
 
-/// When a batch came into each of its states.
+/// Times at which a batch entered its statuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
+    /// Time of [`Status::InProgress`].
     pub in_progress_at: Option<Timestamp>,
+    /// Time of [`Status::Finalizing`].
     pub finalizing_at: Option<Timestamp>,
+    /// Time of [`Status::Completed`].
     pub completed_at: Option<Timestamp>,
+    /// Time of [`Status::Failed`].
     pub failed_at: Option<Timestamp>,
+    /// Time of [`Status::Expired`].
     pub expired_at: Option<Timestamp>,
+    /// Time of [`Status::Cancelling`].
     pub cancelling_at: Option<Timestamp>,
+    /// Time of [`Status::Cancelled`].
     pub cancelled_at: Option<Timestamp>,
 }
 
+/// Key-value pairs that the client gave.
 pub type Metadata = BTreeMap<String, String>;
 
-/// A batch as a client asks for it.
+/// Batch as a client requests it.
 #[derive(Clone, Debug)]
 pub struct NewBatch {
+    /// Id, unique for its tenant.
     pub id: String,
+    /// Path of the API endpoint that every request names.
     pub endpoint: String,
+    /// Id of the input file.
     pub input_file_id: String,
+    /// Completion window as the client wrote it.
     pub completion_window: String,
+    /// Metadata of the client.
     pub metadata: Option<Metadata>,
+    /// Time of creation.
     pub created_at: Timestamp,
+    /// End of the completion window.
     pub expires_at: Timestamp,
-    /// How long the output files are kept after they are made.
+    /// Lifetime of the result files, from their creation.
     pub output_lifetime: Option<Duration>,
 }
 
-/// A key that a client sends with a creation, so that it can be repeated.
+/// Idempotency key of a creation, which lets a client retry the creation.
 #[derive(Clone, Debug)]
 pub struct Idempotency {
+    /// Key that the client sent.
     pub key: String,
-    /// A digest of the parameters: the same key with others is a conflict.
+    /// Digest of the parameters; the same key with another digest is a conflict.
     pub fingerprint: [u8; 32],
 }
 
-/// What the creation of a batch came to.
+/// Outcome of the creation of a batch.
 #[derive(Debug)]
 pub enum Created {
+    /// Inserted batch.
     New,
-    /// The batch that was made before with the same key and parameters.
+    /// Batch of an earlier creation with the same key and parameters.
     Before(Box<BatchRecord>),
-    /// The key was used before, with other parameters.
+    /// Conflict with an earlier creation: same key, other parameters.
     Conflict,
 }
 
+/// Batch as it is stored.
 #[derive(Clone, Debug)]
 pub struct BatchRecord {
+    /// Batch as the client requested it.
     pub new: NewBatch,
+    /// Current status.
     pub status: Status,
+    /// Model of all requests, if they share one.
     pub model: Option<String>,
+    /// First [`FIRST_ERRORS`] errors, and a notice if there are more.
     pub errors: Vec<BatchError>,
+    /// Id of the file with the completed requests.
     pub output_file_id: Option<String>,
+    /// Id of the file with the failed requests.
     pub error_file_id: Option<String>,
+    /// Times of the status changes.
     pub times: Times,
+    /// Request counts.
     pub counts: Counts,
+    /// Token counts of all results.
     pub usage: TokenUsage,
-    /// What its requests waited for when it was given back to rest, unless something was answered since.
+    /// Cause of the latest backoff; `None` after any later result.
     pub waits_for: Option<WaitsFor>,
 }
 
-/// What a batch waits for.
+/// Cause for which a batch waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitsFor {
-    /// One sentence for the client.
+    /// Sentence for the client.
     pub cause: String,
+    /// Time since which the batch waits.
     pub since: Timestamp,
-    /// When it is tried again.
+    /// Time of the next attempt.
     pub next: Timestamp,
 }
 
-/// How a batch is given back.
+/// Position in its lane to which a claimed batch is released.
 #[derive(Clone, Debug)]
 pub enum Release {
-    /// With its place in the order.
+    /// Position before the claim.
     AsItWas,
-    /// It has had its turn: behind those that wait since before.
+    /// Behind the batches that have waited since an earlier time.
     Turn(Timestamp),
-    /// Nothing can be done before then.
+    /// Backoff until this time, for this cause.
     Rest(Timestamp, Option<WaitsFor>),
 }
 
-/// A request that a provider works on, and that is asked about now and then.
+/// Request in progress at a provider that the host polls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// The name of the plugin whose state it is.
+    /// Name of the plugin that wrote the state.
     pub plugin: String,
+    /// State of the plugin, opaque to the host.
     pub state: Vec<u8>,
 }
 
-/// Errors that a batch is given with where not all are asked for.
+/// Maximum number of errors in a [`BatchRecord`], without the notice that there are more.
 pub const FIRST_ERRORS: usize = 5;
 
 impl BatchRecord {
-    /// Whether it has more errors than it was given with. The last of them says so.
+    /// Returns true if the batch has more errors than the record.
     pub fn has_more_errors(&self) -> bool {
         self.errors.len() > FIRST_ERRORS
     }
 }
 
-/// What has to be done for a batch next. Batches of one lane compete for a place, those of different lanes do not: what waits for a
-/// provider must not hold up what waits for another, or for none.
+/// Queue of the batches that need the same work next.
+///
+/// Batches compete within a lane and not between lanes: a batch that waits for one provider must
+/// not delay a batch that waits for another provider, or for none.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
+    /// Validation of the input file.
     Validate,
-    /// Its requests go to these plugins.
+    /// Execution of requests that go to these plugins.
     Execute(BTreeSet<String>),
-    /// Nothing is to be sent any more.
+    /// Finalizing; no request is sent any more.
     Finish,
 }
 
-/// A batch that nobody works on.
+/// Batch that nobody has claimed.
 #[derive(Clone, Debug)]
 pub struct Waiting {
+    /// Lane in which the batch waits.
     pub lane: Lane,
-    /// When it was created, or had its last turn.
+    /// Time of creation or of the last turn.
     pub since: Timestamp,
     key: BatchKey,
 }
 
 impl Waiting {
+    /// Returns a waiting batch without a row in a database.
     #[cfg(test)]
     pub fn of(lane: Lane, since: Timestamp) -> Self {
         Self { lane, since, key: BatchKey { tenant: 0, batch: 0 } }
     }
 }
 
-/// The right to work on a batch until the lease ends or is taken over.
+/// Right to work on a batch until the batch is released or claimed again.
 #[derive(Clone, Debug)]
 pub struct Claim {
+    /// Tenant of the batch.
     pub tenant: String,
+    /// Id of the batch.
     pub batch_id: String,
-    /// Where it stood when it was claimed.
+    /// Lane of the batch at the time of the claim.
     pub lane: Lane,
     tenant_key: i64,
     batch_key: i64,
     fence: i64,
 }
 
-/// Which of the two files a line ends in, and how it counts.
+/// Outcome of a request, which selects its result file and its count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// Output file; completed.
+    /// Output file; counts as completed.
     Completed,
-    /// Error file; failed.
+    /// Error file; counts as failed.
     Failed,
 }
 
-/// How one request ended: a line of a result file, without its line end.
+/// Result of one request.
 #[derive(Clone, Debug)]
 pub struct ResultRow {
     /// Physical line of the input file, from 1.
     pub line: u64,
+    /// Outcome of the request.
     pub ending: Ending,
+    /// Line of the result file, without its line end.
     pub payload: Vec<u8>,
+    /// Token counts; zero in results that are read back.
     pub usage: TokenUsage,
 }
 
-/// What validation found out about a batch that it let through.
+/// Facts about a batch that passed validation.
 #[derive(Clone, Debug)]
 pub struct Validated {
+    /// Number of requests.
     pub total: u64,
-    /// The model of all requests, if it is one.
+    /// Model of all requests, if they share one.
     pub model: Option<String>,
-    /// The plugins that its requests go to.
+    /// Names of the plugins that the requests go to.
     pub plugins: BTreeSet<String>,
+    /// Validator plugins that accepted the requests.
     pub judged_by: Vec<ServedBy>,
 }
 
-/// A plugin that had a part in a batch, as it was then.
+/// Exact version of a plugin that a batch used.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServedBy {
+    /// Name of the plugin.
     pub name: String,
+    /// Kind of the plugin, such as adapter or validator.
     pub kind: String,
+    /// Version that the plugin reports.
     pub version: String,
+    /// Digest of the component, in hexadecimal.
     pub sha256: String,
 }
 
-/// A batch in the database.
+/// Database key of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchKey {
     tenant: i64,
     batch: i64,
 }
 
-/// Some results of a batch.
+/// Page of the results of a batch.
 #[derive(Debug, Default)]
 pub struct Results {
+    /// Results in line order.
     pub rows: Vec<ResultRow>,
-    /// The size of the next one, if it alone is larger than what was asked for; there are no rows then.
+    /// Bytes of the next result, if that result alone exceeds the limit; `rows` is empty then.
     pub too_large: Option<usize>,
 }
 
-/// How a batch ends.
+/// End of a batch.
 #[derive(Clone, Debug)]
 pub struct Finish {
     /// `Completed`, `Cancelled`, `Expired` or `Failed`.
     pub status: Status,
-    /// Why it failed, if it did.
+    /// Errors of a failed batch.
     pub errors: Vec<BatchError>,
+    /// File of the completed requests.
     pub output: Option<FileRecord>,
+    /// File of the failed requests.
     pub error: Option<FileRecord>,
+    /// Time of the end.
     pub at: Timestamp,
 }
 
-/// What a request to cancel found.
+/// Outcome of a request to cancel.
 #[derive(Debug)]
 pub enum Cancel {
-    /// The batch is being cancelled or was before.
+    /// Batch in `Cancelling` or `Cancelled`, from this request or an earlier one.
     Accepted(Box<BatchRecord>),
-    /// It had ended in another way.
+    /// Final status of a batch that had already ended.
     TooLate(Status),
+    /// Unknown batch.
     Unknown,
 }
 
+/// Database of files, batches and results.
+///
+/// Each method is one transaction. Methods that take a [`Claim`] and change the batch fail with
+/// [`StoreError::Fenced`] if the batch was claimed again.
 #[async_trait]
 pub trait Store: Send + Sync {
+    /// Inserts the record of a file and removes the registration of its object.
     async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()>;
-    /// A file that is neither deleted nor expired.
+    /// Returns a file that is neither deleted nor expired.
     async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>>;
+    /// Lists the files that are neither deleted nor expired.
     async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>>;
-    /// Whether there was such a file. Its bytes stay while a batch reads them.
+    /// Marks a file as deleted; returns false if there is no such file.
+    ///
+    /// The object stays while a batch reads it.
     async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool>;
-    /// Takes note, before it is written, of an object that the record of a file will lead to.
+    /// Registers an object before its bytes are written, so that a crash leaves no unknown object.
     async fn begin_object(&self, tenant: &str, id: &str) -> Result<()>;
-    /// Objects that a process had begun that is gone, as tenant and id.
+    /// Returns objects that an earlier process registered, as tenant and id.
     async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>>;
-    /// Whether an object that was begun has no record yet, those on their way to the store included.
+    /// Returns true if an object is registered and has no record yet.
+    ///
+    /// Records whose insertion is already queued count as inserted.
     async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool>;
-    /// Takes note that an object which no record leads to is gone.
+    /// Removes the registration of an object that was deleted.
     async fn object_removed(&self, tenant: &str, id: &str) -> Result<()>;
-    /// Files deleted or expired that no running batch reads, as tenant and id.
+    /// Returns deleted and expired files that no running batch reads, as tenant and id.
     async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
-    /// Takes note that a file's bytes are gone. Its id is remembered for a while, so that a list can go on after it.
+    /// Turns the record of a file into a tombstone after its object was deleted.
+    ///
+    /// A list can still start after the id of a tombstone.
     async fn file_removed(&self, tenant: &str, id: &str) -> Result<()>;
-    /// Removes what is remembered of some files that went before this; whether there may be more.
+    /// Removes up to `limit` tombstones of files deleted or expired before `gone_before`; returns
+    /// true if more may remain.
     async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
 
-    /// One creation for one idempotency key, also when two come at once.
+    /// Inserts a batch, at most one for each idempotency key, even under concurrent requests.
     async fn create_batch(
         &self,
         tenant: &str,
         new: NewBatch,
         idempotency: Option<Idempotency>,
     ) -> Result<Created>;
-    /// A batch, with the first few of its errors.
+    /// Returns a batch with its first errors.
     async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
-    /// All errors of a batch.
+    /// Returns all errors of a batch.
     async fn batch_errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>>;
-    /// Newest first. The page ends before the limit where its entries take more than so many bytes; of the errors of each entry there are
-    /// the first few.
+    /// Lists batches, newest first, each with its first errors.
+    ///
+    /// The page ends at `limit` entries, or when its entries reach about `bytes` bytes.
     async fn batches(
         &self,
         tenant: &str,
@@ -413,33 +558,40 @@ pub trait Store: Send + Sync {
         limit: usize,
         bytes: usize,
     ) -> Result<Paged<BatchRecord>>;
+    /// Sets a batch that has not ended to `Cancelling`.
     async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
 
-    /// Of each lane the batch that waits for longest, among those that have not ended and that nobody holds; never one that this process
-    /// holds itself.
+    /// Returns the oldest waiting batch of each lane, and the batch that expired first.
+    ///
+    /// A batch waits if it has not ended and no lease on it is valid. A batch that this process has
+    /// claimed never waits, even if the lease has expired.
     async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>>;
-    /// Claims a batch, if nobody has claimed it meanwhile.
+    /// Claims a batch until `until`, or returns `None` if it was claimed meanwhile.
     async fn claim(
         &self,
         waiting: &Waiting,
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Option<Claim>>;
+    /// Extends the lease to `until`.
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
-    /// Gives a batch back.
+    /// Releases a claimed batch.
     async fn release(&self, claim: &Claim, how: Release) -> Result<()>;
-    /// Ends the rest of all batches.
+    /// Ends the backoff of all batches.
     async fn wake(&self, now: Timestamp) -> Result<()>;
-    /// Keeps the state of a request that a provider works on, in place of the one before.
+    /// Saves the state of a request in progress at a provider; replaces an earlier state.
     async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()>;
+    /// Returns the saved state of a request.
     async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>>;
-    /// Forgets a job, as the request begins anew.
+    /// Deletes the saved state of a request that starts again.
     async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()>;
-    /// Whether any state of a batch's requests is kept.
+    /// Returns true if the batch has any saved state.
     async fn has_jobs(&self, claim: &Claim) -> Result<bool>;
-    /// The input file, if it was there when the batch was created: deleting it later does no harm.
+    /// Returns the input file, if it existed when the batch was created.
+    ///
+    /// A later deletion of the file changes nothing.
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>>;
-    /// `Validating` to `Failed`.
+    /// Changes `Validating` to `Failed`, or `Cancelling` to `Cancelled`.
     async fn fail(
         &self,
         claim: &Claim,
@@ -447,53 +599,69 @@ pub trait Store: Send + Sync {
         by: Vec<ServedBy>,
         at: Timestamp,
     ) -> Result<()>;
-    /// `Validating` to `InProgress`; a batch that is being cancelled keeps its status and gets its counts. The batch is given back, to be claimed
-    /// in its new lane when its turn comes.
+    /// Changes `Validating` to `InProgress` and stores the results of validation.
+    ///
+    /// A batch in `Cancelling` keeps its status. The batch is released, to be claimed in its new
+    /// lane.
     async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
-    /// Adds results, counts them, and remembers who served them, all at once. A line that has a result keeps the first.
+    /// Inserts results, their counts and the plugins that served them, in one transaction.
+    ///
+    /// A line that has a result already keeps it.
     async fn record(
         &self,
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
         by: Vec<ServedBy>,
     ) -> Result<()>;
-    /// The plugins that served a batch, in the order of their first part in it; none if there is no such batch.
+    /// Returns the plugins that a batch used, in order of first use, or `None` if there is no such
+    /// batch.
     async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>>;
-    /// Lines that have a result, in order, beyond `after`.
+    /// Returns up to `limit` lines after `after` that have a result, in order.
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>>;
-    /// `InProgress` to `Finalizing`; a batch that is being cancelled keeps its status.
+    /// Changes `InProgress` to `Finalizing`; a batch in `Cancelling` keeps its status.
     async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()>;
-    /// Results in order, beyond `after`, of so many bytes in all.
+    /// Returns the results of the lines after `after`, in order, of up to `bytes` bytes in total.
     async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Results>;
-    /// Ends the batch and gives it its files, all at once. One that was cancelled does not end as expired: [`StoreError::Overtaken`].
+    /// Ends the batch and inserts its result files, in one transaction.
+    ///
+    /// Fails with [`StoreError::Overtaken`] if a batch in `Cancelling` is to end as expired.
     async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
-    /// Removes some results of ended batches, whose files hold them; whether there may be more.
+    /// Removes up to `limit` results of ended batches, whose files contain them; returns true if
+    /// more may remain.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
-    /// Some batches that ended before this and whose files are gone.
+    /// Returns up to `limit` batches that ended before `ended_before` and whose files are removed.
     async fn forgettable_batches(
         &self,
         ended_before: Timestamp,
         limit: usize,
     ) -> Result<Vec<BatchKey>>;
+    /// Deletes batches.
     async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
-    /// Gives the disk back some of the space that is not used any more; whether there may be more.
+    /// Returns some free pages to the file system; returns true if more may remain.
     async fn compact(&self) -> Result<bool>;
-    /// Puts everything into its place. Nothing can be written any more.
+    /// Ends all reads and writes, then copies the write-ahead log into the database.
+    ///
+    /// Later calls fail with [`StoreError::Closed`].
     async fn close(&self);
-    /// Whether it can read and write; an error says why not.
+    /// Tests that the database can be written and read.
     async fn probe(&self, now: Timestamp) -> Result<()>;
-    /// Whether it can read.
+    /// Tests that the database can be read.
     async fn probe_read(&self) -> Result<()>;
-    /// Files that were recorded last, as tenant and id.
+    /// Returns the newest files that clients can see, as tenant and id.
     async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
 }
 
-/// Which files to list.
+/// Filter, order and range of a list of files.
 #[derive(Clone, Debug)]
 pub struct FileQuery {
+    /// Purpose of the files; `None` for all.
     pub purpose: Option<String>,
+    /// Sort order.
     pub order: Order,
+    /// Id of the file after which the page starts.
     pub after: Option<String>,
+    /// Maximum number of entries.
     pub limit: usize,
+    /// Current time, which decides which files have expired.
     pub now: Timestamp,
 }

@@ -1,8 +1,11 @@
-//! Who may read what is kept: prompts, answers and plugins' secrets are the operator's, not every local user's.
+//! File modes: only the server's own user may read prompts, responses and plugin secrets.
 //!
-//! What the server makes is made for its own user alone, by the umask of the process ([`umask`]) and by the modes given here. What an
-//! earlier version made for others, too, is corrected when it is opened. A folder that holds other things than the server's is somebody's
-//! and keeps its mode: what the server has in it is corrected all the same.
+//! The server creates files and folders for its own user alone, by the umask of the process
+//! ([`umask`]) and by explicit modes.
+//! Files that an earlier version created with wider modes are restricted when the data folder is
+//! opened.
+//! A data folder that also contains foreign files keeps its mode, because its user chose the mode;
+//! the server's own files in the folder are restricted all the same.
 
 use std::fs::{DirBuilder, Permissions};
 use std::io::Result;
@@ -10,8 +13,8 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// What a data folder holds. Everything else is somebody's.
-const OWN: [&str; 10] = [
+/// Names of the server's own entries in a data folder; all other entries are foreign.
+const OWN_ENTRIES: [&str; 10] = [
     "batchwright.db",
     "batchwright.db-wal",
     "batchwright.db-shm",
@@ -24,54 +27,59 @@ const OWN: [&str; 10] = [
     "run.json.new",
 ];
 
-/// The umask that the process was started with.
-static STARTED_WITH: OnceLock<u32> = OnceLock::new();
+/// Umask with which the process was started.
+static INITIAL_UMASK: OnceLock<u32> = OnceLock::new();
 
-/// Makes every file of this process from now on readable for its own user alone, unless its mode is set otherwise.
+/// Restricts files that this process creates from now on to its own user, unless a mode is set.
 pub fn umask() {
     let before = rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    STARTED_WITH.get_or_init(|| before.bits());
+    INITIAL_UMASK.get_or_init(|| before.bits());
 }
 
-/// The mode of a file that is made for the user who gave the command, as their umask has it; none if the process has it still.
+/// Returns the mode of a new file under the user's own umask, or `None` if the umask is unchanged.
 pub fn users_mode() -> Option<u32> {
-    STARTED_WITH.get().map(|umask| 0o666 & !umask)
+    INITIAL_UMASK.get().map(|umask| 0o666 & !umask)
 }
 
-/// Makes a folder, and those it is in, for this user alone; one that is there stays as it is.
-pub fn make_folder(folder: &Path) -> Result<()> {
+/// Creates a folder and its parents for this user alone; an existing folder keeps its mode.
+pub fn create_folder(folder: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
-/// Takes a data folder away from other users, as far as it is ours to do so. What cannot be corrected is logged.
-pub fn correct(folder: &Path) {
-    // Without a database it is not ours, whatever the names in it.
+/// Removes the access of other users to a data folder; logs paths whose mode cannot be changed.
+pub fn restrict_modes(folder: &Path) {
+    // A folder without a database is no data folder, whatever its entries are called.
     if !folder.join("batchwright.db").exists() {
         return;
     }
     let Ok(entries) = std::fs::read_dir(folder) else { return };
-    let mut all_ours = true;
+    let mut all_own = true;
     for entry in entries.flatten() {
-        let is_own = entry.file_name().to_str().is_some_and(|name| OWN.contains(&name));
-        all_ours &= is_own;
-        // The cache sees to itself.
+        let is_own = entry.file_name().to_str().is_some_and(|name| OWN_ENTRIES.contains(&name));
+        all_own &= is_own;
+        // The compile cache checks its own modes.
         if is_own && entry.file_name() != "cache" {
-            correct_one(&entry.path());
+            restrict_mode(&entry.path());
         }
     }
-    if all_ours {
-        correct_one(folder);
+    if all_own {
+        restrict_mode(folder);
     } else if is_open(folder).unwrap_or(false) {
-        tracing::debug!("the data folder holds other files, so its own mode is left as it is");
+        tracing::debug!(
+            path = %folder.display(),
+            "data folder contains foreign files, mode unchanged"
+        );
     }
 }
 
+/// Returns true if other users have any access to a path.
 fn is_open(path: &Path) -> Result<bool> {
     Ok(std::fs::metadata(path)?.permissions().mode() & 0o077 != 0)
 }
 
-fn correct_one(path: &Path) {
-    let corrected = || {
+/// Removes the access of other users to a path; logs a failure.
+fn restrict_mode(path: &Path) {
+    let restrict = || {
         let found = std::fs::symlink_metadata(path)?;
         let mode = found.permissions().mode() & 0o777;
         if found.is_symlink() || mode & 0o077 == 0 {
@@ -79,10 +87,11 @@ fn correct_one(path: &Path) {
         }
         std::fs::set_permissions(path, Permissions::from_mode(mode & 0o700))
     };
-    if let Err(error) = corrected() {
+    if let Err(error) = restrict() {
         tracing::warn!(
+            %error,
             path = %path.display(),
-            "other users of this machine may read prompts and answers, as the mode of this path cannot be changed: {error}"
+            "mode not changed, other users of this machine may read prompts and responses"
         );
     }
 }
@@ -96,8 +105,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_made_is_corrected_and_what_is_somebodys_is_not() {
-        for others in [false, true] {
+    fn own_entries_are_restricted_and_foreign_files_keep_their_modes() {
+        for has_foreign_file in [false, true] {
             let outer = tempfile::tempdir().unwrap();
             let folder = outer.path().join("data");
             std::fs::create_dir(&folder).unwrap();
@@ -106,18 +115,18 @@ mod tests {
             for (name, old) in [("", 0o755), ("objects", 0o755), ("batchwright.db", 0o644)] {
                 std::fs::set_permissions(folder.join(name), Permissions::from_mode(old)).unwrap();
             }
-            if others {
+            if has_foreign_file {
                 std::fs::write(folder.join("thesis.txt"), b"x").unwrap();
                 std::fs::set_permissions(folder.join("thesis.txt"), Permissions::from_mode(0o644))
                     .unwrap();
             }
-            correct(&folder);
-            assert_eq!(mode(&folder), if others { 0o755 } else { 0o700 });
+            restrict_modes(&folder);
+            assert_eq!(mode(&folder), if has_foreign_file { 0o755 } else { 0o700 });
             assert_eq!(
                 (mode(&folder.join("objects")), mode(&folder.join("batchwright.db"))),
                 (0o700, 0o600)
             );
-            if others {
+            if has_foreign_file {
                 assert_eq!(mode(&folder.join("thesis.txt")), 0o644);
             }
         }

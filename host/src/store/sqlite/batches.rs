@@ -1,4 +1,4 @@
-//! Batches as clients see them.
+//! Operations of clients on batches: create, get, list, cancel.
 
 use std::time::Duration;
 
@@ -8,19 +8,21 @@ use super::super::{
     BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency,
     NewBatch, Page, Paged, Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
 };
-use super::{explain, loaded, stored, tenant_key, timestamp};
+use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
 use crate::clock::Timestamp;
 
-const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at, output_lifetime, \
-    status, model, output_file_id, error_file_id, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, \
-    cancelling_at, cancelled_at, total, completed, failed, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, \
-    waits_for, waits_for_since, waits_since";
+/// Columns that `from_row` reads.
+const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, \
+    created_at, expires_at, output_lifetime, status, model, output_file_id, error_file_id, \
+    in_progress_at, finalizing_at, completed_at, failed_at, expired_at, cancelling_at, \
+    cancelled_at, total, completed, failed, input_tokens, cached_input_tokens, output_tokens, \
+    reasoning_tokens, waits_for, waits_for_since, waits_since";
 
-/// A batch with its key, and without its errors.
+/// Returns the key of a batch and the batch without its errors.
 fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
     let time =
         |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
-    let number = |column: &str| Ok::<_, rusqlite::Error>(loaded(row.get(column)?));
+    let number = |column: &str| Ok::<_, rusqlite::Error>(to_u64(row.get(column)?));
     let metadata: Option<String> = row.get("metadata")?;
     let status: String = row.get("status")?;
     let record = BatchRecord {
@@ -34,7 +36,7 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             expires_at: timestamp(row.get("expires_at")?),
             output_lifetime: row
                 .get::<_, Option<i64>>("output_lifetime")?
-                .map(|millis| Duration::from_millis(loaded(millis))),
+                .map(|millis| Duration::from_millis(to_u64(millis))),
         },
         status: Status::ALL
             .into_iter()
@@ -74,19 +76,21 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
     Ok((row.get("key")?, record))
 }
 
-/// The first few errors; if there are more, the last of these says so.
+/// Returns the first errors of a batch, followed by a notice if there are more.
 fn first_errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchError>> {
     let mut found = errors(connection, tenant, batch, FIRST_ERRORS.saturating_add(1))?;
     if found.len() > FIRST_ERRORS {
         found.truncate(FIRST_ERRORS);
         let message = format!(
-            "There are more errors than these {FIRST_ERRORS}; the batch by itself has all of them."
+            "Only the first {FIRST_ERRORS} errors are listed here; \
+             retrieve the batch to get all of them."
         );
         found.push(BatchError { code: "too_many_errors".into(), message, param: None, line: None });
     }
     Ok(found)
 }
 
+/// Returns up to `limit` errors of a batch, in order.
 fn errors(
     connection: &Connection,
     tenant: i64,
@@ -95,23 +99,24 @@ fn errors(
 ) -> Result<Vec<BatchError>> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT code, message, param, line FROM batch_errors WHERE tenant = ?1 AND batch = ?2 ORDER BY place LIMIT ?3",
+            "SELECT code, message, param, line FROM batch_errors
+             WHERE tenant = ?1 AND batch = ?2 ORDER BY place LIMIT ?3",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
-        .query_map(params![tenant, batch, stored(limit as u64)], |row| {
+        .query_map(params![tenant, batch, to_i64(limit as u64)], |row| {
             Ok(BatchError {
                 code: row.get(0)?,
                 message: row.get(1)?,
                 param: row.get(2)?,
-                line: row.get::<_, Option<i64>>(3)?.map(loaded),
+                line: row.get::<_, Option<i64>>(3)?.map(to_u64),
             })
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
-/// All errors of a batch.
+/// Returns all errors of a batch.
 pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(Vec::new()) };
     let batch = connection
@@ -121,11 +126,13 @@ pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec
             |row| row.get(0),
         )
         .optional()
-        .map_err(explain)?;
+        .map_err(database_error)?;
     batch.map_or(Ok(Vec::new()), |batch| errors(connection, tenant, batch, usize::MAX))
 }
 
-/// Makes a batch, unless the key came before: the index on keys is what decides between two at once.
+/// Inserts a batch, unless an earlier batch has the same idempotency key.
+///
+/// The unique index on keys decides between concurrent requests.
 pub fn create(
     connection: &Connection,
     tenant: i64,
@@ -144,7 +151,7 @@ pub fn create(
             let (batch, record) = from_row(row)?;
             Ok((batch, record, row.get::<_, Vec<u8>>("fingerprint")?))
         })
-        .map_err(explain)?;
+        .map_err(database_error)?;
     if idempotency.is_none_or(|idempotency| idempotency.fingerprint.as_slice() != fingerprint) {
         return Ok(Created::Conflict);
     }
@@ -152,7 +159,7 @@ pub fn create(
     Ok(Created::Before(Box::new(record)))
 }
 
-/// Whether it was made; not if the key was used before.
+/// Inserts a batch and returns true, or returns false if its idempotency key was used before.
 fn insert(
     connection: &Connection,
     tenant: i64,
@@ -168,37 +175,48 @@ fn insert(
     let lifetime =
         new.output_lifetime.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
     let (key, fingerprint) = idempotency.map(|given| (&given.key, given.fingerprint)).unzip();
-    let made = connection
+    let inserted = connection
         .execute(
-            "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata, created_at, expires_at,
-             output_lifetime, status, waits_since, idempotency_key, fingerprint, input_file)
+            "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata,
+             created_at, expires_at, output_lifetime, status, waits_since, idempotency_key,
+             fingerprint, input_file)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?7, ?10, ?11, (
                  SELECT key FROM files WHERE tenant = ?1 AND id = ?4
                  AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?7)
              ))
              ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
             params![
-                tenant, new.id, new.endpoint, new.input_file_id, new.completion_window, metadata,
-                new.created_at.as_millis(), new.expires_at.as_millis(), lifetime, key, fingerprint
+                tenant,
+                new.id,
+                new.endpoint,
+                new.input_file_id,
+                new.completion_window,
+                metadata,
+                new.created_at.as_millis(),
+                new.expires_at.as_millis(),
+                lifetime,
+                key,
+                fingerprint
             ],
         )
-        .map_err(explain)?;
-    Ok(made == 1)
+        .map_err(database_error)?;
+    Ok(inserted == 1)
 }
 
+/// Returns a batch with its first errors.
 pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let found = connection
         .prepare_cached(&format!("SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND id = ?2"))
         .and_then(|mut statement| statement.query_row(params![tenant, id], from_row).optional())
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let Some((key, mut record)) = found else { return Ok(None) };
     record.errors = first_errors(connection, tenant, key)?;
     Ok(Some(record))
 }
 
-/// Roughly what a batch takes in memory and in an answer, in bytes.
-fn size(record: &BatchRecord) -> usize {
+/// Returns the approximate size of a batch in memory and in a response, in bytes.
+fn approximate_bytes(record: &BatchRecord) -> usize {
     let metadata = record
         .new
         .metadata
@@ -209,6 +227,7 @@ fn size(record: &BatchRecord) -> usize {
     metadata.chain(errors).fold(1500, usize::saturating_add)
 }
 
+/// Lists batches, newest first; ends the page at `limit` entries or at about `bytes` bytes.
 pub fn list(
     connection: &Connection,
     tenant: &str,
@@ -227,7 +246,7 @@ pub fn list(
                     |row| row.get(0),
                 )
                 .optional()
-                .map_err(explain)?;
+                .map_err(database_error)?;
             let Some(key) = found else { return Ok(Paged::UnknownAfter) };
             key
         }
@@ -236,22 +255,23 @@ pub fn list(
         .prepare_cached(&format!(
             "SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND key < ?2 ORDER BY key DESC"
         ))
-        .map_err(explain)?;
-    let mut rows = statement.query(params![tenant, before]).map_err(explain)?;
-    let (mut items, mut held, mut has_more) = (Vec::new(), 0_usize, false);
-    while let Some(row) = rows.next().map_err(explain)? {
-        has_more = items.len() >= limit || (held >= bytes && !items.is_empty());
+        .map_err(database_error)?;
+    let mut rows = statement.query(params![tenant, before]).map_err(database_error)?;
+    let (mut items, mut page_bytes, mut has_more) = (Vec::new(), 0_usize, false);
+    while let Some(row) = rows.next().map_err(database_error)? {
+        has_more = items.len() >= limit || (page_bytes >= bytes && !items.is_empty());
         if has_more {
             break;
         }
-        let (key, mut record) = from_row(row).map_err(explain)?;
+        let (key, mut record) = from_row(row).map_err(database_error)?;
         record.errors = first_errors(connection, tenant, key)?;
-        held = held.saturating_add(size(&record));
+        page_bytes = page_bytes.saturating_add(approximate_bytes(&record));
         items.push(record);
     }
     Ok(Paged::Page(Page { items, has_more }))
 }
 
+/// Sets a batch that has not ended to `Cancelling`.
 pub fn request_cancel(
     connection: &Connection,
     tenant: &str,
@@ -261,12 +281,14 @@ pub fn request_cancel(
     let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
     connection
         .execute(
-            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3, waits_since = min(waits_since, ?3),
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3,
+             waits_since = min(waits_since, ?3),
              lane = CASE status WHEN 'validating' THEN lane ELSE 'finish' END
-             WHERE tenant = ?1 AND id = ?2 AND status IN ('validating', 'in_progress', 'finalizing')",
+             WHERE tenant = ?1 AND id = ?2
+             AND status IN ('validating', 'in_progress', 'finalizing')",
             params![key, id, now.as_millis()],
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(match get(connection, tenant, id)? {
         None => Cancel::Unknown,
         Some(record) if matches!(record.status, Status::Cancelling | Status::Cancelled) => {
@@ -276,7 +298,8 @@ pub fn request_cancel(
     })
 }
 
-/// Some batches that ended before this, whose files are gone and whose results are discarded.
+/// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
+/// discarded.
 pub fn forgettable(
     connection: &Connection,
     ended_before: Timestamp,
@@ -289,19 +312,21 @@ pub fn forgettable(
              AND status IN ('completed', 'failed', 'expired', 'cancelled') AND has_results = 0
              AND NOT EXISTS (
                  SELECT 1 FROM files WHERE files.tenant = batches.tenant
-                 AND files.id IN (batches.output_file_id, batches.error_file_id) AND NOT files.removed
+                 AND files.id IN (batches.output_file_id, batches.error_file_id)
+                 AND NOT files.removed
              ) LIMIT ?2",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
-        .query_map(params![ended_before.as_millis(), stored(limit as u64)], |row| {
+        .query_map(params![ended_before.as_millis(), to_i64(limit as u64)], |row| {
             Ok(BatchKey { tenant: row.get(0)?, batch: row.get(1)? })
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
-pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
+/// Deletes batches with their errors and plugins.
+pub fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
     for BatchKey { tenant, batch } in batches {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
@@ -311,12 +336,13 @@ pub fn forget(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
             connection
                 .prepare_cached(sql)
                 .and_then(|mut statement| statement.execute(params![tenant, batch]))
-                .map_err(explain)?;
+                .map_err(database_error)?;
         }
     }
     Ok(())
 }
 
+/// Returns the plugins that a batch used, in order of first use.
 pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let batch: Option<i64> = connection
@@ -326,10 +352,11 @@ pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Opti
             |row| row.get(0),
         )
         .optional()
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let Some(batch) = batch else { return Ok(None) };
-    let sql = "SELECT name, kind, version, sha256 FROM batch_plugins WHERE tenant = ?1 AND batch = ?2 ORDER BY rowid";
-    let mut statement = connection.prepare_cached(sql).map_err(explain)?;
+    let sql = "SELECT name, kind, version, sha256 FROM batch_plugins
+        WHERE tenant = ?1 AND batch = ?2 ORDER BY rowid";
+    let mut statement = connection.prepare_cached(sql).map_err(database_error)?;
     let rows = statement
         .query_map(params![tenant, batch], |row| {
             Ok(ServedBy {
@@ -339,6 +366,6 @@ pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Opti
                 sha256: row.get(3)?,
             })
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map(Some).map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map(Some).map_err(database_error)
 }

@@ -1,4 +1,35 @@
-//! Connections: one thread that writes and commits in groups, and a pool that reads.
+//! Connections to the database: one writer thread that commits in groups, and a pool of readers.
+//!
+//! **Write groups.** A durable commit costs a disk flush, and a thousand results a second cannot
+//! each pay for one.
+//! SQLite allows one writer at a time anyway.
+//! All writes therefore go through one thread and one queue, and the thread commits the writes that
+//! wait together in one transaction.
+//! The queue is bounded, so that a slow disk causes backpressure and not memory use.
+//!
+//! **Isolation within a group.** Each write runs in a savepoint.
+//! A write that fails is rolled back to its savepoint, and the rest of the group commits.
+//! On a full or failing disk, SQLite rolls back the whole transaction itself; every write of the
+//! group then fails, also the writes that had succeeded.
+//! A caller gets its reply after the commit, and `synchronous = FULL` makes the commit durable.
+//! Writes run in the order in which they were queued, so a write sees every earlier write.
+//!
+//! **Readers.** Reads run on a few read-only connections, on threads for blocking work.
+//! In WAL mode, a reader sees a snapshot and neither delays the writer nor waits for the writer.
+//!
+//! **WAL checkpoints.** The write-ahead log grows until a checkpoint copies it into the database
+//! and the next write starts the log from its beginning.
+//! The automatic checkpoints of SQLite are passive: the log never restarts while a reader uses the
+//! log, and with clients that poll there is always a reader.
+//! The writer therefore runs `wal_checkpoint(RESTART)` itself once the log has 16 MiB.
+//! A RESTART checkpoint blocks no new readers and waits only for the readers that use the old log.
+//! If a long reader, such as a backup, outlasts the wait, the log grows by another 8 MiB before the
+//! next attempt, so that the writer does not stall at each group.
+//! [`Writer::close`] truncates the log, so that a clean shutdown leaves a single file.
+//!
+//! **Free pages.** Deleted results leave free pages in the database file.
+//! Some are kept for the next batch; [`compact`] returns the rest to the file system in small
+//! writes.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -9,70 +40,74 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::super::{Result, StoreError};
-use super::explain;
+use super::database_error;
 
-/// How long a statement waits for another process that holds the database.
+/// Maximum wait of a statement for another process that has locked the database.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Writes waiting at a time; more callers wait to be let in.
-const QUEUE: usize = 1024;
+/// Capacity of the write queue; further callers wait.
+const WRITE_QUEUE_CAPACITY: usize = 1024;
 
-/// Writes in one transaction at the most.
-const GROUP: usize = 256;
+/// Maximum number of writes in one transaction.
+const MAX_WRITES_PER_GROUP: usize = 256;
 
-/// Connections that read.
-const READERS: usize = 4;
+/// Maximum number of read connections.
+const MAX_READERS: usize = 4;
 
-/// Bytes of the write-ahead log after which it is copied into the database, and the size to which its file is cut.
-const WAL_CHECKPOINT: u64 = 16 << 20;
-const WAL_KEPT: i64 = 32 << 20;
+/// Size of the write-ahead log in bytes at which a checkpoint is due.
+const WAL_CHECKPOINT_BYTES: u64 = 16 << 20;
 
-/// How long a checkpoint waits for those that read. It goes on to read from the database alone, so it need not wait for those that begin.
-const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(500);
+/// Size in bytes to which SQLite truncates the file of the log after a checkpoint.
+const WAL_FILE_LIMIT_BYTES: i64 = 32 << 20;
 
-/// Growth of the log after a checkpoint that somebody kept from beginning it anew, before the next attempt.
-const RETRY_GROWTH: u64 = 8 << 20;
+/// Maximum wait of a checkpoint for active readers.
+const CHECKPOINT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Why the database cannot be used any more, if SQLite has found it damaged.
-static DAMAGE: OnceLock<String> = OnceLock::new();
+/// Growth of the log in bytes between a checkpoint that readers blocked and the next attempt.
+const CHECKPOINT_RETRY_BYTES: u64 = 8 << 20;
 
-pub fn damage() -> Option<String> {
-    DAMAGE.get().cloned()
+/// Message of the first error in which SQLite reported a corrupt database.
+static CORRUPTION: OnceLock<String> = OnceLock::new();
+
+/// Returns the error message if SQLite has reported a corrupt database.
+pub fn corruption() -> Option<String> {
+    CORRUPTION.get().cloned()
 }
 
-/// Remembers damage for those who ask for the state of the store.
-pub fn note_damage(error: &rusqlite::Error) {
+/// Records an error that reports a corrupt database, for the readiness probe.
+pub fn record_corruption(error: &rusqlite::Error) {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     if matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase)) {
-        DAMAGE.get_or_init(|| error.to_string());
+        CORRUPTION.get_or_init(|| error.to_string());
     }
 }
 
+/// Opens the connection for writing; creates the database if it does not exist.
 pub fn open(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
-    // Rows of a kilobyte or two fit a larger page better; this has an effect on a new database alone.
+    // Rows of one or two KiB fit a larger page better. Only a new database takes this setting.
     connection.pragma_update(None, "page_size", 16_384)?;
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
-    // A commit is on the disk before anybody is told of it.
+    // A commit is on disk before the caller gets its reply.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "journal_size_limit", WAL_KEPT)?;
-    // Checkpoints are ours: SQLite's own never begin the log anew while somebody reads.
+    connection.pragma_update(None, "journal_size_limit", WAL_FILE_LIMIT_BYTES)?;
+    // `Wal` runs the checkpoints.
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
 
-/// Pages that are not used and kept all the same: the next batch needs them again. 64 MiB of them.
-const KEPT: i64 = 4096;
+/// Free pages that the database keeps for the next batch: 64 MiB.
+const MIN_FREE_PAGES: i64 = 4096;
 
-/// Pages given back in one write, so that others do not wait long.
-const GIVEN_BACK: i64 = 512;
+/// Maximum number of free pages that one write returns, so that other writes do not wait long.
+const MAX_VACUUM_PAGES: i64 = 512;
 
-/// Brings a database that was made before space could be given back into the form for that. It is written anew, once.
-pub fn allow_compacting(connection: &Connection) -> rusqlite::Result<()> {
+/// Enables incremental vacuum in a database of an older version, which rewrites the database once.
+pub fn enable_incremental_vacuum(connection: &Connection) -> rusqlite::Result<()> {
     let incremental = 2;
     if connection.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))?
         == incremental
@@ -83,57 +118,61 @@ pub fn allow_compacting(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch("VACUUM")
 }
 
-/// Gives some unused pages back to the file system; whether there are more.
+/// Returns some free pages to the file system; returns true if more remain.
 pub fn compact(connection: &Connection) -> Result<bool> {
-    let unused = || {
+    let free_pages = || {
         connection
             .pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0))
-            .map_err(explain)
+            .map_err(database_error)
     };
-    let more = unused()?.saturating_sub(KEPT);
-    if more <= 0 {
+    let excess = free_pages()?.saturating_sub(MIN_FREE_PAGES);
+    if excess <= 0 {
         return Ok(false);
     }
-    // It gives back a page at each step.
-    let sql = format!("PRAGMA incremental_vacuum({})", more.min(GIVEN_BACK));
-    let mut statement = connection.prepare(&sql).map_err(explain)?;
-    let mut steps = statement.query([]).map_err(explain)?;
-    while steps.next().map_err(explain)?.is_some() {}
-    // A database that could not be brought into the form for it gives nothing back.
-    Ok(more > GIVEN_BACK && unused()?.saturating_sub(KEPT) < more)
+    // Each step of the statement returns one page.
+    let sql = format!("PRAGMA incremental_vacuum({})", excess.min(MAX_VACUUM_PAGES));
+    let mut statement = connection.prepare(&sql).map_err(database_error)?;
+    let mut steps = statement.query([]).map_err(database_error)?;
+    while steps.next().map_err(database_error)?.is_some() {}
+    // A database without incremental vacuum returns no pages.
+    Ok(excess > MAX_VACUUM_PAGES && free_pages()?.saturating_sub(MIN_FREE_PAGES) < excess)
 }
 
-/// What is told to a waiting caller once the group's fate is known.
+/// Sends the result of a write to its caller, given the outcome of the group's commit.
 type Reply = Box<dyn FnOnce(Result<()>) + Send>;
-/// One write: how it went by itself, and its reply. Given an error in place of the connection, it does nothing and has failed with that.
+/// Runs one write and returns its own outcome and its reply.
+///
+/// Given an error in place of the connection, the write does nothing and fails with that error.
 type Write = Box<dyn FnOnce(Result<&Connection>) -> (Result<()>, Reply) + Send>;
 
-/// What the thread that writes is asked for.
+/// Task of the writer thread.
 enum Job {
     Write(Write),
-    /// To put everything into the database and end.
+    /// Truncates the log and ends the thread.
     Close(oneshot::Sender<()>),
 }
 
-/// The thread that writes. Each write is whole or not at all; those that wait together are committed together, so that many share
-/// the price of one commit.
+/// Handle of the writer thread.
+///
+/// Each write happens completely or not at all. Writes that wait together share one commit.
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
 }
 
 impl Writer {
+    /// Starts the writer thread on a connection.
     pub fn start(connection: Connection) -> Result<Self> {
-        let (jobs, waiting) = mpsc::channel(QUEUE);
+        let (jobs, waiting) = mpsc::channel(WRITE_QUEUE_CAPACITY);
         std::thread::Builder::new()
             .name("store-writer".into())
             .spawn(move || run(&connection, waiting))
             .map_err(|error| {
-                StoreError::Database(format!("the writing thread does not start: {error}"))
+                StoreError::Database(format!("the writer thread did not start: {error}"))
             })?;
         Ok(Self { jobs })
     }
 
-    /// Runs one write and returns when it is committed, or not.
+    /// Runs one write and returns its result after the commit or the rollback.
     pub async fn write<T, F>(&self, write: F) -> Result<T>
     where
         T: Send + 'static,
@@ -142,18 +181,18 @@ impl Writer {
         let (sender, receiver) = oneshot::channel();
         let job: Write = Box::new(move |connection| {
             let done = connection.and_then(write);
-            let by_itself = done.as_ref().map(drop).map_err(StoreError::clone);
+            let outcome = done.as_ref().map(drop).map_err(StoreError::clone);
             let reply: Reply = Box::new(move |committed| {
-                // The caller may have gone; the write stands all the same.
+                // The commit stays valid if the caller was dropped meanwhile.
                 sender.send(committed.and(done)).ok();
             });
-            (by_itself, reply)
+            (outcome, reply)
         });
         self.jobs.send(Job::Write(job)).await.map_err(|_| StoreError::Closed)?;
         receiver.await.map_err(|_| StoreError::Closed)?
     }
 
-    /// Ends the thread once what waits is written. Nothing is left beside the database then.
+    /// Ends the thread after all queued writes and truncates the write-ahead log.
     pub async fn close(&self) {
         let (sender, closed) = oneshot::channel();
         if self.jobs.send(Job::Close(sender)).await.is_ok() {
@@ -163,19 +202,19 @@ impl Writer {
 }
 
 thread_local! {
-    /// Pages in the write-ahead log after the last commit of this thread.
+    /// Pages in the write-ahead log after the latest commit of this thread.
     static WAL_PAGES: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The write-ahead log of the connection that writes: bounded, whoever reads.
+/// Checkpoint schedule of the write-ahead log, which keeps the log bounded despite readers.
 struct Wal {
     page_size: u64,
-    /// Pages at which the next checkpoint is due.
-    due: u64,
+    /// Pages in the log at which the next checkpoint is due.
+    due_pages: u64,
 }
 
 impl Wal {
-    fn of(connection: &Connection) -> Self {
+    fn new(connection: &Connection) -> Self {
         connection.wal_hook(Some(|_, pages| {
             WAL_PAGES.set(u64::try_from(pages).unwrap_or(0));
             Ok(())
@@ -184,36 +223,36 @@ impl Wal {
             connection.pragma_query_value(None, "page_size", |row| row.get::<_, i64>(0));
         let page_size =
             page_size.ok().and_then(|size| u64::try_from(size).ok()).unwrap_or(4096).max(512);
-        Self { page_size, due: WAL_CHECKPOINT / page_size }
+        Self { page_size, due_pages: WAL_CHECKPOINT_BYTES / page_size }
     }
 
-    /// Copies the log into the database once it is large, and begins it anew.
-    fn keep_small(&mut self, connection: &Connection) {
+    /// Copies the log into the database and restarts the log, if a checkpoint is due.
+    fn checkpoint_if_due(&mut self, connection: &Connection) {
         let pages = WAL_PAGES.get();
-        if pages < self.due {
+        if pages < self.due_pages {
             return;
         }
-        connection.busy_timeout(CHECKPOINT_PATIENCE).ok();
+        connection.busy_timeout(CHECKPOINT_TIMEOUT).ok();
         let busy =
             connection.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
         connection.busy_timeout(BUSY_TIMEOUT).ok();
-        self.due = match busy {
+        self.due_pages = match busy {
             Ok(0) => {
                 WAL_PAGES.set(0);
-                WAL_CHECKPOINT / self.page_size
+                WAL_CHECKPOINT_BYTES / self.page_size
             }
-            // Somebody reads for long, a backup say.
-            Ok(_) => pages.saturating_add(RETRY_GROWTH / self.page_size),
+            // A reader, such as a backup, is active for long.
+            Ok(_) => pages.saturating_add(CHECKPOINT_RETRY_BYTES / self.page_size),
             Err(error) => {
-                tracing::warn!("the write-ahead log was not copied into the database: {error}");
-                pages.saturating_add(RETRY_GROWTH / self.page_size)
+                tracing::warn!(%error, "wal checkpoint failed");
+                pages.saturating_add(CHECKPOINT_RETRY_BYTES / self.page_size)
             }
         };
     }
 }
 
 fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
-    let mut wal = Wal::of(connection);
+    let mut wal = Wal::new(connection);
     let mut next = waiting.blocking_recv();
     while let Some(job) = next {
         let first = match job {
@@ -224,12 +263,12 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
                 return;
             }
         };
-        wal.keep_small(connection);
+        wal.checkpoint_if_due(connection);
         let mut replies = Vec::new();
         let mut after = None;
-        let committed = group(connection, first, &mut waiting, &mut replies, &mut after);
+        let committed = commit_group(connection, first, &mut waiting, &mut replies, &mut after);
         if let Err(error) = &committed {
-            tracing::error!("a group of writes came to nothing: {error}");
+            tracing::error!(%error, "write group failed");
             if !connection.is_autocommit() {
                 connection.execute_batch("ROLLBACK").ok();
             }
@@ -241,9 +280,10 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
     }
 }
 
-/// Runs a group of writes in one transaction, each in a savepoint so that one that fails takes no other with it. `after` is what was taken
-/// from the queue and does not belong to the group.
-fn group(
+/// Runs a group of writes in one transaction, each in a savepoint, and commits.
+///
+/// `after` gets a job that was taken from the queue and does not belong to the group.
+fn commit_group(
     connection: &Connection,
     first: Write,
     waiting: &mut mpsc::Receiver<Job>,
@@ -254,7 +294,7 @@ fn group(
         connection
             .prepare_cached(sql)
             .and_then(|mut statement| statement.execute([]))
-            .map_err(explain)
+            .map_err(database_error)
     };
     let begun = execute("BEGIN IMMEDIATE");
     if let Err(error) = &begun {
@@ -264,10 +304,10 @@ fn group(
     let mut next = Some(first);
     while let Some(job) = next {
         execute("SAVEPOINT one")?;
-        let (by_itself, reply) = job(Ok(connection));
+        let (outcome, reply) = job(Ok(connection));
         replies.push(reply);
-        if let Err(error) = by_itself {
-            // On a full disk or a failing one SQLite gives up the whole transaction, and with it what the others wrote.
+        if let Err(error) = outcome {
+            // On a full or failing disk SQLite has rolled back the whole transaction.
             if connection.is_autocommit() {
                 return Err(error);
             }
@@ -275,8 +315,8 @@ fn group(
         }
         execute("RELEASE one")?;
         next = match waiting.try_recv() {
-            Ok(Job::Write(write)) if replies.len() < GROUP => Some(write),
-            // It has its turn after this group.
+            Ok(Job::Write(write)) if replies.len() < MAX_WRITES_PER_GROUP => Some(write),
+            // A `Close`, or a write beyond the limit, runs after this group.
             Ok(job) => {
                 *after = Some(job);
                 None
@@ -287,7 +327,7 @@ fn group(
     execute("COMMIT").map(drop)
 }
 
-/// Connections that read, opened as they are needed.
+/// Pool of read-only connections, which are opened on demand.
 pub struct Readers {
     path: PathBuf,
     idle: Arc<Mutex<Vec<Connection>>>,
@@ -295,19 +335,23 @@ pub struct Readers {
 }
 
 impl Readers {
+    /// Creates a pool for the database at `path` without any connection.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(READERS)) }
+        Self { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(MAX_READERS)) }
     }
 
-    /// Closes all connections once their reads have ended: the last connection of all removes the write-ahead log, if it may write.
+    /// Closes all connections after their reads have ended.
+    ///
+    /// Readers close before the writer: only a last connection that can write removes the log.
     pub async fn close(&self) {
-        let all = u32::try_from(READERS).unwrap_or(u32::MAX);
+        let all = u32::try_from(MAX_READERS).unwrap_or(u32::MAX);
         let permits = self.permits.clone().acquire_many_owned(all).await;
         self.permits.close();
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         drop(permits);
     }
 
+    /// Runs one read on a free connection; waits while all connections are in use.
     pub async fn read<T, F>(&self, read: F) -> Result<T>
     where
         T: Send + 'static,
@@ -315,20 +359,18 @@ impl Readers {
     {
         let permit = self.permits.clone().acquire_owned().await.map_err(|_| StoreError::Closed)?;
         let (path, idle) = (self.path.clone(), self.idle.clone());
-        let reading = tokio::task::spawn_blocking(move || {
+        let task = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let connection = match kept {
+            let pooled = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let connection = match pooled {
                 Some(connection) => connection,
-                None => open_reader(&path).map_err(explain)?,
+                None => open_reader(&path).map_err(database_error)?,
             };
             let found = read(&connection);
             idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
             found
         });
-        reading
-            .await
-            .map_err(|error| StoreError::Database(format!("a read did not end: {error}")))?
+        task.await.map_err(|error| StoreError::Database(format!("a read task failed: {error}")))?
     }
 }
 
@@ -347,17 +389,17 @@ mod tests {
     use super::*;
 
     fn insert(x: i64) -> impl FnOnce(&Connection) -> Result<usize> + Send + 'static {
-        move |db| db.execute("INSERT INTO t VALUES (?1)", [x]).map_err(explain)
+        move |db| db.execute("INSERT INTO t VALUES (?1)", [x]).map_err(database_error)
     }
 
     #[tokio::test]
-    async fn a_write_that_fails_takes_no_other_with_it_unless_the_transaction_is_gone() {
+    async fn failed_write_rolls_back_alone_unless_sqlite_rolled_back_the_transaction() {
         let folder = tempfile::tempdir().unwrap();
         let connection = open(&folder.path().join("db")).unwrap();
         connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
         let writer = Writer::start(connection).unwrap();
         let (gate, open_gate) = std::sync::mpsc::channel::<()>();
-        // The first holds up the thread until the others wait, so that they share its transaction.
+        // The first write blocks the thread until the others are queued: all share one group.
         let first = writer.write(move |_| open_gate.recv().map_err(|_| StoreError::Closed));
         let others = async {
             let writes = tokio::join!(
@@ -372,14 +414,16 @@ mod tests {
         assert!(first.is_ok() && one.is_ok() && three.is_ok());
         assert!(matches!(two, Err(StoreError::Fenced)));
         let count = |db: &Connection| {
-            db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).map_err(explain)
+            db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0))
+                .map_err(database_error)
         };
         assert_eq!(writer.write(count).await.unwrap(), 2);
 
-        // What a full disk does: the transaction is gone when the write returns. Nothing of the group may be reported as written.
+        // On a full disk the transaction is rolled back when the write returns.
+        // No write of the group may be reported as committed.
         let lost = writer.write(|db| {
             insert(4)(db)?;
-            db.execute_batch("ROLLBACK").map_err(explain)?;
+            db.execute_batch("ROLLBACK").map_err(database_error)?;
             Err::<(), _>(StoreError::Full("no room".into()))
         });
         assert!(matches!(lost.await, Err(StoreError::Full(_))));

@@ -1,20 +1,21 @@
-//! Files: what is known of them besides their bytes.
+//! Records of files and registrations of objects.
 
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
 
 use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result};
-use super::{explain, loaded, stored, tenant_key, timestamp};
+use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
 use crate::clock::Timestamp;
 
+/// Columns that `from_row` reads, in order.
 const COLUMNS: &str = "id, bytes, created_at, expires_at, filename, purpose";
 
-/// A file that a client can see.
+/// Condition for a file that clients can see; its parameter is the current time.
 const LIVE: &str = "deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?)";
 
 fn from_row(row: &Row) -> rusqlite::Result<FileRecord> {
     Ok(FileRecord {
         id: row.get(0)?,
-        bytes: loaded(row.get(1)?),
+        bytes: to_u64(row.get(1)?),
         created_at: timestamp(row.get(2)?),
         expires_at: row.get::<_, Option<i64>>(3)?.map(timestamp),
         filename: row.get(4)?,
@@ -22,31 +23,35 @@ fn from_row(row: &Row) -> rusqlite::Result<FileRecord> {
     })
 }
 
-/// Adds a file. One of the same id is replaced: finalizing may be repeated.
+/// Inserts a file and unregisters its object.
+///
+/// Replaces a file of the same id, because finalizing may be repeated.
 pub fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result<()> {
     let mut statement = connection
         .prepare_cached(
-            "INSERT OR REPLACE INTO files (tenant, id, bytes, created_at, expires_at, filename, purpose)
+            "INSERT OR REPLACE INTO files
+             (tenant, id, bytes, created_at, expires_at, filename, purpose)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
-        .map_err(explain)?;
-    object_recorded(connection, tenant, &file.id)?;
+        .map_err(database_error)?;
+    unregister_object(connection, tenant, &file.id)?;
     let expires_at = file.expires_at.map(Timestamp::as_millis);
     let created_at = file.created_at.as_millis();
     statement
         .execute(params![
             tenant,
             file.id,
-            stored(file.bytes),
+            to_i64(file.bytes),
             created_at,
             expires_at,
             file.filename,
             file.purpose
         ])
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(())
 }
 
+/// Returns a file that clients can see.
 pub fn get(
     connection: &Connection,
     tenant: &str,
@@ -61,10 +66,10 @@ pub fn get(
         .and_then(|mut statement| {
             statement.query_row(params![tenant, id, now.as_millis()], from_row).optional()
         })
-        .map_err(explain)
+        .map_err(database_error)
 }
 
-/// The input file of a batch, as it was when the batch was created.
+/// Returns the input file of a batch, as it was when the batch was created.
 pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRecord>> {
     let sql = "SELECT files.id, bytes, files.created_at, files.expires_at, filename, purpose
         FROM batches JOIN files ON files.tenant = batches.tenant AND files.key = batches.input_file
@@ -74,9 +79,10 @@ pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRec
         .and_then(|mut statement| {
             statement.query_row(params![claim.tenant_key, claim.batch_key], from_row).optional()
         })
-        .map_err(explain)
+        .map_err(database_error)
 }
 
+/// Lists the files of a tenant that clients can see.
 pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<Paged<FileRecord>> {
     let Some(tenant) = tenant_key(connection, tenant)? else {
         return Ok(match query.after {
@@ -102,22 +108,22 @@ pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<
                 |row| row.get(0),
             )
             .optional()
-            .map_err(explain)?;
+            .map_err(database_error)?;
         let Some(key) = found else { return Ok(Paged::UnknownAfter) };
         sql.push_str(&format!(" AND key {compare} ?"));
         values.push(Value::Integer(key));
     }
     sql.push_str(&format!(" ORDER BY key {direction} LIMIT ?"));
-    values.push(Value::from(stored(query.limit as u64).saturating_add(1)));
-    let mut statement = connection.prepare_cached(&sql).map_err(explain)?;
-    let rows = statement.query_map(params_from_iter(values), from_row).map_err(explain)?;
-    let mut items = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(explain)?;
+    values.push(Value::from(to_i64(query.limit as u64).saturating_add(1)));
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
+    let rows = statement.query_map(params_from_iter(values), from_row).map_err(database_error)?;
+    let mut items = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
     let has_more = items.len() > query.limit;
     items.truncate(query.limit);
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-/// The files that were recorded last and that clients can see, as tenant and id.
+/// Returns the newest files that clients can see, as tenant and id.
 pub fn newest(
     connection: &Connection,
     now: Timestamp,
@@ -127,15 +133,16 @@ pub fn newest(
         "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
          WHERE {LIVE} ORDER BY files.key DESC LIMIT ?"
     );
-    let mut statement = connection.prepare_cached(&sql).map_err(explain)?;
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
     let rows = statement
-        .query_map(params![now.as_millis(), stored(limit as u64)], |row| {
+        .query_map(params![now.as_millis(), to_i64(limit as u64)], |row| {
             Ok((row.get(0)?, row.get(1)?))
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
+/// Marks a file as deleted; returns false if there is no such file.
 pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<bool> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(false) };
     let changed = connection
@@ -144,10 +151,11 @@ pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -
              AND (expires_at IS NULL OR expires_at > ?3)",
             params![tenant, id, now.as_millis()],
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(changed == 1)
 }
 
+/// Returns deleted and expired files that no running batch reads, as tenant and id.
 pub fn garbage(
     connection: &Connection,
     now: Timestamp,
@@ -156,49 +164,54 @@ pub fn garbage(
     let mut statement = connection
         .prepare_cached(
             "WITH gone (key) AS (
-                 SELECT key FROM files WHERE deleted_at IS NOT NULL UNION SELECT key FROM files WHERE expires_at <= ?1
+                 SELECT key FROM files WHERE deleted_at IS NOT NULL
+                 UNION SELECT key FROM files WHERE expires_at <= ?1
              )
-             SELECT tenants.name, files.id FROM gone CROSS JOIN files USING (key) JOIN tenants ON tenants.key = files.tenant
+             SELECT tenants.name, files.id FROM gone CROSS JOIN files USING (key)
+             JOIN tenants ON tenants.key = files.tenant
              WHERE NOT files.removed AND NOT EXISTS (
                  SELECT 1 FROM batches WHERE batches.input_file = files.key
                  AND batches.status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
              ) LIMIT ?2",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
-        .query_map(params![now.as_millis(), stored(limit as u64)], |row| {
+        .query_map(params![now.as_millis(), to_i64(limit as u64)], |row| {
             Ok((row.get(0)?, row.get(1)?))
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
-pub fn begin_object(connection: &Connection, tenant: i64, id: &str, owner: &str) -> Result<()> {
+/// Registers an object of this process before its bytes are written.
+pub fn register_object(connection: &Connection, tenant: i64, id: &str, owner: &str) -> Result<()> {
     connection
         .prepare_cached(
             "INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)",
         )
         .and_then(|mut statement| statement.execute(params![tenant, id, owner]))
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(())
 }
 
-/// From now on a record leads to the object, or it is gone.
-pub fn object_recorded(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
+/// Removes the registration of an object that has a record now, or that was deleted.
+pub fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
         .and_then(|mut statement| statement.execute(params![tenant, id]))
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(())
 }
 
+/// Returns true if an object is registered.
 pub fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
     connection
         .prepare_cached("SELECT 1 FROM pending_objects WHERE tenant = ?1 AND id = ?2")
         .and_then(|mut statement| statement.exists(params![tenant, id]))
-        .map_err(explain)
+        .map_err(database_error)
 }
 
+/// Returns objects that an earlier process registered, as tenant and id.
 pub fn abandoned_objects(
     connection: &Connection,
     owner: &str,
@@ -206,32 +219,36 @@ pub fn abandoned_objects(
 ) -> Result<Vec<(String, String)>> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT tenants.name, id FROM pending_objects JOIN tenants ON tenants.key = tenant WHERE owner <> ?1 LIMIT ?2",
+            "SELECT tenants.name, id FROM pending_objects JOIN tenants ON tenants.key = tenant
+             WHERE owner <> ?1 LIMIT ?2",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
-        .query_map(params![owner, stored(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .query_map(params![owner, to_i64(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
-pub fn removed(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
+/// Turns a file into a tombstone after its object was deleted.
+pub fn mark_removed(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(()) };
     let sql = "UPDATE files SET removed = 1 WHERE tenant = ?1 AND id = ?2";
-    connection.execute(sql, params![tenant, id]).map_err(explain)?;
+    connection.execute(sql, params![tenant, id]).map_err(database_error)?;
     Ok(())
 }
 
-/// Removes the rows of some files that went before this; whether there may be more.
-pub fn forget(connection: &Connection, gone_before: Timestamp, limit: usize) -> Result<bool> {
+/// Deletes up to `limit` tombstones of files deleted or expired before `gone_before`; returns true
+/// if more may remain.
+pub fn purge(connection: &Connection, gone_before: Timestamp, limit: usize) -> Result<bool> {
     let removed = connection
         .execute(
             "DELETE FROM files WHERE key IN (
-                 SELECT key FROM files WHERE removed = 1 AND min(coalesce(deleted_at, expires_at), coalesce(expires_at, deleted_at)) < ?1
+                 SELECT key FROM files WHERE removed = 1
+                 AND min(coalesce(deleted_at, expires_at), coalesce(expires_at, deleted_at)) < ?1
                  LIMIT ?2
              )",
-            params![gone_before.as_millis(), stored(limit as u64)],
+            params![gone_before.as_millis(), to_i64(limit as u64)],
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     Ok(removed == limit)
 }

@@ -1,24 +1,33 @@
-//! States of requests that a provider works on.
+//! Saved states of requests in progress at a provider.
 
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{Claim, Job, Result, StoreError};
-use super::{explain, stored};
+use super::{database_error, to_i64};
 
-/// Keeps a state as long as the claim holds.
-pub fn keep(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Result<()> {
-    let kept = connection
+/// Saves a state, or fails with `Fenced` if the batch was claimed again.
+pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Result<()> {
+    let inserted = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO jobs (tenant, batch, line, plugin, state)
-             SELECT tenant, key, ?4, ?5, ?6 FROM batches WHERE tenant = ?1 AND key = ?2 AND fence = ?3",
+             SELECT tenant, key, ?4, ?5, ?6 FROM batches
+             WHERE tenant = ?1 AND key = ?2 AND fence = ?3",
         )
         .and_then(|mut insert| {
-            insert.execute(params![claim.tenant_key, claim.batch_key, claim.fence, stored(line), job.plugin, job.state])
+            insert.execute(params![
+                claim.tenant_key,
+                claim.batch_key,
+                claim.fence,
+                to_i64(line),
+                job.plugin,
+                job.state
+            ])
         })
-        .map_err(explain)?;
-    if kept == 1 { Ok(()) } else { Err(StoreError::Fenced) }
+        .map_err(database_error)?;
+    if inserted == 1 { Ok(()) } else { Err(StoreError::Fenced) }
 }
 
+/// Returns the saved state of a line.
 pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<Job>> {
     connection
         .prepare_cached(
@@ -26,29 +35,31 @@ pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<J
         )
         .and_then(|mut select| {
             select
-                .query_row(params![claim.tenant_key, claim.batch_key, stored(line)], |row| {
+                .query_row(params![claim.tenant_key, claim.batch_key, to_i64(line)], |row| {
                     Ok(Job { plugin: row.get(0)?, state: row.get(1)? })
                 })
                 .optional()
         })
-        .map_err(explain)
+        .map_err(database_error)
 }
 
-pub fn remove(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
+/// Deletes the saved state of a line.
+pub fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3")
         .and_then(|mut delete| {
-            delete.execute(params![claim.tenant_key, claim.batch_key, stored(line)])
+            delete.execute(params![claim.tenant_key, claim.batch_key, to_i64(line)])
         })
         .map(drop)
-        .map_err(explain)
+        .map_err(database_error)
 }
 
-pub fn any(connection: &Connection, claim: &Claim) -> Result<bool> {
+/// Returns true if the batch has any saved state.
+pub fn exist(connection: &Connection, claim: &Claim) -> Result<bool> {
     connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE tenant = ?1 AND batch = ?2)")
         .and_then(|mut select| {
             select.query_row(params![claim.tenant_key, claim.batch_key], |row| row.get(0))
         })
-        .map_err(explain)
+        .map_err(database_error)
 }

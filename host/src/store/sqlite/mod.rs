@@ -1,4 +1,4 @@
-//! SQLite in WAL mode: one connection writes, in groups; a few read.
+//! Store in SQLite in WAL mode: one connection writes, in groups; a few connections read.
 
 mod batches;
 mod connection;
@@ -23,38 +23,48 @@ use crate::clock::Timestamp;
 use crate::store::private;
 use connection::{Readers, Writer};
 
+/// Store in a SQLite database of a data folder.
 pub struct SqliteStore {
     writer: Writer,
     readers: Readers,
-    /// This process, among those that work on the same database.
+    /// Id of this process as owner of claims and registered objects.
     owner: String,
-    /// Held for as long as the store is: no other process opens this folder.
+    /// Lock that keeps other processes out of the data folder until the store is dropped.
     _lock: Arc<File>,
 }
 
 impl SqliteStore {
-    /// Opens the database of a data folder, makes it if need be, and brings it up to date.
+    /// Opens the database of a data folder; creates and migrates the database as needed.
+    ///
+    /// Fails if another process uses the folder.
     pub fn open(folder: &Path) -> Result<Self> {
-        let lock = lock(folder)?;
+        let lock = lock_folder(folder)?;
         let path = folder.join("batchwright.db");
         let failed =
             |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-        let mut connection = connection::open(&path)
-            .map_err(|error| failed(format!("{}: {error}", path.display())))?;
+        let mut connection = connection::open(&path).map_err(|error| {
+            failed(format!(
+                "the database {} cannot be opened: {error}; \
+                     name another folder with --data, or restore the database",
+                path.display()
+            ))
+        })?;
         migrate(&mut connection).map_err(failed)?;
-        if let Err(error) = connection::allow_compacting(&connection) {
+        if let Err(error) = connection::enable_incremental_vacuum(&connection) {
             tracing::warn!(
-                "the database cannot be written anew, so it will not give space back: {error}"
+                %error,
+                path = %path.display(),
+                "incremental vacuum not enabled, the database file will not shrink"
             );
         }
-        // This process holds the folder, so whoever held a batch before is gone.
+        // The folder's lock proves that no other process is alive, so every lease is obsolete.
         connection
             .execute(
                 "UPDATE batches SET lease_until = 0, owner = NULL
                  WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')",
                 [],
             )
-            .map_err(explain)?;
+            .map_err(database_error)?;
         let owner = uuid::Uuid::new_v4().to_string();
         Ok(Self {
             writer: Writer::start(connection)?,
@@ -65,11 +75,12 @@ impl SqliteStore {
     }
 }
 
-fn lock(folder: &Path) -> Result<File> {
+/// Creates the data folder if it does not exist and locks it for this process.
+fn lock_folder(folder: &Path) -> Result<File> {
     let failed =
         |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
-    private::make_folder(folder).map_err(|error| {
-        failed(format!("cannot be made: {error}; name another folder with --data"))
+    private::create_folder(folder).map_err(|error| {
+        failed(format!("cannot be created: {error}; name another folder with --data"))
     })?;
     let file = File::options()
         .create(true)
@@ -81,43 +92,50 @@ fn lock(folder: &Path) -> Result<File> {
     })?;
     match file.try_lock() {
         Ok(()) => {
-            private::correct(folder);
+            private::restrict_modes(folder);
             Ok(file)
         }
         Err(std::fs::TryLockError::WouldBlock) => Err(failed(
-            "is in use by another batchwright; stop that one, or name another folder with --data"
-                .into(),
+            "is in use by another batchwright; stop it, or name another folder with --data".into(),
         )),
-        Err(std::fs::TryLockError::Error(error)) => {
-            Err(failed(format!("cannot be locked: {error}")))
-        }
+        Err(std::fs::TryLockError::Error(error)) => Err(failed(format!(
+            "cannot be locked: {error}; name a folder on a local file system with --data"
+        ))),
     }
 }
 
+/// Migrates the database to the latest schema.
 fn migrate(connection: &mut Connection) -> std::result::Result<(), String> {
     use rusqlite_migration::{Error, MigrationDefinitionError};
     schema::migrations().to_latest(connection).map_err(|error| match error {
         Error::MigrationDefinition(MigrationDefinitionError::DatabaseTooFarAhead) => format!(
-            "was written by a newer version of batchwright than this one ({}); use that version, or another folder",
+            "was written by a newer version of batchwright than this one ({}); \
+             use that version, or name another folder with --data",
             env!("CARGO_PKG_VERSION")
         ),
-        error => format!("the database cannot be brought up to date: {error}"),
+        error => format!(
+            "the database cannot be migrated: {error}; \
+             fix the cause, or name another folder with --data"
+        ),
     })
 }
 
-/// The key of a tenant, if there is anything of it.
+/// Returns the key of a tenant, or `None` if the database has no such tenant.
 fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
-    let mut statement =
-        connection.prepare_cached("SELECT key FROM tenants WHERE name = ?1").map_err(explain)?;
-    statement.query_row([tenant], |row| row.get(0)).optional().map_err(explain)
+    let mut statement = connection
+        .prepare_cached("SELECT key FROM tenants WHERE name = ?1")
+        .map_err(database_error)?;
+    statement.query_row([tenant], |row| row.get(0)).optional().map_err(database_error)
 }
 
-/// The key of a tenant, which is made if need be.
-fn make_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
+/// Returns the key of a tenant; inserts the tenant if the database has no such tenant.
+fn insert_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
     if let Some(key) = tenant_key(connection, tenant)? {
         return Ok(key);
     }
-    connection.execute("INSERT INTO tenants (name) VALUES (?1)", [tenant]).map_err(explain)?;
+    connection
+        .execute("INSERT INTO tenants (name) VALUES (?1)", [tenant])
+        .map_err(database_error)?;
     Ok(connection.last_insert_rowid())
 }
 
@@ -125,18 +143,20 @@ fn timestamp(millis: i64) -> Timestamp {
     Timestamp::from_millis(millis)
 }
 
-/// SQLite's integers are signed.
-fn stored(number: u64) -> i64 {
+/// Converts a number for SQLite, whose integers are signed; saturates.
+fn to_i64(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn loaded(number: i64) -> u64 {
+/// Converts a number from SQLite; a negative number becomes 0.
+fn to_u64(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
-fn explain(error: rusqlite::Error) -> StoreError {
-    connection::note_damage(&error);
+/// Converts an error of SQLite and records a reported corruption.
+#[expect(clippy::needless_pass_by_value, reason = "signature for map_err")]
+fn database_error(error: rusqlite::Error) -> StoreError {
+    connection::record_corruption(&error);
     match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(error.to_string()),
         _ => StoreError::Database(error.to_string()),
@@ -149,7 +169,7 @@ impl Store for SqliteStore {
         let tenant = tenant.to_owned();
         self.writer
             .write(move |connection| {
-                files::insert(connection, make_tenant(connection, &tenant)?, &file)
+                files::insert(connection, insert_tenant(connection, &tenant)?, &file)
             })
             .await
     }
@@ -173,7 +193,7 @@ impl Store for SqliteStore {
         let (tenant, id, owner) = (tenant.to_owned(), id.to_owned(), self.owner.clone());
         self.writer
             .write(move |connection| {
-                files::begin_object(connection, make_tenant(connection, &tenant)?, &id, &owner)
+                files::register_object(connection, insert_tenant(connection, &tenant)?, &id, &owner)
             })
             .await
     }
@@ -189,7 +209,7 @@ impl Store for SqliteStore {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
         self.writer
             .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::object_recorded(connection, tenant, &id),
+                Some(tenant) => files::unregister_object(connection, tenant, &id),
                 None => Ok(()),
             })
             .await
@@ -197,7 +217,7 @@ impl Store for SqliteStore {
 
     async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool> {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        // Asked in the row of writes, which go in the order they came in: a record that was on its way is there now.
+        // The writer runs writes in order, so this query sees a record that was queued before.
         self.writer
             .write(move |connection| match tenant_key(connection, &tenant)? {
                 Some(tenant) => files::is_pending(connection, tenant, &id),
@@ -212,11 +232,11 @@ impl Store for SqliteStore {
 
     async fn file_removed(&self, tenant: &str, id: &str) -> Result<()> {
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.writer.write(move |connection| files::removed(connection, &tenant, &id)).await
+        self.writer.write(move |connection| files::mark_removed(connection, &tenant, &id)).await
     }
 
     async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool> {
-        self.writer.write(move |connection| files::forget(connection, gone_before, limit)).await
+        self.writer.write(move |connection| files::purge(connection, gone_before, limit)).await
     }
 
     async fn create_batch(
@@ -230,7 +250,7 @@ impl Store for SqliteStore {
             .write(move |connection| {
                 batches::create(
                     connection,
-                    make_tenant(connection, &tenant)?,
+                    insert_tenant(connection, &tenant)?,
                     &new,
                     idempotency.as_ref(),
                 )
@@ -301,7 +321,7 @@ impl Store for SqliteStore {
 
     async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| jobs::keep(connection, &claim, line, &job)).await
+        self.writer.write(move |connection| jobs::save(connection, &claim, line, &job)).await
     }
 
     async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>> {
@@ -311,12 +331,12 @@ impl Store for SqliteStore {
 
     async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| jobs::remove(connection, &claim, line)).await
+        self.writer.write(move |connection| jobs::delete(connection, &claim, line)).await
     }
 
     async fn has_jobs(&self, claim: &Claim) -> Result<bool> {
         let claim = claim.clone();
-        self.readers.read(move |connection| jobs::any(connection, &claim)).await
+        self.readers.read(move |connection| jobs::exist(connection, &claim)).await
     }
 
     async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {
@@ -394,7 +414,7 @@ impl Store for SqliteStore {
     }
 
     async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
-        self.writer.write(move |connection| batches::forget(connection, &batches)).await
+        self.writer.write(move |connection| batches::delete(connection, &batches)).await
     }
 
     async fn compact(&self) -> Result<bool> {
@@ -409,7 +429,7 @@ impl Store for SqliteStore {
     async fn probe(&self, now: Timestamp) -> Result<()> {
         let write = self.writer.write(move |connection| {
             let sql = "INSERT OR REPLACE INTO probe (key, at) VALUES (1, ?1)";
-            connection.execute(sql, [now.as_millis()]).map(drop).map_err(explain)
+            connection.execute(sql, [now.as_millis()]).map(drop).map_err(database_error)
         });
         write.await?;
         self.probe_read().await
@@ -418,19 +438,19 @@ impl Store for SqliteStore {
     async fn probe_read(&self) -> Result<()> {
         self.readers
             .read(|connection| {
-                if let Some(damage) = connection::damage() {
-                    return Err(StoreError::Database(damage));
+                if let Some(corruption) = connection::corruption() {
+                    return Err(StoreError::Database(corruption));
                 }
                 for table in
                     ["tenants", "files", "batches", "batch_errors", "results", "batch_plugins"]
                 {
                     let mut statement = connection
                         .prepare_cached(&format!("SELECT * FROM {table} LIMIT 1"))
-                        .map_err(explain)?;
+                        .map_err(database_error)?;
                     statement
                         .query([])
                         .and_then(|mut rows| rows.next().map(drop))
-                        .map_err(explain)?;
+                        .map_err(database_error)?;
                 }
                 Ok(())
             })

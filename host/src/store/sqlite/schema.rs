@@ -1,9 +1,11 @@
-//! The tables, migration by migration. One that has shipped is never changed; a new one is added.
+//! Migrations of the database. A shipped migration never changes; a change needs a new migration.
 
 use rusqlite_migration::{M, Migrations};
 
-/// What a table holds is said beside it. Times are milliseconds since 1970, tenants and batches are meant by their integer keys.
-const FIRST: &str = "
+/// Creates the tables.
+///
+/// Times are milliseconds since 1970. The columns `tenant` and `batch` contain integer keys.
+const MIGRATION_1: &str = "
 CREATE TABLE tenants (
     key INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE
@@ -94,7 +96,8 @@ CREATE TABLE results (
 ) STRICT, WITHOUT ROWID;
 ";
 
-const SECOND: &str = "
+/// Adds idempotency keys, lanes, tombstones, plugins of batches and registrations of objects.
+const MIGRATION_2: &str = "
 -- What the client called this creation, and a digest of its parameters.
 ALTER TABLE batches ADD COLUMN idempotency_key TEXT;
 ALTER TABLE batches ADD COLUMN fingerprint BLOB;
@@ -144,7 +147,8 @@ CREATE TABLE pending_objects (
 ) STRICT, WITHOUT ROWID;
 ";
 
-const THIRD: &str = "
+/// Adds turns and the table of the readiness probe.
+const MIGRATION_3: &str = "
 -- When it was created, or had its last turn: batches of a lane take turns.
 ALTER TABLE batches ADD COLUMN waits_since INTEGER NOT NULL DEFAULT 0;
 UPDATE batches SET waits_since = created_at;
@@ -159,7 +163,8 @@ CREATE TABLE probe (
 ) STRICT;
 ";
 
-const FOURTH: &str = "
+/// Adds causes of backoff and saved states of requests.
+const MIGRATION_4: &str = "
 -- What its requests wait for while the batch rests, in the client's words, and since when. It rests until `waits_since`.
 ALTER TABLE batches ADD COLUMN waits_for TEXT;
 ALTER TABLE batches ADD COLUMN waits_for_since INTEGER;
@@ -177,8 +182,14 @@ CREATE TABLE jobs (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Returns all migrations, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(SECOND), M::up(THIRD), M::up(FOURTH)])
+    Migrations::new(vec![
+        M::up(MIGRATION_1),
+        M::up(MIGRATION_2),
+        M::up(MIGRATION_3),
+        M::up(MIGRATION_4),
+    ])
 }
 
 #[cfg(test)]
@@ -195,7 +206,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_database_of_the_first_version_goes_on() {
+    async fn first_version_database_migrates_and_its_batches_continue() {
         let folder = tempfile::TempDir::new().unwrap();
         let path = folder.path().join("batchwright.db");
         let mut old = rusqlite::Connection::open(&path).unwrap();
@@ -204,9 +215,11 @@ mod tests {
         old.execute_batch(
             "INSERT INTO tenants VALUES (1, 'default');
              INSERT INTO files (tenant, id, bytes, created_at, filename, purpose, deleted_at)
-             VALUES (1, 'file-a', 3, 10, 'a', 'batch', 30), (1, 'file-b', 3, 10, 'b', 'batch', 15);
-             INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status,
-                 owner, lease_until)
+             VALUES (1, 'file-a', 3, 10, 'a', 'batch', 30),
+                    (1, 'file-b', 3, 10, 'b', 'batch', 15);
+             INSERT INTO batches
+                 (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at,
+                  status, owner, lease_until)
              VALUES (1, 'batch_a', 'e', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
                     (1, 'batch_b', 'e', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
                     (1, 'batch_c', 'e', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
@@ -223,7 +236,7 @@ mod tests {
             found.push((claim.batch_id.clone(), claim.lane.clone(), input));
         }
         found.sort_by(|one, other| one.0.cmp(&other.0));
-        // The input of the second was deleted before the batch was created, that of the first after.
+        // The input of `batch_b` was deleted before the batch was created, that of `batch_a` later.
         assert_eq!(
             found,
             [
@@ -240,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_each_lane_the_one_that_waits_for_longest_is_found_and_claimed_once() {
+    async fn waiting_returns_the_oldest_batch_per_lane_and_claim_succeeds_once() {
         let folder = tempfile::TempDir::new().unwrap();
         let store = SqliteStore::open(folder.path()).unwrap();
         let database = rusqlite::Connection::open(folder.path().join("batchwright.db")).unwrap();
@@ -248,12 +261,14 @@ mod tests {
             .execute_batch(
                 "INSERT INTO tenants VALUES (1, 't');
                  INSERT INTO batches
-                     (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at, status, lane, waits_since)
+                     (tenant, id, endpoint, input_file_id, completion_window, created_at,
+                      expires_at, status, lane, waits_since)
                  VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
                         (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
                         (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
                         (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
-                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute fast slow', 0),
+                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress',
+                         'execute fast slow', 0),
                         (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);",
             )
             .unwrap();
@@ -268,7 +283,7 @@ mod tests {
             let claim = store.claim(&waiting, now, until).await.unwrap().unwrap();
             assert!(
                 store.claim(&waiting, now, until).await.unwrap().is_none(),
-                "it is claimed twice"
+                "the batch is claimed twice"
             );
             Some((claim.batch_id.clone(), claim))
         };
@@ -280,10 +295,10 @@ mod tests {
         assert!(claim(&Lane::Finish, now).await.is_none());
         let (id, held) = claim(&slow, now).await.unwrap();
         assert_eq!(id, "slow 2");
-        // One that has had its turn is behind the other.
+        // A batch that had its turn is behind the other one.
         store.release(&held, Release::Turn(Timestamp::from_millis(50))).await.unwrap();
         assert_eq!(claim(&slow, now).await.unwrap().0, "slow 1");
-        // One that has expired needs no place among those that wait for the provider.
+        // An expired batch waits in the finish lane and not for its provider.
         let later = Timestamp::from_millis(500);
         assert_eq!(claim(&Lane::Finish, later).await.unwrap().0, "slow 2");
         assert_eq!(claim(&Lane::Validate, later).await.unwrap().0, "new");

@@ -1,4 +1,6 @@
-//! What whoever works on a batch does to it. Each operation checks that the claim still holds.
+//! Operations of workers on claimed batches, and claims themselves.
+//!
+//! Each update of a batch compares the fence of the claim (`update_claimed`).
 
 use std::collections::BTreeSet;
 
@@ -8,27 +10,36 @@ use super::super::{
     BatchError, BatchKey, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results,
     ServedBy, Status, StoreError, TokenUsage, Validated, Waiting,
 };
-use super::{explain, files, loaded, stored, timestamp};
+use super::{database_error, files, timestamp, to_i64, to_u64};
 use crate::clock::Timestamp;
 
-/// Batches that have not ended, and a lane's oldest of those that nobody holds. A lease that has lapsed may be taken over, but never by its
-/// own holder: a clock that jumps must not make one process work on a batch twice.
+/// Memory of a result row besides its payload, in bytes.
+const ROW_OVERHEAD_BYTES: usize = 64;
+
+/// Returns the oldest waiting batch of each lane, and the batch that expired first.
+///
+/// An expired lease may be taken over, but never by its own holder: a clock that jumps must not
+/// make one process work on a batch twice.
 pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<Vec<Waiting>> {
-    // The lanes are looked up one by one in the index, so that a full one costs nothing however many wait in it.
+    // The recursive query seeks lane by lane in the index, so its cost does not depend on the
+    // number of batches that wait in a lane.
     let mut statement = connection
         .prepare_cached(
             "WITH RECURSIVE lanes (lane) AS (
-                 SELECT min(lane) FROM batches WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                 SELECT min(lane) FROM batches
+                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
                  UNION ALL
                  SELECT (
                      SELECT min(batches.lane) FROM batches
-                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane > lanes.lane
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                     AND batches.lane > lanes.lane
                  ) FROM lanes WHERE lanes.lane IS NOT NULL
              ),
              oldest (key) AS (
                  SELECT (
                      SELECT key FROM batches
-                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND batches.lane = lanes.lane
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                     AND batches.lane = lanes.lane
                      AND lease_until <= ?1 AND owner IS NOT ?2 AND waits_since <= ?1
                      ORDER BY waits_since, key LIMIT 1
                  ) FROM lanes
@@ -42,19 +53,20 @@ pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<V
              CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END
              FROM oldest JOIN batches USING (key)",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
         .query_map(params![now.as_millis(), owner], |row| {
             Ok(Waiting {
                 key: BatchKey { tenant: row.get(0)?, batch: row.get(1)? },
                 since: timestamp(row.get(2)?),
-                lane: lane(&row.get::<_, String>(3)?),
+                lane: parse_lane(&row.get::<_, String>(3)?),
             })
         })
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
+/// Claims a batch and increments its fence, or returns `None` if it was claimed meanwhile.
 pub fn claim(
     connection: &Connection,
     owner: &str,
@@ -67,10 +79,11 @@ pub fn claim(
             "UPDATE batches SET owner = ?4, lease_until = ?5, fence = fence + 1
              WHERE tenant = ?1 AND key = ?2 AND lease_until <= ?3 AND owner IS NOT ?4
              AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-             RETURNING tenant, key, fence, id, (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
+             RETURNING tenant, key, fence, id,
+             (SELECT name FROM tenants WHERE tenants.key = batches.tenant),
              CASE WHEN status = 'in_progress' AND expires_at <= ?3 THEN 'finish' ELSE lane END",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     statement
         .query_row(
             params![key.tenant, key.batch, now.as_millis(), owner, until.as_millis()],
@@ -81,16 +94,16 @@ pub fn claim(
                     fence: row.get(2)?,
                     batch_id: row.get(3)?,
                     tenant: row.get(4)?,
-                    lane: lane(&row.get::<_, String>(5)?),
+                    lane: parse_lane(&row.get::<_, String>(5)?),
                 })
             },
         )
         .optional()
-        .map_err(explain)
+        .map_err(database_error)
 }
 
-/// A lane from its form in the database.
-fn lane(text: &str) -> Lane {
+/// Parses a lane from its text in the database.
+fn parse_lane(text: &str) -> Lane {
     match (text, text.strip_prefix("execute ")) {
         ("validate", _) => Lane::Validate,
         (_, Some(plugins)) => {
@@ -100,13 +113,15 @@ fn lane(text: &str) -> Lane {
     }
 }
 
-/// The lane of a batch whose requests go to these plugins, as the database has it.
-fn execution(plugins: &BTreeSet<String>) -> String {
+/// Formats the execution lane of these plugins for the database.
+fn execution_lane(plugins: &BTreeSet<String>) -> String {
     format!("execute {}", plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" "))
 }
 
-/// Runs a statement whose first three parameters are the claim's; it must change the batch's row.
-fn change(
+/// Updates the row of a claimed batch, or fails with `Fenced` if the batch was claimed again.
+///
+/// The first three parameters of the statement are those of the claim.
+fn update_claimed(
     connection: &Connection,
     claim: &Claim,
     sql: &str,
@@ -119,16 +134,17 @@ fn change(
         .prepare_cached(&format!(
             "UPDATE batches SET {sql} WHERE tenant = ?1 AND key = ?2 AND fence = ?3"
         ))
-        .map_err(explain)?;
-    match statement.execute(values.as_slice()).map_err(explain)? {
+        .map_err(database_error)?;
+    match statement.execute(values.as_slice()).map_err(database_error)? {
         1 => Ok(()),
         _ => Err(StoreError::Fenced),
     }
 }
 
+/// Extends the lease of a claim.
 pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
-    // What was given back meanwhile stays so.
-    change(
+    // A batch that was released meanwhile stays released.
+    update_claimed(
         connection,
         claim,
         "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END",
@@ -136,6 +152,7 @@ pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result
     )
 }
 
+/// Releases a claimed batch.
 pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
     let (since, waits_for) = match how {
         Release::AsItWas => (None, None),
@@ -144,42 +161,54 @@ pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<
     };
     let waits_for = waits_for.map(|known| (&known.cause, known.since.as_millis()));
     let (cause, waits_for_since) = waits_for.unzip();
-    // One that is to be cancelled does not rest.
-    change(
+    // A batch in `cancelling` has no backoff.
+    update_claimed(
         connection,
         claim,
         "owner = NULL, lease_until = 0,
-         waits_since = CASE status WHEN 'cancelling' THEN waits_since ELSE coalesce(?4, waits_since) END,
+         waits_since =
+             CASE status WHEN 'cancelling' THEN waits_since ELSE coalesce(?4, waits_since) END,
          waits_for = coalesce(?5, waits_for), waits_for_since = coalesce(?6, waits_for_since)",
         &[&since, &cause, &waits_for_since],
     )
 }
 
+/// Ends the backoff of all batches.
 pub fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
     connection
         .prepare_cached(
-            "UPDATE batches SET waits_since = ?1 WHERE status = 'in_progress' AND waits_since > ?1",
+            "UPDATE batches SET waits_since = ?1
+             WHERE status = 'in_progress' AND waits_since > ?1",
         )
         .and_then(|mut update| update.execute([now.as_millis()]))
         .map(drop)
-        .map_err(explain)
+        .map_err(database_error)
 }
 
-/// Remembers plugins that have a part in the batch, each once.
-fn serve(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Result<()> {
+/// Inserts plugins that the batch uses, each version once.
+fn insert_plugins(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Result<()> {
     for ServedBy { name, kind, version, sha256 } in by {
         connection
             .prepare_cached(
-                "INSERT OR IGNORE INTO batch_plugins (tenant, batch, name, sha256, version, kind) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                "INSERT OR IGNORE INTO batch_plugins
+                 (tenant, batch, name, sha256, version, kind) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             )
             .and_then(|mut insert| {
-                insert.execute(params![claim.tenant_key, claim.batch_key, name, sha256, version, kind])
+                insert.execute(params![
+                    claim.tenant_key,
+                    claim.batch_key,
+                    name,
+                    sha256,
+                    version,
+                    kind
+                ])
             })
-            .map_err(explain)?;
+            .map_err(database_error)?;
     }
     Ok(())
 }
 
+/// Fails a batch in validation with errors.
 pub fn fail(
     connection: &Connection,
     claim: &Claim,
@@ -187,9 +216,9 @@ pub fn fail(
     by: &[ServedBy],
     at: Timestamp,
 ) -> Result<()> {
-    serve(connection, claim, by)?;
-    // A client who was told that the batch is being cancelled sees it cancelled.
-    change(
+    insert_plugins(connection, claim, by)?;
+    // A batch reported to a client as `cancelling` must end as `cancelled`.
+    update_claimed(
         connection,
         claim,
         "failed_at = CASE status WHEN 'cancelling' THEN NULL ELSE ?4 END,
@@ -200,16 +229,17 @@ pub fn fail(
     insert_errors(connection, claim, errors)
 }
 
+/// Inserts the errors of a batch, in order.
 fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) -> Result<()> {
     let mut statement = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO batch_errors (tenant, batch, place, code, message, param, line)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     for (place, error) in errors.iter().enumerate() {
-        let line = error.line.map(stored);
-        let place = stored(place as u64);
+        let line = error.line.map(to_i64);
+        let place = to_i64(place as u64);
         statement
             .execute(params![
                 claim.tenant_key,
@@ -220,41 +250,44 @@ fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) 
                 error.param,
                 line
             ])
-            .map_err(explain)?;
+            .map_err(database_error)?;
     }
     Ok(())
 }
 
+/// Stores the results of validation and releases the batch into its next lane.
 pub fn start_execution(
     connection: &Connection,
     claim: &Claim,
     found: &Validated,
     at: Timestamp,
 ) -> Result<()> {
-    serve(connection, claim, &found.judged_by)?;
-    change(
+    insert_plugins(connection, claim, &found.judged_by)?;
+    update_claimed(
         connection,
         claim,
         "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
          lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END,
          total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
-        &[&at.as_millis(), &stored(found.total), &found.model, &execution(&found.plugins)],
+        &[&at.as_millis(), &to_i64(found.total), &found.model, &execution_lane(&found.plugins)],
     )
 }
 
+/// Inserts results that are new, their counts and the plugins that served them.
 pub fn record(
     connection: &Connection,
     claim: &Claim,
     rows: &[ResultRow],
     by: &[ServedBy],
 ) -> Result<()> {
-    serve(connection, claim, by)?;
+    insert_plugins(connection, claim, by)?;
     let mut insert = connection
         .prepare_cached(
-            "INSERT OR IGNORE INTO results (tenant, batch, line, ending, payload) VALUES (?1, ?2, ?3, ?4, ?5)",
+            "INSERT OR IGNORE INTO results (tenant, batch, line, ending, payload)
+             VALUES (?1, ?2, ?3, ?4, ?5)",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let (mut completed, mut failed, mut usage) = (0_u64, 0_u64, TokenUsage::default());
     for row in rows {
         let ending = match row.ending {
@@ -265,11 +298,11 @@ pub fn record(
             .execute(params![
                 claim.tenant_key,
                 claim.batch_key,
-                stored(row.line),
+                to_i64(row.line),
                 ending,
                 row.payload
             ])
-            .map_err(explain)?;
+            .map_err(database_error)?;
         if added == 0 {
             continue;
         }
@@ -282,26 +315,28 @@ pub fn record(
         usage.output = usage.output.saturating_add(row.usage.output);
         usage.reasoning = usage.reasoning.saturating_add(row.usage.reasoning);
     }
-    // A sum past the largest integer would become a float; a guest can claim any number of tokens.
-    change(
+    // A guest can report any number of tokens, and SQLite turns an overflowing sum into a float.
+    update_claimed(
         connection,
         claim,
-        "waits_for = NULL, waits_for_since = NULL, completed = completed + ?4, failed = failed + ?5,
+        "waits_for = NULL, waits_for_since = NULL,
+         completed = completed + ?4, failed = failed + ?5,
          input_tokens = min(input_tokens, 9223372036854775807 - ?6) + ?6,
          cached_input_tokens = min(cached_input_tokens, 9223372036854775807 - ?7) + ?7,
          output_tokens = min(output_tokens, 9223372036854775807 - ?8) + ?8,
          reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?9) + ?9",
         &[
-            &stored(completed),
-            &stored(failed),
-            &stored(usage.input),
-            &stored(usage.cached_input),
-            &stored(usage.output),
-            &stored(usage.reasoning),
+            &to_i64(completed),
+            &to_i64(failed),
+            &to_i64(usage.input),
+            &to_i64(usage.cached_input),
+            &to_i64(usage.output),
+            &to_i64(usage.reasoning),
         ],
     )
 }
 
+/// Returns up to `limit` lines after `after` that have a result, in order.
 pub fn recorded_lines(
     connection: &Connection,
     claim: &Claim,
@@ -310,28 +345,32 @@ pub fn recorded_lines(
 ) -> Result<Vec<u64>> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT line FROM results WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line LIMIT ?4",
+            "SELECT line FROM results
+             WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line LIMIT ?4",
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let rows = statement
         .query_map(
-            params![claim.tenant_key, claim.batch_key, stored(after), stored(limit as u64)],
-            |row| row.get(0).map(loaded),
+            params![claim.tenant_key, claim.batch_key, to_i64(after), to_i64(limit as u64)],
+            |row| row.get(0).map(to_u64),
         )
-        .map_err(explain)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(explain)
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
+/// Changes `InProgress` to `Finalizing`.
 pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -> Result<()> {
-    change(
+    update_claimed(
         connection,
         claim,
         "finalizing_at = coalesce(finalizing_at, ?4),
-         status = CASE status WHEN 'in_progress' THEN 'finalizing' ELSE status END, lane = 'finish'",
+         status = CASE status WHEN 'in_progress' THEN 'finalizing' ELSE status END,
+         lane = 'finish'",
         &[&at.as_millis()],
     )
 }
 
+/// Returns the results of the lines after `after`, of up to `bytes` bytes in total.
 pub fn results(
     connection: &Connection,
     claim: &Claim,
@@ -340,44 +379,47 @@ pub fn results(
 ) -> Result<Results> {
     let mut statement = connection
         .prepare_cached(
-            // The size is known before the payload is read, and one that is too large is not read.
-            "SELECT line, ending, length(payload), CASE WHEN length(payload) <= ?4 THEN payload END FROM results
+            // Tests the length first, so that a payload that is too large is never read.
+            "SELECT line, ending, length(payload),
+             CASE WHEN length(payload) <= ?4 THEN payload END FROM results
              WHERE tenant = ?1 AND batch = ?2 AND line > ?3 ORDER BY line",
         )
-        .map_err(explain)?;
-    let most = stored(bytes as u64);
+        .map_err(database_error)?;
+    let max_bytes = to_i64(bytes as u64);
     let mut found = statement
-        .query(params![claim.tenant_key, claim.batch_key, stored(after), most])
-        .map_err(explain)?;
+        .query(params![claim.tenant_key, claim.batch_key, to_i64(after), max_bytes])
+        .map_err(database_error)?;
     let mut results = Results::default();
-    let mut held = 0_usize;
-    while let Some(row) = found.next().map_err(explain)? {
-        let size = usize::try_from(loaded(row.get(2).map_err(explain)?)).unwrap_or(usize::MAX);
-        held = held.saturating_add(size).saturating_add(64);
-        if held > bytes {
+    let mut total_bytes = 0_usize;
+    while let Some(row) = found.next().map_err(database_error)? {
+        let size =
+            usize::try_from(to_u64(row.get(2).map_err(database_error)?)).unwrap_or(usize::MAX);
+        total_bytes = total_bytes.saturating_add(size).saturating_add(ROW_OVERHEAD_BYTES);
+        if total_bytes > bytes {
             if results.rows.is_empty() {
-                results.too_large = Some(size.saturating_add(64));
+                results.too_large = Some(size.saturating_add(ROW_OVERHEAD_BYTES));
             }
             break;
         }
         results.rows.push(ResultRow {
-            line: loaded(row.get(0).map_err(explain)?),
-            ending: if row.get::<_, i64>(1).map_err(explain)? == 0 {
+            line: to_u64(row.get(0).map_err(database_error)?),
+            ending: if row.get::<_, i64>(1).map_err(database_error)? == 0 {
                 Ending::Completed
             } else {
                 Ending::Failed
             },
-            payload: row.get(3).map_err(explain)?,
+            payload: row.get(3).map_err(database_error)?,
             usage: TokenUsage::default(),
         });
-        // A step further would hold the next payload beside these.
-        if held == bytes {
+        // The next step would load one payload beyond the limit.
+        if total_bytes == bytes {
             break;
         }
     }
     Ok(results)
 }
 
+/// Ends a batch and inserts its result files.
 pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
     for file in finish.output.iter().chain(&finish.error) {
         files::insert(connection, claim.tenant_key, file)?;
@@ -387,19 +429,19 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
     let cancelling = "SELECT status = 'cancelling' FROM batches WHERE tenant = ?1 AND key = ?2";
     let cancelling: bool = connection
         .query_row(cancelling, params![claim.tenant_key, claim.batch_key], |row| row.get(0))
-        .map_err(explain)?;
+        .map_err(database_error)?;
     if cancelling && finish.status == Status::Expired {
         return Err(StoreError::Overtaken);
     }
-    // As in `fail`.
-    change(
+    // A batch reported to a client as `cancelling` must end as `cancelled`.
+    update_claimed(
         connection,
         claim,
         "status = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE ?4 END,
          output_file_id = ?5, error_file_id = ?6",
         &[&finish.status.as_str(), &output, &error],
     )?;
-    change(
+    update_claimed(
         connection,
         claim,
         "completed_at = CASE status WHEN 'completed' THEN ?4 END,
@@ -411,6 +453,8 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
     insert_errors(connection, claim, &finish.errors)
 }
 
+/// Deletes up to `limit` results of an ended batch, then its saved states; returns true if more may
+/// remain.
 pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
     let ended = connection
         .query_row(
@@ -420,26 +464,26 @@ pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
             |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)),
         )
         .optional()
-        .map_err(explain)?;
+        .map_err(database_error)?;
     let Some((tenant, batch)) = ended else { return Ok(false) };
     let removed = connection
         .execute(
             "DELETE FROM results WHERE tenant = ?1 AND batch = ?2 AND line IN (
                  SELECT line FROM results WHERE tenant = ?1 AND batch = ?2 ORDER BY line LIMIT ?3
              )",
-            params![tenant, batch, stored(limit as u64)],
+            params![tenant, batch, to_i64(limit as u64)],
         )
-        .map_err(explain)?;
+        .map_err(database_error)?;
     if removed < limit {
         connection
             .execute("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2", params![tenant, batch])
-            .map_err(explain)?;
+            .map_err(database_error)?;
         connection
             .execute(
                 "UPDATE batches SET has_results = 0 WHERE tenant = ?1 AND key = ?2",
                 params![tenant, batch],
             )
-            .map_err(explain)?;
+            .map_err(database_error)?;
     }
     Ok(true)
 }
