@@ -1,38 +1,49 @@
-//! What an adapter answers is input like any other: checked here, so that nothing above this room sees it unchecked.
+//! Validation of the steps and answers that adapters return.
+//!
+//! A value of a guest is untrusted input. Code above the `plugin` module sees only validated
+//! values.
 
 use serde_json::value::RawValue;
 
 use super::types::{Answer, Failure, Response, Step};
 
-/// Largest state of an exchange or a pause, in bytes.
-const MOST_STATE: usize = 64 << 10;
+/// Largest state of an exchange or a pause.
+const MAX_STATE_BYTES: usize = 64 << 10;
 
-/// Longest code and message of a failure, in characters.
-const LONGEST_CODE: usize = 64;
-const LONGEST_MESSAGE: usize = 4000;
+/// Longest code of a failure.
+const MAX_CODE_CHARS: usize = 64;
+/// Longest message of a failure.
+const MAX_MESSAGE_CHARS: usize = 4000;
 
-/// The step with its answer checked and on one line, or what is wrong with it.
-pub fn checked(step: Step) -> Result<Step, String> {
+/// Validates a step and puts the body of its answer on one line. Returns the violation as a
+/// sentence.
+pub fn check_step(step: Step) -> Result<Step, String> {
     match step {
-        Step::Send { state, .. } | Step::Wait { state, .. } if state.len() > MOST_STATE => {
-            Err(format!("a state of {} bytes is more than {MOST_STATE}.", state.len()))
+        Step::Send { state, .. } | Step::Wait { state, .. } if state.len() > MAX_STATE_BYTES => {
+            Err(format!(
+                "it returned a state of {} bytes; the limit is {MAX_STATE_BYTES}.",
+                state.len()
+            ))
         }
         Step::Retry { after_milliseconds, otherwise } => {
-            Ok(Step::Retry { after_milliseconds, otherwise: brief(checked_answer(otherwise)?) })
+            let otherwise = bounded_for_retry(check_answer(otherwise)?);
+            Ok(Step::Retry { after_milliseconds, otherwise })
         }
-        Step::Done(answer) => Ok(Step::Done(checked_answer(answer)?)),
+        Step::Done(answer) => Ok(Step::Done(check_answer(answer)?)),
         step => Ok(step),
     }
 }
 
-/// An answer as it is kept while a request waits for its next attempt, which may be long, and many do.
-fn brief(answer: Answer) -> Answer {
+/// Bounds an answer that is kept in memory until the next attempt: many requests wait at the same
+/// time, and a wait can be long.
+fn bounded_for_retry(answer: Answer) -> Answer {
     match answer {
-        Answer::Response(response) if response.body.len() > MOST_STATE => {
+        Answer::Response(response) if response.body.len() > MAX_STATE_BYTES => {
             Answer::Failure(Failure {
                 code: "answer_too_large".into(),
                 message: format!(
-                    "No attempt is left. The last answer, of status {}, had {} bytes, more than is kept between attempts.",
+                    "No attempt is left. The last answer had status {} and {} bytes; \
+                     answers of more than {MAX_STATE_BYTES} bytes are not kept between attempts.",
                     response.status,
                     response.body.len()
                 ),
@@ -42,7 +53,7 @@ fn brief(answer: Answer) -> Answer {
     }
 }
 
-fn checked_answer(answer: Answer) -> Result<Answer, String> {
+fn check_answer(answer: Answer) -> Result<Answer, String> {
     match answer {
         Answer::Response(response) => {
             if !(200..600).contains(&response.status) {
@@ -52,14 +63,15 @@ fn checked_answer(answer: Answer) -> Result<Answer, String> {
             Ok(Answer::Response(Response { body, ..response }))
         }
         Answer::Failure(mut failure) => {
-            failure.code = for_people(&failure.code, LONGEST_CODE);
-            failure.message = for_people(&failure.message, LONGEST_MESSAGE);
+            failure.code = for_people(&failure.code, MAX_CODE_CHARS);
+            failure.message = for_people(&failure.message, MAX_MESSAGE_CHARS);
             Ok(Answer::Failure(failure))
         }
     }
 }
 
-/// A guest's words as they may be shown to people, on a terminal, in a log or a table: on one line, and not too long.
+/// Returns a guest's text in a form that is safe for a terminal, a log or a table: without control
+/// characters, on one line and truncated to `characters`.
 pub fn for_people(text: &str, characters: usize) -> String {
     text.chars()
         .take(characters)
@@ -67,7 +79,8 @@ pub fn for_people(text: &str, characters: usize) -> String {
         .collect()
 }
 
-/// A JSON object without line breaks; every value stays as it was written, numbers of any size included.
+/// Returns a JSON object without line breaks. Every value stays as the guest wrote it, including
+/// numbers of any size.
 fn one_line_object(text: String) -> Result<String, String> {
     let object: &RawValue = serde_json::from_str(&text)
         .map_err(|error| format!("the body of its answer is not JSON: {error}."))?;
@@ -75,12 +88,12 @@ fn one_line_object(text: String) -> Result<String, String> {
     if !object.starts_with('{') {
         return Err("the body of its answer is not a JSON object.".into());
     }
-    // Within a string a line break is written as an escape, so one that stands here stands between values.
-    if object.contains(['\n', '\r']) { Ok(without_spaces(object)) } else { Ok(object.to_owned()) }
+    // A line break inside a string is an escape, so a literal line break is between values.
+    if object.contains(['\n', '\r']) { Ok(minify(object)) } else { Ok(object.to_owned()) }
 }
 
-/// Valid JSON without the white space between its values.
-fn without_spaces(json: &str) -> String {
+/// Returns valid JSON without the white space between its values.
+fn minify(json: &str) -> String {
     let mut compact = String::with_capacity(json.len());
     let mut in_string = false;
     let mut escaped = false;
@@ -107,14 +120,14 @@ mod tests {
     fn response(status: u16, body: &str) -> Result<String, String> {
         let answer =
             Answer::Response(Response { status, request_id: None, body: body.into(), usage: None });
-        match checked(Step::Done(answer))? {
+        match check_step(Step::Done(answer))? {
             Step::Done(Answer::Response(response)) => Ok(response.body),
             _ => Err("another step".into()),
         }
     }
 
     #[test]
-    fn a_body_comes_out_as_one_line_with_its_values_as_written() {
+    fn response_body_becomes_one_line_and_keeps_values_verbatim() {
         let body =
             "{\n  \"a\": 1.0000000000000000001e400,\r\n\t\"b \\\" \\\\\": [ \"x\\n y\" , {} ]\n}";
         let line = r#"{"a":1.0000000000000000001e400,"b \" \\":["x\n y",{}]}"#;
@@ -123,44 +136,44 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_or_no_status_is_refused() {
+    fn check_step_rejects_invalid_bodies_statuses_and_states() {
         for body in ["", "[]", "\"{}\"", "{", "{} {}", "nul"] {
             assert!(response(200, body).is_err(), "{body}");
         }
         for status in [0, 100, 199, 600, u16::MAX] {
             assert!(response(status, "{}").is_err(), "{status}");
         }
-        let step = Step::Wait { milliseconds: 1, state: vec![0; MOST_STATE + 1] };
-        assert!(checked(step).is_err());
+        let step = Step::Wait { milliseconds: 1, state: vec![0; MAX_STATE_BYTES + 1] };
+        assert!(check_step(step).is_err());
     }
 
     #[test]
-    fn a_failures_words_are_kept_short() {
+    fn failure_code_and_message_are_truncated_and_sanitized() {
         let failure = Failure { code: "c".repeat(1000), message: "\x1b[2Jü\n".repeat(10_000) };
         let Ok(Step::Done(Answer::Failure(failure))) =
-            checked(Step::Done(Answer::Failure(failure)))
+            check_step(Step::Done(Answer::Failure(failure)))
         else {
             panic!()
         };
         assert_eq!(
             (failure.code.len(), failure.message.chars().count()),
-            (LONGEST_CODE, LONGEST_MESSAGE)
+            (MAX_CODE_CHARS, MAX_MESSAGE_CHARS)
         );
         assert!(failure.message.starts_with(" [2Jü  [2J"), "{}", failure.message);
     }
 
     #[test]
-    fn what_is_kept_between_attempts_is_small() {
+    fn retry_answer_above_the_limit_becomes_a_failure() {
         let otherwise = |body: String| {
             let otherwise =
                 Answer::Response(Response { status: 503, request_id: None, body, usage: None });
-            match checked(Step::Retry { after_milliseconds: None, otherwise }) {
+            match check_step(Step::Retry { after_milliseconds: None, otherwise }) {
                 Ok(Step::Retry { otherwise, .. }) => otherwise,
                 other => panic!("{other:?}"),
             }
         };
         assert!(matches!(otherwise("{}".into()), Answer::Response(_)));
-        let large = otherwise(format!(r#"{{"x":"{}"}}"#, "x".repeat(MOST_STATE)));
+        let large = otherwise(format!(r#"{{"x":"{}"}}"#, "x".repeat(MAX_STATE_BYTES)));
         assert!(
             matches!(large, Answer::Failure(failure) if failure.message.contains("status 503"))
         );
@@ -184,7 +197,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn one_line_means_the_same_as_many(value in prop::collection::btree_map(".*", json(), 0..4)) {
+        fn response_body_on_one_line_has_equal_value(
+            value in prop::collection::btree_map(".*", json(), 0..4)
+        ) {
             let value = serde_json::json!(value);
             let line = response(200, &serde_json::to_string_pretty(&value).unwrap()).unwrap();
             prop_assert!(!line.contains('\n'));

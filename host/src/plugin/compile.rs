@@ -1,7 +1,31 @@
-//! Compiles components in a process of its own, which is held to time and memory and ended when it goes past them.
+//! Compilation of components, in a process of its own with limits of time and memory.
 //!
-//! A component from a stranger can make a compiler work for hours or ask for all the memory there is; here it costs the host nothing but
-//! its own loading. The process runs at a low priority, so that batches do not feel it, and in a sandbox ([`super::sandbox`]).
+//! **Threat.** A component comes from a stranger. The component's bytes can keep a compiler busy
+//! for hours, ask for all memory, overflow the stack, or exploit a bug in the compiler and run code
+//! in it. In the server's process each of these would stop or take over the server.
+//!
+//! **Layers.**
+//! - *Process.* The host starts its own program with a hidden command. The component goes in by
+//!   standard input, compiled code comes out by standard output, errors by standard error. The
+//!   server's environment, which may hold secrets, is not passed on. The process has a process
+//!   group of its own.
+//! - *Limits.* The host kills the process after `compile_timeout`. The process itself sets hard
+//!   limits of memory (`compile_memory`), CPU time and output before it reads the component. The
+//!   process dies with its parent, so no compiler outlives the server.
+//! - *Sandbox.* Before it reads the component, the process gives up files, network, other
+//!   processes and all system calls that compiling does not need: see `sandbox`. Limits and sandbox
+//!   exist on Linux only.
+//! - *Priority.* The process runs at a low priority, and only as many run at a time as there are
+//!   threads, so batches keep their throughput.
+//!
+//! **Trust.** The server runs the compiled code. The sandbox therefore protects the host's secrets
+//! from a compiler that was taken over, but not the server from code that such a compiler wrote.
+//! Only output of this process enters the cache: see [`super::cache`].
+//!
+//! **Repeated work.** A component is compiled once: callers that ask for the same component wait
+//! for the same process, which continues if its callers are canceled. A failure that the component
+//! caused is cached for some minutes, because each change in the plugin directory asks for all
+//! components again. A failure of the host, such as a full disk, is not cached.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -26,63 +50,72 @@ use super::engine::{self, Flavour};
 use super::files::MOST_COMPONENT;
 use crate::config::{Size, Span};
 
-/// The hidden command that the process is started with.
+/// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";
 
-/// What of the compiler's complaint is shown, in bytes.
-const LONGEST_COMPLAINT: u64 = 4000;
+/// Bytes of the compiler's standard error that are read.
+const MAX_STDERR_BYTES: u64 = 4000;
 
-/// How a line begins that names a layer of the sandbox which this system does not have.
-const MISSING: &str = "missing layer: ";
+/// Prefix of a line on standard error that names a sandbox layer which this system lacks.
+const MISSING_LAYER_PREFIX: &str = "missing layer: ";
 
-/// How long a component that could not be compiled is not tried again, and how many of them are remembered.
-const REST: Duration = Duration::from_secs(300);
-const REMEMBERED: usize = 1000;
+/// Lifetime of a cached failure. A component is not compiled again before.
+const FAILURE_TTL: Duration = Duration::from_secs(300);
+/// Number of cached failures.
+const MAX_CACHED_FAILURES: usize = 1000;
 
+/// Compiler of components, with a cache of compiled code.
 pub struct Compiler(Arc<Inner>);
 
 struct Inner {
     cache: Cache,
-    /// Compilers at a time.
+    /// Permits for compiler processes, one for each thread of the machine.
     permits: Semaphore,
-    /// Components that plugins use, by where their compiled form is kept: plugins of one component share its code.
+    /// Components in use, by cache path. Plugins of one component share its code.
     in_use: Mutex<HashMap<PathBuf, Weak<Component>>>,
-    /// What is being compiled, by where it will be kept. It goes on when nobody waits any more: whoever asks next finds it.
-    running: Mutex<HashMap<PathBuf, Running>>,
-    /// By SHA-256: when a component could not be compiled, and why. Every change in the plugin directory asks for it again.
+    /// Compilations in flight, by cache path. A compilation continues when its callers are
+    /// canceled, and the next caller waits for its result.
+    in_flight: Mutex<HashMap<PathBuf, InFlight>>,
+    /// Cached failures by SHA-256, with time and message.
     failures: Mutex<HashMap<String, (Instant, String)>>,
-    /// The program that has `COMMAND`: this one.
+    /// Program that implements [`COMMAND`], normally the running one.
     program: PathBuf,
     timeout: Span,
     memory: Size,
-    told_missing: Once,
+    missing_layers_logged: Once,
 }
 
-type Running = Shared<BoxFuture<'static, Result<Component, String>>>;
+type InFlight = Shared<BoxFuture<'static, Result<Component, String>>>;
 
-/// Why nothing was compiled: because of the component, or of what there is to compile it with.
+/// Error of a compilation, with its message.
 enum Failure {
+    /// Fault of the component. The failure is cached.
     Component(String),
-    Passing(String),
+    /// Fault of the host, such as a full disk. The next caller tries again.
+    Host(String),
 }
 
 impl Compiler {
+    /// Creates a compiler that runs `program`, or the running program if `program` is `None`.
     pub fn new(cache: Cache, program: Option<PathBuf>, timeout: Span, memory: Size) -> Self {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         Self(Arc::new(Inner {
             cache,
             permits: Semaphore::new(threads),
             in_use: Mutex::default(),
-            running: Mutex::default(),
+            in_flight: Mutex::default(),
             failures: Mutex::default(),
-            program: program.unwrap_or_else(this_program),
+            program: program.unwrap_or_else(running_program),
             timeout,
             memory,
-            told_missing: Once::new(),
+            missing_layers_logged: Once::new(),
         }))
     }
 
-    /// The compiled form of a component whose SHA-256 is `sha256`: one that is in use, from the cache, or compiled now.
+    /// Returns the component with this SHA-256, compiled for `engine`.
+    ///
+    /// The component is shared with a plugin that uses it, loaded from the cache, or compiled from
+    /// `bytes`. An error is a message for the operator.
     pub async fn component(
         &self,
         engine: &Engine,
@@ -98,9 +131,9 @@ impl Compiler {
         let component = Arc::new(self.load(engine, flavour, sha256, bytes, path.clone()).await?);
         let mut in_use = in_use();
         in_use.retain(|_, component| component.strong_count() > 0);
-        // Another plugin may have loaded the same one meanwhile.
-        let known = in_use.get(&path).and_then(Weak::upgrade);
-        Ok(known.unwrap_or_else(|| {
+        // Another task may have loaded the same component in the meantime.
+        let shared = in_use.get(&path).and_then(Weak::upgrade);
+        Ok(shared.unwrap_or_else(|| {
             in_use.insert(path, Arc::downgrade(&component));
             component
         }))
@@ -114,31 +147,32 @@ impl Compiler {
         bytes: &Arc<Vec<u8>>,
         path: PathBuf,
     ) -> Result<Component, String> {
-        let (inner, loading, found) = (self.0.clone(), engine.clone(), path.clone());
-        let cached = tokio::task::spawn_blocking(move || inner.cache.load(&loading, &found)).await;
+        let (inner, for_engine, from) = (self.0.clone(), engine.clone(), path.clone());
+        let cached =
+            tokio::task::spawn_blocking(move || inner.cache.load(&for_engine, &from)).await;
         if let Ok(Some(component)) = cached {
             return Ok(component);
         }
-        if let Some(message) = self.0.failed_lately(sha256) {
+        if let Some(message) = self.0.recent_failure(sha256) {
             return Err(message);
         }
-        let running = {
-            let mut all = self.0.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_flight = {
+            let mut all = self.0.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
             let (inner, engine, sha256, bytes) =
                 (self.0.clone(), engine.clone(), sha256.to_owned(), bytes.clone());
-            let place = path.clone();
+            let target = path.clone();
             let start = || {
                 let work = tokio::spawn(async move {
-                    inner.compile(engine, flavour, sha256, bytes, place).await
+                    inner.compile(engine, flavour, sha256, bytes, target).await
                 });
-                let ended = |ended: Result<_, tokio::task::JoinError>| {
-                    ended.unwrap_or_else(|error| Err(format!("the compiler failed: {error}")))
+                let flatten = |joined: Result<_, tokio::task::JoinError>| {
+                    joined.unwrap_or_else(|error| Err(format!("the compiler failed: {error}")))
                 };
-                work.map(ended).boxed().shared()
+                work.map(flatten).boxed().shared()
             };
             all.entry(path).or_insert_with(start).clone()
         };
-        running.await
+        in_flight.await
     }
 }
 
@@ -152,61 +186,64 @@ impl Inner {
         path: PathBuf,
     ) -> Result<Component, String> {
         let permit = self.permits.acquire().await;
-        let compiled = self.make(&engine, flavour, &bytes, &path).await;
+        let compiled = self.compile_to_cache(&engine, flavour, &bytes, &path).await;
         drop(permit);
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
+        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
         compiled.map_err(|failure| match failure {
-            Failure::Passing(message) => message,
+            Failure::Host(message) => message,
             Failure::Component(message) => {
-                self.note_failure(&sha256, &message);
+                self.record_failure(&sha256, &message);
                 message
             }
         })
     }
 
-    async fn make(
+    /// Runs the compiler process and moves its output into the cache.
+    async fn compile_to_cache(
         self: &Arc<Self>,
         engine: &Engine,
         flavour: Flavour,
         bytes: &[u8],
         path: &Path,
     ) -> Result<Component, Failure> {
-        let nowhere = |error: std::io::Error| {
-            Failure::Passing(format!("there is no room for its compiled form: {error}"))
+        let no_output = |error: std::io::Error| {
+            Failure::Host(format!("the file for its compiled code cannot be created: {error}"))
         };
-        let output = self.cache.output().map_err(nowhere)?;
-        self.run(flavour, bytes, output.writer().map_err(nowhere)?).await?;
+        let output = self.cache.output().map_err(no_output)?;
+        self.run(flavour, bytes, output.writer().map_err(no_output)?).await?;
         let (inner, engine, path) = (self.clone(), engine.clone(), path.to_owned());
-        let kept =
-            tokio::task::spawn_blocking(move || inner.cache.keep(&engine, output, &path)).await;
-        kept.map_err(|error| Failure::Passing(error.to_string()))?.map_err(|error| {
+        let stored =
+            tokio::task::spawn_blocking(move || inner.cache.store(&engine, output, &path)).await;
+        stored.map_err(|error| Failure::Host(error.to_string()))?.map_err(|error| {
             let error = format!("{error:#}");
             if error.contains("pooling allocator") {
-                Failure::Component(format!("asks for more than a plugin may have: {error}"))
+                Failure::Component(format!(
+                    "exceeds the host's limits of memories, tables or instances: {error}"
+                ))
             } else {
-                Failure::Passing(format!(
-                    "its compiled form does not load: {error}{}",
-                    hint(&error)
+                Failure::Host(format!(
+                    "its compiled code does not load: {error}{}",
+                    exec_hint(&error)
                 ))
             }
         })
     }
 
-    fn failed_lately(&self, sha256: &str) -> Option<String> {
+    fn recent_failure(&self, sha256: &str) -> Option<String> {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let (since, message) = failures.get(sha256)?;
-        (since.elapsed() < REST).then(|| message.clone())
+        (since.elapsed() < FAILURE_TTL).then(|| message.clone())
     }
 
-    fn note_failure(&self, sha256: &str, message: &str) {
+    fn record_failure(&self, sha256: &str, message: &str) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.retain(|_, (since, _)| since.elapsed() < REST);
-        if failures.len() < REMEMBERED {
+        failures.retain(|_, (since, _)| since.elapsed() < FAILURE_TTL);
+        if failures.len() < MAX_CACHED_FAILURES {
             failures.insert(sha256.to_owned(), (Instant::now(), message.to_owned()));
         }
     }
 
-    /// Runs the process: the component goes in, compiled code comes out.
+    /// Runs the compiler process with the component as input and `output` as output.
     async fn run(
         &self,
         flavour: Flavour,
@@ -214,11 +251,11 @@ impl Inner {
         output: std::fs::File,
     ) -> Result<(), Failure> {
         let failed = |error: std::io::Error| {
-            Failure::Passing(format!("the compiler does not start: {error}"))
+            Failure::Host(format!("the compiler process does not start: {error}"))
         };
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).args(["--memory", &self.memory.bytes().to_string()]);
-        // Its own clock, should this process end before it.
+        // Limit of CPU time over all threads, in case this process ends before the timeout.
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
         let seconds = self.timeout.duration().as_secs().saturating_add(10).saturating_mul(threads);
         command.args([
@@ -231,81 +268,82 @@ impl Inner {
             command.arg("--concurrent");
         }
         command.stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);
-        // It compiles and does nothing else: nothing of the operator's belongs in there.
+        // The environment may hold the operator's secrets.
         command.env_clear().env("RAYON_NUM_THREADS", threads.to_string());
-        // An interrupt at the terminal is for the server to act on.
+        // A process group of its own: an interrupt at the terminal must reach only the server.
         command.process_group(0);
         let mut child = command.spawn().map_err(failed)?;
-        let (mut input, complaint) = (child.stdin.take(), child.stderr.take());
+        let (mut stdin, stderr) = (child.stdin.take(), child.stderr.take());
         let work = async {
-            if let Some(input) = &mut input {
-                // One that ended early says why by itself.
-                input.write_all(bytes).await.ok();
+            if let Some(stdin) = &mut stdin {
+                // A process that ended early reports the cause on standard error.
+                stdin.write_all(bytes).await.ok();
             }
-            drop(input);
-            let mut said = Vec::new();
-            if let Some(complaint) = complaint {
-                complaint.take(LONGEST_COMPLAINT).read_to_end(&mut said).await.ok();
+            drop(stdin);
+            let mut errors = Vec::new();
+            if let Some(stderr) = stderr {
+                stderr.take(MAX_STDERR_BYTES).read_to_end(&mut errors).await.ok();
             }
-            (child.wait().await, said)
+            (child.wait().await, errors)
         };
-        // Dropping the work ends the process.
+        // Dropping `work` kills the process.
         let ended = tokio::time::timeout(self.timeout.duration(), work).await;
-        let Ok((status, said)) = ended else {
+        let Ok((status, errors)) = ended else {
             return Err(Failure::Component(format!(
-                "compiling takes longer than {}; make the component smaller, or raise the setting compile_timeout",
+                "compiling takes longer than {}; \
+                 make the component smaller, or raise the setting compile_timeout",
                 self.timeout
             )));
         };
-        let said = self.without_missing_layers(&String::from_utf8_lossy(&said));
+        let errors = self.component_errors(&String::from_utf8_lossy(&errors));
         match status.map_err(failed)? {
             status if status.success() => Ok(()),
-            // 1 is the compiler's own word; anything else is its sudden end.
-            status if status.code() == Some(1) => Err(Failure::Component(format!(
-                "is no component that can be compiled: {}; it may be damaged, cut short, or built with features that this version does not know",
-                said
-            ))),
-            status if status.code() == Some(i32::from(UNWRITTEN)) => {
-                Err(Failure::Passing(format!("its compiled form cannot be kept: {said}")))
+            status if status.code() == Some(i32::from(EXIT_INVALID_COMPONENT)) => {
+                Err(Failure::Component(format!(
+                    "is not a component that can be compiled: {errors}; it may be damaged, \
+                     truncated, or built with features that this version does not support"
+                )))
+            }
+            status if status.code() == Some(i32::from(EXIT_HOST_ERROR)) => {
+                Err(Failure::Host(format!("the compiler process failed: {errors}")))
             }
             status if status.signal() == Some(libc::SIGSYS) => Err(Failure::Component(
-                "made the compiler try what compiling never needs, and it was ended; do not load this component".into(),
+                "caused a system call that compiling never needs, and the compiler was killed; \
+                 do not load this component"
+                    .into(),
             )),
-            status if status.signal() == Some(libc::SIGXFSZ) => {
-                Err(Failure::Component("has a compiled form larger than 1 GiB; make the component smaller".into()))
-            }
+            status if status.signal() == Some(libc::SIGXFSZ) => Err(Failure::Component(
+                "compiles to more than 1 GiB of code; make the component smaller".into(),
+            )),
             status => {
-                let how = if status.code() == Some(i32::from(NO_MEMORY)) {
-                    "no memory left".into()
+                let cause = if status.code() == Some(i32::from(EXIT_OUT_OF_MEMORY)) {
+                    "out of memory".into()
                 } else {
                     status.to_string()
                 };
                 Err(Failure::Component(format!(
-                    "compiling broke off ({how}); it may need more memory than {}, the setting compile_memory",
+                    "compiling failed ({cause}); \
+                     it may need more memory than {}, the setting compile_memory",
                     self.memory
                 )))
             }
         }
     }
-}
 
-impl Inner {
-    /// What the compiler says of the component. What it says of its sandbox is logged once.
-    fn without_missing_layers(&self, said: &str) -> String {
+    /// Returns the errors about the component. Lines about the sandbox are logged once per process.
+    fn component_errors(&self, stderr: &str) -> String {
         let missing: Vec<&str> =
-            said.lines().filter_map(|line| line.strip_prefix(MISSING)).collect();
+            stderr.lines().filter_map(|line| line.strip_prefix(MISSING_LAYER_PREFIX)).collect();
         if !missing.is_empty() {
-            self.told_missing.call_once(|| {
+            self.missing_layers_logged.call_once(|| {
                 for layer in &missing {
-                    tracing::warn!(
-                        layer,
-                        "the process that compiles plugins runs without a layer of its sandbox"
-                    );
+                    tracing::warn!(layer, "compiler sandbox lacks a layer");
                 }
             });
         }
-        said.lines()
-            .filter(|line| !line.starts_with(MISSING))
+        stderr
+            .lines()
+            .filter(|line| !line.starts_with(MISSING_LAYER_PREFIX))
             .collect::<Vec<_>>()
             .join("\n")
             .trim_end()
@@ -313,47 +351,51 @@ impl Inner {
     }
 }
 
-/// What to do about a system that does not let compiled code be run.
-fn hint(error: &str) -> &'static str {
-    let is_refused =
-        ["Operation not permitted", "Permission denied", "os error 1)", "os error 13)"];
-    if is_refused.iter().any(|words| error.contains(words)) {
-        "; the system forbids this process to run code that it has compiled: set MemoryDenyWriteExecute=no in the unit of systemd, or allow execmem in SELinux"
+/// Returns the remedy for a system that forbids a process to run code that it has compiled.
+fn exec_hint(error: &str) -> &'static str {
+    let denials = ["Operation not permitted", "Permission denied", "os error 1)", "os error 13)"];
+    if denials.iter().any(|denial| error.contains(denial)) {
+        "; the system forbids this process to run code that it has compiled: \
+         set MemoryDenyWriteExecute=no in the systemd unit, or allow execmem in SELinux"
     } else {
         ""
     }
 }
 
-/// Also when its file was replaced since it was started.
-fn this_program() -> PathBuf {
+/// Returns the running program. The path stays valid after the file was replaced.
+fn running_program() -> PathBuf {
     let linux = PathBuf::from("/proc/self/exe");
     if linux.exists() { linux } else { std::env::current_exe().unwrap_or(linux) }
 }
 
-/// How the process ends when its result cannot be written; 1 is what it finds in the component.
-const UNWRITTEN: u8 = 3;
+/// Exit code: the compiler rejects the component.
+const EXIT_INVALID_COMPONENT: u8 = 1;
 
-/// How it ends when its memory does not even hold the component.
-const NO_MEMORY: u8 = 4;
+/// Exit code: the process cannot set its limits, read its input or write its output.
+const EXIT_HOST_ERROR: u8 = 3;
 
-/// What the process is told.
+/// Exit code: the component itself does not fit into memory.
+const EXIT_OUT_OF_MEMORY: u8 = 4;
+
+/// Compiler process, with its arguments.
 #[derive(Args)]
 pub struct Process {
-    /// Most memory, in bytes
+    /// Memory limit, in bytes
     #[arg(long)]
     memory: u64,
-    /// Most CPU time, in seconds
+    /// CPU time limit, in seconds
     #[arg(long)]
     seconds: u64,
-    /// The process that started it, and ends it by its own end
+    /// Id of the parent process
     #[arg(long)]
     parent: u32,
+    /// Selects the engine with asynchronous functions
     #[arg(long)]
     concurrent: bool,
 }
 
 impl Process {
-    /// Compiles what comes on standard input and writes the result to standard output.
+    /// Compiles the component on standard input and writes the code to standard output.
     pub fn run(self) -> ExitCode {
         match self.compile() {
             Ok(()) => ExitCode::SUCCESS,
@@ -365,45 +407,50 @@ impl Process {
     }
 
     fn compile(self) -> Result<(), (u8, String)> {
-        self.bound()
-            .map_err(|error| (UNWRITTEN, format!("the compiler cannot be bounded: {error}")))?;
+        self.confine().map_err(|error| {
+            (EXIT_HOST_ERROR, format!("the limits of the compiler cannot be set: {error}"))
+        })?;
         let flavour = if self.concurrent { Flavour::Concurrent } else { Flavour::Plain };
         let mut bytes = Vec::new();
         let read = std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes);
         read.map_err(|error| {
-            let code =
-                if error.kind() == std::io::ErrorKind::OutOfMemory { NO_MEMORY } else { UNWRITTEN };
-            (code, format!("the component does not come through: {error}"))
+            let code = if error.kind() == std::io::ErrorKind::OutOfMemory {
+                EXIT_OUT_OF_MEMORY
+            } else {
+                EXIT_HOST_ERROR
+            };
+            (code, format!("the component cannot be read: {error}"))
         })?;
-        let compiler = engine::compiler(flavour).map_err(|message| (UNWRITTEN, message))?;
-        let compiled =
-            compiler.precompile_component(&bytes).map_err(|error| (1, format!("{error:#}")))?;
-        std::io::stdout()
-            .lock()
-            .write_all(&compiled)
-            .map_err(|error| (UNWRITTEN, error.to_string()))
+        let compiler = engine::compiler(flavour).map_err(|message| (EXIT_HOST_ERROR, message))?;
+        let compiled = compiler
+            .precompile_component(&bytes)
+            .map_err(|error| (EXIT_INVALID_COMPONENT, format!("{error:#}")))?;
+        std::io::stdout().lock().write_all(&compiled).map_err(|error| {
+            (EXIT_HOST_ERROR, format!("its compiled code cannot be written: {error}"))
+        })
     }
 
-    fn bound(&self) -> std::io::Result<()> {
+    /// Sets the limits and enters the sandbox.
+    fn confine(&self) -> std::io::Result<()> {
         #[cfg(target_os = "linux")]
         {
             use rustix::process::{Signal, getppid, set_parent_process_death_signal};
             set_parent_process_death_signal(Some(Signal::KILL))?;
-            // It may have ended before this was heard.
+            // A parent that ended before the call above sends no signal.
             if getppid()
                 .is_none_or(|parent| parent.as_raw_nonzero().get().cast_unsigned() != self.parent)
             {
-                return Err(std::io::Error::other("whoever started it is gone"));
+                return Err(std::io::Error::other("the parent process has ended"));
             }
         }
-        // Not a condition: a system may forbid it.
+        // Optional, as a system may forbid it.
         nice(10).ok();
         #[cfg(target_os = "linux")]
         {
             use super::sandbox;
             sandbox::limit(self.memory, self.seconds)?;
             for layer in sandbox::enter() {
-                eprintln!("{MISSING}{layer}");
+                eprintln!("{MISSING_LAYER_PREFIX}{layer}");
             }
         }
         Ok(())

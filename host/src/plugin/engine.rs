@@ -1,4 +1,4 @@
-//! The WebAssembly engine that all plugins share, and the clock that ends their calls.
+//! WebAssembly engine that all plugins share, and the epoch clock that interrupts their calls.
 
 use std::time::Duration;
 
@@ -6,31 +6,38 @@ use wasmtime::{Config, Engine, InstanceAllocationStrategy, PoolingAllocationConf
 
 use super::manifest::{MOST_MEMORY, MOST_TABLE};
 
-/// How often running guests are interrupted to see whether their time is up, and to let others run.
-pub const TICK: Duration = Duration::from_millis(10);
+/// Interval of the epoch interrupts. At each interrupt a running guest is checked for its CPU time
+/// and yields to other tasks.
+pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Instances alive at a time, over all plugins and tenants. A slot that is not in use costs address space alone.
-const INSTANCES: u32 = 1000;
+/// Instances alive at a time, over all plugins and tenants. An unused slot costs only address
+/// space.
+const MAX_INSTANCES: u32 = 1000;
 
-/// Core modules, memories and tables in one component: those of other languages' runtimes have a handful.
-const PARTS: u32 = 32;
+/// Core instances, and likewise tables, of one component. Components with a language runtime have a
+/// handful.
+const MAX_CORE_PARTS_PER_COMPONENT: u32 = 32;
 
-/// Memories in one component; more would let one component take many slots of the pool.
-const MEMORIES: u32 = 4;
+/// Memories of one component. A higher limit lets one component occupy many slots of the pool.
+const MAX_MEMORIES_PER_COMPONENT: u32 = 4;
 
-/// Stack of a guest, in bytes, for every plugin: enough for the runtimes of other languages.
-pub const STACK: usize = 512 << 10;
+/// Call stack of a guest, in bytes. The size suffices for language runtimes.
+pub const GUEST_STACK_BYTES: usize = 512 << 10;
 
-/// What an engine can run. Calls cost a third more where functions may be asynchronous, so only components that need it pay for it.
+/// Kind of engine. A call costs a third more in an engine with asynchronous functions, so only
+/// components that need such functions run in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
+    /// Engine of components without asynchronous functions.
     Plain,
-    /// Components that import WASI 0.3, whose functions are asynchronous.
+    /// Engine of components that import WASI 0.3, whose functions are asynchronous.
     Concurrent,
 }
 
 impl Flavour {
-    /// What this component needs. The names of imports stand in its bytes as they are; one that is mistaken for such a name costs only speed.
+    /// Returns the kind of engine that a component needs.
+    ///
+    /// Names of imports occur verbatim in the bytes of a component. A false match costs only speed.
     pub fn of(component: &[u8]) -> Self {
         let concurrent = memchr::memmem::find_iter(component, b"wasi:").any(|at| {
             let name = component.get(at..).unwrap_or_default();
@@ -43,30 +50,36 @@ impl Flavour {
     }
 }
 
-/// Builds the engine and starts its ticking thread, which ends with the engine.
+/// Builds an engine and starts its epoch thread, which ends with the engine.
 pub fn start(flavour: Flavour) -> Result<Engine, String> {
     let engine = Engine::new(&config(flavour, true)).or_else(|error| {
-        // Where address space is short (a strict `ulimit -v`), instances are made one by one, which is slower.
-        tracing::warn!("plugins run without an instance pool: {error:#}");
+        // Without enough address space for the pool (a strict `ulimit -v`), each instance is
+        // allocated on demand, which is slower.
+        tracing::warn!(
+            error = format_args!("{error:#}"),
+            "instance pool unavailable, plugins run without it"
+        );
         Engine::new(&config(flavour, false))
     });
     let engine =
         engine.map_err(|error| format!("the WebAssembly engine does not start: {error:#}"))?;
-    let ticking = engine.weak();
+    let weak = engine.weak();
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
-            while let Some(engine) = ticking.upgrade() {
+            while let Some(engine) = weak.upgrade() {
                 engine.increment_epoch();
                 drop(engine);
-                std::thread::sleep(TICK);
+                std::thread::sleep(EPOCH_INTERVAL);
             }
         })
-        .map_err(|error| format!("the thread that ends overlong calls does not start: {error}"))?;
+        .map_err(|error| {
+            format!("the thread that enforces call_timeout does not start: {error}")
+        })?;
     Ok(engine)
 }
 
-/// An engine that only compiles: its code fits the one of `start`.
+/// Builds an engine that only compiles. The compiled code runs in the engine of [`start`].
 pub fn compiler(flavour: Flavour) -> Result<Engine, String> {
     Engine::new(&config(flavour, false))
         .map_err(|error| format!("the compiler does not start: {error:#}"))
@@ -77,7 +90,7 @@ fn config(flavour: Flavour, pooled: bool) -> Config {
     config.concurrency_support(flavour == Flavour::Concurrent);
     config.wasm_component_model(true);
     config.epoch_interruption(true);
-    config.max_wasm_stack(STACK);
+    config.max_wasm_stack(GUEST_STACK_BYTES);
     config.async_stack_size(1 << 20);
     if pooled {
         config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool()));
@@ -87,18 +100,19 @@ fn config(flavour: Flavour, pooled: bool) -> Config {
 
 fn pool() -> PoolingAllocationConfig {
     let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(INSTANCES)
-        .total_core_instances(INSTANCES * 4)
-        .total_memories(INSTANCES * 2)
-        .total_tables(INSTANCES * 4)
-        .total_stacks(INSTANCES)
-        .max_core_instances_per_component(PARTS)
-        .max_memories_per_component(MEMORIES)
-        .max_tables_per_component(PARTS)
+    pool.total_component_instances(MAX_INSTANCES)
+        .total_core_instances(MAX_INSTANCES * 4)
+        .total_memories(MAX_INSTANCES * 2)
+        .total_tables(MAX_INSTANCES * 4)
+        .total_stacks(MAX_INSTANCES)
+        .max_core_instances_per_component(MAX_CORE_PARTS_PER_COMPONENT)
+        .max_memories_per_component(MAX_MEMORIES_PER_COMPONENT)
+        .max_tables_per_component(MAX_CORE_PARTS_PER_COMPONENT)
         .max_memory_size(usize::try_from(MOST_MEMORY.bytes()).unwrap_or(usize::MAX))
         .table_elements(MOST_TABLE)
         .max_unused_warm_slots(16)
-        // What a fresh instance finds already mapped; the rest of its memory is given back after use.
+        // Memory that stays mapped for the next instance of a slot. The rest is released to the
+        // system after use.
         .linear_memory_keep_resident(256 << 10)
         .table_keep_resident(64 << 10);
     pool
@@ -109,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_imports_of_wasi_0_3_ask_for_the_slower_engine() {
+    fn flavour_is_concurrent_only_for_imports_of_wasi_0_3() {
         for (bytes, flavour) in [
             (&b"..wasi:cli/stdout@0.3.0.."[..], Flavour::Concurrent),
             (

@@ -1,87 +1,213 @@
-//! What can go wrong with a plugin: at load, where an operator can mend it, and in a call.
+//! Errors of plugins: at load, with a remedy for the operator, and in a call.
 
 use std::path::PathBuf;
 
-/// Why a plugin does not load. Each message names the file, the key and the remedy.
+/// Error that keeps a plugin from loading. Each message names the file, the key and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A file of the plugin cannot be read.
     #[error("failed to read {}: {source}", path.display())]
-    Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("failed to read the plugin directory {}: {source}; name another one with --plugins", path.display())]
-    Directory { path: PathBuf, source: std::io::Error },
+    Unreadable {
+        /// File that cannot be read.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// The plugin directory cannot be read.
+    #[error(
+        "failed to read the plugin directory {}: {source}; name another one with --plugins",
+        path.display()
+    )]
+    Directory {
+        /// Plugin directory.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// The TOML file as a whole is invalid.
     #[error("{}: {message}", file.display())]
-    Manifest { file: PathBuf, message: String },
+    Manifest {
+        /// TOML file of the plugin.
+        file: PathBuf,
+        /// Error and remedy.
+        message: String,
+    },
+    /// A key of the TOML file has an invalid value.
     #[error("{}: {key}: {message}", file.display())]
-    Key { file: PathBuf, key: String, message: String },
+    Key {
+        /// TOML file of the plugin.
+        file: PathBuf,
+        /// Path of the key in the file, such as `limits.memory`.
+        key: String,
+        /// Error and remedy.
+        message: String,
+    },
+    /// The signature is missing or invalid.
     #[error("{}: signature: {message}", file.display())]
-    Signature { file: PathBuf, message: String },
+    Signature {
+        /// TOML file of the plugin.
+        file: PathBuf,
+        /// Error and remedy.
+        message: String,
+    },
+    /// The component is invalid, does not compile or fails in its first calls.
     #[error("{}: {message}", component.display())]
-    Component { component: PathBuf, message: String },
-    #[error("{}: is turned off by `enabled = false`", file.display())]
-    Disabled { file: PathBuf },
+    Component {
+        /// File of the component.
+        component: PathBuf,
+        /// Error and remedy.
+        message: String,
+    },
+    /// The TOML file disables the plugin.
+    #[error("{}: is disabled by `enabled = false`", file.display())]
+    Disabled {
+        /// TOML file of the plugin.
+        file: PathBuf,
+    },
 }
 
-/// Why a call of a plugin brought nothing. Harmless to everything but the request, or the batch's validation, it was made for.
+/// Error of one call of a plugin.
+///
+/// The error affects only the request, or the batch's validation, that the call was made for.
+/// Clients see the `Display` text; [`CallError::detail`] is for operators.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CallError {
+    /// The call exceeded its CPU time.
     #[error(
-        "Plugin `{plugin}` used more than {limit} of CPU time in one call of `{function}`; the limit is [limits] call_timeout."
+        "Plugin `{plugin}` used more than {limit} of CPU time in one call of `{function}`; \
+         the limit is [limits] call_timeout."
     )]
-    Cpu { plugin: String, function: &'static str, limit: String },
+    Cpu {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Value of the limit, with its unit.
+        limit: String,
+    },
+    /// The call exceeded its time on the wall clock.
     #[error(
-        "Plugin `{plugin}` waits in `{function}` and does not come back; a plugin has nothing to wait for."
+        "Plugin `{plugin}` blocked in `{function}` past its deadline; \
+         a plugin must not sleep or wait for a clock."
     )]
-    Asleep { plugin: String, function: &'static str },
+    Asleep {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+    },
+    /// The guest was refused linear memory.
     #[error(
-        "Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; the limit is [limits] memory."
+        "Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; \
+         the limit is [limits] memory."
     )]
-    Memory { plugin: String, function: &'static str, limit: String },
+    Memory {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Value of the limit, with its unit.
+        limit: String,
+    },
+    /// The guest was refused a larger table.
     #[error(
-        "Plugin `{plugin}` asked for a table of more than {limit} elements in `{function}`; the limit is [limits] table_elements."
+        "Plugin `{plugin}` asked for a table of more than {limit} elements in `{function}`; \
+         the limit is [limits] table_elements."
     )]
-    Table { plugin: String, function: &'static str, limit: u32 },
+    Table {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Largest number of elements of a table.
+        limit: u32,
+    },
+    /// The guest held too many handles of resources.
     #[error(
-        "Plugin `{plugin}` held more than {limit} handles in `{function}`; the limit is [limits] handles."
+        "Plugin `{plugin}` held more than {limit} handles in `{function}`; \
+         the limit is [limits] handles."
     )]
-    Handles { plugin: String, function: &'static str, limit: u32 },
+    Handles {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Largest number of handles at a time.
+        limit: u32,
+    },
+    /// The guest overflowed its call stack.
     #[error(
-        "Plugin `{plugin}` used up its call stack of {limit} in `{function}`; this limit is the same for all plugins."
+        "Plugin `{plugin}` exceeded its call stack of {limit} in `{function}`; \
+         this limit is the same for all plugins."
     )]
-    Stack { plugin: String, function: &'static str, limit: String },
+    Stack {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Size of the stack, with its unit.
+        limit: String,
+    },
+    /// The guest passed too many bytes to the host.
     #[error(
-        "Plugin `{plugin}` handed over more than {limit} from `{function}`; the limit is [limits] answer."
+        "Plugin `{plugin}` passed more than {limit} to the host in `{function}`; \
+         the limit is [limits] answer."
     )]
-    Answer { plugin: String, function: &'static str, limit: String },
+    Answer {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Value of the limit, with its unit.
+        limit: String,
+    },
+    /// The guest trapped, or the call failed in wasmtime.
     #[error("Plugin `{plugin}` failed in `{function}`: {message}.")]
     Trap {
+        /// Name of the plugin.
         plugin: String,
+        /// Function of the contract that was called.
         function: &'static str,
+        /// Root cause.
         message: String,
-        /// What the guest wrote last: the operator's.
-        said: String,
+        /// Last lines that the guest wrote. Operators see them, clients do not.
+        output: String,
     },
-    /// What it says may hold its settings, which are the operator's.
-    #[error("Plugin `{plugin}` refused its settings; the server's log says more.")]
-    Configure { plugin: String, message: String },
-    #[error("Plugin `{plugin}` broke the contract in `{function}`: {message}")]
-    Contract { plugin: String, function: &'static str, message: String },
+    /// `configure` returned an error. The message may contain settings, so clients do not see it.
+    #[error("Plugin `{plugin}` rejected its settings; the server's log has the reason.")]
+    Configure {
+        /// Name of the plugin.
+        plugin: String,
+        /// Error that the plugin returned. Operators see it, clients do not.
+        message: String,
+    },
+    /// The guest returned a value that the contract forbids.
+    #[error("Plugin `{plugin}` violated the contract in `{function}`: {message}")]
+    Contract {
+        /// Name of the plugin.
+        plugin: String,
+        /// Function of the contract that was called.
+        function: &'static str,
+        /// Violation, as a sentence.
+        message: String,
+    },
 }
 
 impl CallError {
-    /// The operator's text.
+    /// Returns the message for operators, which may contain settings and the guest's output.
     pub fn detail(&self) -> String {
         match self {
-            Self::Trap { plugin, function, message, said } if !said.is_empty() => {
-                format!("Plugin `{plugin}` failed in `{function}`: {message}; it wrote: {said}")
+            Self::Trap { plugin, function, message, output } if !output.is_empty() => {
+                format!("Plugin `{plugin}` failed in `{function}`: {message}; it wrote: {output}")
             }
             Self::Configure { plugin, message } => {
-                format!("Plugin `{plugin}` refused its settings: {message}")
+                format!("Plugin `{plugin}` rejected its settings: {message}")
             }
             error => error.to_string(),
         }
     }
 
-    /// A stable word for programs.
+    /// Returns the stable error code of the API.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Cpu { .. } | Self::Asleep { .. } => "plugin_timeout",

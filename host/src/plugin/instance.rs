@@ -1,4 +1,29 @@
-//! One sandbox: an instance of a component in a store of its own, held to its plugin's limits.
+//! Instance of a component, in a store of its own and with its plugin's limits.
+//!
+//! **Threat.** The code of a guest is hostile. It loops, sleeps, asks for all memory, recurses,
+//! opens handles without end, returns gigabytes, floods the log, or traps. None of this may slow
+//! down or stop another plugin, another tenant or the server: it fails the call, and the call fails
+//! one request.
+//!
+//! **Limits of one call.**
+//! - *CPU time* (`call_timeout`). The engine's epoch ticks at a fixed interval. At each tick a
+//!   running guest yields to other tasks, and `on_tick` counts the ticks that the guest has seen. A
+//!   guest that waits for a processor sees one tick for many, so the count is close to CPU time,
+//!   and a busy machine does not fail a call.
+//! - *Wall clock* ([`in_time`]). A guest that sleeps uses no CPU time, so a deadline bounds the
+//!   call, too. Guests and requests share the processors, so the deadline is ten times the CPU time
+//!   and a fixed allowance. Time in which the call waits for memory of the host does not count.
+//! - *Linear memory* (`memory`), summed over all memories of the store: [`MemoryLimit`]. Within the
+//!   limit, growth reserves memory from the pool of all instances before the guest gets it. The
+//!   call waits while the pool is empty.
+//! - *Tables, handles, stack*. Each has a limit, as each takes memory of the host.
+//! - *Output*. Bytes that a guest passes to the host are bounded by `answer`, its log lines by
+//!   [`PluginLog`].
+//!
+//! **Isolation.** An instance belongs to one plugin and one tenant and never serves another. An
+//! instance whose call failed is dropped, as its memory may be inconsistent. An instance that has
+//! grown much is dropped, too, as linear memory never shrinks. WASI grants nothing: see
+//! [`super::wasi`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,60 +37,65 @@ use wasmtime::{
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use super::bindings::v0_1::{self, Exports, logging};
-use super::engine::{Flavour, TICK};
-use super::instances::{Instances, OVERHEAD};
-use super::log::{PluginLog, Said};
+use super::engine::{EPOCH_INTERVAL, Flavour};
+use super::instances::{HOST_OVERHEAD_BYTES, Instances};
+use super::log::{PluginLog, RecentOutput};
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
 use crate::memory::{Holder, Share};
 
-/// The CPU time of the running call is used up.
+/// Error of a call that used up its CPU time.
 #[derive(Debug, thiserror::Error)]
 #[error("out of CPU time")]
 pub struct OutOfTime;
 
-/// The running call waits, for a clock of its own say, and does not come back.
+/// Error of a call that exceeded its deadline on the wall clock, for example because the guest
+/// sleeps.
 #[derive(Debug, thiserror::Error)]
 #[error("asleep")]
 pub struct Asleep;
 
-/// What a call may wait beyond its CPU time. Guests do no I/O and have nothing to wait for, but a language's runtime has clocks.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time on the wall clock that a call gets beyond a multiple of its CPU time. Guests do no I/O, but
+/// a language runtime may sleep for a moment.
+const WALL_CLOCK_ALLOWANCE: Duration = Duration::from_secs(5);
 
-/// Most of its limit of memory that an instance holds and is still kept, as a share in percent: the next call needs room, too.
-const MAX_KEPT_PERCENT: usize = 75;
+/// Largest part of its memory limit that an instance may hold to be reused, in percent. The next
+/// call needs room, too.
+const MAX_REUSE_PERCENT: usize = 75;
 
-/// Memory that a call may need for each byte that it is given: a parsed value and its copies.
-const NEEDED_PER_BYTE: usize = 6;
+/// Memory that a call may need for each byte of its arguments: a parsed value and its copies.
+const BYTES_NEEDED_PER_INPUT_BYTE: usize = 6;
 
-/// What the linear memory of an instance may grow by and the instance is still kept, in bytes.
-const KEPT_GROWTH: usize = 8 << 20;
+/// Largest growth of linear memory for which an instance is reused.
+const MAX_REUSE_GROWTH_BYTES: usize = 8 << 20;
 
-/// How long a slot of wasmtime's pool is waited for.
+/// Longest wait for a slot of wasmtime's pool.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How long calls of an instance have waited for memory: that is not the guest's fault.
+/// Time that calls of an instance have waited for memory of the host. The wait extends the guest's
+/// deadline.
 #[derive(Default)]
-pub struct Waited(AtomicU64);
+pub struct MemoryWait(AtomicU64);
 
-impl Waited {
+impl MemoryWait {
     fn add(&self, since: Instant) {
         let waited = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.0.fetch_add(waited, Ordering::Relaxed);
     }
 
-    fn so_far(&self) -> Duration {
+    fn total(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::Relaxed))
     }
 }
 
-/// Counts a wait while it goes on, so that whoever looks meanwhile sees it.
-async fn counted(waited: &Waited, wait: impl Future<Output = ()>) {
-    const LOOK: Duration = Duration::from_secs(1);
+/// Awaits `wait` and adds its duration to `waited`. The sum is updated during the wait, so that
+/// [`in_time`] sees it.
+async fn count_wait(waited: &MemoryWait, wait: impl Future<Output = ()>) {
+    const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
     let mut wait = std::pin::pin!(wait);
     loop {
         let since = Instant::now();
-        let done = tokio::time::timeout(LOOK, &mut wait).await.is_ok();
+        let done = tokio::time::timeout(UPDATE_INTERVAL, &mut wait).await.is_ok();
         waited.add(since);
         if done {
             return;
@@ -73,26 +103,29 @@ async fn counted(waited: &Waited, wait: impl Future<Output = ()>) {
     }
 }
 
-/// Runs a call within the time on the clock that its CPU time leaves it. An instance whose call is given up must not be used again.
+/// Runs a call with a deadline on the wall clock, derived from its CPU time. The time in which the
+/// call waits for memory extends the deadline.
+///
+/// An instance whose call fails with [`Asleep`] must not be used again.
 pub async fn in_time<T>(
     limits: &Limits,
     units: u32,
-    waited: &Waited,
+    waited: &MemoryWait,
     call: impl Future<Output = wasmtime::Result<T>>,
 ) -> wasmtime::Result<T> {
-    // Other guests and requests take turns with this one, so its time on the clock is many times that on the processor.
-    let most = limits
+    // Other guests and requests share the processors, so a call takes many times its CPU time.
+    let timeout = limits
         .call_timeout
         .duration()
         .saturating_mul(units.max(1))
         .saturating_mul(10)
-        .saturating_add(PATIENCE);
+        .saturating_add(WALL_CLOCK_ALLOWANCE);
     let begun = Instant::now();
-    let before = waited.so_far();
+    let waited_before = waited.total();
     let mut call = std::pin::pin!(call);
     loop {
-        let excused = waited.so_far().saturating_sub(before);
-        let left = most.saturating_add(excused).saturating_sub(begun.elapsed());
+        let excused = waited.total().saturating_sub(waited_before);
+        let left = timeout.saturating_add(excused).saturating_sub(begun.elapsed());
         if left.is_zero() {
             return Err(wasmtime::Error::new(Asleep));
         }
@@ -102,33 +135,37 @@ pub async fn in_time<T>(
     }
 }
 
-/// What a store knows besides the guest.
+/// State of the host in the store of an instance.
 pub struct State {
     memory: MemoryLimit,
-    /// Ticks that the running call may still see.
+    /// Epoch ticks that the running call has left.
     ticks_left: u32,
-    world: Option<Box<EmptyWorld>>,
+    /// WASI context, created when the guest first uses it.
+    wasi: Option<Box<EmptyWorld>>,
     log: Arc<PluginLog>,
-    /// What the guest wrote last.
-    said: Said,
+    /// Last lines that the guest wrote.
+    output: RecentOutput,
 }
 
-/// Linear memory over all memories of a store: `wasmtime::StoreLimits` counts each alone.
+/// Limit of linear memory, summed over all memories of a store. `wasmtime::StoreLimits` limits each
+/// memory on its own.
 pub struct MemoryLimit {
     limit: usize,
     used: usize,
     share: Share,
     instances: Arc<Instances>,
-    waited: Arc<Waited>,
+    waited: Arc<MemoryWait>,
     table_elements: usize,
-    /// What the guest was refused last; what it does then is its own affair, mostly a trap.
+    /// Last refusal. A refusal is no error by itself, but a guest mostly traps after it.
     refused: Option<Refused>,
 }
 
-/// What a guest asked for and did not get.
+/// Resource that a guest asked for beyond its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
+    /// Linear memory.
     Memory,
+    /// Elements of a table.
     Table,
 }
 
@@ -145,9 +182,9 @@ impl ResourceLimiterAsync for MemoryLimit {
             self.refused = Some(Refused::Memory);
             return Ok(false);
         }
-        let held = OVERHEAD.saturating_add(used);
+        let held = HOST_OVERHEAD_BYTES.saturating_add(used);
         if !self.share.try_cover(held) {
-            counted(&self.waited, self.instances.cover(&mut self.share, held)).await;
+            count_wait(&self.waited, self.instances.cover(&mut self.share, held)).await;
         }
         self.used = used;
         Ok(true)
@@ -181,9 +218,9 @@ impl ResourceLimiterAsync for MemoryLimit {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
-        let world =
-            self.world.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log, &self.said)));
-        WasiCtxView { ctx: &mut world.ctx, table: &mut world.table }
+        let wasi =
+            self.wasi.get_or_insert_with(|| Box::new(EmptyWorld::new(&self.log, &self.output)));
+        WasiCtxView { ctx: &mut wasi.ctx, table: &mut wasi.table }
     }
 }
 
@@ -195,12 +232,12 @@ impl logging::Host for State {
             logging::Level::Info => tracing::Level::INFO,
             logging::Level::Debug => tracing::Level::DEBUG,
         };
-        self.said.add(&message);
+        self.output.add(&message);
         self.log.write(level, &message);
     }
 }
 
-/// What plugins may import: WASI as an empty world, and the log.
+/// Creates the linker with all imports that plugins may have: WASI as an empty world, and the log.
 pub fn linker(
     engine: &Engine,
     flavour: Flavour,
@@ -214,56 +251,70 @@ pub fn linker(
     Ok(linker)
 }
 
-/// How instances of one component are made.
+/// Linked component, from which instances are created.
 pub enum Template {
+    /// Component of the world `validator`.
     Validator(v0_1::validator::ValidatorPre<State>),
+    /// Component of the world `adapter`.
     Adapter {
+        /// Component with its imports.
         linked: InstancePre<State>,
+        /// Exports of the world.
         adapter: v0_1::adapter::AdapterIndices,
+        /// Exports of the optional interface `classification`.
         classifier: Option<v0_1::classifier::ClassifierIndices>,
     },
 }
 
+/// Instance of a component, for one plugin and tenant.
 pub struct Instance {
+    /// Store that holds the guest and the host's state for it.
     pub store: Store<State>,
+    /// Functions of the guest.
     pub exports: Exports,
+    /// Number of calls, including `configure`.
     pub calls: u32,
-    pub waited: Arc<Waited>,
-    /// Linear memory it had when it was configured, in bytes.
-    pub at_first: usize,
-    /// What the guest wrote last.
-    pub said: Said,
+    /// Time that calls have waited for memory.
+    pub waited: Arc<MemoryWait>,
+    /// Linear memory after `configure`, in bytes.
+    pub configured_memory: usize,
+    /// Last lines that the guest wrote.
+    pub output: RecentOutput,
 }
 
 impl Instance {
-    /// Makes a sandbox. It waits for memory and for a slot of wasmtime's pool; its start code runs within the time of one call.
+    /// Creates an instance. Waits for memory and for a slot of wasmtime's pool. The guest's start
+    /// code has the limits of one call.
+    ///
+    /// Returns the guest's last refusal and output beside the result, to explain an error.
     pub async fn new(
         template: &Template,
         engine: &Engine,
         limits: &Limits,
         log: &Arc<PluginLog>,
         place: (&Arc<Instances>, &Holder),
-    ) -> (wasmtime::Result<Self>, (Option<Refused>, Said)) {
+    ) -> (wasmtime::Result<Self>, (Option<Refused>, RecentOutput)) {
         let begun = Instant::now();
         loop {
-            let (made, refused) = Self::make(template, engine, limits, log, place).await;
-            let full = made.as_ref().is_err_and(|error| error.is::<PoolConcurrencyLimitError>());
-            if !full || begun.elapsed() > SLOT_TIMEOUT {
-                return (made, refused);
+            let (created, refused) = Self::try_new(template, engine, limits, log, place).await;
+            let is_full =
+                created.as_ref().is_err_and(|error| error.is::<PoolConcurrencyLimitError>());
+            if !is_full || begun.elapsed() > SLOT_TIMEOUT {
+                return (created, refused);
             }
             place.0.wait_for_slot().await;
         }
     }
 
-    async fn make(
+    async fn try_new(
         template: &Template,
         engine: &Engine,
         limits: &Limits,
         log: &Arc<PluginLog>,
         (instances, holder): (&Arc<Instances>, &Holder),
-    ) -> (wasmtime::Result<Self>, (Option<Refused>, Said)) {
+    ) -> (wasmtime::Result<Self>, (Option<Refused>, RecentOutput)) {
         let table_elements = limits.table_elements.get() as usize;
-        let waited = Arc::new(Waited::default());
+        let waited = Arc::new(MemoryWait::default());
         let memory = MemoryLimit {
             limit: limits.memory.in_memory(),
             used: 0,
@@ -273,15 +324,15 @@ impl Instance {
             table_elements,
             refused: None,
         };
-        let said = Said::default();
+        let output = RecentOutput::default();
         let state =
-            State { memory, ticks_left: 0, world: None, log: log.clone(), said: said.clone() };
+            State { memory, ticks_left: 0, wasi: None, log: log.clone(), output: output.clone() };
         let mut store = Store::new(engine, state);
         store.limiter_async(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.answer.in_memory());
         store.set_max_component_handles(limits.handles.get() as usize);
         store.epoch_deadline_callback(on_tick);
-        allow(&mut store, limits, 1);
+        grant_cpu_time(&mut store, limits, 1);
         let exports = match template {
             Template::Validator(pre) => {
                 in_time(limits, 1, &waited, pre.instantiate_async(&mut store))
@@ -308,50 +359,53 @@ impl Instance {
                 exports,
                 calls: 0,
                 waited,
-                at_first: 0,
-                said: said.clone(),
+                configured_memory: 0,
+                output: output.clone(),
             }),
-            (refused, said),
+            (refused, output),
         )
     }
 
-    /// Grants the next call its CPU time, `units` times that of one call.
+    /// Grants the next call its CPU time: `units` times `call_timeout`.
     pub fn allow(&mut self, limits: &Limits, units: u32) {
         self.calls = self.calls.saturating_add(1);
-        allow(&mut self.store, limits, units);
+        grant_cpu_time(&mut self.store, limits, units);
     }
 
-    /// Whether one large call has made it hold much more than it needs for others: linear memory never shrinks.
+    /// Returns true if a large call has grown the instance so much that it is not worth reusing:
+    /// linear memory never shrinks.
     pub fn is_bloated(&self) -> bool {
-        let has_grown = self.memory() > self.at_first;
-        self.memory() > self.at_first.saturating_add(KEPT_GROWTH)
-            || has_grown && self.memory() > self.limit() / 100 * MAX_KEPT_PERCENT
+        let has_grown = self.memory() > self.configured_memory;
+        self.memory() > self.configured_memory.saturating_add(MAX_REUSE_GROWTH_BYTES)
+            || has_grown && self.memory() > self.limit() / 100 * MAX_REUSE_PERCENT
     }
 
-    /// Whether a call with so many bytes may run out of memory here though it would not on a new instance.
-    pub fn is_too_full_for(&self, bytes: usize) -> bool {
+    /// Returns true if a call with this many bytes of arguments may exceed the memory limit in this
+    /// instance but not in a new one.
+    pub fn lacks_memory_for(&self, bytes: usize) -> bool {
         let left = self.limit().saturating_sub(self.memory());
-        self.memory() > self.at_first && bytes.saturating_mul(NEEDED_PER_BYTE) > left
+        self.memory() > self.configured_memory
+            && bytes.saturating_mul(BYTES_NEEDED_PER_INPUT_BYTE) > left
     }
 
     fn limit(&self) -> usize {
         self.store.data().memory.limit
     }
 
-    /// Linear memory it holds, in bytes.
+    /// Returns the linear memory of the instance, in bytes.
     pub fn memory(&self) -> usize {
         self.store.data().memory.used
     }
 
-    /// What the guest was refused, if it ever was.
+    /// Returns the guest's last refusal in the running call.
     pub fn refused(&self) -> Option<Refused> {
         self.store.data().memory.refused
     }
 }
 
-fn allow(store: &mut Store<State>, limits: &Limits, units: u32) {
-    let ticks = limits.call_timeout.duration().as_millis().div_ceil(TICK.as_millis());
-    // One tick more: the first may come at once.
+fn grant_cpu_time(store: &mut Store<State>, limits: &Limits, units: u32) {
+    let ticks = limits.call_timeout.duration().as_millis().div_ceil(EPOCH_INTERVAL.as_millis());
+    // One more, as the first tick may come immediately.
     let ticks =
         u32::try_from(ticks).unwrap_or(u32::MAX).saturating_mul(units.max(1)).saturating_add(1);
     let state = store.data_mut();
@@ -360,8 +414,10 @@ fn allow(store: &mut Store<State>, limits: &Limits, units: u32) {
     store.set_epoch_deadline(1);
 }
 
-/// Counts the ticks that a guest sees while it runs. A thread that does not run sees one tick for many, so this is near CPU time.
-/// The guest yields at each, so that a long call delays others by a tick at the most.
+/// Counts the epoch ticks that a guest sees while it runs, and ends the call when none is left.
+///
+/// A thread that does not run sees one tick for many, so the count is close to CPU time. The guest
+/// yields at each tick, so a long call delays others by one tick.
 fn on_tick(mut store: StoreContextMut<State>) -> wasmtime::Result<UpdateDeadline> {
     let state = store.data_mut();
     match state.ticks_left.checked_sub(1) {

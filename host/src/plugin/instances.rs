@@ -1,12 +1,17 @@
-//! Instances of all plugins: how much memory they hold, and which of them make way.
+//! Memory of all plugins' instances, with eviction of idle ones.
 //!
-//! **Threat.** A thousand plugins or tenants each keep an idle instance, a guest grows to its limit and stays there, or one component
-//! has as many memories and tables as it can. Then the next tenant's call finds no slot in wasmtime's pool and no memory.
+//! **Threat.** A thousand plugins or tenants each keep an idle instance, a guest grows to its
+//! memory limit and stays there, or a component declares as many memories and tables as it can. The
+//! next tenant's call then finds no slot in wasmtime's pool and no memory.
 //!
-//! **Layers.** Every instance holds a share of the pool `instances` for its linear memory and what the host keeps for it; a guest that asks
-//! for more waits inside of its call until there is room. Whoever needs room first evicts idle instances, the least recently used one
-//! before the others. One that was idle for a minute is dropped. While somebody waits for room, no instance is kept. A slot of wasmtime's
-//! pool is waited for in the same way, and no call fails for want of one.
+//! **Layers.**
+//! - Every instance reserves its linear memory, and the host's overhead for it, from the memory
+//!   pool `instances`. A guest that grows waits inside its call until the pool has room.
+//! - An instance that needs room evicts idle instances, the least recently used one first.
+//! - While an instance waits for room, no other instance is pooled after its call.
+//! - An instance that was idle for a minute is dropped.
+//! - A slot of wasmtime's pool is waited for in the same way, so calls wait instead of failing when
+//!   all slots are in use.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -17,58 +22,62 @@ use tokio::time::Instant;
 use super::instance::Instance;
 use crate::memory::{Holder, Pool, Share};
 
-/// What the host keeps for an instance beside its linear memory, in bytes: its store, its tables, the stack of its calls.
-pub const OVERHEAD: usize = 128 << 10;
+/// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
+pub const HOST_OVERHEAD_BYTES: usize = 128 << 10;
 
-/// How long an instance stays that nobody uses, and how often such are looked for.
-const IDLE: Duration = Duration::from_secs(60);
+/// Time after which an idle instance is dropped.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval of the search for instances that are idle for too long.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How long somebody who waits for a slot goes without a look.
+/// Interval in which a waiting call tries again to evict an idle instance.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Registry of the idle instances of all plugins, with the memory pool of all instances.
 pub struct Instances {
     memory: Pool,
-    kept: Mutex<Vec<Weak<Kept>>>,
-    /// Told whenever an instance is kept or dropped.
-    returned: Notify,
+    idle: Mutex<Vec<Weak<IdleInstances>>>,
+    /// Notified whenever a call ends and its instance becomes idle or is dropped.
+    call_ended: Notify,
 }
 
-/// Idle instances of one plugin and tenant; the one used last is at the end.
-pub struct Kept(Mutex<Vec<(Instant, Instance)>>);
+/// Idle instances of one plugin and tenant, ordered by last use; the most recently used is last.
+pub struct IdleInstances(Mutex<Vec<(Instant, Instance)>>);
 
 impl Instances {
-    /// Starts to drop what is idle for long, for as long as it lives.
+    /// Creates the registry and starts the task that drops instances after [`IDLE_TIMEOUT`]. The
+    /// task ends with the registry.
     pub fn start(memory: Pool) -> Arc<Self> {
-        let instances = Arc::new(Self { memory, kept: Mutex::default(), returned: Notify::new() });
-        let sweeping = Arc::downgrade(&instances);
+        let instances =
+            Arc::new(Self { memory, idle: Mutex::default(), call_ended: Notify::new() });
+        let weak = Arc::downgrade(&instances);
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP_INTERVAL).await;
-                let Some(instances) = sweeping.upgrade() else { return };
-                while instances.evict(IDLE) {}
+                let Some(instances) = weak.upgrade() else { return };
+                while instances.evict(IDLE_TIMEOUT) {}
             }
         });
         instances
     }
 
-    /// A place for idle instances.
-    pub fn place(&self) -> Arc<Kept> {
-        let place = Arc::new(Kept(Mutex::default()));
-        let mut kept = self.lock();
-        kept.retain(|known| known.strong_count() > 0);
-        kept.push(Arc::downgrade(&place));
-        place
+    /// Creates and registers an empty list of idle instances.
+    pub fn idle_list(&self) -> Arc<IdleInstances> {
+        let list = Arc::new(IdleInstances(Mutex::default()));
+        let mut lists = self.lock();
+        lists.retain(|known| known.strong_count() > 0);
+        lists.push(Arc::downgrade(&list));
+        list
     }
 
-    /// A share for an instance, with room for what the host keeps for it.
+    /// Reserves memory for a new instance: [`HOST_OVERHEAD_BYTES`]. Waits until the pool has room.
     pub async fn share(&self, holder: &Holder) -> Share {
         let mut share = self.memory.share(holder);
-        self.cover(&mut share, OVERHEAD).await;
+        self.cover(&mut share, HOST_OVERHEAD_BYTES).await;
         share
     }
 
-    /// Has a share grow; idle instances make way for it.
+    /// Grows a share to `bytes`. Evicts idle instances, and waits, until the pool has room.
     pub async fn cover(&self, share: &mut Share, bytes: usize) {
         while !share.try_cover(bytes) {
             if self.evict(Duration::ZERO) {
@@ -78,42 +87,45 @@ impl Instances {
             loop {
                 tokio::select! {
                     () = &mut waiting => return,
-                    // One may have become idle in the moment before it was known that somebody waits.
+                    // An instance may have become idle just before the pool knew of this waiter.
                     () = tokio::time::sleep(POLL_INTERVAL) => drop(self.evict(Duration::ZERO)),
                 }
             }
         }
     }
 
-    /// Keeps an instance for the next call, unless others need its memory.
-    pub fn keep(&self, place: &Kept, instance: Instance) {
+    /// Releases an instance into the list for the next call, or drops it if another instance waits
+    /// for memory.
+    pub fn release(&self, list: &IdleInstances, instance: Instance) {
         if self.memory.is_short() {
             drop(instance);
         } else {
-            place.lock().push((Instant::now(), instance));
+            list.lock().push((Instant::now(), instance));
         }
-        self.returned.notify_one();
+        self.call_ended.notify_one();
     }
 
-    /// Makes a slot of wasmtime's pool free, or waits a while until one may be.
+    /// Frees a slot of wasmtime's pool by eviction, or waits until a call may have freed one. The
+    /// caller tries again.
     pub async fn wait_for_slot(&self) {
         if !self.evict(Duration::ZERO) {
-            tokio::time::timeout(POLL_INTERVAL, self.returned.notified()).await.ok();
+            tokio::time::timeout(POLL_INTERVAL, self.call_ended.notified()).await.ok();
         }
     }
 
-    /// Drops the instance that is idle for longest, if it is for as long as this; whether there was one.
-    fn evict(&self, at_least: Duration) -> bool {
-        let places: Vec<Arc<Kept>> = self.lock().iter().filter_map(Weak::upgrade).collect();
-        let oldest = places
+    /// Drops the least recently used idle instance of all lists. Returns false if no instance is
+    /// idle for `min_idle`.
+    fn evict(&self, min_idle: Duration) -> bool {
+        let lists: Vec<Arc<IdleInstances>> = self.lock().iter().filter_map(Weak::upgrade).collect();
+        let oldest = lists
             .iter()
-            .filter_map(|place| Some((place.lock().first()?.0, place)))
+            .filter_map(|list| Some((list.lock().first()?.0, list)))
             .min_by_key(|(at, _)| *at);
-        let Some((since, place)) = oldest.filter(|(since, _)| since.elapsed() >= at_least) else {
+        let Some((since, list)) = oldest.filter(|(since, _)| since.elapsed() >= min_idle) else {
             return false;
         };
-        let mut idle = place.lock();
-        // Somebody may have taken it meanwhile.
+        let mut idle = list.lock();
+        // A call may have taken the instance in the meantime.
         if idle.first().is_some_and(|(at, _)| *at == since) {
             let evicted = idle.remove(0);
             drop(idle);
@@ -122,18 +134,18 @@ impl Instances {
         true
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Kept>>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Weak<IdleInstances>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Kept {
-    /// The instance that was used last.
+impl IdleInstances {
+    /// Removes and returns the most recently used instance.
     pub fn take(&self) -> Option<Instance> {
         self.lock().pop().map(|(_, instance)| instance)
     }
 
-    /// Linear memory of the instance that holds most, in bytes.
+    /// Returns the linear memory of the largest instance, in bytes.
     pub fn max_memory(&self) -> usize {
         self.lock().iter().map(|(_, instance)| instance.memory()).max().unwrap_or(0)
     }

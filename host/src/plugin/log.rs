@@ -1,4 +1,4 @@
-//! Lines of a plugin in the operator's log: cut when long, dropped and counted when many.
+//! Log lines of plugins in the operator's log: truncated if long, dropped and counted if frequent.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,15 +7,20 @@ use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 
-/// The last lines that the guest of one instance wrote, for the report of its end: the message of a panic, mostly. They are the operator's, as
-/// they may hold what a tenant sent.
-#[derive(Clone, Default)]
-pub struct Said(Arc<Mutex<VecDeque<String>>>);
+use super::answer::for_people;
 
-impl Said {
+/// Last lines that the guest of one instance wrote, mostly the message of a panic.
+///
+/// The lines explain a failed call to operators. Clients must not see them, as they may contain a
+/// tenant's data.
+#[derive(Clone, Default)]
+pub struct RecentOutput(Arc<Mutex<VecDeque<String>>>);
+
+impl RecentOutput {
     const MAX_LINES: usize = 3;
     const MAX_CHARS: usize = 300;
 
+    /// Adds a line and drops the oldest one if there are too many.
     pub fn add(&self, line: &str) {
         let line: String = line.trim().chars().take(Self::MAX_CHARS).collect();
         if line.is_empty() {
@@ -28,14 +33,14 @@ impl Said {
         lines.push_back(line);
     }
 
-    /// All of it on one line.
-    pub fn in_words(&self) -> String {
+    /// Returns all lines, joined to one.
+    pub fn joined(&self) -> String {
         let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().map(String::as_str).collect::<Vec<_>>().join(" / ")
     }
 }
 
-/// The log of one plugin.
+/// Log of one plugin, with a rate limit.
 pub struct PluginLog {
     plugin: String,
     rate: Option<DefaultDirectRateLimiter>,
@@ -43,11 +48,11 @@ pub struct PluginLog {
 }
 
 impl PluginLog {
-    /// Characters of a line that are kept.
-    pub const LONGEST: usize = 1000;
+    /// Longest line; the rest of a longer one is dropped.
+    pub const MAX_LINE_CHARS: usize = 1000;
 
+    /// Creates the log of the plugin with this name: ten lines a second, in bursts of up to 100.
     pub fn new(plugin: &str) -> Self {
-        // Ten lines a second, a hundred at once.
         let quota = Quota::with_period(Duration::from_millis(100));
         let burst = std::num::NonZeroU32::new(100).unwrap_or(std::num::NonZeroU32::MIN);
         Self {
@@ -57,27 +62,45 @@ impl PluginLog {
         }
     }
 
-    pub fn write(&self, level: tracing::Level, message: &str) {
-        if self.rate.as_ref().is_some_and(|rate| rate.check().is_err()) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+    /// Logs a line that the guest wrote.
+    ///
+    /// The text is a field and has no control characters, so a guest cannot forge an event, a line
+    /// or a color of the host's log.
+    pub fn write(&self, level: tracing::Level, text: &str) {
+        if !self.admits() {
             return;
         }
-        let dropped = self.dropped.swap(0, Ordering::Relaxed);
         let plugin = self.plugin.as_str();
-        if dropped > 0 {
-            tracing::warn!(plugin, "{dropped} log lines of the plugin were dropped");
-        }
-        // A plugin's text must not forge lines or colours of the log.
-        let shown: String = message
-            .chars()
-            .take(Self::LONGEST)
-            .map(|letter| if letter.is_control() { ' ' } else { letter })
-            .collect();
+        let text = for_people(text, Self::MAX_LINE_CHARS);
+        let text = text.as_str();
         match level {
-            tracing::Level::ERROR => tracing::error!(plugin, "{shown}"),
-            tracing::Level::WARN => tracing::warn!(plugin, "{shown}"),
-            tracing::Level::INFO => tracing::info!(plugin, "{shown}"),
-            _ => tracing::debug!(plugin, "{shown}"),
+            tracing::Level::ERROR => tracing::error!(plugin, text, "plugin log line"),
+            tracing::Level::WARN => tracing::warn!(plugin, text, "plugin log line"),
+            tracing::Level::INFO => tracing::info!(plugin, text, "plugin log line"),
+            _ => tracing::debug!(plugin, text, "plugin log line"),
         }
+    }
+
+    /// Logs a failed call, with the message for operators.
+    pub fn write_call_error(&self, error: &str) {
+        if !self.admits() {
+            return;
+        }
+        let plugin = self.plugin.as_str();
+        let error = for_people(error, Self::MAX_LINE_CHARS);
+        tracing::warn!(plugin, error = error.as_str(), "plugin call failed");
+    }
+
+    /// Returns true if the rate limit admits a line. Reports the lines that were dropped before it.
+    fn admits(&self) -> bool {
+        if self.rate.as_ref().is_some_and(|rate| rate.check().is_err()) {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            tracing::warn!(plugin = self.plugin.as_str(), dropped, "plugin log lines dropped");
+        }
+        true
     }
 }

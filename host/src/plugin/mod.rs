@@ -1,7 +1,10 @@
-//! Plugins: WebAssembly components that judge lines and talk to providers, found in a directory, compiled, pooled, held to limits and called.
+//! Plugins: WebAssembly components that validate lines and talk to providers.
 //!
-//! Architecture invariant: this room knows no HTTP routes and no storage. Everything above it sees plugins through the types of
-//! [`types`], whatever version of the contract a component was built for, and only after they were checked.
+//! The host finds plugins in a directory, compiles, pools and calls them, and holds them to limits.
+//!
+//! Architecture invariant: this module knows no HTTP routes and no storage. Code above it sees
+//! plugins only through the types of [`types`], whatever version of the contract a component was
+//! built for. Values of guests are checked before they leave this module.
 
 mod answer;
 mod bindings;
@@ -19,7 +22,7 @@ mod load;
 mod log;
 mod manifest;
 mod order;
-#[expect(clippy::module_inception, reason = "a plugin is what the room is about")]
+#[expect(clippy::module_inception, reason = "Plugin is the main type of this module")]
 mod plugin;
 mod read;
 mod registry;

@@ -1,4 +1,22 @@
-//! A loaded plugin: its instances, by tenant, and the calls made of them.
+//! Loaded plugin: its instances by tenant, and the calls of its functions.
+//!
+//! **One call.**
+//! 1. The caller takes a permit of the tenant's pool. Calls are short and occupy a thread, so a
+//!    pool has twice as many permits as the machine has threads.
+//! 2. The call gets an idle instance of the same tenant, or a new one. Tenants never share an
+//!    instance: what a guest remembers of one tenant cannot reach another.
+//! 3. The instance runs the function within the limits of [`super::instance`].
+//! 4. The result is checked, as a guest's value is untrusted input, and bounded in size.
+//! 5. The instance returns to its pool only if the call succeeded and the instance is not bloated.
+//!    A trap can leave the guest's memory inconsistent.
+//!
+//! **Errors.** A failed call gives a [`CallError`] that names the limit and its setting. Clients
+//! see the short text. The log has the detail, which may contain settings or the guest's output.
+//!
+//! **Out of memory.** Linear memory never shrinks, so a used instance can lack room for a request
+//! that fits into a new one. Two measures keep such a request from failing: a call with large
+//! arguments avoids a used instance without room, and `begin` tries again on a new instance after
+//! it ran out of memory.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,12 +26,12 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Trap};
 
-use super::answer::{checked, for_people};
-use super::engine::STACK;
+use super::answer::{check_step, for_people};
+use super::engine::GUEST_STACK_BYTES;
 use super::error::CallError;
 use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
-use super::instances::{Instances, Kept};
-use super::log::{PluginLog, Said};
+use super::instances::{IdleInstances, Instances};
+use super::log::{PluginLog, RecentOutput};
 use super::manifest::{Isolation, Limits};
 use super::trust::Signed;
 use super::types::{
@@ -23,64 +41,81 @@ use super::types::{
 use crate::egress::{Gateway, HttpResponse};
 use crate::memory::Holder;
 
-/// Lines and bytes for which a validator is granted the CPU time of one call.
-const LINES_A_UNIT: usize = 1000;
-const BYTES_A_UNIT: usize = 1 << 20;
+/// Lines for which a validator gets the CPU time of one call.
+const LINES_PER_CPU_UNIT: usize = 1000;
+/// Bytes for which a validator gets the CPU time of one call.
+const BYTES_PER_CPU_UNIT: usize = 1 << 20;
 
-/// Text of violations that is kept of one call, in bytes.
-const VIOLATION_BYTES: usize = 256 << 10;
+/// Size of the violations of one call above which further ones are only counted.
+const MAX_VIOLATION_BYTES: usize = 256 << 10;
 
-/// How much of a body `classify` is given, in bytes.
+/// Bytes at the beginning of a response body that `classify` receives.
 pub const BEGINNING: usize = 4 << 10;
 
-/// How often `classify` is asked about answers like others.
-const NOW_AND_THEN: Duration = Duration::from_millis(100);
+/// Shortest interval between calls of `classify` for responses whose class the host knows.
+const CLASSIFY_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A component with its settings, checked and ready.
+/// Component with its settings, checked and ready to be called.
 pub struct Plugin {
-    /// The name of its TOML file.
+    /// Name of the TOML file without its extension.
     pub name: String,
+    /// World that the component implements.
     pub kind: Kind,
+    /// Result of `describe`.
     pub description: Description,
+    /// SHA-256 of the component, in hexadecimal.
     pub sha256: String,
-    /// Where signatures are asked for.
+    /// Signature, if the server asks for signatures.
     pub signed: Option<Signed>,
+    /// Limits of calls and exchanges.
     pub limits: Limits,
-    /// Validators: place in the order, and the endpoints it is for.
+    /// Validators: position in the order; lower ones run first.
     pub order: i64,
+    /// Validators: endpoints that the operator allows; empty means all.
     pub endpoints: Vec<String>,
-    /// Empty means all.
+    /// Tenants that the plugin serves; empty means all.
     pub tenants: Vec<String>,
+    /// Adapters: models that the plugin serves.
     pub models: Vec<String>,
+    /// Adapters: models of clients, with the provider's model for each.
     pub aliases: std::collections::BTreeMap<String, String>,
-    /// The models of requests that name none, by endpoint.
+    /// Adapters: models of requests that name none, by endpoint.
     pub default_models: std::collections::BTreeMap<String, String>,
-    /// Nothing is sent for now.
+    /// Adapters: true if the plugin sends no requests for now.
     pub paused: bool,
-    /// Unix seconds.
+    /// Time of the load, in Unix seconds.
     pub loaded_at: i64,
+    /// Settings as a JSON object, for `configure`.
     pub(super) settings: String,
-    /// Shared with other plugins of the same component for as long as this one is there.
+    /// Reference that lets other plugins of the same component share its code.
     pub(super) _component: Arc<Component>,
+    /// Linked component.
     pub(super) template: Template,
+    /// Engine of the component.
     pub(super) engine: Engine,
+    /// Log of the plugin.
     pub(super) log: Arc<PluginLog>,
+    /// Gateway for exchanges.
     pub(super) gateway: Gateway,
+    /// Registry of idle instances, shared by all plugins.
     pub(super) instances: Arc<Instances>,
+    /// Time of the last sampled call of `classify`.
     pub(super) last_classified: Mutex<Option<Instant>>,
+    /// Pools of instances, by tenant.
     pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
 }
 
-/// One tenant's instances of one plugin. No instance ever changes pools.
+/// Instances of one plugin for one tenant. An instance never changes pools.
 pub(super) struct Pool {
-    idle: Arc<Kept>,
-    /// Whose memory its instances take.
+    idle: Arc<IdleInstances>,
+    /// Holder in whose name instances reserve memory.
     holder: Holder,
-    /// Calls are short and hold a thread while they run, so more instances than threads gain little.
+    /// Permits for calls. Calls are short and occupy a thread, so more calls than threads gain
+    /// little.
     permits: Semaphore,
 }
 
-/// An instance for one call. It goes back to its pool only if the call went well.
+/// Instance for one call, which returns to its pool only if the call succeeded.
 struct Lease<'a> {
     pool: &'a Pool,
     instance: Instance,
@@ -88,7 +123,7 @@ struct Lease<'a> {
 }
 
 impl Plugin {
-    /// What is wrong with these lines.
+    /// Returns the violations in these lines.
     pub async fn validate(
         &self,
         tenant: &str,
@@ -97,7 +132,8 @@ impl Plugin {
     ) -> Result<Judgement, CallError> {
         const FUNCTION: &str = "validate";
         let bytes: usize = lines.iter().map(|line| line.text.len()).sum();
-        let units = lines.len().div_ceil(LINES_A_UNIT).max(bytes.div_ceil(BYTES_A_UNIT));
+        let units =
+            lines.len().div_ceil(LINES_PER_CPU_UNIT).max(bytes.div_ceil(BYTES_PER_CPU_UNIT));
         let numbers: std::collections::HashSet<u64> =
             lines.iter().map(|line| line.number).collect();
         let pool = self.pool(tenant);
@@ -107,19 +143,23 @@ impl Plugin {
         let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
         let called = in_time(&self.limits, units, &waited, call).await;
         let mut violations: Vec<Violation> = self.settle(lease, FUNCTION, called)?;
-        // In one go with the call, so that not many wait as large as a guest can make them. They may stand in any order.
+        // Bounded without an await after the call, so that few lists of a guest's full size exist
+        // at a time. A guest may return violations in any order.
         violations.sort_by_key(|violation| violation.line);
         let (mut kept, mut bytes, mut unlisted) = (Vec::new(), 0_usize, 0_u64);
         for mut violation in violations {
             if !numbers.contains(&violation.line) {
-                let message = format!("it judged line {}, which it was not given.", violation.line);
+                let message = format!(
+                    "it reported a violation of line {}, which it was not given.",
+                    violation.line
+                );
                 return Err(CallError::Contract {
                     plugin: self.name.clone(),
                     function: FUNCTION,
                     message,
                 });
             }
-            if bytes >= VIOLATION_BYTES {
+            if bytes >= MAX_VIOLATION_BYTES {
                 unlisted = unlisted.saturating_add(1);
                 continue;
             }
@@ -132,7 +172,8 @@ impl Plugin {
         Ok(Judgement { violations: kept, unlisted })
     }
 
-    /// The first step of a request. One that runs out of memory on a used instance begins again on a new one.
+    /// Returns the first step of a request. A call that runs out of memory on a used instance is
+    /// repeated on a new one.
     pub async fn begin(
         &self,
         tenant: &str,
@@ -150,12 +191,13 @@ impl Plugin {
             let called = in_time(&self.limits, 1, &waited, call).await;
             match self.settle(lease, "begin", called) {
                 Err(CallError::Memory { .. }) if was_used && !needs_new => needs_new = true,
-                step => return self.checked(step?, "begin"),
+                step => return self.check_step(step?, "begin"),
             }
         }
     }
 
-    /// The next step. The outcome is as it was when this returns, so that the call can be made again; after an error it may be gone.
+    /// Returns the next step of a request. After success `outcome` is unchanged, so the caller can
+    /// repeat the call. After an error `outcome` may be lost.
     pub async fn resume(
         &self,
         tenant: &str,
@@ -172,17 +214,18 @@ impl Plugin {
         let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
         let called = in_time(&self.limits, 1, &waited, call).await;
         let step = self.settle(lease, "resume", called)?;
-        self.checked(step, "resume")
+        self.check_step(step, "resume")
     }
 
-    /// Whether the adapter is to be asked about a response. Where that does not matter, as the host thinks it an answer like others, it is asked now
-    /// and then, for what the provider says of its limits.
+    /// Returns true if `classify` is to be called for a response. `matters` is false for a response
+    /// that the host can classify: only a sample of those is classified, for the rate limits that
+    /// the provider reports.
     pub fn classifies(&self, matters: bool) -> bool {
         matches!(self.template, Template::Adapter { classifier: Some(_), .. })
-            && (matters || self.asks_now_and_then())
+            && (matters || self.is_sample_due())
     }
 
-    /// What the adapter knows of a response.
+    /// Returns the adapter's classification of a response.
     pub async fn classify(
         &self,
         tenant: &str,
@@ -204,16 +247,16 @@ impl Plugin {
         self.settle(lease, "classify", called)
     }
 
-    fn asks_now_and_then(&self) -> bool {
+    fn is_sample_due(&self) -> bool {
         let mut last = self.last_classified.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| last.elapsed() >= NOW_AND_THEN);
-        if due {
+        let is_due = last.is_none_or(|last| last.elapsed() >= CLASSIFY_SAMPLE_INTERVAL);
+        if is_due {
             *last = Some(Instant::now());
         }
-        due
+        is_due
     }
 
-    /// Whether `describe` still says what it said when the plugin was loaded.
+    /// Checks that `describe` still returns the description from the load. An error is a message.
     pub async fn describe_again(&self) -> Result<(), String> {
         let mut instance =
             self.instantiate(&self.holder(None)).await.map_err(|error| error.to_string())?;
@@ -224,7 +267,7 @@ impl Plugin {
                 in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store))
                     .await;
             let (found, schema) = called.map_err(|error| {
-                self.explain("describe", &error, instance.refused(), &instance.said).detail()
+                self.explain("describe", &error, instance.refused(), &instance.output).detail()
             })?;
             let known = &self.description;
             let same_schema = serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref()
@@ -235,7 +278,8 @@ impl Plugin {
                 || !same_schema
             {
                 return Err(format!(
-                    "it was {} {} at first and is now {} {}",
+                    "it returned {} {} at load and now returns {} {}; name, version, \
+                     endpoints and settings-schema must not change",
                     known.name, known.version, found.name, found.version
                 ));
             }
@@ -243,40 +287,42 @@ impl Plugin {
         Ok(())
     }
 
-    /// Linear memory of the idle instance that holds most, in bytes.
+    /// Returns the linear memory of the largest idle instance, in bytes.
     pub fn most_memory(&self) -> usize {
         let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
         pools.values().map(|pool| pool.idle.max_memory()).max().unwrap_or(0)
     }
 
-    /// The way out for the exchanges that its steps ask for.
+    /// Returns the gateway for the exchanges that steps ask for.
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
     }
 
-    /// Whether it is for this tenant.
+    /// Returns true if the plugin serves this tenant.
     pub fn serves(&self, tenant: &str) -> bool {
         self.tenants.is_empty() || self.tenants.iter().any(|known| known == tenant)
     }
 
-    /// Whether it is for this endpoint, by its own word and the operator's.
+    /// Returns true if both the description and the operator allow this endpoint.
     pub fn handles(&self, endpoint: &str) -> bool {
         [&self.description.endpoints, &self.endpoints]
             .into_iter()
             .all(|list| list.is_empty() || list.iter().any(|known| known == endpoint))
     }
 
-    fn checked(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
-        let longest = self.limits.max_wait;
+    /// Validates a step against the contract and the plugin's limits.
+    fn check_step(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
+        let max_wait = self.limits.max_wait;
         let checked = match step {
             Step::Wait { milliseconds, .. }
-                if Duration::from_millis(milliseconds) > longest.duration() =>
+                if Duration::from_millis(milliseconds) > max_wait.duration() =>
             {
                 Err(format!(
-                    "it asks for a pause of {milliseconds} ms; the limit is {longest}, [limits] max_wait."
+                    "it asks for a pause of {milliseconds} ms; \
+                     the limit is {max_wait}, [limits] max_wait."
                 ))
             }
-            step => checked(step),
+            step => check_step(step),
         };
         checked.map_err(|message| CallError::Contract {
             plugin: self.name.clone(),
@@ -292,7 +338,7 @@ impl Plugin {
         }
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let pool = Arc::new(Pool {
-            idle: self.instances.place(),
+            idle: self.instances.idle_list(),
             holder: self.holder(Some(tenant)),
             permits: Semaphore::new(threads.saturating_mul(2)),
         });
@@ -300,7 +346,7 @@ impl Plugin {
         pool
     }
 
-    /// An instance for a call that is given so many bytes.
+    /// Returns an instance for a call with this many bytes of arguments.
     async fn lease<'a>(
         &self,
         pool: &'a Pool,
@@ -308,49 +354,49 @@ impl Plugin {
         bytes: usize,
     ) -> Result<Lease<'a>, CallError> {
         let permit = pool.permits.acquire().await.ok();
-        let idle = pool.idle.take().filter(|instance| !instance.is_too_full_for(bytes));
+        let idle = pool.idle.take().filter(|instance| !instance.lacks_memory_for(bytes));
         let mut instance = match idle {
             Some(instance) => instance,
-            // Seldom, and large: callers are smaller without it.
+            // Boxed, as the future is large and rarely needed.
             None => Box::pin(self.instantiate(&pool.holder)).await?,
         };
         instance.allow(&self.limits, units);
         Ok(Lease { pool, instance, _permit: permit })
     }
 
-    /// A new instance, configured. It waits for memory and for a slot of wasmtime's pool.
+    /// Creates and configures an instance. Waits for memory and for a slot of wasmtime's pool.
     pub(super) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
         let place = (&self.instances, holder);
-        let (made, refused) =
+        let (created, refused) =
             Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
-        let (refused, said) = refused;
+        let (refused, output) = refused;
         let mut instance =
-            made.map_err(|error| self.explain("instantiate", &error, refused, &said))?;
+            created.map_err(|error| self.explain("instantiate", &error, refused, &output))?;
         instance.allow(&self.limits, 1);
         let waited = instance.waited.clone();
         let call = instance.exports.configure(&mut instance.store, &self.settings);
         let called = in_time(&self.limits, 1, &waited, call).await;
         match called {
             Ok(Ok(())) => {
-                instance.at_first = instance.memory();
+                instance.configured_memory = instance.memory();
                 Ok(instance)
             }
             Ok(Err(message)) => {
                 let message = for_people(&message, 1000);
-                Err(self.told(CallError::Configure { plugin: self.name.clone(), message }))
+                Err(self.logged(CallError::Configure { plugin: self.name.clone(), message }))
             }
             Err(error) => {
-                Err(self.explain("configure", &error, instance.refused(), &instance.said))
+                Err(self.explain("configure", &error, instance.refused(), &instance.output))
             }
         }
     }
 
-    /// Who holds the memory of an instance.
+    /// Returns the holder in whose name an instance reserves memory.
     pub(super) fn holder(&self, tenant: Option<&str>) -> Holder {
         format!("{}/{}", self.name, tenant.unwrap_or_default()).into()
     }
 
-    /// Ends a lease: the instance is kept after a call that went well, and thrown away after one that did not.
+    /// Ends a lease. The instance returns to its pool after success and is dropped after an error.
     fn settle<T>(
         &self,
         lease: Lease,
@@ -359,44 +405,48 @@ impl Plugin {
     ) -> Result<T, CallError> {
         match called {
             Ok(value) => {
-                let fresh = lease.instance.calls < self.limits.max_calls.get()
+                let is_reusable = lease.instance.calls < self.limits.max_calls.get()
                     && !lease.instance.is_bloated();
-                if self.limits.instances == Isolation::Tenant && fresh {
-                    self.instances.keep(&lease.pool.idle, lease.instance);
+                if self.limits.instances == Isolation::Tenant && is_reusable {
+                    self.instances.release(&lease.pool.idle, lease.instance);
                 }
                 Ok(value)
             }
-            Err(error) => {
-                Err(self.explain(function, &error, lease.instance.refused(), &lease.instance.said))
-            }
+            Err(error) => Err(self.explain(
+                function,
+                &error,
+                lease.instance.refused(),
+                &lease.instance.output,
+            )),
         }
     }
 
+    /// Converts and logs the error of a call.
     pub(super) fn explain(
         &self,
         function: &'static str,
         error: &wasmtime::Error,
         refused: Option<Refused>,
-        said: &Said,
+        output: &RecentOutput,
     ) -> CallError {
-        self.told(explain(&self.name, &self.limits, function, error, refused, said))
+        self.logged(explain(&self.name, &self.limits, function, error, refused, output))
     }
 
-    /// Tells the operator of a failed call.
-    fn told(&self, error: CallError) -> CallError {
-        self.log.write(tracing::Level::WARN, &error.detail());
+    /// Logs an error for the operator and returns it.
+    fn logged(&self, error: CallError) -> CallError {
+        self.log.write_call_error(&error.detail());
         error
     }
 }
 
-/// Which limit a failed call ran into, if it was one.
+/// Converts the error of a call into the limit that the call exceeded, or into a trap.
 pub(super) fn explain(
     plugin: &str,
     limits: &Limits,
     function: &'static str,
     error: &wasmtime::Error,
     refused: Option<Refused>,
-    said: &Said,
+    output: &RecentOutput,
 ) -> CallError {
     let plugin = plugin.to_owned();
     if error.is::<OutOfTime>() {
@@ -415,7 +465,11 @@ pub(super) fn explain(
         None => {}
     }
     if error.downcast_ref::<Trap>() == Some(&Trap::StackOverflow) {
-        return CallError::Stack { plugin, function, limit: format!("{}KiB", STACK >> 10) };
+        return CallError::Stack {
+            plugin,
+            function,
+            limit: format!("{}KiB", GUEST_STACK_BYTES >> 10),
+        };
     }
     let message = for_people(&error.root_cause().to_string(), 500);
     if message.contains("fuel allocated for hostcalls") {
@@ -424,5 +478,5 @@ pub(super) fn explain(
     if message.contains("store handle limit exceeded") {
         return CallError::Handles { plugin, function, limit: limits.handles.get() };
     }
-    CallError::Trap { plugin, function, message, said: said.in_words() }
+    CallError::Trap { plugin, function, message, output: output.joined() }
 }

@@ -1,12 +1,32 @@
-//! What the compiling process gives up before it sees the component.
+//! Sandbox of the compiler process, entered before the process reads a component.
 //!
-//! **Threat.** A component whose bytes take over the compiler: it would read the keys of its parent, other users' files, or the network. What
-//! it writes as compiled code is run by the server all the same, so this does not make its output trustworthy; it keeps the process
-//! itself from reading, sending or outliving anything.
+//! **Threat.** A component exploits a bug in the compiler and runs code in the compiler process.
+//! Such code could read the keys of the parent process, read other users' files, open connections,
+//! start programs, or stay alive after the server has stopped.
 //!
-//! **Layers.** Each is put on if the kernel has it, and named in the log if not. Hard limits of memory, time and output. Landlock: no file, no TCP,
-//! no signal to others. Two seccomp filters: one ends the process at calls that a compiler never makes (SIGSYS), the other answers every
-//! call that compiling does not need with ENOSYS, which every libc has an answer to.
+//! **Layers.** Each layer works without the others, because a kernel or a container may lack one.
+//! [`enter`] returns the layers that the system lacks, and the server logs them once.
+//! - *Limits* ([`limit`]): hard limits of memory, address space, CPU time and output size. No core
+//!   file, no locked memory. A hard limit cannot be raised again.
+//! - *Not dumpable*: other processes of the same user cannot attach to this one or read its memory,
+//!   and the kernel writes no core file.
+//! - *Landlock*: access to no file, no TCP port, and no abstract socket or signal outside of the
+//!   process. The ruleset handles all rights of one ABI and grants none.
+//! - *Open files*: at most three, which are standard input, output and error.
+//! - *seccomp kill filter*: system calls that a compiler never makes, such as `execve` or `socket`,
+//!   kill the process with SIGSYS. The host reports the component as hostile.
+//! - *seccomp allow filter*: all other system calls that compiling does not need fail with ENOSYS.
+//!   A libc has a fallback for ENOSYS, so a new version of libc does not crash the compiler.
+//!
+//! From then on the process maps no memory as executable: it writes code and never runs it.
+//!
+//! **Order.** Landlock and the limit of open files come before seccomp, whose filters forbid the
+//! calls that set them. The kill filter comes before the allow filter, which forbids `seccomp`
+//! itself. All layers are set while the process has one thread, so that they hold for all threads.
+//!
+//! **Limit of this defense.** The server runs the code that the process writes. A compiler that was
+//! taken over can write harmful code, so the sandbox does not make the output trustworthy. The
+//! sandbox only keeps the process from reading, sending or outliving anything.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
@@ -20,30 +40,30 @@ use seccompiler::{
     SeccompCondition as Condition, SeccompFilter, SeccompRule as Rule,
 };
 
-/// The newest rules that are asked for, and the oldest that have everything that is relied on.
-const LANDLOCK: ABI = ABI::V6;
+/// Landlock version that has all rights this sandbox relies on (Linux 6.12).
+const LANDLOCK_ABI: ABI = ABI::V6;
 
-/// What addresses take beyond data: the program itself, and stacks.
-const ADDRESSES_BEYOND_DATA: u64 = 1 << 30;
+/// Address space beyond data: the program itself, and stacks.
+const ADDRESS_SPACE_OVERHEAD_BYTES: u64 = 1 << 30;
 
-/// Largest compiled form of a component, in bytes.
+/// Largest compiled code of a component.
 const MAX_OUTPUT_BYTES: u64 = 1 << 30;
 
-/// Seconds between the signal that CPU time is used up and the end.
-const LAST_SECONDS: u64 = 5;
+/// Time between SIGXCPU at the soft limit of CPU time and SIGKILL at the hard one.
+const CPU_KILL_GRACE_SECONDS: u64 = 5;
 
-/// Gives up memory beyond `memory` bytes and CPU time beyond `seconds`, for good.
+/// Sets hard limits: `memory` bytes of data and `seconds` of CPU time, over all threads.
 pub fn limit(memory: u64, seconds: u64) -> rustix::io::Result<()> {
-    let addresses = memory.saturating_add(ADDRESSES_BEYOND_DATA);
+    let addresses = memory.saturating_add(ADDRESS_SPACE_OVERHEAD_BYTES);
     for (resource, soft, hard) in [
         (Resource::Data, memory, memory),
         (Resource::As, addresses, addresses),
-        (Resource::Cpu, seconds, seconds.saturating_add(LAST_SECONDS)),
+        (Resource::Cpu, seconds, seconds.saturating_add(CPU_KILL_GRACE_SECONDS)),
         (Resource::Fsize, MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES),
         (Resource::Core, 0, 0),
         (Resource::Memlock, 0, 0),
     ] {
-        // Never above what is in force.
+        // A value above the current hard limit is an error.
         let now = getrlimit(resource);
         let hard = now.maximum.unwrap_or(u64::MAX).min(hard);
         let current = now.current.unwrap_or(u64::MAX).min(soft).min(hard);
@@ -52,25 +72,25 @@ pub fn limit(memory: u64, seconds: u64) -> rustix::io::Result<()> {
     Ok(())
 }
 
-/// Gives up everything else, while there is one thread. Returns the layers that this system does not have.
+/// Enters the sandbox. The process must have one thread. Returns the layers that this system lacks.
 pub fn enter() -> Vec<String> {
     let mut missing = Vec::new();
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         missing.push(format!("dumpable: {error}"));
     }
-    match files_and_network() {
+    match restrict_files_and_network() {
         Ok(None) => {}
-        Ok(Some(what)) => missing.push(format!("landlock: {what}")),
+        Ok(Some(gap)) => missing.push(format!("landlock: {gap}")),
         Err(error) => missing.push(format!("landlock: {error}")),
     }
-    // Nothing is opened from here on.
-    let none = Rlimit { current: Some(3), maximum: Some(3) };
-    if let Err(error) = setrlimit(Resource::Nofile, none) {
-        missing.push(format!("limit of files: {error}"));
+    // Standard input, output and error are open, so no other file can be opened.
+    let no_more = Rlimit { current: Some(3), maximum: Some(3) };
+    if let Err(error) = setrlimit(Resource::Nofile, no_more) {
+        missing.push(format!("open file limit: {error}"));
     }
-    // The one that ends the process first: after the other, `seccomp` itself is refused.
+    // The allow filter comes last, as it refuses `seccomp` itself.
     for (name, program) in
-        [("seccomp, calls that end it", fatal()), ("seccomp, calls it needs", needed())]
+        [("seccomp kill filter", kill_filter()), ("seccomp allow filter", allow_filter())]
     {
         if let Err(error) =
             program.and_then(|program| seccompiler::apply_filter_all_threads(&program))
@@ -81,19 +101,20 @@ pub fn enter() -> Vec<String> {
     missing
 }
 
-/// Landlock without a rule: nothing is allowed. Says what of it is missing.
-fn files_and_network() -> Result<Option<&'static str>, landlock::RulesetError> {
+/// Restricts the process by a Landlock ruleset without rules, which allows nothing. Returns the gap
+/// if this kernel enforces only a part.
+fn restrict_files_and_network() -> Result<Option<&'static str>, landlock::RulesetError> {
     let status = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))?
-        .handle_access(AccessNet::from_all(LANDLOCK))?
-        .scope(Scope::from_all(LANDLOCK))?
+        .handle_access(AccessFs::from_all(LANDLOCK_ABI))?
+        .handle_access(AccessNet::from_all(LANDLOCK_ABI))?
+        .scope(Scope::from_all(LANDLOCK_ABI))?
         .create()?
         .restrict_self()?;
     Ok(match (status.ruleset, status.landlock) {
         (RulesetStatus::FullyEnforced, _) => None,
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {
-            Some("turned off (kernel option lsm=)")
+            Some("disabled (kernel option lsm=)")
         }
         (RulesetStatus::NotEnforced, _) => Some("not in this kernel, or a container forbids it"),
         (_, LandlockStatus::Available { effective_abi: ABI::V4 | ABI::V5, .. }) => {
@@ -114,70 +135,82 @@ fn program(
     Ok(SeccompFilter::new(rules, otherwise, matched, architecture)?.try_into()?)
 }
 
-/// A call whose arguments, by place, are so.
+/// Returns a rule for calls whose arguments, given by index, meet all conditions.
 fn rule(conditions: &[(u8, Len, Op, u64)]) -> seccompiler::Result<Rule> {
     let conditions = conditions
         .iter()
-        .map(|(place, len, op, value)| Condition::new(*place, len.clone(), op.clone(), *value));
+        .map(|(index, len, op, value)| Condition::new(*index, len.clone(), op.clone(), *value));
     Ok(Rule::new(conditions.collect::<Result<_, _>>()?)?)
 }
 
-fn any(calls: &[i64]) -> Rules {
+/// Returns rules that match these calls whatever their arguments are.
+fn unconditional(calls: &[i64]) -> Rules {
     calls.iter().map(|call| (*call, Vec::new())).collect()
 }
 
-const THREAD: u64 = libc::CLONE_THREAD as u64;
+/// Flag of `clone` that starts a thread instead of a process.
+const CLONE_THREAD_FLAG: u64 = libc::CLONE_THREAD as u64;
 
-/// Calls that a compiler never makes, and that whoever has taken one over would.
-fn fatal() -> seccompiler::Result<BpfProgram> {
+/// Returns the filter that kills the process at calls which only an exploit makes.
+fn kill_filter() -> seccompiler::Result<BpfProgram> {
     #[rustfmt::skip]
-    let mut rules = any(&[
+    let mut rules = unconditional(&[
         // Other programs and processes.
-        libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev,
+        libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace,
+        libc::SYS_process_vm_readv, libc::SYS_process_vm_writev,
         libc::SYS_pidfd_open, libc::SYS_pidfd_getfd, libc::SYS_pidfd_send_signal, libc::SYS_kcmp,
-        // The network.
-        libc::SYS_socket, libc::SYS_socketpair, libc::SYS_connect, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept,
-        libc::SYS_accept4, libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_sendmmsg,
-        // The kernel.
-        libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_userfaultfd, libc::SYS_io_uring_setup,
-        libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_keyctl, libc::SYS_add_key, libc::SYS_request_key,
-        libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root, libc::SYS_chroot, libc::SYS_unshare, libc::SYS_setns,
-        libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module, libc::SYS_kexec_load, libc::SYS_reboot,
+        // Network.
+        libc::SYS_socket, libc::SYS_socketpair, libc::SYS_connect, libc::SYS_bind,
+        libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4,
+        libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_sendmmsg,
+        // Kernel.
+        libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_userfaultfd,
+        libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register,
+        libc::SYS_keyctl, libc::SYS_add_key, libc::SYS_request_key,
+        libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root, libc::SYS_chroot,
+        libc::SYS_unshare, libc::SYS_setns,
+        libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module,
+        libc::SYS_kexec_load, libc::SYS_reboot,
     ]);
     #[cfg(target_arch = "x86_64")]
-    rules.extend(any(&[libc::SYS_fork, libc::SYS_vfork]));
-    rules.insert(libc::SYS_clone, vec![rule(&[(0, Len::Qword, Op::MaskedEq(THREAD), 0)])?]);
+    rules.extend(unconditional(&[libc::SYS_fork, libc::SYS_vfork]));
+    let no_thread = (0, Len::Qword, Op::MaskedEq(CLONE_THREAD_FLAG), 0);
+    rules.insert(libc::SYS_clone, vec![rule(&[no_thread])?]);
     program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
-/// Calls that compiling needs.
-fn needed() -> seccompiler::Result<BpfProgram> {
+/// Returns the filter that allows the calls which compiling needs. All others fail with ENOSYS.
+fn allow_filter() -> seccompiler::Result<BpfProgram> {
     #[rustfmt::skip]
-    let mut rules = any(&[
-        // Input and output, which are open.
-        libc::SYS_read, libc::SYS_readv, libc::SYS_write, libc::SYS_writev, libc::SYS_close, libc::SYS_fstat,
-        libc::SYS_lseek, libc::SYS_ppoll,
+    let mut rules = unconditional(&[
+        // Input and output, on files that are open.
+        libc::SYS_read, libc::SYS_readv, libc::SYS_write, libc::SYS_writev,
+        libc::SYS_close, libc::SYS_fstat, libc::SYS_lseek, libc::SYS_ppoll,
         // Memory; `mmap` and `mprotect` are below.
         libc::SYS_munmap, libc::SYS_madvise, libc::SYS_mremap, libc::SYS_brk,
-        // Threads. `clone3`, whose flags no filter sees, is not there, so that libc takes `clone`.
-        libc::SYS_futex, libc::SYS_set_robust_list, libc::SYS_rseq, libc::SYS_membarrier, libc::SYS_sched_yield,
-        libc::SYS_sched_getaffinity, libc::SYS_gettid, libc::SYS_getpid, libc::SYS_exit, libc::SYS_exit_group,
-        libc::SYS_restart_syscall, libc::SYS_getcpu, libc::SYS_set_tid_address,
-        // Signals to itself.
-        libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn, libc::SYS_sigaltstack,
+        // Threads. A filter cannot read the flags of `clone3`. The call fails with ENOSYS, so libc
+        // falls back to `clone`.
+        libc::SYS_futex, libc::SYS_set_robust_list, libc::SYS_rseq, libc::SYS_membarrier,
+        libc::SYS_sched_yield, libc::SYS_sched_getaffinity, libc::SYS_gettid, libc::SYS_getpid,
+        libc::SYS_exit, libc::SYS_exit_group, libc::SYS_restart_syscall, libc::SYS_getcpu,
+        libc::SYS_set_tid_address,
+        // Signal handlers of the process.
+        libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn,
+        libc::SYS_sigaltstack,
         // Time and randomness.
-        libc::SYS_clock_gettime, libc::SYS_clock_getres, libc::SYS_clock_nanosleep, libc::SYS_nanosleep,
-        libc::SYS_gettimeofday, libc::SYS_getrandom,
+        libc::SYS_clock_gettime, libc::SYS_clock_getres, libc::SYS_clock_nanosleep,
+        libc::SYS_nanosleep, libc::SYS_gettimeofday, libc::SYS_getrandom,
     ]);
     #[cfg(target_arch = "x86_64")]
-    rules.extend(any(&[libc::SYS_poll, libc::SYS_time]));
-    // Never code of its own making.
+    rules.extend(unconditional(&[libc::SYS_poll, libc::SYS_time]));
+    // No executable memory.
     let exec = libc::PROT_EXEC as u64;
     let private = (3, Len::Dword, Op::MaskedEq(libc::MAP_TYPE as u64), libc::MAP_PRIVATE as u64);
     rules.insert(libc::SYS_mmap, vec![rule(&[(2, Len::Dword, Op::MaskedEq(exec), 0), private])?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&[(2, Len::Dword, Op::MaskedEq(exec), 0)])?]);
-    rules.insert(libc::SYS_clone, vec![rule(&[(0, Len::Qword, Op::MaskedEq(THREAD), THREAD)])?]);
-    // abort()
+    let is_thread = (0, Len::Qword, Op::MaskedEq(CLONE_THREAD_FLAG), CLONE_THREAD_FLAG);
+    rules.insert(libc::SYS_clone, vec![rule(&[is_thread])?]);
+    // `abort` sends a signal to the own process.
     rules.insert(
         libc::SYS_tgkill,
         vec![rule(&[(0, Len::Dword, Op::Eq, std::process::id().into())])?],

@@ -1,13 +1,15 @@
-//! What plugins and the host say to each other, whatever version of the contract a component was built for.
+//! Domain types that plugins and the host exchange, the same for every version of the contract.
 
 use serde_json::Value;
 
 use crate::egress::{HttpRequest, HttpResponse, TransportError};
 
-/// Which world a component is of.
+/// World of the contract that a component implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// World `validator`: reports violations in the lines of an input file.
     Validator,
+    /// World `adapter`: turns requests into HTTP exchanges with a provider.
     Adapter,
 }
 
@@ -20,149 +22,208 @@ impl std::fmt::Display for Kind {
     }
 }
 
-/// A secret that a plugin asks the host to add to its exchanges.
+/// Secret that a plugin asks the host to add to its exchanges.
 #[derive(Clone, Debug)]
 pub struct CredentialNeed {
+    /// Key of the secret in the `[credentials]` table of the plugin's TOML file.
     pub name: String,
+    /// Name of the request header that carries the secret.
     pub header: String,
+    /// Text before the secret in the header, such as `Bearer `.
     pub prefix: String,
+    /// True if the plugin does not load without the secret.
     pub required: bool,
 }
 
-/// What a plugin says about itself, checked.
+/// Checked result of a plugin's `describe`.
 #[derive(Clone, Debug)]
 pub struct Description {
+    /// Name of the plugin, 1 to 64 characters.
     pub name: String,
+    /// Semantic version of the plugin.
     pub version: String,
+    /// One line about the plugin.
     pub summary: String,
-    /// Empty means all.
+    /// Endpoints that the plugin handles; empty means all.
     pub endpoints: Vec<String>,
+    /// Secrets that the plugin asks for.
     pub credentials: Vec<CredentialNeed>,
+    /// JSON Schema of the plugin's settings.
     pub settings_schema: Value,
 }
 
-/// The batch whose lines a validator is given.
+/// Batch whose lines a validator receives.
 #[derive(Clone, Debug)]
 pub struct BatchContext {
+    /// Batch id.
     pub id: String,
+    /// Endpoint of the batch, such as `/v1/chat/completions`.
     pub endpoint: String,
+    /// Metadata of the batch, as key and value.
     pub metadata: Vec<(String, String)>,
-    /// Of the first request of the file.
+    /// Model of the first request of the file, if that request names a model.
     pub first_model: Option<String>,
 }
 
-/// One line of an input file.
+/// Line of an input file.
 #[derive(Clone, Debug)]
 pub struct Line {
+    /// Line number, from 1.
     pub number: u64,
+    /// Line without its line end, valid JSON.
     pub text: String,
 }
 
-/// One thing that is wrong with one line.
+/// Violation of a rule in one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
+    /// Number of the line, from 1.
     pub line: u64,
+    /// Stable error code for programs.
     pub code: String,
+    /// Error message for people.
     pub message: String,
+    /// Request parameter that the violation is about.
     pub param: Option<String>,
 }
 
-/// What a validator found in the lines of one call.
+/// Violations that a validator reported in one call.
 #[derive(Debug, Default)]
 pub struct Judgement {
+    /// Violations, ordered by line.
     pub violations: Vec<Violation>,
-    /// Violations beyond these.
+    /// Number of further violations, which were dropped to bound memory.
     pub unlisted: u64,
 }
 
-/// A request as an adapter is given it.
+/// Request that an adapter receives.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// Id that the host assigned to the request; the same in every attempt.
     pub id: String,
+    /// Id that the client assigned to the request; unique in its batch.
     pub custom_id: String,
+    /// Endpoint of the request, such as `/v1/chat/completions`.
     pub endpoint: String,
+    /// Model that the provider knows, after the operator's aliases.
     pub model: String,
+    /// Request body as the client wrote it, a JSON object.
     pub body: String,
-    /// Unix seconds.
+    /// Creation time of the batch, in Unix seconds.
     pub created_at: u64,
+    /// Number of the attempt, from 1.
     pub attempt: u32,
 }
 
-/// Tokens, as a provider counted them.
+/// Token counts that a provider reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// Tokens of the prompt.
     pub input_tokens: u64,
+    /// Part of `input_tokens` that the provider had cached.
     pub cached_input_tokens: u64,
+    /// Tokens of the answer.
     pub output_tokens: u64,
+    /// Part of `output_tokens` that the model spent on reasoning.
     pub reasoning_tokens: u64,
 }
 
-/// The provider answered.
+/// Response of a provider, in the form of the API.
 #[derive(Clone, Debug)]
 pub struct Response {
+    /// HTTP status, 200 to 599.
     pub status: u16,
+    /// Id that the provider assigned to the exchange.
     pub request_id: Option<String>,
-    /// Said to be a JSON object; not yet checked.
+    /// JSON object on one line. The body is unchecked until the step has passed `check_step`.
     pub body: String,
+    /// Token counts, if the provider reported them.
     pub usage: Option<Usage>,
 }
 
-/// There is no answer.
+/// Error of a request without a response of the provider.
 #[derive(Clone, Debug)]
 pub struct Failure {
+    /// Stable error code for programs.
     pub code: String,
+    /// Error message for people.
     pub message: String,
 }
 
-/// How a request ends.
+/// Final result of a request.
 #[derive(Clone, Debug)]
 pub enum Answer {
+    /// Response of the provider.
     Response(Response),
+    /// Request without a response of the provider.
     Failure(Failure),
 }
 
-/// What an adapter wants done next.
+/// Next step of a request, as the adapter asks for it.
 #[derive(Debug)]
 pub enum Step {
-    Send { request: HttpRequest, state: Vec<u8> },
-    Wait { milliseconds: u64, state: Vec<u8> },
-    Retry { after_milliseconds: Option<u64>, otherwise: Answer },
+    /// Asks for an HTTP exchange and a call of `resume` with its outcome.
+    Send {
+        /// Exchange to perform.
+        request: HttpRequest,
+        /// Opaque bytes for `resume`.
+        state: Vec<u8>,
+    },
+    /// Asks for a pause and a call of `resume` after it.
+    Wait {
+        /// Length of the pause.
+        milliseconds: u64,
+        /// Opaque bytes for `resume`.
+        state: Vec<u8>,
+    },
+    /// Asks for another attempt, which starts with `begin`.
+    Retry {
+        /// Shortest delay before the next attempt; `None` leaves the delay to the host.
+        after_milliseconds: Option<u64>,
+        /// Result of the request if no attempt is left.
+        otherwise: Answer,
+    },
+    /// Ends the request with this result.
     Done(Answer),
 }
 
-/// What an adapter knows of a response: whose affair it is, and what it says of the provider's limits.
+/// Adapter's classification of a response, with the rate limits that the provider reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Classification {
-    /// None leaves it to the host.
+    /// Class of the response; `None` leaves the classification to the host.
     pub standing: Option<Standing>,
-    /// How long the provider asks to wait.
+    /// Delay that the provider asks for.
     pub delay: Option<std::time::Duration>,
-    /// Requests that are left, and for how long that holds.
+    /// Number of requests that the provider still accepts, and the time until that number resets.
     pub left: Option<(u64, std::time::Duration)>,
 }
 
+/// Class of a provider's response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It was taken: whatever the answer is, it is the request's own.
+    /// The provider accepted the request. The response is final, even if it reports an error.
     Answered,
-    /// It was refused for now; nothing has happened.
+    /// The provider refused the request for now, without side effects.
     Busy,
-    /// The credential was refused.
+    /// The provider rejected the credential.
     Unauthorized,
-    /// The credential may not do this.
+    /// The credential lacks a permission.
     Forbidden,
     /// The account has no money or quota left.
     Quota,
     /// The provider failed.
     Failed,
-    /// It may pass by itself, and says nothing of the provider as a whole.
+    /// The error is transient and does not reflect the health of the provider.
     Passing,
 }
 
-/// What came of the last step.
+/// Outcome of the last step.
 #[derive(Debug)]
 pub enum Outcome {
+    /// The exchange of [`Step::Send`] brought a response.
     Response(HttpResponse),
+    /// The exchange of [`Step::Send`] brought no response.
     Error(TransportError),
+    /// The pause of [`Step::Wait`] is over.
     Elapsed,
 }

@@ -1,7 +1,9 @@
-//! The empty world: what a component finds that was built with a language runtime and so imports WASI 0.2.
+//! Empty world: an implementation of WASI without capabilities.
 //!
-//! No files, no environment, no arguments, no standard input, no sockets and no name resolution. Clocks and random numbers are real.
-//! What it writes to standard output and error becomes lines of the log.
+//! A component that was built with a language runtime imports WASI even if the component's own code
+//! uses none of it. The empty world satisfies those imports and grants nothing: no files, no
+//! environment, no arguments, no standard input, no sockets, no name resolution. Clocks and random
+//! numbers are real. Output to standard output and standard error becomes lines of the log.
 
 use std::io;
 use std::pin::Pin;
@@ -13,17 +15,21 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
-use super::log::{PluginLog, Said};
+use super::log::{PluginLog, RecentOutput};
 
+/// WASI context of one instance, without capabilities.
 pub struct EmptyWorld {
+    /// Context that wasmtime's WASI functions read.
     pub ctx: WasiCtx,
+    /// Handles that the guest holds.
     pub table: ResourceTable,
 }
 
 impl EmptyWorld {
-    pub fn new(log: &Arc<PluginLog>, said: &Said) -> Self {
+    /// Builds a context whose output goes to `log` and `output`.
+    pub fn new(log: &Arc<PluginLog>, output: &RecentOutput) -> Self {
         let mut builder = WasiCtxBuilder::new();
-        // Each denial is written out, so that no default of a later version opens a door.
+        // Each denial is explicit, so that no default of a later version grants a capability.
         builder
             .allow_tcp(false)
             .allow_udp(false)
@@ -31,19 +37,25 @@ impl EmptyWorld {
             .socket_addr_check(|_, _| Box::pin(async { false }))
             .allow_blocking_current_thread(false)
             .max_random_size(1 << 20)
-            .stdout(LogPipe { log: log.clone(), said: said.clone(), line: Arc::default() })
-            .stderr(LogPipe { log: log.clone(), said: said.clone(), line: Arc::default() });
+            .stdout(LogPipe::new(log, output))
+            .stderr(LogPipe::new(log, output));
         Self { ctx: builder.build(), table: ResourceTable::new() }
     }
 }
 
-/// Bytes in, lines of the log out.
+/// Output stream whose lines go to the log.
 #[derive(Clone)]
 struct LogPipe {
     log: Arc<PluginLog>,
-    said: Said,
-    /// What stands since the last line end; bounded by what the log takes of a line.
+    output: RecentOutput,
+    /// Bytes since the last line end, bounded by the longest line of the log.
     line: Arc<Mutex<Vec<u8>>>,
+}
+
+impl LogPipe {
+    fn new(log: &Arc<PluginLog>, output: &RecentOutput) -> Self {
+        Self { log: log.clone(), output: output.clone(), line: Arc::default() }
+    }
 }
 
 impl IsTerminal for LogPipe {
@@ -68,10 +80,10 @@ impl AsyncWrite for LogPipe {
         for byte in bytes {
             if *byte == b'\n' {
                 let text = String::from_utf8_lossy(&line);
-                self.said.add(&text);
+                self.output.add(&text);
                 self.log.write(tracing::Level::INFO, &text);
                 line.clear();
-            } else if line.len() <= PluginLog::LONGEST {
+            } else if line.len() <= PluginLog::MAX_LINE_CHARS {
                 line.push(*byte);
             }
         }

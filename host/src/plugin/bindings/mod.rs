@@ -1,3 +1,5 @@
-//! One module for each version of the contract; all of them give the same domain types.
+//! Bindings to guests: one module for each version of the contract. All modules convert to and from
+//! the same domain types.
 
+/// Version 0.1 of the contract.
 pub mod v0_1;

@@ -1,4 +1,4 @@
-//! Generated from `wit/v0.1`, and the way from its types to the domain's.
+//! Bindings that are generated from `wit/v0.1`, with conversions to and from the domain types.
 
 use wasmtime::Store;
 
@@ -6,18 +6,23 @@ use super::super::instance::State;
 use super::super::types;
 use crate::egress::{Fault, HttpRequest, HttpResponse, TransportError};
 
-/// What this module's components export, by which they are known.
+/// Interface that a component of the world `validator` exports.
 pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
+/// Interface that a component of the world `adapter` exports.
 pub const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
+/// Optional interface that an adapter may export.
 pub const CLASSIFICATION: &str = "batchwright:plugin/classification@0.1.0";
+/// Interface that every plugin exports.
 pub const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
 
+/// Generated bindings of the world `validator`.
 pub mod validator {
     wasmtime::component::bindgen!({
         path: "../wit/v0.1", world: "validator", exports: { default: async },
     });
 }
 
+/// Generated bindings of the world `adapter`.
 pub mod adapter {
     wasmtime::component::bindgen!({
         path: "../wit/v0.1", world: "adapter", exports: { default: async },
@@ -25,10 +30,14 @@ pub mod adapter {
     });
 }
 
-/// The interface by itself: adapters may export it, and need not.
+/// Generated bindings of the interface `classification`, in a world of its own because the
+/// interface is optional for adapters.
 pub mod classifier {
     wasmtime::component::bindgen!({
-        inline: "package batchwright:host; world classifier { export batchwright:plugin/classification@0.1.0; }",
+        inline: "
+            package batchwright:host;
+            world classifier { export batchwright:plugin/classification@0.1.0; }
+        ",
         path: "../wit/v0.1", world: "batchwright:host/classifier", exports: { default: async },
     });
 }
@@ -39,13 +48,16 @@ use validator::exports::batchwright::plugin::validation;
 
 pub use validator::batchwright::plugin::logging;
 
-/// A component of this version, instantiated.
+/// Exported functions of an instance.
 pub enum Exports {
+    /// Exports of a validator.
     Validator(validator::Validator),
+    /// Exports of an adapter, with the optional interface `classification`.
     Adapter(adapter::Adapter, Option<classifier::Classifier>),
 }
 
-/// The `plugin` interface is the same in both worlds, but generated twice.
+/// Converts the result of `describe`. The interface `plugin` is the same in both worlds, but its
+/// types are generated twice.
 macro_rules! described {
     ($description:expr) => {{
         let description = $description;
@@ -73,7 +85,7 @@ macro_rules! described {
 }
 
 impl Exports {
-    /// The description, and its schema as the text it still is.
+    /// Calls `describe`. Returns the unchecked description, and its settings schema as text.
     pub async fn describe(
         &self,
         store: &mut Store<State>,
@@ -88,6 +100,7 @@ impl Exports {
         })
     }
 
+    /// Calls `configure` with the settings as a JSON object.
     pub async fn configure(
         &self,
         store: &mut Store<State>,
@@ -103,6 +116,7 @@ impl Exports {
         }
     }
 
+    /// Calls `validate` of a validator.
     pub async fn validate(
         &self,
         store: &mut Store<State>,
@@ -121,6 +135,7 @@ impl Exports {
         Ok(violations.into_iter().map(types::Violation::from).collect())
     }
 
+    /// Calls `begin` of an adapter.
     pub async fn begin(
         &self,
         store: &mut Store<State>,
@@ -139,6 +154,8 @@ impl Exports {
         Ok(guest.batchwright_plugin_inference().call_begin(store, &request).await?.into())
     }
 
+    /// Calls `resume` of an adapter. `outcome` is unchanged after the call, and lost if the future
+    /// is dropped before.
     pub async fn resume(
         &self,
         store: &mut Store<State>,
@@ -146,16 +163,16 @@ impl Exports {
         outcome: &mut types::Outcome,
     ) -> wasmtime::Result<types::Step> {
         let Self::Adapter(guest, _) = self else { return Err(wrong_world("resume")) };
-        // Lent, not copied: a response may be large, and the call may be made again.
-        let lent = std::mem::replace(outcome, types::Outcome::Elapsed).into();
+        // Moved and moved back instead of copied: a response may be large, and the caller may
+        // repeat the call.
+        let moved = std::mem::replace(outcome, types::Outcome::Elapsed).into();
         let state = state.to_vec();
-        let called = guest.batchwright_plugin_inference().call_resume(store, &state, &lent).await;
-        *outcome = lent.into();
+        let called = guest.batchwright_plugin_inference().call_resume(store, &state, &moved).await;
+        *outcome = moved.into();
         Ok(called?.into())
     }
-}
 
-impl Exports {
+    /// Calls `classify` of an adapter that exports it.
     pub async fn classify(
         &self,
         store: &mut Store<State>,
