@@ -81,7 +81,7 @@ def test_a_line_that_is_not_json_says_where_and_why(server):
     lines = [good, good[:-1] + ",}", good.replace('"hi"', "NaN"), good.replace('"hi"', "None"), good[:40], "a,b,c"]
     found = faults(server, "\n".join(lines).encode() + b"\n" + good.encode().replace(b"hi", b"h\xfc"))
     assert [(line, code) for line, code, *_ in found] == [(line, "invalid_json_line") for line in range(2, 8)]
-    for (*_, message), words in zip(found, ["trailing comma", "NaN", "None is Python's", "middle of a value", "CSV", "Latin-1"]):
+    for (*_, message), words in zip(found, ["trailing comma", "NaN", "None is Python", "middle of a value", "CSV", "Latin-1"]):
         assert message.startswith("This line is not parseable as valid JSON. Column ") and words in message, message
 
 

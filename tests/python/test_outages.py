@@ -37,7 +37,7 @@ def health(server):
 
 
 def warnings(server):
-    return [line for line in server.logged().splitlines() if " WARN " in line and "wait" in line or "answers again" in line]
+    return [line for line in server.logged().splitlines() if re.search(r" WARN .*breaker (opened|closed)", line)]
 
 
 def everything_answered(server, batch, number):
@@ -88,7 +88,7 @@ def test_an_outage_costs_no_line_and_everybody_sees_it(serve, stub, tmp_path):
         assert set(again.counts().values()) == {1}
         told = warnings(server)
         assert len(told) <= 4 and batch.id in told[0] and 'plugin="p"' in told[0], told
-        assert "answers again" in told[-1] and "Connecting to 127.0.0.1" in told[-1], told
+        assert "breaker closed" in told[-1] and "Connecting to 127.0.0.1" in told[-1], told
     finally:
         again.kill()
 
@@ -133,7 +133,7 @@ def test_a_line_that_is_refused_while_others_pass_fails_alone(serve, stub):
     assert (batch.request_counts.completed, batch.request_counts.failed) == (201, 2)
     _, errors = server.results(batch)
     assert [line["response"]["status_code"] for line in errors] == [403, 401]
-    assert not [line for line in warnings(server) if "requests wait" in line]
+    assert not [line for line in warnings(server) if "breaker opened" in line]
     # Alone, with nobody to compare it with.
     batch = server.run([chat("alone", "!status 403 again", model="m")])
     assert batch.request_counts.failed == 1

@@ -1,4 +1,7 @@
-//! Lines that are to be tried again: where each stands in the input, when, and what became of it before. The line itself is read again.
+//! Deferred lines: the retry queue of a batch.
+//!
+//! The queue holds the position, the due time and the retry state of each line. The text of a line
+//! is read again from the input when the line is due.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,40 +15,47 @@ use super::input::Position;
 use crate::clock::Timestamp;
 use crate::egress::Refusals;
 
-/// Lines that a batch remembers so. Further ones wait where they are.
-const MOST: usize = 1024;
+/// Maximum number of deferred lines of a batch. Further lines wait in their tasks or in the input.
+const MAX_LINES: usize = 1024;
 
-/// What is remembered of a request between its attempts.
+/// Retry state of a line between its attempts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tries {
-    /// Attempts that were answered with what may pass.
+    /// Attempts that ended with a transient error.
     pub answered: u32,
-    /// Attempts that may have reached the provider, and had no answer.
+    /// Attempts that may have reached the provider but got no response.
     pub unanswered: u32,
-    /// Time that these attempts and the pauses between them took.
+    /// Total time of these attempts and of the pauses between them.
     pub spent: Duration,
-    /// How often the provider's limits refused it.
+    /// Refusals by the limits of the provider.
     pub refusals: Refusals,
-    /// What had passed when its credential was refused.
+    /// Number of successes of the breaker when the provider last refused the line.
     pub refused_at: Option<u64>,
-    /// How often it was tried in vain during an outage: those that were not go first.
+    /// Failed attempts during an outage. Lines with fewer failed attempts go first.
     pub in_vain: u32,
-    /// It waits for an outage to end, and not for a time of its own.
+    /// True if the line waits for the end of an outage instead of a backoff.
     pub waits: bool,
-    /// The provider works on it; the state of that is in the store.
+    /// True if the provider works on a job of the line and the job state is in the store.
     pub has_job: bool,
 }
 
-/// A line that is to be tried again.
+/// Deferred line.
+///
+/// Entries are ordered by due time, then by failed attempts, then by line number.
 #[derive(Clone, Debug)]
 pub struct Entry {
+    /// Due time.
     pub at: Timestamp,
+    /// Line number, from 1.
     pub number: u64,
+    /// Byte range of the line in the input file.
     pub range: Range<u64>,
+    /// Retry state.
     pub tries: Tries,
 }
 
 impl Entry {
+    /// Returns the sort key.
     fn order(&self) -> (Timestamp, u32, u64) {
         (self.at, self.tries.in_vain, self.number)
     }
@@ -71,9 +81,11 @@ impl Ord for Entry {
     }
 }
 
+/// Retry queue of a batch.
 #[derive(Default)]
 pub struct Deferred {
     entries: Mutex<BinaryHeap<Reverse<Entry>>>,
+    /// Notified when a line was added.
     added: Notify,
 }
 
@@ -82,10 +94,10 @@ impl Deferred {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a line, if there is room.
+    /// Adds a line, or returns the line if the queue is full.
     pub fn add(&self, entry: Entry) -> Result<(), Entry> {
         let mut entries = self.lock();
-        if entries.len() >= MOST {
+        if entries.len() >= MAX_LINES {
             return Err(entry);
         }
         entries.push(Reverse(entry));
@@ -94,17 +106,19 @@ impl Deferred {
         Ok(())
     }
 
-    /// The next line that is due; one that was tried in vain only if that is asked for.
-    pub fn due(&self, now: Timestamp, in_vain: bool) -> Option<Entry> {
+    /// Removes and returns the next line that is due.
+    ///
+    /// A line that has failed during an outage is returned only if `include_failed` is true.
+    pub fn due(&self, now: Timestamp, include_failed: bool) -> Option<Entry> {
         let mut entries = self.lock();
         let Reverse(first) = entries.peek()?;
-        if first.at > now || (first.tries.in_vain > 0 && !in_vain) {
+        if first.at > now || (first.tries.in_vain > 0 && !include_failed) {
             return None;
         }
         entries.pop().map(|Reverse(entry)| entry)
     }
 
-    /// Has those that wait for an outage to end be due now.
+    /// Makes all lines due that wait for the end of an outage.
     pub fn wake(&self, now: Timestamp) {
         let mut entries = self.lock();
         let mut all = std::mem::take(&mut *entries).into_vec();
@@ -114,20 +128,22 @@ impl Deferred {
         *entries = all.into();
     }
 
+    /// Returns the number of lines.
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
+    /// Returns true if the line with this number is in the queue.
     pub fn contains(&self, number: u64) -> bool {
         self.lock().iter().any(|Reverse(entry)| entry.number == number)
     }
 
-    /// When the next one is due.
+    /// Returns the due time of the next line.
     pub fn next(&self) -> Option<Timestamp> {
         self.lock().peek().map(|Reverse(entry)| entry.at)
     }
 
-    /// Where the first of them stands.
+    /// Returns the first position of a line in the input.
     pub fn first(&self) -> Option<Position> {
         let entries = self.lock();
         let positions = entries.iter().map(|Reverse(entry)| Position {
@@ -137,7 +153,7 @@ impl Deferred {
         positions.min()
     }
 
-    /// Returns when one was added.
+    /// Waits until a line is added.
     pub async fn added(&self) {
         self.added.notified().await;
     }

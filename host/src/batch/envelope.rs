@@ -1,8 +1,35 @@
-//! A line as validation reads it: one parser with one meaning, before any rule looks.
+//! Parser of a line for validation: one parser and one meaning, before any rule sees the line.
 //!
-//! JSON lets a key stand twice in an object, and readers differ in which value they take: a rule could judge one `model` and a provider be
-//! sent the other. So a line with such a key where rules look (in the envelope, in `body`, in the objects of `body.messages` and
-//! `body.input`) is refused, and no validator is given it. Keys are compared as they are read, without their escapes.
+//! **Threat.** JSON allows duplicate keys in an object, and parsers differ in which value they use.
+//! A client could write two keys `model`: the host and its rules check the first value, and the
+//! provider executes the second. Each validator and each adapter has a JSON parser of its own, so
+//! no rule can rely on the choice of its parser.
+//!
+//! **Rejection.** A line with a duplicate key at a place where rules look is rejected, and no
+//! validator gets the line. These places are the top level, `body`, and the objects in
+//! `body.messages` and `body.input`. Other objects, such as tool schemas and metadata, are opaque
+//! to the host and are not checked.
+//!
+//! **Comparison.** Keys are compared after their escapes are resolved: `mod\u0065l` is `model`.
+//! Keys that rules look at are also compared without case, because some parsers ignore case:
+//! `MODEL` is a duplicate of `model`. Keys are compared as bytes, because a JSON key may have a
+//! lone surrogate, which is not valid text.
+//!
+//! **Passes.** The first pass keeps only a 64-bit hash of each key of the open objects. Equal
+//! hashes count as equal keys. The hasher is seeded for each line, which makes prepared collisions
+//! impractical. If two hashes of an object
+//! are equal, a second pass collects the paths of the duplicate keys for the error. A line without
+//! duplicates, which is the usual case, is read once.
+//!
+//! **Numbers and surrogates.** JSON text may have numbers such as `1e999` and lone surrogates that
+//! no Rust value can represent. Such a line is valid and must pass unchanged. If the first pass
+//! fails, the line is read again with nested values as raw text, and an error of that pass is the
+//! final one.
+//!
+//! **Recursion.** A line may nest a million arrays, and recursion would overflow the stack. Objects
+//! are only entered at the places above. Arrays are entered up to [`MAX_ARRAY_DEPTH`]; deeper
+//! values are skipped by the JSON parser without recursion. Duplicate keys below that depth are not
+//! found, but no field of the API is that deep.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,131 +41,142 @@ use serde_json::value::RawValue;
 
 use super::line::string;
 
-/// Duplicate keys that are named of one line.
-const MAX_NAMED: usize = 3;
+/// Maximum number of reported duplicate keys of a line.
+const MAX_REPORTED_DUPLICATES: usize = 3;
 
-/// Arrays in arrays whose objects are looked at. Beyond, a line is passed over without recursion, however deep it is.
-const MAX_ARRAYS: usize = 8;
+/// Maximum depth of nested arrays whose objects are checked. Deeper values are skipped without
+/// recursion.
+const MAX_ARRAY_DEPTH: usize = 8;
 
-/// Characters of a key in the path that names it.
+/// Maximum number of characters of a key in a reported path.
 const MAX_KEY_CHARS: usize = 64;
 
-/// What the host looks at in a line.
+/// Parts of a line that the host checks.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Envelope<'a> {
+    /// Value of `custom_id`, if it is a string.
     pub custom_id: Option<Cow<'a, str>>,
-    /// Its text, quotes included.
+    /// JSON text of `url`, including the quotes.
     pub url: Option<&'a str>,
-    /// The body is an object.
+    /// True if `body` is an object.
     pub has_body: bool,
-    /// The body has a model, of whatever type.
+    /// True if `body.model` exists, with a value of any type.
     pub has_model: bool,
+    /// Value of `body.model`, if it is a string.
     pub model: Option<Cow<'a, str>>,
-    /// The paths of keys that stand twice in an object.
+    /// Paths of duplicate keys, up to a maximum number.
     pub duplicates: Vec<String>,
 }
 
 impl<'a> Envelope<'a> {
-    /// Reads a line; what is no JSON object has nothing in it. An error is where the line stops being JSON.
+    /// Parses a line. A line that is JSON but not an object has no parts.
+    ///
+    /// The error has the position at which the line is not valid JSON.
     pub fn parse(text: &'a str) -> serde_json::Result<Self> {
         let mut state = State {
             hasher: RandomState::default(),
-            by_parts: false,
-            arrays: 0,
+            raw_values: false,
+            array_depth: 0,
             keys: Vec::new(),
-            twice: Vec::new(),
-            naming: None,
+            duplicates: Vec::new(),
+            paths: None,
         };
-        let found = match read(text, &mut state) {
+        let found = match read_envelope(text, &mut state) {
             Ok(found) => found,
-            // JSON may hold numbers and halves of surrogate pairs that no value can: they are passed over as text.
+            // The line may have numbers or lone surrogates that no value can represent. These are
+            // skipped as raw text.
             Err(_) => {
-                state.by_parts = true;
-                state.twice.clear();
+                state.raw_values = true;
+                state.duplicates.clear();
                 let raw: &RawValue = serde_json::from_str(text)?;
                 if !raw.get().starts_with('{') {
                     return Ok(Self::default());
                 }
-                read(text, &mut state)?
+                read_envelope(text, &mut state)?
             }
         };
-        if state.twice.is_empty() {
+        if state.duplicates.is_empty() {
             return Ok(found);
         }
-        state.naming = Some(Naming::default());
-        read(text, &mut state)?;
-        Ok(Self {
-            duplicates: state.naming.map(|naming| naming.found).unwrap_or_default(),
-            ..found
-        })
+        state.paths = Some(DuplicatePaths::default());
+        read_envelope(text, &mut state)?;
+        Ok(Self { duplicates: state.paths.map(|paths| paths.found).unwrap_or_default(), ..found })
     }
 }
 
-fn read<'a>(text: &'a str, state: &mut State) -> serde_json::Result<Envelope<'a>> {
+/// Runs one pass over a line.
+fn read_envelope<'a>(text: &'a str, state: &mut State) -> serde_json::Result<Envelope<'a>> {
     state.keys.clear();
-    state.arrays = 0;
+    state.array_depth = 0;
     let mut found = Envelope::default();
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    Object { state, wanted: Top(&mut found) }.deserialize(&mut deserializer)?;
+    Object { state, members: Top(&mut found) }.deserialize(&mut deserializer)?;
     deserializer.end()?;
     Ok(found)
 }
 
+/// State of the passes over a line.
 struct State {
     hasher: RandomState,
-    /// Nested values are found as texts before they are read.
-    by_parts: bool,
-    /// Arrays that are open.
-    arrays: usize,
-    /// Hashes of the keys of the objects that are open.
+    /// True if nested values are read as raw text first.
+    raw_values: bool,
+    /// Number of open arrays.
+    array_depth: usize,
+    /// Hashes of the keys of all open objects.
     keys: Vec<u64>,
-    /// Hashes of keys that stand twice, as many as are named.
-    twice: Vec<u64>,
-    naming: Option<Naming>,
+    /// Hashes of duplicate keys, up to [`MAX_REPORTED_DUPLICATES`].
+    duplicates: Vec<u64>,
+    /// Paths of duplicate keys. Set only in the pass that collects the paths.
+    paths: Option<DuplicatePaths>,
 }
 
-/// A second reading, for the names of keys whose hashes were met twice.
+/// Collector of the paths of keys whose hashes are duplicates.
 #[derive(Default)]
-struct Naming {
-    path: Vec<String>,
+struct DuplicatePaths {
+    /// Path of the open value.
+    current: Vec<String>,
+    /// Paths of duplicate keys.
     found: Vec<String>,
 }
 
 impl State {
-    /// Takes note of a key of the object whose first key has this place.
-    fn key(&mut self, from: usize, key: &[u8]) {
-        let hash = self.hasher.hash_one(folded(key).as_ref());
-        if let Some(naming) = &mut self.naming
-            && self.twice.contains(&hash)
-            && naming.found.len() < MAX_NAMED
+    /// Records a key of an open object. `from` is the index of the first key of the object.
+    fn record_key(&mut self, from: usize, key: &[u8]) {
+        let hash = self.hasher.hash_one(fold_case(key).as_ref());
+        if let Some(paths) = &mut self.paths
+            && self.duplicates.contains(&hash)
+            && paths.found.len() < MAX_REPORTED_DUPLICATES
         {
             let key = String::from_utf8_lossy(key);
             let shown: String =
                 key.chars().filter(|letter| !letter.is_control()).take(MAX_KEY_CHARS).collect();
-            let path = naming
-                .path
+            let path = paths
+                .current
                 .iter()
                 .map(String::as_str)
                 .chain([shown.as_str()])
                 .collect::<Vec<_>>()
                 .join(".");
-            if !naming.found.contains(&path)
+            if !paths.found.contains(&path)
                 && self.keys.get(from..).is_some_and(|keys| keys.contains(&hash))
             {
-                naming.found.push(path);
+                paths.found.push(path);
             }
         }
         self.keys.push(hash);
     }
 
-    /// The object whose first key has this place has ended.
-    fn end(&mut self, from: usize) {
-        if self.naming.is_none() {
+    /// Ends an object and records its duplicate keys. `from` is the index of its first key.
+    fn end_object(&mut self, from: usize) {
+        if self.paths.is_none() {
             let keys = self.keys.get_mut(from..).unwrap_or_default();
             keys.sort_unstable();
             for (one, next) in keys.iter().zip(keys.iter().skip(1)) {
-                if one == next && self.twice.len() < MAX_NAMED && !self.twice.contains(one) {
-                    self.twice.push(*one);
+                if one == next
+                    && self.duplicates.len() < MAX_REPORTED_DUPLICATES
+                    && !self.duplicates.contains(one)
+                {
+                    self.duplicates.push(*one);
                 }
             }
         }
@@ -146,8 +184,8 @@ impl State {
     }
 }
 
-/// Keys that rules look at, and that some readers find in any case.
-const CASELESS: [&[u8]; 10] = [
+/// Keys that are compared without case, because rules look at them and some parsers ignore case.
+const CASE_INSENSITIVE_KEYS: [&[u8]; 10] = [
     b"custom_id",
     b"method",
     b"url",
@@ -160,17 +198,18 @@ const CASELESS: [&[u8]; 10] = [
     b"role",
 ];
 
-/// A key as it is compared: `MODEL` is another `model`, for readers that ignore the case of letters.
-fn folded(key: &[u8]) -> Cow<'_, [u8]> {
-    match CASELESS.iter().find(|known| known.eq_ignore_ascii_case(key)) {
+/// Normalizes a key for the comparison: `MODEL` becomes `model`.
+fn fold_case(key: &[u8]) -> Cow<'_, [u8]> {
+    match CASE_INSENSITIVE_KEYS.iter().find(|known| known.eq_ignore_ascii_case(key)) {
         Some(known) => Cow::Borrowed(known),
         None => Cow::Borrowed(key),
     }
 }
 
-/// What is taken of an object: the value of a key is read here, or passed over.
-trait Wanted<'de> {
-    fn take<A: MapAccess<'de>>(
+/// Reader of the members of an object.
+trait Members<'de> {
+    /// Reads or skips the value of a key.
+    fn read_value<A: MapAccess<'de>>(
         &mut self,
         key: Key,
         map: &mut A,
@@ -178,6 +217,7 @@ trait Wanted<'de> {
     ) -> Result<(), A::Error>;
 }
 
+/// Key of a member, as far as the host reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Key {
     CustomId,
@@ -203,10 +243,11 @@ impl Key {
     }
 }
 
+/// Members of the whole line.
 struct Top<'f, 'de>(&'f mut Envelope<'de>);
 
-impl<'de> Wanted<'de> for Top<'_, 'de> {
-    fn take<A: MapAccess<'de>>(
+impl<'de> Members<'de> for Top<'_, 'de> {
+    fn read_value<A: MapAccess<'de>>(
         &mut self,
         key: Key,
         map: &mut A,
@@ -216,10 +257,10 @@ impl<'de> Wanted<'de> for Top<'_, 'de> {
             Key::CustomId => self.0.custom_id = string(map.next_value::<&RawValue>()?.get()),
             Key::Url => self.0.url = Some(map.next_value::<&RawValue>()?.get()),
             Key::Body => {
-                let body = Body { has: false, has_model: false, model: None };
-                let body = nested(map, state, "body", body)?;
+                let body = Body { is_object: false, has_model: false, model: None };
+                let body = read_nested(map, state, "body", body)?;
                 (self.0.has_body, self.0.has_model, self.0.model) =
-                    (body.has, body.has_model, body.model);
+                    (body.is_object, body.has_model, body.model);
             }
             _ => drop(map.next_value::<IgnoredAny>()?),
         }
@@ -227,14 +268,15 @@ impl<'de> Wanted<'de> for Top<'_, 'de> {
     }
 }
 
+/// Members of the body.
 struct Body<'de> {
-    has: bool,
+    is_object: bool,
     has_model: bool,
     model: Option<Cow<'de, str>>,
 }
 
-impl<'de> Wanted<'de> for Body<'de> {
-    fn take<A: MapAccess<'de>>(
+impl<'de> Members<'de> for Body<'de> {
+    fn read_value<A: MapAccess<'de>>(
         &mut self,
         key: Key,
         map: &mut A,
@@ -246,10 +288,10 @@ impl<'de> Wanted<'de> for Body<'de> {
                 self.model = string(map.next_value::<&RawValue>()?.get());
             }
             Key::Messages => {
-                nested(map, state, "messages", Nothing)?;
+                read_nested(map, state, "messages", KeysOnly)?;
             }
             Key::Input => {
-                nested(map, state, "input", Nothing)?;
+                read_nested(map, state, "input", KeysOnly)?;
             }
             _ => drop(map.next_value::<IgnoredAny>()?),
         }
@@ -257,11 +299,11 @@ impl<'de> Wanted<'de> for Body<'de> {
     }
 }
 
-/// Keys alone.
-struct Nothing;
+/// Object whose keys are checked and whose values are skipped.
+struct KeysOnly;
 
-impl<'de> Wanted<'de> for Nothing {
-    fn take<A: MapAccess<'de>>(
+impl<'de> Members<'de> for KeysOnly {
+    fn read_value<A: MapAccess<'de>>(
         &mut self,
         _: Key,
         map: &mut A,
@@ -271,68 +313,69 @@ impl<'de> Wanted<'de> for Nothing {
     }
 }
 
-/// Reads the value of a key that may hold objects which matter; one that begins in another way does not.
-fn nested<'de, A: MapAccess<'de>, W: Wanted<'de> + Present>(
+/// Reads a nested value whose objects are checked. `name` is its key in reported paths.
+fn read_nested<'de, A: MapAccess<'de>, W: Members<'de> + OnObject>(
     map: &mut A,
     state: &mut State,
     name: &str,
-    mut wanted: W,
+    mut members: W,
 ) -> Result<W, A::Error> {
-    if let Some(naming) = &mut state.naming {
-        naming.path.push(name.to_owned());
+    if let Some(paths) = &mut state.paths {
+        paths.current.push(name.to_owned());
     }
-    if state.by_parts {
+    if state.raw_values {
         let raw: &RawValue = map.next_value()?;
         if raw.get().starts_with(['{', '[']) {
-            let object = Object { state, wanted: &mut wanted };
+            let object = Object { state, members: &mut members };
             object
                 .deserialize(&mut serde_json::Deserializer::from_str(raw.get()))
                 .map_err(A::Error::custom)?;
         }
     } else {
-        map.next_value_seed(Object { state, wanted: &mut wanted })?;
+        map.next_value_seed(Object { state, members: &mut members })?;
     }
-    if let Some(naming) = &mut state.naming {
-        naming.path.pop();
+    if let Some(paths) = &mut state.paths {
+        paths.current.pop();
     }
-    Ok(wanted)
+    Ok(members)
 }
 
-/// Told that the value is an object.
-trait Present {
-    fn present(&mut self) {}
+/// Observer of the start of an object.
+trait OnObject {
+    /// Called if the value is an object.
+    fn on_object(&mut self) {}
 }
 
-impl Present for Body<'_> {
-    fn present(&mut self) {
-        self.has = true;
+impl OnObject for Body<'_> {
+    fn on_object(&mut self) {
+        self.is_object = true;
     }
 }
-impl Present for Top<'_, '_> {}
-impl Present for Nothing {}
-impl<W: Present> Present for &mut W {
-    fn present(&mut self) {
-        (**self).present();
+impl OnObject for Top<'_, '_> {}
+impl OnObject for KeysOnly {}
+impl<W: OnObject> OnObject for &mut W {
+    fn on_object(&mut self) {
+        (**self).on_object();
     }
 }
-impl<'de, W: Wanted<'de>> Wanted<'de> for &mut W {
-    fn take<A: MapAccess<'de>>(
+impl<'de, W: Members<'de>> Members<'de> for &mut W {
+    fn read_value<A: MapAccess<'de>>(
         &mut self,
         key: Key,
         map: &mut A,
         state: &mut State,
     ) -> Result<(), A::Error> {
-        (**self).take(key, map, state)
+        (**self).read_value(key, map, state)
     }
 }
 
-/// An object whose keys are compared and of which something is wanted; an array of such; or anything else.
+/// Deserializer of a value that may be an object, an array of objects, or anything else.
 struct Object<'s, W> {
     state: &'s mut State,
-    wanted: W,
+    members: W,
 }
 
-impl<'de, W: Wanted<'de> + Present> DeserializeSeed<'de> for Object<'_, W> {
+impl<'de, W: Members<'de> + OnObject> DeserializeSeed<'de> for Object<'_, W> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -340,7 +383,7 @@ impl<'de, W: Wanted<'de> + Present> DeserializeSeed<'de> for Object<'_, W> {
     }
 }
 
-impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
+impl<'de, W: Members<'de> + OnObject> Visitor<'de> for Object<'_, W> {
     type Value = ();
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
@@ -348,31 +391,31 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        self.wanted.present();
+        self.members.on_object();
         let from = self.state.keys.len();
         while let Some(key) = map.next_key_seed(KeySeed { state: self.state, from })? {
-            self.wanted.take(key, &mut map, self.state)?;
+            self.members.read_value(key, &mut map, self.state)?;
         }
-        self.state.end(from);
+        self.state.end_object(from);
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        if self.state.arrays >= MAX_ARRAYS {
+        if self.state.array_depth >= MAX_ARRAY_DEPTH {
             while seq.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(());
         }
-        self.state.arrays = self.state.arrays.saturating_add(1);
+        self.state.array_depth = self.state.array_depth.saturating_add(1);
         let mut index = 0_usize;
         loop {
-            let last = self.state.naming.as_mut().and_then(|naming| naming.path.last_mut());
+            let last = self.state.paths.as_mut().and_then(|paths| paths.current.last_mut());
             if let Some(last) = last {
                 let name = last.split('[').next().unwrap_or_default();
                 *last = format!("{name}[{index}]");
             }
             index = index.saturating_add(1);
-            let object = Object { state: self.state, wanted: Nothing };
-            let more = match object.state.by_parts {
+            let object = Object { state: self.state, members: KeysOnly };
+            let more = match object.state.raw_values {
                 false => seq.next_element_seed(object)?.is_some(),
                 true => match seq.next_element::<&RawValue>()? {
                     Some(raw) if raw.get().starts_with(['{', '[']) => {
@@ -384,7 +427,7 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
                 },
             };
             if !more {
-                self.state.arrays = self.state.arrays.saturating_sub(1);
+                self.state.array_depth = self.state.array_depth.saturating_sub(1);
                 return Ok(());
             }
         }
@@ -415,6 +458,7 @@ impl<'de, W: Wanted<'de> + Present> Visitor<'de> for Object<'_, W> {
     }
 }
 
+/// Deserializer of a key, which records the hash of the key.
 struct KeySeed<'s> {
     state: &'s mut State,
     from: usize,
@@ -424,7 +468,7 @@ impl<'de> DeserializeSeed<'de> for KeySeed<'_> {
     type Value = Key;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Key, D::Error> {
-        // As bytes: half a surrogate pair is JSON, though no text.
+        // As bytes, because a JSON key may have a lone surrogate, which is not valid text.
         deserializer.deserialize_bytes(self)
     }
 }
@@ -437,7 +481,7 @@ impl Visitor<'_> for KeySeed<'_> {
     }
 
     fn visit_bytes<E>(self, key: &[u8]) -> Result<Key, E> {
-        self.state.key(self.from, key);
+        self.state.record_key(self.from, key);
         Ok(Key::of(key))
     }
 }
@@ -453,11 +497,10 @@ mod tests {
     }
 
     #[test]
-    fn what_the_host_looks_at_is_read_whatever_else_is_in_the_line() {
+    fn envelope_parts_are_read_despite_unrepresentable_values() {
         for odd in ["", r#","odd":[1e999,"\ud800",123456789012345678901234567890]"#] {
-            let text = format!(
-                r#"{{"custom_id":"\u0061","url":"/v1/x","body":{{"model":"m","n":{{}}{odd}}}{odd}}}"#
-            );
+            let body = format!(r#"{{"model":"m","n":{{}}{odd}}}"#);
+            let text = format!(r#"{{"custom_id":"\u0061","url":"/v1/x","body":{body}{odd}}}"#);
             let line = parse(&text);
             assert_eq!(
                 (line.custom_id.as_deref(), line.url),
@@ -486,12 +529,15 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_stand_twice_are_named_with_their_paths() {
+    fn duplicate_keys_are_reported_with_their_paths() {
         for (text, paths) in [
             (r#"{"custom_id":"a","custom_id":"b"}"#, vec!["custom_id"]),
             (r#"{"body":{"model":"a","mod\u0065l":"b"}}"#, vec!["body.model"]),
             (
-                r#"{"body":{"messages":[{"role":"user"},{"role":"user","role":"system","a":1,"a":2}]}}"#,
+                concat!(
+                    r#"{"body":{"messages":[{"role":"user"},"#,
+                    r#"{"role":"user","role":"system","a":1,"a":2}]}}"#
+                ),
                 vec!["body.messages[1].role", "body.messages[1].a"],
             ),
             (r#"{"body":{"input":[[],{"x":1e999,"x":1}]}}"#, vec!["body.input[1].x"]),
@@ -509,11 +555,14 @@ mod tests {
         }
         let many: String =
             (0..50).map(|number| format!(r#""k{number}":1,"k{number}":2,"#)).collect();
-        assert_eq!(parse(&format!(r#"{{{many}"body":{{}}}}"#)).duplicates.len(), MAX_NAMED);
+        assert_eq!(
+            parse(&format!(r#"{{{many}"body":{{}}}}"#)).duplicates.len(),
+            MAX_REPORTED_DUPLICATES
+        );
     }
 
     #[test]
-    fn a_line_of_a_million_arrays_is_read() {
+    fn million_nested_arrays_are_read_without_recursion() {
         for bad in [false, true] {
             let (open, close) =
                 ("[".repeat(1_000_000), "]".repeat(if bad { 999_999 } else { 1_000_000 }));
@@ -539,7 +588,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_key_is_found_twice_if_and_only_if_it_is_there_twice(keys in prop::collection::vec("[a-c]{1,2}", 0..6)) {
+        fn duplicates_are_reported_if_and_only_if_a_key_occurs_twice(
+            keys in prop::collection::vec("[a-c]{1,2}", 0..6),
+        ) {
             let members: Vec<String> = keys.iter().map(|key| format!(r#""{key}":1"#)).collect();
             let text = format!(r#"{{"body":{{"messages":[{{{}}}]}}}}"#, members.join(","));
             let unique: std::collections::BTreeSet<_> = keys.iter().collect();

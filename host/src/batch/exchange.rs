@@ -1,4 +1,8 @@
-//! A request under way at a provider: its place, its memory, and the calls of the adapter.
+//! Exchanges of one attempt with a provider: the permit, the memory and the calls of the adapter.
+//!
+//! The memory share covers the body of the request, the response and the answer. If the output of
+//! the adapter exceeds the share, the output is dropped, the share waits for room, and the call is
+//! repeated. A call is a pure function, so a second output that is larger is an error.
 
 use super::verdict::{BEGINNING, Said, Weighed};
 use crate::clock::{Clock, Timestamp};
@@ -7,35 +11,45 @@ use crate::memory::Share;
 use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin};
 
-/// The last exchange of an attempt, as far as it matters afterwards.
+/// Summary of the last exchange of an attempt.
 pub struct Sent {
+    /// Verdict about the provider.
     pub weighed: Weighed,
-    /// For the operator, of one that brought no response.
+    /// Error for the operator, if there was no response.
     pub detail: Option<String>,
 }
 
+/// State of one attempt at a provider.
 pub struct Exchange<'a> {
+    /// Plugin that adapts the provider.
     pub plugin: &'a Plugin,
+    /// Permit of the provider, or `None` while the attempt waits.
     pub place: Option<Admitted>,
+    /// Memory that the attempt has reserved.
     pub share: Share,
+    /// Summary of the last exchange.
     pub last: Option<Sent>,
-    /// When it was first sent: what it waits before is not its fault.
+    /// Time of the first send. Waits before it do not count against the request.
     pub sent_at: Option<Timestamp>,
-    /// The state of a job that the provider works on, and whether the store has it.
+    /// State of a job at the provider, as the adapter wrote it.
     pub job: Option<Vec<u8>>,
+    /// True if the store has the job state.
     pub job_is_kept: bool,
-    /// How the request was refused so far.
+    /// Refusals of the request so far.
     pub refusals: Refusals,
 }
 
-/// Whether what the adapter knows may change what becomes of the request. Some providers put an error into a 200, which is short.
-fn matters(response: &HttpResponse, weighed: &Weighed) -> bool {
+/// Returns true if the classification of the adapter may change the verdict.
+///
+/// Some providers send an error with status 200. Such a response is short.
+fn may_be_error(response: &HttpResponse, weighed: &Weighed) -> bool {
     weighed.said != Said::Answered
         || (response.body.len() < BEGINNING
             && memchr::memmem::find(&response.body, b"\"error\"").is_some())
 }
 
 impl<'a> Exchange<'a> {
+    /// Creates the state of an attempt that has sent nothing.
     pub fn new(plugin: &'a Plugin, refusals: Refusals) -> Self {
         Self {
             plugin,
@@ -49,34 +63,38 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// The first step. Where what it makes has no room, that is waited for, and it is made again.
+    /// Calls `begin` of the adapter and returns the first step.
+    ///
+    /// If the step does not fit into the memory share, waits for room and repeats the call.
     pub async fn begin(
         &mut self,
         tenant: &str,
         request: impl Fn() -> Request,
     ) -> Result<Step, CallError> {
         let step = self.plugin.begin(tenant, &request).await?;
-        let Err(bytes) = self.fits(&step, 0) else { return Ok(step) };
+        let Err(bytes) = self.try_reserve(&step, 0) else { return Ok(step) };
         drop(step);
         self.share.cover(bytes).await;
         let step = self.plugin.begin(tenant, &request).await?;
-        self.fits(&step, 0).map_err(|_| self.grew("begin"))?;
+        self.try_reserve(&step, 0).map_err(|_| self.not_deterministic("begin"))?;
         Ok(step)
     }
 
-    /// Whether what a guest made fits into the share, beside so many bytes that stay; if not, how large the share has to be.
-    fn fits(&mut self, step: &Step, beside: usize) -> Result<(), usize> {
-        let made = match step {
+    /// Grows the share to cover a step and `retained` bytes, without a wait.
+    ///
+    /// The error is the required size of the share.
+    fn try_reserve(&mut self, step: &Step, retained: usize) -> Result<(), usize> {
+        let step_bytes = match step {
             Step::Send { request, .. } => request.body.len(),
-            // The line of the result is a copy of the body.
+            // The result line is a copy of the body.
             Step::Done(Answer::Response(response)) => response.body.len().saturating_mul(2),
             Step::Done(Answer::Failure(_)) | Step::Wait { .. } | Step::Retry { .. } => 0,
         };
-        let bytes = beside.saturating_add(made);
+        let bytes = retained.saturating_add(step_bytes);
         if self.share.try_cover(bytes) { Ok(()) } else { Err(bytes) }
     }
 
-    /// Performs an exchange, and takes note of what it says of the provider.
+    /// Performs an exchange and records the verdict about the provider.
     pub async fn send(&mut self, tenant: &str, request: HttpRequest, clock: &Clock) -> Outcome {
         let gateway = self.plugin.gateway();
         let Some(place) = &mut self.place else { return Outcome::Elapsed };
@@ -110,57 +128,63 @@ impl<'a> Exchange<'a> {
         outcome
     }
 
+    /// Calls `classify` of the adapter, or returns `None` without a call.
+    ///
+    /// Ordinary responses are only sampled, for the limits that the provider reports.
     async fn classify(
         &self,
         tenant: &str,
         response: &HttpResponse,
         weighed: &Weighed,
     ) -> Result<Option<Classification>, CallError> {
-        let matters = matters(response, weighed);
-        if !self.plugin.classifies(matters) {
+        let may_be_error = may_be_error(response, weighed);
+        if !self.plugin.classifies(may_be_error) {
             return Ok(None);
         }
         Box::pin(self.plugin.classify(tenant, response)).await.map(Some)
     }
 
+    /// Calls `resume` of the adapter with an outcome and returns the next step.
+    ///
+    /// If the step does not fit into the memory share, waits for room and repeats the call.
     pub async fn resume(
         &mut self,
         tenant: &str,
         state: &[u8],
         outcome: &mut Outcome,
     ) -> Result<Step, CallError> {
-        let beside = match &*outcome {
+        let retained = match &*outcome {
             Outcome::Response(response) => response.body.len(),
             Outcome::Error(_) | Outcome::Elapsed => 0,
         };
         let step = self.plugin.resume(tenant, state, outcome).await?;
-        let Err(bytes) = self.fits(&step, beside) else { return Ok(step) };
+        let Err(bytes) = self.try_reserve(&step, retained) else { return Ok(step) };
         drop(step);
         self.share.cover(bytes).await;
         let step = self.plugin.resume(tenant, state, outcome).await?;
-        self.fits(&step, beside).map_err(|_| self.grew("resume"))?;
+        self.try_reserve(&step, retained).map_err(|_| self.not_deterministic("resume"))?;
         Ok(step)
     }
 
-    /// Takes note of an answer.
+    /// Records the size of an answer and logs the request id of the provider.
     pub fn told_answer(&self, answer: &Answer, id: &str) {
         let Answer::Response(response) = answer else { return };
         self.plugin.gateway().brought(response.body.len());
         let Response { status, request_id, .. } = response;
-        if let Some(theirs) = request_id {
+        if let Some(provider_request_id) = request_id {
             tracing::debug!(
+                request = id,
                 plugin = self.plugin.name,
-                id,
                 status,
-                provider_request_id = theirs,
-                "answered"
+                provider_request_id,
+                "request answered"
             );
         }
     }
 
-    /// The same call made more the second time.
-    fn grew(&self, function: &'static str) -> CallError {
-        let message = "it answers the same call differently each time.".into();
+    /// Creates the error of a repeated call that returned a larger step.
+    fn not_deterministic(&self, function: &'static str) -> CallError {
+        let message = "it returns different results for the same call.".into();
         CallError::Contract { plugin: self.plugin.name.clone(), function, message }
     }
 }

@@ -1,8 +1,34 @@
-//! Execution: lines are read in order and kept under way in a bounded window; what has a result already is passed over.
+//! Execution: sends the requests of one batch through a bounded window of requests in flight.
 //!
-//! A batch takes lines while it has its place, a stint at a time; see [`lanes`](super::lanes). Between stints what is under way goes on. A line
-//! that was not answered comes back, to be tried again later. When there is nothing to take for a while, as its provider is away, and
-//! nothing under way, the batch goes back to the store and rests.
+//! **Problem.** A batch may have far more lines than fit into memory. Its provider may be slow, may
+//! fail, or may be unavailable for hours. Other batches wait for the same plugins meanwhile.
+//!
+//! **Window.** Lines are read from the input in order. Lines that already have a result are
+//! skipped, so an execution that starts again after a crash sends only the rest. A line is sent
+//! when three conditions hold: results can be written (see [`gate`](super::gate)), the window has a
+//! permit (`max_concurrent_requests_per_batch`), and the memory pool `lines` has room for the line.
+//! The permit and the memory are held until the result is in the channel of the recorder. So a slow
+//! database slows the requests down, and results do not pile up in memory.
+//!
+//! **Turns.** A batch takes lines only while it holds a place, one stint at a time; see
+//! [`lanes`](super::lanes). Requests in flight need no place and continue between stints.
+//!
+//! **Retries.** A request without a final answer leaves the window. Only its position and its retry
+//! state are kept, in [`deferred`](super::deferred), and the line is read again. If there is no
+//! room for more deferred lines, the request waits in its task and keeps its permit.
+//!
+//! **Outages.** While the breakers of all plugins are open, nothing is read. If only some are open,
+//! the lines of these plugins are skipped and read again later, so that the lines of the other
+//! plugins continue. While a breaker has suspicion, untried lines go before lines that have failed:
+//! a line with a fault of its own must not delay the others.
+//!
+//! **Rest.** If nothing is in flight and no line is due within [`MIN_REST`], the batch is released
+//! to the store and rests. Its position and its deferred lines are kept; see
+//! [`rests`](super::rests).
+//!
+//! **Stop.** After a cancellation, an expiry or a shutdown, no new request is sent. Requests in
+//! flight get a grace period and are dropped after it. Every answer that has arrived is recorded,
+//! even if the input cannot be read to its end. A panic in one request costs only its own line.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -33,49 +59,56 @@ use crate::plugin::OPTIONAL_MODEL;
 use crate::plugin::types::{Answer, Failure};
 use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow};
 
-/// What is read of the input at a time, in bytes.
-const READ: u64 = 128 << 10;
+/// Size of the chunks in which the input is read.
+const READ_CHUNK_BYTES: u64 = 128 << 10;
 
-/// What a request under way takes beside its line, in bytes: its task, and what the runtime keeps for it.
-const TASK: usize = 8 << 10;
+/// Memory of a request in flight in addition to its line: the task and its state in the runtime.
+const TASK_OVERHEAD_BYTES: usize = 8 << 10;
 
-/// What a result takes beside its line, in bytes.
-const ROW: usize = 512;
+/// Memory of a result in addition to its payload.
+const ROW_OVERHEAD_BYTES: usize = 512;
 
-/// A batch that has nothing to do for longer than this gives its claim back.
-const REST: Duration = Duration::from_secs(2);
+/// Minimum idle time for which a batch is released to the store.
+const MIN_REST: Duration = Duration::from_secs(2);
 
-/// How execution came to its end.
+/// Outcome of an execution.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Executed {
-    /// Every line has been taken and answered.
+    /// Every line has a result.
     All,
+    /// The batch was stopped for this reason.
     Stopped(Reason),
-    /// Another batch has this one's place, and nothing is under way.
+    /// The turn has ended, and nothing is in flight.
     TurnOver,
-    /// Nothing can be sent before then, and nothing is under way.
+    /// No request can be sent before this time, and nothing is in flight.
     Rests(Timestamp),
 }
 
-/// Why no more lines are taken for now.
+/// Reason why no more lines are taken for now.
 #[derive(Debug)]
 enum Pause {
+    /// Every line has been taken and has a result.
     End,
+    /// The batch was stopped.
     Stopped,
+    /// The turn has ended.
     TurnOver,
-    /// There is nothing to take before then, or before something comes back.
+    /// No line is due before this time, or before another line is deferred if there is no time.
     Idle(Option<Timestamp>),
+    /// The batch rests until this time.
     Rests(Timestamp),
 }
 
-/// A plugin that lines of the batch go to.
-struct Way {
+/// Plugin that serves lines of the batch, with its circuit breaker.
+struct Target {
     plugin: Holder,
     breaker: Arc<Breaker>,
 }
 
 impl Batches {
-    /// Executes what has no result yet. Returns when everything has one, or early with the reason.
+    /// Executes all lines that have no result yet.
+    ///
+    /// Returns early if the batch is stopped, its turn ends, or it has to rest.
     pub(super) async fn execute(
         &self,
         claim: &Claim,
@@ -88,13 +121,13 @@ impl Batches {
             Lane::Execute(plugins) => plugins.clone(),
             Lane::Validate | Lane::Finish => Plugins::new(),
         };
-        let ways = plugins.iter().map(|name| Way {
+        let targets = plugins.iter().map(|name| Target {
             plugin: name.as_str().into(),
             breaker: self.outages.of(name, &claim.tenant, &batch.new.endpoint),
         });
-        let ways: Vec<Way> = ways.collect();
-        for way in &ways {
-            way.breaker.wakes(&claim.batch_id);
+        let targets: Vec<Target> = targets.collect();
+        for target in &targets {
+            target.breaker.wakes(&claim.batch_id);
         }
         let context = Arc::new(Context {
             tenant: claim.tenant.clone(),
@@ -105,9 +138,9 @@ impl Batches {
             registry: self.registry.clone(),
             jobs: Jobs::of_batch(&self.store, claim).await?,
             outages: self.outages.clone(),
-            breakers: ways
+            breakers: targets
                 .iter()
-                .map(|way| (way.plugin.to_string(), way.breaker.clone()))
+                .map(|target| (target.plugin.to_string(), target.breaker.clone()))
                 .collect(),
             clock: self.clock.clone(),
             settings: self.settings.clone(),
@@ -120,23 +153,23 @@ impl Batches {
         let recording = self.record(claim, to_record);
         let working = async {
             let kill = CancellationToken::new();
-            // If this is given up, so is what it spawned.
+            // Dropping this future also drops the requests that it has spawned.
             let _guard = kill.clone().drop_guard();
             let tasks = TaskTracker::new();
             tasks.close();
-            // Whom lines share memory with that were not looked into: all lines for the same plugins.
+            // Lines whose model is not read yet share memory with all lines of the same plugins.
             let holder: Holder =
                 plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
-            let work = Work { context, holder, ways, results, kill: &kill, tasks: &tasks };
+            let work = Work { context, holder, targets, results, kill: &kill, tasks: &tasks };
             let taken = self.take_lines(claim, batch, &work, (lanes, &plugins), place).await;
-            // Lines that are under way need no place.
+            // Requests in flight need no place.
             *place = None;
-            // The channel ends with the last of its senders.
+            // The recorder ends when the last sender is dropped.
             drop(work);
-            self.wait_for_all(stop, &tasks, &kill).await;
+            self.drain(stop, &tasks, &kill).await;
             taken
         };
-        // What was answered is recorded even if the input cannot be read to its end.
+        // Answers are recorded even if the input cannot be read to its end.
         let ((), taken) = tokio::try_join!(recording, async { Ok(working.await) })?;
         Ok(match (taken?, stop.reason()) {
             (_, Some(reason)) => Executed::Stopped(reason),
@@ -146,7 +179,10 @@ impl Batches {
         })
     }
 
-    /// Takes lines, a stint at a time, until there are none or nothing is under way while others have their turn.
+    /// Takes lines, one stint at a time.
+    ///
+    /// Returns when all lines have a result, when the batch must rest or stop, or when its turn has
+    /// ended and nothing is in flight.
     async fn take_lines(
         &self,
         claim: &Claim,
@@ -155,7 +191,7 @@ impl Batches {
         (lanes, plugins): (&Arc<Lanes>, &Plugins),
         place: &mut Option<Place>,
     ) -> Result<Pause> {
-        let mut lines = self.lines(claim, self.kept(claim), plugins.len() > 1).await?;
+        let mut lines = self.open_lines(claim, self.kept(claim), plugins.len() > 1).await?;
         lines.deferred.wake(self.clock.now());
         let mut changes = self.outages.changes();
         loop {
@@ -163,13 +199,13 @@ impl Batches {
                 Some(place) => self.take_stint(batch, work, &mut lines, place).await?,
                 None => Pause::TurnOver,
             };
-            // Others may use the place until there is something to take again.
+            // Other batches use the place until this batch has a line to take again.
             *place = None;
             match paused {
                 Pause::TurnOver => {}
                 Pause::Idle(due) => {
                     if let Some(ended) =
-                        self.idle(claim, work, &mut lines, due, &mut changes).await?
+                        self.wait_while_idle(claim, work, &mut lines, due, &mut changes).await?
                     {
                         return Ok(ended);
                     }
@@ -178,20 +214,22 @@ impl Batches {
             }
             let left = async {
                 work.tasks.wait().await;
-                // What is left for later is known here alone.
+                // Deferred lines exist only in this process, so the batch waits for its next turn.
                 if lines.deferred.next().is_some() && !work.context.leave.is_cancelled() {
                     std::future::pending::<()>().await;
                 }
             };
             *place = tokio::select! {
-                back = lanes.come_back(plugins, self.clock.now()), if !work.context.leave.is_cancelled() => {
-                    if back.is_none() {
+                granted = lanes.come_back(plugins, self.clock.now()),
+                    if !work.context.leave.is_cancelled() =>
+                {
+                    if granted.is_none() {
                         work.context.leave.cancel();
                     }
-                    back
+                    granted
                 }
                 () = left => {
-                    // One that was asked to leave may have let go of lines; it is read from the start.
+                    // An evicted batch may have dropped lines, so it is read from the start.
                     if !work.context.leave.is_cancelled() {
                         self.keep(claim, &lines);
                     }
@@ -202,15 +240,16 @@ impl Batches {
         }
     }
 
-    /// The model of a batch's lines that name none: the batch's own, if all lines have one, or that of the plugins.
+    /// Returns the model for lines that name no model: the model that validation found in all lines
+    /// of the batch, or the default model of the plugins.
     fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
         let plugins = self.registry.current();
         let default = plugins.default_model(&claim.tenant, &batch.new.endpoint).map(str::to_owned);
         (batch.new.endpoint == OPTIONAL_MODEL).then(|| batch.model.clone().or(default)).flatten()
     }
 
-    /// The lines of a batch from a position on, before which all have a result.
-    async fn lines<'a>(
+    /// Opens the unfinished lines of a batch at a saved position.
+    async fn open_lines<'a>(
         &'a self,
         claim: &'a Claim,
         from: Kept,
@@ -218,12 +257,14 @@ impl Batches {
     ) -> Result<LinesToDo<'a>> {
         let window =
             self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
-        let input: Input = self.open_input_at(claim, READ, from.position).await?;
+        let input: Input = self.open_input_at(claim, READ_CHUNK_BYTES, from.position).await?;
         Ok(LinesToDo::new(self, claim, input, from, window, many))
     }
 
-    /// Waits until there may be a line to take, with nothing said, or until it is known how this ends.
-    async fn idle<'a>(
+    /// Waits until there may be a line to take, and returns `None` then.
+    ///
+    /// Returns a pause if the execution must end instead.
+    async fn wait_while_idle<'a>(
         &'a self,
         claim: &'a Claim,
         work: &Work<'_>,
@@ -231,24 +272,25 @@ impl Batches {
         due: Option<Timestamp>,
         changes: &mut tokio::sync::watch::Receiver<u64>,
     ) -> Result<Option<Pause>> {
-        if work.blocked(self.clock.now()).is_some() {
+        if work.blocked_until(self.clock.now()).is_some() {
             self.count_waiting(claim, &work.context.endpoint).await?;
         }
         if work.tasks.is_empty() {
             if lines.is_at_end() && !lines.has_passed_over() {
                 return Ok(Some(Pause::End));
             }
-            let due =
-                due.or_else(|| work.due(self.clock.now())).unwrap_or_else(|| self.clock.now());
-            if self.clock.now().until(due) > REST {
+            let due = due
+                .or_else(|| work.next_probe(self.clock.now()))
+                .unwrap_or_else(|| self.clock.now());
+            if self.clock.now().until(due) > MIN_REST {
                 self.keep(claim, lines);
                 return Ok(Some(Pause::Rests(due)));
             }
             if lines.is_at_end() {
-                // What was passed over is read again.
+                // The skipped lines are read again.
                 self.clock.sleep_until(due).await;
                 let from = lines.kept();
-                *lines = self.lines(claim, from, work.ways.len() > 1).await?;
+                *lines = self.open_lines(claim, from, work.targets.len() > 1).await?;
                 return Ok(None);
             }
         }
@@ -258,7 +300,7 @@ impl Batches {
                 None => std::future::pending().await,
             }
         };
-        let all_back = async {
+        let all_finished = async {
             if work.tasks.is_empty() {
                 std::future::pending::<()>().await;
             }
@@ -267,7 +309,7 @@ impl Batches {
         tokio::select! {
             () = sleep => {}
             () = lines.deferred.added() => {}
-            () = all_back => {}
+            () = all_finished => {}
             _ = changes.changed() => {
                 lines.held_until = None;
                 lines.deferred.wake(self.clock.now());
@@ -277,7 +319,9 @@ impl Batches {
         Ok(None)
     }
 
-    /// Takes lines and spawns their requests, as the window and the memory budget allow, until the turn is over.
+    /// Takes lines and spawns their requests until the turn ends or no line is due.
+    ///
+    /// The window and the memory pool limit the requests in flight.
     async fn take_stint(
         &self,
         batch: &BatchRecord,
@@ -291,8 +335,8 @@ impl Batches {
             if stop.reason().is_some() {
                 return Ok(Pause::Stopped);
             }
-            // When nothing at all can be sent, nothing is read for it.
-            if let Some(until) = work.blocked(now) {
+            // Lines are not read while none of them can be sent.
+            if let Some(until) = work.blocked_until(now) {
                 lines.held_until = Some(until);
                 return Ok(Pause::Idle(Some(until)));
             }
@@ -304,26 +348,29 @@ impl Batches {
                 return Ok(Pause::TurnOver);
             }
             let size = line.size();
-            let holder = match work.way(line.model.as_deref()) {
-                Some(way) if !way.breaker.is_calm() => {
-                    if work.waits(way, now).is_some() {
-                        // Others of the batch go elsewhere, and do not wait for this one.
+            let holder = match work.target(line.model.as_deref()) {
+                Some(target) if !target.breaker.is_calm() => {
+                    if work.waits_until(target, now).is_some() {
+                        // Lines of other plugins must not wait for this line.
                         lines.pass_over();
                         continue;
                     }
-                    let in_vain = way.breaker.tries(mark(&batch.new.id, line.number));
-                    if lines.is_behind_untried(in_vain) {
+                    let failed_attempts = target.breaker.tries(mark(&batch.new.id, line.number));
+                    if lines.is_behind_untried(failed_attempts) {
                         continue;
                     }
-                    way.plugin.clone()
+                    target.plugin.clone()
                 }
-                Some(way) => way.plugin.clone(),
+                Some(target) => target.plugin.clone(),
                 None => work.holder.clone(),
             };
             let permits = async {
                 self.gate.open().await;
                 let slot = lines.window.clone().acquire_owned().await.ok();
-                (slot, self.memory.lines.take(&holder, size.saturating_add(TASK)).await)
+                (
+                    slot,
+                    self.memory.lines.take(&holder, size.saturating_add(TASK_OVERHEAD_BYTES)).await,
+                )
             };
             let permits = tokio::select! {
                 biased;
@@ -351,14 +398,17 @@ impl Batches {
                 if let Some(Some(recorded)) = kill.run_until_cancelled(task.run()).await {
                     results.send(recorded).await.ok();
                 }
-                // What the result takes is in its own share by now; a slow database must not let more and more of them wait.
+                // The result has memory of its own. The permit is held until here, so that a slow
+                // database limits the number of results that wait to be written.
                 drop(permits);
             });
         }
     }
 
-    /// Waits until nothing is under way: after a stop no longer than the grace period, then what is left is dropped.
-    async fn wait_for_all(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
+    /// Drains the requests in flight.
+    ///
+    /// After a stop, requests that exceed the grace period are dropped.
+    async fn drain(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
         tokio::select! {
             () = tasks.wait() => return,
             () = stop.asked() => {}
@@ -375,57 +425,62 @@ impl Batches {
     }
 }
 
-/// What a batch's requests are spawned with.
+/// State that an execution shares with the requests that it spawns.
 struct Work<'a> {
     context: Arc<Context>,
     holder: Holder,
-    ways: Vec<Way>,
+    targets: Vec<Target>,
     results: mpsc::Sender<Recorded>,
     kill: &'a CancellationToken,
     tasks: &'a TaskTracker,
 }
 
 impl Work<'_> {
+    /// Returns true if all breakers are closed and without suspicion.
     fn is_calm(&self) -> bool {
-        self.ways.iter().all(|way| way.breaker.is_calm())
+        self.targets.iter().all(|target| target.breaker.is_calm())
     }
 
-    /// Until when nothing can be sent at all.
-    fn blocked(&self, now: Timestamp) -> Option<Timestamp> {
-        if self.ways.iter().any(|way| way.breaker.is_calm()) {
+    /// Returns the time before which no line can be sent, or `None` if some line can be sent now.
+    fn blocked_until(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.targets.iter().any(|target| target.breaker.is_calm()) {
             return None;
         }
-        let waits = self.ways.iter().map(|way| self.waits(way, now)).collect::<Option<Vec<_>>>()?;
+        let waits = self
+            .targets
+            .iter()
+            .map(|target| self.waits_until(target, now))
+            .collect::<Option<Vec<_>>>()?;
         waits.into_iter().min()
     }
 
-    /// When the first of those is looked at again that wait.
-    fn due(&self, now: Timestamp) -> Option<Timestamp> {
-        self.ways.iter().filter_map(|way| self.waits(way, now)).min()
+    /// Returns the time at which the first waiting plugin may be tried again.
+    fn next_probe(&self, now: Timestamp) -> Option<Timestamp> {
+        self.targets.iter().filter_map(|target| self.waits_until(target, now)).min()
     }
 
-    /// Until when a plugin's lines wait, if they do.
-    fn waits(&self, way: &Way, now: Timestamp) -> Option<Timestamp> {
-        if way.breaker.is_calm() {
+    /// Returns the time until which lines of a plugin wait, or `None` if a line can be sent now.
+    fn waits_until(&self, target: &Target, now: Timestamp) -> Option<Timestamp> {
+        if target.breaker.is_calm() {
             return None;
         }
-        match way.breaker.check(now, self.context.registry.current().identity(&way.plugin)) {
+        match target.breaker.check(now, self.context.registry.current().identity(&target.plugin)) {
             Gate::Wait(until) => Some(until),
             Gate::Go | Gate::Probe | Gate::GiveUp(_) => None,
         }
     }
 
-    /// Where a line goes, as far as its model is known.
-    fn way(&self, model: Option<&str>) -> Option<&Way> {
-        if let [only] = self.ways.as_slice() {
+    /// Returns the target of a line, or `None` if its model is unknown or has no target.
+    fn target(&self, model: Option<&str>) -> Option<&Target> {
+        if let [only] = self.targets.as_slice() {
             return Some(only);
         }
         let route = self.context.registry.current().route(&self.context.tenant, model?)?;
-        self.ways.iter().find(|way| *way.plugin == *route.plugin.name)
+        self.targets.iter().find(|target| *target.plugin == *route.plugin.name)
     }
 }
 
-/// A request under way.
+/// Request in flight.
 struct Task {
     context: Arc<Context>,
     deferred: Arc<Deferred>,
@@ -435,26 +490,28 @@ struct Task {
 }
 
 impl Task {
-    /// Runs a request to its result. None if the batch was stopped before it was sent, or if it is to be tried again: it is left for later.
+    /// Runs a request to its result.
+    ///
+    /// Returns `None` if the request was deferred, or if the batch was stopped before it was sent.
     async fn run(mut self) -> Option<Recorded> {
         loop {
-            // In a box of its own: it is large, and what wraps it moves it.
+            // Boxed, because the future is large and its wrappers would move it.
             let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
             let (at, tries) = match attempt.await {
                 Err(_) => {
                     return Some((
-                        panicked(&self.batch, self.entry.number, &self.bytes),
+                        panic_row(&self.batch, self.entry.number, &self.bytes),
                         None,
                         None,
                     ));
                 }
                 Ok(Attempt::Recorded(recorded)) => return Some(recorded),
                 Ok(Attempt::Stopped) => return None,
-                Ok(Attempt::Back(at, tries)) => (at, tries),
+                Ok(Attempt::Retry(at, tries)) => (at, tries),
             };
             self.entry.at = at;
             self.entry.tries = tries;
-            // Where there is no room to remember it, it waits here.
+            // If there is no room for more deferred lines, the request waits in this task.
             match self.deferred.add(self.entry) {
                 Ok(()) => return None,
                 Err(entry) => self.entry = entry,
@@ -466,11 +523,12 @@ impl Task {
         }
     }
 
+    /// Makes one attempt at the request.
     async fn attempt(&self) -> Attempt {
         let (batch, number) = (&self.batch, self.entry.number);
         let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
         let custom_id = line.custom_id.as_deref().unwrap_or_default();
-        // A line of moderations may name no model; then it has the one that it was validated with.
+        // A moderation line may name no model. It gets the model that it was validated with.
         let default = self.context.default_model.as_deref().filter(|_| line.model.is_none());
         let with_default =
             line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
@@ -479,8 +537,10 @@ impl Task {
             None => (line.body, line.model.as_deref()),
         };
         let (Some(body), Some(model)) = (body, model) else {
-            // Validation let no such line through; the file would have to have changed since.
-            let message = "The input file has changed since it was validated.".into();
+            // Validation rejects such lines, so the file must have changed since then.
+            let message = "The input file has changed since it was validated; \
+                           upload it again and create a new batch."
+                .into();
             let failure = Answer::Failure(Failure { code: "invalid_request".into(), message });
             return Attempt::Recorded((row(batch, number, custom_id, &failure), None, None));
         };
@@ -488,12 +548,12 @@ impl Task {
         let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
         match self.context.attempt(line, self.entry.tries).await {
             Ended::Stopped => Attempt::Stopped,
-            Ended::Back(at, tries) => Attempt::Back(at, tries),
+            Ended::Back(at, tries) => Attempt::Retry(at, tries),
             Ended::Answered(Answered { answer, by, mut share }) => {
                 let row = row(batch, number, custom_id, &answer);
                 drop(answer);
                 if let Some(share) = &mut share {
-                    share.settle(row.payload.len().saturating_add(ROW));
+                    share.settle(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
                 }
                 Attempt::Recorded((row, by, share))
             }
@@ -501,13 +561,17 @@ impl Task {
     }
 }
 
+/// Outcome of one attempt at a request.
 enum Attempt {
+    /// The request has a result.
     Recorded(Recorded),
-    Back(Timestamp, super::deferred::Tries),
+    /// The request is retried at this time.
+    Retry(Timestamp, super::deferred::Tries),
+    /// The batch was stopped before the request was sent.
     Stopped,
 }
 
-/// What breakers know a line by.
+/// Returns the hash by which breakers identify a line.
 pub fn mark(batch: &str, number: u64) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
@@ -515,10 +579,12 @@ pub fn mark(batch: &str, number: u64) -> u64 {
     hasher.finish()
 }
 
-/// The result of a request whose handling panicked: a fault of ours that must not cost the line.
-fn panicked(batch: &str, number: u64, bytes: &Bytes) -> ResultRow {
+/// Returns the result of a request whose task panicked.
+///
+/// A panic is a bug of the server. The line gets an error, and the batch continues.
+fn panic_row(batch: &str, number: u64, bytes: &Bytes) -> ResultRow {
     let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
-    let message = "The server failed while it handled this request; its log says more.".into();
+    let message = "The server failed while it processed this request; see the server log.".into();
     let failure = Failure { code: "internal_error".into(), message };
     row(batch, number, line.custom_id.as_deref().unwrap_or_default(), &Answer::Failure(failure))
 }

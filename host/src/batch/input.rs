@@ -1,6 +1,7 @@
-//! An input file as lines, of which it holds a piece at a time.
+//! Line reader for an input file that buffers one chunk at a time.
 //!
-//! A line that is longer than [`HELD`] is not held: it is found, and whoever wants it reads it once there is memory for it.
+//! A line that is longer than [`HELD`] is not buffered. The reader returns its byte range, and the
+//! caller reads the line when memory is reserved for it.
 
 use std::ops::Range;
 
@@ -10,32 +11,50 @@ use futures_util::stream::BoxStream;
 
 use crate::store::{Blobs, Result, StoreError};
 
+/// UTF-8 byte order mark, which is dropped at the beginning of the file.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Longest line that is held as it is read, in bytes.
+/// Maximum size of a line that is buffered, in bytes.
 pub const HELD: usize = 128 << 10;
 
-/// A line that is not blank, with its physical number from 1.
+/// Line of the input that is not blank.
+///
+/// `number` is the physical line number, from 1.
 #[derive(Debug, PartialEq, Eq)]
 pub enum InputLine {
-    /// Without its end, and without a byte order mark; it begins at this byte of the file.
-    Whole { number: u64, at: u64, bytes: Bytes },
-    /// Not held: these bytes of the file, which may be blank.
-    Large { number: u64, range: Range<u64> },
-    /// Longer than the limit.
-    TooLong { number: u64 },
+    /// Buffered line without its line end and without a byte order mark.
+    Whole {
+        /// Line number.
+        number: u64,
+        /// Offset of the line in the file, in bytes.
+        at: u64,
+        /// Content of the line.
+        bytes: Bytes,
+    },
+    /// Large line that is not buffered and may be blank.
+    Large {
+        /// Line number.
+        number: u64,
+        /// Byte range of the line in the file.
+        range: Range<u64>,
+    },
+    /// Line that is longer than the limit.
+    TooLong {
+        /// Line number.
+        number: u64,
+    },
 }
 
-/// Where a line begins.
+/// Position of the beginning of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
-    /// Lines before it.
+    /// Number of lines before the position.
     pub lines: u64,
-    /// Bytes before it.
+    /// Number of bytes before the position.
     pub bytes: u64,
 }
 
-/// The input file of a batch.
+/// Reader of the input file of a batch.
 pub struct Input {
     blobs: Blobs,
     tenant: String,
@@ -44,99 +63,110 @@ pub struct Input {
 }
 
 impl Input {
-    /// Opens a file of so many bytes; one that has another size now is damaged. It is read in pieces of this size.
+    /// Opens a file at its beginning.
+    ///
+    /// `bytes` is the expected size of the file; another size is an error. `max_line_bytes` is the
+    /// maximum size of a line, and `chunk` is the size of a chunk, both in bytes.
     pub async fn open(
         blobs: &Blobs,
         tenant: &str,
         file: &str,
         bytes: u64,
-        longest: usize,
-        piece: u64,
+        max_line_bytes: usize,
+        chunk: u64,
     ) -> Result<Self> {
-        Self::open_at(blobs, (tenant, file), bytes, longest, piece, Position::default()).await
+        Self::open_at(blobs, (tenant, file), bytes, max_line_bytes, chunk, Position::default())
+            .await
     }
 
-    /// The same, from a line on.
+    /// Opens a file like [`Self::open`], at a position.
     pub async fn open_at(
         blobs: &Blobs,
         (tenant, file): (&str, &str),
         bytes: u64,
-        longest: usize,
-        piece: u64,
+        max_line_bytes: usize,
+        chunk: u64,
         from: Position,
     ) -> Result<Self> {
         let size = blobs.size(tenant, file).await?;
         if size != bytes {
             return Err(StoreError::Missing(format!(
-                "it has {size} bytes where {bytes} were uploaded"
+                "it has {size} bytes instead of the uploaded {bytes}"
             )));
         }
-        let stream = blobs.read(tenant, file, Some(from.bytes.min(bytes)..bytes), piece).await?;
-        let mut lines = Lines::new(stream, longest, HELD);
+        let stream = blobs.read(tenant, file, Some(from.bytes.min(bytes)..bytes), chunk).await?;
+        let mut lines = Lines::new(stream, max_line_bytes, HELD);
         lines.number = from.lines;
         lines.offset = from.bytes;
         Ok(Self { blobs: blobs.clone(), tenant: tenant.to_owned(), file: file.to_owned(), lines })
     }
 
-    /// The next line that is not blank.
+    /// Returns the next line that is not blank, or `None` at the end of the file.
     pub async fn next(&mut self) -> Result<Option<InputLine>> {
         self.lines.next().await
     }
 
-    /// Where the next line begins.
+    /// Returns the position of the next line.
     pub fn position(&self) -> Position {
         self.lines.position()
     }
 
-    /// The bytes of a large line; none if it is blank.
+    /// Reads a large line and returns its bytes, or `None` if the line is blank.
     pub async fn large(&mut self, range: Range<u64>) -> Result<Option<Bytes>> {
         let bytes = self.blobs.read_range(&self.tenant, &self.file, range).await?;
         Ok((!is_blank(&bytes)).then_some(bytes))
     }
 }
 
+/// Returns true if a line has only whitespace.
 fn is_blank(line: &[u8]) -> bool {
     line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r'))
 }
 
-/// Splits a stream of bytes into lines.
+/// Splitter of a byte stream into lines.
 struct Lines {
     stream: BoxStream<'static, Result<Bytes>>,
     buffer: BytesMut,
-    /// Where the buffer begins in the file.
+    /// Offset of the buffer in the file.
     offset: u64,
-    /// How much of the buffer holds no line end.
+    /// Length of the beginning of the buffer that is known to have no line feed.
     searched: usize,
+    /// Number of the last line.
     number: u64,
-    longest: usize,
-    held: usize,
-    /// Where the line began whose rest is passed over.
-    passing: Option<u64>,
-    /// The last byte that was passed over.
-    passed: u8,
+    max_line_bytes: usize,
+    max_buffered_bytes: usize,
+    /// Offset of the line whose rest is skipped.
+    skip_start: Option<u64>,
+    /// Last skipped byte.
+    last_skipped: u8,
     ended: bool,
 }
 
 impl Lines {
-    fn new(stream: BoxStream<'static, Result<Bytes>>, longest: usize, held: usize) -> Self {
+    fn new(
+        stream: BoxStream<'static, Result<Bytes>>,
+        max_line_bytes: usize,
+        max_buffered_bytes: usize,
+    ) -> Self {
         Self {
             stream,
             buffer: BytesMut::new(),
             offset: 0,
             searched: 0,
             number: 0,
-            longest,
-            held,
-            passing: None,
-            passed: 0,
+            max_line_bytes,
+            max_buffered_bytes,
+            skip_start: None,
+            last_skipped: 0,
             ended: false,
         }
     }
 
+    /// Returns the next line that is not blank, or `None` at the end of the stream.
     async fn next(&mut self) -> Result<Option<InputLine>> {
         loop {
             if let Some((start, line)) = self.take_line() {
-                if let Some(line) = self.judge(start, line) {
+                if let Some(line) = self.classify(start, line) {
                     return Ok(Some(line));
                 }
                 continue;
@@ -144,36 +174,38 @@ impl Lines {
             if self.ended {
                 return Ok(None);
             }
-            if self.passing.is_some()
-                || self.buffer.len() > self.held.saturating_add(BYTE_ORDER_MARK.len() + 1)
+            if self.skip_start.is_some()
+                || self.buffer.len()
+                    > self.max_buffered_bytes.saturating_add(BYTE_ORDER_MARK.len() + 1)
             {
-                self.pass();
+                self.skip_buffer();
             }
             match self.stream.next().await {
-                Some(piece) => self.buffer.extend_from_slice(&piece?),
+                Some(chunk) => self.buffer.extend_from_slice(&chunk?),
                 None => self.ended = true,
             }
         }
     }
 
+    /// Returns the position of the next line.
     fn position(&self) -> Position {
-        Position { lines: self.number, bytes: self.passing.unwrap_or(self.offset) }
+        Position { lines: self.number, bytes: self.skip_start.unwrap_or(self.offset) }
     }
 
-    /// Lets go of what is held of a line that goes on.
-    fn pass(&mut self) {
-        if self.passing.is_none() {
+    /// Drops the buffered beginning of a line that continues in the next chunk.
+    fn skip_buffer(&mut self) {
+        if self.skip_start.is_none() {
             let marked = self.number == 0 && self.buffer.starts_with(BYTE_ORDER_MARK);
             let mark = if marked { BYTE_ORDER_MARK.len() as u64 } else { 0 };
-            self.passing = Some(self.offset.saturating_add(mark));
+            self.skip_start = Some(self.offset.saturating_add(mark));
         }
-        self.passed = self.buffer.last().copied().unwrap_or(self.passed);
+        self.last_skipped = self.buffer.last().copied().unwrap_or(self.last_skipped);
         self.offset = self.offset.saturating_add(self.buffer.len() as u64);
         self.buffer.clear();
         self.searched = 0;
     }
 
-    /// Cuts the next line off the buffer, without its line feed; with the place where that began.
+    /// Splits the next line off the buffer and returns its offset and its bytes without line feed.
     fn take_line(&mut self) -> Option<(u64, Bytes)> {
         let start = self.offset;
         let unsearched = self.buffer.get(self.searched..).unwrap_or_default();
@@ -185,8 +217,8 @@ impl Lines {
             return Some((start, line));
         }
         self.searched = self.buffer.len();
-        // The last line may have no end.
-        let last = self.ended && (!self.buffer.is_empty() || self.passing.is_some());
+        // The last line may have no line feed.
+        let last = self.ended && (!self.buffer.is_empty() || self.skip_start.is_some());
         last.then(|| {
             self.searched = 0;
             let line = self.buffer.split().freeze();
@@ -195,15 +227,16 @@ impl Lines {
         })
     }
 
-    fn judge(&mut self, start: u64, mut bytes: Bytes) -> Option<InputLine> {
+    /// Counts a line and converts it, or returns `None` if the line is blank.
+    fn classify(&mut self, start: u64, mut bytes: Bytes) -> Option<InputLine> {
         self.number = self.number.saturating_add(1);
         let number = self.number;
-        if let Some(began) = self.passing.take() {
-            let last = bytes.last().copied().unwrap_or(self.passed);
+        if let Some(began) = self.skip_start.take() {
+            let last = bytes.last().copied().unwrap_or(self.last_skipped);
             let end =
                 start.saturating_add(bytes.len() as u64).saturating_sub(u64::from(last == b'\r'));
             let range = began..end;
-            let too_long = end.saturating_sub(began) > self.longest as u64;
+            let too_long = end.saturating_sub(began) > self.max_line_bytes as u64;
             return Some(if too_long {
                 InputLine::TooLong { number }
             } else {
@@ -218,11 +251,11 @@ impl Lines {
         if bytes.ends_with(b"\r") {
             bytes.truncate(bytes.len().saturating_sub(1));
         }
-        if bytes.len() > self.longest {
+        if bytes.len() > self.max_line_bytes {
             return Some(InputLine::TooLong { number });
         }
-        if bytes.len() > self.held {
-            // It came in one piece, which is as large as whoever reads has it.
+        if bytes.len() > self.max_buffered_bytes {
+            // The line arrived in one chunk and is larger than the buffer limit.
             return Some(InputLine::Large {
                 number,
                 range: began..began.saturating_add(bytes.len() as u64),
@@ -239,16 +272,22 @@ mod tests {
 
     use super::*;
 
-    /// Each line as `number:text`, or `number!` where it is too long, from pieces of this many bytes.
-    async fn read_holding(file: &[u8], longest: usize, held: usize, piece: usize) -> Vec<String> {
-        let pieces: Vec<_> =
-            file.chunks(piece).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
-        let mut lines = Lines::new(Box::pin(stream::iter(pieces)), longest, held);
+    /// Returns each line as `number:text`, or as `number!` if the line is too long.
+    async fn read_buffering(
+        file: &[u8],
+        max_line_bytes: usize,
+        max_buffered_bytes: usize,
+        chunk: usize,
+    ) -> Vec<String> {
+        let chunks: Vec<_> =
+            file.chunks(chunk).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
+        let mut lines =
+            Lines::new(Box::pin(stream::iter(chunks)), max_line_bytes, max_buffered_bytes);
         let mut found = Vec::new();
         while let Some(line) = lines.next().await.unwrap() {
             assert!(
-                lines.buffer.len() <= held + piece + 4,
-                "it holds {} bytes",
+                lines.buffer.len() <= max_buffered_bytes + chunk + 4,
+                "the buffer has {} bytes",
                 lines.buffer.len()
             );
             let shown =
@@ -262,7 +301,7 @@ mod tests {
                 InputLine::Large { number, range } => {
                     let bytes = &file[usize::try_from(range.start).unwrap()
                         ..usize::try_from(range.end).unwrap()];
-                    assert!(bytes.len() > held);
+                    assert!(bytes.len() > max_buffered_bytes);
                     if is_blank(bytes) {
                         continue;
                     }
@@ -274,56 +313,69 @@ mod tests {
         found
     }
 
-    async fn read(file: &[u8], longest: usize, piece: usize) -> Vec<String> {
-        read_holding(file, longest, 1000, piece).await
+    async fn read(file: &[u8], max_line_bytes: usize, chunk: usize) -> Vec<String> {
+        read_buffering(file, max_line_bytes, 1000, chunk).await
     }
 
     #[tokio::test]
-    async fn lines_have_their_physical_numbers() {
-        for piece in [1, 2, 3, 7, 100] {
+    async fn lines_have_physical_line_numbers() {
+        for chunk in [1, 2, 3, 7, 100] {
             assert_eq!(
-                read(b"\xef\xbb\xbfa\r\n\n  \t\nb\n\r\nc", 10, piece).await,
+                read(b"\xef\xbb\xbfa\r\n\n  \t\nb\n\r\nc", 10, chunk).await,
                 ["1:a", "4:b", "6:c"],
-                "{piece}"
+                "{chunk}"
             );
             assert_eq!(
-                read(b"a\n\xef\xbb\xbfb\n", 10, piece).await,
+                read(b"a\n\xef\xbb\xbfb\n", 10, chunk).await,
                 ["1:a", "2:\u{feff}b"],
-                "{piece}"
+                "{chunk}"
             );
-            assert_eq!(read(b"", 10, piece).await, [""; 0]);
-            assert_eq!(read(b"\n\n", 10, piece).await, [""; 0]);
+            assert_eq!(read(b"", 10, chunk).await, [""; 0]);
+            assert_eq!(read(b"\n\n", 10, chunk).await, [""; 0]);
         }
     }
 
     #[tokio::test]
-    async fn a_line_over_the_limit_is_passed_over_and_the_next_one_is_read() {
-        for piece in [1, 2, 5, 100] {
+    async fn line_over_the_limit_is_skipped_and_the_next_line_is_read() {
+        for chunk in [1, 2, 5, 100] {
             assert_eq!(
-                read(b"12345\n123456\n12345\r\n1234567890123\nx", 5, piece).await,
+                read(b"12345\n123456\n12345\r\n1234567890123\nx", 5, chunk).await,
                 ["1:12345", "2!", "3:12345", "4!", "5:x"]
             );
-            assert_eq!(read(b"1234567890123", 5, piece).await, ["1!"], "{piece}");
-            assert_eq!(read(b"\xef\xbb\xbf12345\r\n", 5, piece).await, ["1:12345"], "{piece}");
+            assert_eq!(read(b"1234567890123", 5, chunk).await, ["1!"], "{chunk}");
+            assert_eq!(read(b"\xef\xbb\xbf12345\r\n", 5, chunk).await, ["1:12345"], "{chunk}");
         }
     }
 
     proptest! {
         #[test]
-        fn where_a_file_is_cut_and_how_much_is_held_changes_nothing(
-            mark in any::<bool>(), file in "[ab\r\n ]{0,60}", piece in 1_usize..20, longest in 1_usize..10, held in 0_usize..12,
+        fn lines_do_not_depend_on_chunk_and_buffer_sizes(
+            mark in any::<bool>(),
+            file in "[ab\r\n ]{0,60}",
+            chunk in 1_usize..20,
+            max_line_bytes in 1_usize..10,
+            max_buffered_bytes in 0_usize..12,
         ) {
             let file = if mark { format!("\u{feff}{file}") } else { file };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let whole = runtime.block_on(read(file.as_bytes(), longest, 1000));
-            let pieces = runtime.block_on(read_holding(file.as_bytes(), longest, held, piece));
-            prop_assert_eq!(&whole, &pieces);
+            let whole = runtime.block_on(read(file.as_bytes(), max_line_bytes, 1000));
+            let chunked = runtime.block_on(read_buffering(
+                file.as_bytes(),
+                max_line_bytes,
+                max_buffered_bytes,
+                chunk,
+            ));
+            prop_assert_eq!(&whole, &chunked);
             let file = file.trim_start_matches('\u{feff}');
-            let expected: Vec<String> = file.split('\n').enumerate().filter_map(|(index, line)| {
+            let shown = |(index, line): (usize, &str)| {
                 let line = line.strip_suffix('\r').unwrap_or(line);
-                if line.len() > longest { return Some(format!("{}!", index + 1)); }
-                (!line.trim_matches([' ', '\t', '\r']).is_empty()).then(|| format!("{}:{line}", index + 1))
-            }).collect();
+                if line.len() > max_line_bytes {
+                    return Some(format!("{}!", index + 1));
+                }
+                let is_blank = line.trim_matches([' ', '\t', '\r']).is_empty();
+                (!is_blank).then(|| format!("{}:{line}", index + 1))
+            };
+            let expected: Vec<String> = file.split('\n').enumerate().filter_map(shown).collect();
             prop_assert_eq!(whole, expected);
         }
     }

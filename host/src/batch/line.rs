@@ -1,4 +1,5 @@
-//! What the host itself reads of a line: the custom_id, the body as it stands, and the model the body names.
+//! Parser for the parts of a line that the host needs: the custom_id, the unchanged body and its
+//! model.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,17 +8,21 @@ use std::marker::PhantomData;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// A line, as far as it could be read: validators say what is wrong with the rest.
+/// Parsed parts of a line.
+///
+/// A part that is missing or has the wrong type is `None`. Validators report errors of the line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct RequestLine<'a> {
+    /// Value of `custom_id`.
     pub custom_id: Option<Cow<'a, str>>,
-    /// The text of a JSON object.
+    /// JSON text of `body`, if `body` is an object.
     pub body: Option<&'a str>,
+    /// Value of `body.model`.
     pub model: Option<Cow<'a, str>>,
 }
 
 impl<'a> RequestLine<'a> {
-    /// Reads a line; what is no JSON object has nothing in it.
+    /// Parses a line. A line that is not a JSON object has no parts.
     pub fn parse(text: &'a str) -> Self {
         let Ok(Members::<Top>(found, _)) = serde_json::from_str(text) else {
             return Self::default();
@@ -32,7 +37,7 @@ impl<'a> RequestLine<'a> {
     }
 }
 
-/// The string that a JSON text is, if it is one. One without escapes is not copied.
+/// Parses a JSON string, or returns `None` for other JSON. A string without escapes is not copied.
 pub fn string(raw: &str) -> Option<Cow<'_, str>> {
     let inner = raw.strip_prefix('"')?.strip_suffix('"')?;
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
@@ -41,12 +46,16 @@ pub fn string(raw: &str) -> Option<Cow<'_, str>> {
     serde_json::from_str(raw).ok().map(Cow::Owned)
 }
 
-/// Which members of an object are wanted.
+/// Selection of the members that are read from an object.
 trait Wanted {
+    /// Keys of the selected members.
     const KEYS: [&'static str; 2];
 }
 
+/// Members of the whole line.
 struct Top;
+
+/// Members of the body.
 struct InBody;
 
 impl Wanted for Top {
@@ -57,7 +66,7 @@ impl Wanted for InBody {
     const KEYS: [&'static str; 2] = ["model", "model"];
 }
 
-/// The texts of the wanted members of an object; of a key given twice the last one counts.
+/// JSON texts of the selected members of an object. For a duplicate key, the last value counts.
 struct Members<'a, W>([Option<&'a str>; 2], PhantomData<W>);
 
 impl<'de, W: Wanted> Deserialize<'de> for Members<'de, W> {
@@ -72,8 +81,8 @@ impl<'de, W: Wanted> Deserialize<'de> for Members<'de, W> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let [mut first, mut second] = [None, None];
-                while let Some(Place(place, _)) = map.next_key::<Place<W>>()? {
-                    match place {
+                while let Some(KeyIndex(index, _)) = map.next_key::<KeyIndex<W>>()? {
+                    match index {
                         Some(0) => first = Some(map.next_value::<&RawValue>()?.get()),
                         Some(_) => second = Some(map.next_value::<&RawValue>()?.get()),
                         None => drop(map.next_value::<IgnoredAny>()?),
@@ -86,33 +95,36 @@ impl<'de, W: Wanted> Deserialize<'de> for Members<'de, W> {
     }
 }
 
-/// Which of the wanted members a key names.
-struct Place<W>(Option<usize>, PhantomData<W>);
+/// Index of a key in the selection, or `None` for other keys.
+struct KeyIndex<W>(Option<usize>, PhantomData<W>);
 
-impl<'de, W: Wanted> Deserialize<'de> for Place<W> {
+impl<'de, W: Wanted> Deserialize<'de> for KeyIndex<W> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PlaceVisitor<W>(PhantomData<W>);
-        impl<W: Wanted> Visitor<'_> for PlaceVisitor<W> {
-            type Value = Place<W>;
+        struct KeyIndexVisitor<W>(PhantomData<W>);
+        impl<W: Wanted> Visitor<'_> for KeyIndexVisitor<W> {
+            type Value = KeyIndex<W>;
 
             fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
                 formatter.write_str("a key")
             }
 
             fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
-                Ok(Place(W::KEYS.iter().position(|wanted| wanted.as_bytes() == key), PhantomData))
+                Ok(KeyIndex(
+                    W::KEYS.iter().position(|wanted| wanted.as_bytes() == key),
+                    PhantomData,
+                ))
             }
         }
-        // As bytes: half a surrogate pair is JSON, though no text.
-        deserializer.deserialize_bytes(PlaceVisitor(PhantomData))
+        // As bytes, because a JSON key may have a lone surrogate, which is not valid text.
+        deserializer.deserialize_bytes(KeyIndexVisitor(PhantomData))
     }
 }
 
-/// The text of an object that has no model, with one.
+/// Adds a model to the JSON text of an object that has no model.
 pub fn with_model(body: &str, model: &str) -> String {
     let rest = body.strip_prefix('{').unwrap_or(body);
     let comma = if rest.trim_start().starts_with('}') { "" } else { "," };
-    // A string is always JSON.
+    // The serialization of a string cannot fail.
     let model = serde_json::to_string(model).unwrap_or_default();
     format!("{{\"model\":{model}{comma}{rest}")
 }
@@ -122,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_can_be_read_is_read_and_the_last_of_a_key_counts() {
+    fn request_line_reads_known_members_and_the_last_duplicate_key_counts() {
         let line = RequestLine::parse(
             r#"{"custom_id":"x","a":[1e999],"body":{"model":"m","n":{}},"custom_id":"\u0061"}"#,
         );

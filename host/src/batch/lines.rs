@@ -1,4 +1,4 @@
-//! The lines of a batch that have no result yet: those of the input, in order, and those that are to be tried again.
+//! Unfinished lines of a batch: new lines from the input, in order, and deferred lines for a retry.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,26 +15,33 @@ use super::rests::Kept;
 use crate::clock::Timestamp;
 use crate::store::{Claim, Result};
 
-/// Numbers of recorded lines held at a time.
-const RECORDED: usize = 2000;
+/// Number of recorded lines that are loaded from the store at a time.
+const RECORDED_PAGE_SIZE: usize = 2000;
 
-/// A line, with what became of it before.
+/// Unfinished line, with its retry state.
 pub struct Candidate {
+    /// Line number in the input file, from 1.
     pub number: u64,
+    /// Offset of the line in the input file, in bytes.
     pub at: u64,
+    /// Content of the line, or its range in the file.
     pub held: Held,
-    /// The model it names, if it has been read.
+    /// Model that the line names, or `None` if the line is not parsed yet.
     pub model: Option<String>,
+    /// Retry state.
     pub tries: Tries,
 }
 
-/// A line, or where it is.
+/// Content of a line, or its range in the file.
 pub enum Held {
+    /// Content of the line.
     Here(Bytes),
+    /// Byte range of the line in the input file.
     InFile(Range<u64>),
 }
 
 impl Candidate {
+    /// Returns the size of the line, in bytes.
     pub fn size(&self) -> usize {
         match &self.held {
             Held::Here(bytes) => bytes.len(),
@@ -44,6 +51,7 @@ impl Candidate {
         }
     }
 
+    /// Returns the byte range of the line in the input file.
     pub fn range(&self) -> Range<u64> {
         match &self.held {
             Held::Here(bytes) => self.at..self.at.saturating_add(bytes.len() as u64),
@@ -51,70 +59,78 @@ impl Candidate {
         }
     }
 
+    /// Returns the position of the line in the input file.
     fn position(&self) -> Position {
         Position { lines: self.number.saturating_sub(1), bytes: self.at }
     }
 }
 
+/// Reader of the unfinished lines of a batch.
 pub struct LinesToDo<'a> {
     input: Input,
-    done: RecordedLines<'a>,
+    recorded: RecordedLines<'a>,
+    /// Permits for requests in flight.
     pub window: Arc<Semaphore>,
+    /// Deferred lines.
     pub deferred: Arc<Deferred>,
     next: Option<Candidate>,
-    /// Lines that were read before may be among the deferred ones: up to this number.
+    /// Number of lines that an earlier execution has read. Only these may already be deferred.
     read_before: u64,
-    /// No line of the input is taken before.
+    /// Time before which no line of the input is taken.
     pub held_until: Option<Timestamp>,
-    ended: bool,
-    /// Lines go to more than one plugin, so that each is looked into.
-    many: bool,
-    /// The first line that was passed over without being remembered.
-    passed_over: Option<Position>,
+    input_ended: bool,
+    /// True if the batch uses several plugins, so that each line is parsed for its model.
+    has_many_plugins: bool,
+    /// Position of the first skipped line.
+    first_skipped: Option<Position>,
 }
 
 impl<'a> LinesToDo<'a> {
+    /// Creates a reader that continues from a saved state. `window` is the number of permits.
     pub fn new(
         batches: &'a Batches,
         claim: &'a Claim,
         input: Input,
         from: Kept,
         window: usize,
-        many: bool,
+        has_many_plugins: bool,
     ) -> Self {
-        let done = RecordedLines {
+        let recorded = RecordedLines {
             batches,
             claim,
-            known: VecDeque::new(),
+            page: VecDeque::new(),
             last: from.position.lines,
             ended: false,
         };
         Self {
             input,
-            done,
+            recorded,
             window: Arc::new(Semaphore::new(window)),
             deferred: from.deferred,
             read_before: from.read_before,
             next: None,
             held_until: None,
-            ended: false,
-            many,
-            passed_over: None,
+            input_ended: false,
+            has_many_plugins,
+            first_skipped: None,
         }
     }
 
-    /// The next line that can be taken now; it stays the next until it is taken. While there is trouble, lines that were not tried yet go
-    /// before those that were.
+    /// Returns the next line that can be taken now, without taking it.
+    ///
+    /// If `calm` is false, some breaker has suspicion. Untried lines then go before lines that have
+    /// failed.
     pub async fn peek(&mut self, now: Timestamp, calm: bool) -> Result<Option<&Candidate>> {
         if self.next.is_none() {
-            self.next = self.find(now, calm).await?;
+            self.next = self.find_next(now, calm).await?;
         }
         Ok(self.next.as_ref())
     }
 
-    async fn find(&mut self, now: Timestamp, calm: bool) -> Result<Option<Candidate>> {
-        let held = self.held_until.is_some_and(|until| until > now);
-        if let Some(entry) = self.deferred.due(now, calm || self.ended) {
+    /// Finds the next deferred line that is due, or the next line of the input without a result.
+    async fn find_next(&mut self, now: Timestamp, calm: bool) -> Result<Option<Candidate>> {
+        let is_held = self.held_until.is_some_and(|until| until > now);
+        if let Some(entry) = self.deferred.due(now, calm || self.input_ended) {
             let (number, at, tries) = (entry.number, entry.range.start, entry.tries);
             return Ok(Some(Candidate {
                 number,
@@ -124,14 +140,14 @@ impl<'a> LinesToDo<'a> {
                 tries,
             }));
         }
-        if held {
+        if is_held {
             return Ok(None);
         }
         self.held_until = None;
-        while !self.ended {
+        while !self.input_ended {
             let (number, at, held) = match self.input.next().await? {
                 None => {
-                    self.ended = true;
+                    self.input_ended = true;
                     break;
                 }
                 Some(InputLine::Whole { number, at, bytes }) => (number, at, Held::Here(bytes)),
@@ -140,13 +156,13 @@ impl<'a> LinesToDo<'a> {
                 }
                 Some(InputLine::TooLong { .. }) => continue,
             };
-            if self.done.contains(number).await?
+            if self.recorded.contains(number).await?
                 || (number <= self.read_before && self.deferred.contains(number))
             {
                 continue;
             }
             let model = match &held {
-                Held::Here(bytes) if self.many => {
+                Held::Here(bytes) if self.has_many_plugins => {
                     std::str::from_utf8(bytes).ok().and_then(|text| RequestLine::parse(text).model)
                 }
                 Held::Here(_) | Held::InFile(_) => None,
@@ -157,26 +173,30 @@ impl<'a> LinesToDo<'a> {
         Ok(None)
     }
 
+    /// Takes the line that [`Self::peek`] has returned.
     pub fn take(&mut self) -> Option<Candidate> {
         self.next.take()
     }
 
-    /// The bytes of a line; none if it is blank.
+    /// Returns the bytes of a line, or `None` if the line is blank.
     pub async fn read(&mut self, candidate: &Candidate) -> Result<Option<Bytes>> {
         match &candidate.held {
-            // A copy: the line shares the piece it was read in, which is much larger.
+            // Copied, because the line shares the memory of a much larger chunk.
             Held::Here(bytes) => Ok(Some(Bytes::copy_from_slice(bytes))),
             Held::InFile(range) => self.input.large(range.clone()).await,
         }
     }
 
-    /// Whether the next line was tried in vain so often, and has to wait behind those of the input that were not; it does then.
-    pub fn is_behind_untried(&mut self, in_vain: u32) -> bool {
+    /// Defers the next line if it has failed during an outage and untried lines are left.
+    ///
+    /// `failed_attempts` is the number of failed attempts of the line. Returns true if the line was
+    /// deferred.
+    pub fn is_behind_untried(&mut self, failed_attempts: u32) -> bool {
         let Some(line) = &self.next else { return false };
-        if in_vain == 0 || line.tries.in_vain > 0 || self.ended {
+        if failed_attempts == 0 || line.tries.in_vain > 0 || self.input_ended {
             return false;
         }
-        let tries = Tries { in_vain, ..line.tries };
+        let tries = Tries { in_vain: failed_attempts, ..line.tries };
         let entry = Entry {
             at: Timestamp::from_millis(0),
             number: line.number,
@@ -190,68 +210,77 @@ impl<'a> LinesToDo<'a> {
         true
     }
 
-    /// Leaves the next line for a later reading of the input.
+    /// Skips the next line, which is found when the input is read again.
     pub fn pass_over(&mut self) {
         if let Some(candidate) = self.next.take() {
-            self.forget(candidate.position());
+            self.record_skipped(candidate.position());
         }
     }
 
-    /// Takes note that a line is not remembered, and has no result.
-    fn forget(&mut self, position: Position) {
-        self.passed_over = Some(self.passed_over.map_or(position, |known| known.min(position)));
+    /// Records the position of a skipped line, if it is the first one.
+    fn record_skipped(&mut self, position: Position) {
+        self.first_skipped = Some(self.first_skipped.map_or(position, |first| first.min(position)));
     }
 
-    /// Whether every line has been taken, those aside that were passed over.
+    /// Returns true if every line has been taken, except skipped lines.
     pub fn is_at_end(&self) -> bool {
-        self.ended && self.next.is_none() && self.deferred.next().is_none()
+        self.input_ended && self.next.is_none() && self.deferred.next().is_none()
     }
 
-    /// Whether lines were passed over.
+    /// Returns true if lines were skipped.
     pub fn has_passed_over(&self) -> bool {
-        self.passed_over.is_some()
+        self.first_skipped.is_some()
     }
 
-    /// When the next line can be taken, as far as that is a matter of time.
+    /// Returns the time at which the next line can be taken, if that depends on time alone.
     pub fn due(&self) -> Option<Timestamp> {
-        self.deferred.next().into_iter().chain(self.held_until.filter(|_| !self.ended)).min()
+        self.deferred.next().into_iter().chain(self.held_until.filter(|_| !self.input_ended)).min()
     }
 
-    /// Where to go on another time.
+    /// Returns the state from which a later execution can continue.
     pub fn kept(&self) -> Kept {
         let read_before = self.read_before.max(self.input.position().lines);
         Kept { position: self.position(), deferred: self.deferred.clone(), read_before }
     }
 
-    /// Where to begin another time: every line before has a result, or is deferred, as long as nothing is under way.
+    /// Returns the position from which a later execution can continue.
+    ///
+    /// If nothing is in flight, each line before the position has a result or is deferred.
     pub fn position(&self) -> Position {
         let next = self.next.as_ref().map_or_else(|| self.input.position(), Candidate::position);
-        self.passed_over.map_or(next, |passed_over| passed_over.min(next))
+        self.first_skipped.map_or(next, |first| first.min(next))
     }
 }
 
-/// The lines that have a result, asked for in ascending order and held a page at a time.
+/// Numbers of the lines that have a result, loaded from the store page by page.
 struct RecordedLines<'a> {
     batches: &'a Batches,
     claim: &'a Claim,
-    known: VecDeque<u64>,
+    /// Loaded numbers, in ascending order.
+    page: VecDeque<u64>,
+    /// Number after which the next page starts.
     last: u64,
+    /// True if the last page is loaded.
     ended: bool,
 }
 
 impl RecordedLines<'_> {
+    /// Returns true if a line has a result. Lines must be queried in ascending order.
     async fn contains(&mut self, line: u64) -> Result<bool> {
         loop {
-            match self.known.front() {
-                Some(known) if *known < line => drop(self.known.pop_front()),
-                Some(known) => return Ok(*known == line),
+            match self.page.front() {
+                Some(recorded) if *recorded < line => drop(self.page.pop_front()),
+                Some(recorded) => return Ok(*recorded == line),
                 None if self.ended => return Ok(false),
                 None => {
-                    let page =
-                        self.batches.store.recorded_lines(self.claim, self.last, RECORDED).await?;
-                    self.ended = page.len() < RECORDED;
+                    let page = self
+                        .batches
+                        .store
+                        .recorded_lines(self.claim, self.last, RECORDED_PAGE_SIZE)
+                        .await?;
+                    self.ended = page.len() < RECORDED_PAGE_SIZE;
                     self.last = page.last().copied().unwrap_or(self.last);
-                    self.known.extend(page);
+                    self.page.extend(page);
                 }
             }
         }

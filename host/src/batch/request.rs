@@ -1,13 +1,38 @@
-//! One attempt at a request, from its line to its answer: the adapter says what to do next, and it is done.
+//! Attempt at a request: the adapter chooses the next step, and the host performs the step.
 //!
-//! **Outcomes.** A request that is *refused* (no connection, 429, a credential that is not taken) has not happened: it is tried again for as
-//! long as its batch may wait, and counts for nothing. One that is *answered* with an error that may pass has a number of attempts. One
-//! that may have reached the provider and has *no answer* may be paid for: it has fewer. Between attempts nothing of a request is
-//! in memory but where its line stands; see [`deferred`](super::deferred).
+//! **Problem.** A provider charges for the requests that it accepts. A retry must neither lose a
+//! line nor pay for it twice without need, and a line must not be retried forever.
 //!
-//! **Memory.** What a request makes beyond its line (the body that an adapter writes, a response, the answer) is within its share of the pool
-//! `exchanges`, from before it is sent until its result is committed. What turns out larger than the share is dropped, room is waited
-//! for, and the guest's call is made again: a pure function answers as before.
+//! **Outcomes.** Each attempt has one of three outcomes:
+//!
+//! - *Refused*: no connection, a 429, a rejected credential. The provider has not executed the
+//!   request, so nothing was charged. The request is retried for as long as its batch may wait, and
+//!   the attempt does not count. If other lines succeed meanwhile and the breaker finds the line at
+//!   fault, the line fails.
+//! - *Answered*: the provider has sent a response. A transient error is retried until
+//!   `max_attempts` attempts have failed. Any other response is the result.
+//! - *Ambiguous*: the request may have reached the provider, but no response arrived, for example
+//!   after a reset connection. The request may have been charged. The attempt counts, and
+//!   `max_unanswered_attempts` is a second, lower limit.
+//!
+//! `max_retry_time` limits the time of all counted attempts and the pauses between them.
+//!
+//! **Paid for twice.** Three things can charge a line twice: the retry of an ambiguous attempt, the
+//! loss of a request in flight (a crash, or a stop after the grace period), and an adapter that
+//! starts a job again. To keep these cases rare, no request is sent while results cannot be
+//! written, and the state of a job at the provider is stored before a long wait. A failed poll of a
+//! job repeats the poll and not the job. If the state of a job cannot be read, the request waits.
+//!
+//! **Order.** A request first waits for a permit of its provider and only then reserves memory, so
+//! that a waiting request holds no memory that requests in flight need. Between attempts, nothing
+//! of a request is in memory except its position and its retry state; see
+//! [`deferred`](super::deferred).
+//!
+//! **Memory.** Everything that a request adds to its line (the body from the adapter, a response,
+//! the answer) is covered by a share of the pool `exchanges`, from before the send until the commit
+//! of the result. If a result of the guest exceeds the share, the result is dropped, the share
+//! waits for room, and the call is repeated. A call is a pure function, so the repeated call
+//! returns the same result.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,91 +55,113 @@ use crate::memory::Share;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
 
-/// A wait for the provider's own time that is longer than this is not spent with the line in memory.
-const SHORT: Duration = Duration::from_secs(5);
+/// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
+/// failed read of a job state.
+const DEFER_THRESHOLD: Duration = Duration::from_secs(5);
 
-/// A state of a job is kept in the store if the adapter waits for at least so long.
-const DURABLE: Duration = Duration::from_secs(1);
+/// Minimum wait for which the state of a job is written to the store.
+const STORE_JOB_THRESHOLD: Duration = Duration::from_secs(1);
 
-/// How soon a model whose plugin is gone is looked for again. A change of the plugins is seen at once.
-const MISSING: Duration = Duration::from_secs(30);
+/// Interval at which a missing or paused plugin is looked up again. A change of the plugins
+/// triggers a lookup at once.
+const PLUGIN_POLL_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What all requests of a batch have in common.
+/// State that all requests of a batch share.
 pub struct Context {
+    /// Tenant of the batch.
     pub tenant: String,
+    /// Id of the batch.
     pub batch: String,
+    /// Endpoint of the batch, such as `/v1/chat/completions`.
     pub endpoint: String,
-    /// For lines that name no model.
+    /// Model for lines that name no model.
     pub default_model: Option<String>,
-    /// Unix seconds.
+    /// Creation time of the batch, in Unix seconds.
     pub created_at: u64,
+    /// Registry that maps a model to its plugin.
     pub registry: Arc<Registry>,
-    /// The jobs of its requests at providers.
+    /// Jobs of the requests at their providers.
     pub jobs: Jobs,
+    /// Registry of all circuit breakers.
     pub outages: Arc<Outages>,
-    /// Those of the plugins that served its models when it was validated.
+    /// Circuit breakers of the plugins that served the models at validation, by plugin name.
     pub breakers: Vec<(String, Arc<Breaker>)>,
+    /// Clock of the server.
     pub clock: Clock,
+    /// Settings of the server.
     pub settings: Settings,
+    /// Stop signal of the batch.
     pub stop: Arc<Stop>,
-    /// Cancelled when what is not sent yet is to be left: the batch is stopped, or another one is to have its turn.
+    /// Cancelled when the batch is stopped or evicted. Requests that are not sent yet are dropped.
     pub leave: CancellationToken,
-    /// Closed while results cannot be written.
+    /// Gate that is closed while results cannot be written.
     pub gate: Gate,
-    /// Requests of one batch wait in one queue for their provider.
+    /// Queue in which the requests of the batch wait for their provider.
     pub queue: Queue,
 }
 
-/// A request of a batch.
+/// Request of a batch, as read from its line.
 #[derive(Clone, Copy)]
 pub struct Line<'a> {
+    /// Id of the request, the same in every attempt.
     pub id: &'a str,
+    /// `custom_id` of the line.
     pub custom_id: &'a str,
+    /// Model that the client asks for.
     pub model: &'a str,
+    /// JSON text of the body.
     pub body: &'a str,
+    /// Line number in the input file, from 1.
     pub number: u64,
-    /// What its breaker knows it by.
+    /// Hash by which breakers identify the line.
     pub mark: u64,
 }
 
-/// An answer, the plugin that gave it if one did, and the memory it takes.
+/// Final answer to a request.
 pub struct Answered {
+    /// Response or failure.
     pub answer: Answer,
+    /// Plugin that gave the answer, or `None` if the host gave it.
     pub by: Option<Arc<Plugin>>,
+    /// Memory that covers the answer.
     pub share: Option<Share>,
 }
 
-/// How an attempt ended.
+/// Outcome of an attempt.
 pub enum Ended {
+    /// The request has its final answer.
     Answered(Answered),
-    /// It is to be tried again then.
+    /// The request is retried at this time.
     Back(Timestamp, Tries),
-    /// The batch was stopped before anything was sent.
+    /// The batch was stopped before the request was sent.
     Stopped,
 }
 
-/// What came of the steps that an adapter asked for.
-enum Stepped {
+/// Outcome of the steps of an adapter.
+enum StepOutcome {
+    /// The adapter returned an answer.
     Done(Answer),
-    Again(Option<Duration>, Answer),
+    /// The adapter asks for a retry after this pause. The answer is used if no retry is left.
+    Retry(Option<Duration>, Answer),
+    /// The batch was stopped before the request was sent.
     Stopped,
-    /// It is not sent now.
-    Later(Timestamp),
-    /// The provider works on it, and is asked then.
-    Polled(Timestamp),
+    /// The request was not sent and is tried again at this time.
+    Postponed(Timestamp),
+    /// The provider works on a job, which is polled at this time.
+    Polling(Timestamp),
 }
 
 impl Context {
     /// Makes one attempt at a request.
     pub async fn attempt(&self, line: Line<'_>, mut tries: Tries) -> Ended {
         tries.waits = false;
-        // Looked up at each attempt: the operator may have repaired the plugin meanwhile.
+        // Looked up at each attempt, because the operator may have fixed the plugin meanwhile.
         let plugins = self.registry.current();
         let route = plugins.route(&self.tenant, line.model);
         let Some(Route { plugin, model }) =
             route.filter(|route| route.plugin.handles(&self.endpoint))
         else {
-            return self.without_plugin(line, tries);
+            return self.missing_plugin(line, tries);
         };
         let known = self
             .breakers
@@ -124,13 +171,13 @@ impl Context {
         let breaker =
             known.unwrap_or_else(|| self.outages.of(&plugin.name, &self.tenant, &self.endpoint));
         if plugin.paused {
-            let told = format!("The plugin `{}` is paused by the operator.", plugin.name);
+            let detail = format!("The plugin `{}` is paused by the operator.", plugin.name);
             return self.blocked_by_plugin(
                 &breaker,
                 line,
                 tries,
                 "The provider is paused by the operator.",
-                &told,
+                &detail,
             );
         }
         let (gate, probe) = breaker.enter(self.clock.now(), identity(&plugin));
@@ -152,7 +199,8 @@ impl Context {
             attempt: tries.answered.saturating_add(1),
         };
         let may_send = || {
-            // One that was paused, turned off or changed while the request waited for its place is asked for anew.
+            // A plugin may have been paused, disabled or changed while the request waited for its
+            // permit. The request is then routed again.
             let current = self.registry.current();
             if !Arc::ptr_eq(&plugins, &current)
                 && current.identity(&plugin.name) != identity(&plugin)
@@ -167,39 +215,46 @@ impl Context {
                 exchange.job_is_kept = job.is_some();
                 exchange.job = job;
             }
-            // To begin it anew would be to pay for it twice.
+            // A new job would be paid for twice.
             Err(error) => {
                 tracing::error!(
+                    tenant = self.tenant,
                     batch = self.batch,
-                    id = line.id,
-                    "the state of a job cannot be read: {error}"
+                    request = line.id,
+                    line = line.number,
+                    plugin = plugin.name,
+                    %error,
+                    "job state read failed"
                 );
-                return Ended::Back(self.clock.now().after(SHORT), tries);
+                return Ended::Back(self.clock.now().after(DEFER_THRESHOLD), tries);
             }
         }
-        let stepped = self.step(&mut exchange, line, &request, may_send).await;
+        let outcome = self.run_steps(&mut exchange, line, &request, may_send).await;
         tries.refusals = exchange.refusals;
         let sent = exchange.last.take();
-        let took = exchange.sent_at.map_or(Duration::ZERO, |begun| begun.until(self.clock.now()));
+        let duration =
+            exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
         let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
         let share = exchange.share;
         let answered =
             |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
-        let stepped = match stepped {
-            Ok(stepped) => stepped,
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
             Err(error) => return answered(failure(error.code(), error.to_string()), Some(share)),
         };
-        let (again, answer) = match stepped {
-            Stepped::Stopped => return Ended::Stopped,
-            Stepped::Later(until) => return Ended::Back(until, tries),
-            Stepped::Polled(until) => return Ended::Back(until, Tries { has_job: true, ..tries }),
-            Stepped::Done(answer) => (None, answer),
-            Stepped::Again(after, otherwise) => (Some(after), otherwise),
+        let (retry, answer) = match outcome {
+            StepOutcome::Stopped => return Ended::Stopped,
+            StepOutcome::Postponed(until) => return Ended::Back(until, tries),
+            StepOutcome::Polling(until) => {
+                return Ended::Back(until, Tries { has_job: true, ..tries });
+            }
+            StepOutcome::Done(answer) => (None, answer),
+            StepOutcome::Retry(after, otherwise) => (Some(after), otherwise),
         };
         let mut said = sent.as_ref().map_or(Said::Answered, |sent| sent.weighed.said);
         match &exchange_job {
-            // What failed is the question, not the job: it is asked again, and nothing is paid for twice.
-            Some(state) if again.is_some() && said != Said::Answered => {
+            // The poll has failed and not the job. A repeated poll costs nothing.
+            Some(state) if retry.is_some() && said != Said::Answered => {
                 if said == Said::Unanswered {
                     said = Said::Passing;
                 }
@@ -208,16 +263,16 @@ impl Context {
                 }
                 tries.has_job = true;
             }
-            // The adapter wants it begun anew.
-            Some(_) if again.is_some() => {
+            // The adapter asks for a new job.
+            Some(_) if retry.is_some() => {
                 tries.has_job = false;
                 self.jobs.forget(line.number).await;
             }
             _ => {}
         }
-        let asked = again.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
-        let trouble = |kind| self.trouble(kind, &answer, sent.as_ref());
-        match (said, again) {
+        let delay = retry.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
+        let trouble = |kind| self.describe_trouble(kind, &answer, sent.as_ref());
+        match (said, retry) {
             (
                 Said::Trouble(
                     kind @ (Kind::Unauthorized | Kind::Forbidden | Kind::Quota | Kind::Unreachable),
@@ -226,8 +281,14 @@ impl Context {
             ) => {
                 let refused_at = tries.refused_at.replace(breaker.passes());
                 let trouble = trouble(kind);
-                let verdict =
-                    self.failed(&breaker, line, &plugin, refused_at, trouble, probe.is_some());
+                let verdict = self.record_failure(
+                    &breaker,
+                    line,
+                    &plugin,
+                    refused_at,
+                    trouble,
+                    probe.is_some(),
+                );
                 tries.in_vain = breaker.tries(line.mark);
                 match verdict {
                     Verdict::Hold(until) => Ended::Back(until, tries),
@@ -236,17 +297,18 @@ impl Context {
                 }
             }
             (Said::Busy, Some(_)) => {
-                self.passed(&breaker, &plugin);
+                self.record_success(&breaker, &plugin);
                 tracing::debug!(
-                    plugin = plugin.name,
+                    tenant = self.tenant,
                     batch = self.batch,
-                    id = line.id,
-                    ?asked,
-                    "refused for now"
+                    request = line.id,
+                    plugin = plugin.name,
+                    delay_ms = delay.map(milliseconds),
+                    "request refused by the provider"
                 );
                 let pause =
                     refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
-                Ended::Back(self.clock.now().after(pause.max(asked.unwrap_or_default())), tries)
+                Ended::Back(self.clock.now().after(pause.max(delay.unwrap_or_default())), tries)
             }
             (Said::Trouble(_) | Said::Unanswered, Some(_)) => {
                 if said == Said::Unanswered {
@@ -254,7 +316,7 @@ impl Context {
                 } else {
                     tries.answered = tries.answered.saturating_add(1);
                 }
-                let verdict = self.failed(
+                let verdict = self.record_failure(
                     &breaker,
                     line,
                     &plugin,
@@ -267,71 +329,81 @@ impl Context {
                     Verdict::Wait(until) => Some(until),
                     Verdict::Hold(_) | Verdict::Own => None,
                 };
-                self.again(tries, took, asked, waits).unwrap_or_else(|| answered(answer, None))
+                self.retry(tries, duration, delay, waits).unwrap_or_else(|| answered(answer, None))
             }
             (Said::Passing | Said::Answered | Said::NotSent, Some(_)) => {
                 if said != Said::NotSent {
-                    self.passed(&breaker, &plugin);
+                    self.record_success(&breaker, &plugin);
                 }
                 tries.answered = tries.answered.saturating_add(1);
-                self.again(tries, took, asked, None).unwrap_or_else(|| answered(answer, None))
+                self.retry(tries, duration, delay, None).unwrap_or_else(|| answered(answer, None))
             }
             (_, None) => {
                 if !matches!(said, Said::NotSent | Said::Unanswered | Said::Trouble(_))
                     && sent.is_some()
                 {
-                    self.passed(&breaker, &plugin);
+                    self.record_success(&breaker, &plugin);
                 }
                 answered(answer, Some(share))
             }
         }
     }
 
-    /// When a request is tried again; none if it has had its attempts.
-    fn again(
+    /// Returns the next attempt of a request, or `None` if no attempt is left.
+    ///
+    /// The backoff is at least the `delay` of the provider, and lasts at least until `waits`.
+    fn retry(
         &self,
         mut tries: Tries,
-        took: Duration,
-        asked: Option<Duration>,
+        duration: Duration,
+        delay: Option<Duration>,
         waits: Option<Timestamp>,
     ) -> Option<Ended> {
         let attempts = tries.answered.saturating_add(tries.unanswered);
-        let pause = self.backoff(attempts).max(asked.unwrap_or_default());
-        tries.spent = tries.spent.saturating_add(took).saturating_add(pause);
-        let over = attempts as usize >= self.settings.max_attempts.get()
+        let pause = self.backoff(attempts).max(delay.unwrap_or_default());
+        tries.spent = tries.spent.saturating_add(duration).saturating_add(pause);
+        let is_exhausted = attempts as usize >= self.settings.max_attempts.get()
             || tries.unanswered as usize >= self.settings.max_unanswered_attempts.get()
             || tries.spent > self.settings.max_retry_time.duration();
         let at = self.clock.now().after(pause);
-        tracing::debug!(batch = self.batch, attempts, ?pause, over, "an attempt came to nothing");
-        (!over).then(|| Ended::Back(waits.map_or(at, |until| until.max(at)), tries))
+        tracing::debug!(
+            tenant = self.tenant,
+            batch = self.batch,
+            attempts,
+            delay_ms = milliseconds(pause),
+            is_exhausted,
+            "attempt failed"
+        );
+        (!is_exhausted).then(|| Ended::Back(waits.map_or(at, |until| until.max(at)), tries))
     }
 
-    /// Takes the steps that the adapter asks for.
-    async fn step(
+    /// Runs the steps of the adapter until an answer, a retry or a long wait.
+    async fn run_steps(
         &self,
         exchange: &mut Exchange<'_>,
         line: Line<'_>,
         request: &impl Fn() -> Request,
         may_send: impl Fn() -> bool,
-    ) -> Result<Stepped, CallError> {
+    ) -> Result<StepOutcome, CallError> {
         let plugin = exchange.plugin;
-        // A place first, and what it makes after: who waits for a place holds no memory that others under way need.
+        // The permit comes before the memory: a request that waits for a permit must not hold
+        // memory that requests in flight need.
         match self.admit(plugin).await {
             Admission::Admitted(place) => exchange.place = Some(place),
-            Admission::Stopped => return Ok(Stepped::Stopped),
-            Admission::Later(until) => return Ok(Stepped::Later(until)),
+            Admission::Stopped => return Ok(StepOutcome::Stopped),
+            Admission::Postponed(until) => return Ok(StepOutcome::Postponed(until)),
         }
-        // Something may have come up while it waited.
+        // The plugin or its breaker may have changed during the wait.
         if !may_send() {
-            return Ok(Stepped::Later(self.clock.now()));
+            return Ok(StepOutcome::Postponed(self.clock.now()));
         }
         tokio::select! {
             biased;
             () = exchange.share.cover(plugin.gateway().expected()) => {}
-            () = self.stop.asked() => return Ok(Stepped::Stopped),
+            () = self.stop.asked() => return Ok(StepOutcome::Stopped),
         }
         let mut step = match exchange.job.take() {
-            // It was begun before: the provider is asked how far it is.
+            // The job was started before, so the adapter polls it.
             Some(state) => {
                 let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
                 exchange.job = Some(state);
@@ -343,10 +415,10 @@ impl Context {
             step = match step {
                 Step::Done(answer) => {
                     exchange.told_answer(&answer, line.id);
-                    return Ok(Stepped::Done(answer));
+                    return Ok(StepOutcome::Done(answer));
                 }
                 Step::Retry { after_milliseconds, otherwise } => {
-                    return Ok(Stepped::Again(
+                    return Ok(StepOutcome::Retry(
                         after_milliseconds.map(Duration::from_millis),
                         otherwise,
                     ));
@@ -358,13 +430,13 @@ impl Context {
                 Step::Wait { milliseconds, state } => {
                     let pause = Duration::from_millis(milliseconds);
                     exchange.job_is_kept &= exchange.job.as_ref() == Some(&state);
-                    if pause >= DURABLE && !exchange.job_is_kept {
+                    if pause >= STORE_JOB_THRESHOLD && !exchange.job_is_kept {
                         exchange.job_is_kept = self.jobs.keep(line.number, plugin, &state).await;
                     }
-                    if pause >= SHORT && exchange.job_is_kept {
-                        return Ok(Stepped::Polled(self.clock.now().after(pause)));
+                    if pause >= DEFER_THRESHOLD && exchange.job_is_kept {
+                        return Ok(StepOutcome::Polling(self.clock.now().after(pause)));
                     }
-                    // A request that is in flight goes on for as long as its batch is let.
+                    // The wait ends early only if the batch is stopped and its grace period ends.
                     exchange.place = None;
                     exchange.share.settle(state.len());
                     self.clock.sleep(pause).await;
@@ -391,7 +463,7 @@ impl Context {
         })
     }
 
-    /// Waits to be let out to the provider.
+    /// Waits for a permit of the provider, for its request rate, and for the gate.
     async fn admit(&self, plugin: &Plugin) -> Admission {
         if self.stop.reason().is_some() {
             return Admission::Stopped;
@@ -402,47 +474,47 @@ impl Context {
                     Ok(admitted) => admitted,
                     Err(until) => {
                         let left = until.saturating_duration_since(tokio::time::Instant::now());
-                        return Admission::Later(self.clock.now().after(left));
+                        return Admission::Postponed(self.clock.now().after(left));
                     }
                 };
                 plugin.gateway().until_rate_permits().await;
                 if self.gate.is_open() {
                     return Admission::Admitted(admitted);
                 }
-                // What cannot be written is not asked for.
+                // No request is sent while its result could not be written.
                 drop(admitted);
                 self.gate.open().await;
             }
         };
-        // Who is let in at once need not listen for a stop.
+        // Biased, because a request that is admitted at once need not register for a stop.
         tokio::select! {
             biased;
             admission = admitted => admission,
             () = self.leave.cancelled() => match self.stop.reason() {
                 Some(_) => Admission::Stopped,
-                None => Admission::Later(self.clock.now()),
+                None => Admission::Postponed(self.clock.now()),
             },
         }
     }
 
-    /// Takes note of an answer of the provider.
-    fn passed(&self, breaker: &Breaker, plugin: &Plugin) {
-        if let Some(ended) = breaker.passed() {
-            let lasted = ended.since.until(self.clock.now());
+    /// Records a success of the provider and logs the end of an outage.
+    fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
+        if let Some(outage) = breaker.passed() {
             tracing::warn!(
-                plugin = plugin.name,
-                batch = self.batch,
                 tenant = self.tenant,
-                "the provider answers again, after {:.1} s: {}",
-                lasted.as_secs_f64(),
-                ended.trouble.detail
+                batch = self.batch,
+                plugin = plugin.name,
+                endpoint = self.endpoint,
+                duration_ms = milliseconds(outage.since.until(self.clock.now())),
+                error = outage.trouble.detail,
+                "breaker closed"
             );
             self.outages.tell();
         }
     }
 
-    /// Takes note of a request that was not answered for a reason that may be the provider's.
-    fn failed(
+    /// Records a failure that may be the fault of the provider, and logs the start of an outage.
+    fn record_failure(
         &self,
         breaker: &Breaker,
         line: Line<'_>,
@@ -462,26 +534,29 @@ impl Context {
         );
         if opened {
             tracing::warn!(
-                plugin = plugin.name,
-                batch = self.batch,
                 tenant = self.tenant,
+                batch = self.batch,
+                plugin = plugin.name,
                 endpoint = self.endpoint,
-                "requests wait for the provider: {detail}"
+                error = detail,
+                "breaker opened"
             );
         } else {
             tracing::debug!(
-                plugin = plugin.name,
+                tenant = self.tenant,
                 batch = self.batch,
-                id = line.id,
+                request = line.id,
+                plugin = plugin.name,
                 ?verdict,
-                "not answered: {detail}"
+                error = detail,
+                "request failed"
             );
         }
         verdict
     }
 
-    /// What is the matter, in words.
-    fn trouble(&self, kind: Kind, answer: &Answer, sent: Option<&Sent>) -> Trouble {
+    /// Describes a failure of the provider, for the client and for the operator.
+    fn describe_trouble(&self, kind: Kind, answer: &Answer, sent: Option<&Sent>) -> Trouble {
         let status = match answer {
             Answer::Response(response) => Some(response.status),
             Answer::Failure(_) => None,
@@ -495,7 +570,7 @@ impl Context {
                 with_status("The provider does not accept the operator's credential")
             }
             (Kind::Forbidden, _) => {
-                with_status("The provider forbids this to the operator's credential")
+                with_status("The provider denies this request to the operator's credential")
             }
             (Kind::Quota, _) => {
                 with_status("The provider says that the account's quota is used up")
@@ -507,23 +582,28 @@ impl Context {
         Trouble { kind, message, detail, answer: without_long_body(answer) }
     }
 
-    /// There is no plugin for the model any more: it served when the batch was validated, and may come back.
-    fn without_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
+    /// Defers a line whose model has no plugin any more.
+    ///
+    /// A plugin served the model when the batch was validated, and the plugin may return.
+    fn missing_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
         let model = shortened(line.model);
-        let told = format!("No plugin serves the model '{model}' any more.");
+        let message = format!("No plugin serves the model '{model}' any more.");
         let plugins = self.registry.current();
         let gone =
             self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
         let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
         let breaker = self.outages.of(&name, &self.tenant, &self.endpoint);
-        let ended = self.blocked_by_plugin(&breaker, line, tries, &told, &told);
-        // It may be another batch's affair; this one is among those that wait.
+        let ended = self.blocked_by_plugin(&breaker, line, tries, &message, &message);
+        // Another batch may have opened the breaker, so this batch is registered as waiting too.
         if !breaker.holds(&self.batch) {
             breaker.rests(&self.batch, 1);
         }
         ended
     }
 
+    /// Opens the breaker of a missing or paused plugin and defers a line.
+    ///
+    /// `message` is the cause for the client, `detail` the cause for the operator.
     fn blocked_by_plugin(
         &self,
         breaker: &Breaker,
@@ -544,41 +624,59 @@ impl Context {
         };
         let (_, opened) = breaker.failed(now, line.mark, 0, None, trouble, true);
         if opened {
-            tracing::warn!(batch = self.batch, tenant = self.tenant, "requests wait: {detail}");
+            tracing::warn!(
+                tenant = self.tenant,
+                batch = self.batch,
+                endpoint = self.endpoint,
+                error = detail,
+                "breaker opened"
+            );
         }
-        Ended::Back(now.after(MISSING), Tries { waits: true, ..tries })
+        Ended::Back(now.after(PLUGIN_POLL_INTERVAL), Tries { waits: true, ..tries })
     }
 
-    /// A pause of our own, doubled with each attempt; up to half of it is left out by chance, so that requests that failed together do
-    /// not come back together.
+    /// Returns an exponential backoff with jitter.
+    ///
+    /// The jitter removes up to half of the pause, so that requests that failed together are not
+    /// retried together.
     fn backoff(&self, attempt: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1));
-        let longest = self.settings.max_retry_backoff.duration();
-        let pause = self.settings.retry_backoff.duration().saturating_mul(doubled).min(longest);
+        let max = self.settings.max_retry_backoff.duration();
+        let pause = self.settings.retry_backoff.duration().saturating_mul(doubled).min(max);
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 }
 
+/// Outcome of the wait for a permit.
 enum Admission {
+    /// The request may be sent with this permit.
     Admitted(Admitted),
+    /// The batch was stopped.
     Stopped,
-    Later(Timestamp),
+    /// The request is tried again at this time.
+    Postponed(Timestamp),
 }
 
-/// What tells a plugin from the one that was loaded before under its name.
+/// Returns a number that differs between a plugin and an earlier plugin of the same name.
 fn identity(plugin: &Plugin) -> usize {
     std::ptr::from_ref(plugin) as usize
 }
 
+/// Converts a duration to milliseconds, for the log.
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Creates an answer without a response of the provider.
 fn failure(code: &str, message: String) -> Answer {
     Answer::Failure(Failure { code: code.to_owned(), message })
 }
 
-/// An answer that is kept for those that wait: a long body is not.
+/// Copies an answer for waiting lines, and replaces a long body by a short message.
 fn without_long_body(answer: &Answer) -> Answer {
-    const LONGEST: usize = 4 << 10;
+    const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
     match answer {
-        Answer::Response(Response { status, body, .. }) if body.len() > LONGEST => {
+        Answer::Response(Response { status, body, .. }) if body.len() > MAX_COPIED_BODY_BYTES => {
             failure("provider_error", format!("The provider answered with status {status}."))
         }
         answer => answer.clone(),

@@ -1,4 +1,4 @@
-//! A line of a result file.
+//! Lines of the output file and of the error file.
 
 use sha2::{Digest, Sha256};
 
@@ -6,8 +6,8 @@ use crate::plugin::hex;
 use crate::plugin::types::{Answer, Failure, Usage};
 use crate::store::{Ending, ResultRow, TokenUsage};
 
-/// Sixteen bytes in hexadecimal that are the same whenever they are asked for.
-fn derived(parts: &[&[u8]]) -> String {
+/// Derives 16 bytes in hexadecimal from the parts. The same parts always give the same id.
+fn derived_id(parts: &[&[u8]]) -> String {
     let mut digest = Sha256::new();
     for part in parts {
         digest.update(part);
@@ -16,20 +16,22 @@ fn derived(parts: &[&[u8]]) -> String {
     hex(digest.finalize().get(..16).unwrap_or_default())
 }
 
-/// The id of a batch's request: the same after a restart, in every attempt.
+/// Returns the id of a request, which is the same in every attempt and after a restart.
 pub fn request_id(batch: &str, line: u64) -> String {
-    format!("batch_req_{}", derived(&[b"request", batch.as_bytes(), &line.to_le_bytes()]))
+    format!("batch_req_{}", derived_id(&[b"request", batch.as_bytes(), &line.to_le_bytes()]))
 }
 
-/// The id of a batch's output or error file, so that finalizing can be repeated.
+/// Returns the id of the output file or of the error file.
+///
+/// The id depends on the batch and the kind only, so that a repeated finalization is idempotent.
 pub fn file_id(batch: &str, kind: &str) -> String {
-    format!("file-{}", derived(&[b"file", batch.as_bytes(), kind.as_bytes()]))
+    format!("file-{}", derived_id(&[b"file", batch.as_bytes(), kind.as_bytes()]))
 }
 
-/// The row of a request that ended with this answer.
+/// Creates the result row of a request from its answer.
 pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRow {
     let id = request_id(batch, line);
-    // A string is always JSON.
+    // The serialization of a string cannot fail.
     let custom_id = serde_json::to_string(custom_id).unwrap_or_default();
     let (ending, payload, usage) = match answer {
         Answer::Response(response) => {
@@ -38,12 +40,15 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
             } else {
                 Ending::Failed
             };
-            let call = derived(&[b"call", batch.as_bytes(), &line.to_le_bytes()]);
+            let call = derived_id(&[b"call", batch.as_bytes(), &line.to_le_bytes()]);
             let (status, body) = (response.status, &response.body);
-            let theirs =
+            let provider_id =
                 response.request_id.as_deref().map(provider_request_id).unwrap_or_default();
+            let begin = format!(
+                r#"{{"id":"{id}","custom_id":{custom_id},"response":{{"status_code":{status},"#
+            );
             let payload = format!(
-                r#"{{"id":"{id}","custom_id":{custom_id},"response":{{"status_code":{status},"request_id":"{call}",{theirs}"body":{body}}},"error":null}}"#
+                r#"{begin}"request_id":"{call}",{provider_id}"body":{body}}},"error":null}}"#
             );
             (ending, payload, response.usage)
         }
@@ -57,36 +62,42 @@ pub fn row(batch: &str, line: u64, custom_id: &str, answer: &Answer) -> ResultRo
     }
 }
 
-/// JSON without letters that many readers of lines take for the end of one. They can only be within strings, where an escape means the same.
+/// Escapes the characters that many line readers take for a line end.
+///
+/// In JSON these characters can only be inside strings, where the escape has the same meaning.
 fn one_line(json: String) -> String {
     const ENDS: [(char, &str); 3] =
         [('\u{85}', "\\u0085"), ('\u{2028}', "\\u2028"), ('\u{2029}', "\\u2029")];
-    if json.is_ascii() || !json.contains(ENDS.map(|(letter, _)| letter)) {
+    if json.is_ascii() || !json.contains(ENDS.map(|(end, _)| end)) {
         return json;
     }
-    ENDS.iter().fold(json, |json, (letter, escape)| json.replace(*letter, escape))
+    ENDS.iter().fold(json, |json, (end, escape)| json.replace(*end, escape))
 }
 
-/// The provider's own id of the exchange as a member of the response, for its support: what can be shown of it.
+/// Returns the request id of the provider as a JSON member, without control characters.
+///
+/// The support of the provider can find the request by this id.
 fn provider_request_id(id: &str) -> String {
-    const LONGEST: usize = 256;
-    let shown: String = id.chars().filter(|letter| !letter.is_control()).take(LONGEST).collect();
+    const MAX_CHARS: usize = 256;
+    let shown: String = id.chars().filter(|char| !char.is_control()).take(MAX_CHARS).collect();
     let value = serde_json::to_string(&shown).unwrap_or_default();
     if shown.is_empty() { String::new() } else { format!(r#""provider_request_id":{value},"#) }
 }
 
-/// The line of a request that was not executed.
+/// Returns the line of a request that was not executed.
 pub fn not_executed(batch: &str, line: u64, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
     let custom_id = serde_json::to_string(custom_id).unwrap_or_default();
     let failure = Failure { code: code.into(), message: message.into() };
     one_line(failure_line(&request_id(batch, line), &custom_id, &failure)).into_bytes()
 }
 
+/// Formats the line of a request that has no response.
 fn failure_line(id: &str, custom_id: &str, failure: &Failure) -> String {
     let error = serde_json::json!({"code": failure.code, "message": failure.message});
     format!(r#"{{"id":"{id}","custom_id":{custom_id},"response":null,"error":{error}}}"#)
 }
 
+/// Converts the usage that an adapter reports.
 fn tokens(usage: Usage) -> TokenUsage {
     TokenUsage {
         input: usage.input_tokens,
@@ -102,7 +113,7 @@ mod tests {
     use crate::plugin::types::Response;
 
     #[test]
-    fn a_line_has_the_contracts_shape() {
+    fn result_line_has_the_shape_of_the_api() {
         let response = |status| {
             Answer::Response(Response {
                 status,
@@ -115,12 +126,10 @@ mod tests {
         let id = request_id("batch_1", 3);
         assert_eq!(id.len(), "batch_req_".len() + 32);
         let text = String::from_utf8(good.payload).unwrap();
-        assert!(
-            text.starts_with(&format!(
-                r#"{{"id":"{id}","custom_id":"a\"b\n","response":{{"status_code":200,"request_id":""#
-            )),
-            "{text}"
+        let begin = format!(
+            r#"{{"id":"{id}","custom_id":"a\"b\n","response":{{"status_code":200,"request_id":"#
         );
+        assert!(text.starts_with(&format!(r#"{begin}""#)), "{text}");
         assert!(text.ends_with(r#"","body":{"a":1}},"error":null}"#), "{text}");
         let odd = Response {
             status: 200,

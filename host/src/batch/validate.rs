@@ -1,4 +1,7 @@
-//! Validation: the whole input file, in pieces, judged side by side by the host's rules and by every validator.
+//! Validation of an input file: the rules of the host and all validators check chunks in parallel.
+//!
+//! A line is parsed and normalized once, before any rule sees it; see
+//! [`envelope`](super::envelope). Rules that concern several lines are in [`whole`](super::whole).
 
 use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -20,71 +23,83 @@ use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
 use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};
 
-/// What is judged in one piece: lines, or bytes if those are reached first.
-const PIECE_LINES: usize = 1000;
-const PIECE_BYTES: usize = 256 << 10;
+/// Maximum number of lines in a chunk.
+const MAX_CHUNK_LINES: usize = 1000;
 
-/// A piece is held as it was read, as text, as the copy that all validators but the last are given, and as the hashes of its keys.
-const COPIES: usize = 4;
+/// Size at which a chunk is complete, in bytes.
+const CHUNK_BYTES: usize = 256 << 10;
 
-/// What is read of a file at a time, in bytes.
-const READ: u64 = 256 << 10;
+/// Memory of a chunk as a multiple of its size: the bytes as read, the text, the copy for all
+/// validators except the last, and the hashes of the keys.
+const COPIES_PER_CHUNK: usize = 4;
 
-/// What the hash of a `custom_id` takes in a table that has just grown, in bytes; and the shortest line that has one.
+/// Number of bytes that are read from the file at a time.
+const READ_CHUNK_BYTES: u64 = 256 << 10;
+
+/// Memory of the hash of one `custom_id` in a table that has just grown, in bytes.
 const HASH_BYTES: u64 = 68;
-const SHORTEST_LINE: u64 = 17;
 
-/// Memory for hashes that every validation has, in bytes.
-const FREE_HASHES: u64 = 64 << 10;
+/// Minimum size of a line that has a `custom_id`, in bytes.
+const MIN_LINE_BYTES: u64 = 17;
 
-/// What is looked at of a file to see whether it is another kind of file, in bytes.
-const BEGINNING: u64 = 16 << 10;
+/// Memory for hashes that needs no reservation, in bytes.
+const UNRESERVED_HASH_BYTES: u64 = 64 << 10;
 
-/// Findings that are kept of one piece.
-const MAX_PIECE_VIOLATIONS: usize = 1000;
+/// Number of bytes at the beginning of a file that are used to detect its format.
+const FORMAT_SAMPLE_BYTES: u64 = 16 << 10;
 
-/// What validation found.
+/// Maximum number of violations that a chunk keeps.
+const MAX_CHUNK_VIOLATIONS: usize = 1000;
+
+/// Outcome of a validation.
 pub enum Verdict {
+    /// The file is valid.
     Good(Validated),
-    /// What is wrong, and the validators that say so.
+    /// The file is invalid, with its errors and the validators that took part.
     Bad(Vec<BatchError>, Vec<ServedBy>),
 }
 
-/// All that judging a piece needs.
-struct Judge {
+/// Validator of a chunk.
+struct ChunkValidator {
     tenant: String,
     batch: BatchContext,
     validators: Vec<Arc<Plugin>>,
     plugins: Arc<Snapshot>,
     hashers: [RandomState; 2],
-    /// For requests that name no model.
+    /// Model for requests that name no model.
     default_model: Option<String>,
 }
 
-/// A piece, judged.
+/// Validated chunk.
 pub struct Judged {
+    /// Lines of the chunk, in order.
     pub requests: Vec<Known>,
+    /// Errors of the lines, in line order.
     pub violations: Vec<Violation>,
-    /// Violations beyond these.
+    /// Number of violations that are not in the list.
     pub unlisted: u64,
-    /// The plugins that its requests go to.
+    /// Names of the plugins that the requests go to.
     pub providers: BTreeSet<String>,
 }
 
-/// What rules across lines need to know of a line.
+/// Facts about a line for the rules that concern several lines.
 pub struct Known {
+    /// Line number, from 1.
     pub line: u64,
-    /// A hash of 128 bits, keyed anew for each batch, stands for the custom_id: a million of them fit into memory.
+    /// 128-bit hash of the `custom_id`, so that a million of them fit into memory. The hash keys
+    /// are new for each validation.
     pub custom_id: Option<u128>,
+    /// Model of the request, or `None` if the line has no valid model.
     pub model: Option<String>,
 }
 
 impl Batches {
+    /// Validates the input file of a batch.
     pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<Verdict> {
         let (tenant, file_id) = (&claim.tenant, &batch.new.input_file_id);
         let Some(file) = self.store.input_file(claim).await? else {
             return Ok(Verdict::Bad(
-                vec![of_input_file(format!(
+                vec![input_file_error(format!(
                     "Cannot find file {file_id}, or the organization does not have access to it."
                 ))],
                 Vec::new(),
@@ -92,8 +107,9 @@ impl Batches {
         };
         if file.purpose != "batch" {
             return Ok(Verdict::Bad(
-                vec![of_input_file(format!(
-                    "The file {file_id} has the purpose '{}'; an input file must be uploaded with the purpose 'batch'.",
+                vec![input_file_error(format!(
+                    "The file {file_id} has the purpose '{}'; \
+                     an input file must be uploaded with the purpose 'batch'.",
                     file.purpose
                 ))],
                 Vec::new(),
@@ -101,8 +117,8 @@ impl Batches {
         }
         let holder: Holder = tenant.as_str().into();
         let hashes = HASH_BYTES
-            .saturating_mul(self.settings.max_requests_per_file.min(file.bytes / SHORTEST_LINE));
-        let _hashes = match hashes > FREE_HASHES {
+            .saturating_mul(self.settings.max_requests_per_file.min(file.bytes / MIN_LINE_BYTES));
+        let _hashes = match hashes > UNRESERVED_HASH_BYTES {
             true => Some(
                 self.memory
                     .custom_ids
@@ -111,16 +127,17 @@ impl Batches {
             ),
             false => None,
         };
-        let longest = self.settings.max_line_size.in_memory();
-        let input = match Input::open(&self.blobs, tenant, file_id, file.bytes, longest, READ).await
-        {
+        let max_line_bytes = self.settings.max_line_size.in_memory();
+        let opened =
+            Input::open(&self.blobs, tenant, file_id, file.bytes, max_line_bytes, READ_CHUNK_BYTES);
+        let input = match opened.await {
             Ok(input) => input,
             Err(StoreError::Missing(cause)) => {
                 return Ok(Verdict::Bad(vec![lost_input(claim, file_id, &cause)], Vec::new()));
             }
             Err(error) => return Err(error),
         };
-        if let Some(message) = self.other_kind(tenant, file_id, file.bytes).await? {
+        if let Some(message) = self.file_format_error(tenant, file_id, file.bytes).await? {
             let error = BatchError {
                 code: "invalid_json_line".into(),
                 message,
@@ -129,23 +146,23 @@ impl Batches {
             };
             return Ok(Verdict::Bad(vec![error], Vec::new()));
         }
-        let mut pieces =
-            Pieces { input, next: None, memory: self.memory.validation.clone(), holder };
-        let first = pieces.next().await?;
+        let mut chunks =
+            Chunks { input, next_large: None, memory: self.memory.validation.clone(), holder };
+        let first = chunks.next().await?;
         let plugins = self.registry.current();
-        // A batch that was created before a rule went away waits for it to come back.
+        // A required validator may be missing since the batch was created. The batch waits for it.
         plugins
             .check_required(&self.settings.required_plugins, tenant, &ENDPOINTS)
             .map_err(StoreError::NotReady)?;
         let validators = plugins.validators(tenant, &batch.new.endpoint);
         let judged_by = validators.iter().map(|plugin| served_by(plugin)).collect();
-        let judge = Arc::new(Judge {
+        let validator = Arc::new(ChunkValidator {
             tenant: tenant.clone(),
             batch: BatchContext {
                 id: batch.new.id.clone(),
                 endpoint: batch.new.endpoint.clone(),
                 metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
-                first_model: first.as_ref().and_then(|(piece, _)| first_model(piece)),
+                first_model: first.as_ref().and_then(|(chunk, _)| first_model(chunk)),
             },
             validators,
             default_model: plugins.default_model(tenant, &batch.new.endpoint).map(str::to_owned),
@@ -153,33 +170,33 @@ impl Batches {
             hashers: [RandomState::new(), RandomState::new()],
         });
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        // The next piece is not read before there is room for this one.
-        let rest = stream::try_unfold(pieces, async |mut pieces| {
-            Ok(pieces.next().await?.map(|piece| (piece, pieces)))
+        // A chunk is read only after its memory is reserved.
+        let rest = stream::try_unfold(chunks, async |mut chunks| {
+            Ok(chunks.next().await?.map(|chunk| (chunk, chunks)))
         });
-        let pieces = stream::iter(first.map(Ok)).chain(rest);
-        let judged = pieces
-            .map(|piece: Result<(Vec<InputLine>, Share)>| {
-                let judge = judge.clone();
+        let chunks = stream::iter(first.map(Ok)).chain(rest);
+        let validated = chunks
+            .map(|chunk: Result<(Vec<InputLine>, Share)>| {
+                let validator = validator.clone();
                 async move {
-                    let (piece, memory) = piece?;
-                    // Each on a task of its own, so that all cores take part.
-                    let judging = AbortOnDropHandle::new(tokio::spawn(async move {
-                        let judged = judge.judge(piece).await;
+                    let (chunk, memory) = chunk?;
+                    // Each chunk has its own task, so that all cores are used.
+                    let validating = AbortOnDropHandle::new(tokio::spawn(async move {
+                        let validated = validator.validate(chunk).await;
                         drop(memory);
-                        judged
+                        validated
                     }));
-                    Ok::<_, StoreError>(judging.await)
+                    Ok::<_, StoreError>(validating.await)
                 }
             })
             .buffered(threads.saturating_mul(2));
-        let mut judged = std::pin::pin!(judged);
+        let mut validated = std::pin::pin!(validated);
         let mut whole =
             Whole::new(self.settings.max_reported_errors, self.settings.max_requests_per_file);
-        while let Some(piece) = judged.next().await {
-            match piece? {
-                Ok(Ok(piece)) => whole.add(piece),
-                Ok(Err(error)) => return Ok(Verdict::Bad(vec![of_plugin(&error)], judged_by)),
+        while let Some(chunk) = validated.next().await {
+            match chunk? {
+                Ok(Ok(chunk)) => whole.add(chunk),
+                Ok(Err(error)) => return Ok(Verdict::Bad(vec![plugin_error(&error)], judged_by)),
                 Err(_) => return Err(StoreError::Closed),
             }
             if whole.total > self.settings.max_requests_per_file {
@@ -190,9 +207,15 @@ impl Batches {
         Ok(whole.verdict(judged_by))
     }
 
-    /// What a file is, by its beginning, if its lines are no requests.
-    async fn other_kind(&self, tenant: &str, file: &str, bytes: u64) -> Result<Option<String>> {
-        let beginning = self.blobs.read_range(tenant, file, 0..bytes.min(BEGINNING)).await;
+    /// Returns an error message if the beginning of a file shows that it is not JSON Lines.
+    async fn file_format_error(
+        &self,
+        tenant: &str,
+        file: &str,
+        bytes: u64,
+    ) -> Result<Option<String>> {
+        let beginning =
+            self.blobs.read_range(tenant, file, 0..bytes.min(FORMAT_SAMPLE_BYTES)).await;
         match beginning {
             Ok(beginning) => Ok(not_json::of_file(&beginning)),
             Err(StoreError::Missing(_)) => Ok(None),
@@ -201,11 +224,18 @@ impl Batches {
     }
 }
 
-/// The error of a batch whose input cannot be read any more, with the cause for the operator alone.
+/// Creates the error of a batch whose input file is lost, and logs the cause for the operator.
 pub fn lost_input(claim: &Claim, file: &str, cause: &str) -> BatchError {
-    tracing::error!(batch = claim.batch_id, file, "the bytes of an input file are gone: {cause}");
+    tracing::error!(
+        tenant = claim.tenant,
+        batch = claim.batch_id,
+        file,
+        error = cause,
+        "input file lost"
+    );
     let message = format!(
-        "The content of the input file {file} is lost or damaged; upload it again and create a new batch."
+        "The content of the input file {file} is lost or damaged; \
+         upload it again and create a new batch."
     );
     BatchError {
         code: "input_file_lost".into(),
@@ -215,9 +245,9 @@ pub fn lost_input(claim: &Claim, file: &str, cause: &str) -> BatchError {
     }
 }
 
-/// The model that the first request names.
-fn first_model(piece: &[InputLine]) -> Option<String> {
-    match piece.first()? {
+/// Returns the model that the first request names.
+fn first_model(chunk: &[InputLine]) -> Option<String> {
+    match chunk.first()? {
         InputLine::Whole { bytes, .. } => {
             RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from)
         }
@@ -225,71 +255,74 @@ fn first_model(piece: &[InputLine]) -> Option<String> {
     }
 }
 
-/// A file in pieces, each with the share of memory that it takes.
-struct Pieces {
+/// Reader of the chunks of a file, each with the memory that it has reserved.
+struct Chunks {
     input: Input,
-    /// A large line that was found at the end of the last piece.
-    next: Option<(u64, Range<u64>)>,
+    /// Large line after the last chunk, which is the next chunk.
+    next_large: Option<(u64, Range<u64>)>,
     memory: Pool,
     holder: Holder,
 }
 
-impl Pieces {
-    /// The next lines. A large line is a piece of its own.
+impl Chunks {
+    /// Returns the next chunk, or `None` at the end of the file. A large line is a chunk of its
+    /// own.
     async fn next(&mut self) -> Result<Option<(Vec<InputLine>, Share)>> {
-        if let Some((number, range)) = self.next.take()
-            && let Some(piece) = self.large(number, range).await?
+        if let Some((number, range)) = self.next_large.take()
+            && let Some(chunk) = self.read_large(number, range).await?
         {
-            return Ok(Some(piece));
+            return Ok(Some(chunk));
         }
-        let mut share = self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
-        let mut piece = Vec::new();
+        let reserved = CHUNK_BYTES.saturating_mul(COPIES_PER_CHUNK);
+        let mut share = self.memory.take(&self.holder, reserved).await;
+        let mut chunk = Vec::new();
         let mut bytes = 0_usize;
-        while piece.len() < PIECE_LINES && bytes < PIECE_BYTES {
+        while chunk.len() < MAX_CHUNK_LINES && bytes < CHUNK_BYTES {
             match self.input.next().await? {
                 None => break,
-                Some(InputLine::Large { number, range }) if piece.is_empty() => {
+                Some(InputLine::Large { number, range }) if chunk.is_empty() => {
                     drop(share);
-                    if let Some(piece) = self.large(number, range).await? {
-                        return Ok(Some(piece));
+                    if let Some(chunk) = self.read_large(number, range).await? {
+                        return Ok(Some(chunk));
                     }
-                    share =
-                        self.memory.take(&self.holder, PIECE_BYTES.saturating_mul(COPIES)).await;
+                    share = self.memory.take(&self.holder, reserved).await;
                 }
                 Some(InputLine::Large { number, range }) => {
-                    self.next = Some((number, range));
+                    self.next_large = Some((number, range));
                     break;
                 }
                 Some(line) => {
                     if let InputLine::Whole { bytes: text, .. } = &line {
                         bytes = bytes.saturating_add(text.len());
                     }
-                    piece.push(line);
+                    chunk.push(line);
                 }
             }
         }
-        share.settle(bytes.saturating_mul(COPIES));
-        Ok((!piece.is_empty()).then_some((piece, share)))
+        share.settle(bytes.saturating_mul(COPIES_PER_CHUNK));
+        Ok((!chunk.is_empty()).then_some((chunk, share)))
     }
 
-    async fn large(
+    /// Reads a large line as a chunk, or returns `None` if the line is blank.
+    async fn read_large(
         &mut self,
         number: u64,
         range: Range<u64>,
     ) -> Result<Option<(Vec<InputLine>, Share)>> {
         let size = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
-        let share = self.memory.take(&self.holder, size.saturating_mul(COPIES)).await;
+        let share = self.memory.take(&self.holder, size.saturating_mul(COPIES_PER_CHUNK)).await;
         let bytes = self.input.large(range.clone()).await?;
         Ok(bytes.map(|bytes| (vec![InputLine::Whole { number, at: range.start, bytes }], share)))
     }
 }
 
-impl Judge {
-    async fn judge(&self, piece: Vec<InputLine>) -> std::result::Result<Judged, CallError> {
+impl ChunkValidator {
+    /// Validates a chunk with the rules of the host and with all validators.
+    async fn validate(&self, chunk: Vec<InputLine>) -> std::result::Result<Judged, CallError> {
         let mut violations = Vec::new();
-        let mut requests = Vec::with_capacity(piece.len());
-        let mut lines = Vec::with_capacity(piece.len());
-        for line in piece {
+        let mut requests = Vec::with_capacity(chunk.len());
+        let mut lines = Vec::with_capacity(chunk.len());
+        for line in chunk {
             let (number, text) = match line {
                 InputLine::Whole { number, bytes, .. } => (number, String::from_utf8(bytes.into())),
                 InputLine::Large { number, .. } | InputLine::TooLong { number } => {
@@ -297,14 +330,15 @@ impl Judge {
                     violations.push(violation(
                         number,
                         "line_too_long",
-                        "This line is longer than the server allows (max_line_size).",
+                        "This line is longer than the server allows (max_line_size); \
+                         shorten the request.",
                         None,
                     ));
                     continue;
                 }
             };
-            let settled = match text {
-                Ok(text) => self.settle(number, text, &mut violations),
+            let parsed = match text {
+                Ok(text) => self.parse(number, text, &mut violations),
                 Err(error) => {
                     let valid_up_to = error.utf8_error().valid_up_to();
                     let message = not_json::not_utf8(error.as_bytes(), valid_up_to);
@@ -312,7 +346,7 @@ impl Judge {
                     None
                 }
             };
-            match settled {
+            match parsed {
                 Some((known, text)) => {
                     requests.push(known);
                     lines.push(Line { number, text });
@@ -321,26 +355,28 @@ impl Judge {
             }
         }
         let mut unlisted = 0_u64;
-        let mut found = |judged: Judgement| {
-            violations.extend(judged.violations);
-            unlisted = unlisted.saturating_add(judged.unlisted);
+        let mut add = |judgement: Judgement| {
+            violations.extend(judgement.violations);
+            unlisted = unlisted.saturating_add(judgement.unlisted);
         };
         if let Some((last, others)) = self.validators.split_last() {
             for validator in others {
-                found(validator.validate(&self.tenant, self.batch.clone(), lines.clone()).await?);
+                add(validator.validate(&self.tenant, self.batch.clone(), lines.clone()).await?);
             }
-            found(last.validate(&self.tenant, self.batch.clone(), lines).await?);
+            add(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
-        let providers = self.judge_models(&requests, &mut violations);
-        unlisted =
-            unlisted.saturating_add(violations.len().saturating_sub(MAX_PIECE_VIOLATIONS) as u64);
+        let providers = self.check_models(&requests, &mut violations);
+        let excess = violations.len().saturating_sub(MAX_CHUNK_VIOLATIONS);
+        unlisted = unlisted.saturating_add(excess as u64);
         violations.sort_by_key(|violation| violation.line);
-        violations.truncate(MAX_PIECE_VIOLATIONS);
+        violations.truncate(MAX_CHUNK_VIOLATIONS);
         Ok(Judged { requests, violations, unlisted, providers })
     }
 
-    /// Reads a line once and for all, and writes it as every rule is to see it. What is no JSON, or has a key twice, no validator sees.
-    fn settle(
+    /// Parses a line and normalizes its text for the rules.
+    ///
+    /// Returns `None` if the line is not JSON or has duplicate keys. No validator gets such a line.
+    fn parse(
         &self,
         number: u64,
         text: String,
@@ -356,7 +392,8 @@ impl Judge {
         };
         for path in &line.duplicates {
             let message = format!(
-                "The key '{path}' is there more than once, and readers differ in which one they take; leave one."
+                "The key '{path}' occurs more than once, and JSON parsers differ in which value \
+                 they use; keep one of them."
             );
             violations.push(violation(number, "duplicate_key", &message, Some(path)));
         }
@@ -368,27 +405,29 @@ impl Judge {
         let custom_id = line.custom_id.as_deref().map(hash);
         let default = self.default_model.as_ref().filter(|_| line.has_body && !line.has_model);
         let model = default.cloned().or_else(|| line.model.map(String::from));
-        let url = line.url.filter(|url| self.is_other_form(url)).map(|url| range_of(&text, url));
+        let url = line.url.filter(|url| self.is_azure_url(url)).map(|url| range_of(&text, url));
         let body =
             default.and_then(|_| RequestLine::parse(&text).body.map(|body| range_of(&text, body)));
-        let text = self.rewritten(text, url, body.zip(default));
+        let text = self.normalize(text, url, body.zip(default));
         Some((Known { line: number, custom_id, model }, text))
     }
 
-    /// Whether a `url` is the batch's endpoint without its `/v1`, as tools for Azure write it.
-    fn is_other_form(&self, url: &str) -> bool {
+    /// Returns true if a `url` is the endpoint of the batch without `/v1`, as Azure tools write it.
+    fn is_azure_url(&self, url: &str) -> bool {
         let short = self.batch.endpoint.strip_prefix("/v1");
         short.is_some() && string(url).as_deref() == short
     }
 
-    /// A line with the batch's endpoint as its `url`, and with a model in its body, where it had neither.
-    fn rewritten(
+    /// Replaces the `url` by the endpoint of the batch and adds a default model to the body.
+    ///
+    /// `url` and `body` are `None` if they need no change.
+    fn normalize(
         &self,
         mut text: String,
         url: Option<Range<usize>>,
         body: Option<(Range<usize>, &String)>,
     ) -> String {
-        // From the back, as each moves what is behind it.
+        // Changes are applied from the end, because each change moves the text after it.
         let mut changes = Vec::new();
         if let Some(range) = url {
             changes.push((range, format!("\"{}\"", self.batch.endpoint)));
@@ -404,23 +443,25 @@ impl Judge {
         text
     }
 
-    /// The host's own rules for a line: it can be executed, and there is a plugin for its model. Returns the plugins' names.
-    fn judge_models(
+    /// Checks that each line can be executed and that a plugin serves its model.
+    ///
+    /// Returns the names of the plugins.
+    fn check_models(
         &self,
         requests: &[Known],
         violations: &mut Vec<Violation>,
     ) -> BTreeSet<String> {
         let mut providers = BTreeSet::new();
-        let faulty: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
-        // What a line says of another endpoint is not held against it here.
-        let elsewhere: HashSet<u64> = violations
+        let invalid: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
+        // A line for another endpoint has an error already. Its model is not checked for this one.
+        let other_endpoint: HashSet<u64> = violations
             .iter()
             .filter(|violation| violation.code == "invalid_url")
             .map(|violation| violation.line)
             .collect();
         for request in requests {
             match &request.model {
-                Some(_) if elsewhere.contains(&request.line) => {}
+                Some(_) if other_endpoint.contains(&request.line) => {}
                 Some(model) => {
                     let route = self.plugins.route(&self.tenant, model);
                     if let Some(route) =
@@ -432,7 +473,8 @@ impl Judge {
                     } else {
                         let shown: String = model.chars().take(200).collect();
                         let mut message = format!(
-                            "The provided model '{shown}' is not supported by the Batch API: it does not exist or is not supported"
+                            "The provided model '{shown}' is not supported by the Batch API: \
+                             it does not exist or is not supported"
                         );
                         if self.plugins.route(&self.tenant, model).is_some() {
                             message.push_str(&format!(" for {}", self.batch.endpoint));
@@ -445,10 +487,10 @@ impl Judge {
                         ));
                     }
                 }
-                // Whatever rules the operator has, a line that cannot be executed is not let through.
-                None if !faulty.contains(&request.line) => {
-                    let message =
-                        "The line has no body with a model, without which it cannot be executed.";
+                // The validators of the operator may accept a line that cannot be executed.
+                None if !invalid.contains(&request.line) => {
+                    let message = "The line has no body with a model; \
+                                   add an object \"body\" with a string \"model\".";
                     violations.push(violation(
                         request.line,
                         "invalid_request",
@@ -460,9 +502,10 @@ impl Judge {
             }
             if request.custom_id.is_none()
                 && request.model.is_some()
-                && !faulty.contains(&request.line)
+                && !invalid.contains(&request.line)
             {
-                let message = "The line has no custom_id that is valid text, without which its result could not be told apart.";
+                let message = "The line has no custom_id that is valid text; \
+                               add a string \"custom_id\" that identifies its result.";
                 violations.push(violation(
                     request.line,
                     "invalid_request",
@@ -475,19 +518,22 @@ impl Judge {
     }
 }
 
+/// Error code of a model that no plugin serves.
 pub const MODEL_NOT_FOUND: &str = "model_not_found";
 
-/// Where a part of a text is in it.
+/// Returns the byte range of a part in its text.
 fn range_of(text: &str, part: &str) -> Range<usize> {
     let start = (part.as_ptr() as usize).saturating_sub(text.as_ptr() as usize);
     start..start.saturating_add(part.len())
 }
 
+/// Creates the error of a line.
 pub fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
     Violation { line, code: code.into(), message: message.into(), param: param.map(str::to_owned) }
 }
 
-fn of_input_file(message: String) -> BatchError {
+/// Creates an error about the input file.
+fn input_file_error(message: String) -> BatchError {
     BatchError {
         code: "invalid_request".into(),
         message,
@@ -496,6 +542,7 @@ fn of_input_file(message: String) -> BatchError {
     }
 }
 
-fn of_plugin(error: &CallError) -> BatchError {
+/// Creates the error of a failed call of a validator.
+fn plugin_error(error: &CallError) -> BatchError {
     BatchError { code: error.code().into(), message: error.to_string(), param: None, line: None }
 }

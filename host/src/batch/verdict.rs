@@ -1,37 +1,44 @@
-//! What the outcome of an exchange says of the provider: whether it took the request, refused it for now, or is in trouble.
+//! Verdict of an exchange: the provider accepted the request, refused it for now, or is failing.
+//!
+//! The host derives a verdict from the status, the headers and the beginning of the body. A
+//! classification by the adapter overrides it, because the adapter knows the errors of its
+//! provider.
 
 use super::breaker::Kind;
 use crate::egress::{Fault, Hints, HttpResponse, Taken, TransportError};
 use crate::plugin::types::{Classification, Outcome, Standing};
 
-/// How much of a body is looked at, in bytes.
+/// Number of bytes at the beginning of a body that are searched for an error.
 pub use crate::plugin::BEGINNING;
 
-/// What an outcome says.
+/// Verdict about the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Said {
-    /// It was taken: whatever the answer is, it is the request's own.
+    /// The provider accepted the request. The response concerns only this request.
     Answered,
-    /// It was refused for now; nothing has happened.
+    /// The provider refused the request for now and has not executed it.
     Busy,
-    /// There is an answer that may pass by itself, and says nothing of the provider as a whole.
+    /// The provider sent a transient error that concerns only this request.
     Passing,
-    /// The provider is in trouble.
+    /// The provider is failing.
     Trouble(Kind),
-    /// It may have reached the provider, and there is no answer.
+    /// The request may have reached the provider, but no response arrived.
     Unanswered,
-    /// It was not sent, and will not be: the adapter asked for what is not allowed.
+    /// The request was not sent, because the adapter asked for something that is not allowed.
     NotSent,
 }
 
-/// An outcome, weighed.
+/// Verdict and rate limit hints of an exchange.
 #[derive(Clone, Copy, Debug)]
 pub struct Weighed {
+    /// Verdict about the provider.
     pub said: Said,
+    /// Delay and remaining requests that the provider reports.
     pub hints: Hints,
 }
 
 impl Weighed {
+    /// Derives the verdict from an outcome, and from the classification of the adapter if any.
     pub fn of(outcome: &Outcome, hints: Hints, classified: Option<Classification>) -> Self {
         let mut weighed = match outcome {
             Outcome::Error(error) => Self { said: of_error(error), hints },
@@ -55,12 +62,12 @@ impl Weighed {
         weighed
     }
 
-    /// What it says of the provider's limits.
+    /// Converts the verdict to evidence about the concurrency limit of the provider.
     pub fn taken(&self) -> Taken {
         match self.said {
             Said::Busy => Taken::Refused(self.hints.delay),
             Said::Answered => Taken::Accepted,
-            // A server that fails under load is not one that takes more.
+            // A failing server gives no evidence of capacity.
             Said::Passing | Said::Trouble(_) | Said::Unanswered | Said::NotSent => Taken::Unknown,
         }
     }
@@ -81,7 +88,7 @@ fn of_response(response: &HttpResponse, hints: &Hints) -> Said {
         401 => Said::Trouble(Kind::Unauthorized),
         403 => Said::Trouble(Kind::Forbidden),
         402 => Said::Trouble(Kind::Quota),
-        429 if is_quota(&response.body) => Said::Trouble(Kind::Quota),
+        429 if is_quota_exhausted(&response.body) => Said::Trouble(Kind::Quota),
         429 | 529 => Said::Busy,
         503 if hints.delay.is_some() => Said::Busy,
         409 | 425 => Said::Passing,
@@ -90,12 +97,12 @@ fn of_response(response: &HttpResponse, hints: &Hints) -> Said {
     }
 }
 
-/// Whether a refusal is for want of money: the words of OpenAI and of those that follow it.
-fn is_quota(body: &[u8]) -> bool {
+/// Returns true if a 429 reports an exhausted quota, in the error codes of OpenAI.
+fn is_quota_exhausted(body: &[u8]) -> bool {
     let beginning = body.get(..body.len().min(BEGINNING)).unwrap_or_default();
     [&b"insufficient_quota"[..], b"billing_hard_limit_reached"]
         .iter()
-        .any(|word| memchr::memmem::find(beginning, word).is_some())
+        .any(|code| memchr::memmem::find(beginning, code).is_some())
 }
 
 #[cfg(test)]
@@ -111,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_says_whose_fault_it_is() {
+    fn status_determines_the_verdict() {
         for (status, delay, body, expected) in [
             (200, None, "{}", Said::Answered),
             (400, None, "{}", Said::Answered),
@@ -134,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_without_an_answer_was_sent_or_not() {
+    fn transport_error_distinguishes_sent_from_unsent_requests() {
         let error = |fault, sent| {
             let mut error = TransportError::new(fault, "x");
             error.sent = sent;
@@ -148,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_adapter_knows_goes_first() {
+    fn adapter_classification_overrides_the_status() {
         let response = HttpResponse { status: 200, headers: Vec::new(), body: Vec::new() };
         let known = Classification {
             standing: Some(Standing::Busy),
