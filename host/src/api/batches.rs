@@ -7,7 +7,7 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 
 use super::error::ApiError;
-use super::lists::{room_for, sized, stream_list};
+use super::lists::{object_response, reserve, stream_list};
 use super::openapi::Errors;
 use super::params::{AnyJson, Params, QueryParams};
 use super::wire::{Batch, CreateBatch, List};
@@ -15,24 +15,27 @@ use super::{App, Tenant};
 use crate::batch::{self, Batches, shortened};
 use crate::store::{BatchRecord, Cancel, Paged, StoreError};
 
-/// A client may say how it calls this creation, so as to repeat it: in the header, or among the parameters.
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
-const LONGEST_IDEMPOTENCY_KEY: usize = 255;
+/// Request header with the idempotency key; a parameter of the body has the same meaning.
+const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
 
-/// Longest id of an object, in bytes. Ours have fewer.
-const LONGEST_ID: usize = 64;
+/// Maximum length of an idempotency key, in bytes.
+const MAX_IDEMPOTENCY_KEY_BYTES: usize = 255;
 
-/// What a batch with all its errors takes, as records, as objects and as JSON, in bytes.
-const MOST_ERRORS: usize = 1 << 20;
+/// Maximum length of an object id in a request, in bytes. Ids that the server creates are shorter.
+const MAX_ID_BYTES: usize = 64;
 
-/// Create a batch
+/// Memory of a batch with all its errors, in bytes: as records, as wire objects and as JSON.
+const BATCH_ERRORS_BYTES: usize = 1 << 20;
+
+/// Creates a batch
 ///
-/// A repetition with the same idempotency key and the same parameters answers with the batch that was made before; with other parameters it
-/// is a conflict (409).
+/// A retry with the same idempotency key and the same parameters returns the existing batch. The
+/// same key with other parameters is a conflict (409).
 #[utoipa::path(
     post, path = "/batches", tag = "Batches",
-    params(("idempotency-key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$",
-        description = "Names this creation, so that it can be repeated; also accepted in the body")),
+    params(("idempotency-key" = Option<String>, Header,
+        min_length = 1, max_length = 255, pattern = "^[!-~]+$",
+        description = "Key that makes a retry of this request safe; also accepted in the body")),
     request_body = CreateBatch,
     responses((status = 200, body = Batch, description = "The batch"), Errors),
 )]
@@ -50,44 +53,47 @@ pub async fn create(
         output_lifetime: params.lifetime("output_expires_after")?,
         idempotency_key: idempotency_key(&headers, &mut params)?,
     };
-    params.end()?;
-    if request.input_file_id.len() > LONGEST_ID {
-        let message =
-            format!("Invalid 'input_file_id': expected an id of at most {LONGEST_ID} characters.");
+    params.reject_unknown()?;
+    if request.input_file_id.len() > MAX_ID_BYTES {
+        let message = format!(
+            "Invalid 'input_file_id': expected an id of at most {MAX_ID_BYTES} characters."
+        );
         return Err(ApiError::invalid("input_file_id", "string_above_max_length", message));
     }
-    let batch = on_its_own(batches.clone(), tenant.0.clone(), request).await?;
-    whole(&batches, &tenant, batch).await
+    let batch = create_detached(batches.clone(), tenant.0.clone(), request).await?;
+    batch_response(&batches, &tenant, batch).await
 }
 
-/// Creates a batch on a task of its own: a client that goes away does not leave it half done.
-async fn on_its_own(
+/// Creates a batch on a separate task, so that a client that disconnects does not interrupt it.
+async fn create_detached(
     batches: Arc<Batches>,
     tenant: String,
     request: batch::Request,
 ) -> Result<BatchRecord, batch::CreateError> {
-    let creating = tokio::spawn(async move { batches.create(&tenant, request).await });
-    creating.await.unwrap_or(Err(batch::CreateError::Store(StoreError::Closed)))
+    let task = tokio::spawn(async move { batches.create(&tenant, request).await });
+    task.await.unwrap_or(Err(batch::CreateError::Store(StoreError::Closed)))
 }
 
-/// A batch with all of its errors, which may be many.
-async fn whole(
+/// Returns a batch with all of its errors. If there are many, their memory is reserved first.
+async fn batch_response(
     batches: &Batches,
     tenant: &Tenant,
     mut batch: BatchRecord,
 ) -> Result<Response, ApiError> {
     if !batch.has_more_errors() {
-        return sized(&Batch::from(batch), None);
+        return object_response(&Batch::from(batch), None);
     }
-    let share = room_for(&batches.memory().clients, &tenant.0.as_str().into(), MOST_ERRORS).await?;
+    let pool = &batches.memory().clients;
+    let share = reserve(pool, &tenant.0.as_str().into(), BATCH_ERRORS_BYTES).await?;
     batch.errors = batches.errors(&tenant.0, &batch.new.id).await?;
-    sized(&Batch::from(batch), Some(share))
+    object_response(&Batch::from(batch), Some(share))
 }
 
+/// Returns the idempotency key from the headers or the body. Fails if there are different ones.
 fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<String>, ApiError> {
     let invalid = |message: String| ApiError::invalid("idempotency_key", "invalid_value", message);
     let mut given = params.optional_string("idempotency_key")?;
-    for value in headers.get_all(IDEMPOTENCY_KEY) {
+    for value in headers.get_all(IDEMPOTENCY_KEY_HEADER) {
         let text = &String::from_utf8_lossy(value.as_bytes());
         if given.as_ref().is_some_and(|given| given != text) {
             return Err(invalid("There are two different idempotency keys; send one.".into()));
@@ -95,19 +101,21 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
         given = Some(text.to_string());
     }
     let fits = |key: &String| {
-        (1..=LONGEST_IDEMPOTENCY_KEY).contains(&key.len())
+        (1..=MAX_IDEMPOTENCY_KEY_BYTES).contains(&key.len())
             && key.bytes().all(|byte| byte.is_ascii_graphic())
     };
     if given.as_ref().is_some_and(|key| !fits(key)) {
         return Err(invalid(format!(
-            "Invalid 'idempotency_key': expected 1 to {LONGEST_IDEMPOTENCY_KEY} ASCII letters, digits and signs, without spaces."
+            "Invalid 'idempotency_key': expected 1 to {MAX_IDEMPOTENCY_KEY_BYTES} \
+             printable ASCII characters without spaces."
         )));
     }
     Ok(given)
 }
 
-/// Get a batch
-#[utoipa::path(get, path = "/batches/{id}", tag = "Batches", params(("id" = String, Path, description = "Id of the batch")),
+/// Returns a batch
+#[utoipa::path(get, path = "/batches/{id}", tag = "Batches",
+    params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub async fn get(
     State(batches): App,
@@ -115,16 +123,17 @@ pub async fn get(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     match batches.get(&tenant.0, &id).await? {
-        Some(batch) => whole(&batches, &tenant, batch).await,
-        None => Err(no_batch(&id)),
+        Some(batch) => batch_response(&batches, &tenant, batch).await,
+        None => Err(batch_not_found(&id)),
     }
 }
 
-/// List batches, newest first
+/// Lists batches, newest first
 #[utoipa::path(get, path = "/batches", tag = "Batches", params(
-    ("after" = Option<String>, Query, description = "Id of the last batch of the page before"),
-    ("limit" = Option<u32>, Query, minimum = 1, maximum = 100, description = "Batches in the page; 20 if absent"),
-), responses((status = 200, body = List<Batch>, description = "A page of batches"), Errors))]
+    ("after" = Option<String>, Query, description = "Id of the last batch of the previous page"),
+    ("limit" = Option<u32>, Query, minimum = 1, maximum = 100,
+        description = "Maximum number of batches in the page; 20 if absent"),
+), responses((status = 200, body = List<Batch>, description = "Page of batches"), Errors))]
 pub async fn list(
     State(batches): App,
     tenant: Tenant,
@@ -132,7 +141,7 @@ pub async fn list(
 ) -> Result<Response, ApiError> {
     let limit = query.limit(1..=batches.settings().max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
-    let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
+    let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {
         let (batches, tenant) = (batches.clone(), tenant.0.clone());
         async move {
@@ -144,14 +153,15 @@ pub async fn list(
             }
         }
     };
-    let listed = stream_list(after.clone(), limit, of_clients, page).await?;
+    let listed = stream_list(after.clone(), limit, clients, page).await?;
     listed.ok_or_else(|| unknown_after("batch", &after.unwrap_or_default()))
 }
 
-/// Cancel a batch
+/// Cancels a batch
 ///
-/// What is finished is kept; what is in flight has a grace period; the rest ends as `batch_cancelled`. A batch that has ended in another way
-/// cannot be cancelled (409).
+/// Results so far are kept. Requests in flight have a grace period. All other requests end with the
+/// error `batch_cancelled`. A batch that has already ended in another way cannot be cancelled
+/// (409).
 #[utoipa::path(post, path = "/batches/{id}/cancel", tag = "Batches",
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
@@ -162,23 +172,25 @@ pub async fn cancel(
     _: AnyJson,
 ) -> Result<Response, ApiError> {
     match batches.cancel(&tenant.0, &id).await? {
-        Cancel::Accepted(batch) => whole(&batches, &tenant, *batch).await,
+        Cancel::Accepted(batch) => batch_response(&batches, &tenant, *batch).await,
         Cancel::TooLate(status) => Err(ApiError::conflict(format!(
             "Cannot cancel a batch with status '{}'.",
             status.as_str()
         ))),
-        Cancel::Unknown => Err(no_batch(&id)),
+        Cancel::Unknown => Err(batch_not_found(&id)),
     }
 }
 
-pub fn no_batch(id: &str) -> ApiError {
+/// Returns the 404 of an unknown batch.
+pub fn batch_not_found(id: &str) -> ApiError {
     ApiError::not_found(format!("No batch found with id '{}'.", shortened(id)))
 }
 
-pub fn unknown_after(what: &str, id: &str) -> ApiError {
+/// Returns the 400 of a list whose `after` is unknown. `kind` is the kind of its entries.
+pub fn unknown_after(kind: &str, id: &str) -> ApiError {
     ApiError::invalid(
         "after",
         "invalid_value",
-        format!("Invalid 'after': no {what} found with id '{}'.", shortened(id)),
+        format!("Invalid 'after': no {kind} found with id '{}'.", shortened(id)),
     )
 }

@@ -1,4 +1,4 @@
-//! `/files/{id}/content`: the bytes of a file, or a range of them (RFC 9110, 14).
+//! `/files/{id}/content`: content of a file, or a range of it (RFC 9110, section 14).
 
 use std::fmt::Write;
 use std::ops::Range;
@@ -12,26 +12,29 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 use super::error::ApiError;
-use super::files::no_file;
-use super::lists::{FREE, held};
+use super::files::file_not_found;
+use super::lists::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::{App, Tenant};
 use crate::batch::Batches;
 use crate::memory::Holder;
 use crate::store::StoreError;
 
-/// What is read of a file at a time while there is memory for it, in bytes.
-const DOWNLOAD_PIECE: usize = 256 << 10;
+/// Chunk size of a download if memory can be reserved, in bytes.
+const DOWNLOAD_CHUNK_BYTES: usize = 256 << 10;
 
-/// Download a file's bytes, or a range of them
+/// Downloads the content of a file, or a range of it
 #[utoipa::path(get, path = "/files/{id}/content", tag = "Files",
     params(
         ("id" = String, Path, description = "Id of the file"),
-        ("range" = Option<String>, Header, description = "One range, as in `bytes=0-99`; anything else is ignored"),
+        ("range" = Option<String>, Header,
+            description = "A single range such as `bytes=0-99`; other values are ignored"),
     ),
     responses(
-        (status = 200, content_type = "application/octet-stream", description = "All bytes"),
-        (status = 206, content_type = "application/octet-stream", description = "The bytes of the range"),
+        (status = 200, content_type = "application/octet-stream",
+            description = "Content of the file"),
+        (status = 206, content_type = "application/octet-stream",
+            description = "Content of the range"),
         Errors,
     ))]
 pub async fn download(
@@ -40,44 +43,51 @@ pub async fn download(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let Some(file) = batches.file(&tenant.0, &id).await? else { return Err(no_file(&id)) };
+    let Some(file) = batches.file(&tenant.0, &id).await? else {
+        return Err(file_not_found(&id));
+    };
     let size = file.bytes;
-    let asked = headers
+    let requested = headers
         .get(header::RANGE)
         .and_then(|value| value.to_str().ok())
-        .map_or(Asked::All, |text| asked(text, size));
-    let (status, range) = match asked {
-        Asked::All => (StatusCode::OK, 0..size),
-        Asked::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
-        Asked::Nothing => {
-            let mut refused =
-                ApiError::range_not_satisfiable(format!("The file has {size} bytes."))
-                    .into_response();
-            put(refused.headers_mut(), header::CONTENT_RANGE, &format!("bytes */{size}"));
+        .map_or(RequestedRange::All, |text| parse_range(text, size));
+    let (status, range) = match requested {
+        RequestedRange::All => (StatusCode::OK, 0..size),
+        RequestedRange::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+        RequestedRange::Unsatisfiable => {
+            let mut refused = ApiError::range_not_satisfiable(format!(
+                "The range is outside the file, which has {size} bytes."
+            ))
+            .into_response();
+            set_header(refused.headers_mut(), header::CONTENT_RANGE, &format!("bytes */{size}"));
             return Ok(refused);
         }
     };
     match batches.content_size(&tenant.0, &id).await {
-        // It was deleted just now.
-        Err(StoreError::Missing(_)) => return Err(no_file(&id)),
+        // The file was deleted after its record was read.
+        Err(StoreError::Missing(_)) => return Err(file_not_found(&id)),
         found => found?,
     };
-    let bytes = pieces(batches, tenant.0, id, range.clone());
-    let mut response = (status, Body::from_stream(bytes)).into_response();
+    let chunks = read_chunks(batches, tenant.0, id, range.clone());
+    let mut response = (status, Body::from_stream(chunks)).into_response();
     let headers = response.headers_mut();
-    put(headers, header::CONTENT_TYPE, "application/octet-stream");
-    put(headers, header::CONTENT_LENGTH, &range.end.saturating_sub(range.start).to_string());
-    put(headers, header::ACCEPT_RANGES, "bytes");
-    put(headers, header::CONTENT_DISPOSITION, &disposition(&file.filename));
+    set_header(headers, header::CONTENT_TYPE, "application/octet-stream");
+    let length = range.end.saturating_sub(range.start);
+    set_header(headers, header::CONTENT_LENGTH, &length.to_string());
+    set_header(headers, header::ACCEPT_RANGES, "bytes");
+    set_header(headers, header::CONTENT_DISPOSITION, &disposition(&file.filename));
     if status == StatusCode::PARTIAL_CONTENT {
         let last = range.end.saturating_sub(1);
-        put(headers, header::CONTENT_RANGE, &format!("bytes {}-{last}/{size}", range.start));
+        let range = format!("bytes {}-{last}/{size}", range.start);
+        set_header(headers, header::CONTENT_RANGE, &range);
     }
     Ok(response)
 }
 
-/// The bytes of a file, each piece read when the client has the one before it: a larger one as long as there is memory for it.
-fn pieces(
+/// Streams the content of a file. Each chunk is read when the client has read the one before it.
+///
+/// Chunks are large if memory can be reserved, and small otherwise.
+fn read_chunks(
     batches: Arc<Batches>,
     tenant: String,
     id: String,
@@ -91,22 +101,25 @@ fn pieces(
             if at >= range.end {
                 return Ok(None);
             }
-            let share = batches.memory().clients.try_take(&holder, DOWNLOAD_PIECE);
-            let piece = if share.is_some() { DOWNLOAD_PIECE } else { FREE };
-            let next = at.saturating_add(piece as u64).min(range.end);
+            let share = batches.memory().clients.try_take(&holder, DOWNLOAD_CHUNK_BYTES);
+            let length = if share.is_some() { DOWNLOAD_CHUNK_BYTES } else { UNRESERVED_BYTES };
+            let next = at.saturating_add(length as u64).min(range.end);
             let bytes = batches.content(&tenant, &id, at..next).await?;
-            Ok(Some((held(bytes, share), next)))
+            Ok(Some((with_reservation(bytes, share), next)))
         }
     })
 }
 
-fn put(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
+fn set_header(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
 }
 
-/// The name twice where it is not plain ASCII: once for any client, once as RFC 6266 has it.
+/// Returns the `Content-Disposition` of a download.
+///
+/// A name that is not plain ASCII is sent twice: as ASCII for any client, and encoded as in RFC
+/// 6266.
 fn disposition(filename: &str) -> String {
     let plain =
         |letter: char| letter.is_ascii_graphic() && !matches!(letter, '"' | '\\') || letter == ' ';
@@ -119,7 +132,7 @@ fn disposition(filename: &str) -> String {
             if byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_') {
                 value.push(char::from(byte));
             } else {
-                // Writing to a string does not fail.
+                // A write to a string cannot fail.
                 write!(value, "%{byte:02X}").ok();
             }
         }
@@ -127,27 +140,35 @@ fn disposition(filename: &str) -> String {
     value
 }
 
+/// Range that a request asks for.
 #[derive(Debug, PartialEq, Eq)]
-enum Asked {
+enum RequestedRange {
     All,
     Part(Range<u64>),
-    Nothing,
+    Unsatisfiable,
 }
 
-/// One range; several at once, and what is no range, are ignored, as a server may.
-fn asked(text: &str, size: u64) -> Asked {
+/// Parses a `Range` header for a file of `size` bytes.
+///
+/// Several ranges, and values that are not valid, mean the whole file: RFC 9110 permits a server to
+/// ignore the header.
+fn parse_range(text: &str, size: u64) -> RequestedRange {
     let Some((first, last)) =
         text.strip_prefix("bytes=").and_then(|range| range.trim().split_once('-'))
     else {
-        return Asked::All;
+        return RequestedRange::All;
     };
     let range = match (first.parse::<u64>(), last.parse::<u64>()) {
         (Ok(first), Ok(last)) if first <= last => first..last.saturating_add(1).min(size),
         (Ok(first), Err(_)) if last.is_empty() => first..size,
         (Err(_), Ok(length)) if first.is_empty() => size.saturating_sub(length)..size,
-        _ => return Asked::All,
+        _ => return RequestedRange::All,
     };
-    if range.start < range.end { Asked::Part(range) } else { Asked::Nothing }
+    if range.start < range.end {
+        RequestedRange::Part(range)
+    } else {
+        RequestedRange::Unsatisfiable
+    }
 }
 
 #[cfg(test)]
@@ -155,26 +176,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_as_the_standard_has_them() {
+    fn range_header_is_parsed_as_in_rfc_9110() {
         for (text, range) in [
-            ("bytes=0-0", Asked::Part(0..1)),
-            ("bytes=2-", Asked::Part(2..10)),
-            ("bytes=-3", Asked::Part(7..10)),
-            ("bytes=-99", Asked::Part(0..10)),
-            ("bytes=5-99", Asked::Part(5..10)),
-            ("bytes=10-", Asked::Nothing),
-            ("bytes=-0", Asked::Nothing),
-            ("bytes=3-2", Asked::All),
-            ("bytes=0-1,3-4", Asked::All),
-            ("lines=0-1", Asked::All),
-            ("bytes=a-b", Asked::All),
+            ("bytes=0-0", RequestedRange::Part(0..1)),
+            ("bytes=2-", RequestedRange::Part(2..10)),
+            ("bytes=-3", RequestedRange::Part(7..10)),
+            ("bytes=-99", RequestedRange::Part(0..10)),
+            ("bytes=5-99", RequestedRange::Part(5..10)),
+            ("bytes=10-", RequestedRange::Unsatisfiable),
+            ("bytes=-0", RequestedRange::Unsatisfiable),
+            ("bytes=3-2", RequestedRange::All),
+            ("bytes=0-1,3-4", RequestedRange::All),
+            ("lines=0-1", RequestedRange::All),
+            ("bytes=a-b", RequestedRange::All),
         ] {
-            assert_eq!(asked(text, 10), range, "{text}");
+            assert_eq!(parse_range(text, 10), range, "{text}");
         }
     }
 
     #[test]
-    fn a_name_cannot_break_out_of_its_header() {
+    fn content_disposition_escapes_file_names() {
         assert_eq!(disposition("a b.jsonl"), "attachment; filename=\"a b.jsonl\"");
         assert_eq!(
             disposition("a\"\r\nb"),

@@ -1,4 +1,5 @@
-//! Compressed bodies of requests, decompressed as they are read. What reads them bounds their size.
+//! Decompression of request bodies, as a stream. The reader of the stream bounds the decompressed
+//! size.
 
 use std::io;
 
@@ -13,14 +14,14 @@ use tokio::io::AsyncRead;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::error::ApiError;
-use super::lists::{FREE, room_for};
+use super::lists::{UNRESERVED_BYTES, reserve};
 use super::{App, Tenant};
 use crate::batch::shortened;
 
-/// What decompressing one body takes, in bytes: a window of 32 KiB, tables and buffers.
+/// Memory of one decoder, in bytes: a window of 32 KiB, tables and buffers.
 const DECODER_BYTES: usize = 64 << 10;
 
-/// Decompresses a body, if it says that it is compressed.
+/// Middleware that decompresses a request body according to its `Content-Encoding`.
 pub async fn decompress(State(batches): App, request: Request, next: Next) -> Response {
     let encodings: Vec<String> = request
         .headers()
@@ -39,39 +40,41 @@ pub async fn decompress(State(batches): App, request: Request, next: Next) -> Re
     if encodings.len() > 1 || !matches!(encoding.as_str(), "gzip" | "x-gzip" | "deflate") {
         let given = shortened(&encodings.join(", "));
         let message = format!(
-            "Unsupported Content-Encoding: '{given}'. Send the body as it is, or compressed once with gzip or deflate."
+            "Unsupported Content-Encoding: '{given}'. \
+             Send the body uncompressed, or compressed once with gzip or deflate."
         );
-        let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
+        let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
         return error.with_code("unsupported_content_encoding").into_response();
     }
-    let tenant = Tenant::of(&request);
-    let share =
-        match room_for(&batches.memory().clients, &tenant.0.as_str().into(), DECODER_BYTES).await {
-            Ok(share) => share,
-            Err(error) => return error.into_response(),
-        };
+    let tenant = Tenant::for_request(&request);
+    let pool = &batches.memory().clients;
+    let share = match reserve(pool, &tenant.0.as_str().into(), DECODER_BYTES).await {
+        Ok(share) => share,
+        Err(error) => return error.into_response(),
+    };
     let (mut head, body) = request.into_parts();
     head.headers.remove(header::CONTENT_ENCODING);
     head.headers.remove(header::CONTENT_LENGTH);
     let bytes = TryStreamExt::map_err(body.into_data_stream(), io::Error::other);
     let reader = StreamReader::new(bytes);
-    let plain = match encoding.as_str() {
+    let decompressed = match encoding.as_str() {
         "deflate" => {
-            pieces(async_compression::tokio::bufread::ZlibDecoder::new(reader)).left_stream()
+            chunks(async_compression::tokio::bufread::ZlibDecoder::new(reader)).left_stream()
         }
         _ => {
             let mut decoder = async_compression::tokio::bufread::GzipDecoder::new(reader);
             decoder.multiple_members(true);
-            pieces(decoder).right_stream()
+            chunks(decoder).right_stream()
         }
     };
-    let held = plain.map(move |piece| {
+    // The reservation is released together with the stream.
+    let with_share = decompressed.map(move |chunk| {
         let _ = &share;
-        piece
+        chunk
     });
-    next.run(Request::from_parts(head, Body::from_stream(held))).await
+    next.run(Request::from_parts(head, Body::from_stream(with_share))).await
 }
 
-fn pieces<R: AsyncRead>(decoder: R) -> impl Stream<Item = io::Result<Bytes>> {
-    ReaderStream::with_capacity(decoder, FREE)
+fn chunks<R: AsyncRead>(decoder: R) -> impl Stream<Item = io::Result<Bytes>> {
+    ReaderStream::with_capacity(decoder, UNRESERVED_BYTES)
 }

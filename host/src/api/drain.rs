@@ -1,4 +1,7 @@
-//! What a client still sends while it is refused is read and thrown away: one that cannot send on does not look for an answer.
+//! Drain of request bodies: reads and discards what a handler left unread.
+//!
+//! Many clients read the response only after they have sent the whole body. If the server stopped
+//! reading, such a client would see a broken connection instead of the error response.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,24 +15,25 @@ use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::oneshot;
 
-/// What is thrown away of one request at the most, in bytes.
-const MOST: usize = 1 << 30;
+/// Maximum size of the discarded part of a request body, in bytes.
+const MAX_DISCARDED_BYTES: usize = 1 << 30;
 
+/// Middleware that discards the rest of a request body while the client gets the response.
 pub async fn drain(request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     if body.is_end_stream() {
         return next.run(Request::from_parts(head, body)).await;
     }
-    let (sender, left) = oneshot::channel();
-    let body = Body::new(Borrowed { body: Some(body), owner: Some(sender) });
+    let (sender, unread) = oneshot::channel();
+    let body = Body::new(ReclaimedBody { body: Some(body), owner: Some(sender) });
     let response = next.run(Request::from_parts(head, body)).await;
     tokio::spawn(async move {
-        // Whoever read the body may hold it for a little longer.
-        let Ok(mut body) = left.await else { return };
-        let mut drained = 0_usize;
+        // The handler's task may hold the body for a moment after the response is ready.
+        let Ok(mut body) = unread.await else { return };
+        let mut discarded = 0_usize;
         while let Some(Ok(frame)) = body.frame().await {
-            drained = drained.saturating_add(frame.data_ref().map_or(0, Bytes::len));
-            if drained > MOST {
+            discarded = discarded.saturating_add(frame.data_ref().map_or(0, Bytes::len));
+            if discarded > MAX_DISCARDED_BYTES {
                 return;
             }
         }
@@ -37,13 +41,14 @@ pub async fn drain(request: Request, next: Next) -> Response {
     response
 }
 
-/// A body that goes back to its owner when whoever reads it stops before its end.
-struct Borrowed {
+/// Request body that returns to its owner if its reader drops it before the end.
+struct ReclaimedBody {
+    /// None once the body has ended or failed.
     body: Option<Body>,
     owner: Option<oneshot::Sender<Body>>,
 }
 
-impl HttpBody for Borrowed {
+impl HttpBody for ReclaimedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -68,10 +73,10 @@ impl HttpBody for Borrowed {
     }
 }
 
-impl Drop for Borrowed {
+impl Drop for ReclaimedBody {
     fn drop(&mut self) {
         if let Some((body, owner)) = self.body.take().zip(self.owner.take()) {
-            // Nobody waits for it if the connection has gone.
+            // The receiver is gone if the connection was closed.
             owner.send(body).ok();
         }
     }

@@ -4,14 +4,15 @@ use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::pace::TooSlow;
+use super::pace::BodyTooSlow;
 use super::wire;
 use crate::batch::{CreateError, UploadError};
 use crate::store::StoreError;
 
-/// The SDKs retry some statuses by themselves unless they are told not to.
+/// Response header that overrides the automatic retries of the SDKs.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
+/// Error of a request: status, error object and retry headers.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
@@ -20,8 +21,9 @@ pub struct ApiError {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
+    /// Value of the header `x-should-retry`.
     should_retry: Option<bool>,
-    /// Seconds.
+    /// Value of the header `Retry-After`, in seconds.
     retry_after: Option<u32>,
 }
 
@@ -38,7 +40,7 @@ impl ApiError {
         }
     }
 
-    /// 400: a parameter is not as it should be.
+    /// Returns a 400 for an invalid parameter.
     pub fn invalid(
         param: impl Into<String>,
         code: &'static str,
@@ -47,77 +49,85 @@ impl ApiError {
         Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
     }
 
-    /// 400: the request as a whole is not as it should be.
+    /// Returns a 400 for a request that is invalid as a whole.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// Another status of the kind 4xx.
-    pub fn refused(status: StatusCode, message: impl Into<String>) -> Self {
+    /// Returns an error with another status 4xx.
+    pub fn client_error(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, "invalid_request_error", message)
     }
 
+    /// Returns a 404.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
+    /// Sets the error code.
     pub fn with_code(self, code: &'static str) -> Self {
         Self { code: Some(code), ..self }
     }
 
+    /// Sets the name of the parameter that caused the error.
     pub fn with_param(self, param: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..self }
     }
 
+    /// Returns a 405.
     pub fn method_not_allowed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
-    /// 409, which trying again does not change.
+    /// Returns a 409. A retry cannot succeed, so the SDKs are told not to retry.
     pub fn conflict(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::CONFLICT, "invalid_request_error", message);
         Self { should_retry: Some(false), ..error }
     }
 
+    /// Returns a 413.
     pub fn too_large(message: impl Into<String>) -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
     }
 
-    /// 408, if that is why a body could not be read.
-    pub fn of_late_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+    /// Returns a 408 if a body could not be read because the client sent it too slowly.
+    pub fn from_slow_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
         let causes = std::iter::successors(Some(error), |cause| cause.source());
-        let late = causes.into_iter().any(<dyn std::error::Error>::is::<TooSlow>);
-        let message = "The rest of the request body came more slowly than the server waits for: a piece within client_timeout, and 4 KiB/s on average.";
-        late.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
+        let is_slow = causes.into_iter().any(<dyn std::error::Error>::is::<BodyTooSlow>);
+        let message = "The request body arrived too slowly. The server expects data at least once \
+                       per client_timeout, and 4 KiB/s on average.";
+        is_slow.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
     }
 
-    /// 503: the client is to come back in a moment.
+    /// Returns a 503 for a server at its limits. The client may retry after a second.
     pub fn overloaded() -> Self {
         let message = "The server is busy; try again in a moment.";
         Self { retry_after: Some(1), ..Self::unavailable(message).with_code("server_overloaded") }
     }
 
+    /// Returns a 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
     }
 
+    /// Returns a 416.
     pub fn range_not_satisfiable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "invalid_request_error", message)
     }
 
-    /// For a status that comes without words.
-    pub fn of_status(status: StatusCode) -> Self {
+    /// Returns an error for a status that has no message.
+    pub fn from_status(status: StatusCode) -> Self {
         let kind = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
         Self::new(status, kind, status.canonical_reason().unwrap_or("The request was refused."))
     }
 
-    /// 500, with the cause in the log alone.
+    /// Returns a 500. Only the log has the cause.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
-        tracing::error!("a request failed: {cause}");
+        tracing::error!(error = %cause, "request failed");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "server_error",
-            "The server had an error while processing the request; its log says more.",
+            "The server had an error while processing the request; see the server's log.",
         )
     }
 }
@@ -126,9 +136,9 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Full(cause) => {
-                tracing::error!("a request failed for want of disk space: {cause}");
+                tracing::error!(error = %cause, "request failed, disk is full");
                 let message =
-                    "The server's disk is full; try again when its operator has made room.";
+                    "The server's disk is full; try again after its operator has freed disk space.";
                 Self {
                     code: Some("storage_full"),
                     ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
@@ -138,8 +148,8 @@ impl From<StoreError> for ApiError {
                 Self::unavailable("The server is shutting down; try again in a moment.")
             }
             StoreError::NotReady(cause) => {
-                tracing::warn!("a request was refused: {cause}");
-                Self::unavailable("The server is not ready; try again in a while.")
+                tracing::warn!(error = %cause, "request refused, server not ready");
+                Self::unavailable("The server is not ready; try again later.")
                     .with_code("server_not_ready")
             }
             error => Self::internal(error),

@@ -12,21 +12,22 @@ use super::error::ApiError;
 use super::lists::stream_list;
 use super::multipart::{Form, Part};
 use super::openapi::Errors;
-use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing};
+use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing_parameter};
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
 use crate::batch::{NewFile, Upload, shortened};
 use crate::store::{FileQuery, Order, Paged};
 
-/// What a client may upload a file for; `batch_output` is for the server's own.
+/// Purposes that an upload may have. The server itself uses `batch_output` for result files.
 const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];
 
-/// Upload a file
+/// Uploads a file
 ///
-/// The file that a batch reads has the purpose `batch` and one JSON object a line.
-// The parts come in any order: the Node SDK sends the file first. So the bytes go to the store at once, and what else is said decides
-// at the end.
-#[utoipa::path(post, path = "/files", tag = "Files", request_body(content = UploadForm, content_type = "multipart/form-data"),
+/// The input file of a batch has the purpose `batch` and one JSON object per line.
+// Clients send the parts in any order, and the Node SDK sends the file first. So the content goes
+// to the store at once, and the other parts are checked at the end.
+#[utoipa::path(post, path = "/files", tag = "Files",
+    request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn upload(
     State(batches): App,
@@ -35,8 +36,8 @@ pub async fn upload(
 ) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request)?;
     let mut upload = batches.upload(&tenant.0).await?;
-    let received = receive(&mut form, &mut upload).await;
-    let new = match received.and_then(Received::check) {
+    let parts = read_parts(&mut form, &mut upload).await;
+    let new = match parts.and_then(Parts::check) {
         Ok(new) => new,
         Err(error) => {
             upload.abort().await;
@@ -46,34 +47,36 @@ pub async fn upload(
     Ok(Json(upload.finish(new).await?.into()))
 }
 
+/// Text parts of an upload form, and the name of the uploaded file.
 #[derive(Default)]
-struct Received {
+struct Parts {
     filename: Option<String>,
     purpose: Option<String>,
     anchor: Option<String>,
     seconds: Option<String>,
-    /// Both as one JSON object, as the Ruby SDK has them.
+    /// Anchor and seconds as one JSON object: the Ruby SDK sends them so.
     expires_after: Option<String>,
 }
 
-/// How long a client may pause before what was gathered of its upload is written.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Time without data after which the buffered part of an upload is flushed to the store.
+const FLUSH_DELAY: Duration = Duration::from_millis(50);
 
-async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiError> {
-    let mut received = Received::default();
+/// Reads a form: writes the content of the file to `upload`, and returns the other parts.
+async fn read_parts(form: &mut Form, upload: &mut Upload) -> Result<Parts, ApiError> {
+    let mut parts = Parts::default();
     while let Some(mut part) = form.next().await? {
         match part.name.as_str() {
             "file" => {
-                if received.filename.is_some() {
-                    return Err(twice("file"));
+                if parts.filename.is_some() {
+                    return Err(duplicate_part("file"));
                 }
-                received.filename = Some(part.filename.take().unwrap_or_else(|| "upload".into()));
+                parts.filename = Some(part.filename.take().unwrap_or_else(|| "upload".into()));
                 loop {
                     let mut next = pin!(part.chunk());
                     let chunk = tokio::select! {
                         biased;
                         chunk = &mut next => chunk,
-                        () = tokio::time::sleep(PAUSE) => {
+                        () = tokio::time::sleep(FLUSH_DELAY) => {
                             upload.flush().await?;
                             next.await
                         }
@@ -82,54 +85,61 @@ async fn receive(form: &mut Form, upload: &mut Upload) -> Result<Received, ApiEr
                     upload.write(bytes).await?;
                 }
             }
-            "purpose" => once(&mut received.purpose, part).await?,
-            // Brackets are most clients' form, dots that of Go.
+            "purpose" => read_once(&mut parts.purpose, part).await?,
+            // The Go SDK writes a dot, most other clients write brackets.
             "expires_after[anchor]" | "expires_after.anchor" => {
-                once(&mut received.anchor, part).await?
+                read_once(&mut parts.anchor, part).await?
             }
             "expires_after[seconds]" | "expires_after.seconds" => {
-                once(&mut received.seconds, part).await?
+                read_once(&mut parts.seconds, part).await?
             }
-            "expires_after" => once(&mut received.expires_after, part).await?,
+            "expires_after" => read_once(&mut parts.expires_after, part).await?,
             _ => form.ignore(part).await?,
         }
     }
-    Ok(received)
+    Ok(parts)
 }
 
-async fn once(text: &mut Option<String>, part: Part) -> Result<(), ApiError> {
+/// Reads a text part. Fails if the form already had the part.
+async fn read_once(text: &mut Option<String>, part: Part) -> Result<(), ApiError> {
     if text.is_some() {
-        return Err(twice(&part.name));
+        return Err(duplicate_part(&part.name));
     }
     *text = Some(part.text().await?);
     Ok(())
 }
 
-fn twice(part: &str) -> ApiError {
-    ApiError::invalid(part, "invalid_value", format!("There is more than one part '{part}'."))
+fn duplicate_part(part: &str) -> ApiError {
+    let message = format!("The form has more than one part '{part}'; send one.");
+    ApiError::invalid(part, "invalid_value", message)
 }
 
-impl Received {
+impl Parts {
+    /// Checks the parts. Fails if a required part is missing or a value is invalid.
     fn check(self) -> Result<NewFile, ApiError> {
-        let filename = self.filename.ok_or_else(|| missing("file"))?;
-        let purpose = self.purpose.ok_or_else(|| missing("purpose"))?;
+        let filename = self.filename.ok_or_else(|| missing_parameter("file"))?;
+        let purpose = self.purpose.ok_or_else(|| missing_parameter("purpose"))?;
         if !PURPOSES.contains(&purpose.as_str()) {
             let shown = shortened(&purpose);
             let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
             let message = format!(
-                "Invalid value: '{shown}'. Supported values are: {supported}. The parameter is 'purpose'."
+                "Invalid value: '{shown}'. Supported values are: {supported}. \
+                 The parameter is 'purpose'."
             );
             return Err(ApiError::invalid("purpose", "invalid_value", message));
         }
         let lifetime = match (self.anchor, self.seconds) {
             (None, None) => match self.expires_after {
-                Some(json) => Params::of_json("expires_after", &json)?.lifetime("expires_after")?,
+                Some(json) => {
+                    Params::from_json("expires_after", &json)?.lifetime("expires_after")?
+                }
                 None => None,
             },
-            (Some(_), None) => return Err(missing("expires_after[seconds]")),
-            (None, Some(_)) => return Err(missing("expires_after[anchor]")),
+            (Some(_), None) => return Err(missing_parameter("expires_after[seconds]")),
+            (None, Some(_)) => return Err(missing_parameter("expires_after[anchor]")),
             (Some(anchor), Some(seconds)) => {
-                // The Go SDK sends it empty if its caller did not set it, and there is only one.
+                // The Go SDK sends an empty anchor if its caller did not set one. Only one anchor
+                // exists, so its meaning is clear.
                 if !anchor.is_empty() {
                     check_anchor("expires_after[anchor]", &anchor)?;
                 }
@@ -140,8 +150,9 @@ impl Received {
     }
 }
 
-/// Get a file
-#[utoipa::path(get, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
+/// Returns a file
+#[utoipa::path(get, path = "/files/{id}", tag = "Files",
+    params(("id" = String, Path, description = "Id of the file")),
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub async fn get(
     State(batches): App,
@@ -150,17 +161,19 @@ pub async fn get(
 ) -> Result<Json<File>, ApiError> {
     match batches.file(&tenant.0, &id).await? {
         Some(file) => Ok(Json(file.into())),
-        None => Err(no_file(&id)),
+        None => Err(file_not_found(&id)),
     }
 }
 
-/// List files
+/// Lists files
 #[utoipa::path(get, path = "/files", tag = "Files", params(
-    ("purpose" = Option<String>, Query, description = "Only files of this purpose"),
-    ("limit" = Option<u32>, Query, minimum = 1, maximum = 10000, description = "Files in the page; as many as may be if absent"),
-    ("order" = inline(Option<Direction>), Query, description = "By age; newest first if absent"),
-    ("after" = Option<String>, Query, description = "Id of the last file of the page before"),
-), responses((status = 200, body = List<File>, description = "A page of files"), Errors))]
+    ("purpose" = Option<String>, Query, description = "Returns only files with this purpose"),
+    ("limit" = Option<u32>, Query, minimum = 1, maximum = 10000,
+        description = "Maximum number of files in the page; the largest allowed number if absent"),
+    ("order" = inline(Option<Direction>), Query,
+        description = "Order by creation time; newest first if absent"),
+    ("after" = Option<String>, Query, description = "Id of the last file of the previous page"),
+), responses((status = 200, body = List<File>, description = "Page of files"), Errors))]
 pub async fn list(
     State(batches): App,
     tenant: Tenant,
@@ -178,12 +191,12 @@ pub async fn list(
             ));
         }
     };
-    let most = batches.settings().max_files_per_page.get() as u64;
-    let limit = query.limit(1..=most, most)?;
+    let max = batches.settings().max_files_per_page.get() as u64;
+    let limit = query.limit(1..=max, max)?;
     let (purpose, now) = (query.text("purpose"), batches.clock().now());
-    let of_clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
+    let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {
-        let limit = limit.min((bytes / LISTED_BYTES).max(1));
+        let limit = limit.min((bytes / BYTES_PER_ENTRY).max(1));
         let query = FileQuery { purpose: purpose.clone(), order, after, limit, now };
         let (batches, tenant) = (batches.clone(), tenant.0.clone());
         async move {
@@ -195,18 +208,19 @@ pub async fn list(
             }
         }
     };
-    let listed = stream_list(after.clone(), limit, of_clients, page).await?;
+    let listed = stream_list(after.clone(), limit, clients, page).await?;
     listed.ok_or_else(|| unknown_after("file", &after.unwrap_or_default()))
 }
 
-/// What an entry of a list takes in memory and in an answer, in bytes.
-const LISTED_BYTES: usize = 700;
+/// Approximate size of a list entry, in memory and in a response, in bytes.
+const BYTES_PER_ENTRY: usize = 700;
 
-/// Delete a file
+/// Deletes a file
 ///
-/// It is gone for clients at once; a batch that reads it goes on.
-#[utoipa::path(delete, path = "/files/{id}", tag = "Files", params(("id" = String, Path, description = "Id of the file")),
-    responses((status = 200, body = Deleted, description = "It is deleted"), Errors))]
+/// Clients can no longer read the file. A running batch that reads the file continues.
+#[utoipa::path(delete, path = "/files/{id}", tag = "Files",
+    params(("id" = String, Path, description = "Id of the file")),
+    responses((status = 200, body = Deleted, description = "The file is deleted"), Errors))]
 pub async fn delete(
     State(batches): App,
     tenant: Tenant,
@@ -215,10 +229,11 @@ pub async fn delete(
     if batches.delete_file(&tenant.0, &id).await? {
         Ok(Json(Deleted { id, object: "file", deleted: true }))
     } else {
-        Err(no_file(&id))
+        Err(file_not_found(&id))
     }
 }
 
-pub fn no_file(id: &str) -> ApiError {
+/// Returns the 404 of an unknown file.
+pub fn file_not_found(id: &str) -> ApiError {
     ApiError::not_found(format!("No file found with id '{}'.", shortened(id)))
 }

@@ -1,4 +1,4 @@
-//! `/health`: for load balancers and supervisors.
+//! `/health`: probes of load balancers and supervisors.
 
 use axum::Json;
 use axum::extract::State;
@@ -9,12 +9,15 @@ use serde_json::{Value, json};
 use super::App;
 use crate::plugin::EntryState;
 
-/// The process runs. It asks nobody: a supervisor restarts what does not answer.
+/// Liveness: returns 200 while the process runs.
+///
+/// The probe depends on nothing else, because a supervisor restarts a process that fails it.
 pub async fn live() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-/// The store answers, so that files and batches can be read, downloaded and deleted: what a load balancer asks.
+/// Availability, for load balancers: returns 200 if the store responds, so that files and batches
+/// can be read, downloaded and deleted.
 pub async fn serving(State(batches): App) -> Response {
     if batches.is_serving().await {
         Json(json!({"status": "ok"})).into_response()
@@ -23,13 +26,14 @@ pub async fn serving(State(batches): App) -> Response {
     }
 }
 
-/// A batch that is created now would be validated, executed and kept.
+/// Readiness: returns 200 if a batch that is created now would be validated, executed and stored.
 pub async fn ready(State(batches): App) -> Response {
     let readiness = batches.readiness().await;
     let plugins = batches.registry().current();
     let failed = plugins.entries.iter().filter(|entry| entry.state() == EntryState::Failed).count();
     let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
-    // Their providers do not answer; requests wait, and what is created is kept.
+    // A plugin whose provider is unavailable does not make the server unready: new batches are
+    // accepted, and their requests wait.
     let mut waiting: Vec<String> =
         batches.outages().into_iter().map(|(key, _)| key.plugin).collect();
     waiting.dedup();
@@ -42,9 +46,14 @@ pub async fn ready(State(batches): App) -> Response {
     }
 }
 
-/// An error object, and beside it what a person looks for.
+/// Returns 503 with an error object, and with the reasons as a list for the operator.
 fn unavailable(reasons: &[String], plugins: Value) -> Response {
-    let error = json!({"message": reasons.join(" "), "type": "server_error", "param": null, "code": "server_not_ready"});
+    let error = json!({
+        "message": reasons.join(" "),
+        "type": "server_error",
+        "param": null,
+        "code": "server_not_ready",
+    });
     let body =
         json!({"error": error, "status": "unavailable", "reasons": reasons, "plugins": plugins});
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()

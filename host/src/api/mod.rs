@@ -1,6 +1,8 @@
-//! The HTTP API: routes, wire types, errors. Each handler reads its request, calls one function of `batch`, and answers.
+//! HTTP API: routes, wire types, errors. Each handler parses its request, calls one function of
+//! `batch`, and builds the response.
 //!
-//! Architecture invariant: wire types live here alone; nothing below knows JSON of the API, statuses or headers.
+//! Architecture invariant: only this module has wire types. No module below this one knows the
+//! JSON, the statuses or the headers of the API.
 
 mod batches;
 mod connections;
@@ -42,23 +44,24 @@ use crate::batch::{Batches, shortened};
 use crate::config::Settings;
 use error::ApiError;
 pub use server::{serve, serve_admin};
-use web::Trusted;
+use web::OriginPolicy;
 
-/// Every route is here under both: clients of the llama-stack of 2025 use the second.
-const PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
+/// Path prefixes of all routes. Clients of llama-stack as of 2025 use the second prefix.
+const ROUTE_PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
 
-/// Largest body of a request that is no upload, in bytes.
-const MOST_JSON: usize = 128 << 10;
+/// Maximum size of a request body other than an upload, in bytes.
+const MAX_JSON_BODY_BYTES: usize = 128 << 10;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Response header with the id that the log has for the request.
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 type App = axum::extract::State<Arc<Batches>>;
 
-/// Whose request it is. There is one tenant until keys tell them apart.
+/// Tenant of a request. The only tenant is `default`, because requests carry no API keys yet.
 struct Tenant(String);
 
 impl Tenant {
-    fn of(_: &Request) -> Self {
+    fn for_request(_: &Request) -> Self {
         Self("default".into())
     }
 }
@@ -71,7 +74,7 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
     }
 }
 
-/// All routes, for a listener on this address.
+/// Returns the router of the API, for a listener on `address`.
 pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
     let api = OpenApiRouter::new()
         .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
@@ -84,23 +87,23 @@ pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -
         .routes(routes!(plugins::list))
         .routes(routes!(plugins::of_batch))
         .routes(routes!(models::list));
-    let (api, mut described) = api.split_for_parts();
-    // The name of a model may hold slashes, which the description of a path cannot say.
+    let (api, mut description) = api.split_for_parts();
+    // OpenAPI cannot describe a path parameter that contains slashes, and names of models may.
     let (_, model) =
         OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
-    described.merge(model);
+    description.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
-    let document = Json(openapi::document(described, settings));
+    let document = Json(openapi::document(description, settings));
     let mut router = health_routes().route("/openapi.json", get(async move || document));
-    for prefix in PREFIXES {
+    for prefix in ROUTE_PREFIXES {
         router = router.nest(prefix, api.clone());
     }
     let router = router
         .fallback(unknown_route)
-        .method_not_allowed_fallback(wrong_method)
-        .layer(DefaultBodyLimit::max(MOST_JSON))
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(MAX_JSON_BODY_BYTES))
         .layer(middleware::from_fn_with_state(batches.clone(), decompress::decompress))
-        .layer(middleware::from_fn_with_state(Trusted::new(settings, address), web::guard))
+        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
         .layer(middleware::from_fn(drain::drain))
         .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
         .layer(CatchPanicLayer::custom(|_| {
@@ -111,7 +114,7 @@ pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -
         Some(cors) => router.layer(cors),
         None => router,
     };
-    router.layer(middleware::from_fn(tag))
+    router.layer(middleware::from_fn(tag_response))
 }
 
 fn health_routes() -> Router<Arc<Batches>> {
@@ -121,20 +124,21 @@ fn health_routes() -> Router<Arc<Batches>> {
         .route("/health/ready", get(health::ready))
 }
 
-/// For the operator's own listener: health, and the plugins with every tenant's trouble.
+/// Returns the router of the admin listener: health, and the plugins with the outages of all
+/// tenants.
 pub fn admin_router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
     let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
     health_routes()
         .merge(plugins)
         .fallback(unknown_route)
-        .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn_with_state(Trusted::new(settings, address), web::guard))
-        .layer(middleware::from_fn(tag))
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
+        .layer(middleware::from_fn(tag_response))
         .with_state(batches)
 }
 
-/// Gives each answer an id, and the log a line.
-async fn tag(request: Request, next: Next) -> Response {
+/// Adds a request id to each response, and logs the request.
+async fn tag_response(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().simple().to_string();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
@@ -144,12 +148,13 @@ async fn tag(request: Request, next: Next) -> Response {
         .get(header::CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes() == b"application/json");
     if (status.is_client_error() || status.is_server_error()) && !is_json {
-        // A refusal of the framework's own, for a path that is not UTF-8 say.
-        response = ApiError::of_status(status).into_response();
+        // The framework built this error, for example for a path that is not UTF-8.
+        response = ApiError::from_status(status).into_response();
     }
-    tracing::debug!(request_id = id, %method, path, status = response.status().as_u16(), "answered");
+    let status = response.status().as_u16();
+    tracing::debug!(request_id = id, %method, path, status, "request handled");
     if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert(REQUEST_ID, value);
+        response.headers_mut().insert(REQUEST_ID_HEADER, value);
     }
     response
 }
@@ -158,6 +163,6 @@ async fn unknown_route(method: Method, uri: Uri) -> ApiError {
     ApiError::not_found(format!("Invalid URL ({method} {})", shortened(uri.path())))
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", shortened(uri.path())))
 }

@@ -9,16 +9,18 @@ use super::wire::{List, Model};
 use super::{App, Tenant};
 use crate::plugin::Plugin;
 
-/// List the models that can be asked for by name
-#[utoipa::path(get, path = "/models", tag = "Models", responses((status = 200, body = List<Model>, description = "All models"), Errors))]
+/// Lists the models that a request can name
+#[utoipa::path(get, path = "/models", tag = "Models",
+    responses((status = 200, body = List<Model>, description = "All models"), Errors))]
 pub async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model>> {
     let plugins = batches.registry().current();
     let models = plugins.models(&tenant.0);
     Json(List::new(models.into_iter().map(|(name, plugin)| model(name, plugin)).collect(), false))
 }
 
-/// Get a model
-#[utoipa::path(get, path = "/models/{id}", tag = "Models", params(("id" = String, Path, description = "Name of the model")),
+/// Returns a model
+#[utoipa::path(get, path = "/models/{id}", tag = "Models",
+    params(("id" = String, Path, description = "Name of the model")),
     responses((status = 200, body = Model, description = "The model"), Errors))]
 pub async fn get(
     State(batches): App,

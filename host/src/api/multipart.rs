@@ -1,8 +1,11 @@
-//! Bodies of `multipart/form-data`, read as they come.
+//! Parser of `multipart/form-data` bodies, as a stream.
 //!
-//! The reader of the library holds what lies between two parts, a part's headers above all, until it has found their end. So what it is
-//! given while it looks for that is bounded here. Headers are read as those of a mail (RFC 2183, RFC 2231, RFC 2047): clients of several
-//! languages write names in each of these ways.
+//! **Memory.** The multipart library buffers the data between two parts, mainly the headers of the
+//! next part, until it finds the end of the headers, without a bound. [`MeteredBody`]
+//! therefore bounds the data that the library gets while it searches.
+//!
+//! **Headers.** The headers of a part are parsed like those of a mail (RFC 2183, RFC 2231, RFC
+//! 2047). Clients of different languages use each of these encodings for names.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,67 +23,78 @@ use multer::Multipart;
 use super::error::ApiError;
 use crate::batch::shortened;
 
-/// Longest part that is no file, in bytes.
-const LONGEST_TEXT: usize = 1024;
+/// Maximum size of a text part, in bytes.
+const MAX_TEXT_PART_BYTES: usize = 1024;
 
-/// What may lie between the end of a part and the end of the next one's headers, in bytes; it comes in pieces of up to as much again.
+/// Maximum distance from the end of a part to the end of the next part's headers, in bytes. The
+/// last chunk may exceed the bound by up to the same amount.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// What parts that nobody asked for may have in all, in bytes; each counts as this much at least.
+/// Maximum total size of the unknown parts of a form, in bytes.
 const MAX_IGNORED_BYTES: usize = 1 << 20;
-const MIN_IGNORED_BYTES: usize = 1 << 10;
 
-/// Longest boundary: RFC 2046, 5.1.1 allows 70 characters, some clients send 80.
-const LONGEST_BOUNDARY: usize = 200;
+/// Size that each unknown part counts for beside its content, in bytes. So the number of empty
+/// parts is bounded too.
+const PART_OVERHEAD_BYTES: usize = 1 << 10;
 
+/// Maximum length of a boundary, in bytes. RFC 2046, 5.1.1 allows 70 characters, some clients send
+/// 80.
+const MAX_BOUNDARY_BYTES: usize = 200;
+
+/// Form that is being read, part by part.
 pub struct Form {
     multipart: Multipart<'static>,
+    /// Bytes that the library may still read before the next part begins.
     allowance: Arc<AtomicUsize>,
-    ignored: usize,
+    ignored_bytes: usize,
 }
 
-/// A part of a form: what its headers say, and its content, which is not bounded here.
+/// Part of a form. The size of its content has no bound here.
 pub struct Part {
+    /// Name of the part; empty if its headers have none.
     pub name: String,
+    /// Name of the uploaded file, if the part has one.
     pub filename: Option<String>,
     field: multer::Field<'static>,
 }
 
-/// The headers of a part do not end.
+/// Error of a part whose headers exceed their bound.
 #[derive(Debug, thiserror::Error)]
 #[error("the headers of a part are longer than {MAX_HEAD_BYTES} bytes")]
 struct HeadTooLong;
 
 impl Form {
+    /// Starts to read the form in a request. Fails with 415 if the body is not a form.
     pub fn read(request: Request) -> Result<Self, ApiError> {
         let boundary = boundary(request.headers())?;
         let allowance = Arc::new(AtomicUsize::new(MAX_HEAD_BYTES));
         let body =
-            Metered { body: request.into_body(), allowance: allowance.clone(), yielded: false };
+            MeteredBody { body: request.into_body(), allowance: allowance.clone(), yielded: false };
         let multipart = Multipart::new(Body::new(body).into_data_stream(), boundary);
-        Ok(Self { multipart, allowance, ignored: 0 })
+        Ok(Self { multipart, allowance, ignored_bytes: 0 })
     }
 
+    /// Returns the next part, or none at the end of the form.
     pub async fn next(&mut self) -> Result<Option<Part>, ApiError> {
         self.allowance.store(MAX_HEAD_BYTES, Ordering::Relaxed);
-        let field = self.multipart.next_field().await.map_err(|error| broken(&error))?;
+        let field = self.multipart.next_field().await.map_err(|error| read_error(&error))?;
         self.allowance.store(usize::MAX, Ordering::Relaxed);
         Ok(field.map(|field| {
             let disposition =
                 field.headers().get(header::CONTENT_DISPOSITION).map(|value| value.as_bytes());
-            let (name, filename) = names(disposition.unwrap_or_default());
+            let (name, filename) = part_names(disposition.unwrap_or_default());
             Part { name, filename, field }
         }))
     }
 
-    /// Reads past a part that means nothing here.
+    /// Reads and discards an unknown part.
     pub async fn ignore(&mut self, mut part: Part) -> Result<(), ApiError> {
-        self.ignored = self.ignored.saturating_add(MIN_IGNORED_BYTES);
+        self.ignored_bytes = self.ignored_bytes.saturating_add(PART_OVERHEAD_BYTES);
         while let Some(bytes) = part.chunk().await? {
-            self.ignored = self.ignored.saturating_add(bytes.len());
-            if self.ignored > MAX_IGNORED_BYTES {
+            self.ignored_bytes = self.ignored_bytes.saturating_add(bytes.len());
+            if self.ignored_bytes > MAX_IGNORED_BYTES {
                 return Err(ApiError::too_large(
-                    "The form has more in parts other than 'file' than the server reads past (1 MiB).",
+                    "The unknown parts of the form are larger than 1 MiB in total; omit them.",
                 ));
             }
         }
@@ -89,16 +103,18 @@ impl Form {
 }
 
 impl Part {
+    /// Returns the next chunk of the content, or none at its end.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, ApiError> {
-        self.field.chunk().await.map_err(|error| broken(&error))
+        self.field.chunk().await.map_err(|error| read_error(&error))
     }
 
-    /// The text of a short part.
+    /// Returns the content of a short text part.
     pub async fn text(mut self) -> Result<String, ApiError> {
         let mut text = Vec::new();
         while let Some(bytes) = self.chunk().await? {
-            if text.len().saturating_add(bytes.len()) > LONGEST_TEXT {
-                return Err(self.invalid("is too long"));
+            if text.len().saturating_add(bytes.len()) > MAX_TEXT_PART_BYTES {
+                let why = format!("is longer than {MAX_TEXT_PART_BYTES} bytes");
+                return Err(self.invalid(&why));
             }
             text.extend_from_slice(&bytes);
         }
@@ -111,9 +127,10 @@ impl Part {
     }
 }
 
+/// Returns the boundary of a form from its `Content-Type`.
 fn boundary(headers: &HeaderMap) -> Result<String, ApiError> {
     let given = headers.get(header::CONTENT_TYPE).map(|value| value.as_bytes()).unwrap_or_default();
-    let parsed = parsed("Content-Type", given);
+    let parsed = parse_header("Content-Type", given);
     let kind = parsed.as_ref().and_then(|message| message.content_type());
     let is_form = |kind: &&ContentType| {
         kind.ctype().eq_ignore_ascii_case("multipart")
@@ -121,33 +138,36 @@ fn boundary(headers: &HeaderMap) -> Result<String, ApiError> {
     };
     let Some(kind) = kind.filter(is_form) else {
         let given = shortened(&String::from_utf8_lossy(given));
-        let message = format!(
-            "Unsupported content type: '{given}'. A file is uploaded as multipart/form-data."
-        );
-        let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
+        let message =
+            format!("Unsupported content type: '{given}'. Upload a file as multipart/form-data.");
+        let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
         return Err(error.with_code("unsupported_content_type"));
     };
-    let fits = |boundary: &&str| (1..=LONGEST_BOUNDARY).contains(&boundary.len());
+    let fits = |boundary: &&str| (1..=MAX_BOUNDARY_BYTES).contains(&boundary.len());
     match kind.attribute("boundary").filter(fits) {
         Some(boundary) => Ok(boundary.to_owned()),
         None => Err(ApiError::bad_request(
-            "The Content-Type multipart/form-data needs a boundary; most clients set it by themselves if the header is left to them.",
+            "The Content-Type multipart/form-data needs a boundary. \
+             Most clients add one automatically if you do not set the header.",
         )),
     }
 }
 
-/// A header as the library reads it in a mail.
-fn parsed<'a>(name: &str, value: &[u8]) -> Option<mail_parser::Message<'a>> {
+/// Parses a header as a header of a mail.
+fn parse_header<'a>(name: &str, value: &[u8]) -> Option<mail_parser::Message<'a>> {
     let text = match std::str::from_utf8(value) {
         Ok(text) => text.to_owned(),
         Err(_) => value.iter().map(|&byte| char::from(byte)).collect(),
     };
-    let text = format!("{name}: {}\r\n\r\n", with_plain_backslashes(&text));
+    let text = format!("{name}: {}\r\n\r\n", escape_single_backslashes(&text));
     MessageParser::new().parse(text.as_bytes()).map(mail_parser::Message::into_owned)
 }
 
-/// Browsers write a backslash as it is; the library takes each for an escape. Only those before a quote or another backslash are one.
-fn with_plain_backslashes(header: &str) -> String {
+/// Doubles each backslash that escapes nothing.
+///
+/// Browsers write a backslash without an escape, but the mail library treats each backslash as an
+/// escape. Here, a backslash is an escape only before a quote or another backslash.
+fn escape_single_backslashes(header: &str) -> String {
     let mut text = String::with_capacity(header.len());
     let mut letters = header.chars().peekable();
     while let Some(letter) = letters.next() {
@@ -159,29 +179,31 @@ fn with_plain_backslashes(header: &str) -> String {
     text
 }
 
-/// The name of a part, and that of its file.
-fn names(disposition: &[u8]) -> (String, Option<String>) {
-    let Some(message) = parsed("Content-Disposition", disposition) else {
+/// Returns the name of a part and the name of its file, from its `Content-Disposition`.
+fn part_names(disposition: &[u8]) -> (String, Option<String>) {
+    let Some(message) = parse_header("Content-Disposition", disposition) else {
         return Default::default();
     };
     let Some(parsed) = message.content_disposition() else { return Default::default() };
     let name = parsed.attribute("name").unwrap_or_default().to_owned();
     let mut filenames =
         parsed.attributes().into_iter().flatten().filter(|attribute| attribute.name == "filename");
-    // `filename*` goes before `filename` (RFC 6266, 4.3), wherever it stands.
-    let written = String::from_utf8_lossy(disposition).to_ascii_lowercase();
-    let plain = ["filename=", "filename ="].iter().filter_map(|key| written.find(key)).min();
+    // `filename*` overrides `filename`, in any order (RFC 6266, 4.3).
+    let lowercase = String::from_utf8_lossy(disposition).to_ascii_lowercase();
+    let plain = ["filename=", "filename ="].iter().filter_map(|key| lowercase.find(key)).min();
     let extended_first =
-        written.find("filename*").is_some_and(|at| plain.is_none_or(|plain| at < plain));
+        lowercase.find("filename*").is_some_and(|at| plain.is_none_or(|plain| at < plain));
     let found = if extended_first { filenames.next() } else { filenames.next_back() };
-    // Browsers write a quote so (WHATWG HTML, multipart form data). Other letters with a percent sign may stand for themselves.
+    // Browsers encode a quote as `%22` (WHATWG HTML, multipart form data). Other percent signs may
+    // be part of the name.
     let filename = found.map(|attribute| attribute.value.replace("%22", "\""));
     (name, filename.filter(|filename| !filename.is_empty()))
 }
 
-fn broken(error: &multer::Error) -> ApiError {
-    if let Some(late) = ApiError::of_late_body(error) {
-        return late;
+/// Returns the error for a body that could not be read: 408 or 400.
+fn read_error(error: &multer::Error) -> ApiError {
+    if let Some(slow) = ApiError::from_slow_body(error) {
+        return slow;
     }
     let causes =
         std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |cause| {
@@ -189,20 +211,25 @@ fn broken(error: &multer::Error) -> ApiError {
         });
     if causes.into_iter().any(<dyn std::error::Error>::is::<HeadTooLong>) {
         return ApiError::bad_request(format!(
-            "The multipart body could not be read: the headers of a part are longer than {MAX_HEAD_BYTES} bytes."
+            "The multipart body could not be read: \
+             the headers of a part are longer than {MAX_HEAD_BYTES} bytes."
         ));
     }
     ApiError::bad_request(format!("The multipart body could not be read: {error}."))
 }
 
-/// A body that gives no more than its allowance, a piece at a time: whoever reads it looks at each piece before it gets the next.
-struct Metered {
+/// Body that yields no more bytes than its allowance, one chunk at a time.
+///
+/// The body is pending after each chunk, so that the library parses each chunk before it gets the
+/// next.
+struct MeteredBody {
     body: Body,
     allowance: Arc<AtomicUsize>,
+    /// True if the last poll returned a chunk.
     yielded: bool,
 }
 
-impl HttpBody for Metered {
+impl HttpBody for MeteredBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -243,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_however_a_client_writes_them() {
+    fn part_names_are_parsed_in_every_encoding_that_clients_use() {
         for (header, name, filename) in [
             (r#"form-data; name="file"; filename="a;b.jsonl""#, "file", "a;b.jsonl"),
             (r#"form-data; filename="x = y"; name=file"#, "file", "x = y"),
@@ -277,14 +304,14 @@ mod tests {
             ("", "", ""),
         ] {
             let filename = Some(filename.to_owned()).filter(|filename| !filename.is_empty());
-            assert_eq!(names(header.as_bytes()), (name.to_owned(), filename), "{header}");
+            assert_eq!(part_names(header.as_bytes()), (name.to_owned(), filename), "{header}");
         }
-        assert_eq!(names(b"form-data; name=file; filename=\"\xfc\"").1.as_deref(), Some("ü"));
+        assert_eq!(part_names(b"form-data; name=file; filename=\"\xfc\"").1.as_deref(), Some("ü"));
     }
 
     #[test]
-    fn boundaries_are_read_with_and_without_quotes() {
-        let read = |kind: &str| {
+    fn boundary_is_parsed_with_and_without_quotes() {
+        let parse = |kind: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, kind.parse().unwrap());
             boundary(&headers).map_err(|error| error.to_string())
@@ -300,7 +327,7 @@ mod tests {
             ),
             ("multipart/form-data; boundary=a=b+c'd", "a=b+c'd"),
         ] {
-            assert_eq!(read(kind).as_deref(), Ok(expected), "{kind}");
+            assert_eq!(parse(kind).as_deref(), Ok(expected), "{kind}");
         }
         for kind in [
             "multipart/form-data",
@@ -308,7 +335,7 @@ mod tests {
             "multipart/mixed; boundary=x",
             "text/plain",
         ] {
-            assert!(read(kind).is_err(), "{kind}");
+            assert!(parse(kind).is_err(), "{kind}");
         }
     }
 }

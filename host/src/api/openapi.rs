@@ -1,4 +1,5 @@
-//! The description of this API, made from its handlers and wire types, with the limits of this server.
+//! OpenAPI document: generated from the handlers and the wire types, with the limits from the
+//! settings.
 
 use std::collections::BTreeMap;
 
@@ -9,12 +10,12 @@ use utoipa::openapi::{
 };
 use utoipa::{IntoResponses, PartialSchema, ToSchema};
 
-use super::PREFIXES;
+use super::ROUTE_PREFIXES;
 use super::wire::ErrorBody;
 use crate::batch::ENDPOINTS;
 use crate::config::Settings;
 
-/// Every operation can end in an error object.
+/// Default response of every operation: an error object.
 pub struct Errors;
 
 impl IntoResponses for Errors {
@@ -23,10 +24,10 @@ impl IntoResponses for Errors {
             ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
         let id = HeaderBuilder::new()
             .schema(Some(String::schema()))
-            .description(Some("Names the request in the server's log"))
+            .description(Some("Id of the request in the server's log"))
             .build();
         let error = ResponseBuilder::new()
-            .description("An error: 4xx if the request has to change, 5xx if the server failed")
+            .description("Error: 4xx if the request has to change, 5xx if the server failed")
             .header("x-request-id", id)
             .content("application/json", content)
             .build();
@@ -34,19 +35,20 @@ impl IntoResponses for Errors {
     }
 }
 
-/// Completes what was gathered from the handlers.
-pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
-    gathered.info.title = "Batchwright".into();
-    gathered.info.description = Some("The OpenAI Batch API: files, batches, models.".into());
-    gathered.servers =
-        Some(PREFIXES.iter().map(|prefix| ServerBuilder::new().url(*prefix).build()).collect());
-    let components = gathered.components.get_or_insert_default();
+/// Returns the complete document: adds the servers, the error object and the limits to `generated`.
+pub fn document(mut generated: OpenApi, settings: &Settings) -> Value {
+    generated.info.title = "Batchwright".into();
+    generated.info.description = Some("The OpenAI Batch API: files, batches, models.".into());
+    generated.servers = Some(
+        ROUTE_PREFIXES.iter().map(|prefix| ServerBuilder::new().url(*prefix).build()).collect(),
+    );
+    let components = generated.components.get_or_insert_default();
     let mut schemas = Vec::new();
     ErrorBody::schemas(&mut schemas);
     schemas.push((ErrorBody::name().into(), ErrorBody::schema()));
     components.schemas.extend(schemas);
-    let mut document = serde_json::to_value(&gathered).unwrap_or_default();
-    for (place, value) in [
+    let mut document = serde_json::to_value(&generated).unwrap_or_default();
+    for (pointer, value) in [
         ("/components/schemas/CreateBatch/properties/endpoint/enum", json!(ENDPOINTS)),
         (
             "/components/schemas/CreateBatch/properties/completion_window/enum",
@@ -66,27 +68,30 @@ pub fn document(mut gathered: OpenApi, settings: &Settings) -> Value {
         ),
         (
             "/components/schemas/UploadForm/dependentRequired",
-            json!({"expires_after[anchor]": ["expires_after[seconds]"], "expires_after[seconds]": ["expires_after[anchor]"]}),
+            json!({
+                "expires_after[anchor]": ["expires_after[seconds]"],
+                "expires_after[seconds]": ["expires_after[anchor]"],
+            }),
         ),
         (
             "/paths/~1batches/get/parameters/1/schema/maximum",
             json!(settings.max_batches_per_page.get()),
         ),
-        // Some clients send every parameter; an empty one is as good as none.
+        // Some clients send every parameter: an empty value counts as absent.
         ("/paths/~1files/get/parameters/2/schema/enum", json!(["asc", "desc", ""])),
         (
             "/paths/~1files/get/parameters/1/schema/maximum",
             json!(settings.max_files_per_page.get()),
         ),
     ] {
-        set(&mut document, place, value);
+        set(&mut document, pointer, value);
     }
     document
 }
 
-/// Sets a member of an object that is there.
-fn set(document: &mut Value, place: &str, value: Value) {
-    if let Some((parent, key)) = place.rsplit_once('/')
+/// Sets the member of an object at a JSON pointer. Does nothing if there is no such object.
+fn set(document: &mut Value, pointer: &str, value: Value) {
+    if let Some((parent, key)) = pointer.rsplit_once('/')
         && let Some(Value::Object(parent)) = document.pointer_mut(parent)
     {
         parent.insert(key.to_owned(), value);

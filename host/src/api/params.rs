@@ -1,4 +1,4 @@
-//! Parameters of a request, from a JSON body or a query, with errors that name them.
+//! Parameters of a request, from a JSON body or a query. Each error names its parameter.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -15,27 +15,28 @@ use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use super::lists::{FREE, room_for};
-use super::{MOST_JSON, Tenant};
+use super::lists::{UNRESERVED_BYTES, reserve};
+use super::{MAX_JSON_BODY_BYTES, Tenant};
 use crate::batch::{Batches, shortened};
 use crate::config::Settings;
 use crate::memory::Share;
 use crate::store::Metadata;
 
-/// How long files may be kept that say so themselves, in seconds.
-const LIFETIME: RangeInclusive<u64> = 3600..=2_592_000;
+/// Valid lifetimes of a file, in seconds.
+const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;
 
-/// Some editors and clients begin a text with it.
+/// Byte order mark, with which some editors and clients begin a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A JSON object, from which parameters are taken one by one; what is left at the end is unknown.
+/// Parameters of a JSON object. Each method removes a parameter, so that the rest is unknown.
 pub struct Params {
-    given: Map<String, Value>,
+    values: Map<String, Value>,
     _share: Option<Share>,
 }
 
-/// What a body takes once it is more than what every connection has: as bytes, and as values.
-const MEMORY: usize = 10 * MOST_JSON;
+/// Memory of a body that is larger than [`UNRESERVED_BYTES`], in bytes: the JSON and its parsed
+/// values.
+const BODY_MEMORY_BYTES: usize = 10 * MAX_JSON_BODY_BYTES;
 
 impl FromRequest<Arc<Batches>> for Params {
     type Rejection = Response;
@@ -45,7 +46,7 @@ impl FromRequest<Arc<Batches>> for Params {
     }
 }
 
-/// A body that means nothing here, which is JSON if it is there at all.
+/// Body without a meaning. If there is one, its content type has to be JSON.
 pub struct AnyJson;
 
 impl<S: Sync> FromRequest<S> for AnyJson {
@@ -59,7 +60,9 @@ impl<S: Sync> FromRequest<S> for AnyJson {
     }
 }
 
-/// Refuses what says that it is no JSON: a web page can send other types to any server without being asked (see [`super::web`]).
+/// Refuses a content type other than JSON.
+///
+/// A web page can send other types to any server without a preflight request (see [`super::web`]).
 fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let given =
         headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
@@ -81,42 +84,45 @@ fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let message = format!(
         "Unsupported content type: this method needs 'Content-Type: application/json', but {given}."
     );
-    let error = ApiError::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
+    let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
     Err(error.with_code("unsupported_content_type"))
 }
 
 impl Params {
+    /// Reads and parses the body of a request.
     async fn read(request: Request, batches: &Batches) -> Result<Self, ApiError> {
-        let tenant = Tenant::of(&request);
+        let tenant = Tenant::for_request(&request);
         check_json(request.headers())?;
         let mut body = request.into_body();
         let (mut bytes, mut share) = (BytesMut::new(), None);
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
-                let late = ApiError::of_late_body(&error);
-                late.unwrap_or_else(|| {
+                let slow = ApiError::from_slow_body(&error);
+                slow.unwrap_or_else(|| {
                     ApiError::bad_request(format!("The request body could not be read: {error}."))
                 })
             })?;
             let Ok(data) = frame.into_data() else { continue };
-            if bytes.len().saturating_add(data.len()) > MOST_JSON {
-                let limit = MOST_JSON >> 10;
+            let length = bytes.len().saturating_add(data.len());
+            if length > MAX_JSON_BODY_BYTES {
+                let limit = MAX_JSON_BODY_BYTES >> 10;
                 return Err(ApiError::too_large(format!(
                     "The request body is larger than {limit} KiB."
                 )));
             }
-            if share.is_none() && bytes.len().saturating_add(data.len()) > FREE {
-                share = Some(
-                    room_for(&batches.memory().clients, &tenant.0.as_str().into(), MEMORY).await?,
-                );
+            if share.is_none() && length > UNRESERVED_BYTES {
+                let pool = &batches.memory().clients;
+                share = Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
             }
             bytes.extend_from_slice(&data);
         }
         match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)) {
-            Ok(Value::Object(given)) => Ok(Self { given, _share: share }),
+            Ok(Value::Object(values)) => Ok(Self { values, _share: share }),
             Ok(other) => {
-                let message =
-                    format!("The request body must be a JSON object, but it is {}.", kind(&other));
+                let message = format!(
+                    "The request body must be a JSON object, but it is {}.",
+                    type_name(&other)
+                );
                 Err(ApiError::bad_request(message))
             }
             Err(error) => {
@@ -126,8 +132,8 @@ impl Params {
         }
     }
 
-    /// One parameter, whose value a part of a form has as JSON.
-    pub fn of_json(name: &str, json: &str) -> Result<Self, ApiError> {
+    /// Returns a single parameter, whose value is JSON in a part of a form.
+    pub fn from_json(name: &str, json: &str) -> Result<Self, ApiError> {
         let value: Value = serde_json::from_str(json).map_err(|error| {
             ApiError::invalid(
                 name,
@@ -135,14 +141,15 @@ impl Params {
                 format!("The part '{name}' is not valid JSON: {error}."),
             )
         })?;
-        Ok(Self { given: Map::from_iter([(name.to_owned(), value)]), _share: None })
+        Ok(Self { values: Map::from_iter([(name.to_owned(), value)]), _share: None })
     }
 
-    /// A value that is neither absent nor null.
+    /// Removes a parameter. None if it is absent or null.
     fn take(&mut self, name: &str) -> Option<Value> {
-        self.given.remove(name).filter(|value| !value.is_null())
+        self.values.remove(name).filter(|value| !value.is_null())
     }
 
+    /// Removes an optional string. Fails if it has another type.
     pub fn optional_string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.take(name) {
             None => Ok(None),
@@ -151,25 +158,28 @@ impl Params {
         }
     }
 
+    /// Removes a required string. Fails if it is absent or has another type.
     pub fn string(&mut self, name: &str) -> Result<String, ApiError> {
-        self.optional_string(name)?.ok_or_else(|| missing(name))
+        self.optional_string(name)?.ok_or_else(|| missing_parameter(name))
     }
 
-    /// Pairs of strings, as many and as long as the settings allow.
+    /// Removes an optional object of strings. Fails if it exceeds the limits in the settings.
     pub fn metadata(
         &mut self,
         name: &str,
         settings: &Settings,
     ) -> Result<Option<Metadata>, ApiError> {
-        let most = settings.max_metadata_pairs;
+        let max_pairs = settings.max_metadata_pairs;
         let pairs = match self.take(name) {
             None => return Ok(None),
             Some(Value::Object(pairs)) => pairs,
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
-        if pairs.len() > most {
+        if pairs.len() > max_pairs {
             let message = format!(
-                "Invalid '{name}': too many properties. Expected an object with at most {most} properties, but got an object with {} properties instead.",
+                "Invalid '{name}': too many properties. \
+                 Expected an object with at most {max_pairs} properties, \
+                 but got an object with {} properties instead.",
                 pairs.len()
             );
             return Err(ApiError::invalid(name, "object_above_max_properties", message));
@@ -180,15 +190,17 @@ impl Params {
             let Value::String(value) = value else {
                 return Err(wrong_type(&at, "a string", &value));
             };
-            let longest_key = settings.max_metadata_key;
-            for (what, text, longest) in
-                [("key", &key, longest_key), ("value", &value, settings.max_metadata_value)]
+            let max_key = settings.max_metadata_key;
+            for (what, text, max) in
+                [("key", &key, max_key), ("value", &value, settings.max_metadata_value)]
             {
                 let length = text.chars().count();
-                if length > longest {
-                    let shown: String = at.chars().take(name.len() + 1 + longest_key).collect();
+                if length > max {
+                    let shown: String = at.chars().take(name.len() + 1 + max_key).collect();
                     let message = format!(
-                        "Invalid '{shown}': {what} too long. Expected a string with maximum length {longest}, but got a string with length {length} instead."
+                        "Invalid '{shown}': {what} too long. \
+                         Expected a string with maximum length {max}, \
+                         but got a string with length {length} instead."
                     );
                     return Err(ApiError::invalid(shown, "string_above_max_length", message));
                 }
@@ -198,43 +210,44 @@ impl Params {
         Ok(Some(metadata))
     }
 
-    /// `{"anchor": "created_at", "seconds": …}`.
+    /// Removes an optional lifetime: `{"anchor": "created_at", "seconds": …}`.
     pub fn lifetime(&mut self, name: &str) -> Result<Option<Duration>, ApiError> {
-        let mut given = match self.take(name) {
+        let mut members = match self.take(name) {
             None => return Ok(None),
-            Some(Value::Object(given)) => Self { given, _share: None },
+            Some(Value::Object(values)) => Self { values, _share: None },
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
         let at = format!("{name}.anchor");
-        match given.take("anchor") {
+        match members.take("anchor") {
             Some(Value::String(anchor)) => check_anchor(&at, &anchor)?,
             Some(other) => return Err(wrong_type(&at, "a string", &other)),
-            None => return Err(missing(&at)),
+            None => return Err(missing_parameter(&at)),
         }
         let at = format!("{name}.seconds");
-        let lifetime = match given.take("seconds") {
-            Some(value) if is_whole(&value) => {
-                check_lifetime(&at, whole_number(&value), &value.to_string())?
+        let lifetime = match members.take("seconds") {
+            Some(value) if is_integer(&value) => {
+                check_lifetime(&at, as_integer(&value), &value.to_string())?
             }
             Some(other) => return Err(wrong_type(&at, "an integer", &other)),
-            None => return Err(missing(&at)),
+            None => return Err(missing_parameter(&at)),
         };
-        match given.given.keys().next() {
+        match members.values.keys().next() {
             None => Ok(Some(lifetime)),
             Some(key) => Err(unknown_parameter(&format!("{name}.{key}"))),
         }
     }
 
-    /// Refuses what was not taken: it is misspelt, or meant for something else.
-    pub fn end(self) -> Result<(), ApiError> {
-        match self.given.keys().next() {
+    /// Fails if a parameter is left: it is unknown or misspelled.
+    pub fn reject_unknown(self) -> Result<(), ApiError> {
+        match self.values.keys().next() {
             None => Ok(()),
             Some(name) => Err(unknown_parameter(name)),
         }
     }
 }
 
-pub fn missing(name: &str) -> ApiError {
+/// Returns the 400 of a missing parameter.
+pub fn missing_parameter(name: &str) -> ApiError {
     ApiError::invalid(
         name,
         "missing_required_parameter",
@@ -242,67 +255,70 @@ pub fn missing(name: &str) -> ApiError {
     )
 }
 
+/// Returns the 400 of an unknown parameter.
 pub fn unknown_parameter(name: &str) -> ApiError {
     let shown = shortened(name);
     let message = format!("Unknown parameter: '{shown}'.");
     ApiError::invalid(shown, "unknown_parameter", message)
 }
 
-/// A number without a fraction is an integer however it is written.
-fn is_whole(value: &Value) -> bool {
+/// Returns true for a number without a fraction, in any notation: `3600`, `3600.0`, `3.6e3`.
+fn is_integer(value: &Value) -> bool {
     value.as_f64().is_some_and(|number| number.fract() == 0.0)
 }
 
-fn whole_number(value: &Value) -> Option<u64> {
-    let written_as_decimal =
+/// Returns a number as an integer. None if it is negative, too large, or has a fraction.
+fn as_integer(value: &Value) -> Option<u64> {
+    let from_decimal =
         || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
-        reason = "it is whole, positive and small"
+        reason = "the number is an integer from 0 to 1e15"
     )]
-    value.as_u64().or_else(|| written_as_decimal().map(|number| number as u64))
+    value.as_u64().or_else(|| from_decimal().map(|number| number as u64))
 }
 
+/// Checks the anchor of a lifetime: `created_at` is the only one.
 pub fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
     if anchor == "created_at" {
         return Ok(());
     }
     let anchor = shortened(anchor);
     let message = format!(
-        "Invalid value: '{anchor}'. Supported values are: 'created_at'. The parameter is '{name}'."
+        "Invalid value: '{anchor}'. Supported values are: 'created_at'. \
+         The parameter is '{name}'."
     );
     Err(ApiError::invalid(name, "invalid_value", message))
 }
 
-/// Seconds, if they are a number, and as the client wrote them.
-pub fn check_lifetime(
-    name: &str,
-    seconds: Option<u64>,
-    written: &str,
-) -> Result<Duration, ApiError> {
-    let fitting = seconds.filter(|seconds| LIFETIME.contains(seconds));
-    fitting
+/// Checks a lifetime. `seconds` is none if `text`, which the error quotes, is not an integer.
+pub fn check_lifetime(name: &str, seconds: Option<u64>, text: &str) -> Result<Duration, ApiError> {
+    let valid = seconds.filter(|seconds| FILE_LIFETIME_SECONDS.contains(seconds));
+    valid
         .map(Duration::from_secs)
-        .ok_or_else(|| out_of_range(name, &LIFETIME, &shortened(written)))
+        .ok_or_else(|| out_of_range(name, &FILE_LIFETIME_SECONDS, &shortened(text)))
 }
 
 fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
-    let (least, most) = (range.start(), range.end());
+    let (min, max) = (range.start(), range.end());
     let message = format!(
-        "Invalid '{name}': expected an integer from {least} to {most}, but got '{given}' instead."
+        "Invalid '{name}': expected an integer from {min} to {max}, but got '{given}' instead."
     );
     ApiError::invalid(name, "invalid_value", message)
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
     let shown = shortened(name);
-    let message =
-        format!("Invalid type for '{shown}': expected {expected}, but got {} instead.", kind(got));
+    let message = format!(
+        "Invalid type for '{shown}': expected {expected}, but got {} instead.",
+        type_name(got)
+    );
     ApiError::invalid(shown, "invalid_type", message)
 }
 
-fn kind(value: &Value) -> &'static str {
+/// Returns the JSON type of a value, with its article.
+fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -314,7 +330,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// The query of a URL. What is not known is ignored: proxies and SDKs add things.
+/// Parameters of the query of a URL. Unknown ones are ignored, because proxies and SDKs add some.
 pub struct QueryParams(HashMap<String, String>);
 
 impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
@@ -331,11 +347,12 @@ impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
 }
 
 impl QueryParams {
-    /// None if it is empty, too: some clients send every parameter.
+    /// Removes a parameter. None if it is absent or empty: some clients send every parameter.
     pub fn text(&mut self, name: &str) -> Option<String> {
         self.0.remove(name).filter(|value| !value.is_empty())
     }
 
+    /// Removes the parameter `limit`. Fails if it is outside `range`.
     pub fn limit(&mut self, range: RangeInclusive<u64>, default: u64) -> Result<usize, ApiError> {
         let number = match self.text("limit") {
             None => default,

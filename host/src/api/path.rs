@@ -1,40 +1,41 @@
-//! Paths as clients write them: with a slash at the end, or two where one should be.
+//! Normalization of request paths: some clients send a trailing slash, or two slashes instead of
+//! one.
 
 use axum::http::Uri;
 use axum::http::uri::PathAndQuery;
 
-/// What follows is the name of a model, which may hold slashes of its own.
-const MODELS: &str = "/models/";
+/// Path segment before the name of a model, which may contain slashes.
+const MODELS_SEGMENT: &str = "/models/";
 
-/// A URI whose path has no needless slashes; none if it has none as it is.
+/// Returns a URI without redundant slashes in its path, or none if the path has no such slashes.
 pub fn normalized(uri: &Uri) -> Option<Uri> {
     let path = uri.path();
-    let (head, name) = match path.find(MODELS) {
-        Some(at) => path.split_at(at.saturating_add(MODELS.len())),
+    let (head, name) = match path.find(MODELS_SEGMENT) {
+        Some(at) => path.split_at(at.saturating_add(MODELS_SEGMENT.len())),
         None => (path, ""),
     };
-    let is_needless = head.contains("//") || path.len() > 1 && path.ends_with('/');
-    if !is_needless {
+    let is_redundant = head.contains("//") || path.len() > 1 && path.ends_with('/');
+    if !is_redundant {
         return None;
     }
-    let mut plain = String::with_capacity(path.len());
+    let mut normal = String::with_capacity(path.len());
     for segment in head.split('/').filter(|segment| !segment.is_empty()) {
-        plain.push('/');
-        plain.push_str(segment);
+        normal.push('/');
+        normal.push_str(segment);
     }
     if !name.is_empty() {
-        plain.push('/');
-        plain.push_str(name.trim_end_matches('/'));
+        normal.push('/');
+        normal.push_str(name.trim_end_matches('/'));
     }
-    if plain.is_empty() {
-        plain.push('/');
+    if normal.is_empty() {
+        normal.push('/');
     }
     if let Some(query) = uri.query() {
-        plain.push('?');
-        plain.push_str(query);
+        normal.push('?');
+        normal.push_str(query);
     }
     let mut parts = uri.clone().into_parts();
-    parts.path_and_query = Some(PathAndQuery::try_from(plain).ok()?);
+    parts.path_and_query = Some(PathAndQuery::try_from(normal).ok()?);
     Uri::from_parts(parts).ok()
 }
 
@@ -43,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn needless_slashes_go_and_names_of_models_keep_theirs() {
+    fn redundant_slashes_are_removed_except_in_model_names() {
         for (given, expected) in [
             ("/v1/batches", None),
             ("/", None),

@@ -1,4 +1,5 @@
-//! The listeners: connections are accepted, served and ended, each with bounds on how long it may take to say what it wants.
+//! Listeners: accept connections, serve and close them, and bound the time that each may take to
+//! send a request.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -23,56 +24,62 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-use super::connections::{Answer, Connection, Connections, Patience};
+use super::connections::{Connection, Connections, IdleTimeouts, ResponseBody};
 use super::error::ApiError;
 use super::pace::PacedStream;
 use super::path::normalized;
-use super::streams::Watched;
+use super::streams::StreamBody;
 use crate::config::Settings;
 
-/// How long nobody is let in after the system refused a connection: for want of file descriptors, mostly.
-const REFUSED: Duration = Duration::from_millis(200);
+/// Delay after a failed `accept`. The usual cause is a lack of file descriptors.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);
 
-/// How long a connection that is asked to close may take for it, if no request comes meanwhile.
-const CLOSING: Duration = Duration::from_secs(1);
+/// Time that an idle connection has to close after it was asked to.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
 
-/// What is held of a request's head, of a body on its way in, and of an answer on its way out, in bytes for each connection.
+/// Buffer of a connection, in bytes: for the head of a request, for the body of a request, and for
+/// a response.
 const MAX_BUFFER_BYTES: usize = 16 << 10;
 
-/// Streams of one connection of HTTP/2, and what one may send before it is read, in bytes. The connection's own window is 64 KiB (RFC 9113, 6.9.2).
+/// Maximum number of concurrent streams of an HTTP/2 connection.
 const MAX_STREAMS: u32 = 32;
+
+/// Flow-control window of an HTTP/2 stream, in bytes: data that a client may send before the server
+/// reads it.
 const STREAM_WINDOW_BYTES: u32 = 32 << 10;
+
+/// Flow-control window of an HTTP/2 connection, in bytes: the initial window of RFC 9113, 6.9.2.
 const CONNECTION_WINDOW_BYTES: u32 = (64 << 10) - 1;
 
-/// How often a connection of HTTP/2 is asked whether it is still there, and how long it has for an answer.
+/// Interval of HTTP/2 pings, and minimum timeout of each.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 
-/// How often it is looked whether a busy connection has become idle.
+/// Interval of checks whether a busy connection has become idle.
 const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Connections of the listener for health alone.
-const ADMIN_CONNECTIONS: usize = 64;
+/// Maximum number of connections of the admin listener.
+const MAX_ADMIN_CONNECTIONS: usize = 64;
 
-/// Serves the API until `end`, and then until every connection has its answer.
+/// Serves the API until `shutdown`, and then until every request in flight has its response.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
     settings: &Settings,
-    end: impl Future<Output = ()>,
+    shutdown: impl Future<Output = ()>,
 ) {
     let connections =
         Connections::new(settings.max_connections.get(), settings.max_connections_per_address);
-    listen(listener, router, settings, connections, end).await;
+    listen(listener, router, settings, connections, shutdown).await;
 }
 
-/// Serves health alone, with connections of its own.
+/// Serves the admin listener until `shutdown`. Its connections do not count toward those of the API.
 pub async fn serve_admin(
     listener: TcpListener,
     router: Router,
     settings: &Settings,
-    end: impl Future<Output = ()>,
+    shutdown: impl Future<Output = ()>,
 ) {
-    listen(listener, router, settings, Connections::new(ADMIN_CONNECTIONS, 0), end).await;
+    listen(listener, router, settings, Connections::new(MAX_ADMIN_CONNECTIONS, 0), shutdown).await;
 }
 
 async fn listen(
@@ -80,29 +87,29 @@ async fn listen(
     router: Router,
     settings: &Settings,
     connections: Arc<Connections>,
-    end: impl Future<Output = ()>,
+    shutdown: impl Future<Output = ()>,
 ) {
     let builder = builder(settings.client_timeout.duration());
-    let patience = Patience {
+    let timeouts = IdleTimeouts {
         head: settings.request_head_timeout.duration(),
         keep_alive: settings.keep_alive_timeout.duration(),
     };
-    let ending = CancellationToken::new();
+    let draining = CancellationToken::new();
     let tasks = TaskTracker::new();
-    let mut end = pin!(end);
+    let mut shutdown = pin!(shutdown);
     loop {
         let (stream, address) = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!("a connection was not accepted: {error}");
-                    tokio::time::sleep(REFUSED).await;
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     continue;
                 }
             },
-            () = &mut end => break,
+            () = &mut shutdown => break,
         };
-        let Some(connection) = connections.enter_soon(address.ip()).await.map(Arc::new) else {
+        let Some(connection) = connections.admit(address.ip()).await.map(Arc::new) else {
             continue;
         };
         stream.set_nodelay(true).ok();
@@ -110,16 +117,18 @@ async fn listen(
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(timeout));
         let stream = PacedStream::new(Box::pin(stream), connection.clone(), timeout);
-        let serving = Serving { router: router.clone(), connection, patience, timeout };
-        tasks.spawn(run(builder.clone(), stream, serving, ending.clone()));
+        let context = Context { router: router.clone(), connection, timeouts, timeout };
+        tasks.spawn(serve_connection(builder.clone(), stream, context, draining.clone()));
     }
     drop(listener);
-    ending.cancel();
+    draining.cancel();
     tasks.close();
     tasks.wait().await;
 }
 
-/// HTTP/1, or HTTP/2 if the client begins with its preface. When a connection is idle for too long is decided here, not by the library.
+/// Returns a builder for connections of HTTP/1, or of HTTP/2 if the client sends its preface.
+///
+/// The library's own timeout for heads is off: [`Connection::idle_deadline`] replaces it.
 fn builder(client_timeout: Duration) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
@@ -136,83 +145,84 @@ fn builder(client_timeout: Duration) -> Builder<TokioExecutor> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_send_buf_size(MAX_BUFFER_BYTES)
         .keep_alive_interval(PING_INTERVAL)
-        // A client that reads nothing while it sends does not see that it is asked.
+        // A client that reads nothing while it sends does not see the ping.
         .keep_alive_timeout(PING_INTERVAL.max(client_timeout));
     builder
 }
 
-/// What a connection is served with.
+/// Router, timeouts and state of one connection.
 #[derive(Clone)]
-struct Serving {
+struct Context {
     router: Router,
     connection: Arc<Connection>,
-    patience: Patience,
+    timeouts: IdleTimeouts,
+    /// Setting `client_timeout`.
     timeout: Duration,
 }
 
-async fn run(
+async fn serve_connection(
     builder: Builder<TokioExecutor>,
     stream: PacedStream<Pin<Box<TimeoutStream<TcpStream>>>>,
-    serving: Serving,
-    ending: CancellationToken,
+    context: Context,
+    draining: CancellationToken,
 ) {
-    let (connection, patience) = (serving.connection.clone(), serving.patience);
-    let service = service_fn(move |request| answer(serving.clone(), request));
+    let (connection, timeouts) = (context.connection.clone(), context.timeouts);
+    let service = service_fn(move |request| respond(context.clone(), request));
     let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = &mut serving => served,
-        () = closing(&connection, patience) => {
+        () = close_requested(&connection, timeouts) => {
             serving.as_mut().graceful_shutdown();
             tokio::select! {
                 served = &mut serving => served,
-                () = given_up(&connection) => Ok(()),
+                () = close_grace_over(&connection) => Ok(()),
                 () = connection.abort.cancelled() => Ok(()),
             }
         }
-        () = ending.cancelled() => {
+        () = draining.cancelled() => {
             serving.as_mut().graceful_shutdown();
             serving.await
         }
     };
     if let Err(error) = served {
-        tracing::debug!("a connection ended: {error}");
+        tracing::debug!(%error, "connection failed");
     }
 }
 
-/// Returns when a connection is asked to close, or has been without a request for too long.
-async fn closing(connection: &Connection, patience: Patience) {
+/// Waits until a connection is asked to close or exceeds an idle timeout.
+async fn close_requested(connection: &Connection, timeouts: IdleTimeouts) {
     loop {
-        let look = match connection.deadline(patience) {
+        let next_check = match connection.idle_deadline(timeouts) {
             Some(deadline) if deadline <= Instant::now() => return,
             Some(deadline) => deadline,
-            None => Instant::now() + IDLE_CHECK_INTERVAL.min(patience.head),
+            None => Instant::now() + IDLE_CHECK_INTERVAL.min(timeouts.head),
         };
         tokio::select! {
             () = connection.close.cancelled() => return,
-            () = tokio::time::sleep_until(look) => {}
+            () = tokio::time::sleep_until(next_check) => {}
         }
     }
 }
 
-/// Returns when a connection that was asked to close has had its time and is idle.
-async fn given_up(connection: &Connection) {
+/// Waits until a connection that was asked to close has used up its grace period and is idle.
+async fn close_grace_over(connection: &Connection) {
     loop {
-        tokio::time::sleep(CLOSING).await;
+        tokio::time::sleep(CLOSE_GRACE).await;
         if connection.is_idle() {
             return;
         }
     }
 }
 
-async fn answer(serving: Serving, request: Request<Incoming>) -> Result<Response, Infallible> {
-    let Serving { router, connection, timeout, .. } = serving;
+async fn respond(context: Context, request: Request<Incoming>) -> Result<Response, Infallible> {
+    let Context { router, connection, timeout, .. } = context;
     let is_multiplexed = request.version() == Version::HTTP_2;
-    let busy = connection.begin(is_multiplexed);
+    let guard = connection.begin_request(is_multiplexed);
     let mut request = request.map(Body::new);
     if let Some(uri) = normalized(request.uri()) {
         *request.uri_mut() = uri;
     }
-    let response = if busy.over_limit && !request.uri().path().starts_with("/health/") {
+    let response = if guard.over_limit && !request.uri().path().starts_with("/health/") {
         let mut refused = ApiError::overloaded().into_response();
         refused.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         refused
@@ -220,7 +230,7 @@ async fn answer(serving: Serving, request: Request<Incoming>) -> Result<Response
         router.oneshot(request).await?
     };
     Ok(response.map(|body| match is_multiplexed {
-        true => Body::new(Watched::new(body, busy, connection, timeout)),
-        false => Body::new(Answer::new(body, busy)),
+        true => Body::new(StreamBody::new(body, guard, connection, timeout)),
+        false => Body::new(ResponseBody::new(body, guard)),
     }))
 }

@@ -1,9 +1,22 @@
-//! Answers over HTTP/2. A client that does not take one leaves its connection writable, so each stream is watched by itself: a piece within
-//! `client_timeout`, and 4 KiB/s on average.
+//! Response bodies over HTTP/2: timeout and minimum data rate of each stream.
 //!
-//! What was handed to the HTTP library is not sent yet, and is held until the client opens its window. So a stream is busy, and watched, until the
-//! library has dropped its last piece, and pieces are small. One that is not taken in time ends its connection, once the others on it had
-//! `client_timeout` to end: what the library holds cannot be taken back.
+//! **Threat.** A client opens streams and never opens their flow-control windows. The responses
+//! then stay in memory. The connection stays writable, so the check of the connection's data rate
+//! ([`super::pace`]) cannot see it. Therefore a task monitors each stream: the client has to take a
+//! chunk within `client_timeout`, and [`MIN_BYTES_PER_SECOND`] on average.
+//!
+//! **Chunks.** The HTTP library buffers a chunk until the client opens its window, so a chunk that
+//! was passed to the library is not sent yet. [`Chunk`] reports when the library drops it. The
+//! stream stays busy and monitored until the library has dropped its last chunk. Chunks are small
+//! ([`CHUNK_BYTES`]), so that each window update of the client shows as progress.
+//!
+//! **Time.** The monitor counts only the time that the server waits for the client. It does not
+//! count the time in which the body has no data and the library holds no chunk, because then the
+//! client waits for the server.
+//!
+//! **On timeout.** The body of the stream fails, and its connection is asked to close. The other
+//! streams of the connection have `client_timeout` to end. Then the connection is aborted, because
+//! nothing else makes the library release the chunks that it holds.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,20 +29,20 @@ use hyper::body::{Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::connections::{Busy, Connection};
-use super::pace::MIN_RATE;
+use super::connections::{Connection, RequestGuard};
+use super::pace::MIN_BYTES_PER_SECOND;
 
-/// Largest piece that is handed over at a time, in bytes.
-const PIECE_BYTES: usize = 16 << 10;
+/// Maximum size of a chunk that is passed to the HTTP library, in bytes.
+const CHUNK_BYTES: usize = 16 << 10;
 
-/// Least time between two looks at a stream.
-const MIN_PAUSE: Duration = Duration::from_millis(100);
+/// Minimum interval between two checks of a stream.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The body of an answer.
-pub struct Watched {
+/// Response body of a stream.
+pub struct StreamBody {
     body: Option<Body>,
-    /// What was got of the body and not handed over yet.
-    rest: Bytes,
+    /// Data of the body that was not passed to the library yet.
+    buffered: Bytes,
     stream: Arc<Stream>,
 }
 
@@ -40,43 +53,47 @@ struct Stream {
 }
 
 struct State {
-    /// None once the client has all of it.
-    busy: Option<Busy>,
-    /// The body is gone: sent, broken off or given up.
-    is_over: bool,
-    is_cut: bool,
-    /// The body had nothing when it was asked last: the server's own affair.
-    is_pending: bool,
-    /// Pieces that the library holds.
-    held: usize,
-    handed_bytes: u64,
-    /// Time spent waiting for the client, and since when it is waited for now.
+    /// None once the client has the whole body.
+    guard: Option<RequestGuard>,
+    /// True once the body has ended, failed or been dropped.
+    is_body_done: bool,
+    /// True once the client exceeded its timeout: the body fails at the next poll.
+    is_timed_out: bool,
+    /// True if the body had no data at the last poll: the server makes the client wait.
+    is_body_pending: bool,
+    /// Number of chunks that the library holds.
+    buffered_chunks: usize,
+    /// Bytes passed to the library so far.
+    passed_bytes: u64,
+    /// Total time spent waiting for the client, without the current wait.
     waited: Duration,
-    since: Option<Instant>,
+    /// Start of the current wait for the client.
+    waiting_since: Option<Instant>,
 }
 
 impl State {
     fn waits_for_client(&self) -> bool {
-        self.held > 0 || (!self.is_over && !self.is_pending)
+        self.buffered_chunks > 0 || (!self.is_body_done && !self.is_body_pending)
     }
 
-    /// Takes note of something that the client did, or that the server is waited for.
-    fn moved(&mut self) {
-        if let Some(since) = self.since.take() {
+    /// Ends the current wait after any progress, and begins another one if the client is still
+    /// waited for.
+    fn restart_wait(&mut self) {
+        if let Some(since) = self.waiting_since.take() {
             self.waited = self.waited.saturating_add(since.elapsed());
         }
         if self.waits_for_client() {
-            self.since = Some(Instant::now());
-        } else if self.is_over {
-            self.busy = None;
+            self.waiting_since = Some(Instant::now());
+        } else if self.is_body_done {
+            self.guard = None;
         }
     }
 
-    /// How long the client may go on taking nothing.
-    fn left(&self, timeout: Duration) -> Duration {
-        let in_all = Duration::from_secs(self.handed_bytes / MIN_RATE).max(timeout);
-        let waiting = self.since.map(|since| since.elapsed()).unwrap_or_default();
-        in_all.saturating_sub(self.waited).min(timeout).saturating_sub(waiting)
+    /// Returns the time until the current wait exceeds the timeout or the minimum data rate.
+    fn remaining(&self, timeout: Duration) -> Duration {
+        let total = Duration::from_secs(self.passed_bytes / MIN_BYTES_PER_SECOND).max(timeout);
+        let waiting = self.waiting_since.map(|since| since.elapsed()).unwrap_or_default();
+        total.saturating_sub(self.waited).min(timeout).saturating_sub(waiting)
     }
 }
 
@@ -85,105 +102,112 @@ impl Stream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state, and tells the watch if that was the end.
-    fn change(&self, change: impl FnOnce(&mut State)) {
+    /// Updates the state, and notifies the monitor if the client has the whole body.
+    fn update(&self, update: impl FnOnce(&mut State)) {
         let mut state = self.lock();
-        change(&mut state);
-        state.moved();
-        let is_done = state.busy.is_none();
+        update(&mut state);
+        state.restart_wait();
+        let is_done = state.guard.is_none();
         drop(state);
         if is_done {
             self.ended.notify_one();
         }
     }
 
-    /// Returns when the client has all of it, or has taken too long; whether it has all.
-    async fn watch(&self) -> bool {
+    /// Waits for the end of the stream. Returns true if the client has the whole body, false if the
+    /// client was too slow.
+    async fn monitor(&self) -> bool {
         loop {
-            let (left, waits) = {
+            let (remaining, waits) = {
                 let state = self.lock();
-                if state.busy.is_none() {
+                if state.guard.is_none() {
                     return true;
                 }
-                (state.left(self.timeout), state.since.is_some())
+                (state.remaining(self.timeout), state.waiting_since.is_some())
             };
-            if waits && left.is_zero() {
+            if waits && remaining.is_zero() {
                 return false;
             }
             tokio::select! {
                 () = self.ended.notified() => {}
-                () = tokio::time::sleep(left.max(MIN_PAUSE)) => {}
+                () = tokio::time::sleep(remaining.max(MIN_CHECK_INTERVAL)) => {}
             }
         }
     }
 }
 
-/// Bytes that the library holds until they are sent.
-struct Piece {
+/// Bytes that the library holds until they are sent. Dropping them counts as progress.
+struct Chunk {
     bytes: Bytes,
     stream: Arc<Stream>,
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for Chunk {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Piece {
+impl Drop for Chunk {
     fn drop(&mut self) {
-        self.stream.change(|state| state.held = state.held.saturating_sub(1));
+        self.stream.update(|state| state.buffered_chunks = state.buffered_chunks.saturating_sub(1));
     }
 }
 
-impl Watched {
-    pub fn new(body: Body, busy: Busy, connection: Arc<Connection>, timeout: Duration) -> Self {
+impl StreamBody {
+    /// Wraps a response body, and starts the task that monitors the stream.
+    pub fn new(
+        body: Body,
+        guard: RequestGuard,
+        connection: Arc<Connection>,
+        timeout: Duration,
+    ) -> Self {
         let state = State {
-            busy: Some(busy),
-            is_over: false,
-            is_cut: false,
-            is_pending: false,
-            held: 0,
-            handed_bytes: 0,
+            guard: Some(guard),
+            is_body_done: false,
+            is_timed_out: false,
+            is_body_pending: false,
+            buffered_chunks: 0,
+            passed_bytes: 0,
             waited: Duration::ZERO,
-            since: Some(Instant::now()),
+            waiting_since: Some(Instant::now()),
         };
         let stream = Arc::new(Stream { state: Mutex::new(state), ended: Notify::new(), timeout });
-        let watched = stream.clone();
+        let monitored = stream.clone();
         tokio::spawn(async move {
-            if watched.watch().await {
+            if monitored.monitor().await {
                 return;
             }
-            watched.lock().is_cut = true;
+            monitored.lock().is_timed_out = true;
             connection.close.cancel();
             tokio::select! {
-                () = watched.ended.notified() => {}
-                () = tokio::time::sleep(watched.timeout) => connection.abort.cancel(),
+                () = monitored.ended.notified() => {}
+                () = tokio::time::sleep(monitored.timeout) => connection.abort.cancel(),
             }
         });
-        Self { body: Some(body), rest: Bytes::new(), stream }
+        Self { body: Some(body), buffered: Bytes::new(), stream }
     }
 
-    /// The next piece of what is there.
-    fn piece(&mut self) -> Bytes {
-        let bytes = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
+    /// Takes the next chunk from the buffered data.
+    fn next_chunk(&mut self) -> Bytes {
+        let bytes = self.buffered.split_to(self.buffered.len().min(CHUNK_BYTES));
         let length = bytes.len() as u64;
-        self.stream.change(|state| {
-            state.is_pending = false;
-            state.held = state.held.saturating_add(1);
-            state.handed_bytes = state.handed_bytes.saturating_add(length);
+        self.stream.update(|state| {
+            state.is_body_pending = false;
+            state.buffered_chunks = state.buffered_chunks.saturating_add(1);
+            state.passed_bytes = state.passed_bytes.saturating_add(length);
         });
-        Bytes::from_owner(Piece { bytes, stream: self.stream.clone() })
+        Bytes::from_owner(Chunk { bytes, stream: self.stream.clone() })
     }
 
     fn end(&mut self) {
         self.body = None;
-        self.rest = Bytes::new();
-        self.stream.change(|state| state.is_over = true);
+        self.buffered = Bytes::new();
+        self.stream.update(|state| state.is_body_done = true);
     }
 }
 
-impl HttpBody for Watched {
+impl HttpBody for StreamBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -191,25 +215,25 @@ impl HttpBody for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        if self.stream.lock().is_cut {
+        if self.stream.lock().is_timed_out {
             self.end();
             return Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(
                 std::io::ErrorKind::TimedOut,
             )))));
         }
         loop {
-            if self.rest.has_remaining() {
-                return Poll::Ready(Some(Ok(Frame::data(self.piece()))));
+            if self.buffered.has_remaining() {
+                return Poll::Ready(Some(Ok(Frame::data(self.next_chunk()))));
             }
             let Some(body) = self.body.as_mut() else { return Poll::Ready(None) };
             match Pin::new(body).poll_frame(context) {
                 Poll::Pending => {
-                    self.stream.change(|state| state.is_pending = true);
+                    self.stream.update(|state| state.is_body_pending = true);
                     return Poll::Pending;
                 }
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(bytes) => self.rest = bytes,
-                    // Answers have no trailers.
+                    Ok(bytes) => self.buffered = bytes,
+                    // Responses have no trailers.
                     Err(_) => continue,
                 },
                 Poll::Ready(Some(Err(error))) => {
@@ -225,20 +249,20 @@ impl HttpBody for Watched {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+        self.buffered.is_empty() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        let rest = self.rest.len() as u64;
+        let buffered = self.buffered.len() as u64;
         let body = self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
         match body.exact() {
-            Some(exact) => SizeHint::with_exact(exact.saturating_add(rest)),
+            Some(exact) => SizeHint::with_exact(exact.saturating_add(buffered)),
             None => SizeHint::default(),
         }
     }
 }
 
-impl Drop for Watched {
+impl Drop for StreamBody {
     fn drop(&mut self) {
         self.end();
     }

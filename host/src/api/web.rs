@@ -1,12 +1,28 @@
-//! Protection from web pages.
+//! Protection from foreign web pages.
 //!
-//! **Threat.** A browser on this machine, or inside the network, sends what a page of another site tells it to: a form or a `fetch` with a
-//! content type that needs no preflight. Without keys every such request would be the user's own. And a site whose name is rebound to a
-//! loopback address (DNS rebinding) is the same origin for the browser, so it could read answers, too.
+//! **Threat.** A browser on this machine, or inside the network, sends requests on behalf of pages
+//! of other sites. The API has no keys, so the server would treat each as a request of the user.
 //!
-//! **Layers.** A body has to be JSON, or a multipart form on upload ([`super::params`], [`super::multipart`]): browsers ask before they send
-//! JSON elsewhere. Writes with a foreign origin are refused on every route. On a loopback address, and where `allowed_hosts` is set, `Host`
-//! has to be an IP address, localhost, or a name that the operator allowed. Health is exempt: probes send any `Host`.
+//! - Cross-site requests: a page submits a form, or calls `fetch` with a content type that needs no
+//!   preflight request. The browser sends these without asking the server. The page cannot read the
+//!   response, but the write has happened.
+//! - DNS rebinding: a site points its own host name at a loopback address. For the browser, the
+//!   server then has the same origin as the page, so the page can also read responses.
+//!
+//! **Layers.**
+//!
+//! 1. Content types. A request body has to be JSON, or a multipart form on upload
+//!    ([`super::params`], [`super::multipart`]). A browser sends a preflight request before it
+//!    sends JSON to another origin, and only the pages in `cors_origins` pass that.
+//! 2. Origin. Every route refuses a write from another origin, by `Sec-Fetch-Site` and `Origin`,
+//!    unless `cors_origins` has the origin. Uploads and writes without a body need this layer,
+//!    because a browser sends them without a preflight request. A request with neither header
+//!    passes: it is not from a browser.
+//! 3. Host. On a loopback address, and if `allowed_hosts` is set, `Host` has to be an IP address,
+//!    `localhost`, or an allowed name. In a rebinding attack, `Host` is the name of the attacking
+//!    site. An IP address cannot be rebound.
+//!
+//! `/health` is exempt: probes send any `Host`, and health is not confidential.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -21,12 +37,13 @@ use super::error::ApiError;
 use crate::batch::shortened;
 use crate::config::Settings;
 
-/// What a browser says of the relation between a page and the server that it sends to (W3C Fetch Metadata).
+/// Request header in which a browser states the relation between the page and the server (W3C Fetch
+/// Metadata).
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// Answer headers that a page may read.
-const EXPOSED: [HeaderName; 6] = [
-    super::REQUEST_ID,
+/// Response headers that a page may read.
+const EXPOSED_HEADERS: [HeaderName; 6] = [
+    super::REQUEST_ID_HEADER,
     HeaderName::from_static("x-should-retry"),
     header::RETRY_AFTER,
     header::CONTENT_DISPOSITION,
@@ -34,29 +51,29 @@ const EXPOSED: [HeaderName; 6] = [
     header::ACCEPT_RANGES,
 ];
 
-/// Origins and hosts that are trusted.
-pub struct Trusted {
-    /// `Host` is checked.
+/// Hosts and origins that a listener accepts.
+pub struct OriginPolicy {
+    /// True if `Host` is checked.
     checks_hosts: bool,
     hosts: Vec<String>,
     origins: Vec<String>,
 }
 
-impl Trusted {
-    /// The settings for a listener on this address.
+impl OriginPolicy {
+    /// Creates the policy of a listener on `address`.
     pub fn new(settings: &Settings, address: SocketAddr) -> Arc<Self> {
-        let lowered = |names: &[String]| {
+        let lowercase = |names: &[String]| {
             names.iter().map(|name| name.to_ascii_lowercase()).collect::<Vec<_>>()
         };
-        let hosts = lowered(&settings.allowed_hosts.0);
+        let hosts = lowercase(&settings.allowed_hosts.0);
         Arc::new(Self {
             checks_hosts: address.ip().is_loopback() || !hosts.is_empty(),
             hosts,
-            origins: lowered(&settings.cors_origins.0),
+            origins: lowercase(&settings.cors_origins.0),
         })
     }
 
-    fn trusts_host(&self, host: &str) -> bool {
+    fn allows_host(&self, host: &str) -> bool {
         let name = without_port(host).to_ascii_lowercase();
         let name = name.trim_end_matches('.');
         let address = name.trim_start_matches('[').trim_end_matches(']');
@@ -66,18 +83,19 @@ impl Trusted {
             || self.hosts.iter().any(|allowed| match allowed.strip_prefix("*.") {
                 Some(parent) => name
                     .strip_suffix(parent)
-                    .is_some_and(|below| below.len() > 1 && below.ends_with('.')),
+                    .is_some_and(|child| child.len() > 1 && child.ends_with('.')),
                 None => name == allowed,
             })
     }
 
-    fn trusts_origin(&self, origin: &str) -> bool {
+    fn allows_origin(&self, origin: &str) -> bool {
         let origin = origin.to_ascii_lowercase();
         self.origins.iter().any(|allowed| allowed == "*" || *allowed == origin)
     }
 }
 
-/// Answers preflight requests, and says which pages may read answers; none if the settings name no origin.
+/// Returns the layer that answers preflight requests and lets pages of `cors_origins` read
+/// responses. None if `cors_origins` is empty.
 pub fn cors(settings: &Settings) -> Option<CorsLayer> {
     let origins = &settings.cors_origins.0;
     let allowed = match origins.iter().any(|origin| origin == "*") {
@@ -91,16 +109,20 @@ pub fn cors(settings: &Settings) -> Option<CorsLayer> {
         .allow_methods([Method::GET, Method::HEAD, Method::POST, Method::DELETE])
         .allow_headers(AllowHeaders::mirror_request())
         .allow_private_network(true)
-        .expose_headers(EXPOSED)
+        .expose_headers(EXPOSED_HEADERS)
         .max_age(std::time::Duration::from_secs(600));
     (!origins.is_empty()).then_some(layer)
 }
 
-/// Refuses what a page of another site may have sent.
-pub async fn guard(State(trusted): State<Arc<Trusted>>, request: Request, next: Next) -> Response {
+/// Middleware that refuses requests of foreign web pages.
+pub async fn guard(
+    State(policy): State<Arc<OriginPolicy>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let checked = match request.uri().path().starts_with("/health/") {
         true => Ok(()),
-        false => check(&trusted, request.method(), host(&request), request.headers()),
+        false => check(&policy, request.method(), host(&request), request.headers()),
     };
     match checked {
         Ok(()) => next.run(request).await,
@@ -108,14 +130,15 @@ pub async fn guard(State(trusted): State<Arc<Trusted>>, request: Request, next: 
     }
 }
 
-/// The host that a request is for, with its port if it names one: of the URL (HTTP/2, and proxies), or of the header.
+/// Returns the host of a request, with the port if there is one: from the URL (HTTP/2 and proxies),
+/// or from the header.
 fn host(request: &Request) -> Option<&str> {
-    let of_header = || request.headers().get(header::HOST)?.to_str().ok();
-    request.uri().authority().map(axum::http::uri::Authority::as_str).or_else(of_header)
+    let from_header = || request.headers().get(header::HOST)?.to_str().ok();
+    request.uri().authority().map(axum::http::uri::Authority::as_str).or_else(from_header)
 }
 
 fn check(
-    trusted: &Trusted,
+    policy: &OriginPolicy,
     method: &Method,
     host: Option<&str>,
     headers: &HeaderMap,
@@ -124,14 +147,15 @@ fn check(
         return Err(ApiError::bad_request("The request has more than one Host header."));
     }
     if let Some(host) = host
-        && trusted.checks_hosts
-        && !trusted.trusts_host(host)
+        && policy.checks_hosts
+        && !policy.allows_host(host)
     {
         let host = shortened(without_port(host));
         let message = format!(
-            "This server does not answer for the host '{host}'. Its operator can allow the name with the setting allowed_hosts."
+            "This server does not serve the host '{host}'. \
+             The server's operator can allow the host with the setting allowed_hosts."
         );
-        return Err(ApiError::refused(StatusCode::MISDIRECTED_REQUEST, message)
+        return Err(ApiError::client_error(StatusCode::MISDIRECTED_REQUEST, message)
             .with_code("host_not_allowed"));
     }
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
@@ -143,13 +167,13 @@ fn check(
     let is_same = match (site, &origin) {
         (Some(b"same-origin" | b"none"), _) | (None, None) => true,
         (Some(_), None) => false,
-        (_, Some(origin)) if trusted.trusts_origin(origin) => true,
+        (_, Some(origin)) if policy.allows_origin(origin) => true,
         (Some(_), Some(_)) => false,
-        // The scheme is not compared: a proxy may have taken the TLS off.
+        // The scheme is not compared, because a proxy may terminate TLS.
         (None, Some(origin)) => origin
             .split_once("://")
             .zip(host)
-            .is_some_and(|((_, of_page), host)| of_page.eq_ignore_ascii_case(host)),
+            .is_some_and(|((_, page_host), host)| page_host.eq_ignore_ascii_case(host)),
     };
     if is_same {
         return Ok(());
@@ -157,12 +181,13 @@ fn check(
     let origin =
         origin.map_or_else(|| "another site".into(), |origin| format!("'{}'", shortened(&origin)));
     let message = format!(
-        "Web pages of {origin} may not write here. The server's operator can allow an origin with the setting cors_origins."
+        "Web pages of {origin} may not write to this server. \
+         The server's operator can allow an origin with the setting cors_origins."
     );
-    Err(ApiError::refused(StatusCode::FORBIDDEN, message).with_code("origin_not_allowed"))
+    Err(ApiError::client_error(StatusCode::FORBIDDEN, message).with_code("origin_not_allowed"))
 }
 
-/// A host without its port; an IPv6 address keeps its brackets.
+/// Returns a host without its port. An IPv6 address keeps its brackets.
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port))
@@ -178,7 +203,7 @@ fn without_port(host: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn trusted(address: &str, hosts: &[&str], origins: &[&str]) -> Arc<Trusted> {
+    fn policy(address: &str, hosts: &[&str], origins: &[&str]) -> Arc<OriginPolicy> {
         let names = |names: &[&str]| {
             crate::config::Names(names.iter().map(|&name| name.to_owned()).collect())
         };
@@ -187,11 +212,11 @@ mod tests {
             cors_origins: names(origins),
             ..Settings::resolve(Default::default(), None).unwrap()
         };
-        Trusted::new(&settings, address.parse().unwrap())
+        OriginPolicy::new(&settings, address.parse().unwrap())
     }
 
     fn status(
-        trusted: &Trusted,
+        policy: &OriginPolicy,
         method: Method,
         host: &str,
         headers: &[(&'static str, &str)],
@@ -203,13 +228,13 @@ mod tests {
             })
             .collect();
         let host = Some(host).filter(|host| !host.is_empty());
-        check(trusted, &method, host, &headers)
+        check(policy, &method, host, &headers)
             .map_or_else(|error| error.into_response().status().as_u16(), |()| 200)
     }
 
     #[test]
-    fn host_is_checked_on_loopback_and_where_names_are_allowed() {
-        let local = trusted("127.0.0.1:8080", &[], &[]);
+    fn host_is_checked_on_loopback_and_if_allowed_hosts_is_set() {
+        let local = policy("127.0.0.1:8080", &[], &[]);
         for (host, expected) in [
             ("localhost:8080", 200),
             ("LOCALHOST", 200),
@@ -226,9 +251,9 @@ mod tests {
         ] {
             assert_eq!(status(&local, Method::GET, host, &[]), expected, "{host}");
         }
-        let open = trusted("0.0.0.0:8080", &[], &[]);
+        let open = policy("0.0.0.0:8080", &[], &[]);
         assert_eq!(status(&open, Method::GET, "anything.example", &[]), 200);
-        let named = trusted("0.0.0.0:8080", &["Batch.example", "*.inner.example"], &[]);
+        let named = policy("0.0.0.0:8080", &["Batch.example", "*.inner.example"], &[]);
         for (host, expected) in [
             ("batch.EXAMPLE:443", 200),
             ("batch.example.", 200),
@@ -243,9 +268,9 @@ mod tests {
     }
 
     #[test]
-    fn writes_of_other_origins_are_refused() {
-        let local = trusted("127.0.0.1:8080", &[], &["https://tool.example"]);
-        let here = "127.0.0.1:8080";
+    fn writes_from_other_origins_are_refused() {
+        let local = policy("127.0.0.1:8080", &[], &["https://tool.example"]);
+        let host = "127.0.0.1:8080";
         for (headers, expected) in [
             (vec![], 200),
             (vec![("origin", "http://127.0.0.1:8080")], 200),
@@ -262,9 +287,9 @@ mod tests {
             (vec![("origin", "https://tool.example.evil")], 403),
         ] {
             for method in [Method::POST, Method::DELETE, Method::PUT] {
-                assert_eq!(status(&local, method, here, &headers), expected, "{headers:?}");
+                assert_eq!(status(&local, method, host, &headers), expected, "{headers:?}");
             }
-            assert_eq!(status(&local, Method::GET, here, &headers), 200, "{headers:?}");
+            assert_eq!(status(&local, Method::GET, host, &headers), 200, "{headers:?}");
         }
     }
 }

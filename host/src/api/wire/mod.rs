@@ -1,4 +1,4 @@
-//! The API's objects. All keys are always there; what is absent is an explicit null.
+//! JSON objects of the API. Every key is always present; an absent value is an explicit null.
 
 mod plugins;
 
@@ -12,11 +12,13 @@ pub use plugins::{BatchPlugins, OperatorPlugin, Plugin};
 use crate::clock::Timestamp;
 use crate::store::{BatchError, BatchRecord, FileRecord, Metadata};
 
+/// Body of an error response.
 #[derive(Serialize, ToSchema)]
 pub struct ErrorBody<'a> {
     pub error: Error<'a>,
 }
 
+/// Error object.
 #[derive(Serialize, ToSchema)]
 pub struct Error<'a> {
     pub message: &'a str,
@@ -28,27 +30,29 @@ pub struct Error<'a> {
     pub code: Option<&'a str>,
 }
 
-/// What `POST /batches` takes. It is read by hand, so that each error names its parameter.
+/// Body of `POST /batches`.
+// The type only describes the body. [`super::params`] parses the body, so that each error names its
+// parameter.
 #[derive(Deserialize, ToSchema)]
-#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
 #[serde(deny_unknown_fields)]
 pub struct CreateBatch {
     /// Id of an uploaded file.
     input_file_id: String,
-    /// What its requests are for.
+    /// Endpoint of its requests.
     endpoint: String,
-    /// How long the batch may take.
+    /// Time that the batch may take.
     completion_window: String,
     metadata: Option<BTreeMap<String, String>>,
     output_expires_after: Option<ExpiresAfter>,
-    /// Names this creation, so that it can be repeated; also accepted as the header `Idempotency-Key`.
+    /// Key that makes a retry of this request safe. Also accepted as the header `Idempotency-Key`.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
     idempotency_key: Option<String>,
 }
 
-/// How long files are kept.
+/// Lifetime of files.
 #[derive(Deserialize, ToSchema)]
-#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
 #[serde(deny_unknown_fields)]
 pub struct ExpiresAfter {
     #[schema(pattern = "^created_at$")]
@@ -57,9 +61,9 @@ pub struct ExpiresAfter {
     seconds: u64,
 }
 
-/// What `POST /files` takes.
+/// Body of `POST /files`.
 #[derive(Deserialize, ToSchema)]
-#[expect(dead_code, reason = "the form of a document, not of a value")]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
 pub struct UploadForm {
     #[schema(content_media_type = "application/octet-stream", value_type = String, min_length = 1)]
     file: Vec<u8>,
@@ -72,6 +76,7 @@ pub struct UploadForm {
     seconds: Option<u64>,
 }
 
+/// Purpose of an uploaded file.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Purpose {
@@ -84,6 +89,7 @@ pub enum Purpose {
     Vision,
 }
 
+/// Order of a list by creation time.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
@@ -91,6 +97,7 @@ pub enum Direction {
     Desc,
 }
 
+/// Status of a batch.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BatchStatus {
@@ -104,7 +111,7 @@ pub enum BatchStatus {
     Cancelled,
 }
 
-/// A page of objects, newest first unless asked otherwise.
+/// Page of objects, newest first by default.
 #[derive(Serialize, ToSchema)]
 pub struct List<T> {
     #[schema(pattern = "^list$")]
@@ -118,6 +125,7 @@ pub struct List<T> {
 }
 
 impl<T: Identified> List<T> {
+    /// Creates a page. `has_more` is true if objects follow.
     pub fn new(data: Vec<T>, has_more: bool) -> Self {
         let id = |item: Option<&T>| item.map(|item| item.id().to_owned());
         Self {
@@ -130,10 +138,13 @@ impl<T: Identified> List<T> {
     }
 }
 
+/// Object with an id, from which a list can continue.
 pub trait Identified {
+    /// Returns the id of the object.
     fn id(&self) -> &str;
 }
 
+/// File: an upload, or the results of a batch.
 #[derive(Serialize, ToSchema)]
 pub struct File {
     id: String,
@@ -172,6 +183,7 @@ impl Identified for File {
     }
 }
 
+/// Confirmation that a file is deleted.
 #[derive(Serialize, ToSchema)]
 pub struct Deleted {
     pub id: String,
@@ -181,6 +193,7 @@ pub struct Deleted {
     pub deleted: bool,
 }
 
+/// Batch: status, times, counts, usage and result files.
 #[derive(Serialize, ToSchema)]
 pub struct Batch {
     id: String,
@@ -314,6 +327,7 @@ impl Identified for Batch {
     }
 }
 
+/// Model that a request can name.
 #[derive(Serialize, ToSchema)]
 pub struct Model {
     pub id: String,
@@ -329,7 +343,7 @@ impl Identified for Model {
     }
 }
 
-/// All of a kind, without pages: there are few.
+/// List of all objects of a kind, without pages.
 #[derive(Serialize, ToSchema)]
 pub struct Collection<T> {
     #[schema(pattern = "^list$")]
@@ -338,6 +352,7 @@ pub struct Collection<T> {
 }
 
 impl<T> Collection<T> {
+    /// Creates a list of all objects.
     pub fn new(data: Vec<T>) -> Self {
         Self { object: "list", data }
     }

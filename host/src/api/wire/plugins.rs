@@ -1,4 +1,4 @@
-//! Plugins, and what requests wait for.
+//! JSON objects for plugins, and for the reasons why requests wait.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -8,18 +8,19 @@ use crate::plugin::Entry;
 use crate::plugin::types::Kind;
 use crate::store::{ServedBy, WaitsFor};
 
-/// The plugins of a batch, and what its requests wait for.
+/// Plugins of a batch, and the reason why its requests wait.
 #[derive(Serialize, ToSchema)]
 pub struct BatchPlugins {
     #[schema(pattern = "^list$")]
     object: &'static str,
     data: Vec<BatchPlugin>,
-    /// What the requests of the batch wait for; null while they are sent.
+    /// Reason why the requests of the batch wait; null if they do not wait.
     #[schema(required)]
     waiting: Option<Waiting>,
 }
 
 impl BatchPlugins {
+    /// Creates the object from the records of a batch.
     pub fn new(served_by: Vec<ServedBy>, waits_for: Option<WaitsFor>) -> Self {
         Self {
             object: "list",
@@ -33,14 +34,14 @@ impl BatchPlugins {
     }
 }
 
-/// What requests wait for.
+/// Reason why requests wait.
 #[derive(Serialize, ToSchema)]
 pub struct Waiting {
-    /// One sentence.
+    /// Reason, in one sentence.
     message: String,
-    /// Unix seconds.
+    /// Start of the wait, in Unix seconds.
     since: i64,
-    /// When the provider is tried again; Unix seconds.
+    /// Time of the next attempt, in Unix seconds.
     next_attempt_at: i64,
 }
 
@@ -54,19 +55,21 @@ impl From<&Outage> for Waiting {
     }
 }
 
-/// A plugin as the operator sees it.
+/// Plugin as the operator sees it, with full error messages.
 #[derive(Serialize)]
 pub struct OperatorPlugin {
     #[serde(flatten)]
     plugin: Plugin,
-    /// Exchanges at a time that the provider is thought to take, and those that the operator allows.
+    /// Current limit on concurrent exchanges with the provider: as measured, and within the
+    /// operator's setting. Null if the plugin is not an adapter.
     concurrency: Option<f64>,
     outages: Vec<OperatorOutage>,
 }
 
-/// A provider in trouble, in the operator's words.
+/// Outage of a provider for one tenant and endpoint, with the full error message.
 #[derive(Serialize)]
 pub struct OperatorOutage {
+    /// Name of the plugin.
     pub plugin: String,
     tenant: String,
     endpoint: String,
@@ -91,6 +94,7 @@ impl From<&(OutageKey, Outage)> for OperatorOutage {
 }
 
 impl OperatorPlugin {
+    /// Creates the object, with those of `outages` that belong to the plugin.
     pub fn new(entry: &Entry, outages: &[(OutageKey, Outage)]) -> Self {
         let own = outages.iter().filter(|(key, _)| key.plugin == entry.name);
         let mut plugin = Plugin::from(entry);
@@ -104,15 +108,16 @@ impl OperatorPlugin {
     }
 }
 
+/// Plugin as a tenant sees it.
 #[derive(Serialize, ToSchema)]
 pub struct Plugin {
     #[schema(pattern = "^plugin$")]
     object: &'static str,
-    /// The name of its TOML file.
+    /// Name of its TOML file.
     name: String,
     #[schema(value_type = PluginState)]
     state: &'static str,
-    /// That the file as it is does not load, if so.
+    /// Message if the file does not load.
     #[schema(required)]
     error: Option<String>,
     /// `validator` or `adapter`; null if nothing is loaded.
@@ -122,32 +127,35 @@ pub struct Plugin {
     version: Option<String>,
     #[schema(required)]
     sha256: Option<String>,
-    /// What the component says of itself.
+    /// Summary from the component.
     #[schema(required)]
     summary: Option<String>,
-    /// Models it serves, as clients name them, globs included.
+    /// Models that the plugin serves, as clients name them. May contain globs.
     models: Vec<String>,
-    /// Endpoints it is for; empty means all.
+    /// Endpoints that the plugin serves; empty means all.
     endpoints: Vec<String>,
-    /// Unix seconds.
+    /// Time of the load, in Unix seconds.
     #[schema(required)]
     loaded_at: Option<i64>,
-    /// Fingerprint and name of the key that signed it, where signatures are asked for
+    /// Fingerprint and name of the key that signed it, if signatures are required.
     signed_by: Option<String>,
-    /// What requests wait for that go to its provider; null while they are sent.
+    /// Reason why requests to its provider wait; null if they do not wait.
     #[schema(required)]
     waiting: Option<Waiting>,
 }
 
 impl Plugin {
-    /// With what is the matter for a tenant.
-    pub fn with(self, outages: &[(OutageKey, Outage)], tenant: &str) -> Self {
+    /// Adds the outage that a tenant sees, if there is one.
+    pub fn with_outage(self, outages: &[(OutageKey, Outage)], tenant: &str) -> Self {
         let found = outages.iter().find(|(key, _)| key.plugin == self.name && key.tenant == tenant);
         Self { waiting: found.map(|(_, outage)| Waiting::from(outage)), ..self }
     }
 }
 
-/// `outdated`: the file does not load as it is, and what it was before serves on. `paused`: nothing is sent for now, and requests wait.
+/// State of a plugin.
+///
+/// `outdated`: the file does not load, and its previous version still serves. `paused`: no requests
+/// are sent, and they wait.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PluginState {
@@ -203,7 +211,7 @@ impl From<&Entry> for Plugin {
     }
 }
 
-/// A plugin that had a part in a batch, as it was then.
+/// Plugin that served a batch, in the version that served it.
 #[derive(Serialize, ToSchema)]
 pub struct BatchPlugin {
     #[schema(pattern = "^batch.plugin$")]
