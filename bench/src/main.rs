@@ -80,7 +80,7 @@ fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
 
 fn serve(paths: &Paths, data: &Path, plugins: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(&paths.host);
-    command.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]);
+    command.args(["serve", "--listen", "127.0.0.1:0", "--log-filter", "warn"]);
     command.arg("--data").arg(data).arg("--plugins").arg(plugins).args(more);
     command
 }

@@ -2,17 +2,21 @@
 //! WebAssembly components.
 
 mod api;
+mod assemble;
 mod batch;
 mod cli;
-mod clock;
 mod config;
 mod egress;
+#[cfg(test)]
+mod lifecycle;
 mod memory;
 mod plugin;
 mod store;
 mod telemetry;
 
 use std::process::ExitCode;
+
+use batchwright_domain::clock;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

@@ -1,40 +1,75 @@
 //! The operator's log, on standard error.
 
+use std::fmt;
 use std::io::IsTerminal;
+use std::str::FromStr;
 
+use batchwright_domain::text::nearest;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::LogFormat;
-
-/// Levels, by name. A number is one, too.
+/// Names of the levels; a filter may also give a level as a number.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// Refuses a filter that would say nothing at all: the library takes an unknown word for the name of a module.
-pub fn check(filter: &str) -> Result<(), String> {
-    for part in filter.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-        if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-            let near = crate::config::nearest(&level.to_lowercase(), &LEVELS);
-            let near = near.map_or_else(
-                || format!("levels are {}", LEVELS.join(", ")),
-                |near| format!("did you mean {near}?"),
-            );
-            return Err(format!("`{level}` is no level; {near}"));
-        }
-    }
-    EnvFilter::try_new(filter)
-        .map(drop)
-        .map_err(|error| format!("`{filter}` is not a log filter: {error}"))
+/// Format of the log on standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Human-readable lines.
+    #[default]
+    Text,
+    /// JSON, with one object per line.
+    Json,
 }
 
-/// Starts logging. `filter` has the syntax of `tracing_subscriber::EnvFilter`, such as `info` or `info,batchwright::egress=debug`.
-pub fn start(filter: &str, format: LogFormat) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|error| {
-        format!("log_level `{filter}` is not a log filter ({error}); try `info` or `debug`")
-    })?;
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(format!("`{text}` is not a log format; write `text` or `json`")),
+        }
+    }
+}
+
+/// Valid filter in the syntax of `tracing_subscriber::EnvFilter`, such as `info` or
+/// `info,batchwright_egress=debug`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogFilter(String);
+
+impl FromStr for LogFilter {
+    type Err = String;
+
+    /// Rejects a word that is not a level: the library would use it as the name of a module, and
+    /// then log nothing at all.
+    fn from_str(filter: &str) -> Result<Self, String> {
+        for part in filter.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
+            if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
+                let hint = nearest(&level.to_lowercase(), &LEVELS).map_or_else(
+                    || format!("levels are {}", LEVELS.join(", ")),
+                    |near| format!("did you mean `{near}`?"),
+                );
+                return Err(format!("`{level}` is not a level; {hint}"));
+            }
+        }
+        EnvFilter::try_new(filter)
+            .map_err(|error| format!("`{filter}` is not a log filter: {error}"))?;
+        Ok(Self(filter.to_owned()))
+    }
+}
+
+impl fmt::Display for LogFilter {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
+/// Starts logging.
+pub fn start(filter: &LogFilter, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        // The library would say so on the same stream, and panic.
+        .with_env_filter(EnvFilter::new(&filter.0))
+        // The library would report a failed write to the same stream, and panic.
         .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
@@ -42,5 +77,4 @@ pub fn start(filter: &str, format: LogFormat) -> Result<(), String> {
         LogFormat::Text => builder.with_target(false).init(),
         LogFormat::Json => builder.json().init(),
     }
-    Ok(())
 }

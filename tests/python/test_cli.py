@@ -251,7 +251,7 @@ def test_a_run_writes_through_links_and_to_pipes(tmp_path):
 def test_a_run_has_no_completion_window(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "!delay 600000", model="m"), chat("b", "hi", model="m")]))
-    (tmp_path / "c.toml").write_text('completion_windows = ["1h"]\n')
+    (tmp_path / "c.toml").write_text('[batch]\ncompletion_windows = ["1h"]\n')
     command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--config", "c.toml"]
     run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(stub.counts()) == 2, what="both to be sent")
@@ -352,15 +352,15 @@ def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
         assert done.returncode == 1 and f"failed to listen on 127.0.0.1:{port}" in done.stderr
         assert "--listen" in done.stderr
 
-    (tmp_path / "c.toml").write_text('max_file_size = "1GiB"\nmax_fil_size = "1GiB"\n')
+    (tmp_path / "c.toml").write_text('[batch]\nmax_file_size = "1GiB"\nmax_fil_size = "1GiB"\n')
     done = start(tmp_path, "--config", tmp_path / "c.toml")
-    assert done.returncode == 3 and "line 2" in done.stderr and "max_fil_size" in done.stderr
+    assert done.returncode == 3 and "line 3" in done.stderr and "max_fil_size" in done.stderr
     done = start(tmp_path, "--config", tmp_path / "nothing.toml")
     assert done.returncode == 3 and "nothing.toml" in done.stderr
     done = start(tmp_path, env={"BATCHWRIGHT_MAX_ATTEMPTS": "many"})
-    assert done.returncode == 2 and "'many' for '--max-attempts" in done.stderr
-    done = start(tmp_path, "--log-level", "=loud=")
-    assert done.returncode == 3 and "log_level" in done.stderr
+    assert done.returncode == 3 and "BATCHWRIGHT_MAX_ATTEMPTS: `many`" in done.stderr
+    done = start(tmp_path, "--log-filter", "=loud=")
+    assert done.returncode == 3 and "--log-filter" in done.stderr
 
     (tmp_path / "file").write_text("")
     done = run_host("serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "file", "--plugins", PLUGINS)
@@ -384,7 +384,7 @@ def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
 
 
 def test_settings_come_from_the_environment_and_the_file(tmp_path, serve):
-    (tmp_path / "c.toml").write_text('max_requests_per_file = 1\ncompletion_windows = ["24h", "1h"]\n')
+    (tmp_path / "c.toml").write_text('[batch]\nmax_requests_per_file = 1\ncompletion_windows = ["24h", "1h"]\n')
     server = serve("--config", tmp_path / "c.toml", env={"BATCHWRIGHT_MAX_REPORTED_ERRORS": "1"})
     batch = server.client.batches.create(
         input_file_id=server.upload([chat("a"), chat("b"), "x", "y"]).id,

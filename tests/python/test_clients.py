@@ -323,7 +323,7 @@ def test_answers_that_the_library_holds_are_given_up_too(serve):
 
 
 def test_idle_connections_are_kept_for_their_own_time(serve):
-    server = serve("--request-head-timeout", "300ms", "--keep-alive-timeout", "3s")
+    server = serve("--request-head-timeout", "300ms", "--idle-timeout", "3s")
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
     for pause in [0, 1, 1]:
         time.sleep(pause)

@@ -201,7 +201,7 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
     }  # fmt: skip
     hosts = ",".join(f"{name}={address}" for name, address in names.items())
     # The client learns that it is refused, the operator from the log what and where.
-    logs = ["--log-level", "info,batchwright::egress=debug"]
+    logs = ["--log-filter", "info,batchwright::egress=debug"]
     server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"], arguments=logs)
     host = provider.url[7:]
     refused = ["not-allowed", "does not allow"]
@@ -283,7 +283,7 @@ def test_each_misdeed_of_a_provider_ends_its_own_request(hostile, bystander, pro
 
 def test_nothing_of_a_credential_comes_to_light(hostile, provider):
     credentials = f'[credentials]\napi_key = {{ from = "env:HOSTILE_KEY", hosts = ["{provider.url[7:]}"] }}\n'
-    server = hostile(credentials, env={"HOSTILE_KEY": SECRET}, arguments=["--log-level", "debug"])
+    server = hostile(credentials, env={"HOSTILE_KEY": SECRET}, arguments=["--log-filter", "debug"])
     order = f"memory-after {provider.url}/echo"
     refused = f"send {provider.url}/nonsense"
     _, ends = ask(server, [order, refused, "kept"])

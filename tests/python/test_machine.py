@@ -145,23 +145,28 @@ def test_a_hangup_of_the_terminal_stops_a_run_as_an_interrupt_does(stub, tmp_pat
 
 def test_settings_that_cannot_be_meant_are_named_all_at_once(tmp_path):
     config = tmp_path / "config.toml"
-    config.write_text('max_atempts = 3\nclient_timeout = 5\n\nmax_connections = 0\nmax_file_size = "big"\nkeep_alive_timeout = "0s"\n')
+    config.write_text(
+        '[execution]\nmax_atempts = 3\n[server]\nclient_timeout = 5\nmax_connections = 0\nidle_timeout = "0s"\n'
+        '[batch]\nmax_file_size = "big"\n'
+    )
     told = run_host("serve", "--config", config, "--data", tmp_path / "data")
     assert told.returncode == 3
     for words in [
-        "line 1: there is no setting `max_atempts`; did you mean max_attempts?",
-        "line 2: client_timeout",
-        "line 4: max_connections: `0` is not a whole number of at least 1",
-        "line 5: max_file_size",
-        "keep_alive_timeout: must be longer than 0s",
+        "line 2: there is no setting `max_atempts`; did you mean `max_attempts`?",
+        "line 4: client_timeout",
+        "line 5: max_connections: `0` is not a whole number of at least 1",
+        "line 6: idle_timeout: `0s` must be more than 0",
+        "line 8: max_file_size",
     ]:
         assert words in told.stderr, told.stderr
     assert "usize" not in told.stderr and "nonzero" not in told.stderr.lower()
     for arguments, words in [
-        (["--log-level", "warning"], "did you mean warn?"),
-        (["--client-timeout", "0s"], "client_timeout: must be longer than 0s"),
+        (["--log-filter", "warning"], "did you mean `warn`?"),
+        (["--client-timeout", "0s"], "--client-timeout: `0s` must be more than 0"),
         (["--max-atempts", "3"], "--max-attempts"),
-        (["--max-attempts", "0"], "at least 1"),
+        (["--max-attempts", "0", "--client-timeout", "5"], "at least 1\n"),
+        (["--max-attempts", "0", "--client-timeout", "5"], "--client-timeout: `5` is not a dura"),
+        (["--log-level", "info"], "--log-level is called --log-filter"),
     ]:
         told = run_host("serve", *arguments, "--data", tmp_path / "data")
         assert told.returncode in (2, 3) and words in told.stderr, told.stderr
@@ -291,7 +296,7 @@ def test_a_run_takes_odd_folders_and_refuses_what_it_cannot_read_twice(tmp_path)
     folder.mkdir()
     (folder / "in.jsonl").write_bytes(jsonl([chat("a")]))
     config = tmp_path / "config.toml"
-    config.write_text('completion_windows = ["1h", "24h"]\n')
+    config.write_text('[batch]\ncompletion_windows = ["1h", "24h"]\n')
     ran = subprocess.run(
         [HOST, "run", folder / "in.jsonl", "--output", folder / "out.jsonl", "--plugins", PLUGINS, "--config", config], capture_output=True
     )
@@ -307,7 +312,7 @@ def test_a_run_takes_odd_folders_and_refuses_what_it_cannot_read_twice(tmp_path)
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(number)) for number in range(100)]))
-    command = [HOST, "run", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plugins", PLUGINS, "--log-level", "debug"]
+    command = [HOST, "run", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plugins", PLUGINS, "--log-filter", "debug"]
     with open("/dev/full", "w") as full:
         ran = subprocess.run([str(part) for part in command], stderr=full, stdout=full, timeout=60)
     assert ran.returncode == 0 and (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 100

@@ -61,7 +61,7 @@ def test_unknown_fields_and_aliases_reach_the_provider(serve, stub):
 def test_the_host_adds_the_credential_and_it_shows_nowhere(serve, stub):
     secret = "sk-very-secret-0123456789"
     server = serve(
-        env={"PROVIDER_KEY": secret, "BATCHWRIGHT_LOG_LEVEL": "debug"},
+        env={"PROVIDER_KEY": secret, "BATCHWRIGHT_LOG_FILTER": "debug"},
         plugins={"p": stub.plugin(["m"], '[credentials]\napi_key = "env:PROVIDER_KEY"\n')},
     )
     (line,) = ask(server, "!headers")

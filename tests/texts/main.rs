@@ -98,7 +98,7 @@ impl TestServer {
             std::fs::copy(built("dist/plugins").join(file), plugins.join(file)).unwrap();
         }
         let mut command = batchwright(folder.path());
-        command.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "error"]).args(arguments);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--log-filter", "error"]).args(arguments);
         let command = command.args(["--data", "data", "--plugins", "plugins"]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();

@@ -10,7 +10,7 @@ const GOOD: &str = r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completio
 
 fn run(folder: &Path, arguments: &[&str]) -> String {
     let mut command = batchwright(folder);
-    command.args(["run", "--log-level", "error"]);
+    command.args(["run", "--log-filter", "error"]);
     if !arguments.contains(&"--plugins") {
         command.args(["--plugins", "plugins"]);
     }

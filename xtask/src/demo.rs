@@ -64,7 +64,7 @@ impl Demo {
                 "serve",
                 "--listen",
                 "127.0.0.1:0",
-                "--log-level",
+                "--log-filter",
                 "error,batchwright::plugin=off",
                 "--data",
             ])

@@ -49,7 +49,7 @@ pub async fn create(
         input_file_id: params.string("input_file_id")?,
         endpoint: params.string("endpoint")?,
         completion_window: params.string("completion_window")?,
-        metadata: params.metadata("metadata", batches.settings())?,
+        metadata: params.metadata("metadata", &batches.settings().batch)?,
         output_lifetime: params.lifetime("output_expires_after")?,
         idempotency_key: idempotency_key(&headers, &mut params)?,
     };
@@ -139,7 +139,7 @@ pub async fn list(
     tenant: Tenant,
     mut query: QueryParams,
 ) -> Result<Response, ApiError> {
-    let limit = query.limit(1..=batches.settings().max_batches_per_page.get() as u64, 20)?;
+    let limit = query.limit(1..=batches.settings().batch.max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
     let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {

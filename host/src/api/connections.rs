@@ -22,7 +22,7 @@
 //!    nothing by opening streams instead of connections.
 //! 6. Timeouts. A head has to arrive within `request_head_timeout`, counted from its first byte, so
 //!    that a client that sends it byte by byte gains no time. After a response, a connection may be
-//!    idle for `keep_alive_timeout`. HTTP/2 frames that belong to no request extend no timeout.
+//!    idle for `idle_timeout`. HTTP/2 frames that belong to no request extend no timeout.
 //!
 //! Slow bodies and slow readers are the concern of [`super::pace`] and [`super::streams`].
 

@@ -191,7 +191,7 @@ pub async fn list(
             ));
         }
     };
-    let max = batches.settings().max_files_per_page.get() as u64;
+    let max = batches.settings().batch.max_files_per_page.get() as u64;
     let limit = query.limit(1..=max, max)?;
     let (purpose, now) = (query.text("purpose"), batches.clock().now());
     let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());

@@ -5,6 +5,7 @@
 //! JSON, the statuses or the headers of the API.
 
 mod batches;
+mod config;
 mod connections;
 mod content;
 mod decompress;
@@ -41,7 +42,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::batch::{Batches, shortened};
-use crate::config::Settings;
+pub use config::ApiConfig;
 use error::ApiError;
 pub use server::{serve, serve_admin};
 use web::OriginPolicy;
@@ -75,7 +76,7 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
 }
 
 /// Returns the router of the API, for a listener on `address`.
-pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
+pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
     let api = OpenApiRouter::new()
         .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
         .routes(routes!(files::list))
@@ -93,7 +94,7 @@ pub fn router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -
         OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
     description.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
-    let document = Json(openapi::document(description, settings));
+    let document = Json(openapi::document(description, &batches.settings().batch));
     let mut router = health_routes().route("/openapi.json", get(async move || document));
     for prefix in ROUTE_PREFIXES {
         router = router.nest(prefix, api.clone());
@@ -126,7 +127,7 @@ fn health_routes() -> Router<Arc<Batches>> {
 
 /// Returns the router of the admin listener: health, and the plugins with the outages of all
 /// tenants.
-pub fn admin_router(batches: Arc<Batches>, settings: &Settings, address: SocketAddr) -> Router {
+pub fn admin_router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
     let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
     health_routes()
         .merge(plugins)

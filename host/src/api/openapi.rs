@@ -12,8 +12,8 @@ use utoipa::{IntoResponses, PartialSchema, ToSchema};
 
 use super::ROUTE_PREFIXES;
 use super::wire::ErrorBody;
+use crate::batch::BatchConfig;
 use crate::batch::ENDPOINTS;
-use crate::config::Settings;
 
 /// Default response of every operation: an error object.
 pub struct Errors;
@@ -36,7 +36,7 @@ impl IntoResponses for Errors {
 }
 
 /// Returns the complete document: adds the servers, the error object and the limits to `generated`.
-pub fn document(mut generated: OpenApi, settings: &Settings) -> Value {
+pub fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value {
     generated.info.title = "Batchwright".into();
     generated.info.description = Some("The OpenAI Batch API: files, batches, models.".into());
     generated.servers = Some(
@@ -52,7 +52,7 @@ pub fn document(mut generated: OpenApi, settings: &Settings) -> Value {
         ("/components/schemas/CreateBatch/properties/endpoint/enum", json!(ENDPOINTS)),
         (
             "/components/schemas/CreateBatch/properties/completion_window/enum",
-            settings.completion_window_names().collect(),
+            settings.completion_windows.names().collect(),
         ),
         (
             "/components/schemas/CreateBatch/properties/metadata/maxProperties",

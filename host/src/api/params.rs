@@ -17,8 +17,8 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 use super::lists::{UNRESERVED_BYTES, reserve};
 use super::{MAX_JSON_BODY_BYTES, Tenant};
+use crate::batch::BatchConfig;
 use crate::batch::{Batches, shortened};
-use crate::config::Settings;
 use crate::memory::Share;
 use crate::store::Metadata;
 
@@ -167,7 +167,7 @@ impl Params {
     pub fn metadata(
         &mut self,
         name: &str,
-        settings: &Settings,
+        settings: &BatchConfig,
     ) -> Result<Option<Metadata>, ApiError> {
         let max_pairs = settings.max_metadata_pairs;
         let pairs = match self.take(name) {

@@ -24,12 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use super::config::ApiConfig;
 use super::connections::{Connection, Connections, IdleTimeouts, ResponseBody};
 use super::error::ApiError;
 use super::pace::PacedStream;
 use super::path::normalized;
 use super::streams::StreamBody;
-use crate::config::Settings;
 
 /// Delay after a failed `accept`. The usual cause is a lack of file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -64,7 +64,7 @@ const MAX_ADMIN_CONNECTIONS: usize = 64;
 pub async fn serve(
     listener: TcpListener,
     router: Router,
-    settings: &Settings,
+    settings: &ApiConfig,
     shutdown: impl Future<Output = ()>,
 ) {
     let connections =
@@ -76,7 +76,7 @@ pub async fn serve(
 pub async fn serve_admin(
     listener: TcpListener,
     router: Router,
-    settings: &Settings,
+    settings: &ApiConfig,
     shutdown: impl Future<Output = ()>,
 ) {
     listen(listener, router, settings, Connections::new(MAX_ADMIN_CONNECTIONS, 0), shutdown).await;
@@ -85,14 +85,14 @@ pub async fn serve_admin(
 async fn listen(
     listener: TcpListener,
     router: Router,
-    settings: &Settings,
+    settings: &ApiConfig,
     connections: Arc<Connections>,
     shutdown: impl Future<Output = ()>,
 ) {
     let builder = builder(settings.client_timeout.duration());
     let timeouts = IdleTimeouts {
         head: settings.request_head_timeout.duration(),
-        keep_alive: settings.keep_alive_timeout.duration(),
+        keep_alive: settings.idle_timeout.duration(),
     };
     let draining = CancellationToken::new();
     let tasks = TaskTracker::new();

@@ -33,9 +33,9 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
+use super::config::ApiConfig;
 use super::error::ApiError;
 use crate::batch::shortened;
-use crate::config::Settings;
 
 /// Request header in which a browser states the relation between the page and the server (W3C Fetch
 /// Metadata).
@@ -61,7 +61,7 @@ pub struct OriginPolicy {
 
 impl OriginPolicy {
     /// Creates the policy of a listener on `address`.
-    pub fn new(settings: &Settings, address: SocketAddr) -> Arc<Self> {
+    pub fn new(settings: &ApiConfig, address: SocketAddr) -> Arc<Self> {
         let lowercase = |names: &[String]| {
             names.iter().map(|name| name.to_ascii_lowercase()).collect::<Vec<_>>()
         };
@@ -96,7 +96,7 @@ impl OriginPolicy {
 
 /// Returns the layer that answers preflight requests and lets pages of `cors_origins` read
 /// responses. None if `cors_origins` is empty.
-pub fn cors(settings: &Settings) -> Option<CorsLayer> {
+pub fn cors(settings: &ApiConfig) -> Option<CorsLayer> {
     let origins = &settings.cors_origins.0;
     let allowed = match origins.iter().any(|origin| origin == "*") {
         true => AllowOrigin::any(),
@@ -201,17 +201,15 @@ fn without_port(host: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use batchwright_domain::settings::{Given, Section};
+
     use super::*;
 
     fn policy(address: &str, hosts: &[&str], origins: &[&str]) -> Arc<OriginPolicy> {
-        let names = |names: &[&str]| {
-            crate::config::Names(names.iter().map(|&name| name.to_owned()).collect())
-        };
-        let settings = Settings {
-            allowed_hosts: names(hosts),
-            cors_origins: names(origins),
-            ..Settings::resolve(Default::default(), None).unwrap()
-        };
+        let mut given = Given::default();
+        given.add("allowed_hosts", hosts.join(","), "");
+        given.add("cors_origins", origins.join(","), "");
+        let settings = ApiConfig::read(&mut given).unwrap();
         OriginPolicy::new(&settings, address.parse().unwrap())
     }
 

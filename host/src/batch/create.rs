@@ -105,8 +105,10 @@ impl Batches {
         if !ENDPOINTS.contains(&request.endpoint.as_str()) {
             return Err(CreateError::Endpoint(shortened(&request.endpoint)));
         }
-        let Some(window) = self.settings.completion_window(&request.completion_window) else {
-            let supported = self.settings.completion_windows.to_string();
+        let Some(window) =
+            self.settings.batch.completion_windows.length(&request.completion_window)
+        else {
+            let supported = self.settings.batch.completion_windows.to_string();
             return Err(CreateError::CompletionWindow {
                 given: shortened(&request.completion_window),
                 supported,

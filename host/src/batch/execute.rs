@@ -166,7 +166,7 @@ impl Batches {
             *place = None;
             // The recorder ends when the last sender is dropped.
             drop(work);
-            self.drain(stop, &tasks, &kill).await;
+            self.drain_requests(stop, &tasks, &kill).await;
             taken
         };
         // Answers are recorded even if the input cannot be read to its end.
@@ -255,8 +255,12 @@ impl Batches {
         from: Kept,
         many: bool,
     ) -> Result<LinesToDo<'a>> {
-        let window =
-            self.settings.max_concurrent_requests_per_batch.get().min(Semaphore::MAX_PERMITS);
+        let window = self
+            .settings
+            .execution
+            .max_concurrent_requests_per_batch
+            .get()
+            .min(Semaphore::MAX_PERMITS);
         let input: Input = self.open_input_at(claim, READ_CHUNK_BYTES, from.position).await?;
         Ok(LinesToDo::new(self, claim, input, from, window, many))
     }
@@ -408,14 +412,14 @@ impl Batches {
     /// Drains the requests in flight.
     ///
     /// After a stop, requests that exceed the grace period are dropped.
-    async fn drain(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
+    async fn drain_requests(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
         tokio::select! {
             () = tasks.wait() => return,
             () = stop.asked() => {}
         }
         let grace = match stop.reason() {
-            Some(Reason::Shutdown) => self.settings.shutdown_grace,
-            _ => self.settings.stop_grace,
+            Some(Reason::Shutdown) => self.settings.execution.shutdown_grace,
+            _ => self.settings.execution.stop_grace,
         };
         tokio::select! {
             () = tasks.wait() => return,

@@ -8,9 +8,9 @@ use bytes::{Bytes, BytesMut};
 use uuid::Uuid;
 
 use super::Batches;
-use crate::config::Size;
 use crate::memory::Share;
 use crate::store::{self, BlobWriter, FileQuery, FileRecord, Paged, StoreError};
+use batchwright_domain::units::Size;
 
 /// Metadata of an upload.
 #[derive(Debug)]
@@ -120,7 +120,7 @@ impl Batches {
 impl Upload {
     /// Appends bytes to the buffer and writes the buffer whenever it is full.
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), UploadError> {
-        let limit = self.object.batches.settings.max_file_size;
+        let limit = *self.object.batches.settings.batch.max_file_size;
         let size = self
             .writer
             .written()
@@ -169,8 +169,8 @@ impl Upload {
         let bytes = writer.finish().await?;
         let batches = object.batches.clone();
         let created_at = batches.clock.now();
-        let by_default =
-            (new.purpose == "batch").then(|| batches.settings.input_file_lifetime.duration());
+        let by_default = (new.purpose == "batch")
+            .then(|| batches.settings.retention.input_file_lifetime.duration());
         let file = FileRecord {
             id: object.id.clone(),
             bytes,

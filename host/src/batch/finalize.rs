@@ -31,12 +31,12 @@ use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
 use super::validate::lost_input;
-use crate::config::Span;
 use crate::memory::{Holder, Share};
 use crate::store::{
     BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status,
     StoreError,
 };
+use batchwright_domain::units::Span;
 
 /// Size of a page of results and of the write buffer of each file, in bytes.
 const PAGE_BYTES: usize = 256 << 10;
@@ -195,8 +195,8 @@ impl Batches {
             })
         };
         let (output, error) = (
-            record("output", output.finish().await?, self.settings.output_file_lifetime),
-            record("error", error.finish().await?, self.settings.error_file_lifetime),
+            record("output", output.finish().await?, self.settings.retention.output_file_lifetime),
+            record("error", error.finish().await?, self.settings.retention.error_file_lifetime),
         );
         self.store.finish(claim, Finish { status, errors, output, error, at }).await?;
         self.cleanup_needed.notify_one();

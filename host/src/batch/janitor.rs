@@ -116,7 +116,8 @@ impl Batches {
 
     /// Removes some batches that ended long ago and returns true if there may be more.
     async fn forget_batches(&self) -> Result<bool> {
-        let ended_before = self.clock.now().before(self.settings.batch_lifetime.duration());
+        let ended_before =
+            self.clock.now().before(self.settings.retention.batch_lifetime.duration());
         let found = self.store.forgettable_batches(ended_before, STEP_FILES).await?;
         let more = found.len() == STEP_FILES;
         if !found.is_empty() {

@@ -7,6 +7,7 @@
 
 mod backoff;
 mod breaker;
+mod config;
 mod create;
 mod deferred;
 mod envelope;
@@ -31,8 +32,6 @@ mod result_line;
 mod scheduler;
 mod served_by;
 mod stop;
-#[cfg(test)]
-mod tests;
 mod validate;
 mod verdict;
 mod whole;
@@ -47,12 +46,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use breaker::Outage;
+pub use config::{BatchConfig, Config, ExecutionConfig, RetentionConfig};
 pub use create::{CreateError, Request, shortened};
 pub use files::{NewFile, Upload, UploadError};
 pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
-use crate::config::Settings;
 use crate::egress::Queue;
 use crate::memory::Memory;
 use crate::plugin::Registry;
@@ -91,7 +90,7 @@ pub struct Batches {
     blobs: Blobs,
     registry: Arc<Registry>,
     clock: Clock,
-    settings: Settings,
+    settings: Config,
     memory: Memory,
     gate: Gate,
     next_queue_number: AtomicU64,
@@ -122,7 +121,7 @@ impl Batches {
         blobs: Blobs,
         registry: Arc<Registry>,
         clock: Clock,
-        settings: Settings,
+        settings: Config,
         memory: Memory,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -135,7 +134,7 @@ impl Batches {
             next_queue_number: AtomicU64::new(0),
             probes: Probes::default(),
             running: Mutex::default(),
-            outages: Arc::new(Outages::new(&settings)),
+            outages: Arc::new(Outages::new(&settings.execution)),
             rests: Rests::default(),
             backoffs: Mutex::default(),
             work_available: Arc::default(),
@@ -194,13 +193,18 @@ impl Batches {
         self.next_queue_number.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Returns the store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
     /// Returns the settings of the server.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &Config {
         &self.settings
     }
 
     /// Returns the plugin registry of the server.
-    pub fn registry(&self) -> &Registry {
+    pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
     }
 

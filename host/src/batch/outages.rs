@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
 use super::breaker::{Breaker, Kind, Outage, Pauses};
-use crate::config::Settings;
+use super::config::ExecutionConfig;
 use crate::plugin::Snapshot;
 use crate::store::{Claim, Lane};
 
@@ -39,7 +39,7 @@ pub struct Outages {
 
 impl Outages {
     /// Creates an empty registry with the pauses from the settings.
-    pub fn new(settings: &Settings) -> Self {
+    pub fn new(settings: &ExecutionConfig) -> Self {
         let give_up_after =
             Some(settings.max_outage.duration()).filter(|longest| !longest.is_zero());
         let pauses = Pauses {
@@ -150,12 +150,13 @@ mod tests {
     use super::*;
     use crate::batch::breaker::Trouble;
     use crate::clock::Timestamp;
-    use crate::config::Given;
+    use batchwright_domain::settings::{Given, Section};
+
     use crate::plugin::types::{Answer, Failure};
 
     #[test]
     fn unserved_models_share_one_breaker_beyond_the_limit() {
-        let outages = Outages::new(&Settings::resolve(Given::default(), None).unwrap());
+        let outages = Outages::new(&ExecutionConfig::read(&mut Given::default()).unwrap());
         for number in 0..MAX_BREAKERS * 3 {
             let breaker = outages.of(&format!("{MODEL}{number}"), "t", "/v1/chat/completions");
             let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });

@@ -40,6 +40,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::breaker::{Breaker, Gate as Breakers, Kind, Trouble, Verdict};
+use super::config::Config;
 use super::deferred::Tries;
 use super::exchange::{Exchange, Sent};
 use super::gate::Gate;
@@ -49,7 +50,6 @@ use super::shortened;
 use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
-use crate::config::Settings;
 use crate::egress::{Admitted, Queue, refusal_pause};
 use crate::memory::Share;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
@@ -89,7 +89,7 @@ pub struct Context {
     /// Clock of the server.
     pub clock: Clock,
     /// Settings of the server.
-    pub settings: Settings,
+    pub settings: Config,
     /// Stop signal of the batch.
     pub stop: Arc<Stop>,
     /// Cancelled when the batch is stopped or evicted. Requests that are not sent yet are dropped.
@@ -362,9 +362,9 @@ impl Context {
         let attempts = tries.answered.saturating_add(tries.unanswered);
         let pause = self.backoff(attempts).max(delay.unwrap_or_default());
         tries.spent = tries.spent.saturating_add(duration).saturating_add(pause);
-        let is_exhausted = attempts as usize >= self.settings.max_attempts.get()
-            || tries.unanswered as usize >= self.settings.max_unanswered_attempts.get()
-            || tries.spent > self.settings.max_retry_time.duration();
+        let is_exhausted = attempts as usize >= self.settings.execution.max_attempts.get()
+            || tries.unanswered as usize >= self.settings.execution.max_unanswered_attempts.get()
+            || tries.spent > self.settings.execution.max_retry_time.duration();
         let at = self.clock.now().after(pause);
         tracing::debug!(
             tenant = self.tenant,
@@ -641,8 +641,9 @@ impl Context {
     /// retried together.
     fn backoff(&self, attempt: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1));
-        let max = self.settings.max_retry_backoff.duration();
-        let pause = self.settings.retry_backoff.duration().saturating_mul(doubled).min(max);
+        let max = self.settings.execution.max_retry_backoff.duration();
+        let pause =
+            self.settings.execution.retry_backoff.duration().saturating_mul(doubled).min(max);
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 }

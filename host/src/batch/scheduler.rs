@@ -35,9 +35,9 @@ impl Batches {
         if let Err(error) = self.remove_abandoned().await {
             tracing::warn!(%error, "abandoned object cleanup failed");
         }
-        let max_executing = self.settings.max_executing_batches.get();
+        let max_executing = self.settings.execution.max_executing_batches.get();
         let lanes = Lanes::new(
-            self.settings.max_concurrent_batches.get(),
+            self.settings.execution.max_concurrent_batches.get(),
             max_executing,
             self.work_available.clone(),
         );
@@ -308,7 +308,7 @@ impl Batches {
     ) -> Result<()> {
         let too_late = async {
             self.closing.cancelled().await;
-            self.clock.sleep(self.settings.shutdown_grace.duration()).await;
+            self.clock.sleep(self.settings.execution.shutdown_grace.duration()).await;
         };
         tokio::select! {
             finalized = self.finalize(claim, batch, end) => finalized,

@@ -116,8 +116,9 @@ impl Batches {
             ));
         }
         let holder: Holder = tenant.as_str().into();
-        let hashes = HASH_BYTES
-            .saturating_mul(self.settings.max_requests_per_file.min(file.bytes / MIN_LINE_BYTES));
+        let hashes = HASH_BYTES.saturating_mul(
+            (*self.settings.batch.max_requests_per_file).min(file.bytes / MIN_LINE_BYTES),
+        );
         let _hashes = match hashes > UNRESERVED_HASH_BYTES {
             true => Some(
                 self.memory
@@ -127,7 +128,7 @@ impl Batches {
             ),
             false => None,
         };
-        let max_line_bytes = self.settings.max_line_size.in_memory();
+        let max_line_bytes = self.settings.batch.max_line_size.in_memory();
         let opened =
             Input::open(&self.blobs, tenant, file_id, file.bytes, max_line_bytes, READ_CHUNK_BYTES);
         let input = match opened.await {
@@ -191,15 +192,17 @@ impl Batches {
             })
             .buffered(threads.saturating_mul(2));
         let mut validated = std::pin::pin!(validated);
-        let mut whole =
-            Whole::new(self.settings.max_reported_errors, self.settings.max_requests_per_file);
+        let mut whole = Whole::new(
+            self.settings.batch.max_reported_errors.get(),
+            *self.settings.batch.max_requests_per_file,
+        );
         while let Some(chunk) = validated.next().await {
             match chunk? {
                 Ok(Ok(chunk)) => whole.add(chunk),
                 Ok(Err(error)) => return Ok(Verdict::Bad(vec![plugin_error(&error)], judged_by)),
                 Err(_) => return Err(StoreError::Closed),
             }
-            if whole.total > self.settings.max_requests_per_file {
+            if whole.total > *self.settings.batch.max_requests_per_file {
                 break;
             }
         }

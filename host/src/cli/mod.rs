@@ -13,17 +13,15 @@ mod run_state;
 mod serve;
 mod terminal;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::terminal::errln;
-use crate::config::{ConfigError, Given, Settings};
-use crate::memory::Memory;
-use crate::plugin::signature::TrustedKeys;
-use crate::plugin::{LoadError, Loading, compile};
+use crate::config::{ConfigError, unknown_variables};
+use crate::plugin::{LoadError, compile};
 use crate::store::StoreError;
 
 /// Version of the program with the commit of its build.
@@ -57,23 +55,6 @@ enum Command {
     /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
-}
-
-/// Settings from all sources: flags, environment and config file.
-#[derive(Args)]
-struct SettingsArgs {
-    /// Config file (TOML) with any of the settings below, such as max_file_size = "200MiB"
-    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
-    config: Option<PathBuf>,
-    #[command(flatten)]
-    given: Given,
-}
-
-impl SettingsArgs {
-    /// Resolves all sources; the error lists every invalid value.
-    fn resolve(self) -> Result<Settings, ConfigError> {
-        Settings::resolve(self.given, self.config.as_deref())
-    }
 }
 
 /// Error of a command, with a message for the user and an exit code.
@@ -204,32 +185,9 @@ enum ProcessSignal {
     Hangup,
 }
 
-/// Returns the plugin loader configuration that the settings describe.
-fn loading(settings: &Settings, memory: &Memory) -> Result<Loading, Error> {
-    Ok(Loading {
-        cache: settings.cache.clone(),
-        compile_timeout: settings.compile_timeout,
-        compile_memory: settings.compile_memory,
-        trusted_keys: trusted_keys(&settings.trusted_keys)?,
-        serials: Some(settings.data.join("serials")),
-        order: Some(settings.data.join("plugin-order")),
-        compiler: None,
-        memory: memory.clone(),
-    })
-}
-
-/// Reads the trusted keys of a file; an empty path returns none.
-fn trusted_keys(file: &Path) -> Result<Option<TrustedKeys>, Error> {
-    if file.as_os_str().is_empty() {
-        return Ok(None);
-    }
-    let keys = TrustedKeys::read(file);
-    Ok(Some(keys.map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?))
-}
-
 /// Logs a warning for each environment variable that looks like a setting and is not.
 fn warn_unknown_variables() {
-    for unknown in Settings::unknown_variables() {
+    for unknown in unknown_variables() {
         tracing::warn!(
             variable = unknown.name,
             did_you_mean = unknown.suggestion,

@@ -34,6 +34,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchwright_domain::settings::Value;
+use batchwright_domain::text::hex;
+use batchwright_domain::units::Span;
 use bytes::Bytes;
 use clap::Args;
 use futures_util::{Stream, stream};
@@ -44,15 +47,15 @@ use super::failures::Failures;
 use super::place::{Target, check};
 use super::progress::Progress;
 use super::run_state::{RunPaths, RunState, remove};
-use super::{Error, ProcessSignals, SettingsArgs, loading, user_cache, warn_unknown_variables};
+use super::{Error, ProcessSignals, user_cache, warn_unknown_variables};
+use crate::assemble::Options;
 use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
 use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
-use crate::config::{CompletionWindows, Settings, Span};
-use crate::memory::Memory;
-use crate::plugin::{Loader, Loading, Registry, check_directory, hex};
-use crate::store::{BatchRecord, Blobs, PIECE, Paged, SqliteStore, Status, umask};
-use crate::telemetry;
+use crate::config::{All, ConfigError, Settings, SettingsArgs};
+use crate::plugin::check_directory;
+use crate::store::{BatchRecord, PIECE, Paged, Status, umask};
+use crate::{assemble, telemetry};
 
 /// Tenant of every run.
 const TENANT: &str = "default";
@@ -69,7 +72,7 @@ const PROVIDER_UNAVAILABLE_STATUS: u8 = 6;
 /// Default log filter of a run.
 ///
 /// The registry is off because the command prints the errors of plugins itself.
-const RUN_LOG_LEVEL: &str =
+const LOG_FILTER: &str =
     "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
 
 /// Completion window of a run, long enough to have no effect.
@@ -97,26 +100,29 @@ pub struct Run {
     #[arg(long)]
     partial: bool,
     #[command(flatten)]
-    settings: SettingsArgs,
+    settings: SettingsArgs<All>,
 }
 
 impl Run {
     /// Runs or continues the batch; returns success only if every request succeeded.
     pub async fn run(self) -> Result<ExitCode, Error> {
-        let own_cache = self.settings.given.cache.is_some();
-        let own_outage = self.settings.given.max_outage.is_some();
-        let own_level = self.settings.given.log_level.is_some();
+        let [own_cache, own_outage, own_filter] =
+            ["cache", "max_outage", "log_filter"].map(|name| self.settings.has(name));
         let mut settings = self.settings.resolve()?;
         // The default filter is quieter than that of a server: `open` prints plugin errors.
-        let level = if own_level { settings.log_level.as_str() } else { RUN_LOG_LEVEL };
-        telemetry::start(level, settings.log_format).map_err(Error::Other)?;
+        let filter = if own_filter {
+            settings.server.log_filter.clone()
+        } else {
+            setting("log_filter", LOG_FILTER)?
+        };
+        telemetry::start(&filter, settings.server.log_format);
         warn_unknown_variables();
         umask();
         // `watch` applies `max_outage` and stops the run; in the batch it would fail requests.
-        let max_outage = settings.max_outage.duration();
+        let max_outage = settings.execution.max_outage.duration();
         let max_outage =
             if own_outage || !max_outage.is_zero() { max_outage } else { DEFAULT_MAX_OUTAGE };
-        settings.max_outage = Span::seconds(0);
+        settings.execution.max_outage = Span::seconds(0);
         let paths = RunPaths::resolve(&self.input, &self.output, self.errors)?;
         let mut before = RunState::read(&paths.state)?;
         if let Some(status) = before.as_ref().and_then(|saved| saved.finished) {
@@ -135,12 +141,12 @@ impl Run {
             before.iter().flat_map(|saved| &saved.placed).any(|written| target.matches(written))
         };
         check(&[&paths.output, &paths.errors], self.force, may_replace)?;
-        settings.data.clone_from(&paths.state);
-        settings.completion_windows = CompletionWindows::single(COMPLETION_WINDOW)?;
+        settings.storage.data.clone_from(&paths.state);
+        settings.batch.completion_windows = setting("completion_windows", COMPLETION_WINDOW)?;
         if !own_cache {
-            settings.cache = user_cache();
+            settings.plugins.cache = Some(user_cache());
         }
-        check_directory(&settings.plugins)?;
+        check_directory(&settings.plugins.directory())?;
         let had_state = paths.state.exists();
         if self.partial && !had_state {
             return Err(Error::Usage(format!(
@@ -153,8 +159,9 @@ impl Run {
         let (id, mut saved) = match created {
             Ok(created) => created,
             Err(error) => {
-                // A folder without a batch is not an unfinished run.
-                if unfinished_batch(&batches).await.is_ok_and(|found| found.is_none()) {
+                // A folder that this run created and that has no batch is not an unfinished run.
+                let is_empty = unfinished_batch(&batches).await.is_ok_and(|found| found.is_none());
+                if is_empty && !had_state {
                     std::fs::remove_dir_all(&paths.state).ok();
                 }
                 return Err(error);
@@ -197,6 +204,11 @@ impl Run {
     }
 }
 
+/// Parses a value of a setting that a run fixes.
+fn setting<T: Value>(name: &'static str, text: &str) -> Result<T, ConfigError> {
+    T::parse(text).map_err(|message| ConfigError::Value { setting: name, message })
+}
+
 /// Returns the `url` of the first line that has one.
 fn first_url(input: &Path) -> std::io::Result<Option<String>> {
     #[derive(Deserialize)]
@@ -234,21 +246,16 @@ pub fn endpoint_of_first_line(input: &Path) -> Result<Option<String>, Error> {
 
 /// Opens the state folder and the plugins; prints a warning for each plugin that is not loaded.
 async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
-    let clock = Clock::system();
-    let store = SqliteStore::open(&settings.data)?;
-    let blobs = Blobs::local(&settings.data.join("objects"))?;
-    let memory =
-        Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
-    // The serials must outlive the state folder, or an older signed file could be loaded again.
+    // The state folder is removed at the end; serials must survive it.
     let cache = user_cache();
     let serials = std::fs::create_dir_all(&cache).ok().map(|()| cache.join("serials"));
-    let loading = Loading { serials, order: None, ..loading(&settings, &memory)? };
-    let loader = Loader::new(loading, clock.clone())?;
-    let registry = Registry::open(&settings.plugins, loader).await?;
+    let options = Options { clock: Clock::system(), serials, order: None, compiler: None };
+    let batches = assemble::batches(&settings, options).await?;
+    let registry = batches.registry();
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
         errln!("warning: plugin not loaded: {error}");
     }
-    Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings, memory))
+    Ok(batches)
 }
 
 /// Creates the batch, or finds the batch of an unfinished run; returns its id and record.

@@ -6,23 +6,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{
-    Error, ProcessSignal, ProcessSignals, SettingsArgs, VERSION, loading, warn_unknown_variables,
-};
+use super::{Error, ProcessSignal, ProcessSignals, VERSION, warn_unknown_variables};
+use crate::assemble::Options;
 use crate::batch::Batches;
 use crate::cli::terminal::outln;
-use crate::clock::Clock;
-use crate::config::Settings;
-use crate::memory::Memory;
+use crate::config::{All, Settings, SettingsArgs};
 use crate::plugin::watch::watch;
-use crate::plugin::{Loader, Registry, check_directory};
-use crate::store::{Blobs, SqliteStore, umask};
-use crate::{api, telemetry};
-use rustix::process::{Resource, getrlimit, setrlimit};
+use crate::store::umask;
+use crate::{api, assemble, telemetry};
 
 /// Minimum time for clients to receive responses in flight, after all other work has ended.
 const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);
@@ -31,30 +27,24 @@ const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);
 #[derive(Args)]
 pub struct Serve {
     #[command(flatten)]
-    settings: SettingsArgs,
+    settings: SettingsArgs<All>,
 }
 
 impl Serve {
     /// Runs the server until shutdown.
     pub async fn run(self) -> Result<ExitCode, Error> {
         let settings = self.settings.resolve()?;
-        telemetry::start(&settings.log_level, settings.log_format).map_err(Error::Other)?;
+        telemetry::start(&settings.server.log_filter, settings.server.log_format);
         warn_unknown_variables();
         // From here on, a signal no longer ends the process automatically.
         let mut signals = ProcessSignals::listen()?;
         raise_file_limit();
         umask();
-        let clock = Clock::system();
-        check_directory(&settings.plugins)?;
-        let store = SqliteStore::open(&settings.data)?;
-        let blobs = Blobs::local(&settings.data.join("objects"))?;
-        let memory =
-            Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
-        let loader = Loader::new(loading(&settings, &memory)?, clock.clone())?;
-        let registry = Registry::open(&settings.plugins, loader).await?;
-        let _watcher = watch(&registry);
-        let (listener, address) = bind(settings.listen, "--listen").await?;
-        let admin = match settings.admin_listen.0 {
+        let settings = Arc::new(settings);
+        let batches = assemble::batches(&settings, Options::of_server(&settings)).await?;
+        let _watcher = watch(batches.registry());
+        let (listener, address) = bind(settings.server.listen, "--listen").await?;
+        let admin = match settings.server.admin_listen {
             Some(address) => Some(bind(address, "--admin-listen").await?),
             None => None,
         };
@@ -65,29 +55,26 @@ impl Serve {
                  data; listen on loopback or restrict access to trusted clients"
             );
         }
-        let settings = Arc::new(settings);
-        let batches =
-            Batches::new(Arc::new(store), blobs, registry, clock, (*settings).clone(), memory);
         batches.start();
-        let app = api::router(batches.clone(), &settings, address);
+        let app = api::router(batches.clone(), &settings.api, address);
         outln!("listening on http://{address}");
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
             outln!("health on http://{address}");
             let (router, settings, token) = (
-                api::admin_router(batches.clone(), &settings, address),
+                api::admin_router(batches.clone(), &settings.api, address),
                 settings.clone(),
                 shutdown.clone(),
             );
             tasks.spawn(async move {
-                api::serve_admin(listener, router, &settings, token.cancelled()).await
+                api::serve_admin(listener, router, &settings.api, token.cancelled()).await
             });
         }
         let (api_settings, token) = (settings.clone(), shutdown.clone());
-        tasks.spawn(
-            async move { api::serve(listener, app, &api_settings, token.cancelled()).await },
-        );
+        tasks.spawn(async move {
+            api::serve(listener, app, &api_settings.api, token.cancelled()).await
+        });
         // The first readiness probe logs at once if the server is not ready.
         let probed = batches.clone();
         tokio::spawn(async move { probed.readiness().await });
@@ -128,14 +115,14 @@ fn log_start(settings: &Settings, batches: &Batches, address: SocketAddr) {
     tracing::info!(
         version = VERSION,
         %address,
-        data = %settings.data.display(),
-        plugins = %settings.plugins.display(),
+        data = %settings.storage.data.display(),
+        plugins = %settings.plugins.directory().display(),
         loaded = names.collect::<Vec<_>>().join(","),
-        max_file_size = %settings.max_file_size,
-        max_requests_per_file = settings.max_requests_per_file,
-        max_concurrent_batches = settings.max_concurrent_batches.get(),
-        memory_budget = %settings.memory_budget,
-        instance_memory = %settings.instance_memory,
+        max_file_size = %*settings.batch.max_file_size,
+        max_requests_per_file = *settings.batch.max_requests_per_file,
+        max_concurrent_batches = settings.execution.max_concurrent_batches.get(),
+        memory_budget = %settings.memory.memory_budget.size(),
+        instance_memory = %*settings.memory.instance_memory,
         "server started"
     );
 }
@@ -153,7 +140,8 @@ async fn shut_down(
     shutdown: &CancellationToken,
     tasks: &TaskTracker,
 ) {
-    let (delay, grace) = (settings.shutdown_delay.duration(), settings.shutdown_grace.duration());
+    let delay = settings.server.shutdown_delay.duration();
+    let grace = settings.execution.shutdown_grace.duration();
     batches.drain();
     if signal == ProcessSignal::Terminate && !delay.is_zero() {
         tracing::info!(?delay, "not ready, shutdown delayed");

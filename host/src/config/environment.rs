@@ -1,6 +1,8 @@
 //! Detection of environment variables that look like settings and are not.
 
-use super::file::nearest;
+use batchwright_domain::text::nearest;
+
+use super::Settings;
 
 /// Prefix of every variable that Batchwright reads.
 const VARIABLE_PREFIX: &str = "BATCHWRIGHT_";
@@ -18,12 +20,15 @@ pub struct UnknownVariable {
     pub suggestion: Option<String>,
 }
 
+/// Returns the unknown variables of the environment, sorted by name.
+pub fn unknown_variables() -> Vec<UnknownVariable> {
+    unknown(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))
+}
+
 /// Returns the unknown variables among `variables`, sorted by name.
-pub fn unknown_variables(
-    settings: &[&str],
-    variables: impl Iterator<Item = String>,
-) -> Vec<UnknownVariable> {
-    let known: Vec<&str> = settings.iter().copied().chain(COMMAND_VARIABLES).collect();
+fn unknown(variables: impl Iterator<Item = String>) -> Vec<UnknownVariable> {
+    let settings: Vec<String> = Settings::all().map(|setting| setting.variable()).collect();
+    let known: Vec<&str> = settings.iter().map(String::as_str).chain(COMMAND_VARIABLES).collect();
     let mut unknown: Vec<UnknownVariable> = variables
         .filter(|name| name.starts_with(VARIABLE_PREFIX) && !known.contains(&name.as_str()))
         .filter(|name| !is_kubernetes_service_variable(name))
@@ -74,10 +79,7 @@ mod tests {
             "BATCHWRIGHT_SOMETHING_ELSE_ENTIRELY",
             "PATH",
         ];
-        let unknown = unknown_variables(
-            &["BATCHWRIGHT_LISTEN", "BATCHWRIGHT_DATA"],
-            given.iter().map(|name| (*name).to_owned()),
-        );
+        let unknown = unknown(given.iter().map(|name| (*name).to_owned()));
         assert_eq!(unknown.len(), 2, "{unknown:?}");
         assert_eq!(unknown[0].name, "BATCHWRIGHT_LISTENN");
         assert_eq!(unknown[0].suggestion.as_deref(), Some("BATCHWRIGHT_LISTEN"));

@@ -31,10 +31,12 @@
 //! At least one share can always grow, so it completes and releases its bytes to the others.
 //! A pool is exceeded by at most one item: the largest line or response that the settings allow.
 
+mod config;
 mod pool;
 
 use std::sync::Arc;
 
+pub use config::MemoryConfig;
 pub use pool::{Pool, Share};
 
 /// Name of a plugin or tenant that shares a pool.

@@ -48,7 +48,7 @@ use wasmtime::component::Component;
 use super::cache::Cache;
 use super::engine::{self, Flavour};
 use super::files::MOST_COMPONENT;
-use crate::config::{Size, Span};
+use batchwright_domain::units::{Size, Span};
 
 /// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";

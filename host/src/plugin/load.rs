@@ -28,9 +28,9 @@ use super::signature::TrustedKeys;
 use super::trust::Trust;
 use super::types::{Description, Kind};
 use crate::clock::Clock;
-use crate::config::{Size, Span};
 use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
 use crate::memory::Memory;
+use batchwright_domain::units::{Size, Span};
 
 /// Longest complaint about a component, in characters.
 const LONGEST_MESSAGE: usize = 2000;

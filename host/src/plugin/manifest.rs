@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::error::LoadError;
 use super::read::read_bounded;
-use crate::config::{Size, Span};
+use batchwright_domain::units::{Size, Span};
 
 /// The file as it stands, each key of the right type.
 #[derive(Debug, Deserialize)]

@@ -10,6 +10,7 @@ mod answer;
 mod bindings;
 mod cache;
 pub mod compile;
+mod config;
 pub mod conformance;
 mod credentials;
 mod engine;
@@ -38,6 +39,7 @@ mod wasi;
 pub mod watch;
 
 pub use answer::for_people;
+pub use config::{PluginsConfig, RequiredPlugins};
 pub use error::{CallError, LoadError};
 pub use files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
 pub use load::{Inspected, Loader, Loading, OPTIONAL_MODEL, plugin_name};

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use globset::{Glob, GlobMatcher};
 
+use super::config::RequiredPlugins;
 use super::order::Order;
 use super::plugin::Plugin;
 use super::types::Kind;
-use crate::config::RequiredPlugins;
 
 /// One TOML file of the directory and what became of it.
 #[derive(Clone)]

@@ -14,13 +14,14 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::client::Client;
-use super::{Error, trusted_keys, user_cache};
+use super::{Error, user_cache};
+use crate::assemble::Options;
 use crate::cli::terminal::write_output;
 use crate::clock::Clock;
-use crate::config::{self, DEFAULT_INSTANCE_MEMORY, DEFAULT_MEMORY_BUDGET, LogFormat, Size, Span};
-use crate::memory::Memory;
-use crate::plugin::{Loader, Loading, Registry};
-use crate::telemetry;
+use crate::config::{LoaderSettings, Settings, SettingsArgs};
+use crate::plugin::{Loader, Registry};
+use crate::telemetry::LogFormat;
+use crate::{assemble, telemetry};
 
 /// Subcommands of `batchwright plugin`.
 #[derive(Subcommand)]
@@ -87,58 +88,41 @@ pub enum Plugin {
 /// Arguments of the plugin loader, a subset of the settings of `serve`.
 #[derive(Args)]
 pub struct LoaderArgs {
-    /// Config file (TOML) of a server, for the settings of the loader
-    #[arg(long, env = "BATCHWRIGHT_CONFIG", value_name = "FILE", hide_env_values = true)]
-    config: Option<PathBuf>,
-    /// Folder of compiled plugins [default: `batchwright` in the user's cache folder]
-    #[arg(long, env = "BATCHWRIGHT_CACHE", value_name = "DIR", hide_env_values = true)]
-    cache: Option<PathBuf>,
-    /// Maximum time to compile one plugin [default: 1m]
-    #[arg(long, env = "BATCHWRIGHT_COMPILE_TIMEOUT", value_name = "TIME", hide_env_values = true)]
-    compile_timeout: Option<Span>,
-    /// Maximum memory to compile one plugin [default: 4GiB]
-    #[arg(long, env = "BATCHWRIGHT_COMPILE_MEMORY", value_name = "SIZE", hide_env_values = true)]
-    compile_memory: Option<Size>,
-    /// File of public keys; only plugins that are signed with one of these keys are loaded
-    #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
-    trusted_keys: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingsArgs<LoaderSettings>,
 }
 
 impl LoaderArgs {
-    /// Drops the trusted keys: a component without a TOML file has no signature.
-    fn without_trusted_keys(self) -> Self {
-        Self { trusted_keys: None, ..self }
+    /// Creates a loader for components without a TOML file, which have no signature.
+    fn loader_of_components(self) -> Result<Loader, Error> {
+        let mut settings = self.resolve()?;
+        settings.plugins.trusted_keys = None;
+        loader(&settings)
     }
 
     /// Creates the loader; fails if a setting is invalid.
     fn loader(self) -> Result<Loader, Error> {
-        self.loader_with_plugins().map(|(_, loader)| loader)
+        loader(&self.resolve()?)
     }
 
     /// Creates the loader; returns it with the plugin folder of the settings.
     fn loader_with_plugins(self) -> Result<(PathBuf, Loader), Error> {
-        let given = config::Given {
-            compile_timeout: self.compile_timeout,
-            compile_memory: self.compile_memory,
-            trusted_keys: self.trusted_keys,
-            ..config::Given::default()
-        };
-        let settings = config::Settings::resolve(given, self.config.as_deref())?;
-        let loading = Loading {
-            cache: self.cache.unwrap_or_else(user_cache),
-            compile_timeout: settings.compile_timeout,
-            compile_memory: settings.compile_memory,
-            trusted_keys: trusted_keys(&settings.trusted_keys)?,
-            serials: None,
-            order: None,
-            compiler: None,
-            memory: Memory::new(
-                DEFAULT_MEMORY_BUDGET.in_memory(),
-                DEFAULT_INSTANCE_MEMORY.in_memory(),
-            ),
-        };
-        Ok((settings.plugins, Loader::new(loading, Clock::system())?))
+        let settings = self.resolve()?;
+        Ok((settings.plugins.directory(), loader(&settings)?))
     }
+
+    /// Resolves the settings, with the user's cache by default.
+    fn resolve(self) -> Result<Settings, Error> {
+        let mut settings = self.settings.resolve()?;
+        settings.plugins.cache.get_or_insert_with(user_cache);
+        Ok(settings)
+    }
+}
+
+/// Creates a loader that remembers nothing between commands.
+fn loader(settings: &Settings) -> Result<Loader, Error> {
+    let options = Options { clock: Clock::system(), serials: None, order: None, compiler: None };
+    assemble::loader(settings, options)
 }
 
 impl Plugin {
@@ -150,7 +134,9 @@ impl Plugin {
         } else {
             "off"
         };
-        telemetry::start(filter, LogFormat::Text).map_err(Error::Other)?;
+        if let Ok(filter) = filter.parse() {
+            telemetry::start(&filter, LogFormat::Text);
+        }
         match self {
             Self::List { server: Some(url), .. } => {
                 show::list_of_server(&Client::new(&url, None)?).await
@@ -164,7 +150,7 @@ impl Plugin {
                 Ok(show::list(&registry))
             }
             Self::Inspect { file, given } => {
-                let inspected = given.without_trusted_keys().loader()?.inspect(&file).await?;
+                let inspected = given.loader_of_components()?.inspect(&file).await?;
                 write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
@@ -178,8 +164,9 @@ impl Plugin {
             Self::New(new) => new.run(),
             Self::Test { file, cases, settings, given } => {
                 let is_toml = file.extension().is_some_and(|extension| extension == "toml");
-                let given = if is_toml { given } else { given.without_trusted_keys() };
-                test::test(&given.loader()?, &file, cases.as_deref(), &settings).await
+                let loader =
+                    if is_toml { given.loader()? } else { given.loader_of_components()? };
+                test::test(&loader, &file, cases.as_deref(), &settings).await
             }
             Self::Pull(pull) => pull.run().await,
             Self::Sign(sign) => sign.run(),

@@ -1,7 +1,6 @@
 //! `batchwright plugin pause` and `resume`: set or remove `paused` in a plugin's TOML file.
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -9,16 +8,15 @@ use toml_edit::{DocumentMut, value};
 
 use crate::cli::Error;
 use crate::cli::terminal::errln;
-use crate::config::default_plugins;
+use crate::config::{PluginFolder, SettingsArgs};
 
 /// Arguments of `batchwright plugin pause` and `resume`.
 #[derive(Args)]
 pub struct Pause {
     /// Name of the plugin, that is the name of its TOML file without `.toml`
     name: String,
-    /// Plugin folder [default: the folder `plugins` beside this program]
-    #[arg(long, env = "BATCHWRIGHT_PLUGINS", value_name = "DIR", hide_env_values = true)]
-    plugins: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingsArgs<PluginFolder>,
 }
 
 impl Pause {
@@ -26,7 +24,7 @@ impl Pause {
     ///
     /// A server that watches the folder applies the change at once.
     pub fn run(self, paused: bool) -> Result<ExitCode, Error> {
-        let folder = self.plugins.unwrap_or_else(default_plugins);
+        let folder = self.settings.resolve()?.plugins.directory();
         let name = self.name.trim_end_matches(".toml");
         let file = folder.join(format!("{name}.toml"));
         let failed = |what: &str, error: &dyn std::fmt::Display| {

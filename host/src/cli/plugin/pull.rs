@@ -105,7 +105,7 @@ impl Pull {
         file.as_file().sync_all().map_err(unwritable)?;
         let sha256 = sha256(&bytes);
         drop(bytes);
-        let inspected = self.given.without_trusted_keys().loader()?.inspect(file.path()).await?;
+        let inspected = self.given.loader_of_components()?.inspect(file.path()).await?;
         if inspected.sha256 != sha256 {
             return Err(failed(format!(
                 "another process changed the component in {}; run the command again",

@@ -118,7 +118,7 @@ fn expected(samples: &[Sample]) -> (Vec<(u64, String)>, u64) {
 #[test]
 fn validation_reports_every_fault_with_its_line() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let settings = format!("max_line_size = \"{MAX_LINE_BYTES}B\"");
+    let settings = format!("[batch]\nmax_line_size = \"{MAX_LINE_BYTES}B\"");
     let server = runtime.block_on(TestServer::new(&settings, ""));
     let file =
         (prop::collection::vec(lines(), 1..60), any::<bool>(), any::<[bool; 8]>(), any::<bool>());

@@ -51,7 +51,7 @@ fn prompt() -> impl Strategy<Value = &'static str> {
 #[test]
 fn every_line_ends_in_one_file_after_any_events() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let settings = "retry_backoff = \"1ms\"\nmax_attempts = 3\nstop_grace = \"1s\"\n\
+    let settings = "[execution]\nretry_backoff = \"1ms\"\nmax_attempts = 3\nstop_grace = \"1s\"\n\
                     shutdown_grace = \"5ms\"\n\
                     max_concurrent_requests_per_batch = 4";
     let server = tokio::sync::Mutex::new(runtime.block_on(TestServer::new(settings, "")));
@@ -97,7 +97,7 @@ async fn run_events(
             }
             Event::Restart => server.restart().await,
             Event::DeleteInput => {
-                drop(server.batches().delete_file(TENANT, &file.id).await.unwrap())
+                server.batches().delete_file(TENANT, &file.id).await.unwrap();
             }
             Event::RemovePlugin => {
                 std::fs::rename(&plugin, &removed).unwrap();

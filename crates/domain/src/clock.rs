@@ -58,7 +58,6 @@ impl Clock {
     }
 
     /// Turns the clock forward; whoever sleeps past that point wakes.
-    #[cfg(test)]
     pub fn advance(&self, by: Duration) {
         self.ahead.send_modify(|ahead| *ahead = ahead.saturating_add(by));
     }

@@ -84,7 +84,8 @@ async fn retry_backoff_doubles_and_ends_after_max_attempts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rate_limited_request_waits_for_retry_after() {
     // Neither the number of attempts nor the retry time limits refusals.
-    let server = TestServer::new("max_retry_time = \"1h\"\nmax_attempts = 1", "").await;
+    let server =
+        TestServer::new("[execution]\nmax_retry_time = \"1h\"\nmax_attempts = 1", "").await;
     let (soon, late) = ("!fail 429 1 7200", "!fail 429 1 36000");
     let id = server.create(&[chat("soon", "m", soon), chat("late", "m", late)]).await;
     let attempts =
@@ -142,7 +143,7 @@ async fn unfinished_objects_of_a_killed_process_are_removed() {
     let files = server.folder.path().join("data/objects").join(TENANT).join("files");
     // An upload that was written but not recorded, an upload that was not completed, and a file of
     // another program.
-    let written = server.batches().store.begin_object(TENANT, "file-written").await;
+    let written = server.batches().store().begin_object(TENANT, "file-written").await;
     written.unwrap();
     for name in ["file-written", "file-unfinished#1", "not-ours"] {
         std::fs::write(files.join(name), "bytes").unwrap();
@@ -155,7 +156,7 @@ async fn unfinished_objects_of_a_killed_process_are_removed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batch_is_removed_after_its_lifetime_and_its_files() {
-    let server = TestServer::new("batch_lifetime = \"10d\"", "").await;
+    let server = TestServer::new("[retention]\nbatch_lifetime = \"10d\"", "").await;
     let file = server.upload(&jsonl(&[chat("a", "echo", "hi")]), None).await;
     let with_file = server.create_of(&file, None).await;
     let without = server.create_of(&file, Some(HOUR)).await;

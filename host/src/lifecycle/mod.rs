@@ -19,12 +19,13 @@ use proptest::test_runner::Config as ProptestConfig;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Batches, NewFile, Request};
+use batchwright_domain::settings::Given;
+
+use crate::assemble::{self, Options};
+use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
-use crate::config::{Given, Settings};
-use crate::memory::Memory;
-use crate::plugin::{Loader, Loading, Registry};
-use crate::store::{BatchRecord, Blobs, FileRecord, SqliteStore};
+use crate::config::Settings;
+use crate::store::{BatchRecord, FileRecord};
 
 const TENANT: &str = "default";
 const CHAT: &str = "/v1/chat/completions";
@@ -132,26 +133,19 @@ impl TestServer {
         let file = self.folder.path().join("settings.toml");
         std::fs::write(&file, &self.settings).unwrap();
         let mut settings = Settings::resolve(Given::default(), Some(&file)).unwrap();
-        settings.data = self.folder.path().join("data");
-        let memory =
-            Memory::new(settings.memory_budget.in_memory(), settings.instance_memory.in_memory());
-        let loading = Loading {
-            cache: CACHE.path().to_owned(),
-            compile_timeout: settings.compile_timeout,
-            compile_memory: settings.compile_memory,
-            trusted_keys: None,
-            serials: None,
-            order: None,
-            compiler: Some(built("dist/batchwright")),
-            memory: memory.clone(),
-        };
-        let loader = Loader::new(loading, self.clock.clone()).unwrap();
-        let registry = Registry::open(&self.folder.path().join("plugins"), loader).await.unwrap();
-        let store =
-            eventually("the data folder", async || SqliteStore::open(&settings.data).ok()).await;
-        let blobs = Blobs::local(&settings.data.join("objects")).unwrap();
-        let batches =
-            Batches::new(Arc::new(store), blobs, registry, self.clock.clone(), settings, memory);
+        settings.storage.data = self.folder.path().join("data");
+        settings.plugins.cache = Some(CACHE.path().to_owned());
+        settings.plugins.plugins = Some(self.folder.path().join("plugins"));
+        let batches = eventually("the data folder", async || {
+            let options = Options {
+                clock: self.clock.clone(),
+                serials: None,
+                order: None,
+                compiler: Some(built("dist/batchwright")),
+            };
+            assemble::batches(&settings, options).await.ok()
+        })
+        .await;
         batches.start();
         self.running = Some(batches);
     }

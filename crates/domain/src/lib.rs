@@ -1,0 +1,11 @@
+//! Values of the Batch API: identifiers, states, sizes, settings, time.
+//!
+//! This crate does no I/O beyond reading the system clock. Every other crate may depend on it.
+
+#![warn(missing_docs)]
+#![warn(unreachable_pub)]
+
+pub mod clock;
+pub mod settings;
+pub mod text;
+pub mod units;

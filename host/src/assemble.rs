@@ -1,0 +1,83 @@
+//! Composition root: builds the batch engine and all that it uses from the settings.
+//!
+//! `serve`, `run` and the lifecycle tests assemble the same parts in the same way. No other module
+//! creates a store, a plugin registry or a memory budget for batches.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::batch::Batches;
+use crate::cli::Error;
+use crate::clock::Clock;
+use crate::config::{ConfigError, Settings};
+use crate::memory::Memory;
+use crate::plugin::signature::TrustedKeys;
+use crate::plugin::{Loader, Loading, Registry, check_directory};
+use crate::store::{Blobs, SqliteStore};
+
+/// Parts that differ between the commands.
+pub struct Options {
+    /// Time, which tests turn forward.
+    pub clock: Clock,
+    /// File that remembers serials of signed plugins; none remembers nothing.
+    pub serials: Option<PathBuf>,
+    /// File that remembers the order in which plugins were added; none remembers nothing.
+    pub order: Option<PathBuf>,
+    /// Program that compiles plugins; none is the running program.
+    pub compiler: Option<PathBuf>,
+}
+
+impl Options {
+    /// Options of a server, whose data folder remembers everything.
+    pub fn of_server(settings: &Settings) -> Self {
+        Self {
+            clock: Clock::system(),
+            serials: Some(settings.storage.data.join("serials")),
+            order: Some(settings.storage.data.join("plugin-order")),
+            compiler: None,
+        }
+    }
+}
+
+/// Builds the memory budget.
+fn memory(settings: &Settings) -> Memory {
+    Memory::new(
+        settings.memory.memory_budget.size().in_memory(),
+        settings.memory.instance_memory.in_memory(),
+    )
+}
+
+/// Builds a plugin loader.
+pub fn loader(settings: &Settings, options: Options) -> Result<Loader, Error> {
+    loader_with(settings, options, &memory(settings))
+}
+
+fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result<Loader, Error> {
+    let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
+    let loading = Loading {
+        cache: settings.cache(),
+        compile_timeout: *settings.plugins.compile_timeout,
+        compile_memory: *settings.plugins.compile_memory,
+        trusted_keys: keys
+            .map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?,
+        serials: options.serials,
+        order: options.order,
+        compiler: options.compiler,
+        memory: memory.clone(),
+    };
+    Ok(Loader::new(loading, options.clock)?)
+}
+
+/// Opens the data folder and loads the plugins. Batches are not worked on before
+/// [`Batches::start`].
+pub async fn batches(settings: &Settings, options: Options) -> Result<Arc<Batches>, Error> {
+    let directory = settings.plugins.directory();
+    check_directory(&directory)?;
+    let store = SqliteStore::open(&settings.storage.data)?;
+    let blobs = Blobs::local(&settings.storage.data.join("objects"))?;
+    let memory = memory(settings);
+    let clock = options.clock.clone();
+    let loader = loader_with(settings, options, &memory)?;
+    let registry = Registry::open(&directory, loader).await?;
+    Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings.of_batches(), memory))
+}
