@@ -10,7 +10,7 @@ use crate::batch::Batches;
 use crate::cli::Error;
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
-use crate::memory::Memory;
+use batchwright_memory::Memory;
 use crate::plugin::signature::TrustedKeys;
 use crate::plugin::{Loader, Loading, Registry, check_directory};
 use crate::store::{Blobs, SqliteStore};

@@ -9,7 +9,6 @@ mod config;
 mod egress;
 #[cfg(test)]
 mod lifecycle;
-mod memory;
 mod plugin;
 mod store;
 mod telemetry;

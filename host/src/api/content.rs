@@ -17,7 +17,7 @@ use super::lists::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::{App, Tenant};
 use crate::batch::Batches;
-use crate::memory::Holder;
+use batchwright_memory::Holder;
 use crate::store::StoreError;
 
 /// Chunk size of a download if memory can be reserved, in bytes.

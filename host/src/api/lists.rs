@@ -35,7 +35,7 @@ use serde::Serialize;
 
 use super::error::ApiError;
 use super::wire::{Identified, List};
-use crate::memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Share};
 
 /// Bytes of a response that a connection may hold without a reservation.
 pub const UNRESERVED_BYTES: usize = 8 << 10;

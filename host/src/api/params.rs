@@ -19,7 +19,7 @@ use super::lists::{UNRESERVED_BYTES, reserve};
 use super::{MAX_JSON_BODY_BYTES, Tenant};
 use crate::batch::BatchConfig;
 use crate::batch::{Batches, shortened};
-use crate::memory::Share;
+use batchwright_memory::Share;
 use crate::store::Metadata;
 
 /// Valid lifetimes of a file, in seconds.

@@ -7,7 +7,7 @@
 use super::verdict::{BEGINNING, Said, Weighed};
 use crate::clock::{Clock, Timestamp};
 use crate::egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
-use crate::memory::Share;
+use batchwright_memory::Share;
 use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin};
 

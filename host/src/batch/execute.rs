@@ -54,7 +54,7 @@ use super::rests::Kept;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
 use crate::clock::Timestamp;
-use crate::memory::Holder;
+use batchwright_memory::Holder;
 use crate::plugin::OPTIONAL_MODEL;
 use crate::plugin::types::{Answer, Failure};
 use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow};

@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use uuid::Uuid;
 
 use super::Batches;
-use crate::memory::Share;
+use batchwright_memory::Share;
 use crate::store::{self, BlobWriter, FileQuery, FileRecord, Paged, StoreError};
 use batchwright_domain::units::Size;
 

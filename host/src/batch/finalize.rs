@@ -31,7 +31,7 @@ use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
 use super::validate::lost_input;
-use crate::memory::{Holder, Share};
+use batchwright_memory::{Holder, Share};
 use crate::store::{
     BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status,
     StoreError,

@@ -53,7 +53,7 @@ pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
 use crate::egress::Queue;
-use crate::memory::Memory;
+use batchwright_memory::Memory;
 use crate::plugin::Registry;
 use crate::store::{
     BatchError, BatchRecord, Blobs, Cancel, Claim, Paged, Result, ServedBy, Status, Store,

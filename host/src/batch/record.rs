@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use super::Batches;
 use super::backoff::Backoff;
 use super::served_by::served_by;
-use crate::memory::Share;
+use batchwright_memory::Share;
 use crate::plugin::Plugin;
 use crate::store::{Claim, Result, ResultRow, StoreError};
 

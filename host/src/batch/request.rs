@@ -51,7 +51,7 @@ use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
 use crate::egress::{Admitted, Queue, refusal_pause};
-use crate::memory::Share;
+use batchwright_memory::Share;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
 

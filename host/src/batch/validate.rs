@@ -18,7 +18,7 @@ use super::not_json;
 use super::served_by::served_by;
 use super::whole::Whole;
 use super::{Batches, ENDPOINTS};
-use crate::memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Share};
 use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
 use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};

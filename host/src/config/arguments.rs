@@ -108,6 +108,7 @@ fn argument(setting: &'static Setting) -> Arg {
         .value_name(setting.placeholder)
         .help(format!("{}{shown}", setting.help()))
         .help_heading(heading)
+        .next_line_help(true)
 }
 
 impl<S: Selection> FromArgMatches for SettingsArgs<S> {

@@ -18,7 +18,7 @@ use batchwright_domain::{settings, value_from_str};
 
 use crate::api::ApiConfig;
 use crate::batch::{self, BatchConfig, ExecutionConfig, RetentionConfig};
-use crate::memory::MemoryConfig;
+use batchwright_memory::MemoryConfig;
 use crate::plugin::PluginsConfig;
 use crate::telemetry::{LogFilter, LogFormat};
 

@@ -23,7 +23,7 @@ use super::dial::{Dialer, Resolver};
 use super::explain::explain;
 use super::throttle::{Admitted, Queue, Throttle};
 use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, TransportError};
-use crate::memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Share};
 
 /// How long a connection that nobody uses stays open.
 const IDLE: Duration = Duration::from_secs(60);

@@ -42,7 +42,7 @@ use super::instances::{HOST_OVERHEAD_BYTES, Instances};
 use super::log::{PluginLog, RecentOutput};
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
-use crate::memory::{Holder, Share};
+use batchwright_memory::{Holder, Share};
 
 /// Error of a call that used up its CPU time.
 #[derive(Debug, thiserror::Error)]

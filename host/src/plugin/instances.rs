@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::instance::Instance;
-use crate::memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Share};
 
 /// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
 pub const HOST_OVERHEAD_BYTES: usize = 128 << 10;

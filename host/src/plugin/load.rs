@@ -29,7 +29,7 @@ use super::trust::Trust;
 use super::types::{Description, Kind};
 use crate::clock::Clock;
 use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
-use crate::memory::Memory;
+use batchwright_memory::Memory;
 use batchwright_domain::units::{Size, Span};
 
 /// Longest complaint about a component, in characters.

@@ -39,7 +39,7 @@ use super::types::{
     Violation,
 };
 use crate::egress::{Gateway, HttpResponse};
-use crate::memory::Holder;
+use batchwright_memory::Holder;
 
 /// Lines for which a validator gets the CPU time of one call.
 const LINES_PER_CPU_UNIT: usize = 1000;

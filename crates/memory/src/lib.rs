@@ -36,7 +36,7 @@ mod pool;
 
 use std::sync::Arc;
 
-pub use config::MemoryConfig;
+pub use config::{Budget, MemoryConfig};
 pub use pool::{Pool, Share};
 
 /// Name of a plugin or tenant that shares a pool.
