@@ -10,10 +10,10 @@ use crate::batch::Batches;
 use crate::cli::Error;
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
-use batchwright_memory::Memory;
 use crate::plugin::signature::TrustedKeys;
 use crate::plugin::{Loader, Loading, Registry, check_directory};
-use crate::store::{Blobs, SqliteStore};
+use batchwright_memory::Memory;
+use batchwright_store::{Blobs, SqliteStore};
 
 /// Parts that differ between the commands.
 pub struct Options {

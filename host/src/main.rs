@@ -10,7 +10,6 @@ mod egress;
 #[cfg(test)]
 mod lifecycle;
 mod plugin;
-mod store;
 mod telemetry;
 
 use std::process::ExitCode;

@@ -13,7 +13,7 @@ use super::params::{AnyJson, Params, QueryParams};
 use super::wire::{Batch, CreateBatch, List};
 use super::{App, Tenant};
 use crate::batch::{self, Batches, shortened};
-use crate::store::{BatchRecord, Cancel, Paged, StoreError};
+use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
 /// Request header with the idempotency key; a parameter of the body has the same meaning.
 const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";

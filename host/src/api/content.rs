@@ -18,7 +18,7 @@ use super::openapi::Errors;
 use super::{App, Tenant};
 use crate::batch::Batches;
 use batchwright_memory::Holder;
-use crate::store::StoreError;
+use batchwright_store::StoreError;
 
 /// Chunk size of a download if memory can be reserved, in bytes.
 const DOWNLOAD_CHUNK_BYTES: usize = 256 << 10;

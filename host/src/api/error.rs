@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use super::pace::BodyTooSlow;
 use super::wire;
 use crate::batch::{CreateError, UploadError};
-use crate::store::StoreError;
+use batchwright_store::StoreError;
 
 /// Response header that overrides the automatic retries of the SDKs.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");

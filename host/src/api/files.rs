@@ -16,7 +16,7 @@ use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing_p
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use super::{App, Tenant};
 use crate::batch::{NewFile, Upload, shortened};
-use crate::store::{FileQuery, Order, Paged};
+use batchwright_store::{FileQuery, Order, Paged};
 
 /// Purposes that an upload may have. The server itself uses `batch_output` for result files.
 const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];

@@ -20,7 +20,7 @@ use super::{MAX_JSON_BODY_BYTES, Tenant};
 use crate::batch::BatchConfig;
 use crate::batch::{Batches, shortened};
 use batchwright_memory::Share;
-use crate::store::Metadata;
+use batchwright_store::Metadata;
 
 /// Valid lifetimes of a file, in seconds.
 const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{Batches, ENDPOINTS};
-use crate::store::{
+use batchwright_store::{
     BatchRecord, Counts, Created, Idempotency, Metadata, NewBatch, Status, StoreError, Times,
     TokenUsage,
 };

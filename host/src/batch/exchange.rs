@@ -7,9 +7,9 @@
 use super::verdict::{BEGINNING, Said, Weighed};
 use crate::clock::{Clock, Timestamp};
 use crate::egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
-use batchwright_memory::Share;
 use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin};
+use batchwright_memory::Share;
 
 /// Summary of the last exchange of an attempt.
 pub struct Sent {

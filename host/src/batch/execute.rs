@@ -54,10 +54,10 @@ use super::rests::Kept;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
 use crate::clock::Timestamp;
-use batchwright_memory::Holder;
 use crate::plugin::OPTIONAL_MODEL;
 use crate::plugin::types::{Answer, Failure};
-use crate::store::{BatchRecord, Claim, Lane, Result, ResultRow};
+use batchwright_memory::Holder;
+use batchwright_store::{BatchRecord, Claim, Lane, Result, ResultRow};
 
 /// Size of the chunks in which the input is read.
 const READ_CHUNK_BYTES: u64 = 128 << 10;

@@ -8,9 +8,9 @@ use bytes::{Bytes, BytesMut};
 use uuid::Uuid;
 
 use super::Batches;
-use batchwright_memory::Share;
-use crate::store::{self, BlobWriter, FileQuery, FileRecord, Paged, StoreError};
 use batchwright_domain::units::Size;
+use batchwright_memory::Share;
+use batchwright_store::{BlobWriter, FileQuery, FileRecord, Paged, StoreError};
 
 /// Metadata of an upload.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Drop for PendingObject {
 
 impl Batches {
     /// Starts an upload: registers the object and opens its writer.
-    pub async fn upload(self: &Arc<Self>, tenant: &str) -> store::Result<Upload> {
+    pub async fn upload(self: &Arc<Self>, tenant: &str) -> batchwright_store::Result<Upload> {
         let id = format!("file-{}", Uuid::new_v4().simple());
         let object =
             PendingObject { batches: self.clone(), tenant: tenant.to_owned(), id, recorded: false };
@@ -88,17 +88,25 @@ impl Batches {
     }
 
     /// Returns a file, or `None` if it is unknown, deleted or expired.
-    pub async fn file(&self, tenant: &str, id: &str) -> store::Result<Option<FileRecord>> {
+    pub async fn file(
+        &self,
+        tenant: &str,
+        id: &str,
+    ) -> batchwright_store::Result<Option<FileRecord>> {
         self.store.file(tenant, id, self.clock.now()).await
     }
 
     /// Returns a page of files.
-    pub async fn files(&self, tenant: &str, query: FileQuery) -> store::Result<Paged<FileRecord>> {
+    pub async fn files(
+        &self,
+        tenant: &str,
+        query: FileQuery,
+    ) -> batchwright_store::Result<Paged<FileRecord>> {
         self.store.files(tenant, query).await
     }
 
     /// Deletes a file and returns false if there was no such file.
-    pub async fn delete_file(&self, tenant: &str, id: &str) -> store::Result<bool> {
+    pub async fn delete_file(&self, tenant: &str, id: &str) -> batchwright_store::Result<bool> {
         let deleted = self.store.delete_file(tenant, id, self.clock.now()).await?;
         if deleted {
             self.cleanup_needed.notify_one();
@@ -107,12 +115,17 @@ impl Batches {
     }
 
     /// Returns a byte range of a file.
-    pub async fn content(&self, tenant: &str, id: &str, range: Range<u64>) -> store::Result<Bytes> {
+    pub async fn content(
+        &self,
+        tenant: &str,
+        id: &str,
+        range: Range<u64>,
+    ) -> batchwright_store::Result<Bytes> {
         self.blobs.read_range(tenant, id, range).await
     }
 
     /// Returns the size of a file in bytes.
-    pub async fn content_size(&self, tenant: &str, id: &str) -> store::Result<u64> {
+    pub async fn content_size(&self, tenant: &str, id: &str) -> batchwright_store::Result<u64> {
         self.blobs.size(tenant, id).await
     }
 }

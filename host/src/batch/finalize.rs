@@ -31,12 +31,12 @@ use super::line::RequestLine;
 use super::result_line::{file_id, not_executed};
 use super::stop::Reason;
 use super::validate::lost_input;
+use batchwright_domain::units::Span;
 use batchwright_memory::{Holder, Share};
-use crate::store::{
+use batchwright_store::{
     BatchRecord, BlobWriter, Claim, Ending, FileRecord, Finish, Result, ResultRow, Status,
     StoreError,
 };
-use batchwright_domain::units::Span;
 
 /// Size of a page of results and of the write buffer of each file, in bytes.
 const PAGE_BYTES: usize = 256 << 10;

@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 
-use crate::store::{Blobs, Result, StoreError};
+use batchwright_store::{Blobs, Result, StoreError};
 
 /// UTF-8 byte order mark, which is dropped at the beginning of the file.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Batches;
 use crate::clock::Timestamp;
-use crate::store::Result;
+use batchwright_store::Result;
 
 /// Interval between cleanups without a notification. File expiry sends no notification.
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(60);

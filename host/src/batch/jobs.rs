@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::plugin::Plugin;
-use crate::store::{Claim, Job, Result, Store};
+use batchwright_store::{Claim, Job, Result, Store};
 
 /// Interval between attempts to write a job state after the store has failed.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);

@@ -38,7 +38,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::clock::Timestamp;
-use crate::store::{Lane, Waiting};
+use batchwright_store::{Lane, Waiting};
 
 /// Duration after which a turn may end.
 const STINT_DURATION: Duration = Duration::from_secs(1);
@@ -384,6 +384,7 @@ impl Drop for WorkedOn {
 
 #[cfg(test)]
 mod tests {
+    use batchwright_store::BatchKey;
     use futures_util::FutureExt;
 
     use super::*;
@@ -400,7 +401,11 @@ mod tests {
         };
         lanes
             .iter()
-            .map(|(name, since)| Waiting::of(lane(name), Timestamp::from_millis(*since)))
+            .map(|(name, since)| Waiting {
+                lane: lane(name),
+                since: Timestamp::from_millis(*since),
+                key: BatchKey::new(&[]),
+            })
             .collect()
     }
 

@@ -13,7 +13,7 @@ use super::input::{Input, InputLine, Position};
 use super::line::RequestLine;
 use super::rests::Kept;
 use crate::clock::Timestamp;
-use crate::store::{Claim, Result};
+use batchwright_store::{Claim, Result};
 
 /// Number of recorded lines that are loaded from the store at a time.
 const RECORDED_PAGE_SIZE: usize = 2000;

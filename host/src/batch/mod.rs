@@ -53,13 +53,13 @@ pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
 use crate::egress::Queue;
-use batchwright_memory::Memory;
 use crate::plugin::Registry;
-use crate::store::{
+use backoff::Backoff;
+use batchwright_memory::Memory;
+use batchwright_store::{
     BatchError, BatchRecord, Blobs, Cancel, Claim, Paged, Result, ServedBy, Status, Store,
     StoreError, WaitsFor,
 };
-use backoff::Backoff;
 use gate::Gate;
 use outages::Outages;
 use readiness::Probes;

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::breaker::{Breaker, Kind, Outage, Pauses};
 use super::config::ExecutionConfig;
 use crate::plugin::Snapshot;
-use crate::store::{Claim, Lane};
+use batchwright_store::{Claim, Lane};
 
 /// Prefix of [`Key::plugin`] for a model that no plugin serves.
 pub const MODEL: &str = "model ";

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Batches, ENDPOINTS};
-use crate::store::{Result, StoreError};
+use batchwright_store::{Result, StoreError};
 
 /// Lifetime of a cached result.
 const CACHE_LIFETIME: Duration = Duration::from_secs(2);

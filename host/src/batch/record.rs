@@ -7,9 +7,9 @@ use tokio::sync::mpsc;
 use super::Batches;
 use super::backoff::Backoff;
 use super::served_by::served_by;
-use batchwright_memory::Share;
 use crate::plugin::Plugin;
-use crate::store::{Claim, Result, ResultRow, StoreError};
+use batchwright_memory::Share;
+use batchwright_store::{Claim, Result, ResultRow, StoreError};
 
 /// Maximum number of results in one write. Further results wait in the channel.
 pub const GROUP: usize = 1024;

@@ -51,9 +51,9 @@ use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
 use crate::egress::{Admitted, Queue, refusal_pause};
-use batchwright_memory::Share;
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
+use batchwright_memory::Share;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
 /// failed read of a job state.

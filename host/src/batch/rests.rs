@@ -9,7 +9,7 @@ use super::deferred::Deferred;
 use super::input::Position;
 use super::lines::LinesToDo;
 use crate::clock::{Clock, Timestamp};
-use crate::store::{BatchRecord, Claim, Release, Result, WaitsFor};
+use batchwright_store::{BatchRecord, Claim, Release, Result, WaitsFor};
 
 /// Maximum number of saved positions. Batches beyond this limit read their input from the start.
 const MAX_POSITIONS: usize = 10_000;

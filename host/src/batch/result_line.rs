@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 
 use crate::plugin::hex;
 use crate::plugin::types::{Answer, Failure, Usage};
-use crate::store::{Ending, ResultRow, TokenUsage};
+use batchwright_store::{Ending, ResultRow, TokenUsage};
 
 /// Derives 16 bytes in hexadecimal from the parts. The same parts always give the same id.
 fn derived_id(parts: &[&[u8]]) -> String {

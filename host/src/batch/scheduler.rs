@@ -14,7 +14,7 @@ use super::lanes::{Lanes, Next, Place};
 use super::stop::{Reason, Stop};
 use super::validate::Verdict;
 use super::{Batches, Running};
-use crate::store::{BatchError, BatchRecord, Claim, Release, Result, Status, StoreError};
+use batchwright_store::{BatchError, BatchRecord, Claim, Release, Result, Status, StoreError};
 
 /// Duration of a lease without renewal.
 const LEASE_DURATION: Duration = Duration::from_secs(30);

@@ -1,7 +1,7 @@
 //! Records of the plugins that served a batch.
 
 use crate::plugin::Plugin;
-use crate::store::ServedBy;
+use batchwright_store::ServedBy;
 
 /// Returns the record of a plugin: its name, kind, version and digest.
 pub fn served_by(plugin: &Plugin) -> ServedBy {

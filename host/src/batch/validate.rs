@@ -18,10 +18,10 @@ use super::not_json;
 use super::served_by::served_by;
 use super::whole::Whole;
 use super::{Batches, ENDPOINTS};
-use batchwright_memory::{Holder, Pool, Share};
 use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
 use crate::plugin::{CallError, Plugin, Snapshot};
-use crate::store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};
+use batchwright_memory::{Holder, Pool, Share};
+use batchwright_store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};
 
 /// Maximum number of lines in a chunk.
 const MAX_CHUNK_LINES: usize = 1000;

@@ -9,7 +9,7 @@ use super::shortened;
 use super::validate::{Judged, MODEL_NOT_FOUND, Verdict, violation};
 use crate::plugin::Snapshot;
 use crate::plugin::types::Violation;
-use crate::store::{BatchError, ServedBy, Validated};
+use batchwright_store::{BatchError, ServedBy, Validated};
 
 /// Maximum number of available models that an error lists.
 const MAX_LISTED_MODELS: usize = 20;

@@ -22,7 +22,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::terminal::errln;
 use crate::config::{ConfigError, unknown_variables};
 use crate::plugin::{LoadError, compile};
-use crate::store::StoreError;
+use batchwright_store::StoreError;
 
 /// Version of the program with the commit of its build.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWRIGHT_COMMIT"), ")");

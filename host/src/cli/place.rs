@@ -18,7 +18,7 @@ use tempfile::NamedTempFile;
 
 use super::{Error, path_text};
 use crate::plugin::hex;
-use crate::store::users_mode;
+use batchwright_store::users_mode;
 
 /// Path that results are written to.
 #[derive(Debug)]

@@ -54,8 +54,8 @@ use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::plugin::check_directory;
-use crate::store::{BatchRecord, PIECE, Paged, Status, umask};
 use crate::{assemble, telemetry};
+use batchwright_store::{BatchRecord, PIECE, Paged, Status, umask};
 
 /// Tenant of every run.
 const TENANT: &str = "default";

@@ -17,8 +17,8 @@ use crate::batch::Batches;
 use crate::cli::terminal::outln;
 use crate::config::{All, Settings, SettingsArgs};
 use crate::plugin::watch::watch;
-use crate::store::umask;
 use crate::{api, assemble, telemetry};
+use batchwright_store::umask;
 
 /// Minimum time for clients to receive responses in flight, after all other work has ended.
 const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);

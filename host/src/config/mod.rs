@@ -18,9 +18,9 @@ use batchwright_domain::{settings, value_from_str};
 
 use crate::api::ApiConfig;
 use crate::batch::{self, BatchConfig, ExecutionConfig, RetentionConfig};
-use batchwright_memory::MemoryConfig;
 use crate::plugin::PluginsConfig;
 use crate::telemetry::{LogFilter, LogFormat};
+use batchwright_memory::MemoryConfig;
 
 pub use arguments::{All, LoaderSettings, PluginFolder, SettingsArgs};
 pub use environment::unknown_variables;

@@ -1,7 +1,7 @@
 //! Tests of expiry, leases, backoff and cleanup under a clock that the tests advance.
 
 use super::*;
-use crate::store::Status;
+use batchwright_store::Status;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const MINUTE: Duration = Duration::from_secs(60);

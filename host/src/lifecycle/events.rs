@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::*;
-use crate::store::{Cancel, Status};
+use batchwright_store::{Cancel, Status};
 
 /// Event during the life of a batch.
 #[derive(Clone, Debug)]

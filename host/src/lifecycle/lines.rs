@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::*;
-use crate::store::Status;
+use batchwright_store::Status;
 
 /// Value of `max_line_size`, in bytes.
 const MAX_LINE_BYTES: usize = 4096;

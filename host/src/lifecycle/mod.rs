@@ -25,7 +25,7 @@ use crate::assemble::{self, Options};
 use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
-use crate::store::{BatchRecord, FileRecord};
+use batchwright_store::{BatchRecord, FileRecord};
 
 const TENANT: &str = "default";
 const CHAT: &str = "/v1/chat/completions";

@@ -29,8 +29,8 @@ use super::trust::Trust;
 use super::types::{Description, Kind};
 use crate::clock::Clock;
 use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
-use batchwright_memory::Memory;
 use batchwright_domain::units::{Size, Span};
+use batchwright_memory::Memory;
 
 /// Longest complaint about a component, in characters.
 const LONGEST_MESSAGE: usize = 2000;

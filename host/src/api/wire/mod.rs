@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 pub use plugins::{BatchPlugins, OperatorPlugin, Plugin};
 
 use crate::clock::Timestamp;
-use crate::store::{BatchError, BatchRecord, FileRecord, Metadata};
+use batchwright_store::{BatchError, BatchRecord, FileRecord, Metadata};
 
 /// Body of an error response.
 #[derive(Serialize, ToSchema)]

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use crate::batch::{Outage, OutageKey};
 use crate::plugin::Entry;
 use crate::plugin::types::Kind;
-use crate::store::{ServedBy, WaitsFor};
+use batchwright_store::{ServedBy, WaitsFor};
 
 /// Plugins of a batch, and the reason why its requests wait.
 #[derive(Serialize, ToSchema)]

@@ -198,7 +198,7 @@ mod tests {
 
     use super::super::super::{Lane, Release, Store};
     use super::super::SqliteStore;
-    use crate::clock::Timestamp;
+    use batchwright_domain::clock::Timestamp;
 
     #[test]
     fn migrations_are_valid() {

@@ -3,8 +3,9 @@
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
 
 use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result};
+use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
-use crate::clock::Timestamp;
+use batchwright_domain::clock::Timestamp;
 
 /// Columns that `from_row` reads, in order.
 const COLUMNS: &str = "id, bytes, created_at, expires_at, filename, purpose";
@@ -71,13 +72,14 @@ pub fn get(
 
 /// Returns the input file of a batch, as it was when the batch was created.
 pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRecord>> {
+    let held = BatchRow::of(&claim.key);
     let sql = "SELECT files.id, bytes, files.created_at, files.expires_at, filename, purpose
         FROM batches JOIN files ON files.tenant = batches.tenant AND files.key = batches.input_file
         WHERE batches.tenant = ?1 AND batches.key = ?2";
     connection
         .prepare_cached(sql)
         .and_then(|mut statement| {
-            statement.query_row(params![claim.tenant_key, claim.batch_key], from_row).optional()
+            statement.query_row(params![held.tenant, held.batch], from_row).optional()
         })
         .map_err(database_error)
 }

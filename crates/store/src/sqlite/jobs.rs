@@ -3,10 +3,12 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{Claim, Job, Result, StoreError};
+use super::keys::BatchRow;
 use super::{database_error, to_i64};
 
 /// Saves a state, or fails with `Fenced` if the batch was claimed again.
 pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     let inserted = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO jobs (tenant, batch, line, plugin, state)
@@ -15,8 +17,8 @@ pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Res
         )
         .and_then(|mut insert| {
             insert.execute(params![
-                claim.tenant_key,
-                claim.batch_key,
+                held.tenant,
+                held.batch,
                 claim.fence,
                 to_i64(line),
                 job.plugin,
@@ -29,13 +31,14 @@ pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Res
 
 /// Returns the saved state of a line.
 pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<Job>> {
+    let held = BatchRow::of(&claim.key);
     connection
         .prepare_cached(
             "SELECT plugin, state FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3",
         )
         .and_then(|mut select| {
             select
-                .query_row(params![claim.tenant_key, claim.batch_key, to_i64(line)], |row| {
+                .query_row(params![held.tenant, held.batch, to_i64(line)], |row| {
                     Ok(Job { plugin: row.get(0)?, state: row.get(1)? })
                 })
                 .optional()
@@ -45,10 +48,14 @@ pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<J
 
 /// Deletes the saved state of a line.
 pub fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     connection
-        .prepare_cached("DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3")
+        .prepare_cached(
+            "DELETE FROM jobs WHERE tenant = ?1 AND batch = ?2 AND line = ?3
+             AND EXISTS (SELECT 1 FROM batches WHERE tenant = ?1 AND key = ?2 AND fence = ?4)",
+        )
         .and_then(|mut delete| {
-            delete.execute(params![claim.tenant_key, claim.batch_key, to_i64(line)])
+            delete.execute(params![held.tenant, held.batch, to_i64(line), claim.fence])
         })
         .map(drop)
         .map_err(database_error)
@@ -56,10 +63,9 @@ pub fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
 
 /// Returns true if the batch has any saved state.
 pub fn exist(connection: &Connection, claim: &Claim) -> Result<bool> {
+    let held = BatchRow::of(&claim.key);
     connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE tenant = ?1 AND batch = ?2)")
-        .and_then(|mut select| {
-            select.query_row(params![claim.tenant_key, claim.batch_key], |row| row.get(0))
-        })
+        .and_then(|mut select| select.query_row(params![held.tenant, held.batch], |row| row.get(0)))
         .map_err(database_error)
 }

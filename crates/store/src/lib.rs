@@ -49,7 +49,7 @@ pub use blobs::{BlobWriter, Blobs, PIECE};
 pub use private::{umask, users_mode};
 pub use sqlite::SqliteStore;
 
-use crate::clock::Timestamp;
+use batchwright_domain::clock::Timestamp;
 
 /// Error of the database or the object store.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -386,15 +386,8 @@ pub struct Waiting {
     pub lane: Lane,
     /// Time of creation or of the last turn.
     pub since: Timestamp,
-    key: BatchKey,
-}
-
-impl Waiting {
-    /// Returns a waiting batch without a row in a database.
-    #[cfg(test)]
-    pub fn of(lane: Lane, since: Timestamp) -> Self {
-        Self { lane, since, key: BatchKey { tenant: 0, batch: 0 } }
-    }
+    /// Key of the batch.
+    pub key: BatchKey,
 }
 
 /// Right to work on a batch until the batch is released or claimed again.
@@ -406,9 +399,10 @@ pub struct Claim {
     pub batch_id: String,
     /// Lane of the batch at the time of the claim.
     pub lane: Lane,
-    tenant_key: i64,
-    batch_key: i64,
-    fence: i64,
+    /// Key of the batch.
+    pub key: BatchKey,
+    /// Number of the claim among those of the batch.
+    pub fence: i64,
 }
 
 /// Outcome of a request, which selects its result file and its count.
@@ -459,11 +453,20 @@ pub struct ServedBy {
     pub sha256: String,
 }
 
-/// Database key of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BatchKey {
-    tenant: i64,
-    batch: i64,
+/// Key of a batch in its store, which alone can read it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BatchKey(Arc<[u8]>);
+
+impl BatchKey {
+    /// Creates a key in the encoding of a store.
+    pub fn new(encoded: &[u8]) -> Self {
+        Self(encoded.into())
+    }
+
+    /// Returns the encoded key.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// Page of the results of a batch.

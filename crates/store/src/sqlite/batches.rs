@@ -8,8 +8,9 @@ use super::super::{
     BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency,
     NewBatch, Page, Paged, Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
 };
+use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
-use crate::clock::Timestamp;
+use batchwright_domain::clock::Timestamp;
 
 /// Columns that `from_row` reads.
 const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, \
@@ -319,7 +320,7 @@ pub fn forgettable(
         .map_err(database_error)?;
     let rows = statement
         .query_map(params![ended_before.as_millis(), to_i64(limit as u64)], |row| {
-            Ok(BatchKey { tenant: row.get(0)?, batch: row.get(1)? })
+            Ok(BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key())
         })
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
@@ -327,7 +328,7 @@ pub fn forgettable(
 
 /// Deletes batches with their errors and plugins.
 pub fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
-    for BatchKey { tenant, batch } in batches {
+    for BatchRow { tenant, batch } in batches.iter().map(BatchRow::of) {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
             "DELETE FROM batch_plugins WHERE tenant = ?1 AND batch = ?2",

@@ -7,11 +7,12 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, BatchKey, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results,
-    ServedBy, Status, StoreError, TokenUsage, Validated, Waiting,
+    BatchError, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results, ServedBy, Status,
+    StoreError, TokenUsage, Validated, Waiting,
 };
+use super::keys::BatchRow;
 use super::{database_error, files, timestamp, to_i64, to_u64};
-use crate::clock::Timestamp;
+use batchwright_domain::clock::Timestamp;
 
 /// Memory of a result row besides its payload, in bytes.
 const ROW_OVERHEAD_BYTES: usize = 64;
@@ -57,7 +58,7 @@ pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<V
     let rows = statement
         .query_map(params![now.as_millis(), owner], |row| {
             Ok(Waiting {
-                key: BatchKey { tenant: row.get(0)?, batch: row.get(1)? },
+                key: BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key(),
                 since: timestamp(row.get(2)?),
                 lane: parse_lane(&row.get::<_, String>(3)?),
             })
@@ -70,7 +71,7 @@ pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<V
 pub fn claim(
     connection: &Connection,
     owner: &str,
-    key: BatchKey,
+    row: BatchRow,
     now: Timestamp,
     until: Timestamp,
 ) -> Result<Option<Claim>> {
@@ -86,11 +87,10 @@ pub fn claim(
         .map_err(database_error)?;
     statement
         .query_row(
-            params![key.tenant, key.batch, now.as_millis(), owner, until.as_millis()],
+            params![row.tenant, row.batch, now.as_millis(), owner, until.as_millis()],
             |row| {
                 Ok(Claim {
-                    tenant_key: row.get(0)?,
-                    batch_key: row.get(1)?,
+                    key: BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key(),
                     fence: row.get(2)?,
                     batch_id: row.get(3)?,
                     tenant: row.get(4)?,
@@ -127,8 +127,8 @@ fn update_claimed(
     sql: &str,
     more: &[&dyn rusqlite::ToSql],
 ) -> Result<()> {
-    let mut values: Vec<&dyn rusqlite::ToSql> =
-        vec![&claim.tenant_key, &claim.batch_key, &claim.fence];
+    let BatchRow { tenant, batch } = BatchRow::of(&claim.key);
+    let mut values: Vec<&dyn rusqlite::ToSql> = vec![&tenant, &batch, &claim.fence];
     values.extend(more);
     let mut statement = connection
         .prepare_cached(&format!(
@@ -187,6 +187,7 @@ pub fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
 
 /// Inserts plugins that the batch uses, each version once.
 fn insert_plugins(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     for ServedBy { name, kind, version, sha256 } in by {
         connection
             .prepare_cached(
@@ -194,14 +195,7 @@ fn insert_plugins(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Re
                  (tenant, batch, name, sha256, version, kind) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             )
             .and_then(|mut insert| {
-                insert.execute(params![
-                    claim.tenant_key,
-                    claim.batch_key,
-                    name,
-                    sha256,
-                    version,
-                    kind
-                ])
+                insert.execute(params![held.tenant, held.batch, name, sha256, version, kind])
             })
             .map_err(database_error)?;
     }
@@ -231,6 +225,7 @@ pub fn fail(
 
 /// Inserts the errors of a batch, in order.
 fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     let mut statement = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO batch_errors (tenant, batch, place, code, message, param, line)
@@ -242,8 +237,8 @@ fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) 
         let place = to_i64(place as u64);
         statement
             .execute(params![
-                claim.tenant_key,
-                claim.batch_key,
+                held.tenant,
+                held.batch,
                 place,
                 error.code,
                 error.message,
@@ -281,6 +276,7 @@ pub fn record(
     rows: &[ResultRow],
     by: &[ServedBy],
 ) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     insert_plugins(connection, claim, by)?;
     let mut insert = connection
         .prepare_cached(
@@ -295,13 +291,7 @@ pub fn record(
             Ending::Failed => 1,
         };
         let added = insert
-            .execute(params![
-                claim.tenant_key,
-                claim.batch_key,
-                to_i64(row.line),
-                ending,
-                row.payload
-            ])
+            .execute(params![held.tenant, held.batch, to_i64(row.line), ending, row.payload])
             .map_err(database_error)?;
         if added == 0 {
             continue;
@@ -343,6 +333,7 @@ pub fn recorded_lines(
     after: u64,
     limit: usize,
 ) -> Result<Vec<u64>> {
+    let held = BatchRow::of(&claim.key);
     let mut statement = connection
         .prepare_cached(
             "SELECT line FROM results
@@ -350,10 +341,9 @@ pub fn recorded_lines(
         )
         .map_err(database_error)?;
     let rows = statement
-        .query_map(
-            params![claim.tenant_key, claim.batch_key, to_i64(after), to_i64(limit as u64)],
-            |row| row.get(0).map(to_u64),
-        )
+        .query_map(params![held.tenant, held.batch, to_i64(after), to_i64(limit as u64)], |row| {
+            row.get(0).map(to_u64)
+        })
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
@@ -377,6 +367,7 @@ pub fn results(
     after: u64,
     bytes: usize,
 ) -> Result<Results> {
+    let held = BatchRow::of(&claim.key);
     let mut statement = connection
         .prepare_cached(
             // Tests the length first, so that a payload that is too large is never read.
@@ -387,7 +378,7 @@ pub fn results(
         .map_err(database_error)?;
     let max_bytes = to_i64(bytes as u64);
     let mut found = statement
-        .query(params![claim.tenant_key, claim.batch_key, to_i64(after), max_bytes])
+        .query(params![held.tenant, held.batch, to_i64(after), max_bytes])
         .map_err(database_error)?;
     let mut results = Results::default();
     let mut total_bytes = 0_usize;
@@ -421,14 +412,15 @@ pub fn results(
 
 /// Ends a batch and inserts its result files.
 pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
+    let held = BatchRow::of(&claim.key);
     for file in finish.output.iter().chain(&finish.error) {
-        files::insert(connection, claim.tenant_key, file)?;
+        files::insert(connection, held.tenant, file)?;
     }
     let output = finish.output.as_ref().map(|file| &file.id);
     let error = finish.error.as_ref().map(|file| &file.id);
     let cancelling = "SELECT status = 'cancelling' FROM batches WHERE tenant = ?1 AND key = ?2";
     let cancelling: bool = connection
-        .query_row(cancelling, params![claim.tenant_key, claim.batch_key], |row| row.get(0))
+        .query_row(cancelling, params![held.tenant, held.batch], |row| row.get(0))
         .map_err(database_error)?;
     if cancelling && finish.status == Status::Expired {
         return Err(StoreError::Overtaken);

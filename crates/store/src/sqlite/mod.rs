@@ -4,6 +4,7 @@ mod batches;
 mod connection;
 mod files;
 mod jobs;
+mod keys;
 mod schema;
 mod work;
 
@@ -19,9 +20,10 @@ use super::{
     Idempotency, Job, NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store,
     StoreError, Validated, Waiting,
 };
-use crate::clock::Timestamp;
-use crate::store::private;
+use crate::private;
+use batchwright_domain::clock::Timestamp;
 use connection::{Readers, Writer};
+use keys::BatchRow;
 
 /// Store in a SQLite database of a data folder.
 pub struct SqliteStore {
@@ -301,8 +303,8 @@ impl Store for SqliteStore {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Option<Claim>> {
-        let (owner, key) = (self.owner.clone(), waiting.key);
-        self.writer.write(move |connection| work::claim(connection, &owner, key, now, until)).await
+        let (owner, row) = (self.owner.clone(), BatchRow::of(&waiting.key));
+        self.writer.write(move |connection| work::claim(connection, &owner, row, now, until)).await
     }
 
     async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
