@@ -192,8 +192,10 @@ def leftovers(server):
 
 def load_errors(server):
     """What the operator was told last of each plugin that does not load as it is."""
-    told = re.compile(r'(?:plugin not loaded|plugin not changed, the one before serves on): (.*) plugin="([^"]*)"$', re.M)
-    return {name: error for error, name in told.findall(server.logged())}
+    logged = re.compile(
+        r'(?:plugin not loaded|plugin not replaced, previous version still serving) plugin="([^"]*)" error=(.*)$', re.M
+    )
+    return dict(logged.findall(server.logged()))
 
 
 @pytest.fixture

@@ -327,7 +327,7 @@ BAD_COMPONENTS = {
     "describe-not-utf8": ["`describe`", "utf-8"],
     "schema-not-json": ["`describe`", "settings-schema is not JSON"],
     "host-credential": ["`describe`", "credential `key` cannot go into the header `host`"],
-    "schema-bomb": ["settings-schema comes to", "it may have 10000"],
+    "schema-bomb": ["settings-schema expands to", "the limits are 10000"],
     "configure-trap": ["settings", "`configure-trap` failed in `configure`"],
     "start-loop": ["`instantiate`", "[limits] call_timeout"],
     "huge-table": ["exceeds the host's limits of memories, tables or instances", "1000000", "100000"],
@@ -338,12 +338,12 @@ BAD_COMPONENTS = {
     "text": ["is no WebAssembly component"],
     "unknown-world": ["exports wasi:cli/run@0.2.0, where a plugin exports", "build it for the world"],
     "later-version": ["batchwright:plugin/inference@0.2.0", "batchwright:plugin/inference@0.1.0"],
-    "wrong-type": ["not of the type that the contract has", "Build it anew"],
+    "wrong-type": ["an export does not match the contract", "Rebuild it"],
     "unknown-import": ["wasi:http/outgoing-handler", "plugins may import WASI"],
 }
 BAD_FILES = {
     "claims-a-model": ('models = ["m"]', ["`m` is served by the plugin `p` already", "take it out of one of the two files"]),
-    "alias-cycle": ('[aliases]\na = "b"\nb = "a"', ["aliases", "`a` = `b`, `b` = `a` is a cycle", "lead to one of those"]),
+    "alias-cycle": ('[aliases]\na = "b"\nb = "a"', ["aliases", "`a` = `b`, `b` = `a` is a cycle", "point each alias at a model name of the provider"]),
     "settings-refused": ('models = ["x1"]\n[settings]\nx = "refuse"', ["settings", "these settings are refused"]),
     "settings-trap": ('models = ["x2"]\n[settings]\nx = "trap"', ["settings", "failed in `configure`"]),
     "settings-loop": ('models = ["x3"]\n[settings]\nx = "loop"', ["`configure`", "[limits] call_timeout"]),
@@ -373,8 +373,8 @@ def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
         (server.plugins / "endless.toml").symlink_to("/dev/zero")
         (server.plugins / "environ.toml").symlink_to("/proc/self/environ")
         links = {
-            "pipe": ["no ordinary file"], "piped": ["no ordinary file"], "secret": ["credentials.api_key", "no ordinary file"],
-            "endless": ["no ordinary file"], "environ": ["line 1, column"],
+            "pipe": ["not a regular file"], "piped": ["not a regular file"], "secret": ["credentials.api_key", "not a regular file"],
+            "endless": ["not a regular file"], "environ": ["line 1, column"],
         }  # fmt: skip
         expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}, **links}
         wait_for(lambda: all(load_errors(server).get(name) for name in expected), 60, "all complaints")

@@ -65,7 +65,7 @@ def test_files_of_editors_are_no_plugins_and_a_missing_mount_removes_none(serve)
     listed = run_host("plugin", "list", "--plugins", server.plugins)
     assert listed.returncode == 0 and "._echo" not in listed.stdout
     server.plugins.rename(server.folder / "away")
-    wait_for(lambda: "the plugins stay as they are" in server.logged(), 20, "the log")
+    wait_for(lambda: "plugin directory not read, plugins unchanged" in server.logged(), 20, "the log")
     assert server.models() == ["echo", "other"]
 
 

@@ -207,8 +207,8 @@ def test_a_case_that_does_not_hold_is_told_of(tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     tested = run_host("plugin", "test", built("examples") / "anthropic.wasm", "--cases", tmp_path)
     assert tested.returncode == 1
-    assert 'failed  case wrong.json: answer.body.choices[0].message.content is "Paris.", expected was "London."' in tested.stdout
-    assert "failed  case broken.json: is no case" in tested.stdout
+    assert 'failed  case wrong.json: answer.body.choices[0].message.content is "Paris.", expected "London."' in tested.stdout
+    assert "failed  case broken.json: is not a case" in tested.stdout
 
 
 def test_a_component_that_remembers_is_found_out():

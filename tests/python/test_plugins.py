@@ -41,7 +41,7 @@ def test_a_provider_is_swapped_by_editing_or_dropping_a_file(serve, tmp_path):
 def test_a_file_that_breaks_leaves_the_plugin_before_it_serving(serve, stub):
     server = serve(plugins={"p": stub.plugin(["m"])})
     server.add_plugin("p", stub.plugin(["m"]) + "[limtis]\n")
-    wait_for(lambda: "the one before serves on" in server.logged(), what="the complaint")
+    wait_for(lambda: "previous version still serving" in server.logged(), what="the complaint")
     assert "limtis" in server.logged()
     assert answer(server) == "stub: hello"
     server.add_plugin("p", stub.plugin(["other"]))
@@ -281,7 +281,7 @@ def test_what_plugin_test_says_of_cases_loops_and_secrets(tmp_path):
     tested = run_host("plugin", "test", tmp_path / "p.toml", "--cases", cases)
     assert tested.returncode == 1 and " 2 failed" in tested.stdout, tested.stdout
     assert "case few.json: the case has too few exchanges: the adapter sends POST https://api.example.com/v1/chat/completions" in tested.stdout
-    assert "was to ask to wait" in tested.stdout and '"send"' in tested.stdout
+    assert "expected the adapter to wait" in tested.stdout and '"send"' in tested.stdout
     # One that never comes back is given up soon.
     begun = time.monotonic()
     spinning = run_host("plugin", "test", built("hostile") / "hostile.wasm", "--settings", '{"what":"spin"}', timeout=120)

@@ -1,4 +1,8 @@
-//! The credentials of a plugin's TOML file: where each secret is read, which header it goes into, and which hosts get it.
+//! Credentials of a plugin: the source of each secret, its header, and the hosts that receive it.
+//!
+//! A secret is sent only to the hosts of the URLs in the plugin's settings, and to the hosts that
+//! the operator lists with the credential. A credential that could not be sent anywhere is an
+//! error at load, so that requests do not fail later without it.
 
 use std::path::Path;
 
@@ -9,13 +13,16 @@ use super::manifest::{Manifest, Source};
 use super::types::Description;
 use crate::egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 
-/// The secrets of a plugin, each with the hosts it belongs to: those of the URLs in its settings, and those written beside it.
+/// Reads the secrets of a plugin, and binds each secret to its hosts.
+///
+/// With a `placeholder`, a secret that cannot be read is replaced. `key` makes an error of a key
+/// and a message.
 pub fn secrets(
     manifest: &Manifest,
     description: &Description,
     file: &Path,
     urls: &[Url],
-    stand_in: Option<&str>,
+    placeholder: Option<&str>,
     key: &impl Fn(&str, String) -> LoadError,
 ) -> Result<Secrets, LoadError> {
     let mut credentials = Vec::new();
@@ -27,24 +34,32 @@ pub fn secrets(
             let message = if known.is_empty() {
                 "the component takes no credentials".into()
             } else {
-                format!("the component knows no such credential; it has {}", known.join(", "))
+                format!(
+                    "the component declares no credential of this name; it declares {}",
+                    known.join(", ")
+                )
             };
             return Err(key(&at, message));
         };
         let Some(source) = Source::parse(&given.from) else { continue };
-        let secret = match (source.read(), stand_in) {
+        let secret = match (source.read(), placeholder) {
             (Ok(secret), _) => secret,
-            (Err(_), Some(stand_in)) => stand_in.to_owned(),
+            (Err(_), Some(placeholder)) => placeholder.to_owned(),
             (Err(message), None) => return Err(key(&at, message)),
         };
         if let Some(mode) = source.open_mode() {
-            tracing::warn!(file = %file.display(), credential = name, mode = format_args!("{mode:03o}"), "every user of this machine may read the file of the secret");
-        }
-        if stand_in.is_none() && !is_distinct(&secret) {
             tracing::warn!(
-                file = %file.display(),
+                path = %file.display(),
                 credential = name,
-                "the secret is short or made of words: it is redacted in errors and headers, but not in answers, which may have it for other reasons"
+                mode = format_args!("{mode:03o}"),
+                "secret file is readable by all users"
+            );
+        }
+        if placeholder.is_none() && !is_distinct(&secret) {
+            tracing::warn!(
+                path = %file.display(),
+                credential = name,
+                "secret is short or made of words, not redacted in response bodies"
             );
         }
         let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
@@ -75,20 +90,22 @@ pub fn secrets(
     secrets.map_err(|error| key("credentials", error.to_string()))
 }
 
-/// Whether a credential can be sent at all: one that cannot is not left out without a word.
+/// Checks that a credential has a host, and that no host would receive it over plain HTTP.
 fn check_hosts(manifest: &Manifest, name: &str, urls: &[Url]) -> Result<(), String> {
     let given =
         manifest.credentials.get(name).map(|given| (given.from.as_str(), given.hosts.as_slice()));
     let (from, hosts) = given.unwrap_or_default();
     if urls.is_empty() && hosts.is_empty() {
         return Err(format!(
-            "belongs to no host, as no setting is a URL; name the hosts that get it: {name} = {{ from = \"{from}\", hosts = [\"api.example.com\"] }}"
+            "has no host, as no setting is a URL; list the hosts that receive it: \
+             {name} = {{ from = \"{from}\", hosts = [\"api.example.com\"] }}"
         ));
     }
     let plain = urls.iter().find(|url| url.scheme() == "http" && !is_loopback(url));
     match plain.filter(|_| !manifest.allow_plain_http) {
         Some(url) => Err(format!(
-            "would be sent to {} over plain HTTP, where others can read it; use https, or write `allow_plain_http = true` at the top of this file if that network is trusted",
+            "would be sent to {} over plain HTTP, where others can read it; use https, or write \
+             `allow_plain_http = true` at the top of this file if that network is trusted",
             url.host_str().unwrap_or_default()
         )),
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! What a plugin is made of, of one reading: nothing is judged by other bytes than those that are loaded.
+//! Files of one plugin, read once, so that checks and loading see the same bytes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,18 +9,21 @@ use super::error::LoadError;
 use super::manifest::{Manifest, Source};
 use super::read::{hex, read_bounded, read_text, sha256};
 
-/// Largest component, in bytes.
+/// Maximum size of a component, in bytes.
 pub const MOST_COMPONENT: u64 = 64 << 20;
 
-/// A component's file.
+/// Contents of a component file.
 pub struct ComponentFile {
+    /// Path that the component was read from.
     pub path: PathBuf,
+    /// Bytes of the component.
     pub bytes: Arc<Vec<u8>>,
-    /// In hexadecimal.
+    /// SHA-256 digest in hexadecimal.
     pub sha256: String,
 }
 
 impl ComponentFile {
+    /// Reads a component of at most [`MOST_COMPONENT`] bytes.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
         let bytes = read_bounded(path, MOST_COMPONENT).map_err(unreadable)?;
@@ -29,31 +32,35 @@ impl ComponentFile {
     }
 }
 
-/// All that a TOML file stands for.
+/// TOML file of a plugin, with its component and its signature.
 pub struct Files {
+    /// Path of the TOML file.
     pub file: PathBuf,
+    /// Text of the TOML file.
     pub text: String,
+    /// Parsed TOML file.
     pub manifest: Manifest,
+    /// Component that the TOML file names.
     pub component: ComponentFile,
-    /// The text of its signature, if there is one.
+    /// Text of the signature file, if there is one.
     pub signature: Option<String>,
 }
 
 impl Files {
-    /// The files of a plugin that is to be loaded.
+    /// Reads the files of a plugin. Returns [`LoadError::Disabled`] if the plugin is disabled.
     pub fn read(file: &Path) -> Result<Self, LoadError> {
-        Self::read_if(file, true)
+        Self::read_checked(file, true)
     }
 
-    /// The files of a plugin, whether it is turned off or not.
+    /// Reads the files of a plugin, even if the plugin is disabled.
     pub fn read_any(file: &Path) -> Result<Self, LoadError> {
-        Self::read_if(file, false)
+        Self::read_checked(file, false)
     }
 
-    fn read_if(file: &Path, enabled: bool) -> Result<Self, LoadError> {
+    fn read_checked(file: &Path, must_be_enabled: bool) -> Result<Self, LoadError> {
         let text = read_text(file)?;
         let manifest = Manifest::parse(file, &text)?;
-        if enabled && !manifest.enabled {
+        if must_be_enabled && !manifest.enabled {
             return Err(LoadError::Disabled { file: file.to_owned() });
         }
         let component = file.with_file_name("").join(&manifest.component);
@@ -70,7 +77,7 @@ impl Files {
         Ok(Self { file: file.to_owned(), text, manifest, component, signature })
     }
 
-    /// Changes when any of them does, or a secret.
+    /// Returns a digest of the TOML file, the component, the signature and the secrets.
     pub fn fingerprint(&self) -> String {
         let mut digest = Sha256::new();
         let mut add = |part: &str| {
@@ -88,9 +95,10 @@ impl Files {
     }
 }
 
-/// The files besides itself that a TOML file depends on, whether they are there or not: its component, its signature, secrets. None if it
-/// cannot be read.
-pub fn named_by(file: &Path) -> Option<Vec<PathBuf>> {
+/// Returns the other files that a TOML file depends on: component, signature and secrets.
+///
+/// The list includes files that do not exist. None if the TOML file cannot be read or parsed.
+pub fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
     let secrets =
         manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
@@ -104,7 +112,7 @@ pub fn named_by(file: &Path) -> Option<Vec<PathBuf>> {
     )
 }
 
-/// Where the signature of a TOML file lies: beside it, with `.sig` at the end of its name.
+/// Returns the path of a TOML file's signature: the path of the file with `.sig` appended.
 pub fn signature_file(file: &Path) -> PathBuf {
     let mut name = file.file_name().unwrap_or_default().to_owned();
     name.push(".sig");

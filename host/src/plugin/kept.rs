@@ -1,21 +1,24 @@
-//! Small files of the data folder, written whole or not at all.
+//! Small state files of the data folder, replaced atomically.
 
 use std::path::Path;
 
 use serde::Serialize;
 
-/// Keeps a value, if there is a file for it. A file that cannot be written is logged: the value holds for this process.
-pub fn keep<T: Serialize>(file: Option<&Path>, what: &str, value: &T) {
+/// Writes a value to its state file, if there is one.
+///
+/// A write error is only logged: the value still applies to this process.
+pub fn save<T: Serialize>(file: Option<&Path>, value: &T) {
     let Some(file) = file else { return };
     if let Err(error) = write(file, value) {
-        tracing::warn!("{what} cannot be kept in {}: {error}", file.display());
+        tracing::warn!(path = %file.display(), %error, "state file not written");
     }
 }
 
+/// Writes and syncs a temporary file beside the target, then renames it over the target.
 fn write<T: Serialize>(file: &Path, value: &T) -> std::io::Result<()> {
-    let beside = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new(".")))?;
-    serde_json::to_writer(beside.as_file(), value)?;
-    beside.as_file().sync_all()?;
-    beside.persist(file)?;
+    let temporary = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new(".")))?;
+    serde_json::to_writer(temporary.as_file(), value)?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(file)?;
     Ok(())
 }

@@ -1,4 +1,15 @@
-//! From a TOML file to a plugin: read, compile, link, ask, check.
+//! Loading of a plugin from its TOML file: read, verify, compile, link, describe, check, configure.
+//!
+//! Components come from third parties, so every step distrusts its input:
+//! - The signature, the serial and the pinned digest are verified before any code is compiled.
+//! - Compilation runs in a separate process with a timeout and a memory limit.
+//! - `describe` and `configure` run in an instance with the plugin's limits.
+//! - Text of the component is bounded and cleaned before it is shown to people.
+//! - Only URLs that the operator wrote in the TOML file extend the list of allowed hosts. A default
+//!   of the component's settings schema does not.
+//!
+//! A load builds the whole plugin before it returns. So a failure at any step leaves the plugin
+//! that serves under this name untouched.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -32,59 +43,68 @@ use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header
 use batchwright_domain::units::{Size, Span};
 use batchwright_memory::Memory;
 
-/// Longest complaint about a component, in characters.
-const LONGEST_MESSAGE: usize = 2000;
+/// Maximum length of an error message about a component, in characters.
+const MAX_MESSAGE_CHARS: usize = 2000;
 
-/// Plugins read and loaded at a time.
-const TURNS: usize = 8;
+/// Maximum number of plugins that are read and loaded at the same time.
+const MAX_CONCURRENT_LOADS: usize = 8;
 
-/// How plugins are loaded: what an operator has a say in.
+/// Options for loading plugins, set by the operator.
 #[derive(Clone)]
 pub struct Loading {
     /// Folder of compiled components.
     pub cache: PathBuf,
+    /// Time limit of one compilation.
     pub compile_timeout: Span,
+    /// Memory limit of one compilation.
     pub compile_memory: Size,
-    /// Whose signatures are asked for; none if unsigned plugins are loaded too.
+    /// Keys that plugins must be signed with; None if unsigned plugins are loaded too.
     pub trusted_keys: Option<TrustedKeys>,
-    /// Where the serials of signed plugins are kept, and the order of plugins, if they are.
+    /// File of the serials of signed plugins; None keeps them in memory only.
     pub serials: Option<PathBuf>,
+    /// File of the order of plugins; None keeps it in memory only.
     pub order: Option<PathBuf>,
-    /// The program that compiles, if it is not this one.
+    /// Compiler program, if it is not the running program.
     pub compiler: Option<PathBuf>,
-    /// What instances and exchanges take memory from.
+    /// Memory pools that instances and exchanges reserve from.
     pub memory: Memory,
 }
 
-/// What all plugins are loaded with.
+/// Loader of plugins, with the engines, the compiler and the state that all plugins share.
 pub struct Loader {
-    plain: World,
-    /// Started when the first component asks for it.
-    concurrent: OnceLock<World>,
+    plain: Runtime,
+    /// Started when the first component needs it.
+    concurrent: OnceLock<Runtime>,
     compiler: Compiler,
     pub(super) trust: Trust,
     pub(super) order_file: Option<PathBuf>,
-    /// To load a plugin: each holds its component in memory.
-    turns: Semaphore,
+    /// Permits to load a plugin. Each load holds its component in memory.
+    permits: Semaphore,
     instances: Arc<Instances>,
     shared: Shared,
     clock: Clock,
 }
 
-/// An engine, and what it links components to.
+/// Engine and the linker with the host's interfaces.
 #[derive(Clone)]
-struct World {
+struct Runtime {
     engine: Engine,
     linker: Linker<State>,
 }
 
-/// A component by itself: what can be said of it without an operator's settings.
+/// Properties of a component that do not depend on settings.
 pub struct Inspected {
+    /// Kind of plugin that the component implements.
     pub kind: Kind,
+    /// Version of the plugin contract.
     pub version: &'static str,
+    /// Checked result of `describe`.
     pub description: Description,
+    /// Names of the imported interfaces.
     pub imports: Vec<String>,
+    /// SHA-256 digest of the component in hexadecimal.
     pub sha256: String,
+    /// Size of the component in bytes.
     pub size: usize,
     component: Arc<Component>,
     template: Template,
@@ -92,7 +112,7 @@ pub struct Inspected {
     log: Arc<PluginLog>,
 }
 
-impl World {
+impl Runtime {
     fn start(flavour: Flavour) -> Result<Self, String> {
         let engine = super::engine::start(flavour)?;
         let linker = instance::linker(&engine, flavour).map_err(|error| format!("{error:#}"))?;
@@ -101,6 +121,7 @@ impl World {
 }
 
 impl Loader {
+    /// Starts the engine and opens the cache and the state files.
     pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component {
             component: PathBuf::from("wasmtime"),
@@ -118,56 +139,61 @@ impl Loader {
         } = loading;
         let compiler =
             Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
-        let (concurrent, turns) = (OnceLock::new(), Semaphore::new(TURNS));
+        let (concurrent, permits) = (OnceLock::new(), Semaphore::new(MAX_CONCURRENT_LOADS));
         Ok(Self {
-            plain: World::start(Flavour::Plain).map_err(failed)?,
+            plain: Runtime::start(Flavour::Plain).map_err(failed)?,
             concurrent,
             compiler,
             trust: Trust::open(trusted_keys, serials).map_err(failed)?,
             order_file: order,
-            turns,
+            permits,
             instances: Instances::start(memory.instances),
             shared: Shared { exchanges: memory.exchanges, resolver: Resolver::default() },
             clock,
         })
     }
 
-    /// The right to read and load one plugin.
-    pub async fn turn(&self) -> Option<SemaphorePermit<'_>> {
-        // It never closes, so there is always one.
-        self.turns.acquire().await.ok()
+    /// Waits for a permit to read and load one plugin.
+    pub async fn permit(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed, so the result is never None.
+        self.permits.acquire().await.ok()
     }
 
-    /// Loads the plugin whose TOML file this is.
+    /// Loads the plugin of a TOML file.
     pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
         self.load_files(read_off_thread(file, Files::read).await?).await
     }
 
-    /// The same where nothing is sent: a secret that is not here is replaced by one that opens nothing.
+    /// Loads a plugin for tests without exchanges: a missing secret is replaced by a placeholder.
     pub async fn load_to_test(&self, file: &Path) -> Result<Plugin, LoadError> {
         self.load_with(read_off_thread(file, Files::read).await?, Some("not-a-secret")).await
     }
 
-    /// Whether this file may turn its plugin off: where signatures are asked for, that is for who signs to say.
+    /// Checks that a file may disable its plugin: if signatures are required, the file must be
+    /// signed.
     pub async fn check_disabled(&self, file: &Path) -> Result<(), LoadError> {
-        if !self.trust.is_asked_for() {
+        if !self.trust.is_required() {
             return Ok(());
         }
         let files = read_off_thread(file, Files::read_any).await?;
         let name = plugin_name(file)?;
-        let signed = self.trust.signed(&name, &files)?;
-        self.trust.loaded(&name, signed.as_ref());
+        let signed = self.trust.verify(&name, &files)?;
+        self.trust.record_loaded(&name, signed.as_ref());
         Ok(())
     }
 
-    /// Loads the plugin that was read from these files.
+    /// Loads a plugin from files that were read before.
     pub async fn load_files(&self, files: Files) -> Result<Plugin, LoadError> {
         self.load_with(files, None).await
     }
 
-    async fn load_with(&self, files: Files, stand_in: Option<&str>) -> Result<Plugin, LoadError> {
+    async fn load_with(
+        &self,
+        files: Files,
+        placeholder: Option<&str>,
+    ) -> Result<Plugin, LoadError> {
         let name = plugin_name(&files.file)?;
-        let signed = self.trust.signed(&name, &files)?;
+        let signed = self.trust.verify(&name, &files)?;
         let Files { file, mut manifest, component, .. } = files;
         let key = |key: &str, message: String| LoadError::Key {
             file: file.clone(),
@@ -180,23 +206,24 @@ impl Loader {
             return Err(key(
                 "sha256",
                 format!(
-                    "the component has {}, not {pinned}; check where it comes from before you change the pin",
+                    "the component has {}, not {pinned}; check where it comes from before you \
+                     change the pin",
                     component.sha256
                 ),
             ));
         }
         let inspected = self.inspect_with(component, &name, &manifest.limits).await?;
         check_kind(&manifest, &inspected, &key)?;
-        // Only what the operator wrote opens a way: a component that names a host in a default must not.
+        // Collected before the defaults are added: only URLs of the operator allow a host.
         let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
         schema::add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
         let settings = Value::Object(std::mem::take(&mut manifest.settings));
         schema::check(&settings, &inspected.description.settings_schema).map_err(
             |(place, message)| {
-                key(&format!("settings{place}"), for_people(&message, LONGEST_MESSAGE))
+                key(&format!("settings{place}"), for_people(&message, MAX_MESSAGE_CHARS))
             },
         )?;
-        let secrets = secrets(&manifest, &inspected.description, &file, &urls, stand_in, &key)?;
+        let secrets = secrets(&manifest, &inspected.description, &file, &urls, placeholder, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
         allow.check_addresses(&urls).map_err(|error| key("settings", error))?;
@@ -226,14 +253,15 @@ impl Loader {
             last_classified: Mutex::default(),
             pools: Mutex::new(HashMap::new()),
         };
-        // Proves that the settings are taken; the instance itself belongs to no tenant.
-        let taken = plugin.instantiate(&plugin.holder(None)).await;
-        taken.map_err(|error| key("settings", for_people(&error.detail(), LONGEST_MESSAGE)))?;
-        self.trust.loaded(&plugin.name, plugin.signed.as_ref());
+        // Proves that `configure` accepts the settings. The instance belongs to no tenant.
+        let configured = plugin.instantiate(&plugin.holder(None)).await;
+        configured
+            .map_err(|error| key("settings", for_people(&error.detail(), MAX_MESSAGE_CHARS)))?;
+        self.trust.record_loaded(&plugin.name, plugin.signed.as_ref());
         Ok(plugin)
     }
 
-    /// What a component says of itself, without settings.
+    /// Compiles a component and returns its checked description, without settings.
     pub async fn inspect(&self, component: &Path) -> Result<Inspected, LoadError> {
         let name = component
             .file_stem()
@@ -248,15 +276,15 @@ impl Loader {
         limits: &Limits,
     ) -> Result<Inspected, LoadError> {
         let ComponentFile { path, bytes, sha256 } = file;
-        // What is told here holds words of the component's own.
+        // The messages may contain text of the component.
         let failed = |message: String| LoadError::Component {
             component: path.clone(),
-            message: for_people(&message, LONGEST_MESSAGE),
+            message: for_people(&message, MAX_MESSAGE_CHARS),
         };
         check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
         let flavour = Flavour::of(&bytes);
-        let World { engine, linker } = self.world(flavour).map_err(failed)?;
+        let Runtime { engine, linker } = self.runtime(flavour).map_err(failed)?;
         let component =
             self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
         drop(bytes);
@@ -265,25 +293,28 @@ impl Loader {
         let (kind, template) = template(&engine, &linker, &component).map_err(failed)?;
         let log = Arc::new(PluginLog::new(name));
         let holder = format!("{name}/").into();
-        let (made, refused) =
+        let (created, refused) =
             Instance::new(&template, &engine, limits, &log, (&self.instances, &holder)).await;
         let (refused, said) = refused;
         let error = |function, error: &wasmtime::Error, refused| {
             explain(name, limits, function, error, refused, &said).detail()
         };
-        let mut instance = made.map_err(|found| {
+        let mut instance = created.map_err(|found| {
             let message = error("instantiate", &found, refused);
-            // What fails without a trap of the guest's own does so because its types are not those of the contract.
-            let trapped = refused.is_some()
+            // Any other failure means that the types of the exports differ from the contract.
+            let is_runtime_failure = refused.is_some()
                 || found.is::<wasmtime::Trap>()
                 || found.is::<OutOfTime>()
                 || found.is::<Asleep>()
-                // The pool of instances is used up, which is nobody's fault.
+                // The instance pool is exhausted, which is no fault of the component.
                 || found.is::<wasmtime::PoolConcurrencyLimitError>();
-            failed(if trapped {
+            failed(if is_runtime_failure {
                 message
             } else {
-                format!("an export is not of the type that the contract has: {:#}. Build it anew with the contract of this version.", found)
+                format!(
+                    "an export does not match the contract: {found:#}. Rebuild it with the \
+                     contract of this version."
+                )
             })
         })?;
         instance.allow(limits, 1);
@@ -308,19 +339,20 @@ impl Loader {
         })
     }
 
-    fn world(&self, flavour: Flavour) -> Result<World, String> {
+    /// Returns the runtime of a flavor, which is started on first use.
+    fn runtime(&self, flavour: Flavour) -> Result<Runtime, String> {
         if flavour == Flavour::Plain {
             return Ok(self.plain.clone());
         }
-        if let Some(world) = self.concurrent.get() {
-            return Ok(world.clone());
+        if let Some(runtime) = self.concurrent.get() {
+            return Ok(runtime.clone());
         }
-        let world = World::start(flavour)?;
-        Ok(self.concurrent.get_or_init(|| world).clone())
+        let runtime = Runtime::start(flavour)?;
+        Ok(self.concurrent.get_or_init(|| runtime).clone())
     }
 }
 
-/// Which world it is of, and whether the host has what it imports.
+/// Determines the kind of a component from its exports, and links its imports.
 fn template(
     engine: &Engine,
     linker: &Linker<State>,
@@ -339,7 +371,8 @@ fn template(
         }
         (false, false) => {
             return Err(format!(
-                "exports {}, where a plugin exports {} or {}; build it for the world `validator` or `adapter` of batchwright:plugin@0.1.0",
+                "exports {}, where a plugin exports {} or {}; build it for the world `validator` \
+                 or `adapter` of batchwright:plugin@0.1.0",
                 list(&exports),
                 v0_1::VALIDATION,
                 v0_1::INFERENCE,
@@ -350,14 +383,21 @@ fn template(
         return Err(format!("exports {}, but not {}", list(&exports), v0_1::PLUGIN));
     }
     let linked = linker.instantiate_pre(component).map_err(|error| {
-        format!("imports what the host does not have: {error:#}; plugins may import WASI 0.2 and 0.3 (as an empty world) and batchwright:plugin/logging")
+        format!(
+            "imports an interface that the host does not provide: {error:#}; plugins may import \
+             WASI 0.2 and 0.3 (as an empty world) and batchwright:plugin/logging"
+        )
     })?;
     let template = match kind {
         Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
         Kind::Adapter => adapter(linked, has(v0_1::CLASSIFICATION)),
     };
-    let template =
-        template.map_err(|error| format!("an export is not as the contract has it: {error:#}"))?;
+    let template = template.map_err(|error| {
+        format!(
+            "an export does not match the contract: {error:#}. Rebuild it with the contract of \
+             this version."
+        )
+    })?;
     Ok((kind, template))
 }
 
@@ -368,13 +408,13 @@ fn adapter(linked: InstancePre<State>, classifies: bool) -> wasmtime::Result<Tem
     Ok(Template::Adapter { linked, adapter, classifier })
 }
 
-/// Reads a plugin's files, away from the threads that serve.
+/// Reads a plugin's files on a blocking thread.
 async fn read_off_thread(
     file: &Path,
     read: fn(&Path) -> Result<Files, LoadError>,
 ) -> Result<Files, LoadError> {
-    let place = file.to_owned();
-    let files = tokio::task::spawn_blocking(move || read(&place)).await;
+    let path = file.to_owned();
+    let files = tokio::task::spawn_blocking(move || read(&path)).await;
     files.map_err(|error| LoadError::Manifest {
         file: file.to_owned(),
         message: error.to_string(),
@@ -385,55 +425,66 @@ fn list(names: &[String]) -> String {
     if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
 
-/// Whether a component's interface is the known one, of this version or a later one of its line.
+/// Returns true if an interface has the known name and the same major and minor version.
 fn same_interface(name: &str, known: &str) -> bool {
     let (Some((name, version)), Some((known, known_version))) =
         (name.split_once('@'), known.split_once('@'))
     else {
         return false;
     };
-    let line = |version: &str| {
+    let minor_line = |version: &str| {
         semver::Version::parse(version).ok().map(|version| (version.major, version.minor))
     };
-    name == known && line(version).is_some() && line(version) == line(known_version)
+    name == known
+        && minor_line(version).is_some()
+        && minor_line(version) == minor_line(known_version)
 }
 
-/// The name of a plugin is that of its file.
+/// Returns the plugin's name: the name of its TOML file without the extension.
 pub fn plugin_name(file: &Path) -> Result<String, LoadError> {
     let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
     if stem.is_empty() || stem.len() > 64 || !stem.chars().all(fits) {
-        let message =
-            "the file's name is the plugin's: letters, digits, `-`, `_` and `.`, at most 64".into();
+        let message = "the file name is the plugin's name: rename the file to at most 64 letters, \
+                       digits, `-`, `_` and `.`"
+            .into();
         return Err(LoadError::Manifest { file: file.to_owned(), message });
     }
     Ok(stem.to_owned())
 }
 
-/// Tells a component from what is often taken for one.
+/// Checks that the bytes begin like a component. Errors name the common mistakes.
 fn check_header(bytes: &[u8]) -> Result<(), String> {
     match (bytes.get(..4), bytes.get(4..8)) {
         (Some(b"\0asm"), Some([0x0d, 0, 1, 0])) => Ok(()),
         (Some(b"\0asm"), Some([1, 0, 0, 0])) => {
-            Err("is a core WebAssembly module, not a component; wrap it with `wasm-tools component new`".into())
+            Err("is a core WebAssembly module, not a component; wrap it with `wasm-tools \
+                 component new`"
+                .into())
         }
-        (Some(b"\0asm"), _) => Err("is WebAssembly of an unknown version; build it as a component".into()),
+        (Some(b"\0asm"), _) => {
+            Err("is WebAssembly of an unknown version; build it as a component".into())
+        }
         (Some(b"\x7fELF"), _) => {
-            Err("is compiled code; the host takes portable components only and compiles them itself".into())
+            Err("is compiled code; the host accepts only portable components and compiles them \
+                 itself"
+                .into())
         }
-        _ => Err("is no WebAssembly component (give a .wasm file); it may be damaged or cut short".into()),
+        _ => Err("is no WebAssembly component (give a .wasm file); it may be damaged or cut short"
+            .into()),
     }
 }
 
-/// The endpoint whose requests need not name a model.
+/// Endpoint whose requests may omit the model.
 pub const OPTIONAL_MODEL: &str = "/v1/moderations";
 
+/// Checks that the keys of the TOML file apply to the component's kind.
 fn check_kind(
     manifest: &Manifest,
     inspected: &Inspected,
     key: &impl Fn(&str, String) -> LoadError,
 ) -> Result<(), LoadError> {
-    let wrong = match inspected.kind {
+    let unused_key = match inspected.kind {
         Kind::Validator => [
             ("models", manifest.models.is_empty()),
             ("aliases", manifest.aliases.is_empty()),
@@ -449,11 +500,11 @@ fn check_kind(
                 .find(|(_, absent)| !absent)
         }
     };
-    if let Some((name, _)) = wrong {
+    if let Some((name, _)) = unused_key {
         return Err(key(
             name,
             format!(
-                "the component is a plugin of kind {}, which has no use for this key",
+                "the component is a plugin of kind {}, which does not use this key; remove the key",
                 inspected.kind
             ),
         ));
@@ -476,6 +527,7 @@ fn check_kind(
     Ok(())
 }
 
+/// Checks the result of `describe`, and bounds and cleans its text.
 fn check_description(
     mut description: Description,
     settings: &str,
@@ -504,7 +556,8 @@ fn check_description(
             |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
         if need.name.is_empty() || need.name.len() > 64 || !need.name.chars().all(fits) {
             return Err(format!(
-                "`{}` is no name for a credential: lower-case letters, digits and `_`",
+                "`{}` is not a valid credential name; use at most 64 lower-case letters, digits \
+                 and `_`",
                 need.name
             ));
         }
@@ -522,7 +575,7 @@ fn check_description(
     Ok(description)
 }
 
-/// Every URL in a setting, at any depth.
+/// Returns every HTTP URL in a setting, at any depth.
 fn urls_in(value: &Value) -> Vec<Url> {
     match value {
         Value::String(text) => Url::parse(text)

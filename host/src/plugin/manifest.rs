@@ -1,4 +1,4 @@
-//! A plugin's TOML file.
+//! Manifest of a plugin: its TOML file, parsed and checked.
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -14,64 +14,70 @@ use super::error::LoadError;
 use super::read::read_bounded;
 use batchwright_domain::units::{Size, Span};
 
-/// The file as it stands, each key of the right type.
+/// Parsed TOML file of a plugin.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// The component, beside this file.
+    /// File name of the component, relative to this file.
     pub component: PathBuf,
-    /// Whether it is loaded at all.
-    #[serde(default = "yes")]
+    /// False disables the plugin: it is not loaded.
+    #[serde(default = "enabled_by_default")]
     pub enabled: bool,
-    /// Adapters: whether nothing is sent for now. Batches wait.
+    /// Adapters: true sends no requests, so that batches wait.
     #[serde(default)]
     pub paused: bool,
-    /// Grows with each signature, so that an older signed file does not take this one's place.
+    /// Serial of the signature, which grows with each signature. A lower serial is refused.
     #[serde(default)]
     pub serial: u64,
-    /// Its SHA-256 in hexadecimal, if the operator pins it.
+    /// Pinned SHA-256 digest of the component, in hexadecimal.
     pub sha256: Option<String>,
-    /// Adapters: the models it serves. A glob routes but is not listed.
+    /// Adapters: names and globs of the served models. A glob routes but is not listed.
     #[serde(default)]
     pub models: Vec<String>,
-    /// Adapters: what clients say, and what the provider is asked for.
+    /// Adapters: model names of clients, each with the model name of the provider.
     #[serde(default)]
     pub aliases: BTreeMap<String, String>,
-    /// Adapters: the models of requests that name none, by endpoint. The API has this for moderations.
+    /// Adapters: default models of requests without a model, by endpoint. The API allows such
+    /// requests for moderations.
     #[serde(default)]
     pub default_models: BTreeMap<String, String>,
-    /// Adapters: hosts allowed besides those of the settings' URLs.
+    /// Adapters: allowed hosts in addition to the hosts of the settings' URLs.
     #[serde(default)]
     pub allow: Vec<String>,
-    /// Validators: lower ones judge first; among equals the name decides.
+    /// Validators: position. Lower values run first; the name decides between equal values.
     pub order: Option<i64>,
-    /// Validators: the endpoints they apply to; all those they know if there are none.
+    /// Validators: endpoints that the validator applies to; empty means all that it describes.
     #[serde(default)]
     pub endpoints: Vec<String>,
-    /// The tenants a plugin serves; all if there are none.
+    /// Tenants that the plugin serves; empty means all.
     #[serde(default)]
     pub tenants: Vec<String>,
+    /// Settings for the component's `configure`.
     #[serde(default)]
     pub settings: Map<String, Value>,
+    /// Credentials by the name that the component declares.
     #[serde(default)]
     pub credentials: BTreeMap<String, GivenCredential>,
-    /// Whether credentials may be sent over plain HTTP to other machines.
+    /// True allows credentials over plain HTTP to other machines.
     #[serde(default)]
     pub allow_plain_http: bool,
+    /// Resource limits.
     #[serde(default)]
     pub limits: Limits,
 }
 
-fn yes() -> bool {
+fn enabled_by_default() -> bool {
     true
 }
 
-/// A credential: `"env:NAME"`, or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
+/// Credential in the TOML file.
+///
+/// Either `"env:NAME"` or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
 #[derive(Debug)]
 pub struct GivenCredential {
-    /// `env:NAME` or `file:PATH`.
+    /// Source of the secret: `env:NAME` or `file:PATH`.
     pub from: String,
-    /// Hosts that get it besides those of the settings' URLs.
+    /// Hosts that receive the secret in addition to the hosts of the settings' URLs.
     pub hosts: Vec<String>,
 }
 
@@ -105,47 +111,52 @@ impl<'de> Deserialize<'de> for GivenCredential {
     }
 }
 
-/// Whether an instance serves one call or many.
+/// Reuse of an instance between calls.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
-    /// One tenant's calls, one after the other.
+    /// Instance for many calls of one tenant, one after the other.
     #[default]
     Tenant,
-    /// One call: a new sandbox for each.
+    /// Instance for one call.
     Fresh,
 }
 
-/// What bounds a plugin. Each stands in its `[limits]` under the same name.
+/// Limits of a plugin. The `[limits]` table of the TOML file has the same names.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Linear memory of an instance, summed over its memories. Enough for a line of 16 MiB and its copy.
+    /// Linear memory of an instance, as the sum of its memories. The default holds a line of 16 MiB
+    /// and a copy of it.
     pub memory: Size,
-    /// CPU time of one call; for validators of each started 1,000 lines or MiB.
+    /// CPU time of one call; for validators, CPU time per started 1,000 lines or MiB.
     pub call_timeout: Span,
-    /// What a guest may hand over in one call.
+    /// Size of the result of one call.
     pub answer: Size,
-    /// Elements of each of its tables.
+    /// Elements of each table of an instance.
     pub table_elements: NonZeroU32,
-    /// Handles it may hold at a time; those of a language runtime's standard streams and clocks are a dozen.
+    /// Open handles of an instance. A language runtime needs about a dozen for standard streams and
+    /// clocks.
     pub handles: NonZeroU32,
+    /// Reuse of instances.
     pub instances: Isolation,
-    /// Calls after which an instance makes way for a new one.
+    /// Calls after which an instance is replaced.
     pub max_calls: NonZeroU32,
-    /// Steps of one attempt, so that `resume` comes to an end.
+    /// Steps of one attempt. The limit ends an endless sequence of `resume` calls.
     pub max_steps: NonZeroU32,
-    /// One pause that an adapter asks for: who polls a provider asks again before long.
+    /// Duration of one wait that an adapter requests between polls of a provider.
     pub max_wait: Span,
     /// Exchanges in flight.
     pub concurrency: NonZeroUsize,
-    /// Exchanges begun in a minute; absent is no bound.
+    /// Exchanges started per minute; None means no limit.
     pub requests_per_minute: Option<NonZeroU32>,
+    /// Timeout of a connection attempt.
     pub connect_timeout: Span,
-    /// Until the head of a response: a model may think for minutes before it says a word.
+    /// Timeout until the head of a response. A model may need minutes before its first byte.
     pub first_byte_timeout: Span,
+    /// Timeout of a whole exchange.
     pub exchange_timeout: Span,
-    /// Body of a provider's response.
+    /// Size of a response body of a provider.
     pub max_response: Size,
 }
 
@@ -171,22 +182,24 @@ impl Default for Limits {
     }
 }
 
-/// Longest secret in a file, in bytes.
-const MOST_SECRET: u64 = 64 << 10;
+/// Maximum size of a secret in a file, in bytes.
+const MAX_SECRET_BYTES: u64 = 64 << 10;
 
-/// The largest `[limits] memory`: what one slot of the instance pool reserves.
+/// Maximum of `[limits] memory`: the size that one slot of the instance pool reserves.
 pub const MOST_MEMORY: Size = Size::mib(4096);
 
-/// The largest `[limits] table_elements`, likewise.
+/// Maximum of `[limits] table_elements`: the size that one slot of the instance pool reserves.
 pub const MOST_TABLE: usize = 100_000;
 
 impl Manifest {
-    /// Reads the text of `file`, which is named in errors.
+    /// Parses and checks the text of `file`. Errors name the file and the key.
+    ///
+    /// Relative paths in `file:PATH` become absolute.
     pub fn parse(file: &Path, text: &str) -> Result<Self, LoadError> {
         let mut manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
             file: file.to_owned(),
-            // Without the line itself: it may hold a secret that somebody wrote there, and this is shown to clients.
-            message: format!("{}{}", place(text, error.span()), error.message()),
+            // Clients see the message, and the line may contain a secret, so the line is omitted.
+            message: format!("{}{}", error_location(text, error.span()), error.message()),
         })?;
         let invalid = |key: &str, message: String| LoadError::Key {
             file: file.to_owned(),
@@ -210,26 +223,25 @@ impl Manifest {
             let message = format!("{} is more than {MOST_TABLE}", manifest.limits.table_elements);
             return Err(invalid("limits.table_elements", message));
         }
-        if let Some(cycle) = cycle(&manifest.aliases) {
-            let message = format!(
-                "{cycle} is a cycle; an alias is what clients say for a name that the provider knows, so let each lead to one of those"
-            );
+        if let Some(cycle) = find_cycle(&manifest.aliases) {
+            let message =
+                format!("{cycle} is a cycle; point each alias at a model name of the provider");
             return Err(invalid("aliases", message));
         }
         for given in manifest.credentials.values_mut() {
             if let Some(path) = given.from.strip_prefix("file:").filter(|path| !path.is_empty()) {
-                // Beside this file, if it does not say where.
+                // A relative path is relative to this file.
                 let path = file.with_file_name("").join(path);
                 let path = std::path::absolute(&path).unwrap_or(path);
                 given.from = format!("file:{}", path.display());
             }
         }
         for (name, given) in &manifest.credentials {
-            // The value is not shown: it may be a secret that someone wrote here by mistake.
+            // The value is omitted, because it may be a secret written here by mistake.
             if Source::parse(&given.from).is_none() {
                 return Err(invalid(
                     &format!("credentials.{name}"),
-                    "must be `env:NAME` or `file:PATH`; a secret never stands in this file".into(),
+                    "must be `env:NAME` or `file:PATH`; move the secret out of this file".into(),
                 ));
             }
         }
@@ -237,8 +249,8 @@ impl Manifest {
     }
 }
 
-/// Where in a text something is wrong, in words: the line and its key, never its value.
-fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
+/// Returns the location of an error in words: line, column and key, never the value.
+fn error_location(text: &str, span: Option<std::ops::Range<usize>>) -> String {
     let Some(before) = span.and_then(|span| text.get(..span.start)) else { return String::new() };
     let line = before.matches('\n').count().saturating_add(1);
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count().saturating_add(1);
@@ -252,17 +264,17 @@ fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
     format!("line {line}, column {column}{key}: ")
 }
 
-/// Aliases that lead back to where they began, as `a` = `b`, `b` = `a`.
-fn cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
-    // Those from which every way was followed before.
+/// Returns the first cycle of aliases, as "`a` = `b`, `b` = `a`".
+fn find_cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
+    // Aliases whose chain was followed before.
     let mut seen = HashSet::new();
     for start in aliases.keys() {
-        let mut way: Vec<&String> = Vec::new();
+        let mut chain: Vec<&String> = Vec::new();
         let mut at = start;
         while let Some(next) = aliases.get(at) {
             if !seen.insert(at) {
-                let circle = way.iter().skip_while(|known| **known != at);
-                let shown: Vec<_> = circle
+                let cycle = chain.iter().skip_while(|known| **known != at);
+                let shown: Vec<_> = cycle
                     .filter_map(|from| Some(format!("`{from}` = `{}`", aliases.get(*from)?)))
                     .collect();
                 if !shown.is_empty() {
@@ -270,27 +282,32 @@ fn cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
                 }
                 break;
             }
-            way.push(at);
+            chain.push(at);
             at = next;
         }
     }
     None
 }
 
-/// Where a secret is kept.
+/// Source of a secret.
 pub enum Source<'a> {
+    /// Name of an environment variable.
     Env(&'a str),
+    /// Path of a file.
     File(&'a Path),
 }
 
-/// The secret that `env:NAME` or `file:PATH` leads to.
+/// Reads the secret of a source, `env:NAME` or `file:PATH`.
+///
+/// An error does not repeat an invalid source, because its text may be a secret.
 pub fn read_secret(source: &str) -> Result<String, String> {
     let parsed = Source::parse(source)
-        .ok_or("must be `env:NAME` or `file:PATH`; a secret never stands here itself")?;
+        .ok_or("must be `env:NAME` or `file:PATH`; the secret itself is not allowed here")?;
     parsed.read()
 }
 
 impl<'a> Source<'a> {
+    /// Parses `env:NAME` or `file:PATH`. None for any other text.
     pub fn parse(text: &'a str) -> Option<Self> {
         match text.split_once(':')? {
             ("env", name) if !name.is_empty() => Some(Self::Env(name)),
@@ -299,21 +316,21 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The mode of a file that everybody may read.
+    /// Returns the file mode if every user may read the file.
     pub fn open_mode(&self) -> Option<u32> {
         let Self::File(path) = self else { return None };
         let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
         (mode & 0o004 != 0).then_some(mode)
     }
 
-    /// The secret, without the line end that editors leave in a file. Errors say where it was looked for.
+    /// Reads the secret without trailing line ends. Errors name the source.
     pub fn read(&self) -> Result<String, String> {
         let secret = match self {
             Self::Env(name) => std::env::var(name).map_err(|_| {
                 format!("the environment variable {name} is not set; export it and start again")
             })?,
             Self::File(path) => {
-                let bytes = read_bounded(path, MOST_SECRET);
+                let bytes = read_bounded(path, MAX_SECRET_BYTES);
                 let text =
                     bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
                 text.map_err(|error| format!("failed to read {}: {error}", path.display()))?
@@ -342,10 +359,11 @@ mod tests {
     }
 
     #[test]
-    fn a_full_file_is_read_and_the_rest_has_defaults() {
+    fn manifest_parse_reads_keys_and_fills_in_defaults() {
         let manifest = parse(
-            "component = 'x.wasm'\nmodels = ['a', 'b-*']\n[aliases]\nc = 'd'\n[settings]\nbase_url = 'http://h/v1'\n\
-             [credentials]\napi_key = 'env:KEY'\n[limits]\nmemory = '32MiB'\nrequests_per_minute = 3000\n",
+            "component = 'x.wasm'\nmodels = ['a', 'b-*']\n[aliases]\nc = 'd'\n[settings]\n\
+             base_url = 'http://h/v1'\n[credentials]\napi_key = 'env:KEY'\n[limits]\n\
+             memory = '32MiB'\nrequests_per_minute = 3000\n",
         )
         .unwrap();
         assert_eq!(manifest.limits.memory, Size::mib(32));
@@ -354,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named_with_file_and_place_and_secrets_are_not_shown() {
+    fn manifest_errors_name_file_and_location_but_no_secret() {
         for (text, parts) in [
             ("component = 'x.wasm'\nmodel = ['a']", vec!["plugins/x.toml", "line 2", "model"]),
             ("component = '../x.wasm'", vec!["component", "leads out"]),

@@ -1,4 +1,4 @@
-//! Reading what others wrote: bounded, and only from ordinary files.
+//! Bounded reads of untrusted files, and digests of their contents.
 
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,37 +9,41 @@ use sha2::{Digest, Sha256};
 
 use super::error::LoadError;
 
-/// Largest TOML file, signature or list of keys, in bytes.
-const MOST_TEXT: u64 = 1 << 20;
+/// Maximum size of a TOML file, a signature or a list of keys, in bytes.
+const MAX_TEXT_BYTES: u64 = 1 << 20;
 
-/// Reads a file of text.
+/// Reads a UTF-8 text file of at most 1 MiB.
 pub fn read_text(path: &Path) -> Result<String, LoadError> {
-    let bytes = read_bounded(path, MOST_TEXT);
+    let bytes = read_bounded(path, MAX_TEXT_BYTES);
     let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
     text.map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
 }
 
-/// Reads a file of so many bytes at the most. What stands in the plugin directory may be anything: a pipe that nobody writes to, a device
-/// without an end, a file that grows.
-pub fn read_bounded(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+/// Reads a regular file of at most `max_bytes` bytes.
+///
+/// The plugin directory may contain anything: a pipe without a writer, a device without an end, a
+/// file that grows. Therefore the file is opened without blocking and read only up to the limit.
+pub fn read_bounded(path: &Path, max_bytes: u64) -> std::io::Result<Vec<u8>> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true).custom_flags(i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0));
     let file = options.open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(std::io::Error::other("it is no ordinary file"));
+        return Err(std::io::Error::other("it is not a regular file"));
     }
     let mut bytes = Vec::new();
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > most {
-        return Err(std::io::Error::other(format!("it has more than {most} bytes")));
+    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(std::io::Error::other(format!("it is larger than {max_bytes} bytes")));
     }
     Ok(bytes)
 }
 
+/// Returns the SHA-256 digest in lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+/// Returns the bytes in lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()

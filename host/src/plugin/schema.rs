@@ -1,31 +1,45 @@
-//! What a component says its settings look like: a JSON Schema from a stranger, so bounded before anything is done with it.
+//! JSON Schema of a component's settings.
+//!
+//! The schema comes from an untrusted component. Nested references and large regular expressions
+//! make validation expensive, so a schema is bounded before it is used:
+//! - in bytes;
+//! - in nodes, counted with all references expanded, and without cycles;
+//! - in the number and the compiled size of regular expressions, which never backtrack.
 
 use std::collections::HashMap;
 
 use jsonschema::{PatternOptions, Validator};
 use serde_json::{Map, Value};
 
-/// Longest schema, in bytes, and the most it may come to with its references followed.
-const LONGEST: usize = 64 << 10;
-const MOST_NODES: usize = 10_000;
+/// Maximum size of a schema, in bytes.
+const MAX_SCHEMA_BYTES: usize = 64 << 10;
 
-/// Regular expressions in a schema, and what each may come to, in bytes. They are of the kind that never backtracks.
-const MOST_PATTERNS: usize = 100;
-const PATTERN_SIZE: usize = 256 << 10;
+/// Maximum number of nodes of a schema with its references expanded.
+const MAX_SCHEMA_NODES: usize = 10_000;
 
-/// Reads a schema and checks that it is one, and that using it costs little.
+/// Maximum number of regular expressions in a schema.
+const MAX_PATTERNS: usize = 100;
+
+/// Maximum size of a compiled regular expression, in bytes.
+const MAX_PATTERN_BYTES: usize = 256 << 10;
+
+/// Parses a schema, and checks that it is valid and within its limits.
 pub fn parse(text: &str) -> Result<Value, String> {
-    if text.len() > LONGEST {
-        return Err(format!("settings-schema has {} bytes; it may have {LONGEST}", text.len()));
+    if text.len() > MAX_SCHEMA_BYTES {
+        return Err(format!(
+            "settings-schema has {} bytes; the limit is {MAX_SCHEMA_BYTES}",
+            text.len()
+        ));
     }
     let schema: Value = serde_json::from_str(text)
         .map_err(|error| format!("settings-schema is not JSON: {error}"))?;
-    let mut costs = Costs { root: &schema, patterns: 0, of_refs: HashMap::new() };
-    let nodes = costs.of(&schema)?;
-    if nodes > MOST_NODES || costs.patterns > MOST_PATTERNS {
+    let mut cost = Cost { root: &schema, patterns: 0, references: HashMap::new() };
+    let nodes = cost.nodes(&schema)?;
+    if nodes > MAX_SCHEMA_NODES || cost.patterns > MAX_PATTERNS {
         return Err(format!(
-            "settings-schema comes to {nodes} parts and {} patterns; it may have {MOST_NODES} and {MOST_PATTERNS}",
-            costs.patterns
+            "settings-schema expands to {nodes} nodes and {} patterns; the limits are \
+             {MAX_SCHEMA_NODES} and {MAX_PATTERNS}",
+            cost.patterns
         ));
     }
     jsonschema::draft202012::meta::validate(&schema)
@@ -38,41 +52,42 @@ fn validator(schema: &Value) -> Result<Validator, String> {
     jsonschema::options()
         .with_draft(jsonschema::Draft::Draft202012)
         .with_pattern_options(
-            PatternOptions::regex().size_limit(PATTERN_SIZE).dfa_size_limit(PATTERN_SIZE),
+            PatternOptions::regex().size_limit(MAX_PATTERN_BYTES).dfa_size_limit(MAX_PATTERN_BYTES),
         )
         .build(schema)
         .map_err(|error| format!("settings-schema is not usable: {error}"))
 }
 
-/// How much there is to a schema when its references are followed.
-struct Costs<'a> {
+/// Counter of the nodes and patterns of a schema with its references expanded.
+struct Cost<'a> {
     root: &'a Value,
     patterns: usize,
-    /// None while it is being counted: to come back to it is to go round in a circle.
-    of_refs: HashMap<&'a str, Option<usize>>,
+    /// Nodes of each reference; None while they are counted, which detects a cycle.
+    references: HashMap<&'a str, Option<usize>>,
 }
 
-impl<'a> Costs<'a> {
-    fn of(&mut self, value: &'a Value) -> Result<usize, String> {
+impl<'a> Cost<'a> {
+    fn nodes(&mut self, value: &'a Value) -> Result<usize, String> {
         let mut nodes = 1_usize;
         match value {
             Value::Array(values) => {
                 for value in values {
-                    nodes = nodes.saturating_add(self.of(value)?);
+                    nodes = nodes.saturating_add(self.nodes(value)?);
                 }
             }
             Value::Object(members) => {
                 for (name, value) in members {
                     match (name.as_str(), value) {
                         ("$ref", Value::String(place)) => {
-                            nodes = nodes.saturating_add(self.of_reference(place)?)
+                            nodes = nodes.saturating_add(self.reference_nodes(place)?)
                         }
                         (
                             "$dynamicRef" | "$id" | "$anchor" | "$dynamicAnchor",
                             Value::String(_),
                         ) => {
                             return Err(format!(
-                                "settings-schema uses {name}; refer to its parts as in `#/$defs/name`"
+                                "settings-schema uses {name}; refer to its parts as in \
+                                 `#/$defs/name`"
                             ));
                         }
                         ("pattern", Value::String(_)) => {
@@ -80,9 +95,9 @@ impl<'a> Costs<'a> {
                         }
                         ("patternProperties", Value::Object(found)) => {
                             self.patterns = self.patterns.saturating_add(found.len());
-                            nodes = nodes.saturating_add(self.of(value)?);
+                            nodes = nodes.saturating_add(self.nodes(value)?);
                         }
-                        _ => nodes = nodes.saturating_add(self.of(value)?),
+                        _ => nodes = nodes.saturating_add(self.nodes(value)?),
                     }
                 }
             }
@@ -91,8 +106,8 @@ impl<'a> Costs<'a> {
         Ok(nodes)
     }
 
-    fn of_reference(&mut self, place: &'a str) -> Result<usize, String> {
-        match self.of_refs.get(place) {
+    fn reference_nodes(&mut self, place: &'a str) -> Result<usize, String> {
+        match self.references.get(place) {
             Some(Some(known)) => return Ok(*known),
             Some(None) => {
                 return Err(format!("settings-schema refers to itself through `{place}`"));
@@ -103,17 +118,18 @@ impl<'a> Costs<'a> {
         let target = pointer.and_then(|pointer| self.root.pointer(pointer));
         let Some(target) = target else {
             return Err(format!(
-                "settings-schema refers to `{place}`, which is no part of it, such as `#/$defs/name`"
+                "settings-schema refers to `{place}`, which is no part of it; refer to a part as \
+                 in `#/$defs/name`"
             ));
         };
-        self.of_refs.insert(place, None);
-        let cost = self.of(target)?;
-        self.of_refs.insert(place, Some(cost));
-        Ok(cost)
+        self.references.insert(place, None);
+        let nodes = self.nodes(target)?;
+        self.references.insert(place, Some(nodes));
+        Ok(nodes)
     }
 }
 
-/// Puts in what the schema says of absent settings.
+/// Adds the schema's defaults for absent settings.
 pub fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
     for (name, property) in
         schema.get("properties").and_then(Value::as_object).into_iter().flatten()
@@ -126,7 +142,7 @@ pub fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
     }
 }
 
-/// What is wrong with settings: the place, with its dots, and what and how to mend it.
+/// Checks settings against a schema. The error is the dotted path and a message with a remedy.
 pub fn check(settings: &Value, schema: &Value) -> Result<(), (String, String)> {
     let validator = validator(schema).map_err(|message| (String::new(), message))?;
     let Some(error) = validator.iter_errors(settings).next() else { return Ok(()) };
@@ -151,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_schema_that_would_take_for_ever_is_refused_at_once() {
+    fn schema_parse_refuses_schemas_that_are_expensive_to_use() {
         let mut definitions = json!({"d0": {"type": "object"}});
         for number in 1..40 {
             let before = json!({"$ref": format!("#/$defs/d{}", number - 1)});
@@ -159,7 +175,7 @@ mod tests {
         }
         let error =
             parse(&json!({"$ref": "#/$defs/d39", "$defs": definitions}).to_string()).unwrap_err();
-        assert!(error.contains("it may have 10000"), "{error}");
+        assert!(error.contains("the limits are 10000"), "{error}");
         let many: Map<String, Value> =
             (0..101).map(|number| (format!("\\p{{L}}{{{number}}}"), json!(true))).collect();
         for (schema, part) in [
@@ -181,11 +197,14 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_held_against_references_and_patterns() {
+    fn settings_check_follows_references_and_patterns() {
         let schema = json!({
             "type": "object", "additionalProperties": false,
             "$defs": {"url": {"type": "string", "pattern": "^https?://"}},
-            "properties": {"base_url": {"$ref": "#/$defs/url"}, "more": {"type": "array", "items": {"$ref": "#/$defs/url"}}},
+            "properties": {
+                "base_url": {"$ref": "#/$defs/url"},
+                "more": {"type": "array", "items": {"$ref": "#/$defs/url"}},
+            },
         });
         let schema = parse(&schema.to_string()).unwrap();
         assert_eq!(check(&json!({"base_url": "http://a", "more": ["https://b"]}), &schema), Ok(()));

@@ -1,7 +1,8 @@
-//! The serial numbers of signed plugins: a file that was signed before the one that was loaded last is not loaded again.
+//! Serials of signed plugins, stored to refuse a rollback to an older signed file.
 //!
-//! **Threat.** Whoever may write to the plugin directory, but has no key, puts an older file back, whose signature is still good: with a rule
-//! that was repaired since, or a component with a known fault. The number is in the signed file, so it cannot be raised without a key.
+//! **Threat.** An attacker without a signing key restores an older file, whose signature is still
+//! valid: with a rule that was fixed since, or a component with a known fault. The serial is part
+//! of the signed file, so the attacker cannot raise it. See [`super::trust`] for the other layers.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,14 +10,15 @@ use std::sync::{Mutex, PoisonError};
 
 use super::kept;
 
-/// The highest number of each plugin, by name, in a file of the data folder.
+/// Highest loaded serial of each plugin, by name, in a file of the data folder.
 pub struct Serials {
-    /// None keeps them for this process alone.
+    /// None keeps the serials in memory only.
     file: Option<PathBuf>,
     highest: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Serials {
+    /// Reads the stored serials. Fails if the file exists but cannot be read or parsed.
     pub fn open(file: Option<PathBuf>) -> Result<Self, String> {
         let highest = match file.as_ref().map(std::fs::read) {
             None => BTreeMap::new(),
@@ -27,7 +29,8 @@ impl Serials {
                 let bytes = read.map_err(|error| format!("failed to read {shown}: {error}"))?;
                 serde_json::from_slice(&bytes).map_err(|error| {
                     format!(
-                        "{shown} is damaged ({error}); it keeps older signed plugins from being loaded again. Restore it, or delete it if that is not to be feared"
+                        "{shown} is damaged ({error}); it prevents a rollback to older signed \
+                         plugins. Restore it, or delete it to accept older signed plugins again"
                     )
                 })?
             }
@@ -35,25 +38,26 @@ impl Serials {
         Ok(Self { file, highest: Mutex::new(highest) })
     }
 
-    /// Refuses a number lower than one that was loaded.
+    /// Returns an error if the serial is lower than the highest loaded serial of the plugin.
     pub fn check(&self, name: &str, serial: u64) -> Result<(), String> {
         let highest = self.highest.lock().unwrap_or_else(PoisonError::into_inner);
         match highest.get(name).filter(|highest| serial < **highest) {
             None => Ok(()),
             Some(highest) => Err(format!(
-                "is of an older file: its serial is {serial}, and {highest} was loaded before; if that is what you want, sign it again"
+                "its serial is {serial}, lower than {highest}, which was loaded before; to load \
+                 this older file, sign it again"
             )),
         }
     }
 
-    /// Remembers a number that was loaded.
+    /// Stores the serial of a loaded plugin if it is higher than the stored one.
     pub fn raise(&self, name: &str, serial: u64) {
         let mut highest = self.highest.lock().unwrap_or_else(PoisonError::into_inner);
         if highest.get(name).is_some_and(|highest| *highest >= serial) || serial == 0 {
             return;
         }
         highest.insert(name.to_owned(), serial);
-        kept::keep(self.file.as_deref(), "the serials of signed plugins", &*highest);
+        kept::save(self.file.as_deref(), &*highest);
     }
 }
 
@@ -62,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_older_file_is_refused_also_after_a_restart() {
+    fn serials_refuse_an_older_file_before_and_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("serials");
         let serials = Serials::open(Some(file.clone())).unwrap();
@@ -76,7 +80,7 @@ mod tests {
                     && serials.check("a", 8).is_ok()
                     && serials.check("b", 0).is_ok()
             );
-            assert!(serials.check("a", 6).unwrap_err().contains("its serial is 6, and 7"));
+            assert!(serials.check("a", 6).unwrap_err().contains("its serial is 6, lower than 7"));
         }
         std::fs::write(&file, "{").unwrap();
         assert!(Serials::open(Some(file)).is_err());

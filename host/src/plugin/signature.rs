@@ -1,7 +1,10 @@
-//! Signatures over a plugin: its name, its TOML file and its component, bound together.
+//! Signatures of plugins, and the public keys that verify the signatures.
 //!
-//! The format is OpenSSH's (PROTOCOL.sshsig), so that keys, agents and `ssh-keygen -Y` do with it what they do elsewhere. What is signed is a
-//! short text, the statement, with the digests of both files.
+//! A signature covers the statement: a short text with the plugin's name and the digests of the
+//! TOML file and the component. So a signature is valid only for these three together.
+//!
+//! The format is that of OpenSSH (PROTOCOL.sshsig), so existing keys, agents and `ssh-keygen -Y`
+//! work with it.
 
 use std::path::{Path, PathBuf};
 
@@ -9,18 +12,23 @@ use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, PublicKey,
 
 use super::read::{read_text, sha256};
 
-/// Keeps a signature made for something else from counting here.
+/// Namespace of plugin signatures. A signature that the same key made for another purpose is
+/// refused.
 pub const NAMESPACE: &str = "batchwright-plugin";
 
-/// What is signed. The name is in it, so that a file cannot be put to another use by renaming it.
+/// Returns the text that is signed. The text contains the plugin's name, so a renamed file needs a
+/// new signature.
 pub fn statement(name: &str, manifest: &str, component_sha256: &str) -> String {
     let manifest = sha256(manifest.as_bytes());
     format!(
-        "batchwright plugin v1\nname {name}\nmanifest sha256:{manifest}\ncomponent sha256:{component_sha256}\n"
+        "batchwright plugin v1\n\
+         name {name}\n\
+         manifest sha256:{manifest}\n\
+         component sha256:{component_sha256}\n"
     )
 }
 
-/// The signature of a statement, as text.
+/// Signs a statement and returns the signature as PEM text.
 pub fn sign(key: &PrivateKey, statement: &str) -> Result<String, String> {
     let signed = key.sign(NAMESPACE, HashAlg::Sha512, statement.as_bytes());
     signed
@@ -28,47 +36,51 @@ pub fn sign(key: &PrivateKey, statement: &str) -> Result<String, String> {
         .map_err(|error| format!("cannot sign: {error}"))
 }
 
-/// The public keys whose signatures count.
+/// Public keys that may sign plugins, as read from their file.
 #[derive(Clone, Debug)]
 pub struct TrustedKeys {
     pub(super) file: PathBuf,
     pub(super) digest: String,
-    keys: Vec<Trusted>,
+    keys: Vec<TrustedKey>,
 }
 
-/// A key, and the plugins that its signatures count for.
+/// Public key and the plugins that the key may sign.
 #[derive(Clone, Debug)]
-struct Trusted {
+struct TrustedKey {
     key: PublicKey,
-    /// Names; `*` at the end of one is any ending. None is every plugin.
+    /// Plugin names; a `*` at the end matches any ending. Empty means all plugins.
     names: Vec<String>,
 }
 
-impl Trusted {
-    fn is_for(&self, name: &str) -> bool {
+impl TrustedKey {
+    fn may_sign(&self, name: &str) -> bool {
         self.names.is_empty()
             || self.names.iter().any(|known| match known.strip_suffix('*') {
-                Some(beginning) => name.starts_with(beginning),
+                Some(prefix) => name.starts_with(prefix),
                 None => known == name,
             })
     }
 }
 
 impl TrustedKeys {
-    /// Reads a file of public keys as OpenSSH writes them, one a line; `#` begins a comment. `names="a,b-*"` before a key binds it to plugins.
+    /// Reads a file of OpenSSH public keys, one per line. An empty list of keys is an error.
+    ///
+    /// `#` begins a comment. `names="a,b-*"` before a key limits the key to these plugins.
     pub fn read(file: &Path) -> Result<Self, String> {
-        let keys = Self::read_any(file)?;
+        let keys = Self::read_or_empty(file)?;
         if keys.keys.is_empty() {
             return Err(format!(
-                "{}: holds no public key, so no plugin could ever be loaded",
+                "{}: holds no public key, so no plugin can be loaded; add a key",
                 file.display()
             ));
         }
         Ok(keys)
     }
 
-    /// The same, of a server that runs: the last key may have been taken out.
-    pub fn read_any(file: &Path) -> Result<Self, String> {
+    /// Reads a file of public keys like [`Self::read`], but allows an empty list of keys.
+    ///
+    /// A running server uses it, because an operator may remove the last key.
+    pub fn read_or_empty(file: &Path) -> Result<Self, String> {
         let text = read_text(file).map_err(|error| error.to_string())?;
         let mut keys = Vec::new();
         for (line, number) in text.lines().zip(1..) {
@@ -76,11 +88,12 @@ impl TrustedKeys {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let (names, line) = names_of(line)
+            let (names, line) = split_names(line)
                 .map_err(|error| format!("{} line {number}: {error}", file.display()))?;
             let key = PublicKey::from_openssh(line).map_err(|error| {
                 format!(
-                    "{} line {number}: is no public key as in `ssh-ed25519 AAAA… name`: {error}",
+                    "{} line {number}: is not a public key such as `ssh-ed25519 AAAA… name`: \
+                     {error}",
                     file.display()
                 )
             })?;
@@ -89,17 +102,20 @@ impl TrustedKeys {
                 Algorithm::Ed25519 | Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }
             ) {
                 return Err(format!(
-                    "{} line {number}: is a key of type {}; signatures are by Ed25519 or ECDSA P-256",
+                    "{} line {number}: has a key of type {}; use an Ed25519 or ECDSA P-256 key",
                     file.display(),
                     key.algorithm()
                 ));
             }
-            keys.push(Trusted { key, names });
+            keys.push(TrustedKey { key, names });
         }
         Ok(Self { file: file.to_owned(), digest: sha256(text.as_bytes()), keys })
     }
 
-    /// The key that signed the statement, if it is one of these, as `SHA256:…` and its comment.
+    /// Verifies a signature and returns its key, as `SHA256:…` and the comment.
+    ///
+    /// Fails if there is no signature, if the key is not trusted for this plugin, or if the
+    /// signature does not match the statement.
     pub fn verify(
         &self,
         name: &str,
@@ -107,23 +123,28 @@ impl TrustedKeys {
         signature: Option<&str>,
     ) -> Result<String, String> {
         let Some(signature) = signature else {
-            return Err("there is none, and only signed plugins are loaded (setting trusted_keys); sign it with \
-                        `batchwright plugin sign`"
-                .into());
+            return Err(
+                "there is none, and only signed plugins are loaded (setting trusted_keys); \
+                        sign it with `batchwright plugin sign`"
+                    .into(),
+            );
         };
         let signature =
             SshSig::from_pem(signature).map_err(|error| format!("is not readable: {error}"))?;
         let signers =
             || self.keys.iter().filter(|trusted| trusted.key.key_data() == signature.public_key());
         let Some(trusted) =
-            signers().find(|trusted| trusted.is_for(name)).or_else(|| signers().next())
+            signers().find(|trusted| trusted.may_sign(name)).or_else(|| signers().next())
         else {
             let signer =
                 PublicKey::from(signature.public_key().clone()).fingerprint(HashAlg::Sha256);
-            return Err(format!("is by {signer}, a key that is not in {}", self.file.display()));
+            return Err(format!(
+                "is by {signer}, a key that is not in {}; sign the plugin with a trusted key",
+                self.file.display()
+            ));
         };
         let key = &trusted.key;
-        if !trusted.is_for(name) {
+        if !trusted.may_sign(name) {
             let (signer, names) = (key.fingerprint(HashAlg::Sha256), trusted.names.join(", "));
             return Err(format!(
                 "is by {signer}, a key that may sign only {names} (names in {})",
@@ -132,13 +153,14 @@ impl TrustedKeys {
         }
         if signature.namespace() != NAMESPACE {
             return Err(format!(
-                "was made for `{}` and not for `{NAMESPACE}` (-n of ssh-keygen)",
+                "has the namespace `{}`; sign it again with the namespace `{NAMESPACE}` (option -n \
+                 of ssh-keygen)",
                 signature.namespace()
             ));
         }
         key.verify(NAMESPACE, statement.as_bytes(), &signature).map_err(|_| {
-            "does not fit: the file, its component or its name was changed after it was signed; look at what changed, \
-             then sign it again"
+            "does not match: the file, its component or its name was changed after it was signed; \
+             review the change, then sign it again"
                 .to_owned()
         })?;
         let (fingerprint, comment) = (key.fingerprint(HashAlg::Sha256), key.comment());
@@ -150,21 +172,22 @@ impl TrustedKeys {
     }
 }
 
-/// The plugins that a line binds its key to, and the rest of the line.
-fn names_of(line: &str) -> Result<(Vec<String>, &str), String> {
+/// Splits a line into the plugin names that limit its key, and the key.
+fn split_names(line: &str) -> Result<(Vec<String>, &str), String> {
     let Some(rest) = line.strip_prefix("names=\"") else { return Ok((Vec::new(), line)) };
-    let (names, key) =
-        rest.split_once("\" ").ok_or("names has no end; write names=\"a,b\" and then the key")?;
+    let (names, key) = rest
+        .split_once("\" ")
+        .ok_or("names has no closing quote; write names=\"a,b\" before the key")?;
     let names: Vec<String> = names
         .split(',')
         .map(|name| name.trim().to_owned())
         .filter(|name| !name.is_empty())
         .collect();
     if names.iter().any(|name| name.strip_suffix('*').unwrap_or(name).contains('*')) {
-        return Err("a `*` in names stands once, at the end of a name".into());
+        return Err("a `*` may occur in a name only once, at the end".into());
     }
     if names.is_empty() {
-        Err("names is empty; leave it out for all plugins".into())
+        Err("names is empty; remove it to allow all plugins".into())
     } else {
         Ok((names, key.trim()))
     }
@@ -184,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_holds_for_its_name_its_manifest_and_its_component_alone() {
+    fn signature_is_valid_only_for_its_name_manifest_and_component() {
         let key = PrivateKey::from(Ed25519Keypair::from_seed(&[7; 32]));
         let trusted =
             trusted(&format!("# ours\n\n{}\n", key.public_key().to_openssh().unwrap())).unwrap();
@@ -220,7 +243,7 @@ mod tests {
                 "{name}"
             );
         }
-        // Made by the same key for another purpose.
+        // A signature by the same key in another namespace.
         let other =
             key.sign("file", HashAlg::Sha512, statement("a", "manifest", "00").as_bytes()).unwrap();
         let other = other.to_pem(LineEnding::LF).unwrap();
@@ -228,15 +251,15 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_are_none_are_named_with_their_line() {
+    fn trusted_keys_errors_name_the_line() {
         assert!(trusted("# nothing\n").unwrap_err().contains("holds no public key"));
         assert!(trusted("\nssh-ed25519 AAAA\n").unwrap_err().contains("line 2"));
-        assert!(trusted("names=\"a ssh-ed25519 AAAA\n").unwrap_err().contains("names has no end"));
+        assert!(trusted("names=\"a ssh-ed25519 AAAA\n").unwrap_err().contains("no closing quote"));
         for names in ["a*b", "a**", "*,*a"] {
             assert!(
                 trusted(&format!("names=\"{names}\" ssh-ed25519 AAAA\n"))
                     .unwrap_err()
-                    .contains("once, at the end")
+                    .contains("only once, at the end")
             );
         }
     }

@@ -1,4 +1,7 @@
-//! The plugins at one moment: what each is, which of them serves a model, and who judges a batch.
+//! Snapshot of the plugins: entries of the TOML files, routes of models, validators of batches.
+//!
+//! A snapshot is immutable. A change of the directory creates a new snapshot, and calls in flight
+//! keep the old one.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -11,54 +14,64 @@ use super::order::Order;
 use super::plugin::Plugin;
 use super::types::Kind;
 
-/// One TOML file of the directory and what became of it.
+/// TOML file of the directory and the state of its plugin.
 #[derive(Clone)]
 pub struct Entry {
+    /// Name of the plugin.
     pub name: String,
+    /// Path of the TOML file.
     pub file: PathBuf,
-    /// The plugin that serves under this name: of the file as it is, or, if that does not load, as it was.
+    /// Serving plugin: of the current file, or of a previous version if the current file does not
+    /// load.
     pub serving: Option<Arc<Plugin>>,
-    /// Why the file as it is does not load, in the operator's words: with paths, hosts and names of secrets.
+    /// Load error of the current file, for operators: with paths, hosts and names of secrets.
     pub error: Option<String>,
-    /// The tenants that the file names, as far as it could be read: all if there are none.
+    /// Tenants that the file names, empty for all; None if the file could not be parsed.
     pub(super) tenants: Option<Vec<String>>,
-    /// What the files were when they were last read.
+    /// Fingerprint of the files at the last read.
     pub(super) fingerprint: String,
-    /// Files besides the TOML file that it depends on.
+    /// Other files that the TOML file depends on.
     pub(super) named_files: Vec<PathBuf>,
 }
 
-/// Where a model's requests go.
+/// Destination of the requests for a model.
 #[derive(Clone)]
 pub struct Route {
+    /// Adapter that serves the model.
     pub plugin: Arc<Plugin>,
-    /// What the provider calls the model.
+    /// Name of the model at the provider.
     pub model: String,
 }
 
-/// The plugins at one moment.
+/// Plugins at one moment.
 #[derive(Default)]
 pub struct Snapshot {
+    /// Entries of all TOML files, sorted by name.
     pub entries: Vec<Entry>,
+    /// Routes by the exact model name; several if the plugins serve different tenants.
     exact: HashMap<String, Vec<Route>>,
     globs: Vec<(GlobMatcher, Arc<Plugin>)>,
-    /// In the order they judge in.
+    /// Validators in the order in which they run.
     validators: Vec<Arc<Plugin>>,
 }
 
-/// How things stand with one TOML file.
+/// State of a TOML file and its plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryState {
+    /// Current file loaded.
     Loaded,
-    /// It is loaded, and nothing is sent for now.
+    /// Current file loaded, but no requests are sent.
     Paused,
-    /// The file does not load as it is; what it was before serves on.
+    /// Current file failed to load; a previous version still serves.
     Outdated,
+    /// Current file failed to load; no plugin serves.
     Failed,
+    /// Plugin disabled by its file.
     Disabled,
 }
 
 impl EntryState {
+    /// Returns the state's name in the API and on the command line.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Loaded => "loaded",
@@ -71,7 +84,9 @@ impl EntryState {
 }
 
 impl Entry {
-    /// Whether a tenant gets to know of it. A file that cannot be read may be anybody's.
+    /// Returns true if the entry is visible to a tenant.
+    ///
+    /// A file that cannot be parsed may belong to another tenant, so it is visible to none.
     pub fn is_shown_to(&self, tenant: &str) -> bool {
         let is_for =
             |tenants: &[String]| tenants.is_empty() || tenants.iter().any(|known| known == tenant);
@@ -81,6 +96,7 @@ impl Entry {
         }
     }
 
+    /// Returns the state of the entry.
     pub fn state(&self) -> EntryState {
         match (&self.serving, &self.error) {
             (Some(plugin), None) if plugin.paused => EntryState::Paused,
@@ -93,7 +109,7 @@ impl Entry {
 }
 
 impl Snapshot {
-    /// Where requests for this model go, if anywhere.
+    /// Returns the route of a model for a tenant, if a plugin serves it.
     pub fn route(&self, tenant: &str, model: &str) -> Option<Route> {
         let exact = self
             .exact
@@ -108,7 +124,9 @@ impl Snapshot {
         })
     }
 
-    /// The model of requests that name none: of the first plugin, by name, that has one for this endpoint and serves it.
+    /// Returns the default model of requests to an endpoint.
+    ///
+    /// The first plugin by name decides whose default model for the endpoint is routed.
     pub fn default_model(&self, tenant: &str, endpoint: &str) -> Option<&str> {
         let plugins =
             self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
@@ -116,7 +134,7 @@ impl Snapshot {
         models.find(|model| self.route(tenant, model).is_some()).map(String::as_str)
     }
 
-    /// What tells the plugin that serves under a name from those that did before; zero if there is none.
+    /// Returns a number that identifies the loaded version of a plugin; zero if none serves.
     pub fn identity(&self, name: &str) -> usize {
         let found = self.entries.iter().find(|entry| entry.name == name);
         found
@@ -124,7 +142,7 @@ impl Snapshot {
             .map_or(0, |plugin| Arc::as_ptr(plugin) as usize)
     }
 
-    /// The models that can be listed, by name, each with the plugin that serves it.
+    /// Returns the models of a tenant without globs, sorted by name, with the serving plugins.
     pub fn models(&self, tenant: &str) -> Vec<(&str, &Plugin)> {
         let served = |(model, routes): (&'_ String, &'_ Vec<Route>)| {
             routes
@@ -146,7 +164,7 @@ impl Snapshot {
         models
     }
 
-    /// Whether the plugins are there without which no batch is created; an error says which are not.
+    /// Checks that the required plugins are loaded. The error names the missing plugins.
     pub fn check_required(
         &self,
         required: &RequiredPlugins,
@@ -170,21 +188,22 @@ impl Snapshot {
             }
             RequiredPlugins::Validators => {
                 let adapters = || self.adapters().filter(|plugin| plugin.serves(tenant));
-                let judged = |endpoint: &str| !self.validators(tenant, endpoint).is_empty();
-                let unjudged = endpoints.iter().find(|endpoint| {
-                    adapters().any(|plugin| plugin.handles(endpoint)) && !judged(endpoint)
+                let has_validator = |endpoint: &str| !self.validators(tenant, endpoint).is_empty();
+                let unvalidated = endpoints.iter().find(|endpoint| {
+                    adapters().any(|plugin| plugin.handles(endpoint)) && !has_validator(endpoint)
                 });
-                match unjudged {
+                match unvalidated {
                     None => Ok(()),
                     Some(endpoint) => Err(format!(
-                        "no validator is loaded for {endpoint}, so lines would be sent unchecked; load one, or say which plugins have to be there (required_plugins)"
+                        "no validator is loaded for {endpoint}, so lines would be sent unchecked; \
+                         load one, or list the required plugins (required_plugins)"
                     )),
                 }
             }
         }
     }
 
-    /// Adapters that are loaded.
+    /// Returns the serving adapters, sorted by name.
     pub fn adapters(&self) -> impl Iterator<Item = &Plugin> {
         self.entries
             .iter()
@@ -192,7 +211,7 @@ impl Snapshot {
             .filter(|plugin| plugin.kind == Kind::Adapter)
     }
 
-    /// The validators of a batch, in order.
+    /// Returns the validators of a tenant's batch for an endpoint, in the order in which they run.
     pub fn validators(&self, tenant: &str, endpoint: &str) -> Vec<Arc<Plugin>> {
         self.validators
             .iter()
@@ -201,12 +220,16 @@ impl Snapshot {
             .collect()
     }
 
+    /// Builds a snapshot of entries, with the routes of the serving plugins.
+    ///
+    /// A plugin that conflicts with another gets an error, and its version in `before` keeps
+    /// serving.
     pub(super) fn build(mut entries: Vec<Entry>, before: &Self, order: &Order) -> Self {
         entries.sort_by(|one, other| {
-            (order.place(&one.name), &one.name).cmp(&(order.place(&other.name), &other.name))
+            (order.position(&one.name), &one.name).cmp(&(order.position(&other.name), &other.name))
         });
         let mut snapshot = Self::default();
-        // What serves already goes first: a new file takes no model away from it.
+        // Plugins that serve already go first, so that a new file takes no model away from them.
         for unchanged in [true, false] {
             for entry in &mut entries {
                 let Some(plugin) = entry.serving.clone() else { continue };
@@ -216,9 +239,9 @@ impl Snapshot {
                 if is_old != unchanged {
                     continue;
                 }
-                if let Err(message) = snapshot.add(&plugin) {
+                if let Err(message) = snapshot.add_routes(&plugin) {
                     entry.error = Some(format!("{}: {message}", entry.file.display()));
-                    entry.serving = old.filter(|old| !is_old && snapshot.add(old).is_ok());
+                    entry.serving = old.filter(|old| !is_old && snapshot.add_routes(old).is_ok());
                 }
             }
         }
@@ -230,28 +253,31 @@ impl Snapshot {
         snapshot
     }
 
-    /// Adds a plugin's routes, or none of them.
-    fn add(&mut self, plugin: &Arc<Plugin>) -> Result<(), String> {
+    /// Adds all routes of a plugin, or none in case of an error.
+    fn add_routes(&mut self, plugin: &Arc<Plugin>) -> Result<(), String> {
         if plugin.kind == Kind::Validator {
             self.validators.push(plugin.clone());
             return Ok(());
         }
         let (mut globs, mut exact) = (Vec::new(), plugin.aliases.clone());
         for model in &plugin.models {
-            match Served::parse(model).map_err(|error| format!("models: `{model}`: {error}"))? {
-                Served::Glob(glob) => globs.push((glob, plugin.clone())),
-                // An alias for the same name says what it is called at the provider.
-                Served::Name(name) => drop(exact.entry(name.clone()).or_insert(name)),
+            match ModelPattern::parse(model)
+                .map_err(|error| format!("models: `{model}`: {error}"))?
+            {
+                ModelPattern::Glob(glob) => globs.push((glob, plugin.clone())),
+                // An alias of the same name already has the provider's model name.
+                ModelPattern::Name(name) => drop(exact.entry(name.clone()).or_insert(name)),
             }
         }
         for model in exact.keys() {
             let taken = self
                 .exact
                 .get(model)
-                .and_then(|routes| routes.iter().find(|route| overlap(&route.plugin, plugin)));
+                .and_then(|routes| routes.iter().find(|route| share_tenant(&route.plugin, plugin)));
             if let Some(taken) = taken {
                 return Err(format!(
-                    "models: `{model}` is served by the plugin `{}` already; take it out of one of the two files",
+                    "models: `{model}` is served by the plugin `{}` already; take it out of one \
+                     of the two files",
                     taken.plugin.name
                 ));
             }
@@ -265,14 +291,15 @@ impl Snapshot {
     }
 }
 
-/// What an entry of `models` means.
-enum Served {
+/// Parsed entry of `models`.
+enum ModelPattern {
     Name(String),
     Glob(GlobMatcher),
 }
 
-impl Served {
-    /// `*` and `?` make a glob, unless a backslash stands before each. Everything else is as it stands, as in `claude[1m]`.
+impl ModelPattern {
+    /// Parses an entry. `*` and `?` without a backslash before them make a glob; all other
+    /// characters are literal, as in `claude[1m]`.
     fn parse(model: &str) -> Result<Self, String> {
         let (mut name, mut glob, mut is_glob) = (String::new(), String::new(), false);
         let mut letters = model.chars().peekable();
@@ -298,8 +325,8 @@ impl Served {
     }
 }
 
-/// Whether two plugins serve a tenant in common.
-fn overlap(one: &Plugin, other: &Plugin) -> bool {
+/// Returns true if there is a tenant that both plugins serve.
+fn share_tenant(one: &Plugin, other: &Plugin) -> bool {
     one.tenants.is_empty()
         || other.tenants.is_empty()
         || one.tenants.iter().any(|tenant| other.serves(tenant))
@@ -310,7 +337,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_stars_and_question_marks_without_a_backslash_make_a_glob() {
+    fn model_pattern_is_a_glob_only_with_an_unescaped_star_or_question_mark() {
         for (model, expected) in [
             ("gpt-5", "gpt-5"),
             ("claude[1m]", "claude[1m]"),
@@ -320,10 +347,8 @@ mod tests {
             (r"a\b", r"a\b"),
             (r"a\\b", r"a\b"),
         ] {
-            assert!(
-                matches!(Served::parse(model), Ok(Served::Name(name)) if name == expected),
-                "{model}"
-            );
+            let parsed = ModelPattern::parse(model);
+            assert!(matches!(parsed, Ok(ModelPattern::Name(name)) if name == expected), "{model}");
         }
         for (model, matching, other) in [
             ("gpt-*", "gpt-5", "xgpt-5"),
@@ -333,7 +358,9 @@ mod tests {
             ("{a,b}*", "{a,b}c", "ac"),
             (r"a\b*", r"a\bc", "abc"),
         ] {
-            let Ok(Served::Glob(glob)) = Served::parse(model) else { unreachable!("{model}") };
+            let Ok(ModelPattern::Glob(glob)) = ModelPattern::parse(model) else {
+                unreachable!("{model}")
+            };
             assert!(
                 glob.is_match(matching) && (other.is_empty() || !glob.is_match(other)),
                 "{model}"

@@ -1,8 +1,19 @@
-//! When the plugin directory is read again: when something in it, or a file that its plugins name, has changed.
+//! Watch of the plugin directory: reads the directory again when the directory, or a file that its
+//! plugins name, changes.
 //!
-//! Polling decides, as it sees every kind of change: a directory that is a link or was replaced, a link that leads elsewhere (Kubernetes swaps
-//! `..data`), a secret in another folder, a network mount. Notifications of the system make it quicker where there are any. What is compared
-//! is cheap (inode, size, times); whether a plugin is loaded again is decided by the contents of its files.
+//! **Polling** detects every kind of change: a replaced directory, a link with a new target
+//! (Kubernetes swaps `..data`), a secret in another folder, a file on a network mount.
+//! **Notifications** of the file system only shorten the delay. Network file systems do not report
+//! changes made on other machines, so there the watch polls only.
+//!
+//! A poll compares cheap metadata: inode, size, mode and times. The registry then compares the
+//! contents of the files and decides which plugins are loaded again.
+//!
+//! **Coarse times.** Two writes within one tick of the file system's clock leave the same times.
+//! So after a recent change the next poll reads the directory again, even without a difference.
+//!
+//! **Quiet period.** Copying a component takes several writes. So after a notification the watch
+//! waits until the directory is quiet, up to a maximum.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -17,21 +28,24 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::registry::Registry;
 
-/// How often everything is looked at.
+/// Interval at which all metadata is compared.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How long the directory must be quiet before it is read again, as copying a component takes several writes; and how long that is waited for.
-const QUIET: Duration = Duration::from_millis(200);
+/// Time without notifications after which the directory is read.
+const QUIET_PERIOD: Duration = Duration::from_millis(200);
+
+/// Maximum wait for a quiet period.
 const MAX_QUIET_WAIT: Duration = Duration::from_secs(2);
 
-/// Times of files are coarse: a file that changed so lately may change again without another time.
-const COARSE: Duration = Duration::from_secs(1);
+/// Resolution of file times. A file that changed this recently may change again with equal times.
+const TIME_RESOLUTION: Duration = Duration::from_secs(1);
 
-/// Files of a directory that are compared.
-const MAX_FILES: usize = 10_000;
+/// Maximum number of files of the directory that are compared.
+const MAX_COMPARED_FILES: usize = 10_000;
 
-/// File systems that tell nobody of changes made on other machines, by their numbers (statfs(2)), and what they are called.
-const NETWORK: [(u64, &str); 6] = [
+/// Type numbers (statfs(2)) and names of file systems that do not report changes made on other
+/// machines.
+const NETWORK_FILE_SYSTEMS: [(u64, &str); 6] = [
     (0x6969, "NFS"),
     (0x517B, "SMB"),
     (0xFF53_4D42, "CIFS"),
@@ -40,18 +54,19 @@ const NETWORK: [(u64, &str); 6] = [
     (0x6573_5546, "FUSE"),
 ];
 
-/// The directory and everything that belongs to its plugins, as they were at one moment.
+/// Metadata of the directory and of the files that its plugins name, at one moment.
 #[derive(Clone, Default, PartialEq, Eq)]
-struct Seen {
-    /// The directory itself, with links followed.
+struct DirectoryState {
+    /// Real path, device and inode of the directory.
     folder: Option<(PathBuf, u64, u64)>,
+    /// Hash of the metadata of all files.
     files: u64,
-    /// Something changed just now.
-    is_fresh: bool,
+    /// True if a file changed so recently that another change may leave equal times.
+    is_recent: bool,
 }
 
-impl Seen {
-    fn look(folder: &Path, others: &BTreeSet<PathBuf>) -> Self {
+impl DirectoryState {
+    fn read(folder: &Path, others: &BTreeSet<PathBuf>) -> Self {
         let (mut hash, mut newest) = (DefaultHasher::new(), 0);
         let mut add = |path: &Path| {
             path.hash(&mut hash);
@@ -62,7 +77,8 @@ impl Seen {
             }
         };
         add(folder);
-        let found = std::fs::read_dir(folder).into_iter().flatten().flatten().take(MAX_FILES);
+        let found =
+            std::fs::read_dir(folder).into_iter().flatten().flatten().take(MAX_COMPARED_FILES);
         let mut files: Vec<PathBuf> =
             found.map(|entry| entry.path()).filter(|path| !is_hidden(path)).collect();
         files.sort();
@@ -74,71 +90,75 @@ impl Seen {
         });
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let changed = Duration::from_secs(u64::try_from(newest).unwrap_or(0));
-        // The clock of a server of files may be ahead.
+        // The clock of a file server may be ahead.
         let age = now.checked_sub(changed);
-        let is_fresh = age.is_some_and(|age| age <= COARSE.saturating_add(Duration::from_secs(1)));
-        Self { folder, files: hash.finish(), is_fresh }
+        let is_recent =
+            age.is_some_and(|age| age <= TIME_RESOLUTION.saturating_add(Duration::from_secs(1)));
+        Self { folder, files: hash.finish(), is_recent }
     }
 }
 
-/// Files that editors and file systems put beside others begin with a dot: `.#x.toml`, `._x.toml`, `.x.toml.swp`.
+/// Returns true if the file name begins with a dot, as in temporary files of editors and file
+/// systems: `.#x.toml`, `._x.toml`, `.x.toml.swp`.
 pub fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
-/// Notifications of the system, of one directory.
-struct Notified {
+/// Subscription to the file system notifications of one directory.
+struct Notifications {
     _watcher: notify::RecommendedWatcher,
 }
 
-impl Notified {
+impl Notifications {
     fn start(folder: &Path, changed: mpsc::Sender<()>) -> notify::Result<Self> {
-        let note = move |event: notify::Result<notify::Event>| {
-            // Reading is an event, too. What went wrong may be that one was lost.
+        let on_event = move |event: notify::Result<notify::Event>| {
+            // Reads are events too and are ignored. An error may mean that an event was lost.
             if event.is_ok_and(|event| event.kind.is_access()) {
                 return;
             }
-            // One note that something changed is as good as many.
+            // A full channel already holds a pending notification.
             changed.try_send(()).ok();
         };
-        // A link out of the directory must not have everything there watched.
+        // A link out of the directory must not extend the watch to its target.
         let config = notify::Config::default().with_follow_symlinks(false);
-        let mut watcher = notify::RecommendedWatcher::new(note, config)?;
+        let mut watcher = notify::RecommendedWatcher::new(on_event, config)?;
         watcher.watch(folder, RecursiveMode::Recursive)?;
         Ok(Self { _watcher: watcher })
     }
 }
 
-/// Watches the directory from now on. The watch ends when what it returns is dropped.
+/// Starts to watch the registry's directory. Dropping the returned handle stops the watch.
 pub fn watch(registry: &Arc<Registry>) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(run(Arc::downgrade(registry))))
 }
 
 async fn run(registry: Weak<Registry>) {
     let (changed, mut changes) = mpsc::channel(1);
-    let mut notified: Option<Notified> = None;
-    // What was there when it was read for the first time is not known, so it is read once more.
-    let mut seen = Seen::default();
+    let mut notifications: Option<Notifications> = None;
+    // The state at the registry's first read is unknown, so the directory is read once more.
+    let mut last = DirectoryState::default();
     loop {
         let Some(registry) = registry.upgrade() else { return };
-        let now = look(&registry).await;
-        if now.folder != seen.folder {
-            notified = follow(&registry, &now, &changed);
+        let now = read_state(&registry).await;
+        if now.folder != last.folder {
+            notifications = subscribe(&registry, &now, &changed);
         }
-        let asked = registry.take_request();
-        if asked || now != seen || seen.is_fresh {
-            seen = now;
+        let is_requested = registry.take_request();
+        if is_requested || now != last || last.is_recent {
+            last = now;
             let read = tokio::select! {
                 read = registry.read() => Some(read),
-                // It is read again with the change. What is being compiled goes on meanwhile.
+                // The directory is read again with the change. Running compilations continue.
                 _ = changes.recv() => None,
             };
             match read {
                 Some(Ok(())) => {}
-                Some(Err(error)) => tracing::error!("the plugins stay as they are: {error}"),
+                Some(Err(error)) => {
+                    tracing::error!(%error, "plugin directory not read, plugins unchanged")
+                }
                 None => {
-                    quiet(&mut changes).await;
-                    seen = Seen::default();
+                    wait_until_quiet(&mut changes).await;
+                    last = DirectoryState::default();
                     continue;
                 }
             }
@@ -146,63 +166,78 @@ async fn run(registry: Weak<Registry>) {
         let requested = registry.requested();
         drop(registry);
         tokio::select! {
-            _ = changes.recv(), if notified.is_some() => quiet(&mut changes).await,
+            _ = changes.recv(), if notifications.is_some() => wait_until_quiet(&mut changes).await,
             () = requested => {}
             () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
     }
 }
 
-async fn quiet(changes: &mut mpsc::Receiver<()>) {
-    let quiet =
-        async { while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {} };
+/// Waits for a quiet period, up to the maximum wait.
+async fn wait_until_quiet(changes: &mut mpsc::Receiver<()>) {
+    let quiet = async {
+        while let Ok(Some(())) = tokio::time::timeout(QUIET_PERIOD, changes.recv()).await {}
+    };
     tokio::time::timeout(MAX_QUIET_WAIT, quiet).await.ok();
 }
 
-async fn look(registry: &Registry) -> Seen {
+async fn read_state(registry: &Registry) -> DirectoryState {
     let (folder, others) = (registry.folder().to_owned(), registry.named_files());
-    // A mount that is away may hold up whoever asks it.
-    tokio::task::spawn_blocking(move || Seen::look(&folder, &others)).await.unwrap_or_default()
+    // Access to an unavailable mount may block.
+    tokio::task::spawn_blocking(move || DirectoryState::read(&folder, &others))
+        .await
+        .unwrap_or_default()
 }
 
-/// Has the system tell of changes, if it does for this directory.
-fn follow(registry: &Registry, now: &Seen, changed: &mpsc::Sender<()>) -> Option<Notified> {
+/// Subscribes to notifications of the directory. None if the watch polls only.
+fn subscribe(
+    registry: &Registry,
+    now: &DirectoryState,
+    changed: &mpsc::Sender<()>,
+) -> Option<Notifications> {
     let (folder, _, _) = now.folder.as_ref()?;
-    let shown = registry.folder().display();
-    let seconds = POLL_INTERVAL.as_secs();
-    if let Some(name) = network(folder) {
+    let path = registry.folder().display();
+    if let Some(file_system) = network_file_system(folder) {
         tracing::info!(
-            "the plugin directory {shown} is on {name}; changes are found within {seconds} s, by polling"
+            %path,
+            file_system,
+            poll_interval = ?POLL_INTERVAL,
+            "plugin directory is on a network file system, changes are found by polling"
         );
         return None;
     }
-    match Notified::start(folder, changed.clone()) {
-        Ok(notified) => Some(notified),
+    match Notifications::start(folder, changed.clone()) {
+        Ok(notifications) => Some(notifications),
         Err(error) => {
             let hint = match error.kind {
-                notify::ErrorKind::MaxFilesWatch => " (raise fs.inotify.max_user_watches)",
+                notify::ErrorKind::MaxFilesWatch => Some("raise fs.inotify.max_user_watches"),
                 notify::ErrorKind::Io(ref error) if error.raw_os_error() == Some(24) => {
-                    " (raise fs.inotify.max_user_instances)"
+                    Some("raise fs.inotify.max_user_instances")
                 }
-                _ => "",
+                _ => None,
             };
             tracing::warn!(
-                "the system does not tell of changes in the plugin directory {shown}: {error}{hint}; they are found within {seconds} s, by polling"
+                %path,
+                %error,
+                hint,
+                poll_interval = ?POLL_INTERVAL,
+                "no notifications of the file system, plugin changes are found by polling"
             );
             None
         }
     }
 }
 
+/// Returns the name of the network file system that holds the directory, if there is one.
 #[cfg(target_os = "linux")]
-fn network(folder: &Path) -> Option<&'static str> {
+fn network_file_system(folder: &Path) -> Option<&'static str> {
     let found = rustix::fs::statfs(folder).ok()?;
     let kind = u64::try_from(found.f_type).unwrap_or(0) & 0xFFFF_FFFF;
-    NETWORK.iter().find(|(number, _)| *number == kind).map(|(_, name)| *name)
+    NETWORK_FILE_SYSTEMS.iter().find(|(number, _)| *number == kind).map(|(_, name)| *name)
 }
 
 #[cfg(not(target_os = "linux"))]
-fn network(_: &Path) -> Option<&'static str> {
+fn network_file_system(_: &Path) -> Option<&'static str> {
     None
 }
 
@@ -211,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_of_change_is_seen() {
+    fn directory_state_detects_every_kind_of_change() {
         let outer = tempfile::tempdir().unwrap();
         let at = |name: &str| outer.path().join(name);
         for name in ["one", "two"] {
@@ -221,35 +256,35 @@ mod tests {
         std::os::unix::fs::symlink(at("one"), at("plugins")).unwrap();
         std::fs::write(at("secret"), "s").unwrap();
         let others = BTreeSet::from([at("secret")]);
-        let look = || {
-            let seen = Seen::look(&at("plugins"), &others);
-            (seen.folder, seen.files)
+        let read = || {
+            let state = DirectoryState::read(&at("plugins"), &others);
+            (state.folder, state.files)
         };
-        let mut last = look();
+        let mut last = read();
         let mut changed = |what: &str, is_change: bool| {
-            let now = look();
+            let now = read();
             assert_eq!(now != last, is_change, "{what}");
             last = now;
         };
         std::fs::write(at("one").join(".#a.toml"), "x").unwrap();
         std::fs::remove_file(at("one").join(".#a.toml")).unwrap();
-        changed("the directory's own time", true);
-        changed("nothing", false);
+        changed("a new time of the directory", true);
+        changed("no change", false);
         let file = std::fs::File::options().write(true).open(at("one").join("a.toml")).unwrap();
         let time = file.metadata().unwrap().modified().unwrap();
         std::thread::sleep(Duration::from_millis(20));
         std::io::Write::write_all(&mut &file, b"y").unwrap();
         file.set_modified(time).unwrap();
-        changed("another content with the time and the size of before", true);
+        changed("other content with the same time and size", true);
         std::fs::write(at("secret"), "t2").unwrap();
-        changed("a secret", true);
+        changed("a changed secret", true);
         std::fs::remove_file(at("plugins")).unwrap();
         std::os::unix::fs::symlink(at("two"), at("plugins")).unwrap();
-        changed("a link that leads elsewhere", true);
+        changed("a link with another target", true);
         std::fs::rename(at("two"), at("old")).unwrap();
         std::fs::rename(at("one"), at("two")).unwrap();
-        changed("a directory that was replaced", true);
+        changed("a replaced directory", true);
         std::fs::remove_dir_all(at("two")).unwrap();
-        changed("a directory that is gone", true);
+        changed("a removed directory", true);
     }
 }

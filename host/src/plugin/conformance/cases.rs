@@ -1,4 +1,8 @@
-//! Recorded conversations, which an author keeps beside a component.
+//! Recorded cases, which an author keeps beside a component.
+//!
+//! An adapter's case is a request, its exchanges and the final answer. A validator's case is a
+//! batch, its lines and the expected violations. An expected value lists only the members that
+//! matter; the actual value may have more.
 
 use std::path::Path;
 
@@ -7,13 +11,13 @@ use serde_json::Value;
 
 use super::inputs::FAULTS;
 use super::mutations;
-use super::{ONE, Report, TWO, context, cut, request};
+use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
 use crate::egress::{Fault, HttpResponse, TransportError};
 use crate::plugin::error::CallError;
 use crate::plugin::plugin::Plugin;
 use crate::plugin::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 
-/// A recorded case: a file that an author adds.
+/// Recorded case: a JSON file of the author.
 enum Case {
     Adapter(AdapterCase),
     Validator(ValidatorCase),
@@ -54,14 +58,14 @@ struct CaseBatch {
     first_model: Option<String>,
 }
 
-/// What the adapter is to send, as far as it is said, and what comes of it; or the end of a pause that it asked for.
+/// Exchange of a case: the expected request and its outcome, or the end of a requested wait.
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Exchange {
     #[serde(default)]
     request: Value,
     response: Option<CaseResponse>,
-    /// A fault as the contract names it, such as `timeout`.
+    /// Fault as named in the contract, such as `timeout`.
     error: Option<String>,
     #[serde(default)]
     elapsed: bool,
@@ -86,11 +90,11 @@ impl Exchange {
                 let fault = *FAULTS
                     .iter()
                     .find(named)
-                    .ok_or_else(|| format!("`{name}` is no fault of the contract"))?;
+                    .ok_or_else(|| format!("`{name}` is not a fault of the contract"))?;
                 Ok(Outcome::Error(TransportError::new(fault, "It did not work.")))
             }
             (None, None, true) => Ok(Outcome::Elapsed),
-            _ => Err("has one of `response`, `error` and `elapsed`".into()),
+            _ => Err("must have exactly one of `response`, `error` and `elapsed`".into()),
         }
     }
 }
@@ -105,20 +109,20 @@ struct CaseResponse {
 }
 
 impl Report {
-    /// Plays every case of a folder.
+    /// Runs every case of a folder.
     pub(super) async fn cases(&mut self, plugin: &Plugin, folder: &Path) {
         let files = match std::fs::read_dir(folder) {
             Ok(files) => files,
             Err(error) => {
                 return self
-                    .note(folder.display().to_string(), Err(format!("cannot be read: {error}")));
+                    .record(folder.display().to_string(), Err(format!("cannot be read: {error}")));
             }
         };
         let mut paths: Vec<_> = files.flatten().map(|file| file.path()).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
         paths.sort();
         if paths.is_empty() {
-            self.note(folder.display().to_string(), Err("there is no .json file in it".into()));
+            self.record(folder.display().to_string(), Err("there is no .json file in it".into()));
         }
         for path in paths {
             let name = path
@@ -132,36 +136,36 @@ impl Report {
                     };
                     if found.is_ok() && case.exchanges.iter().any(has_response) {
                         let mutated = self.mutate(plugin, case).await;
-                        self.note(format!("case {name}, with changed responses"), mutated);
+                        self.record(format!("case {name}, with changed responses"), mutated);
                     }
                     found
                 }
                 Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => {
-                    self.judge(plugin, case).await
+                    self.validate_case(plugin, case).await
                 }
                 Ok(_) => Err(format!(
-                    "is a case for the other kind; this is a plugin of kind {}",
+                    "is a case for the other kind of plugin; this plugin is of kind {}",
                     plugin.kind
                 )),
                 Err(error) => Err(error),
             };
-            self.note(format!("case {name}"), found);
+            self.record(format!("case {name}"), found);
         }
     }
 
-    /// Plays a recorded conversation; each step on the other instance.
+    /// Replays the exchanges of an adapter's case. The steps alternate between two instances.
     async fn replay(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
         let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, answer } =
             case;
-        let mut asked = request(&endpoint, &body.to_string());
-        asked.model =
+        let mut case_request = request(&endpoint, &body.to_string());
+        case_request.model =
             model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
         let failed = |error: CallError| error.detail();
-        let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
+        let mut step = self.begin(plugin, FIRST_TENANT, &case_request).await.map_err(failed)?;
         for (place, (exchange, tenant)) in
-            exchanges.into_iter().zip([TWO, ONE].into_iter().cycle()).enumerate()
+            exchanges.into_iter().zip([SECOND_TENANT, FIRST_TENANT].into_iter().cycle()).enumerate()
         {
-            let here = |problem: String| format!("exchange {}: {problem}", place + 1);
+            let locate = |problem: String| format!("exchange {}: {problem}", place + 1);
             let state = match step {
                 Step::Send { request, state } if !exchange.elapsed => {
                     let headers: serde_json::Map<String, Value> = request
@@ -170,51 +174,58 @@ impl Report {
                         .map(|(name, value)| (name.to_lowercase(), value.clone().into()))
                         .collect();
                     let sent = serde_json::json!({
-                        "method": request.method, "url": request.url, "headers": headers, "body": as_json(&request.body),
+                        "method": request.method,
+                        "url": request.url,
+                        "headers": headers,
+                        "body": as_json(&request.body),
                     });
-                    contains(&sent, &exchange.request, "request").map_err(here)?;
+                    contains(&sent, &exchange.request, "request").map_err(locate)?;
                     state
                 }
                 Step::Wait { state, .. } if exchange.elapsed => state,
                 step => {
-                    let wanted = if exchange.elapsed { "to wait" } else { "to send" };
+                    let expected = if exchange.elapsed { "wait" } else { "send" };
                     let problem = format!(
-                        "the adapter was to ask {wanted}; it asks for {}",
-                        cut(&shown(&step).to_string())
+                        "expected the adapter to {expected}, but it returned {}",
+                        truncate(&step_to_json(&step).to_string())
                     );
-                    return Err(here(problem));
+                    return Err(locate(problem));
                 }
             };
             step = self
-                .resume(plugin, tenant, &state, exchange.outcome().map_err(here)?)
+                .resume(plugin, tenant, &state, exchange.outcome().map_err(locate)?)
                 .await
                 .map_err(failed)?;
         }
         match &step {
             Step::Send { request, .. } if answer.get("send").is_none() => Err(format!(
-                "the case has too few exchanges: the adapter sends {} {} next and waits for a response",
+                "the case has too few exchanges: the adapter sends {} {} next and waits for a \
+                 response",
                 request.method, request.url
             )),
             Step::Wait { milliseconds, .. } if answer.get("wait").is_none() => Err(format!(
-                "the case has too few exchanges: the adapter waits {milliseconds} ms next; add {{\"elapsed\": true}}"
+                "the case has too few exchanges: the adapter waits {milliseconds} ms next; add \
+                 {{\"elapsed\": true}}"
             )),
-            step => contains(&shown(step), &answer, "answer"),
+            step => contains(&step_to_json(step), &answer, "answer"),
         }
     }
 
-    /// Plays a conversation up to each of its responses, and changes that one: whatever comes, the adapter has an answer, the same from every
-    /// instance, and sends nowhere else.
+    /// Replays an adapter's case up to each response, and mutates that response.
+    ///
+    /// For each mutation, both instances must return the same step, and the next request must still
+    /// be allowed.
     async fn mutate(&mut self, plugin: &Plugin, case: AdapterCase) -> Result<(), String> {
         let AdapterCase { request: CaseRequest { endpoint, model, body }, exchanges, .. } = case;
-        let mut asked = request(&endpoint, &body.to_string());
-        asked.model =
+        let mut case_request = request(&endpoint, &body.to_string());
+        case_request.model =
             model.or_else(|| Some(body.get("model")?.as_str()?.to_owned())).unwrap_or_default();
         let failed = |error: CallError| error.detail();
-        let mut step = self.begin(plugin, ONE, &asked).await.map_err(failed)?;
+        let mut step = self.begin(plugin, FIRST_TENANT, &case_request).await.map_err(failed)?;
         for (place, exchange) in (1..).zip(exchanges) {
             let (Step::Send { state, .. } | Step::Wait { state, .. }) = step else { return Ok(()) };
             if let Some(response) = &exchange.response {
-                for mutations::Mutation { change, body } in mutations::of(&response.body) {
+                for mutations::Mutation { change, body } in mutations::generate(&response.body) {
                     let outcome = || {
                         let headers = response.headers.clone().into_iter().collect();
                         Outcome::Response(HttpResponse {
@@ -223,16 +234,16 @@ impl Report {
                             body: body.clone().into_bytes(),
                         })
                     };
-                    let one = self.resume(plugin, ONE, &state, outcome()).await;
-                    let two = self.resume(plugin, TWO, &state, outcome()).await;
-                    let here = |problem: String| {
+                    let one = self.resume(plugin, FIRST_TENANT, &state, outcome()).await;
+                    let two = self.resume(plugin, SECOND_TENANT, &state, outcome()).await;
+                    let locate = |problem: String| {
                         format!("exchange {place}, its response with {change}: {problem}")
                     };
-                    super::same(&one, &two).map_err(here)?;
-                    // What an adapter polls for it asks for after its pause.
+                    super::check_equal(&one, &two).map_err(locate)?;
+                    // An adapter that polls sends its next request after the wait.
                     let next = match one {
                         Ok(Step::Wait { state, .. }) => {
-                            self.resume(plugin, ONE, &state, Outcome::Elapsed).await
+                            self.resume(plugin, FIRST_TENANT, &state, Outcome::Elapsed).await
                         }
                         step => step,
                     };
@@ -240,23 +251,28 @@ impl Report {
                         plugin
                             .gateway()
                             .check(request)
-                            .map_err(|error| here(error.detail().to_owned()))?;
+                            .map_err(|error| locate(error.detail().to_owned()))?;
                         if ["../", "?y=1", "#z"].iter().any(|part| request.url.contains(part)) {
                             let problem = format!(
-                                "it sends to {}, where the id leads elsewhere; encode it",
+                                "it sends to {}, where the id changes the path or the query; \
+                                 percent-encode the id",
                                 request.url
                             );
-                            return Err(here(problem));
+                            return Err(locate(problem));
                         }
                     }
                 }
             }
-            step = self.resume(plugin, ONE, &state, exchange.outcome()?).await.map_err(failed)?;
+            step = self
+                .resume(plugin, FIRST_TENANT, &state, exchange.outcome()?)
+                .await
+                .map_err(failed)?;
         }
         Ok(())
     }
 
-    async fn judge(&mut self, plugin: &Plugin, case: ValidatorCase) -> Result<(), String> {
+    /// Runs a validator's case and compares the violations.
+    async fn validate_case(&mut self, plugin: &Plugin, case: ValidatorCase) -> Result<(), String> {
         let ValidatorCase { batch, lines, violations: expected } = case;
         let context = BatchContext {
             metadata: batch.metadata.into_iter().collect(),
@@ -265,22 +281,29 @@ impl Report {
         };
         let lines: Vec<Line> =
             (1..).zip(lines).map(|(number, text)| Line { number, text }).collect();
-        let found =
-            self.validate(plugin, ONE, &context, &lines).await.map_err(|error| error.detail())?;
+        let found = self
+            .validate(plugin, FIRST_TENANT, &context, &lines)
+            .await
+            .map_err(|error| error.detail())?;
         let mut found: Vec<Value> = found
             .into_iter()
             .map(|found| {
-                serde_json::json!({"line": found.line, "code": found.code, "message": found.message, "param": found.param})
+                serde_json::json!({
+                    "line": found.line,
+                    "code": found.code,
+                    "message": found.message,
+                    "param": found.param,
+                })
             })
             .collect();
         if found.len() != expected.len() {
             return Err(format!(
-                "there are {} findings and not {}: {found:?}",
+                "there are {} violations instead of {}: {found:?}",
                 found.len(),
                 expected.len()
             ));
         }
-        // They may stand in any order.
+        // The order of the violations does not matter.
         for expected in &expected {
             match found.iter().position(|found| contains(found, expected, "violations").is_ok()) {
                 Some(place) => drop(found.remove(place)),
@@ -298,13 +321,15 @@ fn read_case(path: &Path) -> Result<Case, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
     let value: Value =
         serde_json::from_str(&text).map_err(|error| format!("is not JSON: {error}"))?;
-    let is_no_case = |error: serde_json::Error| format!("is no case: {error}");
+    let not_a_case = |error: serde_json::Error| format!("is not a case: {error}");
     match (value.get("request"), value.get("batch")) {
-        (Some(_), None) => serde_json::from_value(value).map(Case::Adapter).map_err(is_no_case),
-        (None, Some(_)) => serde_json::from_value(value).map(Case::Validator).map_err(is_no_case),
-        _ => {
-            Err("is no case: one has `request`, `exchanges` and `answer`, or `batch`, `lines` and `violations`".into())
-        }
+        (Some(_), None) => serde_json::from_value(value).map(Case::Adapter).map_err(not_a_case),
+        (None, Some(_)) => serde_json::from_value(value).map(Case::Validator).map_err(not_a_case),
+        _ => Err(
+            "is not a case: a case has `request`, `exchanges` and `answer`, or `batch`, `lines` \
+                 and `violations`"
+                .into(),
+        ),
     }
 }
 
@@ -313,17 +338,20 @@ fn as_json(bytes: &[u8]) -> Value {
         .unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into())
 }
 
-/// A step as a case has it.
-fn shown(step: &Step) -> Value {
+/// Returns a step in the JSON form of a case.
+fn step_to_json(step: &Step) -> Value {
     let answer = |answer: &Answer| match answer {
         Answer::Response(response) => {
             let usage = response.usage.map(|usage| {
                 serde_json::json!({
-                    "input_tokens": usage.input_tokens, "cached_input_tokens": usage.cached_input_tokens,
-                    "output_tokens": usage.output_tokens, "reasoning_tokens": usage.reasoning_tokens,
+                    "input_tokens": usage.input_tokens,
+                    "cached_input_tokens": usage.cached_input_tokens,
+                    "output_tokens": usage.output_tokens,
+                    "reasoning_tokens": usage.reasoning_tokens,
                 })
             });
-            serde_json::json!({"status": response.status, "body": as_json(response.body.as_bytes()), "usage": usage})
+            let body = as_json(response.body.as_bytes());
+            serde_json::json!({"status": response.status, "body": body, "usage": usage})
         }
         Answer::Failure(failure) => {
             serde_json::json!({"code": failure.code, "message": failure.message})
@@ -332,7 +360,12 @@ fn shown(step: &Step) -> Value {
     match step {
         Step::Done(done) => answer(done),
         Step::Retry { after_milliseconds, otherwise } => {
-            serde_json::json!({"retry": {"after_milliseconds": after_milliseconds, "otherwise": answer(otherwise)}})
+            serde_json::json!({
+                "retry": {
+                    "after_milliseconds": after_milliseconds,
+                    "otherwise": answer(otherwise),
+                },
+            })
         }
         Step::Wait { milliseconds, state } => {
             serde_json::json!({"wait": milliseconds, "state": as_json(state)})
@@ -343,7 +376,7 @@ fn shown(step: &Step) -> Value {
     }
 }
 
-/// Whether everything that is expected is there; of an object only the members that are named.
+/// Checks that a value contains the expected value. Objects may have additional members.
 fn contains(found: &Value, expected: &Value, place: &str) -> Result<(), String> {
     match (found, expected) {
         (_, Value::Null) if place == "request" => Ok(()),
@@ -363,9 +396,9 @@ fn contains(found: &Value, expected: &Value, place: &str) -> Result<(), String> 
         }
         _ if found == expected => Ok(()),
         _ => Err(format!(
-            "{place} is {}, expected was {}",
-            cut(&found.to_string()),
-            cut(&expected.to_string())
+            "{place} is {}, expected {}",
+            truncate(&found.to_string()),
+            truncate(&expected.to_string())
         )),
     }
 }
@@ -377,15 +410,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_expected_must_be_there_and_more_may() {
+    fn contains_ignores_additional_members_and_names_the_first_difference() {
         let found = json!({"a": {"b": [1, {"c": "x", "d": 2}]}, "e": null});
         assert_eq!(contains(&found, &json!({"a": {"b": [1, {"c": "x"}]}}), "answer"), Ok(()));
         assert_eq!(contains(&found, &Value::Null, "request"), Ok(()));
         for (expected, problem) in [
-            (json!({"a": {"b": [1]}}), "answer.a.b is [1,{\"c\":\"x\",\"d\":2}], expected was [1]"),
+            (json!({"a": {"b": [1]}}), "answer.a.b is [1,{\"c\":\"x\",\"d\":2}], expected [1]"),
             (json!({"z": 1}), "answer.z is missing"),
-            (json!({"a": {"b": [1, {"c": "y"}]}}), "answer.a.b[1].c is \"x\", expected was \"y\""),
-            (json!({"e": 1}), "answer.e is null, expected was 1"),
+            (json!({"a": {"b": [1, {"c": "y"}]}}), "answer.a.b[1].c is \"x\", expected \"y\""),
+            (json!({"e": 1}), "answer.e is null, expected 1"),
         ] {
             assert_eq!(contains(&found, &expected, "answer"), Err(problem.to_owned()));
         }

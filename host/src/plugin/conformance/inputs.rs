@@ -1,8 +1,8 @@
-//! What a component is given to see what it does with it.
+//! Inputs of the conformance checks: valid, odd and hostile.
 
 use crate::egress::Fault;
 
-/// Endpoints of the API, each with a body that is as it should be.
+/// Endpoints of the API, each with a valid body.
 pub const ENDPOINTS: [(&str, &str); 5] = [
     ("/v1/chat/completions", r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#),
     ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
@@ -11,7 +11,7 @@ pub const ENDPOINTS: [(&str, &str); 5] = [
     ("/v1/moderations", r#"{"model":"m","input":"hi"}"#),
 ];
 
-/// Bodies that a client may send and that validators may have let through.
+/// Request bodies that a client may send and that validators may have accepted.
 pub const ODD_BODIES: [&str; 12] = [
     "{}",
     r#"{"model":"m","messages":[]}"#,
@@ -22,13 +22,19 @@ pub const ODD_BODIES: [&str; 12] = [
     r#"{"model":"m","model":"n","messages":[{"role":"user","content":"x"}]}"#,
     r#"{"model":"m","messages":[{"role":"\ud800","content":"x"}]}"#,
     r#"{"model":"m","messages":[{"role":{"toString":1,"valueOf":2},"content":"x"}]}"#,
-    r#"{"model":"m","seed":123456789012345678901234567890,"messages":[{"role":"user","content":"x"}],"__proto__":{"a":1}}"#,
-    r#"{"model":"m","messages":[{"role":"user","content":[{"type":"nobody knows"}]}],"tools":"x","stop":{}}"#,
+    concat!(
+        r#"{"model":"m","seed":123456789012345678901234567890,"#,
+        r#""messages":[{"role":"user","content":"x"}],"__proto__":{"a":1}}"#,
+    ),
+    concat!(
+        r#"{"model":"m","messages":[{"role":"user","content":[{"type":"nobody knows"}]}],"#,
+        r#""tools":"x","stop":{}}"#,
+    ),
     r#"{"model":"m","input":{"a":[[[[[[[[]]]]]]]]},"prompt":[[1,2],[3]]}"#,
 ];
 
-/// Bodies that a provider may answer with.
-pub const ODD_ANSWERS: [&[u8]; 20] = [
+/// Response bodies that a provider may send.
+pub const ODD_RESPONSE_BODIES: [&[u8]; 20] = [
     b"",
     b"{}",
     b"[]",
@@ -51,6 +57,7 @@ pub const ODD_ANSWERS: [&[u8]; 20] = [
     b"{\"message\":{\"content\":null},\"content\":[{\"type\":\"text\"}],\"usage\":7",
 ];
 
+/// All faults of an exchange.
 pub const FAULTS: [Fault; 7] = [
     Fault::NameResolution,
     Fault::Connection,
@@ -61,9 +68,12 @@ pub const FAULTS: [Fault; 7] = [
     Fault::NotAllowed,
 ];
 
-/// Lines of an input file, good and bad.
-pub const LINES: [&str; 15] = [
-    r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#,
+/// Lines of an input file, valid and invalid.
+pub const INPUT_LINES: [&str; 15] = [
+    concat!(
+        r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","#,
+        r#""body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#,
+    ),
     r#"{"custom_id":"b","method":"POST","url":"/v1/embeddings","body":{"model":"m","input":"hi"}}"#,
     "{}",
     "[]",
@@ -73,18 +83,27 @@ pub const LINES: [&str; 15] = [
     "no json",
     "{\"custom_id\":",
     r#"{"custom_id":7,"method":[],"url":{},"body":"x"}"#,
-    r#"{"custom_id":"\ud800","method":"POST","url":"/v1/chat/completions","body":{"\udfff":1e999}}"#,
+    concat!(
+        r#"{"custom_id":"\ud800","method":"POST","url":"/v1/chat/completions","#,
+        r#""body":{"\udfff":1e999}}"#,
+    ),
     "{\"custom_id\":\"\u{0}\u{1}\"}",
     "{\"custom_id\":\"z\",\"body\":[\u{0}]}",
-    r#"{"custom_id":"ü😀","method":"get","url":"","body":{"model":null,"messages":{},"stream":"yes"}}"#,
+    concat!(
+        r#"{"custom_id":"ü😀","method":"get","url":"","#,
+        r#""body":{"model":null,"messages":{},"stream":"yes"}}"#,
+    ),
     r#"{"custom_id":"c","custom_id":"d","body":{},"body":[]}"#,
 ];
 
-/// Another request than any of those above.
-pub const OTHER_BODY: &str = r#"{"model":"other","messages":[{"role":"user","content":"other"}],"input":"other","prompt":"other"}"#;
+/// Request body that differs from all bodies above.
+pub const OTHER_BODY: &str = concat!(
+    r#"{"model":"other","messages":[{"role":"user","content":"other"}],"#,
+    r#""input":"other","prompt":"other"}"#,
+);
 
-/// What providers may write where seconds are meant.
-pub const ODD_RETRY_AFTER: [&str; 6] = [
+/// Values of `retry-after` that a provider may send instead of seconds.
+pub const ODD_RETRY_AFTER_VALUES: [&str; 6] = [
     "3",
     "0x10",
     "-1",

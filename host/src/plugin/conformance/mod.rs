@@ -1,7 +1,18 @@
-//! Is a component what the contract asks for? It is given good, odd and hostile input, and what its author recorded; whatever it does is
-//! noted.
+//! Conformance checks: whether a component keeps the contract.
 //!
-//! Two tenants stand for two instances: a plugin is pure, so both must say the same, also when they are asked again.
+//! The checks call a component with valid, odd and hostile inputs (`inputs`), with its author's
+//! recorded cases (`cases`), and with mutations of the recorded responses (`mutations`).
+//!
+//! **Purity.** A plugin is a pure function of its arguments. An instance never changes its tenant,
+//! so two tenants mean two instances. The checks make the same call on both instances, repeat it,
+//! and mix in calls with other data. If the results differ, the plugin keeps data outside of the
+//! state that it returns.
+//!
+//! **Robustness.** A call must neither trap nor exceed a limit, whatever its input. After several
+//! timeouts in a row the remaining checks are skipped, because each timeout takes long.
+//!
+//! **Blocking.** A call that waits for anything but the CPU holds an instance and its memory, so
+//! it is reported as a problem.
 
 mod cases;
 mod inputs;
@@ -13,7 +24,10 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use inputs::{ENDPOINTS, FAULTS, LINES, ODD_ANSWERS, ODD_BODIES, ODD_RETRY_AFTER, OTHER_BODY};
+use inputs::{
+    ENDPOINTS, FAULTS, INPUT_LINES, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES,
+    OTHER_BODY,
+};
 
 use super::error::CallError;
 use super::plugin::Plugin;
@@ -22,84 +36,94 @@ use super::types::{
 };
 use crate::egress::{HttpResponse, TransportError};
 
-/// Tenants of the two instances; what one was told the other must not need to know.
-const ONE: &str = "one";
-const TWO: &str = "two";
+/// Tenant of the first instance.
+const FIRST_TENANT: &str = "one";
 
-/// How one check went.
+/// Tenant of the second instance. A result must not depend on calls of the first instance.
+const SECOND_TENANT: &str = "two";
+
+/// Result of one check.
 pub struct Check {
+    /// Name of the check.
     pub name: String,
-    /// What is wrong; none if nothing is.
+    /// Problem that the check found; None if the check passed.
     pub problem: Option<String>,
 }
 
-/// What the calls of one function took.
+/// Resources that the calls of one function used.
 #[derive(Default)]
 pub struct Calls {
-    /// CPU time of each: theirs, and the host's for passing arguments and results.
+    /// CPU time of each call, with the time of the host for arguments and results.
     times: Vec<Duration>,
-    /// The most linear memory an instance held after one, in bytes.
+    /// Maximum linear memory of an instance after a call, in bytes.
     pub memory: usize,
-    /// The most time on the clock that a call took beyond its CPU time.
-    waited: Duration,
+    /// Maximum time that a call took in addition to its CPU time.
+    max_blocked: Duration,
 }
 
 impl Calls {
+    /// Returns the number of calls.
     pub fn count(&self) -> usize {
         self.times.len()
     }
 
+    /// Returns the median CPU time of a call.
     pub fn median(&self) -> Duration {
         let mut times = self.times.clone();
         times.sort_unstable();
         times.get(times.len() / 2).copied().unwrap_or_default()
     }
 
+    /// Returns the maximum CPU time of a call.
     pub fn longest(&self) -> Duration {
         self.times.iter().max().copied().unwrap_or_default()
     }
 
-    fn note(&mut self, (begun, since): (Duration, Instant), plugin: &Plugin) {
-        let time = cpu_time().saturating_sub(begun);
-        self.waited = self.waited.max(since.elapsed().saturating_sub(time));
+    /// Records a call that started at these times.
+    fn record(&mut self, (cpu_start, start): (Duration, Instant), plugin: &Plugin) {
+        let time = cpu_time().saturating_sub(cpu_start);
+        self.max_blocked = self.max_blocked.max(start.elapsed().saturating_sub(time));
         self.times.push(time);
         self.memory = self.memory.max(plugin.most_memory());
     }
 }
 
-/// CPU time of this thread. A check is polled by one thread alone, and calls run where they are polled.
+/// Returns the CPU time of this thread. One thread polls all checks, and a call runs on the thread
+/// that polls it.
 fn cpu_time() -> Duration {
     clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
-/// When a call begins, on both clocks.
+/// Returns the current CPU time and wall-clock time, as the start of a call.
 fn now() -> (Duration, Instant) {
     (cpu_time(), Instant::now())
 }
 
-/// A call that waits longer than this, on the clock, for anything but the processor.
-const MAX_WAIT: Duration = Duration::from_secs(2);
+/// Maximum time that a call may block in addition to its CPU time.
+const MAX_BLOCKED_TIME: Duration = Duration::from_secs(2);
 
-/// Calls in a row that run out of time before the rest is not tried any more.
-const MAX_OUT_OF_TIME: u32 = 3;
+/// Timeouts in a row after which the remaining checks are skipped.
+const MAX_CONSECUTIVE_TIMEOUTS: u32 = 3;
 
-/// What stands for the checks that are not made.
-const REST: &str = "the rest of the checks";
+/// Name of the check that reports the skipped checks.
+const SKIPPED_CHECKS_NAME: &str = "the remaining checks";
 
+/// Results of all checks, with the resources that the calls used.
 #[derive(Default)]
 pub struct Report {
+    /// Results in the order of the checks.
     pub checks: Vec<Check>,
-    out_of_time: u32,
+    consecutive_timeouts: u32,
     begin: Calls,
     resume: Calls,
     validate: Calls,
 }
 
-/// Runs all checks, and the cases of a folder.
+/// Runs all checks on a plugin, and the recorded cases of a folder.
 pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
     let mut report = Report::default();
     let described = plugin.describe_again().await;
-    report.note("`describe` says the same again, after `configure`", described);
+    report.record("`describe` returns the same result after `configure`", described);
     match plugin.kind {
         Kind::Adapter => report.adapter(plugin).await,
         Kind::Validator => report.validator(plugin).await,
@@ -107,64 +131,68 @@ pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
     if let Some(folder) = cases {
         report.cases(plugin, folder).await;
     }
-    report.waits();
+    report.check_blocking();
     report
 }
 
 impl Report {
+    /// Returns the number of failed checks.
     pub fn failed(&self) -> usize {
         self.checks.iter().filter(|check| check.problem.is_some()).count()
     }
 
-    /// Each function that was called, with what its calls took.
+    /// Returns each called function with the resources that its calls used.
     pub fn calls(&self) -> impl Iterator<Item = (&'static str, &Calls)> {
         let all = [("begin", &self.begin), ("resume", &self.resume), ("validate", &self.validate)];
         all.into_iter().filter(|(_, calls)| calls.count() > 0)
     }
 
-    /// Whether enough calls ran out of time: each takes long, and the rest would say the same.
-    fn gave_up(&self) -> bool {
-        self.out_of_time >= MAX_OUT_OF_TIME
+    /// Returns true if the remaining checks are skipped.
+    fn is_aborted(&self) -> bool {
+        self.consecutive_timeouts >= MAX_CONSECUTIVE_TIMEOUTS
     }
 
-    /// Takes note of how a call ended.
-    fn ended<T>(&mut self, called: &Result<T, CallError>) {
+    /// Counts consecutive timeouts. A call of an aborted plugin does not reset the count.
+    fn count_timeout<T>(&mut self, called: &Result<T, CallError>) {
         match called {
             Err(CallError::Cpu { .. } | CallError::Asleep { .. }) => {
-                self.out_of_time = self.out_of_time.saturating_add(1)
+                self.consecutive_timeouts = self.consecutive_timeouts.saturating_add(1)
             }
-            _ if self.gave_up() => {}
-            _ => self.out_of_time = 0,
+            _ if self.is_aborted() => {}
+            _ => self.consecutive_timeouts = 0,
         }
     }
 
-    /// What a call is answered with once the plugin was given up.
-    fn given_up<T>(plugin: &Plugin, function: &'static str) -> Result<T, CallError> {
+    /// Returns the result of a skipped call.
+    fn skipped<T>(plugin: &Plugin, function: &'static str) -> Result<T, CallError> {
         Err(CallError::Asleep { plugin: plugin.name.clone(), function })
     }
 
-    /// A guest that waits holds an instance and its memory.
-    fn waits(&mut self) {
-        let waits: Vec<(&str, Duration)> =
-            self.calls().map(|(function, calls)| (function, calls.waited)).collect();
-        let longest = waits.into_iter().max_by_key(|(_, waited)| *waited);
-        if let Some((function, waited)) =
-            longest.filter(|(_, waited)| *waited > MAX_WAIT && !self.gave_up())
+    /// Checks that no call blocked, because a blocked call holds an instance and its memory.
+    fn check_blocking(&mut self) {
+        let blocked: Vec<(&str, Duration)> =
+            self.calls().map(|(function, calls)| (function, calls.max_blocked)).collect();
+        let longest = blocked.into_iter().max_by_key(|(_, blocked)| *blocked);
+        if let Some((function, blocked)) =
+            longest.filter(|(_, blocked)| *blocked > MAX_BLOCKED_TIME && !self.is_aborted())
         {
             let problem = format!(
-                "a call of `{function}` waited {waited:.1?}; a plugin has nothing to wait for"
+                "a call of `{function}` blocked for {blocked:.1?}; a plugin has nothing to wait for"
             );
-            self.note("does not wait", Err(problem));
+            self.record("does not block", Err(problem));
         }
     }
 
-    fn note(&mut self, name: impl Into<String>, found: Result<(), String>) {
-        if self.gave_up() {
-            if self.checks.last().is_none_or(|last| last.name != REST) {
+    /// Records the result of a check, or that the remaining checks are skipped.
+    fn record(&mut self, name: impl Into<String>, found: Result<(), String>) {
+        if self.is_aborted() {
+            if self.checks.last().is_none_or(|last| last.name != SKIPPED_CHECKS_NAME) {
                 self.checks.push(Check { name: name.into(), problem: found.err() });
-                let problem =
-                    format!("not made, as {MAX_OUT_OF_TIME} calls in a row ran out of time");
-                self.checks.push(Check { name: REST.into(), problem: Some(problem) });
+                let problem = format!(
+                    "skipped, because {MAX_CONSECUTIVE_TIMEOUTS} calls in a row ran out of time"
+                );
+                self.checks
+                    .push(Check { name: SKIPPED_CHECKS_NAME.into(), problem: Some(problem) });
             }
             return;
         }
@@ -177,13 +205,13 @@ impl Report {
         tenant: &str,
         request: &Request,
     ) -> Result<Step, CallError> {
-        if self.gave_up() {
-            return Self::given_up(plugin, "begin");
+        if self.is_aborted() {
+            return Self::skipped(plugin, "begin");
         }
-        let begun = now();
+        let start = now();
         let step = plugin.begin(tenant, || request.clone()).await;
-        self.begin.note(begun, plugin);
-        self.ended(&step);
+        self.begin.record(start, plugin);
+        self.count_timeout(&step);
         step
     }
 
@@ -194,13 +222,13 @@ impl Report {
         state: &[u8],
         mut outcome: Outcome,
     ) -> Result<Step, CallError> {
-        if self.gave_up() {
-            return Self::given_up(plugin, "resume");
+        if self.is_aborted() {
+            return Self::skipped(plugin, "resume");
         }
-        let begun = now();
+        let start = now();
         let step = plugin.resume(tenant, state, &mut outcome).await;
-        self.resume.note(begun, plugin);
-        self.ended(&step);
+        self.resume.record(start, plugin);
+        self.count_timeout(&step);
         step
     }
 
@@ -211,15 +239,15 @@ impl Report {
         batch: &BatchContext,
         lines: &[Line],
     ) -> Result<Vec<Violation>, CallError> {
-        if self.gave_up() {
-            return Self::given_up(plugin, "validate");
+        if self.is_aborted() {
+            return Self::skipped(plugin, "validate");
         }
-        let begun = now();
+        let start = now();
         let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
-        self.validate.note(begun, plugin);
-        self.ended(&found);
+        self.validate.record(start, plugin);
+        self.count_timeout(&found);
         found.map(|Judgement { mut violations, .. }| {
-            // They may stand in any order.
+            // The order of the violations does not matter.
             violations.sort_by(|one, other| {
                 (one.line, &one.code, &one.param, &one.message).cmp(&(
                     other.line,
@@ -232,40 +260,45 @@ impl Report {
         })
     }
 
+    /// Runs the checks of an adapter.
     async fn adapter(&mut self, plugin: &Plugin) {
         let handled: Vec<_> =
             ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)).collect();
         if handled.is_empty() {
-            self.note(
+            self.record(
                 "handles an endpoint",
                 Err("`describe` names no endpoint of the Batch API".into()),
             );
         }
         for (endpoint, body) in &handled {
             let good = request(endpoint, body);
-            let (begun, same) = self.begin_twice(plugin, &good).await;
-            self.note(format!("{endpoint}: begins, the same from every instance"), same);
-            if let Some(Step::Send { request, .. }) = &begun {
+            let (first_step, same) = self.begin_twice(plugin, &good).await;
+            self.record(
+                format!("{endpoint}: `begin` returns the same step from every instance"),
+                same,
+            );
+            if let Some(Step::Send { request, .. }) = &first_step {
                 let sendable =
                     plugin.gateway().check(request).map_err(|error| error.detail().to_owned());
-                self.note(
-                    format!("{endpoint}: what it sends is a request the host would send"),
+                self.record(
+                    format!("{endpoint}: the host accepts the adapter's request"),
                     sendable,
                 );
             }
-            // The other instance sees somebody else's request last: whoever keeps one outside of the state is found out.
+            // Now the second instance saw another request last. A plugin that keeps a request
+            // outside of the state fails the checks of `resume`.
             let other = Request {
                 custom_id: "other".into(),
                 model: "other".into(),
                 ..request(endpoint, OTHER_BODY)
             };
-            self.begin(plugin, TWO, &other).await.ok();
-            if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = begun {
+            self.begin(plugin, SECOND_TENANT, &other).await.ok();
+            if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = first_step {
                 self.outcomes(plugin, endpoint, &state).await;
             }
             for (place, body) in ODD_BODIES.iter().enumerate() {
                 let (_, same) = self.begin_twice(plugin, &request(endpoint, body)).await;
-                self.note(format!("{endpoint}: odd body {}", place + 1), same);
+                self.record(format!("{endpoint}: odd body {}", place + 1), same);
             }
             let deep = format!(
                 r#"{{"model":"m","messages":[],"x":{}{}}}"#,
@@ -273,71 +306,80 @@ impl Report {
                 "]".repeat(5000)
             );
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &deep)).await;
-            self.note(format!("{endpoint}: a body nested 5,000 deep"), same);
+            self.record(format!("{endpoint}: a body nested 5,000 levels deep"), same);
             let long = format!(
                 r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#,
                 "x".repeat(1 << 20)
             );
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
-            self.note(format!("{endpoint}: a body of a MiB"), same);
+            self.record(format!("{endpoint}: a body of 1 MiB"), same);
         }
         if plugin.handles("/v1/chat/completions") {
             let robot = r#"{"model":"m","messages":[{"role":"robot","content":"x"}]}"#;
-            let refused = match self.begin(plugin, ONE, &request("/v1/chat/completions", robot)).await {
+            let step =
+                self.begin(plugin, FIRST_TENANT, &request("/v1/chat/completions", robot)).await;
+            let refused = match step {
                 Ok(Step::Done(Answer::Failure(_))) => Ok(()),
                 Ok(Step::Done(Answer::Response(response))) if response.status >= 400 => Ok(()),
-                Ok(_) => Err("a message with the role `robot` is not refused, as `begin` of the contract asks".into()),
+                Ok(_) => Err("a message with the role `robot` is not refused; the contract of \
+                              `begin` requires it"
+                    .into()),
                 Err(error) => Err(error.detail()),
             };
-            self.note("refuses an unknown role before anything is sent", refused);
+            self.record("refuses an unknown role before anything is sent", refused);
         }
         if plugin.classifies(true) {
             self.classification(plugin).await;
         }
-        let stranger = self.resume(plugin, TWO, b"not its own", Outcome::Elapsed).await;
-        self.note(
-            "takes a state that is not its own",
-            stranger.map(drop).map_err(|error| error.detail()),
+        let foreign = self.resume(plugin, SECOND_TENANT, b"not its own", Outcome::Elapsed).await;
+        self.record(
+            "`resume` handles a state that the plugin did not return",
+            foreign.map(drop).map_err(|error| error.detail()),
         );
     }
 
+    /// Begins a request on both instances, then again on the first, and compares the steps.
     async fn begin_twice(
         &mut self,
         plugin: &Plugin,
         request: &Request,
     ) -> (Option<Step>, Result<(), String>) {
-        let first = self.begin(plugin, ONE, request).await;
-        let others =
-            [self.begin(plugin, TWO, request).await, self.begin(plugin, ONE, request).await];
-        let same = others.iter().try_for_each(|other| same(&first, other));
+        let first = self.begin(plugin, FIRST_TENANT, request).await;
+        let others = [
+            self.begin(plugin, SECOND_TENANT, request).await,
+            self.begin(plugin, FIRST_TENANT, request).await,
+        ];
+        let same = others.iter().try_for_each(|other| check_equal(&first, other));
         (first.ok(), same)
     }
 
-    /// What the adapter knows of odd responses, by both instances.
+    /// Classifies odd responses on both instances and compares the results.
     async fn classification(&mut self, plugin: &Plugin) {
         for status in [200, 204, 400, 401, 403, 429, 500, 503, 599] {
             let mut found = Ok(());
-            for body in ODD_ANSWERS {
+            for body in ODD_RESPONSE_BODIES {
                 let headers = vec![("retry-after".to_owned(), "soon".to_owned())];
                 let response = HttpResponse { status, headers, body: body.to_vec() };
-                let (one, two) =
-                    (plugin.classify(ONE, &response).await, plugin.classify(TWO, &response).await);
-                found = found.and(same(&one, &two));
+                let (one, two) = (
+                    plugin.classify(FIRST_TENANT, &response).await,
+                    plugin.classify(SECOND_TENANT, &response).await,
+                );
+                found = found.and(check_equal(&one, &two));
             }
-            self.note(
-                format!("classifies answers with status {status}, the same in every instance"),
+            self.record(
+                format!("`classify` returns the same result from every instance, status {status}"),
                 found,
             );
         }
     }
 
-    /// Every outcome of an exchange, on both instances.
+    /// Resumes with every outcome of an exchange on both instances and compares the steps.
     async fn outcomes(&mut self, plugin: &Plugin, endpoint: &str, state: &[u8]) {
         for status in
             [200, 201, 204, 301, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 529, 599]
         {
             let mut found = Ok(());
-            for body in ODD_ANSWERS {
+            for body in ODD_RESPONSE_BODIES {
                 let outcome = || {
                     let headers = vec![
                         ("content-type".to_owned(), "application/json".to_owned()),
@@ -345,36 +387,39 @@ impl Report {
                     ];
                     Outcome::Response(HttpResponse { status, headers, body: body.to_vec() })
                 };
-                let one = self.resume(plugin, ONE, state, outcome()).await;
-                let two = self.resume(plugin, TWO, state, outcome()).await;
-                found = found.and(same(&one, &two)).map_err(|problem| {
+                let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
+                let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
+                found = found.and(check_equal(&one, &two)).map_err(|problem| {
                     format!(
                         "{problem}; the body was {}",
                         String::from_utf8_lossy(body).escape_debug()
                     )
                 });
             }
-            self.note(format!("{endpoint}: answers of status {status}"), found);
+            self.record(format!("{endpoint}: responses with status {status}"), found);
         }
-        for value in ODD_RETRY_AFTER {
+        for value in ODD_RETRY_AFTER_VALUES {
             let outcome = || {
                 let headers = vec![("retry-after".to_owned(), value.to_owned())];
                 Outcome::Response(HttpResponse { status: 429, headers, body: b"{}".to_vec() })
             };
-            let one = self.resume(plugin, ONE, state, outcome()).await;
-            let two = self.resume(plugin, TWO, state, outcome()).await;
+            let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
+            let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
             let shown: String = value.chars().take(20).collect();
-            self.note(format!("{endpoint}: 429 with retry-after {shown}"), same(&one, &two));
+            self.record(
+                format!("{endpoint}: 429 with retry-after {shown}"),
+                check_equal(&one, &two),
+            );
         }
         let deep =
             format!(r#"{{"error":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000)).into_bytes();
         for status in [200, 503] {
-            let answer =
+            let response =
                 Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
-            let found = self.resume(plugin, ONE, state, answer).await;
+            let found = self.resume(plugin, FIRST_TENANT, state, response).await;
             let found = found.map(drop).map_err(|error| error.detail());
-            self.note(
-                format!("{endpoint}: an answer of status {status} nested 10,000 deep"),
+            self.record(
+                format!("{endpoint}: a response with status {status}, nested 10,000 levels deep"),
                 found,
             );
         }
@@ -382,19 +427,23 @@ impl Report {
         let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
         let long =
             Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
-        let found = self.resume(plugin, ONE, state, long).await;
-        self.note(
-            format!("{endpoint}: an answer of a MiB"),
+        let found = self.resume(plugin, FIRST_TENANT, state, long).await;
+        self.record(
+            format!("{endpoint}: a response of 1 MiB"),
             found.map(drop).map_err(|error| error.detail()),
         );
         for fault in FAULTS {
             let outcome = || Outcome::Error(TransportError::new(fault, "It did not work."));
-            let one = self.resume(plugin, ONE, state, outcome()).await;
-            let two = self.resume(plugin, TWO, state, outcome()).await;
-            self.note(format!("{endpoint}: {fault:?} in place of an answer"), same(&one, &two));
+            let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
+            let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
+            self.record(
+                format!("{endpoint}: {fault:?} instead of a response"),
+                check_equal(&one, &two),
+            );
         }
     }
 
+    /// Runs the checks of a validator.
     async fn validator(&mut self, plugin: &Plugin) {
         let numbered = |texts: &[&str]| -> Vec<Line> {
             (1..)
@@ -402,38 +451,39 @@ impl Report {
                 .map(|(number, text)| Line { number, text: (*text).to_owned() })
                 .collect()
         };
-        let lines = numbered(&LINES);
+        let lines = numbered(&INPUT_LINES);
         for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)) {
             let batch = context(endpoint);
-            let whole = self.validate(plugin, ONE, &batch, &lines).await;
-            let again = self.validate(plugin, TWO, &batch, &lines).await;
-            self.note(
-                format!("{endpoint}: judges odd lines, the same from every instance"),
-                same(&whole, &again),
+            let whole = self.validate(plugin, FIRST_TENANT, &batch, &lines).await;
+            let again = self.validate(plugin, SECOND_TENANT, &batch, &lines).await;
+            self.record(
+                format!("{endpoint}: `validate` returns the same violations from every instance"),
+                check_equal(&whole, &again),
             );
             let mut one_by_one = Ok(Vec::new());
             for line in &lines {
-                let found = self.validate(plugin, ONE, &batch, std::slice::from_ref(line)).await;
+                let found =
+                    self.validate(plugin, FIRST_TENANT, &batch, std::slice::from_ref(line)).await;
                 one_by_one = one_by_one.and_then(|mut all: Vec<Violation>| {
                     all.extend(found?);
                     Ok(all)
                 });
             }
-            self.note(
-                format!("{endpoint}: judges each line alone as it does among others"),
-                same(&whole, &one_by_one),
+            self.record(
+                format!("{endpoint}: `validate` returns the same violations line by line"),
+                check_equal(&whole, &one_by_one),
             );
             let bare =
                 BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
-            let found = self.validate(plugin, ONE, &bare, &lines).await;
+            let found = self.validate(plugin, FIRST_TENANT, &bare, &lines).await;
             let found = found.map(drop).map_err(|error| error.detail());
-            self.note(
+            self.record(
                 format!("{endpoint}: a batch without metadata whose first line names no model"),
                 found,
             );
-            let none = self.validate(plugin, ONE, &batch, &[]).await;
-            self.note(
-                format!("{endpoint}: no lines, no findings"),
+            let none = self.validate(plugin, FIRST_TENANT, &batch, &[]).await;
+            self.record(
+                format!("{endpoint}: no violations without lines"),
                 match none {
                     Ok(found) if found.is_empty() => Ok(()),
                     Ok(found) => Err(format!("found {found:?}")),
@@ -445,13 +495,15 @@ impl Report {
         let long = format!(r#"{{"custom_id":"{}"}}"#, "x".repeat(1 << 20));
         let deep =
             format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
-        for (name, text) in [("a line of a MiB", &long), ("a line nested 10,000 deep", &deep)] {
-            let found = self.validate(plugin, ONE, &batch, &numbered(&[text])).await;
-            self.note(name, found.map(drop).map_err(|error| error.detail()));
+        for (name, text) in
+            [("a line of 1 MiB", &long), ("a line nested 10,000 levels deep", &deep)]
+        {
+            let found = self.validate(plugin, FIRST_TENANT, &batch, &numbered(&[text])).await;
+            self.record(name, found.map(drop).map_err(|error| error.detail()));
         }
-        let many: Vec<&str> = LINES.iter().copied().cycle().take(1000).collect();
-        let found = self.validate(plugin, ONE, &batch, &numbered(&many)).await;
-        self.note("a thousand lines in one call", found.map(drop).map_err(|error| error.detail()));
+        let many: Vec<&str> = INPUT_LINES.iter().copied().cycle().take(1000).collect();
+        let found = self.validate(plugin, FIRST_TENANT, &batch, &numbered(&many)).await;
+        self.record("1,000 lines in one call", found.map(drop).map_err(|error| error.detail()));
     }
 }
 
@@ -477,8 +529,11 @@ fn context(endpoint: &str) -> BatchContext {
     }
 }
 
-/// Whether two instances said the same; a call that failed is a problem by itself.
-fn same<T: Debug>(one: &Result<T, CallError>, other: &Result<T, CallError>) -> Result<(), String> {
+/// Checks that two instances returned equal results. A failed call is a problem too.
+fn check_equal<T: Debug>(
+    one: &Result<T, CallError>,
+    other: &Result<T, CallError>,
+) -> Result<(), String> {
     match (one, other) {
         (Err(error), _) | (_, Err(error)) => Err(error.detail()),
         (Ok(one), Ok(other)) => {
@@ -486,12 +541,13 @@ fn same<T: Debug>(one: &Result<T, CallError>, other: &Result<T, CallError>) -> R
             if one == other {
                 Ok(())
             } else {
-                Err(format!("two instances differ: {} and {}", cut(&one), cut(&other)))
+                Err(format!("two instances differ: {} and {}", truncate(&one), truncate(&other)))
             }
         }
     }
 }
 
-fn cut(text: &str) -> String {
+/// Returns the first 300 characters of a text.
+fn truncate(text: &str) -> String {
     text.chars().take(300).collect()
 }

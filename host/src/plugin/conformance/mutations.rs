@@ -1,20 +1,22 @@
-//! Responses like recorded ones, with one value changed: what a provider may send some day, and a hostile one on purpose.
+//! Mutations of recorded responses: each changes one value, as a future or a hostile provider may.
 
 use serde_json::Value;
 
-/// Changes of one response that are tried.
+/// Maximum number of mutations of one response.
 const MAX_MUTATIONS: usize = 100;
 
-/// What an id is changed to: it must not lead elsewhere where an adapter puts it into a URL.
+/// Replacement of an id. An adapter that puts the id into a URL must encode it.
 pub const HOSTILE_ID: &str = "../../x?y=1#z";
 
-/// A changed response, and what was changed, in words.
+/// Changed response body.
 pub struct Mutation {
+    /// Description of the change.
     pub change: String,
+    /// Response body as JSON text.
     pub body: String,
 }
 
-/// What takes the place of a value, as JSON; none takes its key away.
+/// Returns the replacements of a value, as JSON text; None removes the key.
 fn replacements(key: &str, value: &Value) -> Vec<Option<String>> {
     let json =
         |texts: &[&str]| texts.iter().map(|text| Some((*text).to_owned())).collect::<Vec<_>>();
@@ -33,10 +35,11 @@ fn replacements(key: &str, value: &Value) -> Vec<Option<String>> {
     new
 }
 
-/// Stands for a new value until the whole is text: no value can hold every number that JSON can.
-const MARK: &str = "@@batchwright@@";
+/// Placeholder of a new value until the body is text. A [`Value`] cannot hold every JSON number.
+const VALUE_PLACEHOLDER: &str = "@@batchwright@@";
 
-pub fn of(body: &Value) -> Vec<Mutation> {
+/// Returns the mutations of a response body, up to a maximum number.
+pub fn generate(body: &Value) -> Vec<Mutation> {
     let mut paths = Vec::new();
     walk(body, &mut String::new(), &mut paths);
     let mut mutations = Vec::new();
@@ -52,7 +55,7 @@ pub fn of(body: &Value) -> Vec<Mutation> {
             let change = match &new {
                 Some(new) => {
                     if let Some(value) = changed.pointer_mut(&path) {
-                        *value = MARK.into();
+                        *value = VALUE_PLACEHOLDER.into();
                     }
                     format!("{} as {new}", place.trim_start_matches('.'))
                 }
@@ -66,14 +69,15 @@ pub fn of(body: &Value) -> Vec<Mutation> {
             };
             let text = changed
                 .to_string()
-                .replace(&format!("\"{MARK}\""), new.as_deref().unwrap_or_default());
+                .replace(&format!("\"{VALUE_PLACEHOLDER}\""), new.as_deref().unwrap_or_default());
             mutations.push(Mutation { change, body: text });
         }
     }
     mutations
 }
 
-/// The paths of all values but the outermost, as JSON pointers; keys with signs of their own are left out.
+/// Collects the JSON pointers of all values below the root. Keys that a pointer would escape are
+/// skipped.
 fn walk(value: &Value, path: &mut String, paths: &mut Vec<String>) {
     let inner: Vec<(String, &Value)> = match value {
         Value::Object(object) => object.iter().map(|(key, value)| (key.clone(), value)).collect(),
@@ -99,8 +103,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_value_is_changed_in_each_way() {
-        let mutations = of(&json!({"id": "x", "usage": {"tokens": 3}, "list": [true]}));
+    fn mutations_cover_every_value_with_every_replacement() {
+        let mutations = generate(&json!({"id": "x", "usage": {"tokens": 3}, "list": [true]}));
         let bodies: Vec<&str> = mutations.iter().map(|mutation| mutation.body.as_str()).collect();
         for expected in [
             r#"{"id":"../../x?y=1#z","usage":{"tokens":3},"list":[true]}"#,
@@ -119,6 +123,6 @@ mod tests {
                 .any(|mutation| mutation.change == "usage.tokens as 18446744073709551616")
         );
         let large: Value = (0..1000).collect();
-        assert_eq!(of(&large).len(), MAX_MUTATIONS);
+        assert_eq!(generate(&large).len(), MAX_MUTATIONS);
     }
 }
