@@ -50,7 +50,7 @@ impl FromStr for LogFilter {
                     || format!("levels are {}", LEVELS.join(", ")),
                     |near| format!("did you mean `{near}`?"),
                 );
-                return Err(format!("`{level}` is not a level; {hint}"));
+                return Err(format!("`{level}` is not a log level; {hint}"));
             }
         }
         EnvFilter::try_new(filter)

@@ -2,7 +2,7 @@
 //!
 //! This crate does no I/O beyond reading the system clock. Every other crate may depend on it.
 
-#![warn(missing_docs)]
+#![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
 pub mod clock;

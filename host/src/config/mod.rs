@@ -237,7 +237,7 @@ mod tests {
                 "[server]\nclient_timeout = \"0s\"\nlog_filter = \"warning\"",
                 vec![
                     "line 2: client_timeout: `0s` must be more than 0",
-                    "line 3: log_filter: `warning` is not a level; did you mean `warn`?",
+                    "line 3: log_filter: `warning` is not a log level; did you mean `warn`?",
                 ],
             ),
             ("\n[batch]\nmax_file_size = \"12 parsecs\"", vec!["line 3", "12 parsecs", "200MiB"]),

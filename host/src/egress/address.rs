@@ -1,29 +1,30 @@
-//! What kind of address it is that would be dialled.
+//! Classification of IP addresses before they are dialed.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// How near an address is, and so how plainly an operator must have asked for it.
+/// Class of an address; a later class needs a more explicit entry of the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reach {
-    /// Anywhere on the internet.
+    /// On the public internet.
     Public,
-    /// In the operator's own network, or on this machine.
+    /// In the operator's network, or on this machine.
     Private,
-    /// Link-local, a cloud's metadata service, multicast or meant for nobody: only where the address itself was written out.
+    /// Link-local, cloud metadata, multicast or reserved: allowed only if the operator wrote the
+    /// address itself.
     Restricted,
 }
 
-/// Services of clouds that give out credentials, outside the link-local ranges: Alibaba Cloud's and Azure's; those of AWS (metadata, and
-/// EKS credentials) and of Google Cloud over IPv6.
+/// IPv4 metadata services outside the link-local range: Alibaba Cloud and Azure.
 const METADATA_V4: [Ipv4Addr; 2] =
     [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
+/// IPv6 metadata services: AWS instance metadata, AWS EKS credentials and Google Cloud.
 const METADATA_V6: [Ipv6Addr; 3] = [
     Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
     Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23),
     Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254),
 ];
 
-/// Classes as in the IANA special-purpose address registries.
+/// Returns the class of an address, by the IANA special-purpose address registries.
 pub fn reach(address: IpAddr) -> Reach {
     match address {
         IpAddr::V4(address) => reach_v4(address),
@@ -44,7 +45,7 @@ fn reach_v4(address: Ipv4Addr) -> Reach {
         Reach::Restricted
     } else if address.is_private()
         || address.is_loopback()
-        // Carrier-grade NAT, and networks for benchmarks.
+        // Carrier-grade NAT (100.64.0.0/10) and benchmark networks (198.18.0.0/15).
         || (first == 100 && (64..128).contains(&second))
         || (first == 198 && (18..20).contains(&second))
     {
@@ -81,7 +82,8 @@ fn reach_v6(address: Ipv6Addr) -> Reach {
     }
 }
 
-/// The IPv4 address that an IPv6 one carries: mapped, compatible, NAT64 (RFC 6052) or 6to4 (RFC 3056).
+/// Returns the IPv4 address that an IPv6 address embeds: mapped, compatible, NAT64 (RFC 6052) or
+/// 6to4 (RFC 3056).
 fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let v4 = |high: u16, low: u16| {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
@@ -100,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_notation_of_an_address_has_its_class() {
+    fn reach_classifies_every_notation_of_an_address() {
         for (class, addresses) in [
             (
                 Reach::Public,

@@ -1,4 +1,8 @@
-//! Which hosts a plugin may reach, and how near their addresses may be.
+//! Allow-list of one plugin: the hosts that it may reach, and the address classes of each host.
+//!
+//! The way in which the operator wrote a host decides which addresses that host may resolve to. A
+//! wildcard allows public addresses, a host name also private addresses, and a literal address
+//! itself. So a name under a wildcard, which others may control, cannot lead into the network.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,50 +11,54 @@ use url::{Host, Url};
 use super::address::{Reach, reach};
 use super::{Fault, TransportError};
 
-/// An entry of `allow` that is none.
+/// Error of an `allow` entry that cannot be parsed.
 #[derive(Debug, thiserror::Error)]
-#[error("`{entry}` is no host to allow; write `host`, `host:port` or `*.example.com`")]
+#[error("`{entry}` is not a valid `allow` entry; write `host`, `host:port` or `*.example.com`")]
 pub struct InvalidAllow {
     entry: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Pattern {
-    /// A host that the operator wrote out, in normal form.
+    /// Host in normalized form.
     Host(Host<String>),
-    /// All hosts below a domain, which stands here with its leading dot.
-    Below(String),
+    /// All hosts below a domain, which is stored with a leading dot.
+    Subdomains(String),
 }
 
 #[derive(Clone, Debug)]
 struct Entry {
     pattern: Pattern,
-    /// None is the default port of https: what goes unencrypted, credentials included, is written out.
+    /// Port; if absent, 443. Plain HTTP also carries credentials, so the operator writes its port.
     port: Option<u16>,
-    /// The scheme of the URL that an entry comes from, https where no port is written; none allows both.
+    /// Scheme of the URL that the entry comes from, or https if the entry has no port; any scheme
+    /// if absent.
     scheme: Option<String>,
 }
 
-/// The hosts that one plugin may reach.
+/// Hosts that one plugin may reach.
 #[derive(Clone, Debug)]
 pub struct AllowList {
-    /// The file that would allow more, for messages.
+    /// Plugin file to edit to allow more hosts, for messages.
     file: String,
     entries: Vec<Entry>,
 }
 
-/// Where an allowed URL leads.
+/// Host and port of an allowed URL.
 #[derive(Clone, Debug)]
 pub struct Target {
+    /// Host in normalized form.
     pub host: Host<String>,
+    /// Port, explicit or the scheme's default.
     pub port: u16,
-    /// The nearest reach that this host's addresses may have.
-    limit: Reach,
+    /// Highest address class that this host may resolve to.
+    max_reach: Reach,
     file: String,
 }
 
 impl AllowList {
-    /// The hosts of `urls`, and those that `allow` names.
+    /// Returns the allow-list of the hosts of `urls` and the entries of `allow`; fails on an entry
+    /// that cannot be parsed.
     pub fn new(file: String, urls: &[Url], allow: &[String]) -> Result<Self, InvalidAllow> {
         let of_url = |url: &Url| {
             let host = url.host()?.to_owned();
@@ -62,12 +70,12 @@ impl AllowList {
         };
         let mut entries: Vec<Entry> = urls.iter().filter_map(of_url).collect();
         for entry in allow {
-            entries.push(parse(entry).ok_or_else(|| InvalidAllow { entry: entry.clone() })?);
+            entries.push(parse_entry(entry).ok_or_else(|| InvalidAllow { entry: entry.clone() })?);
         }
         Ok(Self { file, entries })
     }
 
-    /// Where this URL leads, or why it may not be followed.
+    /// Returns the target of an allowed URL, or a [`Fault::NotAllowed`] error.
     pub fn check(&self, url: &Url) -> Result<Target, TransportError> {
         let refused = |message: String| Err(TransportError::new(Fault::NotAllowed, message));
         if !matches!(url.scheme(), "http" | "https") {
@@ -82,31 +90,33 @@ impl AllowList {
             );
         }
         let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
-            return refused("The URL names no host.".into());
+            return refused("The URL has no host.".into());
         };
         let host = host.to_owned();
-        // What is written out says more than what is matched, whichever stands first.
-        let limit = self
+        // The most explicit entry decides, whatever the order.
+        let max_reach = self
             .entries
             .iter()
             .filter(|entry| entry.port.unwrap_or(443) == port)
             .filter(|entry| entry.scheme.as_ref().is_none_or(|scheme| scheme == url.scheme()))
-            .filter_map(|entry| entry.pattern.limit(&host).map(|limit| limit.min(entry.nearest())))
+            .filter_map(|entry| Some(entry.pattern.max_reach(&host)?.min(entry.max_reach())))
             .max();
-        match limit {
-            Some(limit) => Ok(Target { host, port, limit, file: self.file.clone() }),
+        match max_reach {
+            Some(max_reach) => Ok(Target { host, port, max_reach, file: self.file.clone() }),
             None => Err(TransportError::new(
                 Fault::NotAllowed,
                 "The plugin asked for a host that the operator does not allow.",
             )
             .with_detail(format!(
-                "The host {host}:{port} is not allowed; to allow it, add \"{host}:{port}\" to `allow` in {}.",
+                "The host {host}:{port} is not allowed; to allow it, add \"{host}:{port}\" to \
+                 `allow` in {}.",
                 self.file
             ))),
         }
     }
 
-    /// Why one of these URLs could never be followed, as the address in it is one that has to be allowed by itself.
+    /// Returns the operator's text for the first URL with a literal address that is not allowed.
+    /// Such a URL can never be used, so loading the plugin fails early.
     pub fn check_addresses(&self, urls: &[Url]) -> Result<(), String> {
         urls.iter().try_for_each(|url| {
             let address = match url.host() {
@@ -119,13 +129,13 @@ impl AllowList {
         })
     }
 
-    /// Whether this URL leads to one of the hosts.
+    /// Returns true if the host of this URL is on the list.
     pub fn covers(&self, url: &Url) -> bool {
         self.check(url).is_ok()
     }
 }
 
-/// Whether a URL leads to this machine.
+/// Returns true if the host of a URL is this machine, by loopback address or `localhost` name.
 pub fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => address.is_loopback(),
@@ -136,21 +146,21 @@ pub fn is_loopback(url: &Url) -> bool {
 }
 
 impl Entry {
-    /// How near this entry lets an address be: a URL of the settings is often copied, so what leads to a cloud's credentials has to be in
-    /// `allow`, too.
-    fn nearest(&self) -> Reach {
-        let is_any = match &self.pattern {
+    /// Returns the highest address class of this entry. An operator often copies a URL into the
+    /// settings, so a restricted address needs an `allow` entry in addition.
+    fn max_reach(&self) -> Reach {
+        let is_unspecified = match &self.pattern {
             Pattern::Host(Host::Ipv4(address)) => address.is_unspecified(),
             Pattern::Host(Host::Ipv6(address)) => address.is_unspecified(),
             _ => false,
         };
-        if self.scheme.is_some() && !is_any { Reach::Private } else { Reach::Restricted }
+        if self.scheme.is_some() && !is_unspecified { Reach::Private } else { Reach::Restricted }
     }
 }
 
 impl Pattern {
-    /// How near the addresses of this host may be, if it fits.
-    fn limit(&self, host: &Host<String>) -> Option<Reach> {
+    /// Returns the highest address class of a host that matches this pattern.
+    fn max_reach(&self, host: &Host<String>) -> Option<Reach> {
         match (self, host) {
             (Self::Host(known), host) if known == host => {
                 Some(if matches!(host, Host::Domain(_)) {
@@ -159,7 +169,7 @@ impl Pattern {
                     Reach::Restricted
                 })
             }
-            (Self::Below(suffix), Host::Domain(name))
+            (Self::Subdomains(suffix), Host::Domain(name))
                 if name.len() > suffix.len() && name.ends_with(suffix) =>
             {
                 Some(Reach::Public)
@@ -170,19 +180,22 @@ impl Pattern {
 }
 
 impl Target {
-    /// Whether this address of the host may be dialled.
+    /// Checks an address that the host resolves to; fails if the address class is not allowed.
     pub fn check_address(&self, address: IpAddr) -> Result<(), TransportError> {
         let found = reach(address);
-        if found <= self.limit {
+        if found <= self.max_reach {
             return Ok(());
         }
         let (host, port, file) = (&self.host, self.port, &self.file);
         let message = match found {
             Reach::Private | Reach::Public => format!(
-                "{host} resolves to the private address {address}, which a wildcard does not cover; to allow it, add \"{host}:{port}\" to `allow` in {file}."
+                "{host} resolves to the private address {address}, which a wildcard does not \
+                 cover; to allow it, add \"{host}:{port}\" to `allow` in {file}."
             ),
             Reach::Restricted => format!(
-                "{host} resolves to {address}, a link-local, metadata or reserved address; to allow it, add the address \"{}\" itself to `allow` in {file} and use it in the URL.",
+                "{host} resolves to {address}, a link-local, metadata or reserved address; to \
+                 allow it, add the address \"{}\" itself to `allow` in {file} and use it in the \
+                 URL.",
                 SocketAddr::new(address, port)
             ),
         };
@@ -191,30 +204,34 @@ impl Target {
     }
 }
 
-fn parse(entry: &str) -> Option<Entry> {
+fn parse_entry(entry: &str) -> Option<Entry> {
     if let Some(domain) = entry.strip_prefix("*.") {
         let (domain, port) = split_port(domain)?;
         let Ok(Host::Domain(domain)) = Host::parse(domain) else { return None };
         return Some(Entry {
-            pattern: Pattern::Below(format!(".{domain}")),
+            pattern: Pattern::Subdomains(format!(".{domain}")),
             port,
-            scheme: scheme(port),
+            scheme: default_scheme(port),
         });
     }
     if entry.contains('*') {
         return None;
     }
-    let bare_v6 =
+    let unbracketed_v6 =
         entry.parse::<std::net::Ipv6Addr>().ok().map(|address| (format!("[{address}]"), None));
-    let (host, port) = match bare_v6 {
+    let (host, port) = match unbracketed_v6 {
         Some(found) => found,
         None => split_port(entry).map(|(host, port)| (host.to_owned(), port))?,
     };
-    Some(Entry { pattern: Pattern::Host(Host::parse(&host).ok()?), port, scheme: scheme(port) })
+    Some(Entry {
+        pattern: Pattern::Host(Host::parse(&host).ok()?),
+        port,
+        scheme: default_scheme(port),
+    })
 }
 
-/// A host without a port means https on its own port: what goes unencrypted is written out.
-fn scheme(port: Option<u16>) -> Option<String> {
+/// Returns https for an entry without a port, so that plain HTTP needs an explicit port.
+fn default_scheme(port: Option<u16>) -> Option<String> {
     port.is_none().then(|| "https".into())
 }
 
@@ -247,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn only_hosts_of_the_settings_and_of_allow_are_reached() {
+    fn allow_list_covers_only_settings_urls_and_allow_entries() {
         let list =
             list(&["*.example.org", "other.example.net:8443", "10.1.2.3:80", "[::1]:80", "::1"]);
         for url in [
@@ -282,12 +299,13 @@ mod tests {
         let refusal = check(&list, "https://evil.net/").unwrap_err();
         assert_eq!(
             refusal,
-            "The host evil.net:443 is not allowed; to allow it, add \"evil.net:443\" to `allow` in plugins/x.toml."
+            "The host evil.net:443 is not allowed; to allow it, add \"evil.net:443\" to `allow` \
+             in plugins/x.toml."
         );
     }
 
     #[test]
-    fn how_near_an_address_may_be_depends_on_how_its_host_was_written() {
+    fn allowed_address_class_depends_on_the_notation_of_the_host() {
         let list = list(&["*.example.org", "169.254.169.254:80"]);
         let may = |url: &str, address: &str| {
             check(&list, url).unwrap().check_address(address.parse().unwrap()).is_ok()
@@ -303,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_is_refused() {
+    fn allow_list_rejects_invalid_entries() {
         for entry in
             ["", "https://x.example/", "a b", "*.", "*", "host:99999", "host:", "*.1.2.3.4"]
         {

@@ -1,4 +1,4 @@
-//! Secrets: added to what goes out, blanked in what comes back, shown nowhere.
+//! Secrets: added to requests, redacted in responses and errors, never shown.
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use base64::Engine;
@@ -10,23 +10,27 @@ use url::Url;
 use super::allow::is_loopback;
 use super::{AllowList, Fault, TransportError};
 
-/// What stands where a secret stood.
-const BLANK: &str = "[redacted]";
+/// Replacement for a redacted secret.
+const REDACTED: &str = "[redacted]";
 
-/// The shortest secret that is looked for in what comes back: `none` and `EMPTY`, which local model servers take, are words of any answer.
-const SHORTEST: usize = 8;
+/// Minimum length of a secret that is redacted. Local model servers take `none` and `EMPTY` as
+/// keys, and such a word may occur in any response.
+const MIN_SECRET_BYTES: usize = 8;
 
-/// A secret shorter than this, or without a digit or a letter, may be a word that answers have for other reasons (`lm-studio`, `12345678`).
-const SHORTEST_DISTINCT: usize = 16;
+/// Minimum length of a distinct secret. A shorter secret, or one without a digit or a letter, may
+/// occur in a response by chance (`lm-studio`, `12345678`).
+const MIN_DISTINCT_BYTES: usize = 16;
 
-/// What is written in hexadecimal in a URL: all but letters and digits, what RFC 3986 reserves, the same with paths as they are, and what
-/// JavaScript's two functions do not keep.
-const IN_URLS: [&AsciiSet; 5] = [NON_ALPHANUMERIC, RESERVED, IN_PATHS, IN_COMPONENTS, IN_URIS];
-const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
-const IN_PATHS: &AsciiSet = &RESERVED.remove(b'/');
-const IN_COMPONENTS: &AsciiSet =
-    &RESERVED.remove(b'!').remove(b'*').remove(b'\'').remove(b'(').remove(b')');
-const IN_URIS: &AsciiSet = &IN_COMPONENTS
+/// Percent-encode sets that servers use: all but letters and digits, all but the unreserved
+/// characters of RFC 3986, the same with `/` kept, `encodeURIComponent` and `encodeURI`.
+const URL_ENCODE_SETS: [&AsciiSet; 5] =
+    [NON_ALPHANUMERIC, RFC_3986_SET, PATH_SET, URI_COMPONENT_SET, URI_SET];
+const RFC_3986_SET: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+const PATH_SET: &AsciiSet = &RFC_3986_SET.remove(b'/');
+const URI_COMPONENT_SET: &AsciiSet =
+    &RFC_3986_SET.remove(b'!').remove(b'*').remove(b'\'').remove(b'(').remove(b')');
+const URI_SET: &AsciiSet = &URI_COMPONENT_SET
     .remove(b';')
     .remove(b',')
     .remove(b'/')
@@ -39,43 +43,52 @@ const IN_URIS: &AsciiSet = &IN_COMPONENTS
     .remove(b'$')
     .remove(b'#');
 
-/// One header with a secret in it.
+/// Header that carries a secret.
 pub struct Credential {
-    /// As the plugin calls it.
+    /// Name of the credential in the plugin's manifest.
     pub name: String,
+    /// Header that carries the secret.
     pub header: HeaderName,
+    /// Text before the secret in the header value, such as `Bearer `.
     pub prefix: String,
+    /// Secret itself.
     pub secret: String,
-    /// The hosts it belongs to. No other host gets it, whatever the plugin's allow-list has.
+    /// Hosts that get this credential; no other host gets it, even if the plugin may reach that
+    /// host.
     pub hosts: AllowList,
 }
 
-/// Why credentials cannot be used.
+/// Error of credentials that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretsError {
-    #[error("the secret for the header `{0}` has characters no header can hold")]
+    /// A secret contains characters that are not allowed in an HTTP header.
+    #[error(
+        "the secret for the header `{0}` contains characters that are not allowed in an HTTP \
+         header, such as a line break"
+    )]
     Header(HeaderName),
 }
 
-/// A header as it is sent, and the hosts that get it.
-struct Sent {
+/// Credential header as it is sent, and the hosts that get the header.
+struct CredentialHeader {
     name: String,
     header: HeaderName,
     value: HeaderValue,
     hosts: AllowList,
 }
 
-/// The secrets of one plugin.
+/// Secrets of one plugin.
 #[derive(Default)]
 pub struct Secrets {
-    /// Headers that are for secrets alone, whether there is one or not.
+    /// Headers that only credentials may set, even if the credential is not configured.
     reserved: Vec<HeaderName>,
-    headers: Vec<Sent>,
-    /// Whether a secret may go over plain HTTP to another machine.
+    headers: Vec<CredentialHeader>,
+    /// True if plain HTTP may carry a secret to another machine.
     plain_http: bool,
-    /// Every form a secret may come back in, of those that stand for nothing else; none if there is nothing to look for.
+    /// Matcher for all encodings of the distinct secrets; absent if there are none.
     distinct: Option<AhoCorasick>,
-    /// The same of all secrets: for headers and errors, where a server may show what it was sent.
+    /// Matcher for all encodings of all secrets, for headers and error bodies, where a server may
+    /// echo the request.
     all: Option<AhoCorasick>,
 }
 
@@ -86,8 +99,8 @@ impl std::fmt::Debug for Secrets {
 }
 
 impl Secrets {
-    /// Fails for a secret that no header can hold. What a plugin writes into a header that is `reserved` never leaves, as little as what
-    /// it writes where a secret goes.
+    /// Returns the secrets of a plugin; fails on a secret that is not a valid header value. A value
+    /// that the plugin writes into a `reserved` header, or into a credential's header, is dropped.
     pub fn new(
         credentials: Vec<Credential>,
         reserved: Vec<HeaderName>,
@@ -100,8 +113,8 @@ impl Secrets {
                 return Err(SecretsError::Header(header));
             };
             value.set_sensitive(true);
-            secrets.headers.push(Sent { name, header, value, hosts });
-            if secret.len() >= SHORTEST {
+            secrets.headers.push(CredentialHeader { name, header, value, hosts });
+            if secret.len() >= MIN_SECRET_BYTES {
                 let forms = forms_of(&secret);
                 if is_distinct(&secret) {
                     distinct.extend(forms.iter().cloned());
@@ -109,31 +122,40 @@ impl Secrets {
                 all.extend(forms);
             }
         }
-        (secrets.distinct, secrets.all) = (search(distinct), search(all));
+        (secrets.distinct, secrets.all) = (matcher(distinct), matcher(all));
         Ok(secrets)
     }
 
-    /// The headers for a URL: those of the credentials that belong to its host.
+    /// Returns the credential headers for the host of a URL; fails if plain HTTP may not carry the
+    /// credential.
     pub fn for_url(&self, url: &Url) -> Result<Vec<(HeaderName, HeaderValue)>, TransportError> {
-        let belonging: Vec<_> = self.headers.iter().filter(|sent| sent.hosts.covers(url)).collect();
-        if let Some(sent) = belonging.first()
+        let matching: Vec<_> =
+            self.headers.iter().filter(|credential| credential.hosts.covers(url)).collect();
+        if let Some(credential) = matching.first()
             && url.scheme() == "http"
             && !self.plain_http
             && !is_loopback(url)
         {
-            let (name, host) = (&sent.name, url.host_str().unwrap_or_default());
+            let (name, host) = (&credential.name, url.host_str().unwrap_or_default());
             let message = "The plugin's credential may not be sent over plain HTTP.";
-            let hint = "use https, or set `allow_plain_http = true` in the plugin's file if its network is trusted";
+            let hint = "use https, or set `allow_plain_http = true` in the plugin's file if its \
+                        network is trusted";
             return Err(TransportError::new(Fault::NotAllowed, message).with_detail(format!(
                 "The credential `{name}` is not sent to {host} over plain HTTP; {hint}."
             )));
         }
-        Ok(belonging.into_iter().map(|sent| (sent.header.clone(), sent.value.clone())).collect())
+        Ok(matching
+            .into_iter()
+            .map(|credential| (credential.header.clone(), credential.value.clone()))
+            .collect())
     }
 
-    /// Sets the headers of [`Self::for_url`], in place of whatever stands there. No header that is for a secret leaves with another value.
+    /// Replaces credential headers by `own`, the headers of [`Self::for_url`]. A credential header
+    /// is never sent with a value of the plugin.
     pub fn add_to(&self, headers: &mut HeaderMap, own: &[(HeaderName, HeaderValue)]) {
-        for name in self.reserved.iter().chain(self.headers.iter().map(|sent| &sent.header)) {
+        for name in
+            self.reserved.iter().chain(self.headers.iter().map(|credential| &credential.header))
+        {
             headers.remove(name);
         }
         for (name, value) in own {
@@ -141,37 +163,38 @@ impl Secrets {
         }
     }
 
-    /// Blanks every secret in a header, or in a text about an error.
+    /// Redacts every secret in a header or in an error text.
     pub fn blank(&self, text: &mut String) {
         if let Some(search) = self.all.as_ref().filter(|search| search.is_match(text.as_str())) {
-            *text = search.replace_all(text, &vec![BLANK; search.patterns_len()]);
+            *text = search.replace_all(text, &vec![REDACTED; search.patterns_len()]);
         }
     }
 
-    /// Blanks every secret in a body: in an answer those that could stand for nothing else, in an error all.
+    /// Redacts secrets in a body: all secrets if `is_error`, otherwise only the distinct secrets.
     pub fn blank_body(&self, body: &mut Vec<u8>, is_error: bool) {
         let search = if is_error { &self.all } else { &self.distinct };
         if let Some(search) = search.as_ref().filter(|search| search.is_match(body.as_slice())) {
-            *body = search.replace_all_bytes(body, &vec![BLANK; search.patterns_len()]);
+            *body = search.replace_all_bytes(body, &vec![REDACTED; search.patterns_len()]);
         }
     }
 }
 
-/// Whether a secret cannot be taken for a word or a number of an answer.
+/// Returns true if a secret is too long and varied to occur in a response by chance.
 pub fn is_distinct(secret: &str) -> bool {
-    secret.len() >= SHORTEST_DISTINCT
+    secret.len() >= MIN_DISTINCT_BYTES
         && secret.contains(|letter: char| letter.is_ascii_digit())
         && secret.contains(char::is_alphabetic)
 }
 
-fn search(forms: Vec<String>) -> Option<AhoCorasick> {
-    let mut search = AhoCorasick::builder();
-    // The names of headers come in lower case, and so may hexadecimal digits.
-    search.match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(true);
-    (!forms.is_empty()).then(|| search.build(forms).ok()).flatten()
+fn matcher(forms: Vec<String>) -> Option<AhoCorasick> {
+    let mut builder = AhoCorasick::builder();
+    // Header names arrive in lower case, and hexadecimal digits may do so.
+    builder.match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(true);
+    (!forms.is_empty()).then(|| builder.build(forms).ok()).flatten()
 }
 
-/// A secret as it is, and as a server that shows what it was sent may write it: in JSON, in a URL, in base64.
+/// Returns the secret, and its encodings in JSON, URLs and base64, which an echoing server may
+/// write.
 fn forms_of(secret: &str) -> Vec<String> {
     let json = serde_json::Value::from(secret).to_string();
     let mut forms = vec![
@@ -180,8 +203,11 @@ fn forms_of(secret: &str) -> Vec<String> {
         json.trim_matches('"').replace('/', "\\/"),
         url::form_urlencoded::byte_serialize(secret.as_bytes()).collect(),
     ];
-    forms.extend(IN_URLS.iter().map(|set| percent_encode(secret.as_bytes(), set).to_string()));
-    // Something may stand before and after it in what was encoded: the digits that depend on that are left out.
+    forms.extend(
+        URL_ENCODE_SETS.iter().map(|set| percent_encode(secret.as_bytes(), set).to_string()),
+    );
+    // In base64 the secret may be part of a longer text: digits that depend on its neighbors are
+    // left out.
     for (before, skipped) in [(0, 0), (1, 2), (2, 3)] {
         let bytes = [vec![0; before].as_slice(), secret.as_bytes()].concat();
         for encoding in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
@@ -219,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_credential_goes_to_its_hosts_alone_and_not_over_plain_http() {
+    fn credentials_are_sent_only_to_their_hosts_and_not_over_plain_http() {
         let secrets = secrets();
         let names = |url: &str| {
             let headers = secrets.for_url(&Url::parse(url).unwrap())?;
@@ -241,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plugins_own_header_gives_way_and_the_secret_is_blanked_on_its_way_back() {
+    fn credential_headers_replace_plugin_headers_and_secrets_are_redacted() {
         let mut headers = HeaderMap::new();
         headers.append("authorization", HeaderValue::from_static("Bearer forged"));
         headers.append("x-other-key", HeaderValue::from_static("forged"));
@@ -264,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_found_however_it_is_written() {
+    fn secrets_are_redacted_in_every_encoding() {
         let secret = "s/k+very=\"secret\"~0";
         let secrets =
             Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false).unwrap();
@@ -285,7 +311,7 @@ mod tests {
             let mut text = shown.clone();
             secrets.blank(&mut text);
             assert!(
-                text.contains(BLANK) && !text.contains("very") && !text.contains("VERY"),
+                text.contains(REDACTED) && !text.contains("very") && !text.contains("VERY"),
                 "{shown}: {text}"
             );
         }
@@ -295,9 +321,9 @@ mod tests {
                     let mut body = encoding.encode(format!("{before}{secret}{after}")).into_bytes();
                     secrets.blank_body(&mut body, false);
                     let text = String::from_utf8(body).unwrap();
-                    // No more of it is left than the digits it shares with its neighbours.
+                    // Only digits that the secret shares with its neighbors remain.
                     assert!(
-                        text.contains(BLANK) && text.len() < BLANK.len() + 18,
+                        text.contains(REDACTED) && text.len() < REDACTED.len() + 18,
                         "{before} {after}: {text}"
                     );
                 }
@@ -306,8 +332,8 @@ mod tests {
     }
 
     #[test]
-    fn words_are_redacted_in_errors_and_headers_alone() {
-        let blanked = |secret: &str, is_error: bool| {
+    fn indistinct_secrets_are_redacted_only_in_errors_and_headers() {
+        let is_redacted = |secret: &str, is_error: bool| {
             let secrets =
                 Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false)
                     .unwrap();
@@ -323,7 +349,7 @@ mod tests {
             ("sk-0123456789abcdef", true, true),
         ] {
             assert_eq!(
-                (blanked(secret, false), blanked(secret, true)),
+                (is_redacted(secret, false), is_redacted(secret, true)),
                 (in_answers, in_errors),
                 "{secret}"
             );
@@ -331,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_that_no_header_can_hold_is_refused() {
+    fn secrets_reject_invalid_header_values() {
         let credential = credential("authorization", "", "a\nb", &[]);
         let refused = Secrets::new(vec![credential], Vec::new(), false).unwrap_err();
         assert!(refused.to_string().contains("`authorization`"), "{refused}");

@@ -1,4 +1,7 @@
-//! From a host to a connection: resolves, checks each address, and dials the very address that was checked.
+//! Dialer: resolves a host, checks each address, and connects to an address that it has checked.
+//!
+//! There is no second lookup between the check and the connection, so DNS rebinding gains nothing.
+//! One address that is not allowed makes the whole host unreachable.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -21,19 +24,21 @@ use url::{Host, Url};
 use super::allow::{AllowList, Target};
 use super::{Fault, TransportError};
 
-/// When the next address is tried beside those that do not answer.
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+/// Delay before the next address is tried in parallel (RFC 8305).
+const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
-/// How long nothing is said before a connection is asked whether it is alive, and how often then.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// Idle time before the first TCP keep-alive probe.
+const KEEP_ALIVE_IDLE: Duration = Duration::from_secs(30);
+/// Interval of further TCP keep-alive probes.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Names being resolved at a time, for one plugin and over all plugins. Each takes a thread of those that files are read on, and keeps it
-/// for as long as the system's resolver likes.
-const LOOKUPS_PER_PLUGIN: usize = 4;
-const LOOKUPS: usize = 64;
+/// Maximum number of concurrent lookups of one plugin. A lookup occupies a thread of the blocking
+/// pool, which also reads files, until the system's resolver returns.
+const MAX_LOOKUPS_PER_PLUGIN: usize = 4;
+/// Maximum number of concurrent lookups over all plugins.
+const MAX_LOOKUPS: usize = 64;
 
-/// Resolves names for one plugin; a slow name server keeps no thread from others.
+/// Resolver of one plugin; its limits keep a slow name server from blocking other plugins.
 #[derive(Clone)]
 pub struct Resolver {
     all: Arc<Semaphore>,
@@ -43,40 +48,43 @@ pub struct Resolver {
 impl Default for Resolver {
     fn default() -> Self {
         Self {
-            all: Arc::new(Semaphore::new(LOOKUPS)),
-            own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)),
+            all: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            own: Arc::new(Semaphore::new(MAX_LOOKUPS_PER_PLUGIN)),
         }
     }
 }
 
 impl Resolver {
-    /// A resolver for another plugin, beside this one.
+    /// Returns a resolver for another plugin, with the same limit over all plugins.
     pub fn beside(&self) -> Self {
-        Self { all: self.all.clone(), own: Arc::new(Semaphore::new(LOOKUPS_PER_PLUGIN)) }
+        Self { all: self.all.clone(), own: Arc::new(Semaphore::new(MAX_LOOKUPS_PER_PLUGIN)) }
     }
 
     async fn lookup(&self, name: &str, port: u16) -> std::io::Result<Vec<IpAddr>> {
-        // They never close, so there is always a permit.
+        // Both results are `Ok`, because the semaphores are never closed.
         let permits =
             (self.own.clone().acquire_owned().await, self.all.clone().acquire_owned().await);
         let name = name.to_owned();
-        // On a task of its own: a caller that gives up does not give back the thread.
-        let looking = tokio::spawn(async move {
+        // A separate task holds the permits: the thread stays occupied if the caller times out.
+        let lookup = tokio::spawn(async move {
             let found = tokio::net::lookup_host((name.as_str(), port))
                 .await
                 .map(|found| found.map(|at| at.ip()).collect());
             drop(permits);
             found
         });
-        looking.await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        lookup.await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
     }
 }
 
-/// Opens connections for one plugin, within its allow-list.
+/// Connector of one plugin, limited to the plugin's allow-list.
 #[derive(Clone)]
 pub struct Dialer {
+    /// Hosts that the plugin may reach.
     pub allow: Arc<AllowList>,
+    /// Resolver of the plugin.
     pub resolver: Resolver,
+    /// Timeout of name resolution and connection together.
     pub connect_timeout: Duration,
 }
 
@@ -89,43 +97,43 @@ impl Dialer {
         let connecting = connect(&self.resolver, &target);
         tokio::time::timeout(self.connect_timeout, connecting).await.unwrap_or_else(|_| {
             let (host, port, limit) = (&target.host, target.port, self.connect_timeout);
-            let took = format!("took longer than {limit:?} ([limits] connect_timeout).");
+            let reason = format!("took longer than {limit:?} ([limits] connect_timeout).");
             let error =
-                TransportError::new(Fault::Timeout, format!("Connecting to the provider {took}"));
-            Err(error.with_detail(format!("Connecting to {host}:{port} {took}")))
+                TransportError::new(Fault::Timeout, format!("Connecting to the provider {reason}"));
+            Err(error.with_detail(format!("Connecting to {host}:{port} {reason}")))
         })
     }
 }
 
-/// Tries the addresses one after the other, each a moment after the one before, and takes the first that answers (RFC 8305): a dead route costs
-/// that moment and no more.
+/// Connects to the first address that accepts (RFC 8305): each attempt starts a short delay after
+/// the previous attempt, so a dead route costs only that delay.
 async fn connect(
     resolver: &Resolver,
     target: &Target,
 ) -> Result<TokioIo<TcpStream>, TransportError> {
-    let addresses = in_turns(resolve(resolver, target).await?);
+    let addresses = interleave(resolve(resolver, target).await?);
     for address in &addresses {
         target.check_address(*address)?;
     }
     let mut waiting = addresses.into_iter();
-    let mut trying = FuturesUnordered::new();
-    let mut last = None;
+    let mut attempts = FuturesUnordered::new();
+    let mut last_error = None;
     loop {
         if let Some(address) = waiting.next() {
             let at = SocketAddr::new(address, target.port);
-            trying.push(async move { (address, TcpStream::connect(at).await) });
+            attempts.push(async move { (address, TcpStream::connect(at).await) });
         }
-        if trying.is_empty() {
+        if attempts.is_empty() {
             break;
         }
         let next = async {
             if waiting.len() == 0 {
                 std::future::pending::<()>().await;
             }
-            tokio::time::sleep(NEXT_ADDRESS).await;
+            tokio::time::sleep(CONNECTION_ATTEMPT_DELAY).await;
         };
         let found = tokio::select! {
-            found = trying.next() => found,
+            found = attempts.next() => found,
             () = next => None,
         };
         match found {
@@ -133,12 +141,12 @@ async fn connect(
                 prepare(&stream);
                 return Ok(TokioIo::new(stream));
             }
-            Some((address, Err(error))) => last = Some((address, error)),
+            Some((address, Err(error))) => last_error = Some((address, error)),
             None => {}
         }
     }
     let (host, port) = (&target.host, target.port);
-    Err(match last {
+    Err(match last_error {
         Some((address, error)) => TransportError::new(
             Fault::Connection,
             format!("Connecting to the provider failed: {error}."),
@@ -150,27 +158,27 @@ async fn connect(
 }
 
 fn prepare(stream: &TcpStream) {
-    // Requests are written whole: waiting to fill a packet only delays them.
+    // Requests are written in one piece, so Nagle's algorithm would only delay them.
     stream.set_nodelay(true).ok();
-    // What lies between drops connections on which nothing is said for minutes, and tells nobody.
+    // Middleboxes silently drop connections that are idle for minutes.
     let keep_alive = TcpKeepalive::new()
-        .with_time(KEEP_ALIVE)
+        .with_time(KEEP_ALIVE_IDLE)
         .with_interval(KEEP_ALIVE_INTERVAL)
         .with_retries(3);
     SockRef::from(stream).set_tcp_keepalive(&keep_alive).ok();
 }
 
-/// IPv6 and IPv4 addresses by turns, those of the first one's kind first.
-fn in_turns(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+/// Interleaves IPv6 and IPv4 addresses; the family of the first address stays first.
+fn interleave(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     let first_is_v6 = addresses.first().is_some_and(IpAddr::is_ipv6);
     let (mut one, mut other): (VecDeque<_>, VecDeque<_>) =
         addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
-    let mut turns = Vec::new();
+    let mut interleaved = Vec::new();
     while !one.is_empty() || !other.is_empty() {
-        turns.extend(one.pop_front());
-        turns.extend(other.pop_front());
+        interleaved.extend(one.pop_front());
+        interleaved.extend(other.pop_front());
     }
-    turns
+    interleaved
 }
 
 async fn resolve(resolver: &Resolver, target: &Target) -> Result<Vec<IpAddr>, TransportError> {
@@ -204,14 +212,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_both_kinds_take_turns() {
+    fn interleave_alternates_address_families() {
         let addresses =
             |text: &str| text.split(' ').map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>();
-        assert_eq!(in_turns(addresses("::1 ::2 127.0.0.1")), addresses("::1 127.0.0.1 ::2"));
+        assert_eq!(interleave(addresses("::1 ::2 127.0.0.1")), addresses("::1 127.0.0.1 ::2"));
         assert_eq!(
-            in_turns(addresses("127.0.0.1 ::1 127.0.0.2")),
+            interleave(addresses("127.0.0.1 ::1 127.0.0.2")),
             addresses("127.0.0.1 ::1 127.0.0.2")
         );
-        assert_eq!(in_turns(Vec::new()), Vec::<IpAddr>::new());
+        assert_eq!(interleave(Vec::new()), Vec::<IpAddr>::new());
     }
 }

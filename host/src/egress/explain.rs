@@ -1,15 +1,15 @@
-//! A failed exchange in words: those of the client without names, those of the operator with all there is.
+//! Error texts of failed exchanges: one without names for clients, and a full one for the operator.
 
 use std::error::Error;
 
 use super::{Fault, Secrets, TransportError};
 
-/// What went wrong, as the innermost error that knows it says.
+/// Converts a client error to a [`TransportError`], with the text of the innermost known cause.
 pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportError {
     let mut fault = Fault::Protocol;
     let mut message = String::new();
     let mut detail = None;
-    // What failed on the way to a connection was never sent.
+    // An error before the connection was established means that nothing was sent.
     let sent = !error
         .downcast_ref::<hyper_util::client::legacy::Error>()
         .is_some_and(|error| error.is_connect());
@@ -27,44 +27,47 @@ pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportErr
         if let Some(tls) = tls_error(cause) {
             fault = Fault::Tls;
             detail = Some(tls.to_string());
-            message = tls_trouble(tls).to_owned();
+            message = tls_message(tls).to_owned();
             continue;
         }
         if let Some(http) = cause.downcast_ref::<hyper::Error>() {
             if http.is_incomplete_message() {
                 fault = Fault::Connection;
             }
-            // The connection was closed before the request was written to it.
+            // The connection was closed before the request was written.
             unsent |= http.is_canceled();
         }
         if detail.is_none() {
             message = cause.to_string();
         }
     }
-    let told = |text: String| {
+    let to_sentence = |text: String| {
         let mut text = format!("The exchange with the provider failed: {text}.");
         secrets.blank(&mut text);
         text
     };
-    let error =
-        TransportError { sent: sent && !unsent, ..TransportError::new(fault, told(message)) };
+    let error = TransportError {
+        sent: sent && !unsent,
+        ..TransportError::new(fault, to_sentence(message))
+    };
     match detail {
-        Some(detail) => error.with_detail(told(detail)),
+        Some(detail) => error.with_detail(to_sentence(detail)),
         None => error,
     }
 }
 
-/// The TLS error that an error is, or that it wraps: one of the system's may wrap another of its kind, which `source` does not show.
+/// Returns the TLS error that an error is or wraps. An I/O error may wrap another I/O error, which
+/// `source` does not return.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
-    let mut hidden = Some(error);
-    while let Some(io) = hidden.and_then(|error| error.downcast_ref::<std::io::Error>()) {
-        hidden = io.get_ref().map(|inner| inner as &(dyn Error + 'static));
+    let mut wrapped = Some(error);
+    while let Some(io) = wrapped.and_then(|error| error.downcast_ref::<std::io::Error>()) {
+        wrapped = io.get_ref().map(|inner| inner as &(dyn Error + 'static));
     }
-    hidden?.downcast_ref()
+    wrapped?.downcast_ref()
 }
 
-/// A failed handshake in words without names: what a certificate says is the operator's.
-fn tls_trouble(error: &rustls::Error) -> &'static str {
+/// Returns the client's text of a TLS error, without the names in the certificate.
+fn tls_message(error: &rustls::Error) -> &'static str {
     use rustls::CertificateError::{
         Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer,
     };
@@ -80,7 +83,7 @@ fn tls_trouble(error: &rustls::Error) -> &'static str {
         }
         rustls::Error::InvalidCertificate(_) => "its certificate is not valid",
         rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
-            "it does not speak TLS; if it is a server of plain HTTP, its URL begins with http://"
+            "it does not speak TLS; for a plain HTTP server, use a URL with http://"
         }
         rustls::Error::InvalidMessage(_) => "it does not speak TLS",
         _ => "the TLS handshake failed",

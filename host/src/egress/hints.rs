@@ -1,39 +1,41 @@
-//! What a provider says of its limits in headers, in the forms that are in use.
+//! Rate-limit hints in response headers, in the forms that providers use.
 
 use std::time::Duration;
 
 use crate::clock::Timestamp;
 
-/// The longest that is waited because a provider says that nothing is left, without refusing anything: it may mean a bucket that fills
-/// steadily, and the time until it is full.
-const LONGEST_RESET: Duration = Duration::from_secs(60);
+/// Maximum wait for a reset that a provider reports without refusing a request. The reset may be
+/// the time until a steadily filling bucket is full, and far too long.
+const MAX_RESET: Duration = Duration::from_secs(60);
 
-/// Pairs of headers that say what is left, and until when. Of requests, each counts; of tokens, only that there are none.
-const REQUESTS: [(&str, &str); 4] = [
+/// Header pairs of remaining requests and their reset.
+const REQUEST_HEADERS: [(&str, &str); 4] = [
     ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
     ("anthropic-ratelimit-requests-remaining", "anthropic-ratelimit-requests-reset"),
     ("ratelimit-remaining", "ratelimit-reset"),
     ("x-ratelimit-remaining", "x-ratelimit-reset"),
 ];
-const TOKENS: [(&str, &str); 4] = [
+/// Header pairs of remaining tokens and their reset; only a remainder of zero counts.
+const TOKEN_HEADERS: [(&str, &str); 4] = [
     ("x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
     ("anthropic-ratelimit-tokens-remaining", "anthropic-ratelimit-tokens-reset"),
     ("anthropic-ratelimit-input-tokens-remaining", "anthropic-ratelimit-input-tokens-reset"),
     ("anthropic-ratelimit-output-tokens-remaining", "anthropic-ratelimit-output-tokens-reset"),
 ];
 
-/// What the headers of a response say.
+/// Rate-limit hints of one response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
-    /// How long it asks to wait.
+    /// Time that the provider asks to wait.
     pub delay: Option<Duration>,
-    /// Requests that are left, and for how long that holds.
+    /// Remaining requests, and the time until the reset.
     pub left: Option<(u64, Duration)>,
 }
 
 impl Hints {
+    /// Parses the hints in the headers of a response that arrived at `now`.
     pub fn of(headers: &[(String, String)], now: Timestamp) -> Self {
-        // Most say nothing, and it is asked of every response.
+        // Fast path: most responses have no hints.
         if !headers.iter().any(|(name, _)| is_hint(name)) {
             return Self::default();
         }
@@ -43,19 +45,19 @@ impl Hints {
                 .find(|(known, _)| known.eq_ignore_ascii_case(name))
                 .map(|(_, value)| value.trim())
         };
-        // By the provider's own clock where it gives the time.
-        let now = get("date").and_then(date).unwrap_or_else(|| now.as_millis());
+        // Dates are relative to the provider's clock if the response has a date.
+        let now = get("date").and_then(parse_date).unwrap_or_else(|| now.as_millis());
         let delay = get("retry-after-ms")
-            .and_then(|value| span(&format!("{value}ms")))
-            .or_else(|| get("retry-after").and_then(|value| moment(value, now)));
+            .and_then(|value| parse_span(&format!("{value}ms")))
+            .or_else(|| get("retry-after").and_then(|value| parse_wait(value, now)));
         let pair = |(remaining, reset): &(&str, &str)| {
             let left: f64 = get(remaining)?.parse().ok().filter(|left: &f64| *left >= 0.0)?;
-            let reset = moment(get(reset)?, now)?.min(LONGEST_RESET);
+            let reset = parse_wait(get(reset)?, now)?.min(MAX_RESET);
             Some((left as u64, reset))
         };
-        let tokens = TOKENS.iter().filter_map(pair).filter(|(left, _)| *left == 0);
-        // The one that holds for longest, of those of which least is left.
-        let left = REQUESTS
+        let tokens = TOKEN_HEADERS.iter().filter_map(pair).filter(|(left, _)| *left == 0);
+        // Smallest remainder first, then the latest reset.
+        let left = REQUEST_HEADERS
             .iter()
             .filter_map(pair)
             .chain(tokens)
@@ -64,17 +66,17 @@ impl Hints {
     }
 }
 
-/// Whether a header may be one of these. Names are in lower case as they come from the network; others are looked at in any case.
+/// Returns true if a header may be a hint; the case of the name does not matter.
 fn is_hint(name: &str) -> bool {
-    let begins =
+    let has_prefix =
         |word: &str| name.get(..word.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(word));
     ["x-ratelimit-", "ratelimit-", "retry-after", "anthropic-ratelimit-"]
         .iter()
-        .any(|word| begins(word))
+        .any(|word| has_prefix(word))
 }
 
-/// A time from now: a span, seconds, a date, or seconds since 1970.
-fn moment(text: &str, now: i64) -> Option<Duration> {
+/// Parses the wait until a point in time: a span, seconds, a date, or seconds since 1970.
+fn parse_wait(text: &str, now: i64) -> Option<Duration> {
     let until =
         |then: i64| Duration::from_millis(u64::try_from(then.saturating_sub(now)).unwrap_or(0));
     if let Ok(seconds) = text.parse::<f64>() {
@@ -88,12 +90,12 @@ fn moment(text: &str, now: i64) -> Option<Duration> {
             Duration::try_from_secs_f64(seconds).ok()
         };
     }
-    span(text).or_else(|| date(text).map(until))
+    parse_span(text).or_else(|| parse_date(text).map(until))
 }
 
-/// A span such as `6m0s`, `1.5s` or `20ms`.
-fn span(text: &str) -> Option<Duration> {
-    let mut whole = 0.0;
+/// Parses a span such as `6m0s`, `1.5s` or `20ms`.
+fn parse_span(text: &str) -> Option<Duration> {
+    let mut total = 0.0;
     let mut rest = text;
     while !rest.is_empty() {
         let end = rest.find(|letter: char| !letter.is_ascii_digit() && letter != '.')?;
@@ -108,14 +110,14 @@ fn span(text: &str) -> Option<Duration> {
             "d" => 86_400.0,
             _ => return None,
         };
-        whole += number.parse::<f64>().ok()? * unit;
+        total += number.parse::<f64>().ok()? * unit;
         rest = tail;
     }
-    Duration::try_from_secs_f64(whole).ok().filter(|_| !text.is_empty())
+    Duration::try_from_secs_f64(total).ok().filter(|_| !text.is_empty())
 }
 
-/// A date as HTTP (RFC 9110) or RFC 3339 write it, in milliseconds since 1970.
-fn date(text: &str) -> Option<i64> {
+/// Parses a date of RFC 9110 or RFC 3339 to milliseconds since 1970.
+fn parse_date(text: &str) -> Option<i64> {
     let at = httpdate::parse_http_date(text)
         .ok()
         .or_else(|| humantime::parse_rfc3339_weak(text).ok())?;
@@ -126,14 +128,14 @@ fn date(text: &str) -> Option<i64> {
 mod tests {
     use super::*;
 
-    fn of(headers: &[(&str, &str)]) -> Hints {
+    fn hints(headers: &[(&str, &str)]) -> Hints {
         let headers: Vec<_> =
             headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Hints::of(&headers, Timestamp::from_millis(784_111_770_000))
     }
 
     #[test]
-    fn delays_are_read_in_every_form() {
+    fn hints_parse_every_form_of_retry_after() {
         for (name, value, milliseconds) in [
             ("Retry-After", "3", Some(3000)),
             ("retry-after", "0.25", Some(250)),
@@ -148,21 +150,21 @@ mod tests {
             ("retry-after", "", None),
         ] {
             assert_eq!(
-                of(&[(name, value)]).delay,
+                hints(&[(name, value)]).delay,
                 milliseconds.map(Duration::from_millis),
                 "{name}: {value}"
             );
         }
-        // A date is held against the provider's own.
+        // A date is relative to the provider's own date.
         let headers = [
             ("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT"),
             ("date", "Sun, 06 Nov 1994 08:49:36 GMT"),
         ];
-        assert_eq!(of(&headers).delay, Some(Duration::from_secs(1)));
+        assert_eq!(hints(&headers).delay, Some(Duration::from_secs(1)));
     }
 
     #[test]
-    fn what_is_left_is_read_from_the_headers_of_many_providers() {
+    fn hints_parse_remaining_requests_and_tokens_of_many_providers() {
         for (headers, left) in [
             (
                 vec![
@@ -222,7 +224,7 @@ mod tests {
         ] {
             let expected =
                 left.map(|(left, milliseconds)| (left, Duration::from_millis(milliseconds)));
-            assert_eq!(of(&headers).left, expected, "{headers:?}");
+            assert_eq!(hints(&headers).left, expected, "{headers:?}");
         }
     }
 }

@@ -1,90 +1,113 @@
-//! How many exchanges of a plugin may be under way: found out from what the provider accepts and refuses.
+//! Estimate of a provider's concurrency limit, from the requests that it accepts and refuses.
 //!
-//! **A refusal says little.** Some providers refuse a few requests in a hundred at random, however few are sent: to send fewer then is to
-//! lose speed for nothing. Others refuse what is beyond a limit, and everything above it is wasted. What tells them apart is what happens
-//! at a lower speed: random refusals stay as frequent, those of a limit go away.
+//! **Problem.** A single refusal carries little information. Some providers refuse a few percent of
+//! all requests at random, at any load; a lower rate then only costs throughput. Other providers
+//! refuse everything beyond a limit, and every request beyond it is wasted. The two cases differ
+//! only at a lower rate: the share of random refusals stays, and the refusals of a limit disappear.
+//! Additive-increase, multiplicative-decrease control does not make this distinction.
 //!
-//! **So it tests.** Normally it counts evidence that more is refused than the share that is known to be random (a CUSUM test). When there
-//! is enough, it lowers the limit for a moment and compares two guesses (a sequential probability ratio test): that the share stays, or
-//! that what is accepted stays. If the share stays, it is random: it is remembered and the old limit comes back. If not, the limit was the
-//! provider's: it stays low and grows from there, quickly to where it was refused and slowly beyond.
+//! **Detection.** Normally the limit accumulates evidence that the share of refusals exceeds the
+//! known random share. This is a CUSUM test: each outcome adds its log-likelihood ratio, and a sum
+//! that falls to zero starts again. A sum above [`ALARM_EVIDENCE`] is an alarm.
 //!
-//! **Below one.** A limit below one is a rate: one exchange at a time with gaps between. A place whose exchange was refused stays taken for as
-//! long as an exchange takes, so that refusals do not make requests come faster.
+//! **Test.** An alarm lowers the limit for a short time, and a sequential probability ratio test
+//! (SPRT) compares two hypotheses: the share of refusals stays, or the number of accepted requests
+//! stays. If the share stays, the refusals are random: the share is remembered, and the old limit
+//! returns. Otherwise the limit is the provider's: the lower limit stays as a starting point. It
+//! grows quickly to just below the ceiling, where refusals began, and slowly beyond the ceiling.
 //!
-//! Nothing here waits or looks at a clock, so that a simulation can drive it; see `docs/providers.md` for what it measures.
+//! **Bias.** A refusal arrives sooner than a response, so a count of arrivals alone would overstate
+//! refusals. An exchange that has no refusal by the usual time of refusals counts as accepted.
+//! Outcomes of exchanges that started before the limit was lowered (an earlier epoch) are ignored.
+//!
+//! **Limits below one.** A limit below one is a rate: one exchange in flight, with gaps between
+//! starts. A refused exchange holds its permit for the usual time of an exchange, at most
+//! [`MAX_HOLD`], so that quick refusals do not raise the rate of requests.
+//!
+//! **Start.** A new limit opens slowly, so that a provider that refuses most requests refuses few.
+//!
+//! This module neither waits nor reads a clock, so that a simulation can drive it;
+//! `docs/providers.md` has the results.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Evidence at which a change is acted on: the logarithm of how much likelier it is than no change.
-const ALARM: f64 = 6.0;
+/// Evidence that raises an alarm: the log-likelihood ratio of a change against no change.
+const ALARM_EVIDENCE: f64 = 6.0;
 
-/// Evidence at which a test ends.
-const DECISION: f64 = 2.5;
+/// Evidence, for either hypothesis, that ends a test.
+const DECISION_EVIDENCE: f64 = 2.5;
 
-/// Answers before refusals can be found random: the first ones after a change may still be of the time before.
-const LEAST_RANDOM: u32 = 10;
+/// Minimum outcomes of a test that finds refusals random; the first outcomes after a change may
+/// reflect the previous limit.
+const MIN_RANDOM_OUTCOMES: u32 = 10;
 
-/// Answers after which a test ends in any case.
-const LONGEST_TEST: u32 = 48;
+/// Maximum outcomes of a test.
+const MAX_TEST_OUTCOMES: u32 = 48;
 
-/// The largest share of refusals that is taken for random.
-const MOST_RANDOM: f64 = 0.4;
+/// Maximum share of refusals that counts as random.
+const MAX_RANDOM_SHARE: f64 = 0.4;
 
-/// Answers over which the random share is averaged.
-const MEMORY: u32 = 512;
+/// Number of outcomes over which the random share is averaged.
+const RANDOM_SHARE_WINDOW: u32 = 512;
 
-/// By how much a share of refusals has to exceed the known one to matter.
-const CHANGE: f64 = 0.15;
+/// Minimum increase of the share of refusals that the CUSUM test detects.
+const MIN_SHARE_INCREASE: f64 = 0.15;
 
-/// The longest gap between two exchanges, unless the provider asks for a longer one.
-const LONGEST_GAP: Duration = Duration::from_secs(3);
+/// Maximum gap between two exchanges, unless the provider asks for a longer gap.
+const MAX_GAP: Duration = Duration::from_secs(3);
 
-/// The longest that everybody waits as the provider asked some to. It may mean one model of several; who was asked waits for longer.
-const LONGEST_CLOSED: Duration = Duration::from_secs(60);
+/// Maximum pause of all requests when a provider asks some requests to wait. `Retry-After` may
+/// apply to one of several models; the refused requests themselves wait longer.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
 
-/// The longest that a refused exchange keeps its place.
-const LONGEST_HOLD: Duration = Duration::from_millis(500);
+/// Maximum time that a refused exchange holds its permit.
+const MAX_HOLD: Duration = Duration::from_millis(500);
 
-/// Refusals in a row, at less than one exchange at a time, that are no limit but an outage.
-const OUTAGE: u32 = 8;
+/// Consecutive refusals at a limit below one that indicate an outage instead of a limit.
+const OUTAGE_REFUSALS: u32 = 8;
 
-/// Rounds just below a ceiling before more is tried.
-const PATIENCE_AT_FIRST: f64 = 4.0;
-const MOST_PATIENCE: f64 = 32.0;
+/// Initial number of rounds just below a ceiling before the limit grows beyond it.
+const INITIAL_PATIENCE_ROUNDS: f64 = 4.0;
+/// Maximum number of rounds just below a ceiling before the limit grows beyond it.
+const MAX_PATIENCE_ROUNDS: f64 = 32.0;
 
-/// Exchanges let out before anything is known of the provider, and how soon further ones follow.
-const AT_FIRST: f64 = 8.0;
-const PACE_AT_FIRST: Duration = Duration::from_micros(2500);
+/// Number of exchanges that may start before anything is known about the provider.
+const SLOW_START_EXCHANGES: f64 = 8.0;
+/// Interval at which the slow start opens one more exchange.
+const SLOW_START_INTERVAL: Duration = Duration::from_micros(2500);
 
-/// How the provider took a request.
+/// Outcome of a request, as evidence about the provider's limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// It was answered, in whatever way.
+    /// The provider responded, with success or an error.
     Accepted,
-    /// It was refused for now, with the time that the provider asks for.
+    /// The provider refused the request for now, with the wait that it asks for.
     Refused(Option<Duration>),
-    /// It was refused as often before while others were accepted: that says something of the request, not of the provider.
+    /// The provider refused this request repeatedly while it accepted others, so the refusal is no
+    /// evidence about the provider's limit.
     RefusedAlone,
-    /// There was no answer, which says nothing of limits.
+    /// The provider sent no response, which is no evidence about its limit.
     Unknown,
 }
 
-/// When the next exchange may begin.
+/// Time at which the next exchange may start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
+    /// Immediately.
     Now,
+    /// At this time.
     At(Instant),
-    /// When another one has ended.
+    /// After another exchange has ended.
     Later,
 }
 
-/// When an exchange began, and at which limit.
+/// Start of an exchange: its time, number and epoch.
 #[derive(Clone, Copy, Debug)]
 pub struct Began {
+    /// Time at which the exchange started.
     pub at: Instant,
     number: u64,
     epoch: u32,
@@ -92,256 +115,284 @@ pub struct Began {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
-    answers: u32,
+    outcomes: u32,
     refused: u32,
 }
 
 impl Counts {
     fn add(&mut self, refused: bool) {
-        self.answers = self.answers.saturating_add(1);
+        self.outcomes = self.outcomes.saturating_add(1);
         self.refused = self.refused.saturating_add(u32::from(refused));
     }
 
     fn share(self) -> f64 {
-        f64::from(self.refused) / f64::from(self.answers.max(1))
+        f64::from(self.refused) / f64::from(self.outcomes.max(1))
     }
 }
 
-/// A lower limit being compared with the one before.
+/// Test in progress: compares a lowered limit with the limit before it.
 #[derive(Clone, Copy, Debug)]
 struct Test {
+    /// Limit before the first of consecutive lowerings.
     before: f64,
+    /// Factor of the last lowering.
     lowered_to: f64,
+    /// Outcomes before the last lowering.
     first: Counts,
+    /// Outcomes since the last lowering.
     now: Counts,
+    /// Log-likelihood ratio: positive for random refusals, negative for a limit.
     evidence: f64,
 }
 
+/// Estimator of the concurrency limit of one plugin's provider.
 pub struct Limit {
+    /// Operator's limit.
     max: f64,
-    /// Exchanges under way at a time; below one, a rate.
+    /// Estimated maximum of exchanges in flight; below one, a rate.
     limit: f64,
-    /// How many of these have been opened: it starts low, so that a provider that refuses most refuses few of them.
-    opened: f64,
-    opened_at: Option<Instant>,
-    /// Where the provider refused last.
+    /// Slow start: number of exchanges that are open so far.
+    slow_start: f64,
+    /// Time at which the slow start last opened one more exchange.
+    slow_start_at: Option<Instant>,
+    /// Limit at which the provider last refused.
     ceiling: Option<f64>,
-    /// What grows a round beyond the ceiling.
+    /// Growth per round beyond the ceiling.
     step: f64,
-    /// Accepted since the limit was changed.
-    good: f64,
-    /// Rounds to stay just below the ceiling before more is tried: longer each time that the ceiling was found to be where it was.
+    /// Requests accepted in this round; a round is as many requests as the limit.
+    accepted_in_round: f64,
+    /// Rounds just below the ceiling before the limit grows beyond it; doubles each time that a
+    /// test confirms the ceiling.
     patience: f64,
-    /// Whether a round was accepted since it was lowered.
+    /// True if a round was accepted since the limit was lowered.
     has_grown: bool,
-    stayed: f64,
-    /// After a time in which everything was refused, which says nothing of how much is accepted now.
+    /// Rounds spent just below the ceiling.
+    rounds_at_ceiling: f64,
+    /// True after an outage, which is no evidence about the current limit: the limit then doubles.
     recovering: bool,
-    /// The share of refusals that is random.
-    random: f64,
-    suspicion: f64,
-    /// Answers since suspicion began.
+    /// Share of refusals that is random.
+    random_share: f64,
+    /// CUSUM sum: log-likelihood ratio of more refusals than the random share.
+    evidence_of_change: f64,
+    /// Outcomes since the CUSUM sum was last zero.
     suspected: Counts,
     test: Option<Test>,
-    /// Counts the lowerings: an answer to what was let out before the last one says nothing new.
+    /// Number of lowerings; an outcome of an exchange from before the last lowering is ignored.
     epoch: u32,
-    /// Refused in a row.
-    in_a_row: u32,
-    /// How long an accepted exchange takes, and how soon a refusal comes, in seconds.
-    takes: Option<f64>,
-    refuses_after: f64,
-    last_began: Option<Instant>,
-    /// Exchanges begun so lately that they may still be refused, the oldest first.
-    fresh: VecDeque<Began>,
-    begun: u64,
+    /// Consecutive refusals.
+    consecutive_refusals: u32,
+    /// Moving average of the duration of accepted exchanges, in seconds.
+    usual_seconds: Option<f64>,
+    /// Moving average of the time until a refusal, in seconds.
+    refusal_seconds: f64,
+    /// Start of the last exchange.
+    last_started: Option<Instant>,
+    /// Exchanges so recent that a refusal is still possible, oldest first.
+    undecided: VecDeque<Began>,
+    /// Number of exchanges started.
+    started: u64,
+    /// End of a pause of all requests.
     closed_until: Option<Instant>,
-    /// What the provider said is left, until when.
-    left: Option<(u64, Instant)>,
-    told_by: Option<u64>,
+    /// Remaining requests that the provider reported, and their reset.
+    remaining: Option<(u64, Instant)>,
+    /// Number of the exchange whose response reported `remaining`.
+    reported_by: Option<u64>,
 }
 
 impl Limit {
+    /// Returns a limit that never exceeds `max` exchanges in flight.
     pub fn new(max: usize) -> Self {
         let max = f64::from(u32::try_from(max.max(1)).unwrap_or(u32::MAX));
         Self {
             max,
             limit: max,
-            opened: AT_FIRST.min(max),
-            opened_at: None,
+            slow_start: SLOW_START_EXCHANGES.min(max),
+            slow_start_at: None,
             ceiling: None,
             step: 0.0,
-            good: 0.0,
-            patience: PATIENCE_AT_FIRST,
+            accepted_in_round: 0.0,
+            patience: INITIAL_PATIENCE_ROUNDS,
             has_grown: true,
-            stayed: 0.0,
+            rounds_at_ceiling: 0.0,
             recovering: false,
-            random: 0.0,
-            suspicion: 0.0,
+            random_share: 0.0,
+            evidence_of_change: 0.0,
             suspected: Counts::default(),
             test: None,
             epoch: 0,
-            in_a_row: 0,
-            takes: None,
-            refuses_after: 0.0,
-            last_began: None,
-            fresh: VecDeque::new(),
-            begun: 0,
+            consecutive_refusals: 0,
+            usual_seconds: None,
+            refusal_seconds: 0.0,
+            last_started: None,
+            undecided: VecDeque::new(),
+            started: 0,
             closed_until: None,
-            left: None,
-            told_by: None,
+            remaining: None,
+            reported_by: None,
         }
     }
 
-    /// The limit as it is, for people.
+    /// Returns the current estimate; below one, a rate.
     pub fn current(&self) -> f64 {
         self.limit
     }
 
-    /// How long an exchange usually takes, once that is known.
+    /// Returns the average duration of accepted exchanges, once known.
     pub fn usual_time(&self) -> Option<Duration> {
-        self.takes.map(Duration::from_secs_f64)
+        self.usual_seconds.map(Duration::from_secs_f64)
     }
 
-    /// Whether everything waits for a time that the provider gave, and until when.
+    /// Returns the end of a pause of all requests, if one is in effect at `now`.
     pub fn closed_until(&self, now: Instant) -> Option<Instant> {
-        let spent =
-            self.left.filter(|(left, until)| *left == 0 && *until > now).map(|(_, until)| until);
+        let spent = self
+            .remaining
+            .filter(|(left, until)| *left == 0 && *until > now)
+            .map(|(_, until)| until);
         self.closed_until.filter(|until| *until > now).max(spent)
     }
 
-    /// Whether one more exchange may begin beside so many.
-    pub fn next(&mut self, now: Instant, under_way: usize) -> Next {
+    /// Returns when one more exchange may start, with `in_flight` exchanges in flight.
+    pub fn next(&mut self, now: Instant, in_flight: usize) -> Next {
         if let Some(until) = self.closed_until(now) {
             return Next::At(until);
         }
-        let under_way = f64::from(u32::try_from(under_way).unwrap_or(u32::MAX));
-        if under_way >= self.limit.max(1.0).floor() {
+        let in_flight = f64::from(u32::try_from(in_flight).unwrap_or(u32::MAX));
+        if in_flight >= self.limit.max(1.0).floor() {
             return Next::Later;
         }
         if self.limit < 1.0
-            && let Some(last) = self.last_began
+            && let Some(last) = self.last_started
         {
             let next = last.checked_add(self.gap()).unwrap_or(last);
             return if next > now { Next::At(next) } else { Next::Now };
         }
-        if under_way >= self.opened.floor() {
-            // Slow providers are not waited for: more is opened as time goes by.
-            let opened_at = *self.opened_at.get_or_insert(now);
-            let next = opened_at.checked_add(PACE_AT_FIRST).unwrap_or(now);
+        if in_flight >= self.slow_start.floor() {
+            // Time also opens the slow start, because a slow provider would keep it closed.
+            let slow_start_at = *self.slow_start_at.get_or_insert(now);
+            let next = slow_start_at.checked_add(SLOW_START_INTERVAL).unwrap_or(now);
             if next > now {
                 return Next::At(next);
             }
-            self.opened_at = Some(now);
-            self.opened += 1.0;
+            self.slow_start_at = Some(now);
+            self.slow_start += 1.0;
         }
         Next::Now
     }
 
+    /// Records the start of an exchange.
     pub fn begin(&mut self, now: Instant) -> Began {
-        self.last_began = Some(now);
-        if let Some((left, _)) = &mut self.left {
+        self.last_started = Some(now);
+        if let Some((left, _)) = &mut self.remaining {
             *left = left.saturating_sub(1);
         }
-        self.begun = self.begun.wrapping_add(1);
-        let began = Began { at: now, number: self.begun, epoch: self.epoch };
-        self.presume(now);
-        self.fresh.push_back(began);
+        self.started = self.started.wrapping_add(1);
+        let began = Began { at: now, number: self.started, epoch: self.epoch };
+        self.assume_accepted(now);
+        self.undecided.push_back(began);
         began
     }
 
-    /// Refusals come sooner than answers, so that answers alone would show too many of them: what has not been refused by the time at which
-    /// refusals come is taken for accepted.
-    fn presume(&mut self, now: Instant) {
-        let soon = Duration::from_secs_f64((self.refuses_after * 3.0).clamp(0.005, 1.0));
-        while let Some(first) = self.fresh.front()
-            && now.saturating_duration_since(first.at) > soon
+    /// Counts exchanges as accepted if no refusal has arrived by the usual time of refusals.
+    /// Refusals arrive sooner than responses, so a count of arrivals alone would overstate
+    /// refusals.
+    fn assume_accepted(&mut self, now: Instant) {
+        let refusal_window =
+            Duration::from_secs_f64((self.refusal_seconds * 3.0).clamp(0.005, 1.0));
+        while let Some(first) = self.undecided.front()
+            && now.saturating_duration_since(first.at) > refusal_window
         {
             let accepted = first.epoch == self.epoch;
-            self.fresh.pop_front();
+            self.undecided.pop_front();
             if accepted {
                 self.count(false);
             }
         }
     }
 
-    /// Whether it was not counted yet; it is counted now.
-    fn settle(&mut self, began: Began) -> bool {
-        let place = self.fresh.binary_search_by_key(&began.number, |fresh| fresh.number);
-        place.is_ok_and(|place| self.fresh.remove(place).is_some())
+    /// Removes an exchange from the undecided ones; returns false if it was already counted.
+    fn take_undecided(&mut self, began: Began) -> bool {
+        let index =
+            self.undecided.binary_search_by_key(&began.number, |undecided| undecided.number);
+        index.is_ok_and(|index| self.undecided.remove(index).is_some())
     }
 
-    /// Takes note of what the provider says is left until then, as an answer to this exchange. Those begun after it are not counted there.
+    /// Records the remaining requests that a response to the exchange `answered` reported. The
+    /// report does not include exchanges that started later, so the remainder shrinks by their
+    /// number.
     pub fn told(&mut self, remaining: u64, until: Instant, answered: Began) {
-        // Answers may come in another order than they were made in.
-        if self.told_by.is_some_and(|last| last > answered.number) {
+        // Responses may arrive out of order.
+        if self.reported_by.is_some_and(|last| last > answered.number) {
             return;
         }
-        self.told_by = Some(answered.number);
-        let since = self.begun.wrapping_sub(answered.number);
-        self.left = Some((remaining.saturating_sub(since), until));
+        self.reported_by = Some(answered.number);
+        let since = self.started.wrapping_sub(answered.number);
+        self.remaining = Some((remaining.saturating_sub(since), until));
     }
 
-    /// Takes note of how a request was taken, with so many under way, this one included; returns how long its place stays taken.
+    /// Records the outcome of an exchange. `in_flight` includes that exchange. Returns the time
+    /// until which the exchange holds its permit.
     pub fn ended(
         &mut self,
         now: Instant,
         began: Began,
         taken: Taken,
-        under_way: usize,
+        in_flight: usize,
     ) -> Option<Instant> {
         let took = now.saturating_duration_since(began.at).as_secs_f64();
-        self.presume(now);
-        let uncounted = self.settle(began);
+        self.assume_accepted(now);
+        let uncounted = self.take_undecided(began);
         match taken {
             Taken::Unknown | Taken::RefusedAlone => None,
             Taken::Accepted => {
-                let known = self.takes.unwrap_or(took);
-                self.takes = Some(known + (took - known) / 16.0);
-                self.opened = (self.opened + 1.0).min(self.max);
+                let known = self.usual_seconds.unwrap_or(took);
+                self.usual_seconds = Some(known + (took - known) / 16.0);
+                self.slow_start = (self.slow_start + 1.0).min(self.max);
                 if began.epoch == self.epoch {
-                    self.accepted(uncounted);
+                    self.on_accepted(uncounted);
                 }
                 None
             }
             Taken::Refused(asked) => {
-                self.refuses_after += (took - self.refuses_after) / 4.0;
+                self.refusal_seconds += (took - self.refusal_seconds) / 4.0;
                 if began.epoch == self.epoch {
-                    self.refused(now, asked, under_way);
+                    self.on_refused(now, asked, in_flight);
                 }
-                let hold = Duration::from_secs_f64((self.takes.unwrap_or(0.0) - took).max(0.0))
-                    .min(LONGEST_HOLD);
+                let hold =
+                    Duration::from_secs_f64((self.usual_seconds.unwrap_or(0.0) - took).max(0.0))
+                        .min(MAX_HOLD);
                 now.checked_add(hold)
             }
         }
     }
 
+    /// Returns the gap between two starts at a limit below one.
     fn gap(&self) -> Duration {
-        let takes = self.takes.unwrap_or(0.1).max(0.001);
-        Duration::from_secs_f64((takes / self.limit.max(1e-6)).min(LONGEST_GAP.as_secs_f64()))
+        let usual_seconds = self.usual_seconds.unwrap_or(0.1).max(0.001);
+        Duration::from_secs_f64((usual_seconds / self.limit.max(1e-6)).min(MAX_GAP.as_secs_f64()))
     }
 
-    fn accepted(&mut self, uncounted: bool) {
-        if self.in_a_row >= OUTAGE && self.limit < 1.0 {
+    fn on_accepted(&mut self, uncounted: bool) {
+        if self.consecutive_refusals >= OUTAGE_REFUSALS && self.limit < 1.0 {
             self.recovering = true;
             self.ceiling = None;
             self.test = None;
             self.limit = (self.limit * 4.0).min(1.0);
         }
-        self.in_a_row = 0;
+        self.consecutive_refusals = 0;
         if uncounted {
             self.count(false);
         }
         if self.test.is_some() {
             return;
         }
-        self.good += 1.0;
-        if self.limit < self.max && self.good >= self.limit.max(1.0) {
-            self.good = 0.0;
+        self.accepted_in_round += 1.0;
+        if self.limit < self.max && self.accepted_in_round >= self.limit.max(1.0) {
+            self.accepted_in_round = 0.0;
             self.grow();
         }
     }
 
-    /// After a round in which all was accepted.
+    /// Raises the limit after a round of accepted requests.
     fn grow(&mut self) {
         self.has_grown = true;
         let factor = match self.ceiling {
@@ -349,14 +400,14 @@ impl Limit {
             Some(ceiling) if self.limit < 0.93 * ceiling => {
                 (0.95 * ceiling / self.limit).min(1.0 + 1.0 / 16.0)
             }
-            Some(_) if self.stayed < self.patience => {
-                self.stayed += 1.0;
+            Some(_) if self.rounds_at_ceiling < self.patience => {
+                self.rounds_at_ceiling += 1.0;
                 1.0
             }
             Some(ceiling) => {
                 if self.limit > 1.3 * ceiling {
-                    // It is not where it was.
-                    self.patience = PATIENCE_AT_FIRST;
+                    // The provider's limit has moved.
+                    self.patience = INITIAL_PATIENCE_ROUNDS;
                 }
                 self.step = (self.step * 1.5).clamp(1.0 / 32.0, 0.25);
                 1.0 + self.step
@@ -370,34 +421,36 @@ impl Limit {
         }
     }
 
-    fn refused(&mut self, now: Instant, asked: Option<Duration>, under_way: usize) {
-        self.in_a_row = self.in_a_row.saturating_add(1);
-        // All are refused: the time that is asked for is everybody's.
-        if self.in_a_row >= 3
+    fn on_refused(&mut self, now: Instant, asked: Option<Duration>, in_flight: usize) {
+        self.consecutive_refusals = self.consecutive_refusals.saturating_add(1);
+        // All requests are refused, so the wait applies to all requests.
+        if self.consecutive_refusals >= 3
             && let Some(asked) = asked
         {
-            let until = now.checked_add(asked.min(LONGEST_CLOSED)).unwrap_or(now);
+            let until = now.checked_add(asked.min(MAX_PAUSE)).unwrap_or(now);
             self.closed_until = self.closed_until.max(Some(until));
         }
         self.count(true);
         if let Some(test) = self.test {
-            self.decide(now, test, under_way);
-        } else if self.suspicion > ALARM {
-            // What is under way for longer than a refusal takes has been accepted. Where lowering has just been too little, that is no guide.
+            self.decide(now, test, in_flight);
+        } else if self.evidence_of_change > ALARM_EVIDENCE {
+            // Exchanges in flight for longer than a refusal takes count as accepted. Directly after
+            // a lowering, those exchanges started at the higher limit, and do not count.
             let accepted =
-                u32::try_from(under_way).unwrap_or(u32::MAX).saturating_sub(self.suspected.refused);
-            let answers =
-                self.suspected.answers.max(self.suspected.refused.saturating_add(accepted));
-            let all = Counts { answers, ..self.suspected };
+                u32::try_from(in_flight).unwrap_or(u32::MAX).saturating_sub(self.suspected.refused);
+            let outcomes =
+                self.suspected.outcomes.max(self.suspected.refused.saturating_add(accepted));
+            let all = Counts { outcomes, ..self.suspected };
             let share = if self.has_grown { all.share() } else { self.suspected.share() };
-            self.lower(now, self.suspected, share, under_way);
+            self.lower(now, self.suspected, share, in_flight);
         }
     }
 
+    /// Adds an outcome to the test in progress, or to the CUSUM sum.
     fn count(&mut self, refused: bool) {
         if let Some(test) = &mut self.test {
             test.now.add(refused);
-            let (random, limited) = test.guesses(self.random);
+            let (random, limited) = test.hypotheses(self.random_share);
             test.evidence += if refused {
                 (random / limited).ln()
             } else {
@@ -405,77 +458,79 @@ impl Limit {
             };
             let test = *test;
             if !refused && test.is_over() {
-                self.end(test);
+                self.end_test(test);
             }
             return;
         }
-        // Nothing was refused lately: one more that is not says nothing new.
-        if !refused && self.suspicion <= 0.0 && self.random <= 0.0 {
+        // Without recent refusals, one more acceptance is no evidence.
+        if !refused && self.evidence_of_change <= 0.0 && self.random_share <= 0.0 {
             return;
         }
-        let known = self.random.clamp(0.01, 0.9);
-        let more = known + CHANGE * (1.0 - known);
+        let known = self.random_share.clamp(0.01, 0.9);
+        let more = known + MIN_SHARE_INCREASE * (1.0 - known);
         self.suspected.add(refused);
-        self.suspicion +=
+        self.evidence_of_change +=
             if refused { (more / known).ln() } else { ((1.0 - more) / (1.0 - known)).ln() };
-        if self.suspicion <= 0.0 {
-            // Nothing was the matter: what was refused meanwhile is of the random kind.
-            let weight = f64::from(self.suspected.answers.min(MEMORY)) / f64::from(MEMORY);
-            self.random += (self.suspected.share() - self.random) * weight;
-            self.suspicion = 0.0;
+        if self.evidence_of_change <= 0.0 {
+            // No change: the refusals since then are random.
+            let weight = f64::from(self.suspected.outcomes.min(RANDOM_SHARE_WINDOW))
+                / f64::from(RANDOM_SHARE_WINDOW);
+            self.random_share += (self.suspected.share() - self.random_share) * weight;
+            self.evidence_of_change = 0.0;
             self.suspected = Counts::default();
         }
     }
 
-    /// After a refusal during a test.
-    fn decide(&mut self, now: Instant, test: Test, under_way: usize) {
+    /// Lowers the limit further, or ends the test, after a refusal during a test.
+    fn decide(&mut self, now: Instant, test: Test, in_flight: usize) {
         let share = test.now.share();
         let worse = test.now.refused >= 3 && share > test.first.share() + 0.15;
-        let hopeless = test.now.refused >= 3 && share > MOST_RANDOM;
+        let hopeless = test.now.refused >= 3 && share > MAX_RANDOM_SHARE;
         if worse || hopeless {
-            self.lower(now, test.now, share, under_way);
+            self.lower(now, test.now, share, in_flight);
         } else if test.is_over() {
-            self.end(test);
+            self.end_test(test);
         }
     }
 
-    fn end(&mut self, test: Test) {
+    /// Ends a test: restores the limit if the refusals are random, otherwise confirms the ceiling.
+    fn end_test(&mut self, test: Test) {
         self.test = None;
-        self.suspicion = 0.0;
+        self.evidence_of_change = 0.0;
         self.suspected = Counts::default();
-        self.good = 0.0;
+        self.accepted_in_round = 0.0;
         let all = Counts {
-            answers: test.first.answers.saturating_add(test.now.answers),
+            outcomes: test.first.outcomes.saturating_add(test.now.outcomes),
             refused: test.first.refused.saturating_add(test.now.refused),
         };
-        let random = test.evidence > 0.0 && all.share() <= MOST_RANDOM;
+        let random = test.evidence > 0.0 && all.share() <= MAX_RANDOM_SHARE;
         if random {
-            self.random = self.random.max(all.share());
+            self.random_share = self.random_share.max(all.share());
             self.limit = self.limit.max(test.before);
             self.ceiling = None;
         } else {
             let known = self.ceiling.unwrap_or(self.limit);
             self.limit = self.limit.max(0.75 * known.min(test.before));
-            self.patience = (self.patience * 2.0).min(MOST_PATIENCE);
+            self.patience = (self.patience * 2.0).min(MAX_PATIENCE_ROUNDS);
         }
     }
 
-    /// Lowers the limit, to see whether that helps.
-    fn lower(&mut self, now: Instant, first: Counts, share: f64, under_way: usize) {
-        let in_use = f64::from(u32::try_from(under_way).unwrap_or(u32::MAX)).max(1.0);
+    /// Lowers the limit and starts a test.
+    fn lower(&mut self, now: Instant, first: Counts, share: f64, in_flight: usize) {
+        let in_use = f64::from(u32::try_from(in_flight).unwrap_or(u32::MAX)).max(1.0);
         let before = if self.limit < 1.0 { self.limit } else { self.limit.min(in_use) };
         let factor = ((1.0 - share) * 0.85).max(0.5);
-        let floor = self.takes.unwrap_or(0.1).max(0.001) / LONGEST_GAP.as_secs_f64();
+        let floor = self.usual_seconds.unwrap_or(0.1).max(0.001) / MAX_GAP.as_secs_f64();
         let to = (before * factor).max(floor.min(1.0));
-        // Lowered again and again, it remembers where it all began.
-        let began = self.test.map_or(before, |test| test.before);
+        // Consecutive lowerings keep the limit before the first one.
+        let original = self.test.map_or(before, |test| test.before);
         self.ceiling = Some(if self.test.is_some() {
             self.ceiling.unwrap_or(before).min(before.max(1.0))
         } else {
             before
         });
         self.test = Some(Test {
-            before: began,
+            before: original,
             lowered_to: to / before,
             first,
             now: Counts::default(),
@@ -484,26 +539,28 @@ impl Limit {
         self.limit = to;
         self.recovering = false;
         self.step = 0.0;
-        self.good = 0.0;
-        self.stayed = 0.0;
+        self.accepted_in_round = 0.0;
+        self.rounds_at_ceiling = 0.0;
         self.has_grown = false;
-        self.suspicion = 0.0;
+        self.evidence_of_change = 0.0;
         self.suspected = Counts::default();
         self.epoch = self.epoch.wrapping_add(1);
-        // The refusals that are on their way come first.
-        let settle = Duration::from_secs_f64((self.refuses_after * 2.0).clamp(0.002, 0.2));
-        self.closed_until = self.closed_until.max(now.checked_add(settle));
+        // A short pause lets the refusals of exchanges in flight arrive first.
+        let pause = Duration::from_secs_f64((self.refusal_seconds * 2.0).clamp(0.002, 0.2));
+        self.closed_until = self.closed_until.max(now.checked_add(pause));
     }
 }
 
 impl Test {
+    /// Returns true if the evidence or the number of outcomes is sufficient.
     fn is_over(&self) -> bool {
-        let random = self.evidence > DECISION && self.now.answers >= LEAST_RANDOM;
-        random || self.evidence < -DECISION || self.now.answers >= LONGEST_TEST
+        let random = self.evidence > DECISION_EVIDENCE && self.now.outcomes >= MIN_RANDOM_OUTCOMES;
+        random || self.evidence < -DECISION_EVIDENCE || self.now.outcomes >= MAX_TEST_OUTCOMES
     }
 
-    /// Shares of refusals to expect at the lower limit: if they are random, and if there is a limit.
-    fn guesses(&self, known: f64) -> (f64, f64) {
+    /// Returns the expected shares of refusals at the lower limit: if refusals are random, and if
+    /// they are those of a limit.
+    fn hypotheses(&self, known: f64) -> (f64, f64) {
         let share = self.first.share().clamp(0.03, 0.95);
         let limited =
             (1.0 - (1.0 - share) / self.lowered_to.max(0.01)).max(known).clamp(0.01, share * 0.9);

@@ -1,7 +1,39 @@
-//! The only way out: every exchange of every plugin, in this order. Normalise the URL, hold it against the allow-list, add credentials,
-//! wait for rate and concurrency permits, resolve, check the address, dial that very address, send, bound what comes back.
+//! Egress: the only code through which a plugin reaches the network.
 //!
-//! Architecture invariant: this room knows no WebAssembly and no batches; it is given a policy and a request.
+//! **Threats.** A plugin is untrusted WebAssembly, and every URL and header that it writes is
+//! input.
+//!
+//! - A hostile plugin sends data, or the operator's credential, to a host of its own choice.
+//! - A URL leads into the operator's network (server-side request forgery): to a loopback service,
+//!   to a private host, or to the metadata service of a cloud, which hands out credentials.
+//! - An allowed name resolves to a public address when it is checked, and to a private address when
+//!   it is dialed (DNS rebinding).
+//! - A provider echoes the credential in a response, and the plugin reads it there.
+//! - A provider sends an endless body, or never answers.
+//!
+//! **Layers.** An exchange passes them in this order, and each layer holds without the others.
+//!
+//! 1. `throttle`, `limit` and the operator's rate decide when the exchange may start.
+//! 2. `gateway` parses and normalizes the URL, so that unusual notations of an address (`0x7f.1`,
+//!    fullwidth digits) become plain. `allow` compares scheme, host and port with the allow-list.
+//! 3. `gateway` drops the headers that belong to the host or to the connection, such as `Host`.
+//! 4. `credentials` removes the plugin's own values of credential headers, and adds the credentials
+//!    of the host. Each credential has a list of hosts of its own, and a host that is only on the
+//!    plugin's allow-list gets no credential.
+//! 5. `dial` resolves the name, checks every address with `address`, and connects to an address
+//!    that it has checked. There is no second lookup, so a rebinding name gains nothing.
+//! 6. `gateway` limits the time and the size of the response. The client follows no redirect: a
+//!    plugin that follows one starts a new exchange, which passes all layers again.
+//! 7. `credentials` redacts the secrets in the headers and the body of the response, in every
+//!    encoding that a server is likely to use.
+//!
+//! **Reasons.** A guest has no sockets, so every byte passes this module, and no check depends on
+//! the guest. Response bodies are never decompressed: secrets must be found in the bytes as they
+//! arrive, and a small response must not become a large one. Errors have two texts: the text for
+//! clients has no hosts, addresses and paths, and the text in the operator's log has them.
+//!
+//! Architecture invariant: this module knows neither WebAssembly nor batches; it gets a policy and
+//! a request.
 
 mod address;
 mod allow;
@@ -23,49 +55,65 @@ pub use hints::Hints;
 pub use limit::Taken;
 pub use throttle::{Admitted, Queue, Refusals};
 
-/// An exchange as an adapter asks for it: input like any other, not yet checked.
+/// HTTP request that an adapter asks the host to send; unchecked input.
 #[derive(Debug)]
 pub struct HttpRequest {
+    /// Method, such as `POST`.
     pub method: String,
+    /// Absolute URL.
     pub url: String,
+    /// Header names and values, in order.
     pub headers: Vec<(String, String)>,
+    /// Body, empty if there is none.
     pub body: Vec<u8>,
 }
 
-/// What came back, within the plugin's limits and without its secrets.
+/// HTTP response, within the plugin's limits and with its secrets redacted.
 #[derive(Debug)]
 pub struct HttpResponse {
+    /// Status code.
     pub status: u16,
+    /// Header names in lower case, and values.
     pub headers: Vec<(String, String)>,
+    /// Whole body.
     pub body: Vec<u8>,
 }
 
-/// Why an exchange brought no response.
+/// Reason why an exchange has no response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// The host's name did not resolve.
     NameResolution,
+    /// The connection failed or broke.
     Connection,
+    /// The TLS handshake failed.
     Tls,
+    /// A timeout of the plugin's limits passed.
     Timeout,
+    /// The request or the response is not valid HTTP.
     Protocol,
+    /// The response is larger than the plugin's limit.
     TooLarge,
+    /// The URL or the address is not on the plugin's allow-list.
     NotAllowed,
 }
 
-/// An exchange that brought no response.
+/// Error of an exchange that has no response.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct TransportError {
+    /// Reason, for code.
     pub fault: Fault,
-    /// For plugins and clients: without hosts, addresses, paths and secrets.
+    /// Text for plugins and clients, without hosts, addresses, paths and secrets.
     pub message: String,
-    /// For the operator, where there is more to say: with hosts and files, without secrets.
+    /// Text for the operator if it differs: with hosts and files, without secrets.
     detail: Option<String>,
-    /// Whether the request may have reached the provider, so that it may be worked on and paid for.
+    /// True if the request may have reached the provider, which may then process and bill it.
     pub sent: bool,
 }
 
 impl TransportError {
+    /// Returns an error of a request that was not sent.
     pub fn new(fault: Fault, message: impl Into<String>) -> Self {
         Self { fault, message: message.into(), detail: None, sent: false }
     }
@@ -74,37 +122,39 @@ impl TransportError {
         Self { detail: Some(detail.into()), ..self }
     }
 
-    /// The same, of a request that may have reached the provider.
+    /// Returns the same error for a request that may have reached the provider.
     fn after_sending(self) -> Self {
         Self { sent: true, ..self }
     }
 
-    /// The operator's text.
+    /// Returns the operator's text.
     pub fn detail(&self) -> &str {
         self.detail.as_deref().unwrap_or(&self.message)
     }
 }
 
-/// What bounds the exchanges of one plugin.
+/// Limits of the exchanges of one plugin.
 #[derive(Clone, Debug)]
 pub struct Bounds {
-    /// Exchanges in flight at a time.
+    /// Maximum number of exchanges in flight.
     pub concurrency: usize,
-    /// Exchanges begun in a minute; none is no bound.
+    /// Maximum number of exchanges started per minute; unlimited if absent.
     pub requests_per_minute: Option<std::num::NonZeroU32>,
+    /// Timeout of name resolution and connection together.
     pub connect_timeout: Duration,
-    /// From sending to the head of the response.
+    /// Timeout from the start of the exchange to the head of the response.
     pub first_byte_timeout: Duration,
-    /// From sending to the end of the response.
+    /// Timeout from the start of the exchange to the end of the response.
     pub exchange_timeout: Duration,
-    /// Largest body of a response, in bytes.
+    /// Maximum size of a response body, in bytes.
     pub max_response: usize,
 }
 
-/// A pause after so many refusals of one request in a row, without the provider asking for one. How often requests are sent as a whole is the
-/// limit's affair, so it need not be long.
+/// Returns the backoff after `refusals` consecutive refusals of one request without `Retry-After`.
+/// The backoff is short, because the limit already lowers the rate of all requests together.
 pub fn refusal_pause(refusals: u32) -> Duration {
-    const FIRST: Duration = Duration::from_millis(250);
-    const LONGEST: Duration = Duration::from_secs(8);
-    FIRST.saturating_mul(2_u32.saturating_pow(refusals.saturating_sub(1))).min(LONGEST)
+    const INITIAL_BACKOFF: Duration = Duration::from_millis(250);
+    const MAX_BACKOFF: Duration = Duration::from_secs(8);
+    let factor = 2_u32.saturating_pow(refusals.saturating_sub(1));
+    INITIAL_BACKOFF.saturating_mul(factor).min(MAX_BACKOFF)
 }

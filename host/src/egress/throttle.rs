@@ -1,10 +1,33 @@
-//! Whose exchange is next, within the limit that [`limit`](super::limit) finds.
+//! Throttle: decides which waiting exchange may start next, within the operator's limit and within
+//! the limit that [`limit`](super::limit) estimates.
 //!
-//! A place that becomes free goes to the batch that has the fewest exchanges under way among those that wait, and within a batch to the
-//! request that waits longest. So a batch of one line is not behind the thousands of lines of the others.
+//! **Fair share.** A queue is one batch. A free permit goes to the queue with the fewest exchanges
+//! in flight among the queues that wait, and within a queue to the oldest request. Queues with
+//! equally many exchanges in flight take turns. So a batch of one line does not wait behind the
+//! thousands of lines of other batches.
 //!
-//! An exchange that takes much longer than others counts against the operator's bound, and no more against the limit that was found: one
-//! that hangs must not be the only one.
+//! **Permits.** [`Admitted`] is a permit for one exchange in flight, and dropping it releases the
+//! permit. The release itself admits the next request. A request that is canceled while it waits
+//! leaves its queue, and a permit that was already granted to that request is released.
+//!
+//! **Held permits.** After a refusal the limit may hold a permit for up to the usual time of an
+//! exchange. A provider refuses within milliseconds, so immediate releases would raise the rate of
+//! requests exactly when the provider asks for less.
+//!
+//! **Hung exchanges.** An exchange that takes [`HANG_FACTOR`] times the usual time no longer counts
+//! against the estimated limit; it still counts against the operator's limit. Otherwise a single
+//! hung exchange would stop a plugin whose limit is one.
+//!
+//! **Long pauses.** If the provider asks for a pause of more than [`MAX_QUEUE_WAIT`], the throttle
+//! returns the end of the pause to all waiting requests: a request must not wait in memory for
+//! minutes. The batch then keeps the request's position in the input file instead.
+//!
+//! **Refusals of one request.** A request that is refused again while others are accepted is no
+//! evidence about the provider. [`Refusals`] counts per request, so that such a request does not
+//! slow down the others.
+//!
+//! **Wake-ups.** A limit below one, a held permit and a hung exchange change with time and without
+//! an event. A timer task checks the queues again at the earliest of these times.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
@@ -16,125 +39,129 @@ use tokio::time::Instant;
 
 use super::limit::{Began, Limit, Next, Taken};
 
-/// Whose request it is: requests of one batch have the same number.
+/// Key of a queue: requests of one batch have the same key.
 pub type Queue = u64;
 
-/// After how many times the usual time an exchange does not count against the limit any more, and the least of it.
-const HANGS: u32 = 8;
-const LEAST_HANG: Duration = Duration::from_secs(5);
+/// Multiple of the usual time after which an exchange no longer counts against the estimated limit.
+const HANG_FACTOR: u32 = 8;
+/// Minimum time after which an exchange no longer counts against the estimated limit.
+const MIN_HANG_TIME: Duration = Duration::from_secs(5);
 
-/// A wait for the provider's own time that nobody waits here for.
-const LONG: Duration = Duration::from_secs(5);
+/// Maximum pause that a request waits for in memory.
+const MAX_QUEUE_WAIT: Duration = Duration::from_secs(5);
 
+/// Admission control for the exchanges of one plugin.
 pub struct Throttle(Arc<Inner>);
 
 struct Inner {
-    /// The operator's bound.
+    /// Operator's limit.
     max: usize,
     state: Mutex<State>,
 }
 
 struct State {
     limit: Limit,
-    under_way: usize,
-    /// Those that wait, and those that have something under way.
+    in_flight: usize,
+    /// Queues with waiting requests or exchanges in flight, in round-robin order.
     queues: Vec<QueueState>,
-    next_waiter: u64,
-    /// When each exchange under way was let out; the oldest first.
-    since: BTreeMap<u64, Instant>,
-    /// Places that stay taken for a while though their exchange was refused.
+    /// Last number of a waiting request or of an exchange.
+    last_number: u64,
+    /// Start of each exchange in flight by number, oldest first.
+    started_at: BTreeMap<u64, Instant>,
+    /// Permits that refused exchanges hold, with the time of their release.
     held: BinaryHeap<Reverse<(Instant, Queue)>>,
-    /// Accepted so far.
+    /// Number of requests accepted.
     accepted: u64,
-    /// When the next look is due.
-    armed: Option<Instant>,
+    /// Time of the scheduled wake-up.
+    wakeup_at: Option<Instant>,
 }
 
 struct QueueState {
-    name: Queue,
-    under_way: usize,
+    key: Queue,
+    in_flight: usize,
     waiting: VecDeque<(u64, oneshot::Sender<Admitted>)>,
 }
 
-/// The right to one exchange at a time.
+/// Permit for one exchange in flight; dropping it releases the permit.
 pub struct Admitted {
-    /// None once the place is given back.
+    /// Absent once the permit is released.
     throttle: Option<Arc<Inner>>,
     queue: Queue,
     number: u64,
     began: Began,
-    /// How long its place stays taken when it is given back.
+    /// Time until which the permit is held after the drop.
     held: Option<Instant>,
 }
 
-/// How a request was refused before.
+/// Consecutive refusals of one request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Refusals {
-    /// In a row.
+    /// Number of consecutive refusals.
     pub number: u32,
-    /// What had been accepted of all requests when it was refused last.
+    /// Accepted requests of the plugin at the time of the last refusal.
     accepted: u64,
 }
 
 impl Throttle {
+    /// Returns a throttle that never exceeds `max` exchanges in flight.
     pub fn new(max: usize) -> Self {
         let max = max.max(1);
         let state = State {
             limit: Limit::new(max),
-            under_way: 0,
+            in_flight: 0,
             queues: Vec::new(),
-            next_waiter: 0,
-            since: BTreeMap::new(),
+            last_number: 0,
+            started_at: BTreeMap::new(),
             held: BinaryHeap::new(),
             accepted: 0,
-            armed: None,
+            wakeup_at: None,
         };
         Self(Arc::new(Inner { max, state: Mutex::new(state) }))
     }
 
-    /// Waits until one more exchange may begin. An error is the time until which the provider asks to wait, if that is long: nobody waits
-    /// for it here.
+    /// Waits for a permit for one more exchange. The error is the end of a pause that is too long
+    /// to wait for in memory.
     pub async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
         loop {
             let (number, granted) = {
                 let mut state = self.0.lock();
                 let now = Instant::now();
-                state.give_back_held(now);
-                let nobody = state.queues.iter().all(|queue| queue.waiting.is_empty());
-                let next = if nobody { state.next(now, self.0.max) } else { Next::Later };
+                state.release_expired_holds(now);
+                let is_first = state.queues.iter().all(|queue| queue.waiting.is_empty());
+                let next = if is_first { state.next(now, self.0.max) } else { Next::Later };
                 if next == Next::Now {
-                    return Ok(state.let_out(&self.0, queue, now));
+                    return Ok(state.grant(&self.0, queue, now));
                 }
-                if let Some(until) = state.closed_for_long(now) {
+                if let Some(until) = state.long_pause(now) {
                     return Err(until);
                 }
-                state.next_waiter = state.next_waiter.wrapping_add(1);
-                let number = state.next_waiter;
+                state.last_number = state.last_number.wrapping_add(1);
+                let number = state.last_number;
                 let (sender, granted) = oneshot::channel();
                 state.queue(queue).waiting.push_back((number, sender));
-                if let Some(at) = state.look_at(next, self.0.max) {
-                    self.0.arm(&mut state, at);
+                if let Some(at) = state.next_wakeup(next, self.0.max) {
+                    self.0.schedule_wakeup(&mut state, at);
                 }
                 (number, granted)
             };
-            let mut waiting = Waiting { throttle: &self.0, queue, number };
+            let mut waiter = Waiter { throttle: &self.0, queue, number };
             let admitted = granted.await;
-            waiting.number = 0;
-            // Without an answer there is something to look at again.
+            waiter.number = 0;
+            // A dropped sender means that a long pause has begun: check again.
             if let Ok(admitted) = admitted {
                 return Ok(admitted);
             }
         }
     }
 
-    /// Takes note of what the provider says is left, as an answer to this exchange.
+    /// Records the remaining requests that the response to an exchange reported.
     pub fn told(&self, admitted: &Admitted, remaining: u64, reset: Duration) {
         let mut state = self.0.lock();
         let Some(until) = Instant::now().checked_add(reset) else { return };
         state.limit.told(remaining, until, admitted.began);
     }
 
-    /// How many exchanges at a time are thought right.
+    /// Returns the estimated limit of exchanges in flight; below one, a rate.
     pub fn limit(&self) -> f64 {
         self.0.lock().limit.current()
     }
@@ -145,156 +172,162 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets out whoever is next, as far as there are places.
-    fn let_out(self: &Arc<Self>) {
+    /// Admits waiting requests while permits are free.
+    fn admit_waiting(self: &Arc<Self>) {
         loop {
             let (waiter, admitted) = {
                 let mut state = self.lock();
                 let now = Instant::now();
-                state.give_back_held(now);
+                state.release_expired_holds(now);
                 if state.queues.iter().all(|queue| queue.waiting.is_empty()) {
                     return;
                 }
                 let next = state.next(now, self.max);
                 if next != Next::Now {
-                    if let Some(at) = state.look_at(next, self.max) {
-                        self.arm(&mut state, at);
+                    if let Some(at) = state.next_wakeup(next, self.max) {
+                        self.schedule_wakeup(&mut state, at);
                     }
                     return;
                 }
                 let waiting = state.queues.iter_mut().filter(|queue| !queue.waiting.is_empty());
-                let Some(queue) = waiting.min_by_key(|queue| queue.under_way) else { return };
-                let (name, Some((_, waiter))) = (queue.name, queue.waiting.pop_front()) else {
+                let Some(queue) = waiting.min_by_key(|queue| queue.in_flight) else { return };
+                let (key, Some((_, waiter))) = (queue.key, queue.waiting.pop_front()) else {
                     return;
                 };
-                let admitted = state.let_out(self, name, now);
+                let admitted = state.grant(self, key, now);
                 (waiter, admitted)
             };
-            // One that has gone gives its place back at once.
+            // The waiting request was canceled: release its permit immediately.
             if let Err(mut unused) = waiter.send(admitted)
                 && let Some(throttle) = unused.throttle.take()
             {
-                throttle.lock().leave(unused.queue, unused.number);
+                throttle.lock().end_exchange(unused.queue, unused.number);
             }
         }
     }
 
-    /// Has a look at this time, unless there is one before.
-    fn arm(self: &Arc<Self>, state: &mut State, at: Instant) {
-        if state.armed.is_some_and(|armed| armed <= at) {
+    /// Schedules [`Self::admit_waiting`] at a time, unless an earlier wake-up is scheduled.
+    fn schedule_wakeup(self: &Arc<Self>, state: &mut State, at: Instant) {
+        if state.wakeup_at.is_some_and(|wakeup_at| wakeup_at <= at) {
             return;
         }
-        state.armed = Some(at);
+        state.wakeup_at = Some(at);
         let throttle: Weak<Self> = Arc::downgrade(self);
         tokio::spawn(async move {
             tokio::time::sleep_until(at).await;
             let Some(throttle) = throttle.upgrade() else { return };
             {
                 let mut state = throttle.lock();
-                if state.armed.is_some_and(|armed| armed >= at) {
-                    state.armed = None;
+                if state.wakeup_at.is_some_and(|wakeup_at| wakeup_at >= at) {
+                    state.wakeup_at = None;
                 }
             }
-            throttle.let_out();
+            throttle.admit_waiting();
         });
     }
 }
 
 impl State {
-    /// When one more may be let out.
+    /// Returns when one more exchange may start.
     fn next(&mut self, now: Instant, max: usize) -> Next {
-        if self.under_way >= max {
+        if self.in_flight >= max {
             return Next::Later;
         }
-        let counted = self.under_way.saturating_sub(self.hanging(now));
+        let counted = self.in_flight.saturating_sub(self.hanging(now));
         self.limit.next(now, counted)
     }
 
-    /// Until when nothing is let out, if that is too long to wait with a line in memory.
-    fn closed_for_long(&self, now: Instant) -> Option<Instant> {
-        self.limit.closed_until(now).filter(|until| until.saturating_duration_since(now) > LONG)
+    /// Returns the end of the current pause if it is too long to wait for in memory.
+    fn long_pause(&self, now: Instant) -> Option<Instant> {
+        self.limit
+            .closed_until(now)
+            .filter(|until| until.saturating_duration_since(now) > MAX_QUEUE_WAIT)
     }
 
-    fn hang(&self) -> Duration {
-        self.limit.usual_time().unwrap_or_default().saturating_mul(HANGS).max(LEAST_HANG)
+    /// Returns the time after which an exchange counts as hung.
+    fn hang_time(&self) -> Duration {
+        self.limit.usual_time().unwrap_or_default().saturating_mul(HANG_FACTOR).max(MIN_HANG_TIME)
     }
 
-    /// Exchanges that take much longer than usual.
+    /// Returns the number of hung exchanges.
     fn hanging(&self, now: Instant) -> usize {
-        let hang = self.hang();
-        self.since
+        let hang_time = self.hang_time();
+        self.started_at
             .values()
-            .take_while(|since| now.saturating_duration_since(**since) >= hang)
+            .take_while(|started_at| now.saturating_duration_since(**started_at) >= hang_time)
             .count()
     }
 
-    /// When to look again whether somebody can be let out, if no exchange ends before.
-    fn look_at(&self, next: Next, max: usize) -> Option<Instant> {
+    /// Returns when to check the queues again if no exchange ends before.
+    fn next_wakeup(&self, next: Next, max: usize) -> Option<Instant> {
         match next {
             Next::Now => Some(Instant::now()),
             Next::At(at) => Some(at),
             Next::Later => {
                 let held = self.held.peek().map(|Reverse((until, _))| *until);
-                let hang = self.hang();
-                // The oldest that does not hang yet.
+                let hang_time = self.hang_time();
+                // Oldest exchange that is not hung yet.
                 let now = Instant::now();
-                let mut hangs = self
-                    .since
+                let mut next_hang = self
+                    .started_at
                     .values()
-                    .filter_map(|since| since.checked_add(hang))
+                    .filter_map(|started_at| started_at.checked_add(hang_time))
                     .filter(|at| *at > now);
-                let hangs = if self.under_way < max { hangs.next() } else { None };
-                held.into_iter().chain(hangs).min()
+                let next_hang = if self.in_flight < max { next_hang.next() } else { None };
+                held.into_iter().chain(next_hang).min()
             }
         }
     }
 
-    fn let_out(&mut self, throttle: &Arc<Inner>, queue: Queue, now: Instant) -> Admitted {
-        self.under_way = self.under_way.saturating_add(1);
-        self.next_waiter = self.next_waiter.wrapping_add(1);
-        let number = self.next_waiter;
-        self.since.insert(number, now);
+    /// Takes a permit for an exchange of a queue.
+    fn grant(&mut self, throttle: &Arc<Inner>, queue: Queue, now: Instant) -> Admitted {
+        self.in_flight = self.in_flight.saturating_add(1);
+        self.last_number = self.last_number.wrapping_add(1);
+        let number = self.last_number;
+        self.started_at.insert(number, now);
         let began = self.limit.begin(now);
         let found = self.queue(queue);
-        found.under_way = found.under_way.saturating_add(1);
+        found.in_flight = found.in_flight.saturating_add(1);
         Admitted { throttle: Some(throttle.clone()), queue, number, began, held: None }
     }
 
-    fn queue(&mut self, name: Queue) -> &mut QueueState {
-        let place = self.queues.iter().position(|queue| queue.name == name).unwrap_or_else(|| {
-            self.queues.push(QueueState { name, under_way: 0, waiting: VecDeque::new() });
+    /// Returns the state of a queue; creates it if necessary.
+    fn queue(&mut self, key: Queue) -> &mut QueueState {
+        let index = self.queues.iter().position(|queue| queue.key == key).unwrap_or_else(|| {
+            self.queues.push(QueueState { key, in_flight: 0, waiting: VecDeque::new() });
             self.queues.len().saturating_sub(1)
         });
-        #[expect(clippy::indexing_slicing, reason = "found, or pushed just now")]
-        &mut self.queues[place]
+        #[expect(clippy::indexing_slicing, reason = "the index was found or just pushed")]
+        &mut self.queues[index]
     }
 
-    /// Gives back the places that were held until now.
-    fn give_back_held(&mut self, now: Instant) {
+    /// Releases the held permits whose time has passed.
+    fn release_expired_holds(&mut self, now: Instant) {
         while let Some(Reverse((until, queue))) = self.held.peek().copied()
             && until <= now
         {
             self.held.pop();
-            self.free(queue);
+            self.release(queue);
         }
     }
 
-    /// An exchange has ended.
-    fn leave(&mut self, queue: Queue, number: u64) {
-        self.since.remove(&number);
-        self.free(queue);
+    /// Removes an exchange in flight and releases its permit.
+    fn end_exchange(&mut self, queue: Queue, number: u64) {
+        self.started_at.remove(&number);
+        self.release(queue);
     }
 
-    fn free(&mut self, queue: Queue) {
-        self.under_way = self.under_way.saturating_sub(1);
-        let place = self.queues.iter().position(|found| found.name == queue);
-        if let Some(place) = place
-            && let Some(found) = self.queues.get_mut(place)
+    /// Releases one permit of a queue.
+    fn release(&mut self, queue: Queue) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        let index = self.queues.iter().position(|found| found.key == queue);
+        if let Some(index) = index
+            && let Some(found) = self.queues.get_mut(index)
         {
-            found.under_way = found.under_way.saturating_sub(1);
-            // After its turn it is behind those that have as many under way; the others keep their order.
-            let found = self.queues.remove(place);
-            if found.under_way > 0 || !found.waiting.is_empty() {
+            found.in_flight = found.in_flight.saturating_sub(1);
+            // The queue moves behind the queues with as many exchanges in flight.
+            let found = self.queues.remove(index);
+            if found.in_flight > 0 || !found.waiting.is_empty() {
                 self.queues.push(found);
             }
         }
@@ -302,12 +335,12 @@ impl State {
 }
 
 impl Admitted {
-    /// The exchange begins only now.
+    /// Restarts the exchange's clock, when the request is actually sent.
     pub fn begins(&mut self) {
         self.began.at = Instant::now();
     }
 
-    /// Takes note of how the provider took the request. `refusals` is of the request.
+    /// Records the outcome of the request; `refusals` belongs to that request.
     pub fn ended(&mut self, taken: Taken, refusals: &mut Refusals) {
         let Some(throttle) = &self.throttle else { return };
         let now = Instant::now();
@@ -328,9 +361,9 @@ impl Admitted {
             }
             Taken::RefusedAlone | Taken::Unknown => taken,
         };
-        let under_way = state.under_way;
-        self.held = state.limit.ended(now, self.began, taken, under_way);
-        if state.closed_for_long(now).is_some() {
+        let in_flight = state.in_flight;
+        self.held = state.limit.ended(now, self.began, taken, in_flight);
+        if state.long_pause(now).is_some() {
             for queue in &mut state.queues {
                 queue.waiting.clear();
             }
@@ -345,35 +378,35 @@ impl Drop for Admitted {
             let mut state = throttle.lock();
             match self.held.filter(|until| *until > Instant::now()) {
                 Some(until) => {
-                    state.since.remove(&self.number);
+                    state.started_at.remove(&self.number);
                     state.held.push(Reverse((until, self.queue)));
                 }
-                None => state.leave(self.queue, self.number),
+                None => state.end_exchange(self.queue, self.number),
             }
         }
-        throttle.let_out();
+        throttle.admit_waiting();
     }
 }
 
-/// A place in a queue, given up when it is dropped.
-struct Waiting<'a> {
+/// Position in a queue; dropping it leaves the queue, unless its number is zero.
+struct Waiter<'a> {
     throttle: &'a Arc<Inner>,
     queue: Queue,
     number: u64,
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         if self.number == 0 {
             return;
         }
         let mut state = self.throttle.lock();
-        if let Some(place) = state.queues.iter().position(|queue| queue.name == self.queue)
-            && let Some(queue) = state.queues.get_mut(place)
+        if let Some(index) = state.queues.iter().position(|queue| queue.key == self.queue)
+            && let Some(queue) = state.queues.get_mut(index)
         {
             queue.waiting.retain(|(number, _)| *number != self.number);
-            if queue.waiting.is_empty() && queue.under_way == 0 {
-                state.queues.remove(place);
+            if queue.waiting.is_empty() && queue.in_flight == 0 {
+                state.queues.remove(index);
             }
         }
     }
@@ -385,27 +418,27 @@ mod tests {
 
     use super::*;
 
-    fn all(throttle: &Throttle) -> Vec<Admitted> {
+    fn admit_all(throttle: &Throttle) -> Vec<Admitted> {
         std::iter::from_fn(|| throttle.admit(1).now_or_never()?.ok()).collect()
     }
 
-    fn answer(mut admitted: Admitted, taken: Taken) {
+    fn end(mut admitted: Admitted, taken: Taken) {
         admitted.ended(taken, &mut Refusals::default());
     }
 
-    /// A throttle that has seen enough good answers to let out as many as it may.
+    /// Returns a throttle whose slow start is complete.
     fn open(max: usize) -> Throttle {
         let throttle = Throttle::new(max);
         for _ in 0..max {
-            all(&throttle).into_iter().for_each(|admitted| answer(admitted, Taken::Accepted));
+            admit_all(&throttle).into_iter().for_each(|admitted| end(admitted, Taken::Accepted));
         }
         throttle
     }
 
     #[tokio::test]
-    async fn a_place_goes_to_the_batch_with_the_fewest_under_way() {
+    async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
         let throttle = open(4);
-        let mut large = all(&throttle);
+        let mut large = admit_all(&throttle);
         assert_eq!(large.len(), 4);
         let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(throttle.admit(1))).collect();
         for one in &mut waiting {
@@ -417,7 +450,7 @@ mod tests {
         let small = small.await.unwrap();
         assert!(waiting.iter_mut().all(|one| one.now_or_never().is_none()));
         drop(small);
-        // Those that have gone leave nothing behind.
+        // Canceled requests leave no state.
         drop(waiting);
         assert_eq!(
             throttle.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(),
@@ -426,73 +459,73 @@ mod tests {
         assert!(throttle.admit(3).now_or_never().is_some());
         large.clear();
         assert_eq!(throttle.0.lock().queues.len(), 0);
-        assert_eq!(throttle.0.lock().under_way, 0);
-        assert_eq!(throttle.0.lock().since.len(), 0);
+        assert_eq!(throttle.0.lock().in_flight, 0);
+        assert_eq!(throttle.0.lock().started_at.len(), 0);
     }
 
     #[tokio::test]
-    async fn an_exchange_that_hangs_does_not_keep_others_from_a_lowered_limit() {
+    async fn hung_exchange_does_not_block_a_lowered_limit() {
         let throttle = open(8);
         let began = Instant::now();
-        // Everything is refused until one at a time is left.
+        // Refusals lower the limit to one.
         while throttle.limit() > 1.0 {
             let mut state = throttle.0.lock();
             let exchange = state.limit.begin(began);
             state.limit.ended(began, exchange, Taken::Refused(None), 1);
         }
-        let later = Instant::now().checked_add(LEAST_HANG * 2).unwrap();
+        let later = Instant::now().checked_add(MIN_HANG_TIME * 2).unwrap();
         let hanging = throttle.admit(1).await.unwrap();
         {
             let mut state = throttle.0.lock();
-            let soon = Instant::now().checked_add(LEAST_HANG / 2).unwrap();
+            let soon = Instant::now().checked_add(MIN_HANG_TIME / 2).unwrap();
             assert_eq!(state.next(soon, 8), Next::Later);
             assert!(
-                state.look_at(Next::Later, 8).is_some_and(|at| at < later),
-                "nobody looks again"
+                state.next_wakeup(Next::Later, 8).is_some_and(|at| at < later),
+                "no wake-up is scheduled"
             );
             assert_eq!(state.next(later, 8), Next::Now);
-            // The operator's own bound stands.
+            // The operator's limit still applies.
             assert_eq!(state.next(later, 1), Next::Later);
         }
         drop(hanging);
     }
 
     #[tokio::test]
-    async fn what_the_provider_says_is_left_is_kept_to() {
+    async fn throttle_respects_reported_remaining_requests() {
         let throttle = open(8);
         let first = throttle.admit(1).await.unwrap();
         throttle.told(&first, 2, Duration::from_millis(400));
         drop(first);
-        let begun = Instant::now();
+        let started = Instant::now();
         for _ in 0..2 {
-            answer(throttle.admit(1).now_or_never().unwrap().unwrap(), Taken::Accepted);
+            end(throttle.admit(1).now_or_never().unwrap().unwrap(), Taken::Accepted);
         }
-        answer(throttle.admit(1).await.unwrap(), Taken::Accepted);
-        assert!(begun.elapsed() >= Duration::from_millis(300));
+        end(throttle.admit(1).await.unwrap(), Taken::Accepted);
+        assert!(started.elapsed() >= Duration::from_millis(300));
     }
 
     #[tokio::test]
-    async fn nobody_waits_here_for_a_time_that_is_long() {
+    async fn admit_fails_during_a_long_pause() {
         let throttle = open(4);
         let mut waiting = Box::pin(throttle.admit(2));
-        let mut under_way = all(&throttle);
+        let mut in_flight = admit_all(&throttle);
         assert!((&mut waiting).now_or_never().is_none());
-        for admitted in &mut under_way {
+        for admitted in &mut in_flight {
             admitted
                 .ended(Taken::Refused(Some(Duration::from_secs(3600))), &mut Refusals::default());
         }
         let until = waiting.await.err().unwrap();
         let left = until.saturating_duration_since(Instant::now());
-        assert!(left > LONG && left <= Duration::from_secs(60), "{left:?}");
+        assert!(left > MAX_QUEUE_WAIT && left <= Duration::from_secs(60), "{left:?}");
         assert!(throttle.admit(3).await.is_err());
     }
 
     #[tokio::test]
-    async fn a_request_that_is_refused_while_others_pass_delays_nobody() {
+    async fn repeatedly_refused_request_does_not_slow_down_others() {
         let throttle = open(8);
         let mut refusals = Refusals::default();
         for _ in 0..100 {
-            answer(throttle.admit(1).await.unwrap(), Taken::Accepted);
+            end(throttle.admit(1).await.unwrap(), Taken::Accepted);
             let mut alone = throttle.admit(1).await.unwrap();
             alone.ended(Taken::Refused(Some(Duration::from_secs(60))), &mut refusals);
             drop(alone);
