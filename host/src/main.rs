@@ -6,7 +6,6 @@ mod assemble;
 mod batch;
 mod cli;
 mod config;
-mod egress;
 #[cfg(test)]
 mod lifecycle;
 mod plugin;

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::input::Position;
 use crate::clock::Timestamp;
-use crate::egress::Refusals;
+use batchwright_egress::Refusals;
 
 /// Maximum number of deferred lines of a batch. Further lines wait in their tasks or in the input.
 const MAX_LINES: usize = 1024;

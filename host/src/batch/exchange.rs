@@ -6,7 +6,7 @@
 
 use super::verdict::{BEGINNING, Said, Weighed};
 use crate::clock::{Clock, Timestamp};
-use crate::egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
+use batchwright_egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
 use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin};
 use batchwright_memory::Share;

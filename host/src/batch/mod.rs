@@ -52,7 +52,7 @@ pub use files::{NewFile, Upload, UploadError};
 pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
-use crate::egress::Queue;
+use batchwright_egress::Queue;
 use crate::plugin::Registry;
 use backoff::Backoff;
 use batchwright_memory::Memory;

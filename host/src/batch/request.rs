@@ -50,7 +50,7 @@ use super::shortened;
 use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
-use crate::egress::{Admitted, Queue, refusal_pause};
+use batchwright_egress::{Admitted, Queue, refusal_pause};
 use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use crate::plugin::{CallError, Plugin, Registry, Route};
 use batchwright_memory::Share;

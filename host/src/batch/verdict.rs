@@ -5,7 +5,7 @@
 //! provider.
 
 use super::breaker::Kind;
-use crate::egress::{Fault, Hints, HttpResponse, Taken, TransportError};
+use batchwright_egress::{Fault, Hints, HttpResponse, Taken, TransportError};
 use crate::plugin::types::{Classification, Outcome, Standing};
 
 /// Number of bytes at the beginning of a body that are searched for an error.

@@ -18,7 +18,7 @@ use tokio::io::AsyncReadExt;
 use url::Url;
 
 use super::Error;
-use crate::egress::https;
+use batchwright_egress::https;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 

@@ -11,7 +11,7 @@ use url::Url;
 use super::error::LoadError;
 use super::manifest::{Manifest, Source};
 use super::types::Description;
-use crate::egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
+use batchwright_egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 
 /// Reads the secrets of a plugin, and binds each secret to its hosts.
 ///

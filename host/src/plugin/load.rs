@@ -39,7 +39,7 @@ use super::signature::TrustedKeys;
 use super::trust::Trust;
 use super::types::{Description, Kind};
 use crate::clock::Clock;
-use crate::egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
+use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
 use batchwright_domain::units::{Size, Span};
 use batchwright_memory::Memory;
 

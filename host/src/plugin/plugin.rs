@@ -38,7 +38,7 @@ use super::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
     Violation,
 };
-use crate::egress::{Gateway, HttpResponse};
+use batchwright_egress::{Gateway, HttpResponse};
 use batchwright_memory::Holder;
 
 /// Lines for which a validator gets the CPU time of one call.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::egress::{HttpRequest, HttpResponse, TransportError};
+use batchwright_egress::{HttpRequest, HttpResponse, TransportError};
 
 /// World of the contract that a component implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

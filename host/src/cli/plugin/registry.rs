@@ -32,7 +32,7 @@ use sha2::{Digest, Sha256};
 use url::{Host, Url};
 
 use crate::cli::client::root_cause;
-use crate::egress::{https, is_loopback};
+use batchwright_egress::{https, is_loopback};
 use crate::plugin::hex;
 
 /// Timeout for the head of a response and for each chunk of its body.

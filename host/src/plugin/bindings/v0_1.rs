@@ -4,7 +4,7 @@ use wasmtime::Store;
 
 use super::super::instance::State;
 use super::super::types;
-use crate::egress::{Fault, HttpRequest, HttpResponse, TransportError};
+use batchwright_egress::{Fault, HttpRequest, HttpResponse, TransportError};
 
 /// Interface that a component of the world `validator` exports.
 pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";

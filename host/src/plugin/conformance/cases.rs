@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::inputs::FAULTS;
 use super::mutations;
 use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
-use crate::egress::{Fault, HttpResponse, TransportError};
+use batchwright_egress::{Fault, HttpResponse, TransportError};
 use crate::plugin::error::CallError;
 use crate::plugin::plugin::Plugin;
 use crate::plugin::types::{Answer, BatchContext, Kind, Line, Outcome, Step};

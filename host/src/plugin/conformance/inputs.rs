@@ -1,6 +1,6 @@
 //! Inputs of the conformance checks: valid, odd and hostile.
 
-use crate::egress::Fault;
+use batchwright_egress::Fault;
 
 /// Endpoints of the API, each with a valid body.
 pub const ENDPOINTS: [(&str, &str); 5] = [

@@ -34,7 +34,7 @@ use super::plugin::Plugin;
 use super::types::{
     Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation,
 };
-use crate::egress::{HttpResponse, TransportError};
+use batchwright_egress::{HttpResponse, TransportError};
 
 /// Tenant of the first instance.
 const FIRST_TENANT: &str = "one";

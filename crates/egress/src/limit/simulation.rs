@@ -224,7 +224,7 @@ fn run(
                 } else {
                     measured.refused += 1;
                     refusals[line] += 1;
-                    let pause = crate::egress::refusal_pause(refusals[line]).as_secs_f64()
+                    let pause = crate::refusal_pause(refusals[line]).as_secs_f64()
                         * (0.5 + rng.f64() / 2.0);
                     let pause = asked.map_or(pause, |asked| asked.as_secs_f64().max(pause));
                     push(&mut events, now + pause, Event::Due { host, line });

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::clock::Timestamp;
+use batchwright_domain::clock::Timestamp;
 
 /// Maximum wait for a reset that a provider reports without refusing a request. The reset may be
 /// the time until a steadily filling bucket is full, and far too long.
