@@ -10,8 +10,8 @@ use crate::batch::Batches;
 use crate::cli::Error;
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
-use crate::plugin::signature::TrustedKeys;
-use crate::plugin::{Loader, Loading, Registry, check_directory};
+use batchwright_plugin::signature::TrustedKeys;
+use batchwright_plugin::{Loader, Loading, Registry, check_directory};
 use batchwright_memory::Memory;
 use batchwright_store::{Blobs, SqliteStore};
 

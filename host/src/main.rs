@@ -8,7 +8,6 @@ mod cli;
 mod config;
 #[cfg(test)]
 mod lifecycle;
-mod plugin;
 mod telemetry;
 
 use std::process::ExitCode;

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
-use crate::plugin::EntryState;
+use batchwright_plugin::EntryState;
 
 /// Liveness: returns 200 while the process runs.
 ///

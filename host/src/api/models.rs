@@ -7,7 +7,7 @@ use super::error::ApiError;
 use super::openapi::Errors;
 use super::wire::{List, Model};
 use super::{App, Tenant};
-use crate::plugin::Plugin;
+use batchwright_plugin::Plugin;
 
 /// Lists the models that a request can name
 #[utoipa::path(get, path = "/models", tag = "Models",

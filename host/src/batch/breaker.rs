@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Timestamp;
-use crate::plugin::types::Answer;
+use batchwright_plugin::types::Answer;
 
 /// Suspicion score at which the breaker opens.
 const OPEN_THRESHOLD: u32 = 5;
@@ -389,7 +389,7 @@ fn jittered(pause: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::types::Failure;
+    use batchwright_plugin::types::Failure;
 
     const PAUSES: Pauses = Pauses {
         first: Duration::from_secs(1),

@@ -7,7 +7,7 @@ use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Size, Span};
 
-use crate::plugin::RequiredPlugins;
+use batchwright_plugin::RequiredPlugins;
 
 /// Everything that batches are configured by.
 #[derive(Clone, Debug)]

@@ -7,8 +7,8 @@
 use super::verdict::{BEGINNING, Said, Weighed};
 use crate::clock::{Clock, Timestamp};
 use batchwright_egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
-use crate::plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
-use crate::plugin::{CallError, Plugin};
+use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin};
 use batchwright_memory::Share;
 
 /// Summary of the last exchange of an attempt.

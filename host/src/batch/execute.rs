@@ -54,8 +54,8 @@ use super::rests::Kept;
 use super::result_line::{request_id, row};
 use super::stop::{Reason, Stop};
 use crate::clock::Timestamp;
-use crate::plugin::OPTIONAL_MODEL;
-use crate::plugin::types::{Answer, Failure};
+use batchwright_plugin::OPTIONAL_MODEL;
+use batchwright_plugin::types::{Answer, Failure};
 use batchwright_memory::Holder;
 use batchwright_store::{BatchRecord, Claim, Lane, Result, ResultRow};
 

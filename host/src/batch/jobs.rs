@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::plugin::Plugin;
+use batchwright_plugin::Plugin;
 use batchwright_store::{Claim, Job, Result, Store};
 
 /// Interval between attempts to write a job state after the store has failed.

@@ -53,7 +53,7 @@ pub use outages::Key as OutageKey;
 
 use crate::clock::Clock;
 use batchwright_egress::Queue;
-use crate::plugin::Registry;
+use batchwright_plugin::Registry;
 use backoff::Backoff;
 use batchwright_memory::Memory;
 use batchwright_store::{

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::breaker::{Breaker, Kind, Outage, Pauses};
 use super::config::ExecutionConfig;
-use crate::plugin::Snapshot;
+use batchwright_plugin::Snapshot;
 use batchwright_store::{Claim, Lane};
 
 /// Prefix of [`Key::plugin`] for a model that no plugin serves.
@@ -152,7 +152,7 @@ mod tests {
     use crate::clock::Timestamp;
     use batchwright_domain::settings::{Given, Section};
 
-    use crate::plugin::types::{Answer, Failure};
+    use batchwright_plugin::types::{Answer, Failure};
 
     #[test]
     fn unserved_models_share_one_breaker_beyond_the_limit() {

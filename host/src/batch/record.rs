@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use super::Batches;
 use super::backoff::Backoff;
 use super::served_by::served_by;
-use crate::plugin::Plugin;
+use batchwright_plugin::Plugin;
 use batchwright_memory::Share;
 use batchwright_store::{Claim, Result, ResultRow, StoreError};
 

@@ -51,8 +51,8 @@ use super::stop::Stop;
 use super::verdict::Said;
 use crate::clock::{Clock, Timestamp};
 use batchwright_egress::{Admitted, Queue, refusal_pause};
-use crate::plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
-use crate::plugin::{CallError, Plugin, Registry, Route};
+use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin, Registry, Route};
 use batchwright_memory::Share;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a

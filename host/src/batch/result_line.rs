@@ -2,8 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::plugin::hex;
-use crate::plugin::types::{Answer, Failure, Usage};
+use batchwright_plugin::hex;
+use batchwright_plugin::types::{Answer, Failure, Usage};
 use batchwright_store::{Ending, ResultRow, TokenUsage};
 
 /// Derives 16 bytes in hexadecimal from the parts. The same parts always give the same id.
@@ -110,7 +110,7 @@ fn tokens(usage: Usage) -> TokenUsage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::types::Response;
+    use batchwright_plugin::types::Response;
 
     #[test]
     fn result_line_has_the_shape_of_the_api() {

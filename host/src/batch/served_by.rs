@@ -1,6 +1,6 @@
 //! Records of the plugins that served a batch.
 
-use crate::plugin::Plugin;
+use batchwright_plugin::Plugin;
 use batchwright_store::ServedBy;
 
 /// Returns the record of a plugin: its name, kind, version and digest.

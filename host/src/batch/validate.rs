@@ -18,8 +18,8 @@ use super::not_json;
 use super::served_by::served_by;
 use super::whole::Whole;
 use super::{Batches, ENDPOINTS};
-use crate::plugin::types::{BatchContext, Judgement, Line, Violation};
-use crate::plugin::{CallError, Plugin, Snapshot};
+use batchwright_plugin::types::{BatchContext, Judgement, Line, Violation};
+use batchwright_plugin::{CallError, Plugin, Snapshot};
 use batchwright_memory::{Holder, Pool, Share};
 use batchwright_store::{BatchError, BatchRecord, Claim, Result, ServedBy, StoreError, Validated};
 

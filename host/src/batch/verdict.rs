@@ -6,10 +6,10 @@
 
 use super::breaker::Kind;
 use batchwright_egress::{Fault, Hints, HttpResponse, Taken, TransportError};
-use crate::plugin::types::{Classification, Outcome, Standing};
+use batchwright_plugin::types::{Classification, Outcome, Standing};
 
 /// Number of bytes at the beginning of a body that are searched for an error.
-pub use crate::plugin::BEGINNING;
+pub use batchwright_plugin::BEGINNING;
 
 /// Verdict about the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::shortened;
 use super::validate::{Judged, MODEL_NOT_FOUND, Verdict, violation};
-use crate::plugin::Snapshot;
-use crate::plugin::types::Violation;
+use batchwright_plugin::Snapshot;
+use batchwright_plugin::types::Violation;
 use batchwright_store::{BatchError, ServedBy, Validated};
 
 /// Maximum number of available models that an error lists.

@@ -21,7 +21,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::terminal::errln;
 use crate::config::{ConfigError, unknown_variables};
-use crate::plugin::{LoadError, compile};
+use batchwright_plugin::{LoadError, compile};
 use batchwright_store::StoreError;
 
 /// Version of the program with the commit of its build.

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::{Error, path_text};
-use crate::plugin::hex;
+use batchwright_plugin::hex;
 use batchwright_store::users_mode;
 
 /// Path that results are written to.

@@ -53,7 +53,7 @@ use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
 use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
-use crate::plugin::check_directory;
+use batchwright_plugin::check_directory;
 use crate::{assemble, telemetry};
 use batchwright_store::{BatchRecord, PIECE, Paged, Status, umask};
 

@@ -16,7 +16,7 @@ use crate::assemble::Options;
 use crate::batch::Batches;
 use crate::cli::terminal::outln;
 use crate::config::{All, Settings, SettingsArgs};
-use crate::plugin::watch::watch;
+use batchwright_plugin::watch::watch;
 use crate::{api, assemble, telemetry};
 use batchwright_store::umask;
 

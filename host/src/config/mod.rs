@@ -18,7 +18,7 @@ use batchwright_domain::{settings, value_from_str};
 
 use crate::api::ApiConfig;
 use crate::batch::{self, BatchConfig, ExecutionConfig, RetentionConfig};
-use crate::plugin::PluginsConfig;
+use batchwright_plugin::PluginsConfig;
 use crate::telemetry::{LogFilter, LogFormat};
 use batchwright_memory::MemoryConfig;
 

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::batch::{Outage, OutageKey};
-use crate::plugin::Entry;
-use crate::plugin::types::Kind;
+use batchwright_plugin::Entry;
+use batchwright_plugin::types::Kind;
 use batchwright_store::{ServedBy, WaitsFor};
 
 /// Plugins of a batch, and the reason why its requests wait.

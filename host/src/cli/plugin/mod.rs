@@ -19,7 +19,7 @@ use crate::assemble::Options;
 use crate::cli::terminal::write_output;
 use crate::clock::Clock;
 use crate::config::{LoaderSettings, Settings, SettingsArgs};
-use crate::plugin::{Loader, Registry};
+use batchwright_plugin::{Loader, Registry};
 use crate::telemetry::LogFormat;
 use crate::{assemble, telemetry};
 

@@ -14,8 +14,8 @@ use super::registry::{Login, Registry};
 use super::{LoaderArgs, show};
 use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
-use crate::plugin::types::Kind;
-use crate::plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
+use batchwright_plugin::types::Kind;
+use batchwright_plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
 
 /// Media types of a component layer: that of the CNCF "Wasm OCI Artifact layout", and older types.
 const COMPONENT_TYPES: [&str; 3] = [

@@ -33,7 +33,7 @@ use url::{Host, Url};
 
 use crate::cli::client::root_cause;
 use batchwright_egress::{https, is_loopback};
-use crate::plugin::hex;
+use batchwright_plugin::hex;
 
 /// Timeout for the head of a response and for each chunk of its body.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);

@@ -12,7 +12,7 @@ use crate::cli::client::Client;
 use crate::cli::progress::Progress;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
-use crate::plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
+use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 use batchwright_domain::units::Size;
 
 /// Prints the plugins of a folder; returns failure if a plugin cannot be loaded.

@@ -11,8 +11,8 @@ use ssh_key::PrivateKey;
 use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
-use crate::plugin::signature::{TrustedKeys, sign, statement};
-use crate::plugin::{Files, plugin_name, read_secret, signature_file};
+use batchwright_plugin::signature::{TrustedKeys, sign, statement};
+use batchwright_plugin::{Files, plugin_name, read_secret, signature_file};
 
 /// Arguments of `batchwright plugin sign`.
 ///

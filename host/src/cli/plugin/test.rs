@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use super::show::size_text;
 use crate::cli::Error;
 use crate::cli::terminal::outln;
-use crate::plugin::types::Kind;
-use crate::plugin::{Loader, Plugin, add_defaults, conformance};
+use batchwright_plugin::types::Kind;
+use batchwright_plugin::{Loader, Plugin, add_defaults, conformance};
 
 /// Runs the checks and prints each result; returns failure if a check fails.
 pub async fn test(

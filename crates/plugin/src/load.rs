@@ -38,7 +38,7 @@ use super::schema;
 use super::signature::TrustedKeys;
 use super::trust::Trust;
 use super::types::{Description, Kind};
-use crate::clock::Clock;
+use batchwright_domain::clock::Clock;
 use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
 use batchwright_domain::units::{Size, Span};
 use batchwright_memory::Memory;

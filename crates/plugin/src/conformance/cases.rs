@@ -13,9 +13,9 @@ use super::inputs::FAULTS;
 use super::mutations;
 use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
 use batchwright_egress::{Fault, HttpResponse, TransportError};
-use crate::plugin::error::CallError;
-use crate::plugin::plugin::Plugin;
-use crate::plugin::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
+use crate::error::CallError;
+use crate::Plugin;
+use crate::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 
 /// Recorded case: a JSON file of the author.
 enum Case {

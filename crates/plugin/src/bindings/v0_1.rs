@@ -18,14 +18,14 @@ pub const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
 /// Generated bindings of the world `validator`.
 pub mod validator {
     wasmtime::component::bindgen!({
-        path: "../wit/v0.1", world: "validator", exports: { default: async },
+        path: "../../wit/v0.1", world: "validator", exports: { default: async },
     });
 }
 
 /// Generated bindings of the world `adapter`.
 pub mod adapter {
     wasmtime::component::bindgen!({
-        path: "../wit/v0.1", world: "adapter", exports: { default: async },
+        path: "../../wit/v0.1", world: "adapter", exports: { default: async },
         with: { "batchwright:plugin/logging": super::validator::batchwright::plugin::logging },
     });
 }
@@ -38,7 +38,7 @@ pub mod classifier {
             package batchwright:host;
             world classifier { export batchwright:plugin/classification@0.1.0; }
         ",
-        path: "../wit/v0.1", world: "batchwright:host/classifier", exports: { default: async },
+        path: "../../wit/v0.1", world: "batchwright:host/classifier", exports: { default: async },
     });
 }
 
