@@ -6,14 +6,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::batch::Batches;
+use batchwright_batch::Batches;
+use batchwright_memory::Memory;
+use batchwright_plugin::signature::TrustedKeys;
+use batchwright_plugin::{Loader, Loading, Registry, check_directory};
+use batchwright_store::{Blobs, SqliteStore};
+
 use crate::cli::Error;
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
-use batchwright_plugin::signature::TrustedKeys;
-use batchwright_plugin::{Loader, Loading, Registry, check_directory};
-use batchwright_memory::Memory;
-use batchwright_store::{Blobs, SqliteStore};
 
 /// Parts that differ between the commands.
 pub struct Options {

@@ -1,9 +1,7 @@
 //! OpenAI-compatible Batch API server whose validation rules and inference providers are
 //! WebAssembly components.
 
-mod api;
 mod assemble;
-mod batch;
 mod cli;
 mod config;
 #[cfg(test)]

@@ -201,7 +201,7 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
     }  # fmt: skip
     hosts = ",".join(f"{name}={address}" for name, address in names.items())
     # The client learns that it is refused, the operator from the log what and where.
-    logs = ["--log-filter", "info,batchwright::egress=debug"]
+    logs = ["--log-filter", "info,batchwright_egress=debug"]
     server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"], arguments=logs)
     host = provider.url[7:]
     refused = ["not-allowed", "does not allow"]

@@ -65,7 +65,7 @@ impl Demo {
                 "--listen",
                 "127.0.0.1:0",
                 "--log-filter",
-                "error,batchwright::plugin=off",
+                "error,batchwright_plugin=off",
                 "--data",
             ])
             .arg(folder.join("data"))

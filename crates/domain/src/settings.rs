@@ -289,6 +289,7 @@ macro_rules! settings {
 }
 
 #[cfg(test)]
+#[expect(unreachable_pub, reason = "the macro declares public structs")]
 mod tests {
     use super::*;
 

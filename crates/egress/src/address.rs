@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Class of an address; a later class needs a more explicit entry of the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// On the public internet.
     Public,
     /// In the operator's network, or on this machine.
@@ -25,7 +25,7 @@ const METADATA_V6: [Ipv6Addr; 3] = [
 ];
 
 /// Returns the class of an address, by the IANA special-purpose address registries.
-pub fn reach(address: IpAddr) -> Reach {
+pub(crate) fn reach(address: IpAddr) -> Reach {
     match address {
         IpAddr::V4(address) => reach_v4(address),
         IpAddr::V6(address) => reach_v6(address),

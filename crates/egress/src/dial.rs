@@ -79,7 +79,7 @@ impl Resolver {
 
 /// Connector of one plugin, limited to the plugin's allow-list.
 #[derive(Clone)]
-pub struct Dialer {
+pub(crate) struct Dialer {
     /// Hosts that the plugin may reach.
     pub allow: Arc<AllowList>,
     /// Resolver of the plugin.

@@ -5,7 +5,7 @@ use std::error::Error;
 use super::{Fault, Secrets, TransportError};
 
 /// Converts a client error to a [`TransportError`], with the text of the innermost known cause.
-pub fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportError {
+pub(crate) fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportError {
     let mut fault = Fault::Protocol;
     let mut message = String::new();
     let mut detail = None;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use batchwright_memory::{Holder, Pool, Share};
 use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
@@ -23,7 +24,6 @@ use super::dial::{Dialer, Resolver};
 use super::explain::explain;
 use super::throttle::{Admitted, Queue, Throttle};
 use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, TransportError};
-use batchwright_memory::{Holder, Pool, Share};
 
 /// Time after which an unused connection is closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);

@@ -35,6 +35,9 @@
 //! Architecture invariant: this module knows neither WebAssembly nor batches; it gets a policy and
 //! a request.
 
+#![deny(missing_docs)]
+#![warn(unreachable_pub)]
+
 mod address;
 mod allow;
 mod credentials;

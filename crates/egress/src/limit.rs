@@ -95,7 +95,7 @@ pub enum Taken {
 
 /// Time at which the next exchange may start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub(crate) enum Next {
     /// Immediately.
     Now,
     /// At this time.
@@ -106,7 +106,7 @@ pub enum Next {
 
 /// Start of an exchange: its time, number and epoch.
 #[derive(Clone, Copy, Debug)]
-pub struct Began {
+pub(crate) struct Began {
     /// Time at which the exchange started.
     pub at: Instant,
     number: u64,
@@ -146,7 +146,7 @@ struct Test {
 }
 
 /// Estimator of the concurrency limit of one plugin's provider.
-pub struct Limit {
+pub(crate) struct Limit {
     /// Operator's limit.
     max: f64,
     /// Estimated maximum of exchanges in flight; below one, a rate.
@@ -201,7 +201,7 @@ pub struct Limit {
 
 impl Limit {
     /// Returns a limit that never exceeds `max` exchanges in flight.
-    pub fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize) -> Self {
         let max = f64::from(u32::try_from(max.max(1)).unwrap_or(u32::MAX));
         Self {
             max,
@@ -233,17 +233,17 @@ impl Limit {
     }
 
     /// Returns the current estimate; below one, a rate.
-    pub fn current(&self) -> f64 {
+    pub(crate) fn current(&self) -> f64 {
         self.limit
     }
 
     /// Returns the average duration of accepted exchanges, once known.
-    pub fn usual_time(&self) -> Option<Duration> {
+    pub(crate) fn usual_time(&self) -> Option<Duration> {
         self.usual_seconds.map(Duration::from_secs_f64)
     }
 
     /// Returns the end of a pause of all requests, if one is in effect at `now`.
-    pub fn closed_until(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn closed_until(&self, now: Instant) -> Option<Instant> {
         let spent = self
             .remaining
             .filter(|(left, until)| *left == 0 && *until > now)
@@ -252,7 +252,7 @@ impl Limit {
     }
 
     /// Returns when one more exchange may start, with `in_flight` exchanges in flight.
-    pub fn next(&mut self, now: Instant, in_flight: usize) -> Next {
+    pub(crate) fn next(&mut self, now: Instant, in_flight: usize) -> Next {
         if let Some(until) = self.closed_until(now) {
             return Next::At(until);
         }
@@ -280,7 +280,7 @@ impl Limit {
     }
 
     /// Records the start of an exchange.
-    pub fn begin(&mut self, now: Instant) -> Began {
+    pub(crate) fn begin(&mut self, now: Instant) -> Began {
         self.last_started = Some(now);
         if let Some((left, _)) = &mut self.remaining {
             *left = left.saturating_sub(1);
@@ -319,7 +319,7 @@ impl Limit {
     /// Records the remaining requests that a response to the exchange `answered` reported. The
     /// report does not include exchanges that started later, so the remainder shrinks by their
     /// number.
-    pub fn told(&mut self, remaining: u64, until: Instant, answered: Began) {
+    pub(crate) fn told(&mut self, remaining: u64, until: Instant, answered: Began) {
         // Responses may arrive out of order.
         if self.reported_by.is_some_and(|last| last > answered.number) {
             return;
@@ -331,7 +331,7 @@ impl Limit {
 
     /// Records the outcome of an exchange. `in_flight` includes that exchange. Returns the time
     /// until which the exchange holds its permit.
-    pub fn ended(
+    pub(crate) fn ended(
         &mut self,
         now: Instant,
         began: Began,

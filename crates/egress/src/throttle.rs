@@ -51,7 +51,7 @@ const MIN_HANG_TIME: Duration = Duration::from_secs(5);
 const MAX_QUEUE_WAIT: Duration = Duration::from_secs(5);
 
 /// Admission control for the exchanges of one plugin.
-pub struct Throttle(Arc<Inner>);
+pub(crate) struct Throttle(Arc<Inner>);
 
 struct Inner {
     /// Operator's limit.
@@ -104,7 +104,7 @@ pub struct Refusals {
 
 impl Throttle {
     /// Returns a throttle that never exceeds `max` exchanges in flight.
-    pub fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize) -> Self {
         let max = max.max(1);
         let state = State {
             limit: Limit::new(max),
@@ -121,7 +121,7 @@ impl Throttle {
 
     /// Waits for a permit for one more exchange. The error is the end of a pause that is too long
     /// to wait for in memory.
-    pub async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
+    pub(crate) async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
         loop {
             let (number, granted) = {
                 let mut state = self.0.lock();
@@ -155,14 +155,14 @@ impl Throttle {
     }
 
     /// Records the remaining requests that the response to an exchange reported.
-    pub fn told(&self, admitted: &Admitted, remaining: u64, reset: Duration) {
+    pub(crate) fn told(&self, admitted: &Admitted, remaining: u64, reset: Duration) {
         let mut state = self.0.lock();
         let Some(until) = Instant::now().checked_add(reset) else { return };
         state.limit.told(remaining, until, admitted.began);
     }
 
     /// Returns the estimated limit of exchanges in flight; below one, a rate.
-    pub fn limit(&self) -> f64 {
+    pub(crate) fn limit(&self) -> f64 {
         self.0.lock().limit.current()
     }
 }

@@ -31,6 +31,9 @@
 //! At least one share can always grow, so it completes and releases its bytes to the others.
 //! A pool is exceeded by at most one item: the largest line or response that the settings allow.
 
+#![deny(missing_docs)]
+#![warn(unreachable_pub)]
+
 mod config;
 mod pool;
 

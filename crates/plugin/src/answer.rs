@@ -17,7 +17,7 @@ const MAX_MESSAGE_CHARS: usize = 4000;
 
 /// Validates a step and puts the body of its answer on one line. Returns the violation as a
 /// sentence.
-pub fn check_step(step: Step) -> Result<Step, String> {
+pub(crate) fn check_step(step: Step) -> Result<Step, String> {
     match step {
         Step::Send { state, .. } | Step::Wait { state, .. } if state.len() > MAX_STATE_BYTES => {
             Err(format!(

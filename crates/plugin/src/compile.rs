@@ -35,6 +35,7 @@ use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use batchwright_domain::units::{Size, Span};
 use clap::Args;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
@@ -48,7 +49,6 @@ use wasmtime::component::Component;
 use super::cache::Cache;
 use super::engine::{self, Flavour};
 use super::files::MOST_COMPONENT;
-use batchwright_domain::units::{Size, Span};
 
 /// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";

@@ -6,18 +6,18 @@
 
 use std::path::Path;
 
+use batchwright_egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 use url::Url;
 
 use super::error::LoadError;
 use super::manifest::{Manifest, Source};
 use super::types::Description;
-use batchwright_egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 
 /// Reads the secrets of a plugin, and binds each secret to its hosts.
 ///
 /// With a `placeholder`, a secret that cannot be read is replaced. `key` makes an error of a key
 /// and a message.
-pub fn secrets(
+pub(crate) fn secrets(
     manifest: &Manifest,
     description: &Description,
     file: &Path,

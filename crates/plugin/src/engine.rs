@@ -8,7 +8,7 @@ use super::manifest::{MOST_MEMORY, MOST_TABLE};
 
 /// Interval of the epoch interrupts. At each interrupt a running guest is checked for its CPU time
 /// and yields to other tasks.
-pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
+pub(crate) const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Instances alive at a time, over all plugins and tenants. An unused slot costs only address
 /// space.
@@ -22,7 +22,7 @@ const MAX_CORE_PARTS_PER_COMPONENT: u32 = 32;
 const MAX_MEMORIES_PER_COMPONENT: u32 = 4;
 
 /// Call stack of a guest, in bytes. The size suffices for language runtimes.
-pub const GUEST_STACK_BYTES: usize = 512 << 10;
+pub(crate) const GUEST_STACK_BYTES: usize = 512 << 10;
 
 /// Kind of engine. A call costs a third more in an engine with asynchronous functions, so only
 /// components that need such functions run in one.
@@ -51,7 +51,7 @@ impl Flavour {
 }
 
 /// Builds an engine and starts its epoch thread, which ends with the engine.
-pub fn start(flavour: Flavour) -> Result<Engine, String> {
+pub(crate) fn start(flavour: Flavour) -> Result<Engine, String> {
     let engine = Engine::new(&config(flavour, true)).or_else(|error| {
         // Without enough address space for the pool (a strict `ulimit -v`), each instance is
         // allocated on demand, which is slower.
@@ -80,7 +80,7 @@ pub fn start(flavour: Flavour) -> Result<Engine, String> {
 }
 
 /// Builds an engine that only compiles. The compiled code runs in the engine of [`start`].
-pub fn compiler(flavour: Flavour) -> Result<Engine, String> {
+pub(crate) fn compiler(flavour: Flavour) -> Result<Engine, String> {
     Engine::new(&config(flavour, false))
         .map_err(|error| format!("the compiler does not start: {error:#}"))
 }

@@ -98,7 +98,7 @@ impl Files {
 /// Returns the other files that a TOML file depends on: component, signature and secrets.
 ///
 /// The list includes files that do not exist. None if the TOML file cannot be read or parsed.
-pub fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
+pub(crate) fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
     let secrets =
         manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {

@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use batchwright_memory::{Holder, Share};
 use tokio::time::Instant;
 use wasmtime::component::{HasSelf, InstancePre};
 use wasmtime::{
@@ -42,18 +43,17 @@ use super::instances::{HOST_OVERHEAD_BYTES, Instances};
 use super::log::{PluginLog, RecentOutput};
 use super::manifest::Limits;
 use super::wasi::EmptyWorld;
-use batchwright_memory::{Holder, Share};
 
 /// Error of a call that used up its CPU time.
 #[derive(Debug, thiserror::Error)]
 #[error("out of CPU time")]
-pub struct OutOfTime;
+pub(crate) struct OutOfTime;
 
 /// Error of a call that exceeded its deadline on the wall clock, for example because the guest
 /// sleeps.
 #[derive(Debug, thiserror::Error)]
 #[error("asleep")]
-pub struct Asleep;
+pub(crate) struct Asleep;
 
 /// Time on the wall clock that a call gets beyond a multiple of its CPU time. Guests do no I/O, but
 /// a language runtime may sleep for a moment.
@@ -75,7 +75,7 @@ const SLOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time that calls of an instance have waited for memory of the host. The wait extends the guest's
 /// deadline.
 #[derive(Default)]
-pub struct MemoryWait(AtomicU64);
+pub(crate) struct MemoryWait(AtomicU64);
 
 impl MemoryWait {
     fn add(&self, since: Instant) {
@@ -107,7 +107,7 @@ async fn count_wait(waited: &MemoryWait, wait: impl Future<Output = ()>) {
 /// call waits for memory extends the deadline.
 ///
 /// An instance whose call fails with [`Asleep`] must not be used again.
-pub async fn in_time<T>(
+pub(crate) async fn in_time<T>(
     limits: &Limits,
     units: u32,
     waited: &MemoryWait,
@@ -136,7 +136,7 @@ pub async fn in_time<T>(
 }
 
 /// State of the host in the store of an instance.
-pub struct State {
+pub(crate) struct State {
     memory: MemoryLimit,
     /// Epoch ticks that the running call has left.
     ticks_left: u32,
@@ -149,7 +149,7 @@ pub struct State {
 
 /// Limit of linear memory, summed over all memories of a store. `wasmtime::StoreLimits` limits each
 /// memory on its own.
-pub struct MemoryLimit {
+pub(crate) struct MemoryLimit {
     limit: usize,
     used: usize,
     share: Share,
@@ -162,7 +162,7 @@ pub struct MemoryLimit {
 
 /// Resource that a guest asked for beyond its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// Linear memory.
     Memory,
     /// Elements of a table.
@@ -238,7 +238,7 @@ impl logging::Host for State {
 }
 
 /// Creates the linker with all imports that plugins may have: WASI as an empty world, and the log.
-pub fn linker(
+pub(crate) fn linker(
     engine: &Engine,
     flavour: Flavour,
 ) -> wasmtime::Result<wasmtime::component::Linker<State>> {
@@ -252,7 +252,7 @@ pub fn linker(
 }
 
 /// Linked component, from which instances are created.
-pub enum Template {
+pub(crate) enum Template {
     /// Component of the world `validator`.
     Validator(v0_1::validator::ValidatorPre<State>),
     /// Component of the world `adapter`.
@@ -267,7 +267,7 @@ pub enum Template {
 }
 
 /// Instance of a component, for one plugin and tenant.
-pub struct Instance {
+pub(crate) struct Instance {
     /// Store that holds the guest and the host's state for it.
     pub store: Store<State>,
     /// Functions of the guest.
@@ -287,7 +287,7 @@ impl Instance {
     /// code has the limits of one call.
     ///
     /// Returns the guest's last refusal and output beside the result, to explain an error.
-    pub async fn new(
+    pub(crate) async fn new(
         template: &Template,
         engine: &Engine,
         limits: &Limits,
@@ -367,14 +367,14 @@ impl Instance {
     }
 
     /// Grants the next call its CPU time: `units` times `call_timeout`.
-    pub fn allow(&mut self, limits: &Limits, units: u32) {
+    pub(crate) fn allow(&mut self, limits: &Limits, units: u32) {
         self.calls = self.calls.saturating_add(1);
         grant_cpu_time(&mut self.store, limits, units);
     }
 
     /// Returns true if a large call has grown the instance so much that it is not worth reusing:
     /// linear memory never shrinks.
-    pub fn is_bloated(&self) -> bool {
+    pub(crate) fn is_bloated(&self) -> bool {
         let has_grown = self.memory() > self.configured_memory;
         self.memory() > self.configured_memory.saturating_add(MAX_REUSE_GROWTH_BYTES)
             || has_grown && self.memory() > self.limit() / 100 * MAX_REUSE_PERCENT
@@ -382,7 +382,7 @@ impl Instance {
 
     /// Returns true if a call with this many bytes of arguments may exceed the memory limit in this
     /// instance but not in a new one.
-    pub fn lacks_memory_for(&self, bytes: usize) -> bool {
+    pub(crate) fn lacks_memory_for(&self, bytes: usize) -> bool {
         let left = self.limit().saturating_sub(self.memory());
         self.memory() > self.configured_memory
             && bytes.saturating_mul(BYTES_NEEDED_PER_INPUT_BYTE) > left
@@ -393,12 +393,12 @@ impl Instance {
     }
 
     /// Returns the linear memory of the instance, in bytes.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         self.store.data().memory.used
     }
 
     /// Returns the guest's last refusal in the running call.
-    pub fn refused(&self) -> Option<Refused> {
+    pub(crate) fn refused(&self) -> Option<Refused> {
         self.store.data().memory.refused
     }
 }

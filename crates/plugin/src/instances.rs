@@ -16,14 +16,14 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use batchwright_memory::{Holder, Pool, Share};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::instance::Instance;
-use batchwright_memory::{Holder, Pool, Share};
 
 /// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
-pub const HOST_OVERHEAD_BYTES: usize = 128 << 10;
+pub(crate) const HOST_OVERHEAD_BYTES: usize = 128 << 10;
 
 /// Time after which an idle instance is dropped.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -34,7 +34,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Registry of the idle instances of all plugins, with the memory pool of all instances.
-pub struct Instances {
+pub(crate) struct Instances {
     memory: Pool,
     idle: Mutex<Vec<Weak<IdleInstances>>>,
     /// Notified whenever a call ends and its instance becomes idle or is dropped.
@@ -42,12 +42,12 @@ pub struct Instances {
 }
 
 /// Idle instances of one plugin and tenant, ordered by last use; the most recently used is last.
-pub struct IdleInstances(Mutex<Vec<(Instant, Instance)>>);
+pub(crate) struct IdleInstances(Mutex<Vec<(Instant, Instance)>>);
 
 impl Instances {
     /// Creates the registry and starts the task that drops instances after [`IDLE_TIMEOUT`]. The
     /// task ends with the registry.
-    pub fn start(memory: Pool) -> Arc<Self> {
+    pub(crate) fn start(memory: Pool) -> Arc<Self> {
         let instances =
             Arc::new(Self { memory, idle: Mutex::default(), call_ended: Notify::new() });
         let weak = Arc::downgrade(&instances);
@@ -62,7 +62,7 @@ impl Instances {
     }
 
     /// Creates and registers an empty list of idle instances.
-    pub fn idle_list(&self) -> Arc<IdleInstances> {
+    pub(crate) fn idle_list(&self) -> Arc<IdleInstances> {
         let list = Arc::new(IdleInstances(Mutex::default()));
         let mut lists = self.lock();
         lists.retain(|known| known.strong_count() > 0);
@@ -71,14 +71,14 @@ impl Instances {
     }
 
     /// Reserves memory for a new instance: [`HOST_OVERHEAD_BYTES`]. Waits until the pool has room.
-    pub async fn share(&self, holder: &Holder) -> Share {
+    pub(crate) async fn share(&self, holder: &Holder) -> Share {
         let mut share = self.memory.share(holder);
         self.cover(&mut share, HOST_OVERHEAD_BYTES).await;
         share
     }
 
     /// Grows a share to `bytes`. Evicts idle instances, and waits, until the pool has room.
-    pub async fn cover(&self, share: &mut Share, bytes: usize) {
+    pub(crate) async fn cover(&self, share: &mut Share, bytes: usize) {
         while !share.try_cover(bytes) {
             if self.evict(Duration::ZERO) {
                 continue;
@@ -96,7 +96,7 @@ impl Instances {
 
     /// Releases an instance into the list for the next call, or drops it if another instance waits
     /// for memory.
-    pub fn release(&self, list: &IdleInstances, instance: Instance) {
+    pub(crate) fn release(&self, list: &IdleInstances, instance: Instance) {
         if self.memory.is_short() {
             drop(instance);
         } else {
@@ -107,7 +107,7 @@ impl Instances {
 
     /// Frees a slot of wasmtime's pool by eviction, or waits until a call may have freed one. The
     /// caller tries again.
-    pub async fn wait_for_slot(&self) {
+    pub(crate) async fn wait_for_slot(&self) {
         if !self.evict(Duration::ZERO) {
             tokio::time::timeout(POLL_INTERVAL, self.call_ended.notified()).await.ok();
         }
@@ -141,12 +141,12 @@ impl Instances {
 
 impl IdleInstances {
     /// Removes and returns the most recently used instance.
-    pub fn take(&self) -> Option<Instance> {
+    pub(crate) fn take(&self) -> Option<Instance> {
         self.lock().pop().map(|(_, instance)| instance)
     }
 
     /// Returns the linear memory of the largest instance, in bytes.
-    pub fn max_memory(&self) -> usize {
+    pub(crate) fn max_memory(&self) -> usize {
         self.lock().iter().map(|(_, instance)| instance.memory()).max().unwrap_or(0)
     }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 /// Writes a value to its state file, if there is one.
 ///
 /// A write error is only logged: the value still applies to this process.
-pub fn save<T: Serialize>(file: Option<&Path>, value: &T) {
+pub(crate) fn save<T: Serialize>(file: Option<&Path>, value: &T) {
     let Some(file) = file else { return };
     if let Err(error) = write(file, value) {
         tracing::warn!(path = %file.display(), %error, "state file not written");

@@ -6,6 +6,9 @@
 //! plugins only through the types of [`types`], whatever version of the contract a component was
 //! built for. Values of guests are checked before they leave this module.
 
+#![deny(missing_docs)]
+#![warn(unreachable_pub)]
+
 mod answer;
 mod bindings;
 mod cache;

@@ -15,6 +15,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use batchwright_domain::clock::Clock;
+use batchwright_domain::units::{Size, Span};
+use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
+use batchwright_memory::Memory;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
@@ -38,10 +42,6 @@ use super::schema;
 use super::signature::TrustedKeys;
 use super::trust::Trust;
 use super::types::{Description, Kind};
-use batchwright_domain::clock::Clock;
-use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
-use batchwright_domain::units::{Size, Span};
-use batchwright_memory::Memory;
 
 /// Maximum length of an error message about a component, in characters.
 const MAX_MESSAGE_CHARS: usize = 2000;

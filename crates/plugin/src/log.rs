@@ -14,14 +14,14 @@ use super::answer::for_people;
 /// The lines explain a failed call to operators. Clients must not see them, as they may contain a
 /// tenant's data.
 #[derive(Clone, Default)]
-pub struct RecentOutput(Arc<Mutex<VecDeque<String>>>);
+pub(crate) struct RecentOutput(Arc<Mutex<VecDeque<String>>>);
 
 impl RecentOutput {
     const MAX_LINES: usize = 3;
     const MAX_CHARS: usize = 300;
 
     /// Adds a line and drops the oldest one if there are too many.
-    pub fn add(&self, line: &str) {
+    pub(crate) fn add(&self, line: &str) {
         let line: String = line.trim().chars().take(Self::MAX_CHARS).collect();
         if line.is_empty() {
             return;
@@ -34,14 +34,14 @@ impl RecentOutput {
     }
 
     /// Returns all lines, joined to one.
-    pub fn joined(&self) -> String {
+    pub(crate) fn joined(&self) -> String {
         let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().map(String::as_str).collect::<Vec<_>>().join(" / ")
     }
 }
 
 /// Log of one plugin, with a rate limit.
-pub struct PluginLog {
+pub(crate) struct PluginLog {
     plugin: String,
     rate: Option<DefaultDirectRateLimiter>,
     dropped: AtomicU64,
@@ -49,10 +49,10 @@ pub struct PluginLog {
 
 impl PluginLog {
     /// Longest line; the rest of a longer one is dropped.
-    pub const MAX_LINE_CHARS: usize = 1000;
+    pub(crate) const MAX_LINE_CHARS: usize = 1000;
 
     /// Creates the log of the plugin with this name: ten lines a second, in bursts of up to 100.
-    pub fn new(plugin: &str) -> Self {
+    pub(crate) fn new(plugin: &str) -> Self {
         let quota = Quota::with_period(Duration::from_millis(100));
         let burst = std::num::NonZeroU32::new(100).unwrap_or(std::num::NonZeroU32::MIN);
         Self {
@@ -66,7 +66,7 @@ impl PluginLog {
     ///
     /// The text is a field and has no control characters, so a guest cannot forge an event, a line
     /// or a color of the host's log.
-    pub fn write(&self, level: tracing::Level, text: &str) {
+    pub(crate) fn write(&self, level: tracing::Level, text: &str) {
         if !self.admits() {
             return;
         }
@@ -82,7 +82,7 @@ impl PluginLog {
     }
 
     /// Logs a failed call, with the message for operators.
-    pub fn write_call_error(&self, error: &str) {
+    pub(crate) fn write_call_error(&self, error: &str) {
         if !self.admits() {
             return;
         }

@@ -5,6 +5,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
+use batchwright_domain::units::{Size, Span};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -12,7 +13,6 @@ use serde_json::{Map, Value};
 
 use super::error::LoadError;
 use super::read::read_bounded;
-use batchwright_domain::units::{Size, Span};
 
 /// Parsed TOML file of a plugin.
 #[derive(Debug, Deserialize)]
@@ -186,10 +186,10 @@ impl Default for Limits {
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
 /// Maximum of `[limits] memory`: the size that one slot of the instance pool reserves.
-pub const MOST_MEMORY: Size = Size::mib(4096);
+pub(crate) const MOST_MEMORY: Size = Size::mib(4096);
 
 /// Maximum of `[limits] table_elements`: the size that one slot of the instance pool reserves.
-pub const MOST_TABLE: usize = 100_000;
+pub(crate) const MOST_TABLE: usize = 100_000;
 
 impl Manifest {
     /// Parses and checks the text of `file`. Errors name the file and the key.
@@ -290,7 +290,7 @@ fn find_cycle(aliases: &BTreeMap<String, String>) -> Option<String> {
 }
 
 /// Source of a secret.
-pub enum Source<'a> {
+pub(crate) enum Source<'a> {
     /// Name of an environment variable.
     Env(&'a str),
     /// Path of a file.
@@ -308,7 +308,7 @@ pub fn read_secret(source: &str) -> Result<String, String> {
 
 impl<'a> Source<'a> {
     /// Parses `env:NAME` or `file:PATH`. None for any other text.
-    pub fn parse(text: &'a str) -> Option<Self> {
+    pub(crate) fn parse(text: &'a str) -> Option<Self> {
         match text.split_once(':')? {
             ("env", name) if !name.is_empty() => Some(Self::Env(name)),
             ("file", path) if !path.is_empty() => Some(Self::File(Path::new(path))),
@@ -317,14 +317,14 @@ impl<'a> Source<'a> {
     }
 
     /// Returns the file mode if every user may read the file.
-    pub fn open_mode(&self) -> Option<u32> {
+    pub(crate) fn open_mode(&self) -> Option<u32> {
         let Self::File(path) = self else { return None };
         let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
         (mode & 0o004 != 0).then_some(mode)
     }
 
     /// Reads the secret without trailing line ends. Errors name the source.
-    pub fn read(&self) -> Result<String, String> {
+    pub(crate) fn read(&self) -> Result<String, String> {
         let secret = match self {
             Self::Env(name) => std::env::var(name).map_err(|_| {
                 format!("the environment variable {name} is not set; export it and start again")

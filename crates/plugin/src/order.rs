@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use super::kept;
 
 /// Names of plugins in the order in which they started to serve, in a file of the data folder.
-pub struct Order {
+pub(crate) struct Order {
     /// None keeps the names in memory only.
     file: Option<PathBuf>,
     names: Mutex<Vec<String>>,
@@ -16,20 +16,20 @@ pub struct Order {
 
 impl Order {
     /// Reads the order that a former process stored. Without a readable file the order is empty.
-    pub fn open(file: Option<PathBuf>) -> Self {
+    pub(crate) fn open(file: Option<PathBuf>) -> Self {
         let text = file.as_ref().and_then(|file| std::fs::read(file).ok());
         let names = text.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         Self { file, names: Mutex::new(names) }
     }
 
     /// Returns the position of a plugin. A new plugin comes after all others.
-    pub fn position(&self, name: &str) -> usize {
+    pub(crate) fn position(&self, name: &str) -> usize {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.iter().position(|known| known == name).unwrap_or(usize::MAX)
     }
 
     /// Records the plugins that serve now: removes other names and appends new ones.
-    pub fn record<'a>(&self, serving: impl Iterator<Item = &'a str>) {
+    pub(crate) fn record<'a>(&self, serving: impl Iterator<Item = &'a str>) {
         let serving: Vec<&str> = serving.collect();
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let mut now: Vec<String> =

@@ -22,6 +22,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use batchwright_egress::{Gateway, HttpResponse};
+use batchwright_memory::Holder;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Trap};
@@ -38,8 +40,6 @@ use super::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
     Violation,
 };
-use batchwright_egress::{Gateway, HttpResponse};
-use batchwright_memory::Holder;
 
 /// Lines for which a validator gets the CPU time of one call.
 const LINES_PER_CPU_UNIT: usize = 1000;

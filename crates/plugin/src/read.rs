@@ -13,7 +13,7 @@ use super::error::LoadError;
 const MAX_TEXT_BYTES: u64 = 1 << 20;
 
 /// Reads a UTF-8 text file of at most 1 MiB.
-pub fn read_text(path: &Path) -> Result<String, LoadError> {
+pub(crate) fn read_text(path: &Path) -> Result<String, LoadError> {
     let bytes = read_bounded(path, MAX_TEXT_BYTES);
     let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other));
     text.map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
@@ -23,7 +23,7 @@ pub fn read_text(path: &Path) -> Result<String, LoadError> {
 ///
 /// The plugin directory may contain anything: a pipe without a writer, a device without an end, a
 /// file that grows. Therefore the file is opened without blocking and read only up to the limit.
-pub fn read_bounded(path: &Path, max_bytes: u64) -> std::io::Result<Vec<u8>> {
+pub(crate) fn read_bounded(path: &Path, max_bytes: u64) -> std::io::Result<Vec<u8>> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true).custom_flags(i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0));
     let file = options.open(path)?;

@@ -53,7 +53,7 @@ const MAX_OUTPUT_BYTES: u64 = 1 << 30;
 const CPU_KILL_GRACE_SECONDS: u64 = 5;
 
 /// Sets hard limits: `memory` bytes of data and `seconds` of CPU time, over all threads.
-pub fn limit(memory: u64, seconds: u64) -> rustix::io::Result<()> {
+pub(crate) fn limit(memory: u64, seconds: u64) -> rustix::io::Result<()> {
     let addresses = memory.saturating_add(ADDRESS_SPACE_OVERHEAD_BYTES);
     for (resource, soft, hard) in [
         (Resource::Data, memory, memory),
@@ -73,7 +73,7 @@ pub fn limit(memory: u64, seconds: u64) -> rustix::io::Result<()> {
 }
 
 /// Enters the sandbox. The process must have one thread. Returns the layers that this system lacks.
-pub fn enter() -> Vec<String> {
+pub(crate) fn enter() -> Vec<String> {
     let mut missing = Vec::new();
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         missing.push(format!("dumpable: {error}"));

@@ -24,7 +24,7 @@ const MAX_PATTERNS: usize = 100;
 const MAX_PATTERN_BYTES: usize = 256 << 10;
 
 /// Parses a schema, and checks that it is valid and within its limits.
-pub fn parse(text: &str) -> Result<Value, String> {
+pub(crate) fn parse(text: &str) -> Result<Value, String> {
     if text.len() > MAX_SCHEMA_BYTES {
         return Err(format!(
             "settings-schema has {} bytes; the limit is {MAX_SCHEMA_BYTES}",
@@ -143,7 +143,7 @@ pub fn add_defaults(settings: &mut Map<String, Value>, schema: &Value) {
 }
 
 /// Checks settings against a schema. The error is the dotted path and a message with a remedy.
-pub fn check(settings: &Value, schema: &Value) -> Result<(), (String, String)> {
+pub(crate) fn check(settings: &Value, schema: &Value) -> Result<(), (String, String)> {
     let validator = validator(schema).map_err(|message| (String::new(), message))?;
     let Some(error) = validator.iter_errors(settings).next() else { return Ok(()) };
     let place = error.instance_path().to_string().replace('/', ".");

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use super::kept;
 
 /// Highest loaded serial of each plugin, by name, in a file of the data folder.
-pub struct Serials {
+pub(crate) struct Serials {
     /// None keeps the serials in memory only.
     file: Option<PathBuf>,
     highest: Mutex<BTreeMap<String, u64>>,
@@ -19,7 +19,7 @@ pub struct Serials {
 
 impl Serials {
     /// Reads the stored serials. Fails if the file exists but cannot be read or parsed.
-    pub fn open(file: Option<PathBuf>) -> Result<Self, String> {
+    pub(crate) fn open(file: Option<PathBuf>) -> Result<Self, String> {
         let highest = match file.as_ref().map(std::fs::read) {
             None => BTreeMap::new(),
             Some(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
@@ -39,7 +39,7 @@ impl Serials {
     }
 
     /// Returns an error if the serial is lower than the highest loaded serial of the plugin.
-    pub fn check(&self, name: &str, serial: u64) -> Result<(), String> {
+    pub(crate) fn check(&self, name: &str, serial: u64) -> Result<(), String> {
         let highest = self.highest.lock().unwrap_or_else(PoisonError::into_inner);
         match highest.get(name).filter(|highest| serial < **highest) {
             None => Ok(()),
@@ -51,7 +51,7 @@ impl Serials {
     }
 
     /// Stores the serial of a loaded plugin if it is higher than the stored one.
-    pub fn raise(&self, name: &str, serial: u64) {
+    pub(crate) fn raise(&self, name: &str, serial: u64) {
         let mut highest = self.highest.lock().unwrap_or_else(PoisonError::into_inner);
         if highest.get(name).is_some_and(|highest| *highest >= serial) || serial == 0 {
             return;

@@ -39,7 +39,7 @@ use super::serials::Serials;
 use super::signature::{TrustedKeys, statement};
 
 /// Trusted keys, reloaded with the plugin directory, and the serials of loaded plugins.
-pub struct Trust {
+pub(crate) struct Trust {
     /// None if unsigned plugins are loaded too.
     keys: Option<ArcSwap<TrustedKeys>>,
     serials: Serials,
@@ -56,18 +56,21 @@ pub struct Signed {
 
 impl Trust {
     /// Opens the file of serials. Without keys, signatures are not required.
-    pub fn open(keys: Option<TrustedKeys>, serials: Option<PathBuf>) -> Result<Self, String> {
+    pub(crate) fn open(
+        keys: Option<TrustedKeys>,
+        serials: Option<PathBuf>,
+    ) -> Result<Self, String> {
         Ok(Self { keys: keys.map(ArcSwap::from_pointee), serials: Serials::open(serials)? })
     }
 
     /// Returns true if signatures are required.
-    pub fn is_required(&self) -> bool {
+    pub(crate) fn is_required(&self) -> bool {
         self.keys.is_some()
     }
 
     /// Verifies the signature and the serial of the files. Returns None if no signature is
     /// required.
-    pub fn verify(&self, name: &str, files: &Files) -> Result<Option<Signed>, LoadError> {
+    pub(crate) fn verify(&self, name: &str, files: &Files) -> Result<Option<Signed>, LoadError> {
         let Some(keys) = &self.keys else { return Ok(None) };
         let refused = |message| LoadError::Signature { file: files.file.clone(), message };
         let statement = statement(name, &files.text, &files.component.sha256);
@@ -80,14 +83,14 @@ impl Trust {
     }
 
     /// Stores the serial of a loaded plugin. Files with a lower serial are refused afterwards.
-    pub fn record_loaded(&self, name: &str, signed: Option<&Signed>) {
+    pub(crate) fn record_loaded(&self, name: &str, signed: Option<&Signed>) {
         if let Some(signed) = signed {
             self.serials.raise(name, signed.serial);
         }
     }
 
     /// Returns true if a loaded plugin's signature is valid under the current keys.
-    pub fn is_still_trusted(&self, plugin: &Plugin) -> bool {
+    pub(crate) fn is_still_trusted(&self, plugin: &Plugin) -> bool {
         let Some(keys) = &self.keys else { return true };
         let signed = plugin.signed.as_ref();
         signed.is_some_and(|signed| {
@@ -96,7 +99,7 @@ impl Trust {
     }
 
     /// Reads the trusted keys again. If the file cannot be read, the previous keys stay in force.
-    pub fn read_keys(&self) {
+    pub(crate) fn read_keys(&self) {
         let Some(keys) = &self.keys else { return };
         let current = keys.load_full();
         match TrustedKeys::read_or_empty(&current.file) {
@@ -114,12 +117,12 @@ impl Trust {
     }
 
     /// Returns the path of the file of trusted keys, if signatures are required.
-    pub fn keys_file(&self) -> Option<PathBuf> {
+    pub(crate) fn keys_file(&self) -> Option<PathBuf> {
         self.keys.as_ref().map(|keys| keys.load().file.clone())
     }
 
     /// Returns the digest of the file of trusted keys; empty if signatures are not required.
-    pub fn keys_digest(&self) -> String {
+    pub(crate) fn keys_digest(&self) -> String {
         self.keys.as_ref().map(|keys| keys.load().digest.clone()).unwrap_or_default()
     }
 }

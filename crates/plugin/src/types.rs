@@ -1,8 +1,7 @@
 //! Domain types that plugins and the host exchange, the same for every version of the contract.
 
-use serde_json::Value;
-
 use batchwright_egress::{HttpRequest, HttpResponse, TransportError};
+use serde_json::Value;
 
 /// World of the contract that a component implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,7 +18,7 @@ use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 use super::log::{PluginLog, RecentOutput};
 
 /// WASI context of one instance, without capabilities.
-pub struct EmptyWorld {
+pub(crate) struct EmptyWorld {
     /// Context that wasmtime's WASI functions read.
     pub ctx: WasiCtx,
     /// Handles that the guest holds.
@@ -27,7 +27,7 @@ pub struct EmptyWorld {
 
 impl EmptyWorld {
     /// Builds a context whose output goes to `log` and `output`.
-    pub fn new(log: &Arc<PluginLog>, output: &RecentOutput) -> Self {
+    pub(crate) fn new(log: &Arc<PluginLog>, output: &RecentOutput) -> Self {
         let mut builder = WasiCtxBuilder::new();
         // Each denial is explicit, so that no default of a later version grants a capability.
         builder

@@ -35,6 +35,9 @@
 //! Architecture invariant: this module knows neither the JSON of the API nor plugins.
 //! The tenant is part of every key, path and query.
 
+#![deny(missing_docs)]
+#![warn(unreachable_pub)]
+
 mod blobs;
 mod private;
 mod sqlite;

@@ -42,12 +42,12 @@ pub fn users_mode() -> Option<u32> {
 }
 
 /// Creates a folder and its parents for this user alone; an existing folder keeps its mode.
-pub fn create_folder(folder: &Path) -> Result<()> {
+pub(crate) fn create_folder(folder: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
 /// Removes the access of other users to a data folder; logs paths whose mode cannot be changed.
-pub fn restrict_modes(folder: &Path) {
+pub(crate) fn restrict_modes(folder: &Path) {
     // A folder without a database is no data folder, whatever its entries are called.
     if !folder.join("batchwright.db").exists() {
         return;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use batchwright_egress::https;
 use bytes::Bytes;
 use clap::Args;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
@@ -18,7 +19,6 @@ use tokio::io::AsyncReadExt;
 use url::Url;
 
 use super::Error;
-use batchwright_egress::https;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 

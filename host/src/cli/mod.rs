@@ -16,13 +16,13 @@ mod terminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use batchwright_plugin::{LoadError, compile};
+use batchwright_store::StoreError;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::terminal::errln;
 use crate::config::{ConfigError, unknown_variables};
-use batchwright_plugin::{LoadError, compile};
-use batchwright_store::StoreError;
 
 /// Version of the program with the commit of its build.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWRIGHT_COMMIT"), ")");

@@ -10,6 +10,8 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use batchwright_plugin::hex;
+use batchwright_store::users_mode;
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use serde::{Deserialize, Serialize};
@@ -17,8 +19,6 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::{Error, path_text};
-use batchwright_plugin::hex;
-use batchwright_store::users_mode;
 
 /// Path that results are written to.
 #[derive(Debug)]

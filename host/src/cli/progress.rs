@@ -1,10 +1,11 @@
 //! Progress display of a batch: a bar on a terminal, plain lines elsewhere.
 
-use crate::cli::terminal::{errln, escape_control_characters};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+
+use crate::cli::terminal::{errln, escape_control_characters};
 
 /// Minimum time between two plain lines with the same status.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);

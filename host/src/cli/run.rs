@@ -34,9 +34,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchwright_batch::{Batches, ENDPOINTS, NewFile, Request};
 use batchwright_domain::settings::Value;
 use batchwright_domain::text::hex;
 use batchwright_domain::units::Span;
+use batchwright_plugin::check_directory;
+use batchwright_store::{BatchRecord, PIECE, Paged, Status, umask};
 use bytes::Bytes;
 use clap::Args;
 use futures_util::{Stream, stream};
@@ -49,13 +52,10 @@ use super::progress::Progress;
 use super::run_state::{RunPaths, RunState, remove};
 use super::{Error, ProcessSignals, user_cache, warn_unknown_variables};
 use crate::assemble::Options;
-use crate::batch::{Batches, ENDPOINTS, NewFile, Request};
 use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
-use batchwright_plugin::check_directory;
 use crate::{assemble, telemetry};
-use batchwright_store::{BatchRecord, PIECE, Paged, Status, umask};
 
 /// Tenant of every run.
 const TENANT: &str = "default";
@@ -73,7 +73,7 @@ const PROVIDER_UNAVAILABLE_STATUS: u8 = 6;
 ///
 /// The registry is off because the command prints the errors of plugins itself.
 const LOG_FILTER: &str =
-    "info,batchwright::batch=warn,batchwright::plugin=warn,batchwright::plugin::registry=off";
+    "info,batchwright_batch=warn,batchwright_plugin=warn,batchwright_plugin::registry=off";
 
 /// Completion window of a run, long enough to have no effect.
 const COMPLETION_WINDOW: &str = "99years";

@@ -5,6 +5,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use batchwright_api as api;
+use batchwright_batch::Batches;
+use batchwright_plugin::watch::watch;
+use batchwright_store::umask;
 use clap::Args;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -13,12 +17,9 @@ use tokio_util::task::TaskTracker;
 
 use super::{Error, ProcessSignal, ProcessSignals, VERSION, warn_unknown_variables};
 use crate::assemble::Options;
-use crate::batch::Batches;
 use crate::cli::terminal::outln;
 use crate::config::{All, Settings, SettingsArgs};
-use batchwright_plugin::watch::watch;
-use crate::{api, assemble, telemetry};
-use batchwright_store::umask;
+use crate::{assemble, telemetry};
 
 /// Minimum time for clients to receive responses in flight, after all other work has ended.
 const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);

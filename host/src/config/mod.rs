@@ -12,15 +12,15 @@ mod file;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use batchwright_api::ApiConfig;
+use batchwright_batch::{BatchConfig, ExecutionConfig, RetentionConfig};
 use batchwright_domain::settings::{Given, Section, Setting};
 use batchwright_domain::units::Span;
 use batchwright_domain::{settings, value_from_str};
-
-use crate::api::ApiConfig;
-use crate::batch::{self, BatchConfig, ExecutionConfig, RetentionConfig};
-use batchwright_plugin::PluginsConfig;
-use crate::telemetry::{LogFilter, LogFormat};
 use batchwright_memory::MemoryConfig;
+use batchwright_plugin::PluginsConfig;
+
+use crate::telemetry::{LogFilter, LogFormat};
 
 pub use arguments::{All, LoaderSettings, PluginFolder, SettingsArgs};
 pub use environment::unknown_variables;
@@ -162,8 +162,8 @@ impl Settings {
     }
 
     /// The part that the batch engine uses.
-    pub fn of_batches(&self) -> batch::Config {
-        batch::Config {
+    pub fn of_batches(&self) -> batchwright_batch::Config {
+        batchwright_batch::Config {
             batch: self.batch.clone(),
             retention: self.retention.clone(),
             execution: self.execution.clone(),

@@ -1,7 +1,8 @@
 //! Tests of expiry, leases, backoff and cleanup under a clock that the tests advance.
 
-use super::*;
 use batchwright_store::Status;
+
+use super::*;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const MINUTE: Duration = Duration::from_secs(60);

@@ -1,11 +1,11 @@
 //! Property test: random events in random order. Each line of a batch ends in exactly one of the
 //! two files, or the batch has no counts.
 
+use batchwright_store::{Cancel, Status};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::*;
-use batchwright_store::{Cancel, Status};
 
 /// Event during the life of a batch.
 #[derive(Clone, Debug)]

@@ -3,11 +3,11 @@
 
 use std::collections::HashMap;
 
+use batchwright_store::Status;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::*;
-use batchwright_store::Status;
 
 /// Value of `max_line_size`, in bytes.
 const MAX_LINE_BYTES: usize = 4096;

@@ -14,18 +14,17 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
+use batchwright_batch::{Batches, NewFile, Request};
+use batchwright_domain::settings::Given;
+use batchwright_store::{BatchRecord, FileRecord};
 use bytes::Bytes;
 use proptest::test_runner::Config as ProptestConfig;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use batchwright_domain::settings::Given;
-
 use crate::assemble::{self, Options};
-use crate::batch::{Batches, NewFile, Request};
 use crate::clock::Clock;
 use crate::config::Settings;
-use batchwright_store::{BatchRecord, FileRecord};
 
 const TENANT: &str = "default";
 const CHAT: &str = "/v1/chat/completions";

@@ -6,7 +6,16 @@ use toml::Table;
 use super::Source;
 
 /// Each crate, and the crates of this repository that it may depend on.
-const ALLOWED: [(&str, &[&str]); 1] = [("batchwright", &[])];
+const ALLOWED: [(&str, &[&str]); 8] = [
+    ("batchwright-domain", &[]),
+    ("batchwright-memory", &["domain"]),
+    ("batchwright-egress", &["domain", "memory"]),
+    ("batchwright-store", &["domain", "memory"]),
+    ("batchwright-plugin", &["domain", "memory", "egress"]),
+    ("batchwright-batch", &["domain", "memory", "egress", "store", "plugin"]),
+    ("batchwright-api", &["domain", "memory", "store", "plugin", "batch"]),
+    ("batchwright", &["domain", "memory", "egress", "store", "plugin", "batch", "api"]),
+];
 
 pub fn faults(sources: &[Source]) -> Result<Vec<String>> {
     let mut faults = Vec::new();
@@ -24,10 +33,12 @@ pub fn faults(sources: &[Source]) -> Result<Vec<String>> {
             continue;
         };
         let dependencies = manifest.get("dependencies").and_then(|found| found.as_table());
-        for dependency in dependencies.into_iter().flat_map(Table::keys) {
-            if dependency.starts_with("batchwright") && !allowed.contains(&dependency.as_str()) {
-                faults.push(format!("{}: `{name}` must not use `{dependency}`", source.path));
-            }
+        let ours = dependencies
+            .into_iter()
+            .flat_map(Table::keys)
+            .filter_map(|dependency| dependency.strip_prefix("batchwright-"));
+        for dependency in ours.filter(|dependency| !allowed.contains(dependency)) {
+            faults.push(format!("{}: `{name}` must not use `{dependency}`", source.path));
         }
     }
     Ok(faults)

@@ -104,7 +104,7 @@ impl Model {
 
 /// Result of a simulation.
 #[derive(Debug, Clone, Copy)]
-pub struct Measured {
+pub(super) struct Measured {
     /// Simulated time until the last acceptance.
     pub seconds: f64,
     /// Number of refused requests.

@@ -2,4 +2,4 @@
 //! the same domain types.
 
 /// Version 0.1 of the contract.
-pub mod v0_1;
+pub(crate) mod v0_1;

@@ -1,29 +1,29 @@
 //! Bindings that are generated from `wit/v0.1`, with conversions to and from the domain types.
 
+use batchwright_egress::{Fault, HttpRequest, HttpResponse, TransportError};
 use wasmtime::Store;
 
 use super::super::instance::State;
 use super::super::types;
-use batchwright_egress::{Fault, HttpRequest, HttpResponse, TransportError};
 
 /// Interface that a component of the world `validator` exports.
-pub const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
+pub(crate) const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
 /// Interface that a component of the world `adapter` exports.
-pub const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
+pub(crate) const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
 /// Optional interface that an adapter may export.
-pub const CLASSIFICATION: &str = "batchwright:plugin/classification@0.1.0";
+pub(crate) const CLASSIFICATION: &str = "batchwright:plugin/classification@0.1.0";
 /// Interface that every plugin exports.
-pub const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
+pub(crate) const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
 
 /// Generated bindings of the world `validator`.
-pub mod validator {
+pub(crate) mod validator {
     wasmtime::component::bindgen!({
         path: "../../wit/v0.1", world: "validator", exports: { default: async },
     });
 }
 
 /// Generated bindings of the world `adapter`.
-pub mod adapter {
+pub(crate) mod adapter {
     wasmtime::component::bindgen!({
         path: "../../wit/v0.1", world: "adapter", exports: { default: async },
         with: { "batchwright:plugin/logging": super::validator::batchwright::plugin::logging },
@@ -32,7 +32,7 @@ pub mod adapter {
 
 /// Generated bindings of the interface `classification`, in a world of its own because the
 /// interface is optional for adapters.
-pub mod classifier {
+pub(crate) mod classifier {
     wasmtime::component::bindgen!({
         inline: "
             package batchwright:host;
@@ -46,10 +46,10 @@ use adapter::exports::batchwright::plugin::inference;
 use classifier::exports::batchwright::plugin::classification;
 use validator::exports::batchwright::plugin::validation;
 
-pub use validator::batchwright::plugin::logging;
+pub(crate) use validator::batchwright::plugin::logging;
 
 /// Exported functions of an instance.
-pub enum Exports {
+pub(crate) enum Exports {
     /// Exports of a validator.
     Validator(validator::Validator),
     /// Exports of an adapter, with the optional interface `classification`.
@@ -86,7 +86,7 @@ macro_rules! described {
 
 impl Exports {
     /// Calls `describe`. Returns the unchecked description, and its settings schema as text.
-    pub async fn describe(
+    pub(crate) async fn describe(
         &self,
         store: &mut Store<State>,
     ) -> wasmtime::Result<(types::Description, String)> {
@@ -101,7 +101,7 @@ impl Exports {
     }
 
     /// Calls `configure` with the settings as a JSON object.
-    pub async fn configure(
+    pub(crate) async fn configure(
         &self,
         store: &mut Store<State>,
         settings: &String,
@@ -117,7 +117,7 @@ impl Exports {
     }
 
     /// Calls `validate` of a validator.
-    pub async fn validate(
+    pub(crate) async fn validate(
         &self,
         store: &mut Store<State>,
         batch: types::BatchContext,
@@ -136,7 +136,7 @@ impl Exports {
     }
 
     /// Calls `begin` of an adapter.
-    pub async fn begin(
+    pub(crate) async fn begin(
         &self,
         store: &mut Store<State>,
         request: types::Request,
@@ -156,7 +156,7 @@ impl Exports {
 
     /// Calls `resume` of an adapter. `outcome` is unchanged after the call, and lost if the future
     /// is dropped before.
-    pub async fn resume(
+    pub(crate) async fn resume(
         &self,
         store: &mut Store<State>,
         state: &[u8],
@@ -173,7 +173,7 @@ impl Exports {
     }
 
     /// Calls `classify` of an adapter that exports it.
-    pub async fn classify(
+    pub(crate) async fn classify(
         &self,
         store: &mut Store<State>,
         status: u16,

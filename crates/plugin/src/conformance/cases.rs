@@ -6,15 +6,15 @@
 
 use std::path::Path;
 
+use batchwright_egress::{Fault, HttpResponse, TransportError};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::inputs::FAULTS;
 use super::mutations;
 use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
-use batchwright_egress::{Fault, HttpResponse, TransportError};
-use crate::error::CallError;
 use crate::Plugin;
+use crate::error::CallError;
 use crate::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 
 /// Recorded case: a JSON file of the author.

@@ -22,19 +22,18 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use batchwright_egress::{HttpResponse, TransportError};
 use rustix::time::{ClockId, clock_gettime};
-
-use inputs::{
-    ENDPOINTS, FAULTS, INPUT_LINES, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES,
-    OTHER_BODY,
-};
 
 use super::error::CallError;
 use super::plugin::Plugin;
 use super::types::{
     Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation,
 };
-use batchwright_egress::{HttpResponse, TransportError};
+use inputs::{
+    ENDPOINTS, FAULTS, INPUT_LINES, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES,
+    OTHER_BODY,
+};
 
 /// Tenant of the first instance.
 const FIRST_TENANT: &str = "one";

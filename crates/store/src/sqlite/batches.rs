@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use batchwright_domain::clock::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
@@ -10,7 +11,6 @@ use super::super::{
 };
 use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
-use batchwright_domain::clock::Timestamp;
 
 /// Columns that `from_row` reads.
 const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, \
@@ -118,7 +118,11 @@ fn errors(
 }
 
 /// Returns all errors of a batch.
-pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
+pub(super) fn all_errors(
+    connection: &Connection,
+    tenant: &str,
+    id: &str,
+) -> Result<Vec<BatchError>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(Vec::new()) };
     let batch = connection
         .query_row(
@@ -134,7 +138,7 @@ pub fn all_errors(connection: &Connection, tenant: &str, id: &str) -> Result<Vec
 /// Inserts a batch, unless an earlier batch has the same idempotency key.
 ///
 /// The unique index on keys decides between concurrent requests.
-pub fn create(
+pub(super) fn create(
     connection: &Connection,
     tenant: i64,
     new: &NewBatch,
@@ -205,7 +209,7 @@ fn insert(
 }
 
 /// Returns a batch with its first errors.
-pub fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
+pub(super) fn get(connection: &Connection, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let found = connection
         .prepare_cached(&format!("SELECT {COLUMNS} FROM batches WHERE tenant = ?1 AND id = ?2"))
@@ -229,7 +233,7 @@ fn approximate_bytes(record: &BatchRecord) -> usize {
 }
 
 /// Lists batches, newest first; ends the page at `limit` entries or at about `bytes` bytes.
-pub fn list(
+pub(super) fn list(
     connection: &Connection,
     tenant: &str,
     after: Option<&str>,
@@ -273,7 +277,7 @@ pub fn list(
 }
 
 /// Sets a batch that has not ended to `Cancelling`.
-pub fn request_cancel(
+pub(super) fn request_cancel(
     connection: &Connection,
     tenant: &str,
     id: &str,
@@ -301,7 +305,7 @@ pub fn request_cancel(
 
 /// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
 /// discarded.
-pub fn forgettable(
+pub(super) fn forgettable(
     connection: &Connection,
     ended_before: Timestamp,
     limit: usize,
@@ -327,7 +331,7 @@ pub fn forgettable(
 }
 
 /// Deletes batches with their errors and plugins.
-pub fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
+pub(super) fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
     for BatchRow { tenant, batch } in batches.iter().map(BatchRow::of) {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
@@ -344,7 +348,11 @@ pub fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()> {
 }
 
 /// Returns the plugins that a batch used, in order of first use.
-pub fn served_by(connection: &Connection, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
+pub(super) fn served_by(
+    connection: &Connection,
+    tenant: &str,
+    id: &str,
+) -> Result<Option<Vec<ServedBy>>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let batch: Option<i64> = connection
         .query_row(

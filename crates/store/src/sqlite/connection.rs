@@ -70,12 +70,12 @@ const CHECKPOINT_RETRY_BYTES: u64 = 8 << 20;
 static CORRUPTION: OnceLock<String> = OnceLock::new();
 
 /// Returns the error message if SQLite has reported a corrupt database.
-pub fn corruption() -> Option<String> {
+pub(super) fn corruption() -> Option<String> {
     CORRUPTION.get().cloned()
 }
 
 /// Records an error that reports a corrupt database, for the readiness probe.
-pub fn record_corruption(error: &rusqlite::Error) {
+pub(super) fn record_corruption(error: &rusqlite::Error) {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     if matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase)) {
         CORRUPTION.get_or_init(|| error.to_string());
@@ -83,7 +83,7 @@ pub fn record_corruption(error: &rusqlite::Error) {
 }
 
 /// Opens the connection for writing; creates the database if it does not exist.
-pub fn open(path: &Path) -> rusqlite::Result<Connection> {
+pub(super) fn open(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     // Rows of one or two KiB fit a larger page better. Only a new database takes this setting.
     connection.pragma_update(None, "page_size", 16_384)?;
@@ -107,7 +107,7 @@ const MIN_FREE_PAGES: i64 = 4096;
 const MAX_VACUUM_PAGES: i64 = 512;
 
 /// Enables incremental vacuum in a database of an older version, which rewrites the database once.
-pub fn enable_incremental_vacuum(connection: &Connection) -> rusqlite::Result<()> {
+pub(super) fn enable_incremental_vacuum(connection: &Connection) -> rusqlite::Result<()> {
     let incremental = 2;
     if connection.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0))?
         == incremental
@@ -119,7 +119,7 @@ pub fn enable_incremental_vacuum(connection: &Connection) -> rusqlite::Result<()
 }
 
 /// Returns some free pages to the file system; returns true if more remain.
-pub fn compact(connection: &Connection) -> Result<bool> {
+pub(super) fn compact(connection: &Connection) -> Result<bool> {
     let free_pages = || {
         connection
             .pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0))
@@ -155,13 +155,13 @@ enum Job {
 /// Handle of the writer thread.
 ///
 /// Each write happens completely or not at all. Writes that wait together share one commit.
-pub struct Writer {
+pub(super) struct Writer {
     jobs: mpsc::Sender<Job>,
 }
 
 impl Writer {
     /// Starts the writer thread on a connection.
-    pub fn start(connection: Connection) -> Result<Self> {
+    pub(super) fn start(connection: Connection) -> Result<Self> {
         let (jobs, waiting) = mpsc::channel(WRITE_QUEUE_CAPACITY);
         std::thread::Builder::new()
             .name("store-writer".into())
@@ -173,7 +173,7 @@ impl Writer {
     }
 
     /// Runs one write and returns its result after the commit or the rollback.
-    pub async fn write<T, F>(&self, write: F) -> Result<T>
+    pub(super) async fn write<T, F>(&self, write: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
@@ -193,7 +193,7 @@ impl Writer {
     }
 
     /// Ends the thread after all queued writes and truncates the write-ahead log.
-    pub async fn close(&self) {
+    pub(super) async fn close(&self) {
         let (sender, closed) = oneshot::channel();
         if self.jobs.send(Job::Close(sender)).await.is_ok() {
             closed.await.ok();
@@ -328,7 +328,7 @@ fn commit_group(
 }
 
 /// Pool of read-only connections, which are opened on demand.
-pub struct Readers {
+pub(super) struct Readers {
     path: PathBuf,
     idle: Arc<Mutex<Vec<Connection>>>,
     permits: Arc<Semaphore>,
@@ -336,14 +336,14 @@ pub struct Readers {
 
 impl Readers {
     /// Creates a pool for the database at `path` without any connection.
-    pub fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         Self { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(MAX_READERS)) }
     }
 
     /// Closes all connections after their reads have ended.
     ///
     /// Readers close before the writer: only a last connection that can write removes the log.
-    pub async fn close(&self) {
+    pub(super) async fn close(&self) {
         let all = u32::try_from(MAX_READERS).unwrap_or(u32::MAX);
         let permits = self.permits.clone().acquire_many_owned(all).await;
         self.permits.close();
@@ -352,7 +352,7 @@ impl Readers {
     }
 
     /// Runs one read on a free connection; waits while all connections are in use.
-    pub async fn read<T, F>(&self, read: F) -> Result<T>
+    pub(super) async fn read<T, F>(&self, read: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,

@@ -1,11 +1,11 @@
 //! Records of files and registrations of objects.
 
+use batchwright_domain::clock::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
 
 use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result};
 use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
-use batchwright_domain::clock::Timestamp;
 
 /// Columns that `from_row` reads, in order.
 const COLUMNS: &str = "id, bytes, created_at, expires_at, filename, purpose";
@@ -27,7 +27,7 @@ fn from_row(row: &Row) -> rusqlite::Result<FileRecord> {
 /// Inserts a file and unregisters its object.
 ///
 /// Replaces a file of the same id, because finalizing may be repeated.
-pub fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result<()> {
+pub(super) fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result<()> {
     let mut statement = connection
         .prepare_cached(
             "INSERT OR REPLACE INTO files
@@ -53,7 +53,7 @@ pub fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result
 }
 
 /// Returns a file that clients can see.
-pub fn get(
+pub(super) fn get(
     connection: &Connection,
     tenant: &str,
     id: &str,
@@ -71,7 +71,7 @@ pub fn get(
 }
 
 /// Returns the input file of a batch, as it was when the batch was created.
-pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRecord>> {
+pub(super) fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRecord>> {
     let held = BatchRow::of(&claim.key);
     let sql = "SELECT files.id, bytes, files.created_at, files.expires_at, filename, purpose
         FROM batches JOIN files ON files.tenant = batches.tenant AND files.key = batches.input_file
@@ -85,7 +85,11 @@ pub fn input_of(connection: &Connection, claim: &Claim) -> Result<Option<FileRec
 }
 
 /// Lists the files of a tenant that clients can see.
-pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<Paged<FileRecord>> {
+pub(super) fn list(
+    connection: &Connection,
+    tenant: &str,
+    query: &FileQuery,
+) -> Result<Paged<FileRecord>> {
     let Some(tenant) = tenant_key(connection, tenant)? else {
         return Ok(match query.after {
             Some(_) => Paged::UnknownAfter,
@@ -126,7 +130,7 @@ pub fn list(connection: &Connection, tenant: &str, query: &FileQuery) -> Result<
 }
 
 /// Returns the newest files that clients can see, as tenant and id.
-pub fn newest(
+pub(super) fn newest(
     connection: &Connection,
     now: Timestamp,
     limit: usize,
@@ -145,7 +149,12 @@ pub fn newest(
 }
 
 /// Marks a file as deleted; returns false if there is no such file.
-pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -> Result<bool> {
+pub(super) fn delete(
+    connection: &Connection,
+    tenant: &str,
+    id: &str,
+    now: Timestamp,
+) -> Result<bool> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(false) };
     let changed = connection
         .execute(
@@ -158,7 +167,7 @@ pub fn delete(connection: &Connection, tenant: &str, id: &str, now: Timestamp) -
 }
 
 /// Returns deleted and expired files that no running batch reads, as tenant and id.
-pub fn garbage(
+pub(super) fn garbage(
     connection: &Connection,
     now: Timestamp,
     limit: usize,
@@ -186,7 +195,12 @@ pub fn garbage(
 }
 
 /// Registers an object of this process before its bytes are written.
-pub fn register_object(connection: &Connection, tenant: i64, id: &str, owner: &str) -> Result<()> {
+pub(super) fn register_object(
+    connection: &Connection,
+    tenant: i64,
+    id: &str,
+    owner: &str,
+) -> Result<()> {
     connection
         .prepare_cached(
             "INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)",
@@ -197,7 +211,7 @@ pub fn register_object(connection: &Connection, tenant: i64, id: &str, owner: &s
 }
 
 /// Removes the registration of an object that has a record now, or that was deleted.
-pub fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
+pub(super) fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
         .and_then(|mut statement| statement.execute(params![tenant, id]))
@@ -206,7 +220,7 @@ pub fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Resu
 }
 
 /// Returns true if an object is registered.
-pub fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
+pub(super) fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
     connection
         .prepare_cached("SELECT 1 FROM pending_objects WHERE tenant = ?1 AND id = ?2")
         .and_then(|mut statement| statement.exists(params![tenant, id]))
@@ -214,7 +228,7 @@ pub fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool
 }
 
 /// Returns objects that an earlier process registered, as tenant and id.
-pub fn abandoned_objects(
+pub(super) fn abandoned_objects(
     connection: &Connection,
     owner: &str,
     limit: usize,
@@ -232,7 +246,7 @@ pub fn abandoned_objects(
 }
 
 /// Turns a file into a tombstone after its object was deleted.
-pub fn mark_removed(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
+pub(super) fn mark_removed(connection: &Connection, tenant: &str, id: &str) -> Result<()> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(()) };
     let sql = "UPDATE files SET removed = 1 WHERE tenant = ?1 AND id = ?2";
     connection.execute(sql, params![tenant, id]).map_err(database_error)?;
@@ -241,7 +255,7 @@ pub fn mark_removed(connection: &Connection, tenant: &str, id: &str) -> Result<(
 
 /// Deletes up to `limit` tombstones of files deleted or expired before `gone_before`; returns true
 /// if more may remain.
-pub fn purge(connection: &Connection, gone_before: Timestamp, limit: usize) -> Result<bool> {
+pub(super) fn purge(connection: &Connection, gone_before: Timestamp, limit: usize) -> Result<bool> {
     let removed = connection
         .execute(
             "DELETE FROM files WHERE key IN (

@@ -7,7 +7,7 @@ use super::keys::BatchRow;
 use super::{database_error, to_i64};
 
 /// Saves a state, or fails with `Fenced` if the batch was claimed again.
-pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Result<()> {
+pub(super) fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Result<()> {
     let held = BatchRow::of(&claim.key);
     let inserted = connection
         .prepare_cached(
@@ -30,7 +30,7 @@ pub fn save(connection: &Connection, claim: &Claim, line: u64, job: &Job) -> Res
 }
 
 /// Returns the saved state of a line.
-pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<Job>> {
+pub(super) fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<Job>> {
     let held = BatchRow::of(&claim.key);
     connection
         .prepare_cached(
@@ -47,7 +47,7 @@ pub fn get(connection: &Connection, claim: &Claim, line: u64) -> Result<Option<J
 }
 
 /// Deletes the saved state of a line.
-pub fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
+pub(super) fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
     let held = BatchRow::of(&claim.key);
     connection
         .prepare_cached(
@@ -62,7 +62,7 @@ pub fn delete(connection: &Connection, claim: &Claim, line: u64) -> Result<()> {
 }
 
 /// Returns true if the batch has any saved state.
-pub fn exist(connection: &Connection, claim: &Claim) -> Result<bool> {
+pub(super) fn exist(connection: &Connection, claim: &Claim) -> Result<bool> {
     let held = BatchRow::of(&claim.key);
     connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE tenant = ?1 AND batch = ?2)")

@@ -4,7 +4,7 @@ use crate::BatchKey;
 
 /// BatchRow of a batch.
 #[derive(Clone, Copy)]
-pub struct BatchRow {
+pub(super) struct BatchRow {
     /// Key of the tenant.
     pub tenant: i64,
     /// Key of the batch.
@@ -13,12 +13,12 @@ pub struct BatchRow {
 
 impl BatchRow {
     /// Encodes the row as an opaque key.
-    pub fn key(self) -> BatchKey {
+    pub(super) fn key(self) -> BatchKey {
         BatchKey::new([self.tenant.to_be_bytes(), self.batch.to_be_bytes()].as_flattened())
     }
 
     /// Decodes a key; a key of another store has no row.
-    pub fn of(key: &BatchKey) -> Self {
+    pub(super) fn of(key: &BatchKey) -> Self {
         let halves = key.as_bytes().as_chunks::<8>().0;
         let [tenant, batch] = [0, 1].map(|half| halves.get(half).copied().unwrap_or_default());
         Self { tenant: i64::from_be_bytes(tenant), batch: i64::from_be_bytes(batch) }

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use batchwright_domain::clock::Timestamp;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
@@ -21,7 +22,6 @@ use super::{
     StoreError, Validated, Waiting,
 };
 use crate::private;
-use batchwright_domain::clock::Timestamp;
 use connection::{Readers, Writer};
 use keys::BatchRow;
 

@@ -183,7 +183,7 @@ CREATE TABLE jobs (
 ";
 
 /// Returns all migrations, oldest first.
-pub fn migrations() -> Migrations<'static> {
+pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
         M::up(MIGRATION_1),
         M::up(MIGRATION_2),
@@ -196,9 +196,10 @@ pub fn migrations() -> Migrations<'static> {
 mod tests {
     use std::collections::BTreeSet;
 
+    use batchwright_domain::clock::Timestamp;
+
     use super::super::super::{Lane, Release, Store};
     use super::super::SqliteStore;
-    use batchwright_domain::clock::Timestamp;
 
     #[test]
     fn migrations_are_valid() {

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use batchwright_domain::clock::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
@@ -12,7 +13,6 @@ use super::super::{
 };
 use super::keys::BatchRow;
 use super::{database_error, files, timestamp, to_i64, to_u64};
-use batchwright_domain::clock::Timestamp;
 
 /// Memory of a result row besides its payload, in bytes.
 const ROW_OVERHEAD_BYTES: usize = 64;
@@ -21,7 +21,11 @@ const ROW_OVERHEAD_BYTES: usize = 64;
 ///
 /// An expired lease may be taken over, but never by its own holder: a clock that jumps must not
 /// make one process work on a batch twice.
-pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<Vec<Waiting>> {
+pub(super) fn waiting(
+    connection: &Connection,
+    owner: &str,
+    now: Timestamp,
+) -> Result<Vec<Waiting>> {
     // The recursive query seeks lane by lane in the index, so its cost does not depend on the
     // number of batches that wait in a lane.
     let mut statement = connection
@@ -68,7 +72,7 @@ pub fn waiting(connection: &Connection, owner: &str, now: Timestamp) -> Result<V
 }
 
 /// Claims a batch and increments its fence, or returns `None` if it was claimed meanwhile.
-pub fn claim(
+pub(super) fn claim(
     connection: &Connection,
     owner: &str,
     row: BatchRow,
@@ -142,7 +146,7 @@ fn update_claimed(
 }
 
 /// Extends the lease of a claim.
-pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
+pub(super) fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
     // A batch that was released meanwhile stays released.
     update_claimed(
         connection,
@@ -153,7 +157,7 @@ pub fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result
 }
 
 /// Releases a claimed batch.
-pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
+pub(super) fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
     let (since, waits_for) = match how {
         Release::AsItWas => (None, None),
         Release::Turn(at) => (Some(at.as_millis()), None),
@@ -174,7 +178,7 @@ pub fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<
 }
 
 /// Ends the backoff of all batches.
-pub fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
+pub(super) fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
     connection
         .prepare_cached(
             "UPDATE batches SET waits_since = ?1
@@ -203,7 +207,7 @@ fn insert_plugins(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Re
 }
 
 /// Fails a batch in validation with errors.
-pub fn fail(
+pub(super) fn fail(
     connection: &Connection,
     claim: &Claim,
     errors: &[BatchError],
@@ -251,7 +255,7 @@ fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) 
 }
 
 /// Stores the results of validation and releases the batch into its next lane.
-pub fn start_execution(
+pub(super) fn start_execution(
     connection: &Connection,
     claim: &Claim,
     found: &Validated,
@@ -270,7 +274,7 @@ pub fn start_execution(
 }
 
 /// Inserts results that are new, their counts and the plugins that served them.
-pub fn record(
+pub(super) fn record(
     connection: &Connection,
     claim: &Claim,
     rows: &[ResultRow],
@@ -327,7 +331,7 @@ pub fn record(
 }
 
 /// Returns up to `limit` lines after `after` that have a result, in order.
-pub fn recorded_lines(
+pub(super) fn recorded_lines(
     connection: &Connection,
     claim: &Claim,
     after: u64,
@@ -349,7 +353,11 @@ pub fn recorded_lines(
 }
 
 /// Changes `InProgress` to `Finalizing`.
-pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -> Result<()> {
+pub(super) fn start_finalizing(
+    connection: &Connection,
+    claim: &Claim,
+    at: Timestamp,
+) -> Result<()> {
     update_claimed(
         connection,
         claim,
@@ -361,7 +369,7 @@ pub fn start_finalizing(connection: &Connection, claim: &Claim, at: Timestamp) -
 }
 
 /// Returns the results of the lines after `after`, of up to `bytes` bytes in total.
-pub fn results(
+pub(super) fn results(
     connection: &Connection,
     claim: &Claim,
     after: u64,
@@ -411,7 +419,7 @@ pub fn results(
 }
 
 /// Ends a batch and inserts its result files.
-pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
+pub(super) fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result<()> {
     let held = BatchRow::of(&claim.key);
     for file in finish.output.iter().chain(&finish.error) {
         files::insert(connection, held.tenant, file)?;
@@ -447,7 +455,7 @@ pub fn finish(connection: &Connection, claim: &Claim, finish: &Finish) -> Result
 
 /// Deletes up to `limit` results of an ended batch, then its saved states; returns true if more may
 /// remain.
-pub fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
+pub(super) fn discard_results(connection: &Connection, limit: usize) -> Result<bool> {
     let ended = connection
         .query_row(
             "SELECT tenant, key FROM batches WHERE has_results = 1

@@ -11,6 +11,7 @@ mod test;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use batchwright_plugin::{Loader, Registry};
 use clap::{Args, Subcommand};
 
 use super::client::Client;
@@ -19,7 +20,6 @@ use crate::assemble::Options;
 use crate::cli::terminal::write_output;
 use crate::clock::Clock;
 use crate::config::{LoaderSettings, Settings, SettingsArgs};
-use batchwright_plugin::{Loader, Registry};
 use crate::telemetry::LogFormat;
 use crate::{assemble, telemetry};
 
@@ -130,7 +130,7 @@ impl Plugin {
     pub async fn run(self) -> Result<ExitCode, Error> {
         // The author of a component needs its log lines.
         let filter = if matches!(self, Self::Test { .. }) {
-            "off,batchwright::plugin::log=debug"
+            "off,batchwright_plugin::log=debug"
         } else {
             "off"
         };

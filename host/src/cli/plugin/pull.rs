@@ -4,6 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use batchwright_plugin::types::Kind;
+use batchwright_plugin::{
+    ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256,
+};
 use bytes::Bytes;
 use clap::Args;
 use docker_credential::DockerCredential;
@@ -14,8 +18,6 @@ use super::registry::{Login, Registry};
 use super::{LoaderArgs, show};
 use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
-use batchwright_plugin::types::Kind;
-use batchwright_plugin::{ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256};
 
 /// Media types of a component layer: that of the CNCF "Wasm OCI Artifact layout", and older types.
 const COMPONENT_TYPES: [&str; 3] = [

@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use batchwright_egress::{https, is_loopback};
+use batchwright_plugin::hex;
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, LOCATION, USER_AGENT, WWW_AUTHENTICATE};
 use http::{Request, Response, StatusCode};
@@ -32,8 +34,6 @@ use sha2::{Digest, Sha256};
 use url::{Host, Url};
 
 use crate::cli::client::root_cause;
-use batchwright_egress::{https, is_loopback};
-use batchwright_plugin::hex;
 
 /// Timeout for the head of a response and for each chunk of its body.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);

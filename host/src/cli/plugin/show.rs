@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use batchwright_domain::units::Size;
+use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
 use serde_json::Value;
 
 use crate::cli::Error;
@@ -12,8 +14,6 @@ use crate::cli::client::Client;
 use crate::cli::progress::Progress;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
-use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
-use batchwright_domain::units::Size;
 
 /// Prints the plugins of a folder; returns failure if a plugin cannot be loaded.
 pub fn list(registry: &Registry) -> ExitCode {

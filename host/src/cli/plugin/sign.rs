@@ -5,14 +5,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use batchwright_plugin::signature::{TrustedKeys, sign, statement};
+use batchwright_plugin::{Files, plugin_name, read_secret, signature_file};
 use clap::Args;
 use ssh_key::PrivateKey;
 
 use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
-use batchwright_plugin::signature::{TrustedKeys, sign, statement};
-use batchwright_plugin::{Files, plugin_name, read_secret, signature_file};
 
 /// Arguments of `batchwright plugin sign`.
 ///

@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use batchwright_plugin::types::Kind;
+use batchwright_plugin::{Loader, Plugin, add_defaults, conformance};
+
 use super::show::size_text;
 use crate::cli::Error;
 use crate::cli::terminal::outln;
-use batchwright_plugin::types::Kind;
-use batchwright_plugin::{Loader, Plugin, add_defaults, conformance};
 
 /// Runs the checks and prints each result; returns failure if a check fails.
 pub async fn test(

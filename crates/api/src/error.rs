@@ -1,0 +1,213 @@
+//! Error objects: `{"error": {"message", "type", "param", "code"}}`, for every 4xx and 5xx.
+
+use axum::Json;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use batchwright_batch::{CreateError, UploadError};
+use batchwright_store::StoreError;
+
+use super::pace::BodyTooSlow;
+use super::wire;
+
+/// Response header that overrides the automatic retries of the SDKs.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// Error of a request: status, error object and retry headers.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+    /// Value of the header `x-should-retry`.
+    should_retry: Option<bool>,
+    /// Value of the header `Retry-After`, in seconds.
+    retry_after: Option<u32>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind,
+            message: message.into(),
+            param: None,
+            code: None,
+            should_retry: None,
+            retry_after: None,
+        }
+    }
+
+    /// Returns a 400 for an invalid parameter.
+    pub(crate) fn invalid(
+        param: impl Into<String>,
+        code: &'static str,
+        message: impl Into<String>,
+    ) -> Self {
+        Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
+    }
+
+    /// Returns a 400 for a request that is invalid as a whole.
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// Returns an error with another status 4xx.
+    pub(crate) fn client_error(status: StatusCode, message: impl Into<String>) -> Self {
+        Self::new(status, "invalid_request_error", message)
+    }
+
+    /// Returns a 404.
+    pub(crate) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    /// Sets the error code.
+    pub(crate) fn with_code(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
+    }
+
+    /// Sets the name of the parameter that caused the error.
+    pub(crate) fn with_param(self, param: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..self }
+    }
+
+    /// Returns a 405.
+    pub(crate) fn method_not_allowed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// Returns a 409. A retry cannot succeed, so the SDKs are told not to retry.
+    pub(crate) fn conflict(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::CONFLICT, "invalid_request_error", message);
+        Self { should_retry: Some(false), ..error }
+    }
+
+    /// Returns a 413.
+    pub(crate) fn too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    /// Returns a 408 if a body could not be read because the client sent it too slowly.
+    pub(crate) fn from_slow_body(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let causes = std::iter::successors(Some(error), |cause| cause.source());
+        let is_slow = causes.into_iter().any(<dyn std::error::Error>::is::<BodyTooSlow>);
+        let message = "The request body arrived too slowly. The server expects data at least once \
+                       per client_timeout, and 4 KiB/s on average.";
+        is_slow.then(|| Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message))
+    }
+
+    /// Returns a 503 for a server at its limits. The client may retry after a second.
+    pub(crate) fn overloaded() -> Self {
+        let message = "The server is busy; try again in a moment.";
+        Self { retry_after: Some(1), ..Self::unavailable(message).with_code("server_overloaded") }
+    }
+
+    /// Returns a 503.
+    pub(crate) fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+    }
+
+    /// Returns a 416.
+    pub(crate) fn range_not_satisfiable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "invalid_request_error", message)
+    }
+
+    /// Returns an error for a status that has no message.
+    pub(crate) fn from_status(status: StatusCode) -> Self {
+        let kind = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
+        Self::new(status, kind, status.canonical_reason().unwrap_or("The request was refused."))
+    }
+
+    /// Returns a 500. Only the log has the cause.
+    pub(crate) fn internal(cause: impl std::fmt::Display) -> Self {
+        tracing::error!(error = %cause, "request failed");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            "The server had an error while processing the request; see the server's log.",
+        )
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Full(cause) => {
+                tracing::error!(error = %cause, "request failed, disk is full");
+                let message =
+                    "The server's disk is full; try again after its operator has freed disk space.";
+                Self {
+                    code: Some("storage_full"),
+                    ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
+                }
+            }
+            StoreError::Closed => {
+                Self::unavailable("The server is shutting down; try again in a moment.")
+            }
+            StoreError::NotReady(cause) => {
+                tracing::warn!(error = %cause, "request refused, server not ready");
+                Self::unavailable("The server is not ready; try again later.")
+                    .with_code("server_not_ready")
+            }
+            error => Self::internal(error),
+        }
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        let message = error.to_string();
+        match error {
+            CreateError::Endpoint(_) => Self::invalid("endpoint", "invalid_value", message),
+            CreateError::CompletionWindow { .. } => {
+                Self::invalid("completion_window", "invalid_value", message)
+            }
+            CreateError::Conflict(_) => Self::conflict(message)
+                .with_param("idempotency_key")
+                .with_code("idempotency_conflict"),
+            CreateError::NotReady => Self {
+                retry_after: Some(30),
+                ..Self::unavailable(message).with_code("server_not_ready")
+            },
+            CreateError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<UploadError> for ApiError {
+    fn from(error: UploadError) -> Self {
+        let message = error.to_string();
+        match error {
+            UploadError::Empty => Self::invalid("file", "empty_file", message),
+            UploadError::TooLarge(_) => {
+                Self::too_large(message).with_param("file").with_code("file_too_large")
+            }
+            UploadError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = wire::ErrorBody {
+            error: wire::Error {
+                message: &self.message,
+                kind: self.kind,
+                param: self.param.as_deref(),
+                code: self.code,
+            },
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(retry) = self.should_retry {
+            let value = HeaderValue::from_static(if retry { "true" } else { "false" });
+            response.headers_mut().insert(SHOULD_RETRY, value);
+        }
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

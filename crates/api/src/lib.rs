@@ -1,0 +1,171 @@
+//! HTTP API: routes, wire types, errors. Each handler parses its request, calls one function of
+//! `batch`, and builds the response.
+//!
+//! Architecture invariant: only this module has wire types. No module below this one knows the
+//! JSON, the statuses or the headers of the API.
+
+#![deny(missing_docs)]
+#![warn(unreachable_pub)]
+
+mod batches;
+mod config;
+mod connections;
+mod content;
+mod decompress;
+mod drain;
+mod error;
+mod files;
+mod health;
+mod lists;
+mod models;
+mod multipart;
+mod openapi;
+mod pace;
+mod params;
+mod path;
+mod plugins;
+mod server;
+mod streams;
+mod web;
+mod wire;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use batchwright_batch::{Batches, shortened};
+pub use config::ApiConfig;
+use error::ApiError;
+pub use server::{serve, serve_admin};
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
+use uuid::Uuid;
+use web::OriginPolicy;
+
+/// Path prefixes of all routes. Clients of llama-stack as of 2025 use the second prefix.
+const ROUTE_PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
+
+/// Maximum size of a request body other than an upload, in bytes.
+const MAX_JSON_BODY_BYTES: usize = 128 << 10;
+
+/// Response header with the id that the log has for the request.
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+type App = axum::extract::State<Arc<Batches>>;
+
+/// Tenant of a request. The only tenant is `default`, because requests carry no API keys yet.
+struct Tenant(String);
+
+impl Tenant {
+    fn for_request(_: &Request) -> Self {
+        Self("default".into())
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Tenant {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(_: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self("default".into()))
+    }
+}
+
+/// Returns the router of the API, for a listener on `address`.
+pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
+    let api = OpenApiRouter::new()
+        .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(files::list))
+        .routes(routes!(files::get, files::delete))
+        .routes(routes!(content::download))
+        .routes(routes!(batches::create, batches::list))
+        .routes(routes!(batches::get))
+        .routes(routes!(batches::cancel))
+        .routes(routes!(plugins::list))
+        .routes(routes!(plugins::of_batch))
+        .routes(routes!(models::list));
+    let (api, mut description) = api.split_for_parts();
+    // OpenAPI cannot describe a path parameter that contains slashes, and names of models may.
+    let (_, model) =
+        OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
+    description.merge(model);
+    let api = api.route("/models/{*id}", get(models::get));
+    let document = Json(openapi::document(description, &batches.settings().batch));
+    let mut router = health_routes().route("/openapi.json", get(async move || document));
+    for prefix in ROUTE_PREFIXES {
+        router = router.nest(prefix, api.clone());
+    }
+    let router = router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(MAX_JSON_BODY_BYTES))
+        .layer(middleware::from_fn_with_state(batches.clone(), decompress::decompress))
+        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
+        .layer(middleware::from_fn(drain::drain))
+        .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError::internal("the handler panicked").into_response()
+        }))
+        .with_state(batches);
+    let router = match web::cors(settings) {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(middleware::from_fn(tag_response))
+}
+
+fn health_routes() -> Router<Arc<Batches>> {
+    Router::new()
+        .route("/health/live", get(health::live))
+        .route("/health/serving", get(health::serving))
+        .route("/health/ready", get(health::ready))
+}
+
+/// Returns the router of the admin listener: health, and the plugins with the outages of all
+/// tenants.
+pub fn admin_router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
+    let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
+    health_routes()
+        .merge(plugins)
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
+        .layer(middleware::from_fn(tag_response))
+        .with_state(batches)
+}
+
+/// Adds a request id to each response, and logs the request.
+async fn tag_response(request: Request, next: Next) -> Response {
+    let id = Uuid::new_v4().simple().to_string();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = next.run(request).await;
+    let status = response.status();
+    let is_json = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes() == b"application/json");
+    if (status.is_client_error() || status.is_server_error()) && !is_json {
+        // The framework built this error, for example for a path that is not UTF-8.
+        response = ApiError::from_status(status).into_response();
+    }
+    let status = response.status().as_u16();
+    tracing::debug!(request_id = id, %method, path, status, "request handled");
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID_HEADER, value);
+    }
+    response
+}
+
+async fn unknown_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::not_found(format!("Invalid URL ({method} {})", shortened(uri.path())))
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", shortened(uri.path())))
+}

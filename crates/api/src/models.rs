@@ -1,0 +1,45 @@
+//! `/models`
+
+use axum::Json;
+use axum::extract::{Path, State};
+use batchwright_plugin::Plugin;
+
+use super::error::ApiError;
+use super::openapi::Errors;
+use super::wire::{List, Model};
+use super::{App, Tenant};
+
+/// Lists the models that a request can name
+#[utoipa::path(get, path = "/models", tag = "Models",
+    responses((status = 200, body = List<Model>, description = "All models"), Errors))]
+pub(crate) async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model>> {
+    let plugins = batches.registry().current();
+    let models = plugins.models(&tenant.0);
+    Json(List::new(models.into_iter().map(|(name, plugin)| model(name, plugin)).collect(), false))
+}
+
+/// Returns a model
+#[utoipa::path(get, path = "/models/{id}", tag = "Models",
+    params(("id" = String, Path, description = "Name of the model")),
+    responses((status = 200, body = Model, description = "The model"), Errors))]
+pub(crate) async fn get(
+    State(batches): App,
+    tenant: Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Model>, ApiError> {
+    match batches.registry().current().route(&tenant.0, &id) {
+        Some(route) => Ok(Json(model(&id, &route.plugin))),
+        None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
+            .with_param("model")
+            .with_code("model_not_found")),
+    }
+}
+
+fn model(name: &str, plugin: &Plugin) -> Model {
+    Model {
+        id: name.to_owned(),
+        object: "model",
+        created: plugin.loaded_at,
+        owned_by: plugin.name.clone(),
+    }
+}

@@ -1,0 +1,374 @@
+//! Parameters of a request, from a JSON body or a query. Each error names its parameter.
+
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::HttpBody;
+use axum::extract::{FromRequest, FromRequestParts, Query, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use batchwright_batch::BatchConfig;
+use batchwright_batch::{Batches, shortened};
+use batchwright_memory::Share;
+use batchwright_store::Metadata;
+use bytes::BytesMut;
+use http_body_util::BodyExt;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use super::lists::{UNRESERVED_BYTES, reserve};
+use super::{MAX_JSON_BODY_BYTES, Tenant};
+
+/// Valid lifetimes of a file, in seconds.
+const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;
+
+/// Byte order mark, with which some editors and clients begin a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Parameters of a JSON object. Each method removes a parameter, so that the rest is unknown.
+pub(crate) struct Params {
+    values: Map<String, Value>,
+    _share: Option<Share>,
+}
+
+/// Memory of a body that is larger than [`UNRESERVED_BYTES`], in bytes: the JSON and its parsed
+/// values.
+const BODY_MEMORY_BYTES: usize = 10 * MAX_JSON_BODY_BYTES;
+
+impl FromRequest<Arc<Batches>> for Params {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, batches: &Arc<Batches>) -> Result<Self, Response> {
+        Self::read(request, batches).await.map_err(IntoResponse::into_response)
+    }
+}
+
+/// Body without a meaning. If there is one, its content type has to be JSON.
+pub(crate) struct AnyJson;
+
+impl<S: Sync> FromRequest<S> for AnyJson {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        if !request.body().is_end_stream() {
+            check_json(request.headers())?;
+        }
+        Ok(Self)
+    }
+}
+
+/// Refuses a content type other than JSON.
+///
+/// A web page can send other types to any server without a preflight request (see [`super::web`]).
+fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let given =
+        headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let kind = given
+        .as_deref()
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    if kind == "application/json" || kind.starts_with("application/") && kind.ends_with("+json") {
+        return Ok(());
+    }
+    let given = given.map_or_else(
+        || "none was given".into(),
+        |given| format!("'{}' was given", shortened(&given)),
+    );
+    let message = format!(
+        "Unsupported content type: this method needs 'Content-Type: application/json', but {given}."
+    );
+    let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
+    Err(error.with_code("unsupported_content_type"))
+}
+
+impl Params {
+    /// Reads and parses the body of a request.
+    async fn read(request: Request, batches: &Batches) -> Result<Self, ApiError> {
+        let tenant = Tenant::for_request(&request);
+        check_json(request.headers())?;
+        let mut body = request.into_body();
+        let (mut bytes, mut share) = (BytesMut::new(), None);
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| {
+                let slow = ApiError::from_slow_body(&error);
+                slow.unwrap_or_else(|| {
+                    ApiError::bad_request(format!("The request body could not be read: {error}."))
+                })
+            })?;
+            let Ok(data) = frame.into_data() else { continue };
+            let length = bytes.len().saturating_add(data.len());
+            if length > MAX_JSON_BODY_BYTES {
+                let limit = MAX_JSON_BODY_BYTES >> 10;
+                return Err(ApiError::too_large(format!(
+                    "The request body is larger than {limit} KiB."
+                )));
+            }
+            if share.is_none() && length > UNRESERVED_BYTES {
+                let pool = &batches.memory().clients;
+                share = Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
+            }
+            bytes.extend_from_slice(&data);
+        }
+        match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)) {
+            Ok(Value::Object(values)) => Ok(Self { values, _share: share }),
+            Ok(other) => {
+                let message = format!(
+                    "The request body must be a JSON object, but it is {}.",
+                    type_name(&other)
+                );
+                Err(ApiError::bad_request(message))
+            }
+            Err(error) => {
+                let message = format!("We could not parse the JSON body of your request: {error}.");
+                Err(ApiError::bad_request(message))
+            }
+        }
+    }
+
+    /// Returns a single parameter, whose value is JSON in a part of a form.
+    pub(crate) fn from_json(name: &str, json: &str) -> Result<Self, ApiError> {
+        let value: Value = serde_json::from_str(json).map_err(|error| {
+            ApiError::invalid(
+                name,
+                "invalid_value",
+                format!("The part '{name}' is not valid JSON: {error}."),
+            )
+        })?;
+        Ok(Self { values: Map::from_iter([(name.to_owned(), value)]), _share: None })
+    }
+
+    /// Removes a parameter. None if it is absent or null.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.values.remove(name).filter(|value| !value.is_null())
+    }
+
+    /// Removes an optional string. Fails if it has another type.
+    pub(crate) fn optional_string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(wrong_type(name, "a string", &other)),
+        }
+    }
+
+    /// Removes a required string. Fails if it is absent or has another type.
+    pub(crate) fn string(&mut self, name: &str) -> Result<String, ApiError> {
+        self.optional_string(name)?.ok_or_else(|| missing_parameter(name))
+    }
+
+    /// Removes an optional object of strings. Fails if it exceeds the limits in the settings.
+    pub(crate) fn metadata(
+        &mut self,
+        name: &str,
+        settings: &BatchConfig,
+    ) -> Result<Option<Metadata>, ApiError> {
+        let max_pairs = settings.max_metadata_pairs;
+        let pairs = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Object(pairs)) => pairs,
+            Some(other) => return Err(wrong_type(name, "an object", &other)),
+        };
+        if pairs.len() > max_pairs {
+            let message = format!(
+                "Invalid '{name}': too many properties. \
+                 Expected an object with at most {max_pairs} properties, \
+                 but got an object with {} properties instead.",
+                pairs.len()
+            );
+            return Err(ApiError::invalid(name, "object_above_max_properties", message));
+        }
+        let mut metadata = Metadata::new();
+        for (key, value) in pairs {
+            let at = format!("{name}.{key}");
+            let Value::String(value) = value else {
+                return Err(wrong_type(&at, "a string", &value));
+            };
+            let max_key = settings.max_metadata_key;
+            for (what, text, max) in
+                [("key", &key, max_key), ("value", &value, settings.max_metadata_value)]
+            {
+                let length = text.chars().count();
+                if length > max {
+                    let shown: String = at.chars().take(name.len() + 1 + max_key).collect();
+                    let message = format!(
+                        "Invalid '{shown}': {what} too long. \
+                         Expected a string with maximum length {max}, \
+                         but got a string with length {length} instead."
+                    );
+                    return Err(ApiError::invalid(shown, "string_above_max_length", message));
+                }
+            }
+            metadata.insert(key, value);
+        }
+        Ok(Some(metadata))
+    }
+
+    /// Removes an optional lifetime: `{"anchor": "created_at", "seconds": …}`.
+    pub(crate) fn lifetime(&mut self, name: &str) -> Result<Option<Duration>, ApiError> {
+        let mut members = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Object(values)) => Self { values, _share: None },
+            Some(other) => return Err(wrong_type(name, "an object", &other)),
+        };
+        let at = format!("{name}.anchor");
+        match members.take("anchor") {
+            Some(Value::String(anchor)) => check_anchor(&at, &anchor)?,
+            Some(other) => return Err(wrong_type(&at, "a string", &other)),
+            None => return Err(missing_parameter(&at)),
+        }
+        let at = format!("{name}.seconds");
+        let lifetime = match members.take("seconds") {
+            Some(value) if is_integer(&value) => {
+                check_lifetime(&at, as_integer(&value), &value.to_string())?
+            }
+            Some(other) => return Err(wrong_type(&at, "an integer", &other)),
+            None => return Err(missing_parameter(&at)),
+        };
+        match members.values.keys().next() {
+            None => Ok(Some(lifetime)),
+            Some(key) => Err(unknown_parameter(&format!("{name}.{key}"))),
+        }
+    }
+
+    /// Fails if a parameter is left: it is unknown or misspelled.
+    pub(crate) fn reject_unknown(self) -> Result<(), ApiError> {
+        match self.values.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(unknown_parameter(name)),
+        }
+    }
+}
+
+/// Returns the 400 of a missing parameter.
+pub(crate) fn missing_parameter(name: &str) -> ApiError {
+    ApiError::invalid(
+        name,
+        "missing_required_parameter",
+        format!("Missing required parameter: '{name}'."),
+    )
+}
+
+/// Returns the 400 of an unknown parameter.
+pub(crate) fn unknown_parameter(name: &str) -> ApiError {
+    let shown = shortened(name);
+    let message = format!("Unknown parameter: '{shown}'.");
+    ApiError::invalid(shown, "unknown_parameter", message)
+}
+
+/// Returns true for a number without a fraction, in any notation: `3600`, `3600.0`, `3.6e3`.
+fn is_integer(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number.fract() == 0.0)
+}
+
+/// Returns a number as an integer. None if it is negative, too large, or has a fraction.
+fn as_integer(value: &Value) -> Option<u64> {
+    let from_decimal =
+        || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e15).contains(number));
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the number is an integer from 0 to 1e15"
+    )]
+    value.as_u64().or_else(|| from_decimal().map(|number| number as u64))
+}
+
+/// Checks the anchor of a lifetime: `created_at` is the only one.
+pub(crate) fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
+    if anchor == "created_at" {
+        return Ok(());
+    }
+    let anchor = shortened(anchor);
+    let message = format!(
+        "Invalid value: '{anchor}'. Supported values are: 'created_at'. \
+         The parameter is '{name}'."
+    );
+    Err(ApiError::invalid(name, "invalid_value", message))
+}
+
+/// Checks a lifetime. `seconds` is none if `text`, which the error quotes, is not an integer.
+pub(crate) fn check_lifetime(
+    name: &str,
+    seconds: Option<u64>,
+    text: &str,
+) -> Result<Duration, ApiError> {
+    let valid = seconds.filter(|seconds| FILE_LIFETIME_SECONDS.contains(seconds));
+    valid
+        .map(Duration::from_secs)
+        .ok_or_else(|| out_of_range(name, &FILE_LIFETIME_SECONDS, &shortened(text)))
+}
+
+fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
+    let (min, max) = (range.start(), range.end());
+    let message = format!(
+        "Invalid '{name}': expected an integer from {min} to {max}, but got '{given}' instead."
+    );
+    ApiError::invalid(name, "invalid_value", message)
+}
+
+fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
+    let shown = shortened(name);
+    let message = format!(
+        "Invalid type for '{shown}': expected {expected}, but got {} instead.",
+        type_name(got)
+    );
+    ApiError::invalid(shown, "invalid_type", message)
+}
+
+/// Returns the JSON type of a value, with its article.
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(number) if number.is_f64() => "a decimal",
+        Value::Number(_) => "an integer",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// Parameters of the query of a URL. Unknown ones are ignored, because proxies and SDKs add some.
+pub(crate) struct QueryParams(HashMap<String, String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match Query::from_request_parts(parts, state).await {
+            Ok(Query(params)) => Ok(Self(params)),
+            Err(rejection) => {
+                Err(ApiError::bad_request(format!("The query could not be read: {rejection}.")))
+            }
+        }
+    }
+}
+
+impl QueryParams {
+    /// Removes a parameter. None if it is absent or empty: some clients send every parameter.
+    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
+        self.0.remove(name).filter(|value| !value.is_empty())
+    }
+
+    /// Removes the parameter `limit`. Fails if it is outside `range`.
+    pub(crate) fn limit(
+        &mut self,
+        range: RangeInclusive<u64>,
+        default: u64,
+    ) -> Result<usize, ApiError> {
+        let number = match self.text("limit") {
+            None => default,
+            Some(text) => match text.parse() {
+                Ok(number) if range.contains(&number) => number,
+                _ => return Err(out_of_range("limit", &range, &text)),
+            },
+        };
+        Ok(usize::try_from(number).unwrap_or(usize::MAX))
+    }
+}
