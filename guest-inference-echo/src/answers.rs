@@ -1,31 +1,47 @@
-//! An answer for each endpoint, in the shapes of the OpenAI API reference.
+//! Response of each endpoint, in the shapes of the OpenAI API reference.
+//!
+//! The echo is the last message of the user for chat, and the input itself for the other
+//! endpoints. Every response is a pure function of the request: the id comes from the request's
+//! id, the time is the batch's creation time, and an embedding is a hash of its text.
+//!
+//! Bodies pass through `serde_json::Value`, which cannot hold all of JSON. Two modules work around
+//! that. `surrogates` hides halves of surrogate pairs before parsing and restores them afterwards.
+//! `numbers` turns numbers beyond the range of a float into strings; it is tried only after a body
+//! failed to parse.
 
 use serde_json::{Map, Value, json};
 
 use crate::bindings::exports::batchwright::plugin::inference::{Request, Usage};
 use crate::numbers::without_large_numbers;
-use crate::surrogates::hidden;
+use crate::surrogates::hide;
 use crate::tokens;
 
+/// Message roles that the chat endpoint accepts.
 const ROLES: [&str; 6] = ["user", "system", "assistant", "tool", "developer", "function"];
 
-/// Numbers in an embedding where the request does not say, and at the most.
-const DIMENSIONS: (u64, u64) = (16, 4096);
+/// Length of an embedding if the request gives none.
+const DEFAULT_DIMENSIONS: u64 = 16;
+/// Maximum length of an embedding.
+const MAX_DIMENSIONS: u64 = 4096;
 
-/// Answers to one prompt, at the most.
-const CHOICES: u64 = 16;
+/// Maximum number of choices for one prompt.
+const MAX_CHOICES: u64 = 16;
 
-/// Why there is no answer: with a status as a provider would refuse, with 0 before it would be asked.
+/// Refusal of a request.
 pub(crate) struct Refused {
+    /// Status that a provider would return; 0 if an adapter would refuse without an exchange.
     pub(crate) status: u16,
+    /// Sentence for the client.
     pub(crate) message: String,
     param: Option<&'static str>,
 }
 
 impl Refused {
+    /// Returns the error body of the API.
     pub(crate) fn body(&self) -> Value {
         json!({"error": {
-            "message": self.message, "type": "invalid_request_error", "param": self.param, "code": "invalid_value"
+            "message": self.message, "type": "invalid_request_error", "param": self.param,
+            "code": "invalid_value"
         }})
     }
 }
@@ -37,7 +53,7 @@ fn refused(param: &'static str, message: String) -> Refused {
 type Answered = Result<(Value, Usage), Refused>;
 type Endpoint = fn(&Request, &Map<String, Value>) -> Answered;
 
-/// The endpoints, each with what answers it.
+/// Endpoints and their functions.
 pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
     ("/v1/chat/completions", chat),
     ("/v1/completions", completions),
@@ -46,20 +62,24 @@ pub(crate) const ENDPOINTS: &[(&str, Endpoint)] = &[
     ("/v1/moderations", moderations),
 ];
 
+/// Returns the response body and the usage of a request.
 pub(crate) fn answer(request: &Request) -> Answered {
-    let before = |message: String| Refused { status: 0, message, param: None };
-    let json = hidden(&request.body);
+    let without_exchange = |message: String| Refused { status: 0, message, param: None };
+    let json = hide(&request.body);
     let parsed = serde_json::from_str(&json)
         .or_else(|_| serde_json::from_str(&without_large_numbers(&json)));
-    let body: Map<String, Value> = parsed
-        .map_err(|error| before(format!("The request body is not a JSON object: {error}")))?;
+    let body: Map<String, Value> = parsed.map_err(|error| {
+        without_exchange(format!("The request body is not a JSON object: {error}"))
+    })?;
     match ENDPOINTS.iter().find(|(path, _)| *path == request.endpoint) {
         Some((_, answer)) => answer(request, &body),
-        None => Err(before(format!("The echo adapter has no endpoint {}.", request.endpoint))),
+        None => {
+            Err(without_exchange(format!("The echo adapter has no endpoint {}.", request.endpoint)))
+        }
     }
 }
 
-/// The id of an answer: that of its request, under the API's prefix.
+/// Returns the id of a response: the request's id with the API's prefix.
 fn id(prefix: &str, request: &Request) -> String {
     format!("{prefix}{}", request.id.strip_prefix("batch_req_").unwrap_or(&request.id))
 }
@@ -75,15 +95,17 @@ fn usage(input: u64, output: u64) -> Usage {
 
 fn completion_usage(input: u64, output: u64) -> Value {
     json!({
-        "prompt_tokens": input, "completion_tokens": output, "total_tokens": input.saturating_add(output),
+        "prompt_tokens": input, "completion_tokens": output,
+        "total_tokens": input.saturating_add(output),
         "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0
+            "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0
         }
     })
 }
 
-/// A whole number within bounds that a body may give.
+/// Reads an optional integer parameter; an error if it is out of bounds.
 fn limit(
     body: &Map<String, Value>,
     param: &'static str,
@@ -105,8 +127,9 @@ fn limit(
     }
 }
 
-/// As much of a text as the limit allows, how many tokens that is, and whether it is all.
-fn cut(text: &str, limit: Option<u64>) -> (String, u64, bool) {
+/// Truncates a text to a number of tokens. Returns the text, its tokens, and true if nothing was
+/// cut.
+fn truncate(text: &str, limit: Option<u64>) -> (String, u64, bool) {
     let pieces = tokens::pieces(text);
     let all = pieces.len() as u64;
     match limit.filter(|limit| *limit < all) {
@@ -115,7 +138,7 @@ fn cut(text: &str, limit: Option<u64>) -> (String, u64, bool) {
     }
 }
 
-/// The text of a content: a string, or parts of which those with text count.
+/// Returns the text of a message content: a string, or the text parts of an array.
 fn text_of(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
@@ -128,13 +151,14 @@ fn text_of(content: &Value) -> String {
     }
 }
 
-/// The text of the last message of the user, or of the last one at all, and the tokens of all of them.
+/// Returns the text of the user's last message, or of the last message if the user has none, and
+/// the tokens of all messages.
 fn conversation(messages: &[Value]) -> (String, u64) {
     let text = |message: &Value| message.get("content").map(text_of).unwrap_or_default();
     let of_user = |message: &&Value| message.get("role").is_some_and(|role| role == "user");
     let last =
         messages.iter().rev().find(of_user).or(messages.last()).map(text).unwrap_or_default();
-    // Three tokens more a message, as chat templates have it.
+    // Chat templates add about three tokens per message.
     let input =
         messages.iter().map(|message| tokens::count(&text(message)).saturating_add(3)).sum();
     (last, input)
@@ -159,31 +183,33 @@ fn chat(request: &Request, body: &Map<String, Value>) -> Answered {
         }
     }
     let (last, input) = conversation(messages);
-    let most = limit(body, "max_completion_tokens", (1, u64::MAX))?.or(limit(
+    let max_tokens = limit(body, "max_completion_tokens", (1, u64::MAX))?.or(limit(
         body,
         "max_tokens",
         (1, u64::MAX),
     )?);
-    let (text, output, whole) = cut(&last, most);
-    let choices = limit(body, "n", (1, CHOICES))?.unwrap_or(1);
+    let (text, output, complete) = truncate(&last, max_tokens);
+    let choices = limit(body, "n", (1, MAX_CHOICES))?.unwrap_or(1);
     let choice = |index: u64| {
         json!({
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": null, "annotations": []},
             "logprobs": null,
-            "finish_reason": if whole { "stop" } else { "length" }
+            "finish_reason": if complete { "stop" } else { "length" }
         })
     };
     let output = output.saturating_mul(choices);
     let answer = json!({
         "id": id("chatcmpl-", request), "object": "chat.completion", "created": request.created_at,
         "model": request.model, "choices": (0..choices).map(choice).collect::<Vec<_>>(),
-        "usage": completion_usage(input, output), "service_tier": "default", "system_fingerprint": null
+        "usage": completion_usage(input, output), "service_tier": "default",
+        "system_fingerprint": null
     });
     Ok((answer, usage(input, output)))
 }
 
-/// The inputs of an endpoint that takes one or many: texts as they are, token arrays as text of their numbers.
+/// Returns the inputs of an endpoint that accepts one or many. A token array becomes a text of its
+/// numbers.
 fn inputs(body: &Map<String, Value>, param: &'static str) -> Result<Vec<String>, Refused> {
     match body.get(param) {
         Some(Value::String(text)) => Ok(vec![text.clone()]),
@@ -212,13 +238,13 @@ fn numbers(tokens: &[Value]) -> String {
 
 fn completions(request: &Request, body: &Map<String, Value>) -> Answered {
     let prompts = inputs(body, "prompt")?;
-    let most = limit(body, "max_tokens", (1, u64::MAX))?;
+    let max_tokens = limit(body, "max_tokens", (1, u64::MAX))?;
     let mut output = 0_u64;
     let mut choices = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let (text, count, whole) = cut(prompt, most);
+        let (text, count, complete) = truncate(prompt, max_tokens);
         output = output.saturating_add(count);
-        let reason = if whole { "stop" } else { "length" };
+        let reason = if complete { "stop" } else { "length" };
         choices
             .push(json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason}));
     }
@@ -233,7 +259,7 @@ fn completions(request: &Request, body: &Map<String, Value>) -> Answered {
 
 fn embeddings(request: &Request, body: &Map<String, Value>) -> Answered {
     let texts = inputs(body, "input")?;
-    let dimensions = limit(body, "dimensions", (1, DIMENSIONS.1))?.unwrap_or(DIMENSIONS.0);
+    let dimensions = limit(body, "dimensions", (1, MAX_DIMENSIONS))?.unwrap_or(DEFAULT_DIMENSIONS);
     let as_base64 = match body.get("encoding_format").and_then(Value::as_str) {
         None | Some("float") => false,
         Some("base64") => true,
@@ -261,9 +287,9 @@ fn embeddings(request: &Request, body: &Map<String, Value>) -> Answered {
     Ok((answer, usage(input, 0)))
 }
 
-/// A vector of length 1 that is the same for the same text and unlike for another.
+/// Returns a unit vector that depends on the text alone and differs between texts.
 fn vector(text: &str, dimensions: u64) -> Vec<f32> {
-    // FNV-1a over the text, then a SplitMix64 sequence seeded with it.
+    // FNV-1a hash of the text, used as the seed of a SplitMix64 sequence.
     let seed = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
@@ -281,7 +307,7 @@ fn vector(text: &str, dimensions: u64) -> Vec<f32> {
     vector
 }
 
-/// Little-endian floats in base64 (RFC 4648), as the API encodes vectors.
+/// Encodes little-endian floats in base64 (RFC 4648), the API's encoding of vectors.
 fn base64(vector: &[f32]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -306,30 +332,34 @@ fn responses(request: &Request, body: &Map<String, Value>) -> Answered {
     };
     let instructions = body.get("instructions").cloned().unwrap_or(Value::Null);
     input = input.saturating_add(tokens::count(&text_of(&instructions)));
-    let most = limit(body, "max_output_tokens", (1, u64::MAX))?;
-    let (text, output, whole) = cut(&last, most);
-    let status = if whole { "completed" } else { "incomplete" };
-    let kept = |param: &str, otherwise: Value| body.get(param).cloned().unwrap_or(otherwise);
+    let max_tokens = limit(body, "max_output_tokens", (1, u64::MAX))?;
+    let (text, output, complete) = truncate(&last, max_tokens);
+    let status = if complete { "completed" } else { "incomplete" };
+    let incomplete = if complete { Value::Null } else { json!({"reason": "max_output_tokens"}) };
+    let given_or = |param: &str, default: Value| body.get(param).cloned().unwrap_or(default);
     let answer = json!({
-        "id": id("resp_", request), "object": "response", "created_at": request.created_at, "status": status,
-        "background": false, "error": null,
-        "incomplete_details": if whole { Value::Null } else { json!({"reason": "max_output_tokens"}) },
-        "instructions": instructions, "max_output_tokens": most, "model": request.model,
+        "id": id("resp_", request), "object": "response", "created_at": request.created_at,
+        "status": status, "background": false, "error": null,
+        "incomplete_details": incomplete,
+        "instructions": instructions, "max_output_tokens": max_tokens, "model": request.model,
         "output": [{
             "id": id("msg_", request), "type": "message", "status": status, "role": "assistant",
             "content": [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
         }],
-        "parallel_tool_calls": kept("parallel_tool_calls", json!(true)), "previous_response_id": null,
+        "parallel_tool_calls": given_or("parallel_tool_calls", json!(true)),
+        "previous_response_id": null,
         "reasoning": {"effort": null, "summary": null}, "store": false,
-        "temperature": kept("temperature", json!(1.0)), "text": {"format": {"type": "text"}},
-        "tool_choice": kept("tool_choice", json!("auto")), "tools": kept("tools", json!([])),
-        "top_p": kept("top_p", json!(1.0)), "truncation": "disabled",
+        "temperature": given_or("temperature", json!(1.0)), "text": {"format": {"type": "text"}},
+        "tool_choice": given_or("tool_choice", json!("auto")),
+        "tools": given_or("tools", json!([])),
+        "top_p": given_or("top_p", json!(1.0)), "truncation": "disabled",
         "usage": {
-            "input_tokens": input, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": input,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": output, "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": input.saturating_add(output)
         },
-        "user": kept("user", Value::Null), "metadata": kept("metadata", json!({}))
+        "user": given_or("user", Value::Null), "metadata": given_or("metadata", json!({}))
     });
     Ok((answer, usage(input, output)))
 }
@@ -358,7 +388,9 @@ fn moderations(request: &Request, body: &Map<String, Value>) -> Answered {
         "flagged": false, "categories": each(json!(false)), "category_scores": each(json!(0.0)),
         "category_applied_input_types": each(json!(["text"]))
     });
-    let answer = json!({"id": id("modr-", request), "model": request.model, "results": vec![result; texts.len()]});
+    let answer = json!({
+        "id": id("modr-", request), "model": request.model, "results": vec![result; texts.len()]
+    });
     Ok((answer, usage(texts.iter().map(|text| tokens::count(text)).sum(), 0)))
 }
 
@@ -383,9 +415,10 @@ mod tests {
     }
 
     #[test]
-    fn chat_answers_with_the_last_user_message() {
+    fn chat_echoes_the_last_user_message() {
         let messages = json!([{"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "one two three"}]}, {"role": "assistant", "content": "x"}]);
+            {"role": "user", "content": [{"type": "text", "text": "one two three"}]},
+            {"role": "assistant", "content": "x"}]);
         let (answer, usage) = value(ask("/v1/chat/completions", json!({"messages": messages})));
         assert_eq!(answer["id"], "chatcmpl-00ff");
         assert_eq!(answer["created"], 1_700_000_000);
@@ -401,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_provider_would_take_is_refused() {
+    fn invalid_parameters_are_refused() {
         let messages = json!([{"role": "user", "content": "x"}]);
         for body in [
             json!({"messages": messages, "n": 17}),
@@ -421,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn embeddings_are_unit_vectors_in_either_encoding() {
+    fn embeddings_are_unit_vectors_in_both_encodings() {
         let (answer, _) =
             value(ask("/v1/embeddings", json!({"input": ["a", "b"], "dimensions": 3})));
         let vector: Vec<f64> =
@@ -438,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_endpoints_answer_each_input() {
+    fn completions_responses_and_moderations_answer_each_input() {
         let (answer, _) =
             value(ask("/v1/completions", json!({"prompt": ["a b", "c"], "max_tokens": 1})));
         assert_eq!(

@@ -1,6 +1,8 @@
-//! Answers each request from the request itself, with no provider and no key, as a component of world `adapter`.
+//! Echo adapter: answers each request from the request itself, without a provider and without a
+//! key. Component of world `adapter`.
 //!
-//! For trying the server out, and for testing what stands around it: answers have the API's exact shapes and are the same every time.
+//! The adapter is for trials and for tests of the server and its clients. Responses have the exact
+//! shapes of the API and are deterministic.
 
 mod answers;
 mod bindings;
@@ -39,7 +41,7 @@ impl inference::Guest for Component {
             Ok((body, usage)) => Answer::Response(Response {
                 status: 200,
                 request_id: Some(request.id),
-                body: surrogates::restored(&body.to_string()),
+                body: surrogates::restore(&body.to_string()),
                 usage: Some(usage),
             }),
             Err(refused) if refused.status == 0 => Answer::Failure(Failure {
@@ -49,7 +51,7 @@ impl inference::Guest for Component {
             Err(refused) => Answer::Response(Response {
                 status: refused.status,
                 request_id: Some(request.id),
-                body: surrogates::restored(&refused.body().to_string()),
+                body: surrogates::restore(&refused.body().to_string()),
                 usage: None,
             }),
         })

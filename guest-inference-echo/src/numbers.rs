@@ -1,6 +1,7 @@
-//! Numbers that JSON may hold and no type here does. Nothing is answered from one, so its text will do.
+//! Numbers beyond the range of a float. JSON allows them, and `serde_json::Value` does not. No
+//! response depends on such a number, so its text is enough.
 
-/// JSON in which a number beyond all floats, such as `1e400`, is a string.
+/// Returns the JSON with every number beyond the range of a float, such as `1e400`, as a string.
 pub(crate) fn without_large_numbers(json: &str) -> String {
     let mut plain = String::with_capacity(json.len() + 16);
     let (mut in_string, mut escaped) = (false, false);
@@ -37,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_beyond_all_floats_become_text() {
+    fn numbers_beyond_the_float_range_become_strings() {
         let json = r#"{"a":1e400,"b":[-1e999,2],"c":"1e400 \" 1e400"}"#;
         assert_eq!(
             without_large_numbers(json),

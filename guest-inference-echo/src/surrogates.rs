@@ -1,10 +1,16 @@
-//! Halves of surrogate pairs. JSON may hold one as an escape, text may not: here it becomes text that is known again on the way out.
+//! Halves of surrogate pairs, such as `"\ud800"`. JSON allows one as an escape, and no Rust string
+//! can hold it, so a parser rejects the whole body.
+//!
+//! `hide` rewrites each half into plain text behind a mark before the body is parsed. `restore`
+//! turns marked text back into the escape after the response is written. The mark is a
+//! noncharacter, which Unicode reserves for internal use, so a client's text does not contain it.
 
-/// Stands before an escape that is text for now: a noncharacter, which no text has (Unicode 23.7).
+/// Mark before a hidden escape: a noncharacter, which interchanged text does not contain (Unicode
+/// 23.7).
 const MARK: char = '\u{FDD0}';
 
-/// JSON whose lone halves are marked text: `\ud800` becomes the mark, a backslash and `ud800`.
-pub(crate) fn hidden(json: &str) -> String {
+/// Hides lone halves as marked text: `\ud800` becomes the mark, an escaped backslash and `ud800`.
+pub(crate) fn hide(json: &str) -> String {
     let mut hidden = String::with_capacity(json.len() + 16);
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
@@ -20,7 +26,7 @@ pub(crate) fn hidden(json: &str) -> String {
             (None, _) => 2,
         };
         let length = length.min(escape.len());
-        // An escaped letter may have several bytes in what is no JSON.
+        // In invalid JSON a backslash may precede a character of several bytes.
         let length = (length..=escape.len())
             .find(|&length| escape.is_char_boundary(length))
             .unwrap_or(escape.len());
@@ -32,12 +38,12 @@ pub(crate) fn hidden(json: &str) -> String {
     hidden
 }
 
-/// JSON in which marked text is what it was.
-pub(crate) fn restored(json: &str) -> String {
+/// Turns marked text back into escapes.
+pub(crate) fn restore(json: &str) -> String {
     json.replace(&format!("{MARK}\\\\"), "\\")
 }
 
-/// The half of a surrogate pair that a text begins with as an escape.
+/// Returns the half of a surrogate pair if the text begins with the escape of one.
 fn half(text: &str) -> Option<u16> {
     let digits = text.strip_prefix("\\u")?.get(..4)?;
     u16::from_str_radix(digits, 16).ok().filter(|code| (0xD800..=0xDFFF).contains(code))
@@ -48,19 +54,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_come_back_as_they_were() {
+    fn hidden_halves_are_restored() {
         for (json, expected) in [
             (r#"{"a":"\ud800"}"#, r#"{"a":"\ud800"}"#),
             (r#"{"a":"x\uDC00y","b":"\ud83d\ude00"}"#, r#"{"a":"x\uDC00y","b":"😀"}"#),
             (r#"{"a":"\ud800\ud800\udc00\\ud800"}"#, r#"{"a":"\ud800𐀀\\ud800"}"#),
             (r#"{"\udfff":"\n\"\u00e4"}"#, r#"{"\udfff":"\n\"ä"}"#),
         ] {
-            let value: serde_json::Value = serde_json::from_str(&hidden(json)).unwrap();
-            assert_eq!(restored(&value.to_string()), expected);
+            let value: serde_json::Value = serde_json::from_str(&hide(json)).unwrap();
+            assert_eq!(restore(&value.to_string()), expected);
         }
-        assert_eq!(hidden(r#"{"a":"\ud83d\ude00 \\ud800"}"#), r#"{"a":"\ud83d\ude00 \\ud800"}"#);
+        assert_eq!(hide(r#"{"a":"\ud83d\ude00 \\ud800"}"#), r#"{"a":"\ud83d\ude00 \\ud800"}"#);
         for broken in ["\\", "\\u", "\\ud8", "\\ü", "\\ud800\\"] {
-            restored(&hidden(broken));
+            restore(&hide(broken));
         }
     }
 }

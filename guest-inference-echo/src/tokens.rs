@@ -1,6 +1,7 @@
-//! Something to count where there is no tokenizer: a word is a token, and so is each mark of punctuation.
+//! Approximate token counter: each word is one token, and each punctuation mark is one token.
 
-/// The pieces of a text, each with the white space before it, so that joined they give the text again (but for white space at its end).
+/// Splits a text into tokens, each with the white space before it. The tokens joined are the text,
+/// without white space at its end.
 pub(crate) fn pieces(text: &str) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -24,6 +25,7 @@ pub(crate) fn pieces(text: &str) -> Vec<&str> {
     pieces
 }
 
+/// Returns the number of tokens of a text.
 pub(crate) fn count(text: &str) -> u64 {
     pieces(text).len() as u64
 }
@@ -33,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_and_marks_are_counted_and_nothing_is_lost() {
+    fn pieces_are_words_and_punctuation_and_join_to_the_text() {
         assert_eq!(pieces("What is 2+2?"), ["What", " is", " 2", "+", "2", "?"]);
         assert_eq!(pieces(" ä\nö, "), [" ä", "\nö", ","]);
         assert_eq!(pieces("ab").concat(), "ab");

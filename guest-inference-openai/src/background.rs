@@ -1,4 +1,16 @@
-//! Responses that the provider makes in the background (`"background": true`): it is asked for them until they are made.
+//! Polling of responses that the provider makes in the background (`"background": true`).
+//!
+//! The provider answers such a request at once, with an id and the status `queued` or
+//! `in_progress`. The adapter then waits `POLL_INTERVAL_MS`, asks for the response with that id,
+//! and repeats both until the status is another one.
+//!
+//! The state of a request is one of three byte strings. It is empty if the request cannot run in
+//! the background, `PENDING` before the first answer, and the response's id afterwards. The host
+//! stores the state of a pause, so polling continues after a restart and the work is not started
+//! twice.
+//!
+//! The id comes from the provider and becomes a part of a URL. `unfinished` accepts only ids that
+//! cannot change the path: letters, digits, `-`, `_` and `.`, and not dots alone.
 
 use serde::Deserialize;
 
@@ -8,9 +20,12 @@ use crate::bindings::exports::batchwright::plugin::inference::{
 use crate::failed;
 use crate::settings::Settings;
 
-/// How long to wait before the provider is asked again.
-const POLL_INTERVAL: u64 = 5000;
+/// Pause between two polls, in milliseconds.
+const POLL_INTERVAL_MS: u64 = 5000;
+/// Maximum length of a response id, in bytes.
+const MAX_ID_BYTES: usize = 256;
 
+/// Members of a response that tell whether it is finished.
 #[derive(Deserialize)]
 struct Response {
     #[serde(default)]
@@ -21,19 +36,20 @@ struct Response {
     id: String,
 }
 
-/// The state of a request of which no response is known yet.
-const BEGUN: &[u8] = b"begun";
+/// State of a request before its first answer.
+const PENDING: &[u8] = b"begun";
 
-/// The state of a request: none if it is not one that may be made in the background, so that nothing is looked for in its answer.
+/// Returns the first state of a request; empty if the request cannot run in the background, so that
+/// its answer is not searched.
 pub(crate) fn state(endpoint: &str, body: &str) -> Vec<u8> {
     if endpoint == "/v1/responses" && body.contains("\"background\"") {
-        BEGUN.to_vec()
+        PENDING.to_vec()
     } else {
         Vec::new()
     }
 }
 
-/// The id of a response that is not made yet.
+/// Returns the id of a response that is not finished; none if it is finished.
 pub(crate) fn unfinished(state: &[u8], response: &HttpResponse) -> Option<String> {
     if state.is_empty() || !(200..300).contains(&response.status) {
         return None;
@@ -41,21 +57,21 @@ pub(crate) fn unfinished(state: &[u8], response: &HttpResponse) -> Option<String
     let found: Response = serde_json::from_slice(&response.body).ok()?;
     let unfinished =
         found.object == "response" && matches!(found.status.as_str(), "queued" | "in_progress");
-    // It becomes a part of a URL.
+    // The id becomes a part of a URL.
     let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
-    // Dots alone would be a step up.
+    // Dots alone would name the parent path.
     let is_name = found.id.chars().any(|letter| letter.is_ascii_alphanumeric());
-    (unfinished && is_name && found.id.len() <= 256 && found.id.chars().all(fits))
+    (unfinished && is_name && found.id.len() <= MAX_ID_BYTES && found.id.chars().all(fits))
         .then_some(found.id)
 }
 
-/// Asks again after a while. The state is the response's id.
+/// Pauses before the next poll. The state is the response's id.
 pub(crate) fn wait(id: String) -> Step {
-    Step::Wait(Pause { milliseconds: POLL_INTERVAL, state: id.into_bytes() })
+    Step::Wait(Pause { milliseconds: POLL_INTERVAL_MS, state: id.into_bytes() })
 }
 
-/// Asks for the response whose id is the state.
-pub(crate) fn ask(state: &[u8], settings: &Settings) -> Step {
+/// Polls the response whose id is the state.
+pub(crate) fn poll(state: &[u8], settings: &Settings) -> Step {
     let Ok(id) = std::str::from_utf8(state) else {
         return failed(
             "adapter_error",
@@ -78,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_response_that_is_not_made_is_waited_for() {
+    fn unfinished_response_is_polled() {
         let background = state("/v1/responses", r#"{"background": true}"#);
         let found = |status, body: &str| {
             unfinished(
@@ -98,7 +114,9 @@ mod tests {
             state("/v1/responses", "{}").is_empty()
                 && state("/v1/embeddings", "\"background\"").is_empty()
         );
-        let Step::Send(exchange) = ask(b"resp_1", &Settings::default()) else { panic!("it asks") };
+        let Step::Send(exchange) = poll(b"resp_1", &Settings::default()) else {
+            panic!("expected an exchange")
+        };
         assert_eq!(exchange.request.url, "https://api.openai.com/v1/responses/resp_1");
         assert_eq!(exchange.request.method, "GET");
     }

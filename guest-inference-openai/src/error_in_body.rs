@@ -1,15 +1,16 @@
-//! Errors that come with status 200: some gateways put them there, and the Responses API has a status of its own.
+//! Errors in responses with status 200. Some gateways send them, and the Responses API reports a
+//! failed response this way.
 
 use serde_json::Value;
 
 use crate::bindings::exports::batchwright::plugin::classification::{Head, Standing};
 
-/// The status that an error in a 200 stands for; none if there is no error.
+/// Returns the status that an error in a 200 is equivalent to; none if there is no error.
 pub(crate) fn status_of(body: &Value) -> Option<u16> {
     let error = body.get("error").filter(|error| error.is_object())?;
     let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
-    let told = ["code", "status"].iter().find_map(|key| error.get(key).and_then(number));
-    if let Some(status) = told
+    let code = ["code", "status"].iter().find_map(|key| error.get(key).and_then(number));
+    if let Some(status) = code
         .and_then(|status| u16::try_from(status).ok())
         .filter(|status| (400..600).contains(status))
     {
@@ -23,12 +24,13 @@ pub(crate) fn status_of(body: &Value) -> Option<u16> {
     })
 }
 
-/// Whose affair an error in a 200 is. Other responses say it by their status.
+/// Classifies an error in a 200; none for other responses, which the host classifies by their
+/// status.
 pub(crate) fn standing(head: &Head) -> Option<Standing> {
     if !(200..300).contains(&head.status) {
         return None;
     }
-    let body: Value = serde_json::from_slice(without_mark(&head.beginning)).ok()?;
+    let body: Value = serde_json::from_slice(strip_mark(&head.beginning)).ok()?;
     Some(match status_of(&body)? {
         401 => Standing::Unauthorized,
         402 => Standing::Quota,
@@ -40,10 +42,10 @@ pub(crate) fn standing(head: &Head) -> Option<Standing> {
     })
 }
 
-/// The byte order mark in UTF-8.
-pub(crate) const MARK: &[u8] = b"\xef\xbb\xbf";
+/// Byte order mark in UTF-8.
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A body without its byte order mark.
-pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
-    body.strip_prefix(MARK).unwrap_or(body)
+/// Returns a body without its byte order mark.
+pub(crate) fn strip_mark(body: &[u8]) -> &[u8] {
+    body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body)
 }

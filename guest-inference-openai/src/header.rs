@@ -1,8 +1,8 @@
-//! Looking a header up.
+//! Header lookup.
 
 use crate::bindings::exports::batchwright::plugin::inference::Header;
 
-/// The value of the first header of this name, in whatever case it is written.
+/// Returns the value of the first header of this name, ignoring case.
 pub(crate) fn header<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
     headers
         .iter()

@@ -1,7 +1,14 @@
-//! Any provider that speaks the OpenAI API, as a component of world `adapter`.
+//! Adapter for any provider with the OpenAI API. Component of world `classifying-adapter`.
 //!
-//! It imports nothing. The request body goes to the provider as the client wrote it, unknown fields included; only the model's name
-//! is put in its place. The provider's answer comes back as it is.
+//! The component imports nothing. It sends the request body as the client wrote it, unknown fields
+//! included, and replaces only the model name. It returns a good response of the provider
+//! unchanged.
+//!
+//! - `request` checks the body and replaces the model name.
+//! - `provider` turns a response or a transport error into an answer or a retry.
+//! - `error_in_body` finds errors in responses with status 200, and classifies them.
+//! - `background` polls responses that the provider makes in the background.
+//! - `usage` and `retry_after` read token counts and delays in the forms that providers use.
 
 mod background;
 mod bindings;
@@ -34,7 +41,7 @@ impl plugin::Guest for Component {
             name: name.into(),
             header: header.into(),
             prefix: prefix.into(),
-            // A model server in one's own network asks for none.
+            // A model server in a private network often needs no key.
             required: false,
         };
         plugin::Description {
@@ -77,7 +84,7 @@ impl inference::Guest for Component {
                 request: HttpRequest {
                     method: "POST".into(),
                     url: settings.url(&request.endpoint),
-                    headers: settings.headers_of(&request.id, request.attempt),
+                    headers: settings.headers_with_key(&request.id, request.attempt),
                     body: body.into_bytes(),
                 },
                 state,
@@ -92,7 +99,7 @@ impl inference::Guest for Component {
                 None => provider::answer(response),
             },
             Outcome::Error(error) => provider::no_answer(error),
-            Outcome::Elapsed => SETTINGS.with_borrow(|settings| background::ask(&state, settings)),
+            Outcome::Elapsed => SETTINGS.with_borrow(|settings| background::poll(&state, settings)),
         }
     }
 }
@@ -108,6 +115,7 @@ impl classification::Guest for Component {
     }
 }
 
+/// Ends a request with a failure.
 fn failed(code: &str, message: String) -> Step {
     Step::Done(Answer::Failure(Failure { code: code.into(), message }))
 }

@@ -1,4 +1,15 @@
-//! From the provider's answer to the API's, and to the advice whether to try again.
+//! Translation of the provider's response, or of a transport error, into an answer or a retry.
+//!
+//! Responses fall into three groups:
+//!
+//! - 2xx with a JSON object is the answer, unchanged, except for a byte order mark, which is
+//!   removed.
+//! - 2xx without a JSON object was probably cut off on the way and is retried. 2xx with an `error`
+//!   object is treated like the status that the error is equivalent to.
+//! - Any other status is an error. It gets the API's form, and is retried if a retry can succeed.
+//!
+//! An account without quota also answers with 429. A retry of that request cannot succeed, so it
+//! ends here; the host holds back further requests until the account has quota.
 
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
@@ -6,15 +17,16 @@ use serde_json::{Value, json};
 use crate::bindings::exports::batchwright::plugin::inference::{
     Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault,
 };
-use crate::error_in_body::{MARK, status_of, without_mark};
+use crate::error_in_body::{BYTE_ORDER_MARK, status_of, strip_mark};
 use crate::failed;
 use crate::header::header;
 use crate::retry_after::retry_after_milliseconds;
 use crate::usage::{Counted, Tokens};
 
-/// How much of an answer that is no JSON a message quotes, in characters.
-const QUOTED: usize = 500;
+/// Maximum length of the provider's text in an error message, in characters.
+const MAX_QUOTED_CHARS: usize = 500;
 
+/// Returns the step after a response of the provider.
 pub(crate) fn answer(response: HttpResponse) -> Step {
     let request_id = ["x-request-id", "request-id", "apim-request-id"]
         .iter()
@@ -27,12 +39,12 @@ pub(crate) fn answer(response: HttpResponse) -> Step {
             Success::Error(status, error) => (status, error),
         }
     } else {
-        let body = String::from_utf8_lossy(without_mark(&response.body));
+        let body = String::from_utf8_lossy(strip_mark(&response.body));
         (response.status, error_body(response.status, &response.headers, &body))
     };
     let retriable = match status {
         429 => !is_quota(&error),
-        // A lock that was not had in time, and the like.
+        // Request timeout, lock conflict, replayed early data: transient.
         408 | 409 | 425 => true,
         status => status >= 500,
     };
@@ -45,6 +57,7 @@ pub(crate) fn answer(response: HttpResponse) -> Step {
     }
 }
 
+/// Returns the step after an exchange without a response.
 pub(crate) fn no_answer(error: TransportError) -> Step {
     let code = match error.fault {
         TransportFault::NotAllowed => return failed("egress_refused", error.message),
@@ -59,15 +72,17 @@ pub(crate) fn no_answer(error: TransportError) -> Step {
     Step::Retry(Advice { after_milliseconds: None, otherwise })
 }
 
-/// What a 2xx turned out to be.
+/// Meaning of a 2xx response.
 enum Success {
+    /// A step that ends or retries the request.
     Answer(Step),
-    /// An error with the status that it stands for.
+    /// An error body and the status that it is equivalent to.
     Error(u16, Value),
 }
 
+/// Interprets a 2xx response.
 fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
-    // It may have been cut short on the way, and the next one may be whole.
+    // The body may have been cut off on the way, so a retry can succeed.
     let unreadable = |what: &str| {
         let message =
             format!("The provider answered {status} with {what} where a JSON object belongs.");
@@ -75,7 +90,7 @@ fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
             Answer::Failure(Failure { code: "invalid_provider_response".into(), message });
         Success::Answer(Step::Retry(Advice { after_milliseconds: None, otherwise }))
     };
-    let body = if body.starts_with(MARK) { without_mark(&body).to_vec() } else { body };
+    let body = if body.starts_with(BYTE_ORDER_MARK) { strip_mark(&body).to_vec() } else { body };
     let Ok(body) = String::from_utf8(body) else { return unreadable("text that is not UTF-8") };
     if !body.trim_ascii_start().starts_with('{') {
         return unreadable(&format!(
@@ -87,7 +102,7 @@ fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
     if counted.is_err()
         && let Err(error) = serde_json::from_str::<IgnoredAny>(&body)
     {
-        return unreadable(&format!("what is not JSON ({error})"));
+        return unreadable(&format!("invalid JSON ({error})"));
     }
     let counted = counted.ok();
     if let Some(error) = counted
@@ -104,7 +119,7 @@ fn success(status: u16, request_id: Option<&str>, body: Vec<u8>) -> Success {
     Success::Answer(Step::Done(Answer::Response(Response { status, request_id, body, usage })))
 }
 
-/// The provider's error in the API's form: as it is if it has that form, else wrapped.
+/// Returns the provider's error in the API's form: unchanged if it has that form, else wrapped.
 fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
     let parsed = serde_json::from_str::<Value>(body).ok();
     if let Some(body) = &parsed
@@ -112,29 +127,30 @@ fn error_body(status: u16, headers: &[Header], body: &str) -> Value {
     {
         return body.clone();
     }
-    let said = parsed
+    let text = parsed
         .as_ref()
         .and_then(|body| ["message", "detail", "error"].iter().find_map(|key| body.get(key)))
         .map_or_else(
             || body.trim().to_owned(),
-            |said| said.as_str().map_or_else(|| said.to_string(), str::to_owned),
+            |text| text.as_str().map_or_else(|| text.to_string(), str::to_owned),
         );
-    let said: String = said.chars().take(QUOTED).collect();
+    let text: String = text.chars().take(MAX_QUOTED_CHARS).collect();
     let message = match header(headers, "location") {
         Some(location) if (300..400).contains(&status) => {
             format!(
-                "The provider redirected with status {status} to {location}; set base_url to the place itself."
+                "The provider redirected with status {status} to {location}; \
+                 set base_url to that address."
             )
         }
-        _ if said.is_empty() => {
+        _ if text.is_empty() => {
             format!("The provider answered with status {status} and no message.")
         }
-        _ => said,
+        _ => text,
     };
     json!({"error": {"message": message, "type": "provider_error", "param": null, "code": null}})
 }
 
-/// An account without money answers 429 as well, and waiting does not help it.
+/// Returns true if a 429 means that the account has no quota left.
 fn is_quota(body: &Value) -> bool {
     ["code", "type"]
         .iter()
@@ -154,9 +170,10 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_comes_back_as_it_is_with_its_usage() {
-        let body = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"total_tokens":13,
-            "prompt_tokens_details":{"cached_tokens":3},"completion_tokens_details":{"reasoning_tokens":2}}}"#;
+    fn answer_is_returned_unchanged_with_its_usage() {
+        let body = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,
+            "total_tokens":13,"prompt_tokens_details":{"cached_tokens":3},
+            "completion_tokens_details":{"reasoning_tokens":2}}}"#;
         let Step::Done(Answer::Response(got)) = response(200, &[("X-Request-Id", "r1")], body)
         else {
             panic!("expected a response")
@@ -176,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_usage_does_not_cost_the_answer() {
+    fn malformed_usage_is_ignored() {
         for usage in [
             "null",
             "7",
@@ -194,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_200_that_is_no_json_object_is_tried_again() {
+    fn status_200_without_a_json_object_is_retried() {
         for body in [
             "",
             "<html>",
@@ -212,33 +229,25 @@ mod tests {
             assert_eq!(failure.code, "invalid_provider_response");
         }
         let Step::Done(Answer::Response(got)) = response(200, &[], "\u{feff}{\"a\":1}") else {
-            panic!("a mark")
+            panic!("a byte order mark was not accepted")
         };
         assert_eq!(got.body, "{\"a\":1}");
     }
 
     #[test]
-    fn an_error_in_a_200_is_what_it_stands_for() {
+    fn error_in_a_200_is_treated_like_its_status() {
+        let failed = |code: &str| {
+            let error = format!(r#"{{"code":"{code}","message":"m"}}"#);
+            format!(r#"{{"object":"response","status":"failed","error":{error}}}"#)
+        };
         for (body, expected, retried) in [
             (r#"{"error":{"code":429,"message":"slow down"}}"#, 429, true),
             (r#"{"error":{"code":"502","message":"bad gateway"}}"#, 502, true),
             (r#"{"error":{"message":"oops"}}"#, 500, true),
             (r#"{"error":{"code":400,"message":"bad"}}"#, 400, false),
-            (
-                r#"{"object":"response","status":"failed","error":{"code":"server_error","message":"m"}}"#,
-                500,
-                true,
-            ),
-            (
-                r#"{"object":"response","status":"failed","error":{"code":"rate_limit_exceeded","message":"m"}}"#,
-                429,
-                true,
-            ),
-            (
-                r#"{"object":"response","status":"failed","error":{"code":"invalid_prompt","message":"m"}}"#,
-                400,
-                false,
-            ),
+            (&failed("server_error"), 500, true),
+            (&failed("rate_limit_exceeded"), 429, true),
+            (&failed("invalid_prompt"), 400, false),
         ] {
             let answer = match response(200, &[], body) {
                 Step::Retry(advice) if retried => advice.otherwise,
@@ -261,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn rate_limits_and_server_errors_are_retried_and_an_empty_purse_is_not() {
+    fn rate_limits_and_server_errors_are_retried_and_exhausted_quota_is_not() {
         let error =
             |code: &str| format!(r#"{{"error":{{"message":"m","type":"t","code":"{code}"}}}}"#);
         let Step::Retry(advice) =
@@ -280,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn every_error_has_the_apis_form() {
+    fn errors_have_the_form_of_the_api() {
         for (status, body, message) in [
             (404, r#"{"detail":"Not Found"}"#, "Not Found"),
             (400, r#"{"object":"error","message":"too long"}"#, "too long"),
@@ -297,7 +306,7 @@ mod tests {
         let Step::Done(Answer::Response(got)) =
             response(308, &[("location", "https://x.example/")], "")
         else {
-            panic!("a redirect is an answer")
+            panic!("expected the redirect as the answer")
         };
         assert!(got.body.contains("https://x.example/"));
     }

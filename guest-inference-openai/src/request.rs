@@ -1,4 +1,11 @@
-//! From a line's body to the provider's: the same text, with the model's name put in its place.
+//! Request body for the provider: the client's text with the model name replaced.
+//!
+//! The body is not parsed and written again, because that would lose what a parser cannot hold:
+//! huge numbers, halves of surrogate pairs, key order, white space. Instead, the places of the
+//! `model` values are found in the text, and only those bytes change. All occurrences are
+//! replaced, because parsers disagree about which of two equal keys counts.
+//!
+//! The same pass checks the role of each chat message.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,9 +13,10 @@ use std::ops::Range;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
+/// Message roles that the API knows.
 const ROLES: [&str; 6] = ["user", "system", "assistant", "tool", "developer", "function"];
 
-/// The body to send, or why this request is refused before anything is sent.
+/// Returns the body to send; an error refuses the request without an exchange.
 pub(crate) fn prepare(endpoint: &str, model: &str, body: String) -> Result<String, String> {
     let parts: Parts = serde_json::from_str(&body)
         .map_err(|error| format!("The request body is not a JSON object: {error}"))?;
@@ -34,12 +42,13 @@ pub(crate) fn prepare(endpoint: &str, model: &str, body: String) -> Result<Strin
     Ok(sent)
 }
 
-/// Where in `whole` its own slice `part` stands.
+/// Returns the range of `part` in `whole`, of which it is a slice.
 fn place(whole: &str, part: &str) -> Option<Range<usize>> {
     let start = (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
     Some(start..start.checked_add(part.len())?)
 }
 
+/// Returns an error that names the first unknown role.
 fn check_roles(messages: Option<&RawValue>) -> Result<(), String> {
     let Some(messages) = messages else { return Ok(()) };
     let roles: Roles = serde_json::from_str(messages.get())
@@ -53,7 +62,7 @@ fn check_roles(messages: Option<&RawValue>) -> Result<(), String> {
     }
 }
 
-/// The parts of a body that concern us; a key may stand more than once.
+/// Members of a body that the adapter reads. A key may occur more than once.
 struct Parts<'a> {
     models: Vec<&'a RawValue>,
     messages: Option<&'a RawValue>,
@@ -85,7 +94,7 @@ impl<'de> Deserialize<'de> for Parts<'de> {
     }
 }
 
-/// The first message whose role is not known, with what stands there.
+/// First message with an unknown role: its index and the role.
 struct Roles {
     unknown: Option<(usize, String)>,
 }
@@ -116,6 +125,7 @@ impl<'de> Deserialize<'de> for Roles {
     }
 }
 
+/// Role of one message.
 struct Message {
     known: bool,
     shown: String,
@@ -139,14 +149,15 @@ impl<'de> Deserialize<'de> for Message {
                         _ => drop(map.next_value::<IgnoredAny>()?),
                     }
                 }
-                Ok(judge(role.map(RawValue::get)))
+                Ok(check_role(role.map(RawValue::get)))
             }
         }
         deserializer.deserialize_map(MessageVisitor)
     }
 }
 
-fn judge(role: Option<&str>) -> Message {
+/// Checks the raw text of a role.
+fn check_role(role: Option<&str>) -> Message {
     let Some(raw) = role else {
         return Message { known: false, shown: "none given".into() };
     };
@@ -198,8 +209,9 @@ mod tests {
     const CHAT: &str = "/v1/chat/completions";
 
     #[test]
-    fn the_body_goes_out_as_written_but_for_the_model() {
-        let body = r#"{ "model" : "gpt","messages":[{"role":"user","content":"ü","x":1}],"new_field":{"a":1e400} }"#;
+    fn body_is_unchanged_except_for_the_model() {
+        let body = r#"{ "model" : "gpt","messages":[{"role":"user","content":"ü","x":1}],
+            "new_field":{"a":1e400} }"#;
         assert_eq!(prepare(CHAT, "gpt", body.into()).unwrap(), body);
         assert_eq!(
             prepare(CHAT, "llama \"3\"", body.into()).unwrap(),
@@ -213,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_role_is_refused_by_name() {
+    fn unknown_role_is_refused_by_name() {
         let of = |messages: &str| {
             prepare(CHAT, "m", format!(r#"{{"model":"m","messages":{messages}}}"#))
         };

@@ -1,9 +1,11 @@
-//! `Retry-After` (RFC 9110, 10.2.3): seconds, or a date. A plugin has no clock, so a date is held against the response's own `Date`.
+//! `Retry-After` header (RFC 9110, 10.2.3): seconds, or a date. A plugin has no clock, so a date is
+//! compared with the response's own `Date` header.
 
 use crate::bindings::exports::batchwright::plugin::inference::Header;
 use crate::header::header;
 
-/// How long the provider asks to wait. `retry-after-ms` is what OpenAI and Azure add for waits below a second.
+/// Returns the delay that the provider asks for, in milliseconds. OpenAI and Azure add
+/// `retry-after-ms` for delays below a second.
 pub(crate) fn retry_after_milliseconds(headers: &[Header]) -> Option<u64> {
     if let Some(milliseconds) = header(headers, "retry-after-ms").and_then(number) {
         return Some(milliseconds);
@@ -17,7 +19,7 @@ pub(crate) fn retry_after_milliseconds(headers: &[Header]) -> Option<u64> {
     Some(until.saturating_sub(now).saturating_mul(1000))
 }
 
-/// A whole number; of a fraction the next one above.
+/// Parses a number that is not negative, rounded up.
 fn number(text: &str) -> Option<u64> {
     let text = text.trim();
     text.parse().ok().or_else(|| {
@@ -40,7 +42,8 @@ fn unix_seconds(date: &str) -> Option<u64> {
     if words.next() != Some("GMT") || day > 31 || hour > 23 || minute > 59 || second > 60 {
         return None;
     }
-    // Days since 1970-01-01 of the proleptic Gregorian calendar, counted in years that begin in March.
+    // Days since 1970-01-01 in the Gregorian calendar. Years begin in March, so that the leap day
+    // is the last day of a year.
     let shifted = if month > 2 { year } else { year - 1 };
     let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day.checked_sub(1)?;
     let days = shifted * 365 + shifted / 4 - shifted / 100 + shifted / 400 + of_year;
@@ -60,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_read_as_unix_seconds() {
+    fn dates_are_parsed_as_unix_seconds() {
         assert_eq!(unix_seconds("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
         assert_eq!(unix_seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
         assert_eq!(unix_seconds("Thu, 29 Feb 2024 23:59:59 GMT"), Some(1_709_251_199));
@@ -69,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn seconds_fractions_milliseconds_and_dates_are_honoured() {
+    fn seconds_fractions_milliseconds_and_dates_are_parsed() {
         assert_eq!(after(&[("retry-after", "3")]), Some(3000));
         assert_eq!(after(&[("retry-after", "0.4")]), Some(1000));
         assert_eq!(after(&[("retry-after", "20"), ("retry-after-ms", "150")]), Some(150));

@@ -1,4 +1,4 @@
-//! What an operator may set.
+//! Settings of the adapter.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::bindings::exports::batchwright::plugin::inference::Header;
 
+/// JSON Schema of the settings.
 pub(crate) const SCHEMA: &str = r#"{
   "$schema": "https://json-schema.org/draft/2020-12/schema",
   "type": "object",
@@ -13,7 +14,7 @@ pub(crate) const SCHEMA: &str = r#"{
     "base_url": {
       "type": "string",
       "pattern": "^https?://",
-      "description": "What stands before /chat/completions in the provider's URLs.",
+      "description": "Base of the provider's URLs: the part before /chat/completions.",
       "default": "https://api.openai.com/v1"
     },
     "query": {
@@ -22,18 +23,19 @@ pub(crate) const SCHEMA: &str = r#"{
     },
     "headers": {
       "type": "object",
-      "description": "Headers added to each request, such as openai-organization. Secrets belong in [credentials].",
+      "description": "Extra headers, such as openai-organization. Put secrets in [credentials].",
       "additionalProperties": {"type": "string"}
     },
     "idempotency_key": {
       "type": "boolean",
-      "description": "Whether each request has an Idempotency-Key, by which a provider that knows it does not do the same work twice.",
+      "description": "Send an Idempotency-Key, so that a retried request is not executed twice.",
       "default": true
     }
   },
   "additionalProperties": false
 }"#;
 
+/// Settings of the operator, validated against `SCHEMA` by the host.
 #[derive(Deserialize)]
 #[serde(default)]
 pub(crate) struct Settings {
@@ -55,6 +57,7 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Parses the settings; an error is one sentence for the operator.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let mut settings: Self =
             serde_json::from_str(text).map_err(|error| format!("settings: {error}"))?;
@@ -67,7 +70,8 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Where a request for this endpoint of the API goes. The base URL has the provider's own `/v1`.
+    /// Returns the provider's URL for an endpoint of the API. The base URL includes the provider's
+    /// own `/v1`.
     pub(crate) fn url(&self, endpoint: &str) -> String {
         let path = endpoint.strip_prefix("/v1").unwrap_or(endpoint);
         match &self.query {
@@ -76,9 +80,9 @@ impl Settings {
         }
     }
 
-    /// Headers of a request, with its key. An attempt after an answer has a key of its own: some gateways give the stored answer again for one
-    /// that they know.
-    pub(crate) fn headers_of(&self, id: &str, attempt: u32) -> Vec<Header> {
+    /// Returns the headers of a request, with its idempotency key. A retry after an answer gets a
+    /// new key, because some gateways return the stored answer for a known key.
+    pub(crate) fn headers_with_key(&self, id: &str, attempt: u32) -> Vec<Header> {
         let mut headers = self.headers();
         if self.idempotency_key {
             let value = if attempt > 1 { format!("{id}-{attempt}") } else { id.to_owned() };
@@ -87,6 +91,7 @@ impl Settings {
         headers
     }
 
+    /// Returns the headers that every request has.
     pub(crate) fn headers(&self) -> Vec<Header> {
         let fixed = [("content-type", "application/json"), ("accept", "application/json")];
         let own = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
@@ -103,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_base_url_has_the_providers_own_prefix() {
+    fn base_url_includes_the_path_prefix_of_the_provider() {
         let settings = Settings::parse(r#"{"base_url":"http://localhost:8000/api/v1/"}"#).unwrap();
         assert_eq!(
             settings.url("/v1/chat/completions"),
@@ -124,9 +129,10 @@ mod tests {
     }
 
     #[test]
-    fn an_attempt_after_an_answer_has_a_key_of_its_own() {
+    fn retry_after_an_answer_has_a_new_idempotency_key() {
         let key = |settings: &str, attempt| {
-            let headers = Settings::parse(settings).unwrap().headers_of("batch_req_1", attempt);
+            let headers =
+                Settings::parse(settings).unwrap().headers_with_key("batch_req_1", attempt);
             headers
                 .into_iter()
                 .find(|header| header.name == "idempotency-key")

@@ -1,4 +1,5 @@
-//! Tokens, as providers count them: under several names, and not always as whole numbers.
+//! Token usage in the forms that providers use: several names per number, and numbers as integers,
+//! floats or strings.
 
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -6,19 +7,21 @@ use serde_json::value::RawValue;
 
 use crate::bindings::exports::batchwright::plugin::inference::Usage;
 
-/// The largest number of tokens that is believed.
-const MOST: u64 = 1_000_000_000_000_000;
+/// Largest plausible number of tokens; larger numbers are ignored.
+const MAX_TOKENS: u64 = 1_000_000_000_000_000;
 
-/// What is read of a good answer.
+/// Members of a good response that the adapter reads.
 #[derive(Deserialize)]
 pub(crate) struct Counted<'a> {
+    /// Token usage; none if absent or malformed.
     #[serde(default, deserialize_with = "lenient")]
     pub(crate) usage: Option<Tokens>,
+    /// Raw text of `error`, which may be null.
     #[serde(default, borrow)]
     pub(crate) error: Option<&'a RawValue>,
 }
 
-/// A number of tokens: a number, or one in a string. What is no number of tokens is none.
+/// Number of tokens, from a number or from a string with a number; none for any other value.
 #[derive(Clone, Copy, Default)]
 struct Number(Option<u64>);
 
@@ -33,7 +36,7 @@ impl<'de> Deserialize<'de> for Number {
             }
 
             fn visit_u64<E>(self, number: u64) -> Result<Number, E> {
-                Ok(Number((number <= MOST).then_some(number)))
+                Ok(Number((number <= MAX_TOKENS).then_some(number)))
             }
 
             fn visit_i64<E>(self, _: i64) -> Result<Number, E> {
@@ -41,8 +44,8 @@ impl<'de> Deserialize<'de> for Number {
             }
 
             fn visit_f64<E>(self, number: f64) -> Result<Number, E> {
-                let believed = (0.0..=MOST as f64).contains(&number);
-                Ok(Number(believed.then_some(number.round() as u64)))
+                let plausible = (0.0..=MAX_TOKENS as f64).contains(&number);
+                Ok(Number(plausible.then_some(number.round() as u64)))
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Number, E> {
@@ -71,7 +74,8 @@ impl<'de> Deserialize<'de> for Number {
     }
 }
 
-/// Usage in the words of Responses, in those of the older endpoints, and in those of other providers; some send several.
+/// Usage under the names of the Responses API, of the older endpoints and of other providers. Some
+/// providers send several.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Tokens {
@@ -81,7 +85,7 @@ pub(crate) struct Tokens {
     input_tokens_details: Option<Details>,
     #[serde(deserialize_with = "lenient")]
     prompt_tokens_details: Option<Details>,
-    /// DeepSeek, Anthropic, and others.
+    // Cached input tokens of DeepSeek, Anthropic and others.
     prompt_cache_hit_tokens: Number,
     cache_read_input_tokens: Number,
     cached_tokens: Number,
@@ -94,6 +98,7 @@ pub(crate) struct Tokens {
     reasoning_tokens: Number,
 }
 
+/// Breakdown of input or output tokens.
 #[derive(Clone, Copy, Default, Deserialize)]
 #[serde(default)]
 struct Details {
@@ -102,9 +107,10 @@ struct Details {
 }
 
 impl Tokens {
-    /// Where a number is given twice, the larger one counts: the other is often a zero that stands for nothing.
+    /// Converts to the contract's usage. Of several values for one number the largest counts,
+    /// because providers often send 0 for a name that they do not use.
     pub(crate) fn into_usage(self) -> Usage {
-        let most =
+        let max =
             |numbers: &[Number]| numbers.iter().filter_map(|number| number.0).max().unwrap_or(0);
         let details = |one: Option<Details>, other: Option<Details>| {
             [one.unwrap_or_default(), other.unwrap_or_default()]
@@ -113,16 +119,16 @@ impl Tokens {
         let [output, completion] =
             details(self.output_tokens_details, self.completion_tokens_details);
         Usage {
-            input_tokens: most(&[self.input_tokens, self.prompt_tokens]),
-            cached_input_tokens: most(&[
+            input_tokens: max(&[self.input_tokens, self.prompt_tokens]),
+            cached_input_tokens: max(&[
                 input.cached_tokens,
                 prompt.cached_tokens,
                 self.prompt_cache_hit_tokens,
                 self.cache_read_input_tokens,
                 self.cached_tokens,
             ]),
-            output_tokens: most(&[self.output_tokens, self.completion_tokens]),
-            reasoning_tokens: most(&[
+            output_tokens: max(&[self.output_tokens, self.completion_tokens]),
+            reasoning_tokens: max(&[
                 output.reasoning_tokens,
                 completion.reasoning_tokens,
                 self.reasoning_tokens,
@@ -131,7 +137,8 @@ impl Tokens {
     }
 }
 
-/// Reads a value of the wrong type as none: a provider's odd `usage` must not cost a good answer.
+/// Deserializes a value of the wrong type as none: a malformed `usage` must not lose a good
+/// response.
 fn lenient<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(
     from: D,
 ) -> Result<Option<T>, D::Error> {
@@ -156,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_found_under_every_name_and_in_every_form() {
+    fn tokens_are_read_under_every_name_and_in_every_form() {
         for (usage, expected) in [
             (r#"{"input_tokens":0,"prompt_tokens":9,"completion_tokens":4}"#, (9, 0, 4, 0)),
             (r#"{"prompt_tokens":9.0,"completion_tokens":"4"}"#, (9, 0, 4, 0)),
@@ -164,16 +171,18 @@ mod tests {
             (r#"{"prompt_tokens":-1,"completion_tokens":1e300}"#, (0, 0, 0, 0)),
             (r#"{"prompt_tokens":[],"completion_tokens":{}}"#, (0, 0, 0, 0)),
             (
-                r#"{"input_tokens":5,"input_tokens_details":{"cached_tokens":2},"output_tokens":3,
-                "output_tokens_details":{"reasoning_tokens":1}}"#,
+                r#"{"input_tokens":5,"input_tokens_details":{"cached_tokens":2},
+                "output_tokens":3,"output_tokens_details":{"reasoning_tokens":1}}"#,
                 (5, 2, 3, 1),
             ),
             (
-                r#"{"prompt_tokens":5,"prompt_cache_hit_tokens":4,"completion_tokens":3,"reasoning_tokens":2}"#,
+                r#"{"prompt_tokens":5,"prompt_cache_hit_tokens":4,
+                "completion_tokens":3,"reasoning_tokens":2}"#,
                 (5, 4, 3, 2),
             ),
             (
-                r#"{"input_tokens":5,"cache_read_input_tokens":3,"output_tokens":1,"input_tokens_details":7}"#,
+                r#"{"input_tokens":5,"cache_read_input_tokens":3,
+                "output_tokens":1,"input_tokens_details":7}"#,
                 (5, 3, 1, 0),
             ),
             ("{}", (0, 0, 0, 0)),

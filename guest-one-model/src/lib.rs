@@ -1,4 +1,5 @@
-//! One model for all requests of a batch, as a component of world `validator`. Off unless an operator turns it on.
+//! Rule that all requests of a batch name the same model. Component of world `validator`; off by
+//! default.
 
 mod bindings;
 
@@ -31,7 +32,7 @@ impl validation::Guest for Component {
         lines: Vec<validation::Line>,
     ) -> Vec<validation::Violation> {
         let Some(first) = batch.first_model else { return Vec::new() };
-        lines.iter().filter_map(|line| judge(&first, line)).collect()
+        lines.iter().filter_map(|line| check(&first, line)).collect()
     }
 }
 
@@ -45,15 +46,17 @@ struct Body {
     model: String,
 }
 
-/// What has no model is for other rules to say.
-fn judge(first: &str, line: &validation::Line) -> Option<validation::Violation> {
+/// Compares the model of a line with the first one. A line without a model passes: the standard
+/// rules report it.
+fn check(first: &str, line: &validation::Line) -> Option<validation::Violation> {
     let Request { body: Body { model } } = serde_json::from_str(&line.text).ok()?;
     let shown = |model: &str| model.chars().take(100).collect::<String>();
     (model != first).then(|| validation::Violation {
         line: line.number,
         code: "mismatched_model".into(),
         message: format!(
-            "The model '{}' is not that of the first request, '{}': all requests of a batch must name the same.",
+            "The model '{}' is not that of the first request, '{}': \
+             all requests of a batch must name the same.",
             shown(&model),
             shown(first)
         ),
@@ -66,21 +69,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_model_than_the_first_is_named_and_what_has_none_is_left_to_others() {
+    fn check_rejects_another_model_and_accepts_lines_without_a_model() {
         let line = |text: &str| validation::Line { number: 7, text: text.into() };
-        let found = judge("a", &line(r#"{"body":{"model":"b","x":[1e999]}}"#)).unwrap();
+        let found = check("a", &line(r#"{"body":{"model":"b","x":[1e999]}}"#)).unwrap();
         assert_eq!(
             (found.line, found.code.as_str(), found.param.as_deref()),
             (7, "mismatched_model", Some("body.model"))
         );
-        for fine in [
+        for accepted in [
             r#"{"body":{"model":"a"}}"#,
             "{}",
             "no json",
             r#"{"body":{"model":1}}"#,
             r#"{"body":{}}"#,
         ] {
-            assert!(judge("a", &line(fine)).is_none(), "{fine}");
+            assert!(check("a", &line(accepted)).is_none(), "{accepted}");
         }
     }
 }

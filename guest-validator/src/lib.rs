@@ -1,7 +1,7 @@
-//! The standard rules for the lines of a batch's input file, as a component of world `validator`.
+//! Standard rules for the lines of a batch's input file. Component of world `validator`.
 //!
-//! It needs no settings, imports nothing, and reports every fault of every line. What concerns several lines
-//! (unique ids) or the operator's plugins (which models exist) is the host's.
+//! The component has no settings, imports nothing, and reports every error of every line. The host
+//! checks rules across lines (unique ids) and rules that depend on other plugins (known models).
 
 mod bindings;
 mod line;

@@ -1,27 +1,43 @@
-//! One input line, read in a single pass that copies nothing and keeps only what the rules look at.
+//! Parser of one input line: a single pass that copies nothing and keeps only the members that the
+//! rules need.
+//!
+//! The host has already rejected lines that are not JSON and lines with duplicate keys. This
+//! parser still handles both, so that the component is safe on its own: `parse` returns none for
+//! invalid JSON, and the last of two equal keys wins, as in most parsers.
+//!
+//! Two kinds of valid JSON break ordinary deserializers, and both must reach the rules:
+//!
+//! - Numbers beyond the range of a float (`1e999`). Members are kept as raw text, so such a number
+//!   is never converted. Where an object is expected, serde converts anyway and fails; then
+//!   `parse_by_parts` reads the line again, member by member.
+//! - Half a surrogate pair in a key. Keys are compared as bytes, not as text.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// A value whose kind is known and whose text is kept, as it stands in the line.
+/// JSON value as its raw text in the line. The first byte tells its type.
 #[derive(Clone, Copy)]
 pub(crate) struct Raw<'a>(&'a str);
 
 impl<'a> Raw<'a> {
+    /// Returns true if the value is a string.
     pub(crate) fn is_string(self) -> bool {
         self.0.starts_with('"')
     }
 
+    /// Returns true if the value is an array.
     pub(crate) fn is_array(self) -> bool {
         self.0.starts_with('[')
     }
 
+    /// Returns true if the value is `null`.
     pub(crate) fn is_null(self) -> bool {
         self.0 == "null"
     }
 
+    /// Returns the boolean; none for any other type.
     pub(crate) fn as_bool(self) -> Option<bool> {
         match self.0 {
             "true" => Some(true),
@@ -30,12 +46,13 @@ impl<'a> Raw<'a> {
         }
     }
 
-    /// The string it holds, escapes resolved; none if it is no string or holds half a surrogate pair.
+    /// Returns the string with its escapes decoded; none if the value is not a string or has half a
+    /// surrogate pair.
     pub(crate) fn to_text(self) -> Option<String> {
         serde_json::from_str(self.0).ok()
     }
 
-    /// Whether it is this very string. The common case, without escapes, is compared in place.
+    /// Returns true if the value is this string. Strings without escapes are compared in place.
     pub(crate) fn is_text(self, text: &str) -> bool {
         match self.0.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
             Some(inner) if !inner.contains('\\') => inner == text,
@@ -44,7 +61,7 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// What the rules look at in a request's body.
+/// Members of a request body that the rules check.
 #[derive(Default)]
 pub(crate) struct Body<'a> {
     pub(crate) model: Option<Raw<'a>>,
@@ -54,7 +71,7 @@ pub(crate) struct Body<'a> {
     pub(crate) stream: Option<Raw<'a>>,
 }
 
-/// What the rules look at in a line.
+/// Members of a line that the rules check.
 #[derive(Default)]
 pub(crate) struct Line<'a> {
     pub(crate) custom_id: Option<Raw<'a>>,
@@ -63,18 +80,21 @@ pub(crate) struct Line<'a> {
     pub(crate) body: Option<Object<Body<'a>>>,
 }
 
-/// A JSON object read into a `T`, or anything else.
+/// JSON object parsed into a `T`, or a value of another type.
 pub(crate) enum Object<T> {
+    /// An object.
     Is(T),
+    /// Any other JSON value.
     IsNot,
 }
 
-/// Reads a line; none if it is not JSON.
+/// Parses a line; none if it is not JSON.
 pub(crate) fn parse(text: &str) -> Option<Object<Line<'_>>> {
     serde_json::from_str(text).ok().or_else(|| parse_by_parts(text))
 }
 
-/// The slow way, for JSON that is in order but holds, in a place where an object belongs, a number too large for a float.
+/// Parses a line member by member: slower, but accepts a number beyond the range of a float where
+/// an object is expected.
 fn parse_by_parts(text: &str) -> Option<Object<Line<'_>>> {
     let raw: &RawValue = serde_json::from_str(text).ok()?;
     if !raw.get().starts_with('{') {
@@ -97,6 +117,7 @@ fn parse_by_parts(text: &str) -> Option<Object<Line<'_>>> {
     Some(Object::Is(line))
 }
 
+/// Members of an object, in order.
 struct Parts<'a>(Vec<(Key, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Parts<'de> {
@@ -121,11 +142,12 @@ impl<'de> Deserialize<'de> for Parts<'de> {
     }
 }
 
-/// Types filled field by field from an object; of a key given twice the last one counts.
+/// Type that is filled field by field from an object. The last of two equal keys wins.
 trait Fields<'de>: Default {
     fn take<A: MapAccess<'de>>(&mut self, key: Key, map: &mut A) -> Result<(), A::Error>;
 }
 
+/// Reads the next value as raw text.
 fn raw<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<Raw<'de>>, A::Error> {
     map.next_value::<&RawValue>().map(|value| Some(Raw(value.get())))
 }
@@ -157,6 +179,7 @@ impl<'de> Fields<'de> for Body<'de> {
     }
 }
 
+/// Known key of a line or of a body.
 enum Key {
     CustomId,
     Method,
@@ -195,7 +218,7 @@ impl<'de> Deserialize<'de> for Key {
                 })
             }
         }
-        // As bytes: half a surrogate pair is JSON, though no text.
+        // Bytes, because a key with half a surrogate pair is valid JSON but not valid UTF-8.
         deserializer.deserialize_bytes(KeyVisitor)
     }
 }

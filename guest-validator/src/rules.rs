@@ -1,8 +1,8 @@
-//! The rules themselves: what a line must have, and what its body must have for each endpoint.
+//! Rules: the required members of a line, and the required parameters of a body per endpoint.
 
 use crate::line::{Body, Line, Object, Raw, parse};
 
-/// One thing that is wrong with a line.
+/// Error of a line.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Fault {
     pub(crate) code: &'static str,
@@ -10,25 +10,26 @@ pub(crate) struct Fault {
     pub(crate) param: Option<String>,
 }
 
-/// What a body parameter must be.
+/// Accepted types of a body parameter.
 enum Kind {
     Array,
     StringOrArray,
 }
 
-/// The parameter, besides `model`, that an endpoint's body must have.
+/// Required parameter of a body besides `model`: its name, its accessor and its type.
 type Required = (&'static str, for<'a> fn(&Body<'a>) -> Option<Raw<'a>>, Kind);
 
+/// API endpoint and the rules for its body.
 pub(crate) struct Endpoint {
     pub(crate) path: &'static str,
-    /// How messages call it.
+    /// Name in error messages.
     name: &'static str,
     required: Required,
-    /// Whether the API itself can do without the parameter when this other one is given.
+    /// Parameter that makes the required one optional.
     unless: Option<for<'a> fn(&Body<'a>) -> Option<Raw<'a>>>,
 }
 
-/// The endpoints, and what their bodies need, as the OpenAI API reference of each has it.
+/// Endpoints and their required parameters, from the OpenAI API reference.
 pub(crate) const ENDPOINTS: &[Endpoint] = &[
     Endpoint {
         path: "/v1/chat/completions",
@@ -52,7 +53,7 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
         path: "/v1/responses",
         name: "Responses",
         required: ("input", |body| body.input, Kind::StringOrArray),
-        // A stored prompt template can stand in for the input.
+        // A stored prompt template can replace the input.
         unless: Some(|body| body.prompt),
     },
     Endpoint {
@@ -63,7 +64,7 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
     },
 ];
 
-/// Reports every fault of a line of a batch for this endpoint.
+/// Checks one line of a batch for this endpoint and reports every error.
 pub(crate) fn check(endpoint: &str, text: &str, report: &mut dyn FnMut(Fault)) {
     match parse(text) {
         None => report(Fault {
@@ -96,16 +97,17 @@ fn check_line(endpoint: &str, line: &Line, report: &mut dyn FnMut(Fault)) {
         let method = method.to_text().unwrap_or_default();
         report(Fault {
             code: "invalid_method",
-            message: format!("Invalid method: '{}'. Only 'POST' is allowed.", shortened(&method)),
+            message: format!("Invalid method: '{}'. Only 'POST' is allowed.", truncated(&method)),
             param: Some("method".into()),
         });
     }
     if let Some(url) = line.url.filter(|url| url.is_string() && !url.is_text(endpoint)) {
-        let url = shortened(&url.to_text().unwrap_or_default());
+        let url = truncated(&url.to_text().unwrap_or_default());
         report(Fault {
             code: "invalid_url",
             message: format!(
-                "The URL provided for this request does not match the batch endpoint. The line has '{url}', the batch '{endpoint}'."
+                "The URL provided for this request does not match the batch endpoint. \
+                 The line has '{url}', the batch '{endpoint}'."
             ),
             param: Some("url".into()),
         });
@@ -149,12 +151,12 @@ fn check_body(endpoint: &str, body: &Body, report: &mut dyn FnMut(Fault)) {
         None if endpoint.unless.is_some_and(|other| other(body).is_some()) => {}
         None => report(invalid(
             &format!("body.{name}"),
-            format!("{} parameter is required.", capitalised(name)),
+            format!("{} parameter is required.", capitalized(name)),
         )),
         Some(value) if !fits(value) => {
             report(invalid(
                 &format!("body.{name}"),
-                format!("{} must be {expected}", capitalised(name)),
+                format!("{} must be {expected}", capitalized(name)),
             ));
         }
         Some(_) => {}
@@ -183,13 +185,13 @@ fn invalid(param: &str, message: String) -> Fault {
     Fault { code: "invalid_request", message, param: Some(param.into()) }
 }
 
-fn capitalised(word: &str) -> String {
+fn capitalized(word: &str) -> String {
     let mut letters = word.chars();
     letters.next().map(|first| first.to_ascii_uppercase()).into_iter().chain(letters).collect()
 }
 
-/// As much of a client's value as a message can hold.
-fn shortened(value: &str) -> String {
+/// Truncates a client's value to 64 characters for a message.
+fn truncated(value: &str) -> String {
     value.chars().take(64).collect()
 }
 
@@ -199,7 +201,7 @@ mod tests {
 
     const CHAT: &str = "/v1/chat/completions";
 
-    /// Each fault as `code param message`, one a line.
+    /// Returns one line per fault: `code param message`.
     fn faults(endpoint: &str, text: &str) -> String {
         let mut out = String::new();
         check(endpoint, text, &mut |fault| {
@@ -217,12 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn a_good_line_of_every_endpoint_is_accepted() {
+    fn valid_line_of_every_endpoint_is_accepted() {
         for (endpoint, body) in [
-            (
-                CHAT,
-                r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"unknown":{"x":[1e999]}}"#,
-            ),
+            (CHAT, r#"{"model":"m","messages":[{"role":"user"}],"unknown":{"x":[1e999]}}"#),
             ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
             ("/v1/completions", r#"{"model":"m","prompt":["hi"],"stream":false}"#),
             ("/v1/embeddings", r#"{"model":"m","input":["a","b"],"stream":null}"#),
@@ -238,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_or_no_object_says_so() {
+    fn line_that_is_not_a_json_object_has_one_fault() {
         for text in [
             "{",
             "nope",
@@ -264,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_of_a_line_are_reported_in_order() {
+    fn faults_of_a_line_are_all_reported_in_order() {
         assert_eq!(
             faults(CHAT, "{}"),
             "missing_required_parameter custom_id Missing required parameter: 'custom_id'.\n\
@@ -281,7 +280,8 @@ mod tests {
         );
         assert_eq!(
             chat(r#"{"stream":true}"#),
-            "streaming_unsupported body.stream Chat Completions: Streaming is not supported in the Batch API.\n\
+            "streaming_unsupported body.stream \
+             Chat Completions: Streaming is not supported in the Batch API.\n\
              invalid_request body.model Model parameter is required.\n\
              invalid_request body.messages Messages parameter is required.\n"
         );
@@ -294,14 +294,15 @@ mod tests {
         assert_eq!(
             faults(
                 "/v1/embeddings",
-                r#"{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{"model":"m","input":3}}"#
+                r#"{"custom_id":"a","method":"POST","url":"/v1/embeddings",
+                "body":{"model":"m","input":3}}"#
             ),
             "invalid_request body.input Input must be a string or an array\n"
         );
     }
 
     #[test]
-    fn a_wrong_url_spares_the_body_and_a_wrong_method_does_not() {
+    fn body_is_checked_after_a_wrong_method_and_skipped_after_a_wrong_url() {
         assert_eq!(
             faults(CHAT, r#"{"custom_id":"a","method":"GET","url":"/v1/embeddings","body":{}}"#),
             "invalid_method method Invalid method: 'GET'. Only 'POST' is allowed.\n\
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_key_given_twice_the_last_counts_and_odd_numbers_are_json() {
+    fn last_duplicate_key_wins_and_huge_numbers_are_json() {
         assert_eq!(chat(r#"{"model":1,"model":"m","messages":[]}"#), "");
         assert_eq!(
             faults(
