@@ -1,4 +1,4 @@
-"""A validator that enforces what an operator allows: models, an upper bound for tokens, and words nobody may send.
+"""Validator that enforces a policy: allowed models, a maximum of tokens, and banned words.
 
 Built with componentize-py; see README.md beside this file.
 """
@@ -17,17 +17,25 @@ SETTINGS = {
         "allowed_models": {
             "type": "array",
             "items": {"type": "string"},
-            "description": "Models that may be asked for; all if absent",
+            "description": "Models that requests may name; all if absent",
         },
-        "max_tokens": {"type": "integer", "minimum": 1, "description": "The most tokens a request may ask for"},
+        "max_tokens": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Maximum number of tokens of a request",
+        },
         "banned_words": {
             "type": "array",
             "items": {"type": "string", "minLength": 1},
-            "description": "Words that no prompt may contain, whatever their case",
+            "description": "Words that no prompt may contain; case is ignored",
         },
     },
     "additionalProperties": False,
 }
+
+# Lines that are nested deeper are refused, because a recursive parser would overflow the stack.
+MAX_DEPTH = 100
+MAX_BANNED_WORDS = 1000
 
 settings = {}
 
@@ -37,7 +45,7 @@ class Plugin(exports.Plugin):
         return Description(
             name="policy",
             version="0.1.0",
-            summary="Enforces allowed models, a ceiling for tokens and banned words",
+            summary="Enforces allowed models, a maximum of tokens and banned words",
             endpoints=[],
             credentials=[],
             settings_schema=json.dumps(SETTINGS),
@@ -46,40 +54,43 @@ class Plugin(exports.Plugin):
     def configure(self, given):
         settings.update(json.loads(given))
         words = settings.get("banned_words", [])
-        if len(words) > 1000:
-            raise Err(f"there are {len(words)} banned words; this plugin looks for 1000 at the most")
+        if len(words) > MAX_BANNED_WORDS:
+            raise Err(
+                f"banned_words has {len(words)} words; at most {MAX_BANNED_WORDS} are allowed"
+            )
         settings["banned_words"] = [word.lower() for word in words]
 
 
 class Validation(exports.Validation):
     def validate(self, batch, lines):
-        return [violation for line in lines for violation in judge(line)]
+        return [violation for line in lines for violation in check(line)]
 
 
-# JSON nested deeper than this is not read: a parser that calls itself runs out of stack.
-DEEPEST = 100
-
-
-def judge(line):
-    if line.text.count("[") + line.text.count("{") > DEEPEST and depth(line.text) > DEEPEST:
-        yield Violation(line.number, "nested_too_deep", f"This line is nested deeper than {DEEPEST} levels.", None)
+def check(line):
+    """Yields the violations of one line."""
+    # The count of brackets is a fast upper bound of the depth.
+    if line.text.count("[") + line.text.count("{") > MAX_DEPTH and depth(line.text) > MAX_DEPTH:
+        message = f"This line is nested deeper than {MAX_DEPTH} levels."
+        yield Violation(line.number, "nested_too_deep", message, None)
         return
     try:
         body = json.loads(line.text)["body"]
         fields = body.items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # What is wrong with the form of a line is for other validators to say.
+        # Malformed lines are reported by other validators.
         return
     model = body.get("model")
     allowed = settings.get("allowed_models")
     if allowed is not None and isinstance(model, str) and model not in allowed:
-        message = f"The model '{model[:100]}' is not allowed here; allowed are {', '.join(allowed)}."
+        names = ", ".join(allowed)
+        message = f"The model '{model[:100]}' is not allowed here; allowed are {names}."
         yield Violation(line.number, "model_not_allowed", message, "body.model")
-    ceiling = settings.get("max_tokens")
+    max_tokens = settings.get("max_tokens")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        asked = body.get(name)
-        if ceiling is not None and isinstance(asked, (int, float)) and asked > ceiling:
-            yield Violation(line.number, "too_many_tokens", f"At most {ceiling} tokens may be asked for.", f"body.{name}")
+        tokens = body.get(name)
+        if max_tokens is not None and isinstance(tokens, (int, float)) and tokens > max_tokens:
+            message = f"At most {max_tokens} tokens may be asked for."
+            yield Violation(line.number, "too_many_tokens", message, f"body.{name}")
     for name, value in fields:
         if name != "model" and (word := banned_in(value)):
             message = f"The word '{word}' is banned by this server's policy."
@@ -87,7 +98,7 @@ def judge(line):
 
 
 def depth(text):
-    """How deep a JSON text is nested."""
+    """Returns the nesting depth of a JSON text."""
     deepest = level = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
         if token[0] in "[{":
@@ -99,7 +110,7 @@ def depth(text):
 
 
 def banned_in(value):
-    """The first banned word in a value, at any depth."""
+    """Returns the first banned word in a value, at any depth; None if it has none."""
     values = [value]
     while values:
         value = values.pop()

@@ -1,10 +1,10 @@
-//! Generated from `wit/`; nothing else lives here.
+//! Bindings generated from `wit/`.
 #![expect(unsafe_code, reason = "the canonical ABI passes pointers")]
 #![allow(
     clippy::allow_attributes,
     missing_docs,
     unreachable_pub,
-    reason = "generated code is not ours to lint"
+    reason = "generated code is not linted"
 )]
 
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "adapter" });

@@ -1,6 +1,10 @@
-//! Anthropic's Messages API behind OpenAI's chat completions, as a component of world `adapter`.
+//! Adapter from OpenAI's chat completions to Anthropic's Messages API. Component of world
+//! `adapter`.
 //!
-//! `request` turns a chat completion's request into a message's, `response` the answer back, errors and advice to try again included.
+//! - `request`, `messages` and `tools` translate the request body, or refuse a parameter that the
+//!   Messages API does not have.
+//! - `response` translates the response, its errors and its retry delay.
+//! - `exact` keeps numbers that `serde_json::Value` cannot hold.
 
 mod bindings;
 mod exact;
@@ -18,18 +22,21 @@ use bindings::exports::batchwright::plugin::{
 };
 use serde::{Deserialize, Serialize};
 
+/// JSON Schema of the settings. Each setting has a default, which the host fills in.
 const SETTINGS: &str = r#"{
   "type": "object",
   "properties": {
     "base_url": {"type": "string", "pattern": "^https?://", "default": "https://api.anthropic.com",
-      "description": "What stands before /v1/messages"},
-    "version": {"type": "string", "default": "2023-06-01", "description": "The anthropic-version header"},
+      "description": "URL before /v1/messages"},
+    "version": {"type": "string", "default": "2023-06-01",
+      "description": "The anthropic-version header"},
     "max_tokens": {"type": "integer", "minimum": 1, "default": 4096,
-      "description": "Tokens to ask for where a request does not say: the API needs a number"}
+      "description": "max_tokens of a request that gives none: the API requires it"}
   },
   "additionalProperties": false
 }"#;
 
+/// Settings of the operator.
 #[derive(Default, Deserialize)]
 struct Settings {
     base_url: String,
@@ -37,11 +44,12 @@ struct Settings {
     max_tokens: u64,
 }
 
-/// What `resume` must know of the request: it may run in another instance.
+/// Data of the request that `resume` needs. It goes into the state, because `resume` may run in
+/// another instance.
 #[derive(Serialize, Deserialize)]
-struct Asked {
+struct RequestContext {
     id: String,
-    /// As the client named it.
+    /// The client's name of the model.
     model: String,
     created_at: u64,
 }
@@ -70,7 +78,7 @@ impl plugin::Guest for Component {
     }
 
     fn configure(text: String) -> Result<(), String> {
-        // The host fills in the schema's defaults, so every setting is there.
+        // The host fills in the schema's defaults, so every setting is present.
         let mut settings: Settings =
             serde_json::from_str(&text).map_err(|error| format!("settings: {error}"))?;
         settings.base_url.truncate(settings.base_url.trim_end_matches('/').len());
@@ -82,13 +90,16 @@ impl plugin::Guest for Component {
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
         CURRENT.with_borrow(|settings| {
-            let (body, asked_model) =
+            let (body, client_model) =
                 match request::translate(&request.body, &request.model, settings.max_tokens) {
                     Ok(translated) => translated,
                     Err(refused) => return failed(refused.code, refused.message),
                 };
-            let asked =
-                Asked { id: request.id, model: asked_model, created_at: request.created_at };
+            let context = RequestContext {
+                id: request.id,
+                model: client_model,
+                created_at: request.created_at,
+            };
             let header =
                 |name: &str, value: &str| Header { name: name.into(), value: value.into() };
             Step::Send(Exchange {
@@ -101,24 +112,25 @@ impl inference::Guest for Component {
                     ],
                     body: exact::write(&body).into_bytes(),
                 },
-                // It was made here, so it can be written.
-                state: serde_json::to_vec(&asked).unwrap_or_default(),
+                // Serialization of this struct cannot fail.
+                state: serde_json::to_vec(&context).unwrap_or_default(),
             })
         })
     }
 
     fn resume(state: Vec<u8>, outcome: Outcome) -> Step {
-        let Ok(asked) = serde_json::from_slice(&state) else {
+        let Ok(context) = serde_json::from_slice(&state) else {
             return failed("adapter_error", "The state is not the adapter's own.".into());
         };
         match outcome {
-            Outcome::Response(answer) => response::translate(&asked, answer),
+            Outcome::Response(answer) => response::translate(&context, answer),
             Outcome::Error(error) => response::no_answer(error),
             Outcome::Elapsed => failed("adapter_error", "The adapter never asks to wait.".into()),
         }
     }
 }
 
+/// Ends a request with a failure.
 fn failed(code: &str, message: String) -> Step {
     Step::Done(Answer::Failure(Failure { code: code.into(), message }))
 }

@@ -1,32 +1,36 @@
-//! Messages: those of the system apart, the rest as turns that alternate, without the blank texts that the provider refuses.
+//! Translation of the messages.
+//!
+//! System messages become the system prompt. The other messages become turns that alternate
+//! between user and assistant: consecutive messages of one side are joined. Blank texts are left
+//! out, because the provider refuses them.
 
 use serde_json::{Value, json};
 
 use crate::exact;
 use crate::refused::Refused;
 
-/// Kinds of images that the API takes.
-const IMAGES: [&str; 4] = ["image/jpeg", "image/png", "image/gif", "image/webp"];
+/// Image types that the API accepts.
+const IMAGE_TYPES: [&str; 4] = ["image/jpeg", "image/png", "image/gif", "image/webp"];
 
-/// The system's blocks, and the turns.
+/// Returns the blocks of the system prompt, and the turns.
 pub(crate) fn conversation(messages: &[Value]) -> Result<(Vec<Value>, Vec<Value>), Refused> {
     let mut system = Vec::new();
     let mut turns: Vec<Value> = Vec::new();
     for message in messages {
-        let said = message.get("content");
+        let given = message.get("content");
         match message.get("role").and_then(Value::as_str) {
             Some("system" | "developer") => {
-                let blocks = content(said)?;
+                let blocks = content(given)?;
                 if blocks.iter().any(|block| block.get("type") != Some(&"text".into())) {
                     return Err(Refused::unsupported(
                         "messages",
-                        "Anthropic's system prompt is text alone.",
+                        "Anthropic's system prompt must be text.",
                     ));
                 }
                 system.extend(blocks);
             }
-            Some("user") => add(&mut turns, "user", content(said)?),
-            Some("assistant") => add(&mut turns, "assistant", said_by_assistant(message)?),
+            Some("user") => add(&mut turns, "user", content(given)?),
+            Some("assistant") => add(&mut turns, "assistant", assistant_blocks(message)?),
             Some("tool") => add(&mut turns, "user", vec![tool_result(message)?]),
             other => {
                 return Err(Refused::invalid(format!(
@@ -39,13 +43,13 @@ pub(crate) fn conversation(messages: &[Value]) -> Result<(Vec<Value>, Vec<Value>
     trim_last(&mut turns);
     if turns.is_empty() {
         return Err(Refused::invalid(
-            "Messages must hold something from the user: Anthropic refuses a conversation without.",
+            "Messages must have a text of the user: Anthropic refuses an empty conversation.",
         ));
     }
     Ok((system, turns))
 }
 
-/// Adds to the last turn if it is the same side's: turns alternate.
+/// Appends blocks: to the last turn if it has the same role, else as a new turn.
 fn add(turns: &mut Vec<Value>, role: &str, mut blocks: Vec<Value>) {
     if blocks.is_empty() {
         return;
@@ -60,7 +64,7 @@ fn add(turns: &mut Vec<Value>, role: &str, mut blocks: Vec<Value>) {
     }
 }
 
-/// The answer goes on where the assistant's last turn ends, which must not be white space.
+/// Trims white space at the end of a last turn of the assistant: the provider refuses it there.
 fn trim_last(turns: &mut [Value]) {
     let Some(last) = turns.last_mut().filter(|turn| turn.get("role") == Some(&"assistant".into()))
     else {
@@ -73,14 +77,16 @@ fn trim_last(turns: &mut [Value]) {
     }
 }
 
+/// Returns a text block; none if the text is blank.
 fn text(text: &str) -> Option<Value> {
     (!text.trim().is_empty()).then(|| json!({"type": "text", "text": text}))
 }
 
+/// Translates the content of a message into blocks.
 fn content(content: Option<&Value>) -> Result<Vec<Value>, Refused> {
     match content {
         None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::String(said)) => Ok(text(said).into_iter().collect()),
+        Some(Value::String(string)) => Ok(text(string).into_iter().collect()),
         Some(Value::Array(parts)) => parts.iter().filter_map(|one| part(one).transpose()).collect(),
         Some(_) => {
             Err(Refused::invalid("A message's content must be a string or an array of parts."))
@@ -88,15 +94,16 @@ fn content(content: Option<&Value>) -> Result<Vec<Value>, Refused> {
     }
 }
 
+/// Translates one part of a content; none if it is blank.
 fn part(part: &Value) -> Result<Option<Value>, Refused> {
     match part.get("type").and_then(Value::as_str) {
         Some("text" | "refusal") => {
-            let said = part
+            let string = part
                 .get("text")
                 .or(part.get("refusal"))
                 .and_then(Value::as_str)
                 .unwrap_or_default();
-            Ok(text(said))
+            Ok(text(string))
         }
         Some("image_url") => {
             image(part.pointer("/image_url/url").and_then(Value::as_str).unwrap_or_default())
@@ -104,38 +111,40 @@ fn part(part: &Value) -> Result<Option<Value>, Refused> {
         }
         other => {
             let kind = other.unwrap_or("none");
-            let why = format!("This provider takes no message part of type '{kind}'.");
+            let why = format!("This provider accepts no message part of type '{kind}'.");
             Err(Refused::unsupported("messages", &why))
         }
     }
 }
 
+/// Translates an image.
 fn image(url: &str) -> Result<Value, Refused> {
     let source = match url.strip_prefix("data:").map(|data| data.split_once(";base64,")) {
-        Some(Some((kind, data))) if IMAGES.contains(&kind) => {
+        Some(Some((kind, data))) if IMAGE_TYPES.contains(&kind) => {
             json!({"type": "base64", "media_type": kind, "data": data})
         }
         Some(_) => {
-            let why = format!("Images are in base64 and of the types {}.", IMAGES.join(", "));
+            let why = format!("Images must be base64 and of the types {}.", IMAGE_TYPES.join(", "));
             return Err(Refused::unsupported("messages", &why));
         }
         None if url.starts_with("https://") => json!({"type": "url", "url": url}),
         None => {
             return Err(Refused::unsupported(
                 "messages",
-                "The URL of an image begins with https:// or data:.",
+                "The URL of an image must begin with https:// or data:.",
             ));
         }
     };
     Ok(json!({"type": "image", "source": source}))
 }
 
-fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
+/// Translates a message of the assistant, with its tool calls.
+fn assistant_blocks(message: &Value) -> Result<Vec<Value>, Refused> {
     for name in ["audio", "function_call"] {
         if message.get(name).is_some_and(|value| !value.is_null()) {
             return Err(Refused::unsupported(
                 "messages",
-                &format!("This provider takes no '{name}' of the assistant."),
+                &format!("This provider accepts no '{name}' of the assistant."),
             ));
         }
     }
@@ -152,7 +161,7 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
             ));
         };
         let input = match call.pointer("/function/arguments") {
-            // Some models write nothing where they mean no arguments.
+            // Some models write an empty string for no arguments.
             None | Some(Value::Null) => json!({}),
             Some(Value::String(arguments)) if arguments.trim().is_empty() => json!({}),
             Some(Value::String(arguments)) => exact::read(arguments).map_err(|error| {
@@ -173,6 +182,7 @@ fn said_by_assistant(message: &Value) -> Result<Vec<Value>, Refused> {
     Ok(blocks)
 }
 
+/// Translates a message of a tool.
 fn tool_result(message: &Value) -> Result<Value, Refused> {
     let Some(id) = message.get("tool_call_id").and_then(Value::as_str).filter(|id| !id.is_empty())
     else {
@@ -200,14 +210,16 @@ mod tests {
     }
 
     #[test]
-    fn a_conversation_with_tools_becomes_alternating_turns() {
+    fn conversation_with_tools_becomes_alternating_turns() {
         let call = |arguments: Value| {
             json!({"role": "assistant", "content": null, "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "look", "arguments": arguments}}]})
+                {"id": "c1", "type": "function",
+                    "function": {"name": "look", "arguments": arguments}}]})
         };
         let messages = json!([
             {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "text", "text": " "},
+            {"role": "user", "content": [
+                {"type": "text", "text": "What is this?"}, {"type": "text", "text": " "},
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
             call(json!("{\"x\":1}")),
             {"role": "tool", "tool_call_id": "c1", "content": ""},
@@ -217,10 +229,14 @@ mod tests {
         assert_eq!(
             turns(messages),
             json!([
-                {"role": "user", "content": [{"type": "text", "text": "What is this?"},
-                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
-                {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"x": 1}}]},
-                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1"}, {"type": "text", "text": "So?"}]},
+                {"role": "user", "content": [
+                    {"type": "text", "text": "What is this?"},
+                    {"type": "image",
+                        "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
+                {"role": "assistant", "content": [
+                    {"type": "tool_use", "id": "c1", "name": "look", "input": {"x": 1}}]},
+                {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": "c1"}, {"type": "text", "text": "So?"}]},
                 {"role": "assistant", "content": [{"type": "text", "text": "It is"}]},
             ])
         );
@@ -231,50 +247,40 @@ mod tests {
     }
 
     #[test]
-    fn what_the_provider_refuses_is_left_out_or_named() {
+    fn blank_texts_are_left_out_and_unsupported_parts_are_refused() {
         assert_eq!(
-            turns(
-                json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "y"}])
-            ),
-            json!([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}])
+            turns(json!([
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": ""},
+                {"role": "user", "content": "y"},
+            ])),
+            json!([{"role": "user", "content": [
+                {"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}])
         );
+        let call = |call: Value| json!({"role": "assistant", "tool_calls": [call]});
+        let image = |url: &str| json!({"type": "image_url", "image_url": {"url": url}});
         let user = |part: Value| json!({"role": "user", "content": [part]});
-        for (message, said) in [
+        for (message, expected) in [
             (json!({"role": "robot"}), "Unknown message role: robot"),
             (json!({"role": "function", "content": "x"}), "Unknown message role: function"),
             (json!({}), "Unknown message role: none"),
-            (json!({"role": "user", "content": " "}), "something from the user"),
+            (json!({"role": "user", "content": " "}), "a text of the user"),
             (json!({"role": "user", "content": 7}), "a string or an array of parts"),
             (user(json!({"type": "input_audio"})), "no message part of type 'input_audio'"),
-            (
-                user(json!({"type": "image_url", "image_url": {"url": "http://x"}})),
-                "https:// or data:",
-            ),
-            (
-                user(json!({"type": "image_url", "image_url": {"url": "data:image/bmp;base64,A"}})),
-                "of the types image/jpeg",
-            ),
-            (
-                json!({"role": "system", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}),
-                "text alone",
-            ),
+            (user(image("http://x")), "https:// or data:"),
+            (user(image("data:image/bmp;base64,A")), "of the types image/jpeg"),
+            (json!({"role": "system", "content": [image("https://x")]}), "must be text"),
             (json!({"role": "assistant", "audio": {"id": "a"}}), "'audio'"),
+            (call(json!({"function": {"name": "f"}})), "must have an 'id'"),
             (
-                json!({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}),
-                "must have an 'id'",
-            ),
-            (
-                json!({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "[1]"}}]}),
+                call(json!({"id": "c", "function": {"name": "f", "arguments": "[1]"}})),
                 "JSON object",
             ),
-            (
-                json!({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{"}}]}),
-                "not JSON",
-            ),
+            (call(json!({"id": "c", "function": {"name": "f", "arguments": "{"}})), "not JSON"),
             (json!({"role": "tool", "content": "x"}), "'tool_call_id'"),
         ] {
             let refused = refused(message.clone());
-            assert!(refused.contains(said), "{message}: {refused}");
+            assert!(refused.contains(expected), "{message}: {refused}");
         }
     }
 }

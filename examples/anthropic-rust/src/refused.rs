@@ -1,6 +1,6 @@
-//! Why a request is not sent.
+//! Refusal of a request before it is sent.
 
-/// A code for programs, and a sentence for whoever wrote the request.
+/// Refusal: a code for programs and a sentence for the client.
 #[derive(Debug)]
 pub(crate) struct Refused {
     pub(crate) code: &'static str,
@@ -8,11 +8,12 @@ pub(crate) struct Refused {
 }
 
 impl Refused {
+    /// Refuses a malformed request.
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self { code: "invalid_request", message: message.into() }
     }
 
-    /// What this provider cannot do: to leave it out would change the answer.
+    /// Refuses a parameter that the provider does not have. Leaving it out would change the answer.
     pub(crate) fn unsupported(parameter: &str, why: &str) -> Self {
         Self {
             code: "unsupported_parameter",

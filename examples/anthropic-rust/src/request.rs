@@ -1,4 +1,8 @@
-//! From a chat completion's request to a message's.
+//! Translation of the request body.
+//!
+//! Every parameter of a chat completion is translated, left out because the answer is the same
+//! without it, or refused by its name. An unknown parameter is refused, because leaving it out
+//! could change the answer.
 
 use serde_json::{Map, Value, json};
 
@@ -7,7 +11,7 @@ use crate::messages::conversation;
 use crate::refused::Refused;
 use crate::tools;
 
-/// Parameters that are translated below.
+/// Parameters that are translated.
 const TRANSLATED: [&str; 14] = [
     "model",
     "messages",
@@ -25,8 +29,8 @@ const TRANSLATED: [&str; 14] = [
     "service_tier",
 ];
 
-/// Parameters without which the answer is the same: they are about cost, speed, and what a provider keeps.
-const HARMLESS: [&str; 11] = [
+/// Parameters that are left out. They affect cost, speed and storage, not the answer.
+const IGNORED: [&str; 11] = [
     "user",
     "safety_identifier",
     "metadata",
@@ -40,8 +44,9 @@ const HARMLESS: [&str; 11] = [
     "stream",
 ];
 
-/// Parameters whose value here asks for nothing; any other value is something that this API does not have.
-fn asks_for_nothing(name: &str, value: &Value) -> bool {
+/// Returns true if the value is the parameter's default. The Messages API does not have these
+/// parameters, so any other value is refused.
+fn is_default(name: &str, value: &Value) -> bool {
     match name {
         "n" => value.as_f64() == Some(1.0),
         "logprobs" => *value == Value::Bool(false),
@@ -53,7 +58,7 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
     }
 }
 
-/// The body to send, and the model as the client named it.
+/// Returns the body to send, and the client's name of the model.
 pub(crate) fn translate(
     body: &str,
     model: &str,
@@ -61,16 +66,15 @@ pub(crate) fn translate(
 ) -> Result<(Value, String), Refused> {
     let unreadable = |why: String| Refused::invalid(format!("The body cannot be read: {why}."));
     let body = exact::read(body).map_err(|error| unreadable(error.to_string()))?;
-    let Value::Object(body) = body else { return Err(unreadable("it is no object".into())) };
+    let Value::Object(body) = body else { return Err(unreadable("it is not an object".into())) };
     let given = Given(&body);
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
-        let known = TRANSLATED.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
-        if (name == "stream" && *value == Value::Bool(true))
-            || !(known || asks_for_nothing(name, value))
+        let known = TRANSLATED.contains(&name.as_str()) || IGNORED.contains(&name.as_str());
+        if (name == "stream" && *value == Value::Bool(true)) || !(known || is_default(name, value))
         {
             return Err(Refused::unsupported(
                 name,
-                "Anthropic's Messages API has nothing like it; leave it out.",
+                "Anthropic's Messages API has no such parameter; remove it.",
             ));
         }
     }
@@ -93,7 +97,7 @@ pub(crate) fn translate(
     sent.insert("messages".into(), turns.into());
     sampling(given, &mut sent)?;
     let user = given.get("safety_identifier").or(given.get("user")).and_then(Value::as_str);
-    // The provider refuses addresses of mail here.
+    // The provider refuses email addresses here.
     if let Some(user) = user.filter(|user| !user.contains('@')) {
         sent.insert("metadata".into(), json!({"user_id": user}));
     }
@@ -104,22 +108,24 @@ pub(crate) fn translate(
         Some("default") => drop(sent.insert("service_tier".into(), "standard_only".into())),
         Some(_) => return Err(Refused::unsupported("service_tier", "Use 'auto' or 'default'.")),
     }
-    let asked_model = given.get("model").and_then(Value::as_str).unwrap_or(model).to_owned();
-    Ok((Value::Object(sent), asked_model))
+    let client_model = given.get("model").and_then(Value::as_str).unwrap_or(model).to_owned();
+    Ok((Value::Object(sent), client_model))
 }
 
-/// What a request has, but for what is null.
+/// Parameters of a request. A parameter that is null counts as absent.
 #[derive(Clone, Copy)]
 pub(crate) struct Given<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Given<'a> {
+    /// Returns a parameter; none if it is absent or null.
     pub(crate) fn get(self, name: &str) -> Option<&'a Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 }
 
+/// Translates the sampling parameters.
 fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
-    // Newer models refuse even the default of 1.
+    // Newer models refuse these parameters even with the default of 1.
     for name in ["temperature", "top_p"] {
         match given.get(name) {
             Some(value) if value.as_f64() == Some(1.0) => {}
@@ -127,7 +133,7 @@ fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> 
                 sent.insert(name.into(), value.clone());
             }
             Some(_) => {
-                return Err(Refused::unsupported(name, "Anthropic takes a number from 0 to 1."));
+                return Err(Refused::unsupported(name, "Anthropic accepts a number from 0 to 1."));
             }
             None => {}
         }
@@ -141,7 +147,7 @@ fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> 
         Some(stop) => vec![stop.clone()],
     };
     if stops.iter().any(|stop| stop.as_str().is_none_or(|stop| stop.trim().is_empty())) {
-        return Err(Refused::unsupported("stop", "Anthropic takes texts that are not blank."));
+        return Err(Refused::unsupported("stop", "Anthropic accepts strings that are not blank."));
     }
     if !stops.is_empty() {
         sent.insert("stop_sequences".into(), stops.into());
@@ -149,7 +155,7 @@ fn sampling(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> 
     Ok(())
 }
 
-/// What the answer is to look like, and how much is to be thought about it.
+/// Translates the response format and the reasoning effort.
 fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
     let mut config = Map::new();
     if let Some(format) = given.get("response_format") {
@@ -166,7 +172,8 @@ fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
                 config.insert("format".into(), json!({"type": "json_schema", "schema": schema}));
             }
             _ => {
-                let why = "Anthropic has structured output by a schema alone; use 'json_schema'.";
+                let why =
+                    "Anthropic supports structured output only with a schema; use 'json_schema'.";
                 return Err(Refused::unsupported("response_format", why));
             }
         }
@@ -191,7 +198,7 @@ fn output(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
     Ok(())
 }
 
-/// The API wants every object of a schema to say that it has no other properties.
+/// Sets `additionalProperties: false` on every object of a schema, which the API requires.
 fn close_objects(schema: &mut Value) -> Result<(), Refused> {
     match schema {
         Value::Object(object) => {
@@ -202,7 +209,7 @@ fn close_objects(schema: &mut Value) -> Result<(), Refused> {
                     .get("additionalProperties")
                     .is_some_and(|more| *more != Value::Bool(false))
             {
-                let why = "Anthropic takes schemas whose objects have additionalProperties false.";
+                let why = "Anthropic accepts only objects with additionalProperties false.";
                 return Err(Refused::unsupported("response_format", why));
             }
             if is_object {
@@ -237,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_a_counterpart_is_translated() {
+    fn supported_parameters_are_translated() {
         for (more, expected) in [
             (
                 json!({"stop": "END", "temperature": 0.5}),
@@ -251,15 +258,18 @@ mod tests {
             (json!({"reasoning_effort": "none"}), json!({"thinking": {"type": "disabled"}})),
             (json!({"reasoning_effort": "minimal"}), json!({"output_config": {"effort": "low"}})),
             (
-                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {
-                    "type": "object", "properties": {"a": {"type": "array", "items": {"type": "object"}}}}}}}),
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n",
+                    "schema": {"type": "object",
+                        "properties": {"a": {"type": "array", "items": {"type": "object"}}}}}}}),
                 json!({"output_config": {"format": {"type": "json_schema", "schema": {
                     "type": "object", "additionalProperties": false,
-                    "properties": {"a": {"type": "array", "items": {"type": "object", "additionalProperties": false}}}}}}}),
+                    "properties": {"a": {"type": "array",
+                        "items": {"type": "object", "additionalProperties": false}}}}}}}),
             ),
             (
-                json!({"n": 1, "logprobs": false, "presence_penalty": 0.0, "logit_bias": {}, "seed": 7, "store": true,
-                    "modalities": ["text"], "response_format": {"type": "text"}, "stream": false, "unknown": null}),
+                json!({"n": 1, "logprobs": false, "presence_penalty": 0.0, "logit_bias": {},
+                    "seed": 7, "store": true, "modalities": ["text"],
+                    "response_format": {"type": "text"}, "stream": false, "unknown": null}),
                 json!({}),
             ),
         ] {
@@ -274,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_provider_cannot_do_is_refused_by_its_name() {
+    fn unsupported_parameters_are_refused_by_name() {
         for (more, named) in [
             (json!({"n": 2}), "'n'"),
             (json!({"logprobs": true}), "'logprobs'"),
@@ -306,9 +316,10 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_sent_as_they_were_written() {
-        let body = r#"{"messages":[{"role":"user","content":"x"},{"role":"assistant","tool_calls":[{"id":"c","type":"function",
-            "function":{"name":"f","arguments":"{\"a\":123456789012345678901234567890,\"b\":1e400,\"c\":1.10}"}}]},
+    fn numbers_in_tool_arguments_are_sent_exactly() {
+        let body = r#"{"messages":[{"role":"user","content":"x"},
+            {"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f",
+            "arguments":"{\"a\":123456789012345678901234567890,\"b\":1e400,\"c\":1.10}"}}]},
             {"role":"tool","tool_call_id":"c","content":"y"}]}"#;
         let (sent, _) = translate(body, "m", 1).unwrap();
         let text = exact::write(&sent);

@@ -1,4 +1,4 @@
-//! From a message to a chat completion, and from errors to advice.
+//! Translation of the response, of errors and of the retry delay.
 
 use serde_json::{Value, json};
 
@@ -6,9 +6,10 @@ use crate::bindings::exports::batchwright::plugin::inference::{
     Advice, Answer, Failure, Header, HttpResponse, Response, Step, TransportError, TransportFault,
     Usage,
 };
-use crate::{Asked, exact, failed};
+use crate::{RequestContext, exact, failed};
 
-pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
+/// Returns the step after a response of the provider.
+pub(crate) fn translate(context: &RequestContext, answer: HttpResponse) -> Step {
     let header = |name: &str| find(&answer.headers, name);
     let request_id = header("request-id").map(str::to_owned);
     let body = std::str::from_utf8(&answer.body).ok().and_then(|body| exact::read(body).ok());
@@ -19,7 +20,7 @@ pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
             body: exact::write(&error(answer.status, body.as_ref())),
             usage: None,
         });
-        // 529 is `overloaded_error`; 408 and 409 are said to pass as well.
+        // 529 is `overloaded_error`. The API documents 408 and 409 as transient too.
         return if matches!(answer.status, 408 | 409 | 429 | 500..) {
             Step::Retry(Advice {
                 after_milliseconds: retry_after(header("retry-after")),
@@ -32,10 +33,10 @@ pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
     let Some(message) = body.filter(|body| body.get("content").is_some_and(Value::is_array)) else {
         return failed(
             "invalid_provider_response",
-            "The provider answered 200 with what is no message.".into(),
+            "The provider answered 200 with a body that is not a message.".into(),
         );
     };
-    let (body, usage) = completion(asked, &message);
+    let (body, usage) = completion(context, &message);
     Step::Done(Answer::Response(Response {
         status: 200,
         request_id,
@@ -44,6 +45,7 @@ pub(crate) fn translate(asked: &Asked, answer: HttpResponse) -> Step {
     }))
 }
 
+/// Returns the step after an exchange without a response.
 pub(crate) fn no_answer(error: TransportError) -> Step {
     let code = match error.fault {
         TransportFault::NotAllowed => return failed("egress_refused", error.message),
@@ -58,7 +60,8 @@ pub(crate) fn no_answer(error: TransportError) -> Step {
     Step::Retry(Advice { after_milliseconds: None, otherwise })
 }
 
-fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
+/// Translates a message into a chat completion.
+fn completion(context: &RequestContext, message: &Value) -> (Value, Usage) {
     let blocks =
         message.get("content").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let of_type = |kind: &'static str| {
@@ -69,7 +72,11 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
     let calls: Vec<Value> = of_type("tool_use")
         .map(|block| {
             let arguments = block.get("input").map_or_else(|| "{}".into(), exact::write);
-            json!({"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": arguments}})
+            json!({
+                "id": block.get("id"),
+                "type": "function",
+                "function": {"name": block.get("name"), "arguments": arguments},
+            })
         })
         .collect();
     let reason = match message.get("stop_reason").and_then(Value::as_str) {
@@ -78,30 +85,30 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
         Some("refusal") => "content_filter",
         _ => "stop",
     };
-    // Why the provider refused; not every refusal says so.
+    // Reason of a refusal; not every refusal has one.
     let refusal =
         message.pointer("/stop_details/explanation").filter(|_| reason == "content_filter");
     let text = if text.is_empty() && !calls.is_empty() { Value::Null } else { text.into() };
-    let mut said = json!({"role": "assistant", "content": text, "refusal": refusal});
-    if let (false, Value::Object(said)) = (calls.is_empty(), &mut said) {
-        said.insert("tool_calls".into(), calls.into());
+    let mut reply = json!({"role": "assistant", "content": text, "refusal": refusal});
+    if let (false, Value::Object(reply)) = (calls.is_empty(), &mut reply) {
+        reply.insert("tool_calls".into(), calls.into());
     }
     let count = |name: &str| {
         message.pointer(&format!("/usage/{name}")).and_then(Value::as_u64).unwrap_or(0)
     };
     let cached = count("cache_read_input_tokens");
-    // This API counts what was read from and written to its cache apart from the rest.
+    // This API counts tokens read from and written to its cache separately.
     let input = count("input_tokens")
         .saturating_add(cached)
         .saturating_add(count("cache_creation_input_tokens"));
     let output = count("output_tokens");
     let reasoning = count("output_tokens_details/thinking_tokens");
     let body = json!({
-        "id": message.get("id").cloned().unwrap_or_else(|| asked.id.clone().into()),
+        "id": message.get("id").cloned().unwrap_or_else(|| context.id.clone().into()),
         "object": "chat.completion",
-        "created": asked.created_at,
-        "model": asked.model,
-        "choices": [{"index": 0, "message": said, "logprobs": null, "finish_reason": reason}],
+        "created": context.created_at,
+        "model": context.model,
+        "choices": [{"index": 0, "message": reply, "logprobs": null, "finish_reason": reason}],
         "usage": {
             "prompt_tokens": input,
             "completion_tokens": output,
@@ -119,15 +126,17 @@ fn completion(asked: &Asked, message: &Value) -> (Value, Usage) {
     (body, usage)
 }
 
-/// The provider's error in the form of the OpenAI API; its own type, such as `overloaded_error`, becomes the code.
+/// Returns the provider's error in the form of the OpenAI API. The provider's error type, such as
+/// `overloaded_error`, becomes the code.
 fn error(status: u16, body: Option<&Value>) -> Value {
-    let said = |name: &str| body?.pointer(&format!("/error/{name}")).and_then(Value::as_str);
-    let message = said("message")
+    let given = |name: &str| body?.pointer(&format!("/error/{name}")).and_then(Value::as_str);
+    let message = given("message")
         .map_or_else(|| format!("The provider answered with status {status}."), str::to_owned);
     let kind = if status >= 500 { "server_error" } else { "invalid_request_error" };
-    json!({"error": {"message": message, "type": kind, "param": null, "code": said("type")}})
+    json!({"error": {"message": message, "type": kind, "param": null, "code": given("type")}})
 }
 
+/// Returns the value of the first header of this name, ignoring case.
 fn find<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
     headers
         .iter()
@@ -135,7 +144,7 @@ fn find<'a>(headers: &'a [Header], name: &str) -> Option<&'a str> {
         .map(|header| header.value.as_str())
 }
 
-/// This API gives whole seconds.
+/// Returns the delay in milliseconds. This API sends whole seconds.
 fn retry_after(value: Option<&str>) -> Option<u64> {
     value?.trim().parse::<u64>().ok().map(|seconds| seconds.saturating_mul(1000))
 }

@@ -1,10 +1,11 @@
-//! Tools, which of them may be used, and whether several at a time.
+//! Translation of tools, of the choice among them, and of parallel calls.
 
 use serde_json::{Map, Value, json};
 
 use crate::refused::Refused;
 use crate::request::Given;
 
+/// Translates `tools`, `tool_choice` and `parallel_tool_calls`.
 pub(crate) fn translate(given: Given, sent: &mut Map<String, Value>) -> Result<(), Refused> {
     let mut tools = match given.get("tools") {
         Some(Value::Array(tools)) => tools.iter().map(tool).collect::<Result<Vec<_>, _>>()?,
@@ -19,7 +20,7 @@ pub(crate) fn translate(given: Given, sent: &mut Map<String, Value>) -> Result<(
             .and_then(|choice| choice.get("type"))
             .is_some_and(|kind| kind == "any" || kind == "tool");
         return if needs_one {
-            Err(Refused::invalid("'tool_choice' asks for a tool, and there is none."))
+            Err(Refused::invalid("'tool_choice' requires a tool, but 'tools' is empty."))
         } else {
             Ok(())
         };
@@ -39,11 +40,12 @@ pub(crate) fn translate(given: Given, sent: &mut Map<String, Value>) -> Result<(
     Ok(())
 }
 
+/// Translates one tool.
 fn tool(tool: &Value) -> Result<Value, Refused> {
     let unsupported = || {
         Refused::unsupported(
             "tools",
-            "This provider takes tools of type 'function', each with a name.",
+            "This provider accepts tools of type 'function', each with a name.",
         )
     };
     if tool.get("type").is_some_and(|kind| kind != "function") {
@@ -77,11 +79,12 @@ fn tool(tool: &Value) -> Result<Value, Refused> {
     Ok(named.into())
 }
 
+/// Translates the choice. `allowed_tools` removes all other tools.
 fn tool_choice(choice: &Value, tools: &mut Vec<Value>) -> Result<Value, Refused> {
     let unsupported = || {
         Refused::unsupported(
             "tool_choice",
-            "Use auto, none, required, a function by its name, or allowed_tools.",
+            "Use auto, none, required, a named function, or allowed_tools.",
         )
     };
     let by_mode = |mode: Option<&str>| match mode {
@@ -125,9 +128,13 @@ mod tests {
 
     #[test]
     fn tools_and_choices_are_translated() {
-        let look = json!({"type": "function", "function": {"name": "look", "description": "d", "strict": true, "parameters": null}});
-        let find = json!({"type": "function", "function": {"name": "find", "parameters": {"properties": {}}}});
-        let looks = json!({"name": "look", "input_schema": {"type": "object"}, "description": "d", "strict": true});
+        let function = |function: Value| json!({"type": "function", "function": function});
+        let look = function(
+            json!({"name": "look", "description": "d", "strict": true, "parameters": null}),
+        );
+        let find = function(json!({"name": "find", "parameters": {"properties": {}}}));
+        let looks = json!({"name": "look", "input_schema": {"type": "object"}, "description": "d",
+            "strict": true});
         let finds = json!({"name": "find", "input_schema": {"properties": {}, "type": "object"}});
         for (choice, parallel, tools, sent) in [
             (json!(null), json!(null), json!([looks, finds]), json!(null)),
@@ -146,13 +153,15 @@ mod tests {
                 json!({"type": "tool", "name": "find", "disable_parallel_tool_use": true}),
             ),
             (
-                json!({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "find"}}]}}),
+                json!({"type": "allowed_tools", "allowed_tools": {"mode": "auto",
+                    "tools": [function(json!({"name": "find"}))]}}),
                 json!(null),
                 json!([finds]),
                 json!({"type": "auto"}),
             ),
         ] {
-            let body = json!({"tools": [look, find], "tool_choice": choice, "parallel_tool_calls": parallel});
+            let body = json!({"tools": [look, find], "tool_choice": choice,
+                "parallel_tool_calls": parallel});
             let mut expected = json!({"tools": tools});
             if !sent.is_null() {
                 expected["tool_choice"] = sent;
@@ -166,12 +175,13 @@ mod tests {
     }
 
     #[test]
-    fn other_tools_are_refused() {
+    fn unsupported_tools_are_refused() {
         for body in [
             json!({"tools": [{"type": "custom", "custom": {"name": "x"}}]}),
             json!({"tools": [{"type": "function", "function": {}}]}),
             json!({"tool_choice": "required"}),
-            json!({"tool_choice": {"type": "custom"}, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+            json!({"tool_choice": {"type": "custom"},
+                "tools": [{"type": "function", "function": {"name": "f"}}]}),
             json!({"tool_choice": "sometimes"}),
         ] {
             assert!(translated(&body).is_err(), "{body}");
