@@ -1,6 +1,8 @@
-/* As much of JSON as a plugin needs: finds values in a text, without building or copying anything. A value that is not there is the empty span.
- * What is found in a text that is no JSON may be anything within it: ask `json_valid` first where that matters. Nothing calls itself, so depth
- * costs no stack. */
+/* Small JSON reader: finds values in a text without building or copying anything.
+ *
+ * A value that is absent is an empty span. In invalid JSON a lookup returns some span of the text,
+ * so call `json_valid` first where that matters. No function is recursive, so nesting needs no
+ * stack. */
 
 #ifndef JSON_H
 #define JSON_H
@@ -11,18 +13,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The text of one value; `ptr` is NULL if there is none. */
+/* Text of one value; `ptr` is NULL if the value is absent. */
 typedef struct {
     const uint8_t *ptr;
     size_t len;
 } json_t;
 
+/* Returns the position after white space. */
 static inline const uint8_t *json_space(const uint8_t *at, const uint8_t *end) {
     while (at < end && (*at == ' ' || *at == '\t' || *at == '\n' || *at == '\r')) at++;
     return at;
 }
 
-/* Past the string that begins here; NULL if it does not end. */
+/* Returns the position after the string at `at`; NULL if the string does not end. */
 static inline const uint8_t *json_past_string(const uint8_t *at, const uint8_t *end) {
     for (at++; at < end; at++) {
         if (*at == '"') return at + 1;
@@ -31,7 +34,7 @@ static inline const uint8_t *json_past_string(const uint8_t *at, const uint8_t *
     return NULL;
 }
 
-/* Past the value that begins here; NULL if there is none. */
+/* Returns the position after the value at `at`; NULL if no value is there. */
 static inline const uint8_t *json_past(const uint8_t *at, const uint8_t *end) {
     size_t depth = 0;
     for (;;) {
@@ -61,7 +64,7 @@ static inline const uint8_t *json_past(const uint8_t *at, const uint8_t *end) {
     }
 }
 
-/* Whether a value is this string, ASCII alone, however it is escaped. */
+/* Returns true if a value is this ASCII string, escaped or not. */
 static inline bool json_is(json_t value, const char *text) {
     if (value.len < 2 || value.ptr[0] != '"') return false;
     const uint8_t *at = value.ptr + 1, *end = value.ptr + value.len - 1;
@@ -84,7 +87,7 @@ static inline bool json_is(json_t value, const char *text) {
     return *text == 0;
 }
 
-/* An object's member of this name; the last one, as most parsers have it. */
+/* Returns the last member of this name, as most parsers do, and the number of such members. */
 static inline json_t json_member_counted(json_t object, const char *name, size_t *count) {
     json_t found = {NULL, 0};
     *count = 0;
@@ -112,12 +115,13 @@ static inline json_t json_member_counted(json_t object, const char *name, size_t
     }
 }
 
+/* Returns the last member of this name. */
 static inline json_t json_member(json_t object, const char *name) {
     size_t count;
     return json_member_counted(object, name, &count);
 }
 
-/* The next element of an array; `*at` is NULL for the first one. */
+/* Returns the next element of an array. Set `*at` to NULL before the first call. */
 static inline json_t json_next(json_t array, const uint8_t **at) {
     json_t none = {NULL, 0};
     if (array.len == 0 || array.ptr[0] != '[') return none;
@@ -130,7 +134,7 @@ static inline json_t json_next(json_t array, const uint8_t **at) {
     return (json_t){begin, (size_t)(past - begin)};
 }
 
-/* Past the number that begins here, as RFC 8259 has it; NULL if it is none. */
+/* Returns the position after the number (RFC 8259) at `at`; NULL if no number is there. */
 static inline const uint8_t *json_past_number(const uint8_t *at, const uint8_t *end) {
 #define JSON_DIGITS() \
     if (at >= end || *at < '0' || *at > '9') return NULL; \
@@ -154,7 +158,7 @@ static inline const uint8_t *json_past_number(const uint8_t *at, const uint8_t *
     return at;
 }
 
-/* A value as a number, if it is one; however long it is. */
+/* Reads a number of any length; returns false if the value is not a number. */
 static inline bool json_number(json_t value, double *number) {
     const uint8_t *end = value.ptr + value.len;
     if (value.len == 0 || json_past_number(value.ptr, end) != end) return false;
@@ -167,14 +171,14 @@ static inline bool json_number(json_t value, double *number) {
     return true;
 }
 
-/* Whether a text is one JSON value and nothing else, in UTF-8 or not, no deeper than this. */
+/* Returns true if the text is one JSON value of at most MAX_DEPTH levels. Does not check UTF-8. */
 static inline bool json_valid(const uint8_t *at, const uint8_t *end) {
-    enum { DEEPEST = 512 };
+    enum { MAX_DEPTH = 512 };
     static const char *const words[] = {"true", "false", "null"};
-    uint8_t open[DEEPEST];
+    uint8_t open[MAX_DEPTH];
     size_t depth = 0;
     for (;;) {
-        /* A value begins here, or a member's name before it. */
+        /* A value begins here. In an object its name comes first. */
         at = json_space(at, end);
         bool ended = false;
         if (depth && open[depth - 1] == '{') {
@@ -186,7 +190,7 @@ static inline bool json_valid(const uint8_t *at, const uint8_t *end) {
         if (at >= end) return false;
         if (*at == '{' || *at == '[') {
             uint8_t bracket = *at;
-            if (depth == DEEPEST) return false;
+            if (depth == MAX_DEPTH) return false;
             at = json_space(at + 1, end);
             ended = at < end && *at == bracket + 2;
             if (!ended) {
@@ -206,11 +210,14 @@ static inline bool json_valid(const uint8_t *at, const uint8_t *end) {
             if (!(at = json_past_number(at, end))) return false;
         } else {
             size_t word = 0;
-            while (word < 3 && ((size_t)(end - at) < strlen(words[word]) || memcmp(at, words[word], strlen(words[word])) != 0)) word++;
+            while (word < 3 && ((size_t)(end - at) < strlen(words[word]) ||
+                                memcmp(at, words[word], strlen(words[word])) != 0)) {
+                word++;
+            }
             if (word == 3) return false;
             at += strlen(words[word]);
         }
-        /* A value has ended: what is around it goes on, or ends, too. */
+        /* A value has ended. Its container continues after a comma, or ends too. */
         for (;;) {
             at = json_space(at, end);
             if (depth == 0) return at == end;

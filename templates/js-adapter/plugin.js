@@ -1,4 +1,4 @@
-// An adapter: passes chat completions on to `base_url`, with the model's name there.
+// Adapter that forwards chat completions to the provider at `base_url`.
 
 const ROLES = ["system", "developer", "user", "assistant", "tool", "function"];
 
@@ -9,14 +9,20 @@ export const plugin = {
     return {
       name: "{{name}}",
       version: "0.1.0",
-      summary: "Passes chat completions on",
+      summary: "Forwards chat completions",
       endpoints: ["/v1/chat/completions"],
-      // The host adds the secret on the way out; it never comes by here.
-      credentials: [{ name: "api_key", header: "authorization", prefix: "Bearer ", required: false }],
+      // The host adds the secret to each request. The plugin never sees it.
+      credentials: [
+        { name: "api_key", header: "authorization", prefix: "Bearer ", required: false },
+      ],
       settingsSchema: JSON.stringify({
         type: "object",
         properties: {
-          base_url: { type: "string", pattern: "^https?://", description: "What stands before /chat/completions" },
+          base_url: {
+            type: "string",
+            pattern: "^https?://",
+            description: "URL before /chat/completions",
+          },
         },
         required: ["base_url"],
         additionalProperties: false,
@@ -24,13 +30,14 @@ export const plugin = {
     };
   },
 
-  // An exception's text is the error.
+  // Throws if the settings are invalid. The message goes to the operator.
   configure(settings) {
     baseUrl = JSON.parse(settings).base_url.replace(/\/+$/, "");
   },
 };
 
 export const inference = {
+  // Returns the request to send, or refuses it.
   begin(request) {
     let body;
     try {
@@ -40,7 +47,8 @@ export const inference = {
     }
     for (const message of Array.isArray(body.messages) ? body.messages : []) {
       if (!ROLES.includes(message?.role)) {
-        return done(failure("invalid_request", `Unknown message role: ${typeof message?.role === "string" ? message.role.toWellFormed() : "none"}`));
+        const role = typeof message?.role === "string" ? message.role.toWellFormed() : "none";
+        return done(failure("invalid_request", `Unknown message role: ${role}`));
       }
     }
     const exchange = {
@@ -50,30 +58,34 @@ export const inference = {
         headers: [{ name: "content-type", value: "application/json" }],
         body: utf8(write({ ...body, model: request.model })),
       },
-      // What `resume` must know of the request goes here: it may run in another instance.
+      // Data for `resume`, which may run in another instance.
       state: new Uint8Array(),
     };
     return { tag: "send", val: exchange };
   },
 
+  // Translates the response, or retries the request.
   resume(_state, outcome) {
-    if (outcome.tag === "elapsed") return done(failure("adapter_error", "This adapter never waits."));
+    if (outcome.tag === "elapsed") {
+      return done(failure("adapter_error", "This adapter never waits."));
+    }
     if (outcome.tag === "error") {
       const unreachable = failure("provider_unreachable", outcome.val.message);
-      const hopeless = ["not-allowed", "too-large"].includes(outcome.val.fault);
-      return hopeless ? done(unreachable) : retry(undefined, unreachable);
+      const permanent = ["not-allowed", "too-large"].includes(outcome.val.fault);
+      return permanent ? done(unreachable) : retry(undefined, unreachable);
     }
     const { status, headers } = outcome.val;
     let body = null;
     try {
       body = read(text(outcome.val.body));
     } catch {
-      // Not JSON, or not even UTF-8.
+      // The body is not JSON or not UTF-8, so it stays null.
     }
     const isObject = typeof body === "object" && body !== null && !Array.isArray(body);
     if (status >= 200 && status < 300) {
       if (isObject) return done(response(status, body, usage(body)));
-      return done(failure("invalid_provider_response", "The provider's answer is no JSON object."));
+      const message = "The provider's answer is not a JSON object.";
+      return done(failure("invalid_provider_response", message));
     }
     if (!isObject || !("error" in body)) {
       const message = `The provider answered with status ${status}.`;
@@ -84,23 +96,26 @@ export const inference = {
   },
 };
 
-// JSON of a client or a provider, which may be anything. A number that JavaScript would write in another way, as it is larger or more exact
-// than its own, is kept as text behind a mark until it is written again: a noncharacter, which no text has.
+// JSON reader and writer for untrusted input that keep every number exactly. `read` turns a number
+// that JavaScript cannot represent into a string behind a mark, and `write` turns the string back
+// into the number. The mark is a noncharacter, which interchanged text does not contain.
 const MARK = "\uFDD0";
 const STRING_OR_NUMBER = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*/g;
 const NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
 
 function read(json) {
-  // A parser that calls itself would run out of stack.
+  // `JSON.parse` is recursive and would overflow the stack.
   if (depth(json) > 100) throw new Error("it is nested deeper than 100 levels");
-  const marked = (token) => NUMBER.test(token) && String(Number(token)) !== token;
-  return JSON.parse(json.replace(STRING_OR_NUMBER, (token) => (marked(token) ? `"${MARK}${token}"` : token)));
+  const isInexact = (token) => NUMBER.test(token) && String(Number(token)) !== token;
+  const mark = (token) => (isInexact(token) ? `"${MARK}${token}"` : token);
+  return JSON.parse(json.replace(STRING_OR_NUMBER, mark));
 }
 
 function write(value) {
   return JSON.stringify(value).replace(/"\uFDD0(-?\d[\d.eE+-]*)"/g, "$1");
 }
 
+// Returns the nesting depth of a JSON text; 0 if it is at most 100.
 function depth(json) {
   let deepest = 0;
   let level = 0;
@@ -112,6 +127,7 @@ function depth(json) {
   return deepest;
 }
 
+// Returns the token usage of a chat completion.
 function usage(body) {
   const tokens = (value) => (Number.isSafeInteger(value) && value >= 0 ? value : undefined);
   const prompt = tokens(body.usage?.prompt_tokens);
@@ -125,7 +141,7 @@ function usage(body) {
   };
 }
 
-// The header's seconds, in milliseconds; its other form, a date, is left to the host's own backoff.
+// Returns the seconds of Retry-After in milliseconds; undefined for a date.
 function retryAfter(headers) {
   const value = headers.find((header) => header.name.toLowerCase() === "retry-after")?.value ?? "";
   return /^\d{1,6}$/.test(value) ? Number(value) * 1000 : undefined;
@@ -137,9 +153,12 @@ const response = (status, body, usage) => ({
 });
 const failure = (code, message) => ({ tag: "failure", val: { code, message } });
 const done = (answer) => ({ tag: "done", val: answer });
-const retry = (afterMilliseconds, otherwise) => ({ tag: "retry", val: { afterMilliseconds, otherwise } });
+const retry = (afterMilliseconds, otherwise) => ({
+  tag: "retry",
+  val: { afterMilliseconds, otherwise },
+});
 
-// QuickJS has no TextEncoder and no TextDecoder.
+// Encodes a string as UTF-8: QuickJS has no TextEncoder.
 function utf8(string) {
   const bytes = new Uint8Array(string.length * 3);
   let length = 0;
@@ -152,7 +171,7 @@ function utf8(string) {
     if (code < 0x800) {
       bytes[length++] = 0xc0 | (code >> 6);
     } else {
-      // JSON.stringify leaves no half of a pair.
+      // JSON.stringify escapes lone surrogates, so a high surrogate is followed by a low one.
       if (code >= 0xd800 && code < 0xdc00) {
         code = 0x10000 + ((code & 0x3ff) << 10) + (string.charCodeAt(++at) & 0x3ff);
         bytes[length++] = 0xf0 | (code >> 18);
@@ -167,10 +186,12 @@ function utf8(string) {
   return bytes.slice(0, length);
 }
 
-// Throws where the bytes are no UTF-8.
+// Decodes UTF-8; throws if the bytes are not UTF-8. QuickJS has no TextDecoder.
 function text(bytes) {
   const pieces = [];
-  for (let at = 0; at < bytes.length; at += 4096) pieces.push(String.fromCharCode(...bytes.subarray(at, at + 4096)));
+  for (let at = 0; at < bytes.length; at += 4096) {
+    pieces.push(String.fromCharCode(...bytes.subarray(at, at + 4096)));
+  }
   const letters = pieces.join("");
   return /[^\0-\x7f]/.test(letters) ? decodeURIComponent(escape(letters)) : letters;
 }

@@ -1,4 +1,4 @@
-// A validator: no request may ask for more tokens than a setting allows.
+// Validator that rejects requests for more tokens than the setting `max_tokens`.
 
 let maxTokens = 0;
 
@@ -7,13 +7,18 @@ export const plugin = {
     return {
       name: "{{name}}",
       version: "0.1.0",
-      summary: "Holds requests to a number of tokens",
+      summary: "Limits the tokens of a request",
       endpoints: [],
       credentials: [],
       settingsSchema: JSON.stringify({
         type: "object",
         properties: {
-          max_tokens: { type: "integer", minimum: 1, default: 4096, description: "The most tokens a request may ask for" },
+          max_tokens: {
+            type: "integer",
+            minimum: 1,
+            default: 4096,
+            description: "Maximum number of tokens of a request",
+          },
         },
         additionalProperties: false,
       }),
@@ -28,21 +33,22 @@ export const plugin = {
 
 export const validation = {
   validate(_batch, lines) {
-    return lines.flatMap(judge);
+    return lines.flatMap(check);
   },
 };
 
-function judge(line) {
+// Returns the violations of one line.
+function check(line) {
   let body;
   if (depth(line.text) > 100) {
-    // A parser that calls itself would run out of stack.
+    // `JSON.parse` is recursive and would overflow the stack.
     const message = "This line is nested deeper than 100 levels.";
     return [{ line: line.number, code: "nested_too_deep", message, param: undefined }];
   }
   try {
     body = JSON.parse(line.text).body;
   } catch (error) {
-    // Not let through: what this reader does not take another one may.
+    // Another parser may accept what this one rejects, so an unreadable line must not pass.
     const message = `This line cannot be read: ${error.message}.`;
     return [{ line: line.number, code: "unreadable_line", message, param: undefined }];
   }
@@ -56,6 +62,7 @@ function judge(line) {
     }));
 }
 
+// Returns the nesting depth of a JSON text; 0 if it is at most 100.
 function depth(text) {
   let deepest = 0;
   let level = 0;

@@ -1,4 +1,4 @@
-"""An adapter: passes chat completions on to `base_url`, with the model's name there."""
+"""Adapter that forwards chat completions to the provider at `base_url`."""
 
 import json
 import re
@@ -6,15 +6,20 @@ import re
 from componentize_py_types import Err
 from wit_world import exports
 from wit_world.exports.inference import (
-    Advice, Answer_Failure, Answer_Response, Exchange, Failure, Header, HttpRequest, Outcome_Elapsed, Outcome_Error,
-    Response, Step_Done, Step_Retry, Step_Send, TransportFault, Usage,
+    Advice, Answer_Failure, Answer_Response, Exchange, Failure, Header, HttpRequest,
+    Outcome_Elapsed, Outcome_Error, Response, Step_Done, Step_Retry, Step_Send, TransportFault,
+    Usage,
 )  # fmt: skip
 from wit_world.exports.plugin import Credential, Description
 
 SETTINGS = {
     "type": "object",
     "properties": {
-        "base_url": {"type": "string", "pattern": "^https?://", "description": "What stands before /chat/completions"},
+        "base_url": {
+            "type": "string",
+            "pattern": "^https?://",
+            "description": "URL before /chat/completions",
+        },
     },
     "required": ["base_url"],
     "additionalProperties": False,
@@ -29,9 +34,9 @@ class Plugin(exports.Plugin):
         return Description(
             name="{{name}}",
             version="0.1.0",
-            summary="Passes chat completions on",
+            summary="Forwards chat completions",
             endpoints=["/v1/chat/completions"],
-            # The host adds the secret on the way out; it never comes by here.
+            # The host adds the secret to each request. The plugin never sees it.
             credentials=[Credential("api_key", "authorization", "Bearer ", False)],
             settings_schema=json.dumps(SETTINGS),
         )
@@ -44,22 +49,27 @@ class Plugin(exports.Plugin):
 
 class Inference(exports.Inference):
     def begin(self, request):
+        """Returns the request to send, or refuses it."""
         try:
             body = read(request.body)
             messages = body.get("messages")
             for message in messages if isinstance(messages, list) else []:
                 role = message.get("role") if isinstance(message, dict) else None
                 if not isinstance(role, str) or role not in ROLES:
-                    return Step_Done(failure("invalid_request", f"Unknown message role: {role if isinstance(role, str) and role.isascii() else ascii(role)}"))
+                    shown = role if isinstance(role, str) and role.isascii() else ascii(role)
+                    return Step_Done(failure("invalid_request", f"Unknown message role: {shown}"))
             body = json.dumps({**body, "model": request.model}, ensure_ascii=False).encode()
         except ValueError as error:
-            return Step_Done(failure("invalid_request", f"The body cannot be read: {ascii(str(error))}"))
+            message = f"The body cannot be read: {ascii(str(error))}"
+            return Step_Done(failure("invalid_request", message))
         url = settings["base_url"].rstrip("/") + "/chat/completions"
         headers = [Header("content-type", "application/json")]
-        # What `resume` must know of the request goes into the state: it may run in another instance.
-        return Step_Send(Exchange(HttpRequest("POST", url, headers, body), b""))
+        # Data for `resume`, which may run in another instance.
+        state = b""
+        return Step_Send(Exchange(HttpRequest("POST", url, headers, body), state))
 
     def resume(self, state, outcome):
+        """Translates the response, or retries the request."""
         if isinstance(outcome, Outcome_Elapsed):
             return Step_Done(failure("adapter_error", "This adapter never waits."))
         if isinstance(outcome, Outcome_Error):
@@ -74,27 +84,33 @@ class Inference(exports.Inference):
             body = None
         if 200 <= status < 300:
             if not isinstance(body, dict):
-                return Step_Done(failure("invalid_provider_response", "The provider's answer is no JSON object."))
+                message = "The provider's answer is not a JSON object."
+                return Step_Done(failure("invalid_provider_response", message))
             return Step_Done(response(status, body, usage(body)))
         if not isinstance(body, dict) or "error" not in body:
             message = f"The provider answered with status {status}."
-            body = {"error": {"message": message, "type": "provider_error", "param": None, "code": None}}
+            error = {"message": message, "type": "provider_error", "param": None, "code": None}
+            body = {"error": error}
         refused = response(status, body, None)
-        return Step_Retry(Advice(retry_after(headers), refused)) if status == 429 or status >= 500 else Step_Done(refused)
+        if status == 429 or status >= 500:
+            return Step_Retry(Advice(retry_after(headers), refused))
+        return Step_Done(refused)
 
 
 def read(text):
-    """JSON of a client or a provider, which may be anything."""
+    """Parses untrusted JSON; raises ValueError."""
     if depth(text) > 100:
-        # A parser that calls itself would run out of stack.
+        # `json.loads` is recursive and would overflow the stack.
         raise ValueError("it is nested deeper than 100 levels")
     value = json.loads(text)
-    # Half a surrogate pair, and numbers that no float holds, are no JSON any more when they are written again.
+    # Rejects half a surrogate pair and a number beyond the range of a float: neither can be
+    # written as JSON again.
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 
 def depth(text):
+    """Returns the nesting depth of a JSON text; 0 if it is at most 100."""
     deepest = level = 0
     if text.count("[") + text.count("{") > 100:
         for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
@@ -104,6 +120,8 @@ def depth(text):
 
 
 def usage(body):
+    """Returns the token usage of a chat completion."""
+
     def tokens(*path):
         value = body
         for name in path:
@@ -114,13 +132,14 @@ def usage(body):
     if prompt is None or completion is None:
         return None
     cached = tokens("usage", "prompt_tokens_details", "cached_tokens") or 0
-    return Usage(prompt, cached, completion, tokens("usage", "completion_tokens_details", "reasoning_tokens") or 0)
+    reasoning = tokens("usage", "completion_tokens_details", "reasoning_tokens") or 0
+    return Usage(prompt, cached, completion, reasoning)
 
 
 def retry_after(headers):
-    """The header's seconds, in milliseconds; its other form, a date, is left to the host's own backoff."""
+    """Returns the seconds of Retry-After in milliseconds; None for a date."""
     for header in headers:
-        if header.name.lower() == "retry-after" and len(header.value) < 7 and header.value.isascii() and header.value.isdigit():
+        if header.name.lower() == "retry-after" and re.fullmatch(r"[0-9]{1,6}", header.value):
             return int(header.value) * 1000
     return None
 

@@ -1,4 +1,4 @@
-"""A validator: no request may ask for more tokens than a setting allows."""
+"""Validator that rejects requests for more tokens than the setting `max_tokens`."""
 
 import json
 import re
@@ -10,7 +10,12 @@ from wit_world.exports.validation import Violation
 SETTINGS = {
     "type": "object",
     "properties": {
-        "max_tokens": {"type": "integer", "minimum": 1, "default": 4096, "description": "The most tokens a request may ask for"},
+        "max_tokens": {
+            "type": "integer",
+            "minimum": 1,
+            "default": 4096,
+            "description": "Maximum number of tokens of a request",
+        },
     },
     "additionalProperties": False,
 }
@@ -23,7 +28,7 @@ class Plugin(exports.Plugin):
         return Description(
             name="{{name}}",
             version="0.1.0",
-            summary="Holds requests to a number of tokens",
+            summary="Limits the tokens of a request",
             endpoints=[],
             credentials=[],
             settings_schema=json.dumps(SETTINGS),
@@ -36,31 +41,37 @@ class Plugin(exports.Plugin):
 
 class Validation(exports.Validation):
     def validate(self, batch, lines):
-        return [violation for line in lines for violation in judge(line)]
+        return [violation for line in lines for violation in check(line)]
 
 
-def judge(line):
+def check(line):
+    """Yields the violations of one line."""
     if depth(line.text) > 100:
-        # A parser that calls itself would run out of stack.
-        yield Violation(line.number, "nested_too_deep", "This line is nested deeper than 100 levels.", None)
+        # `json.loads` is recursive and would overflow the stack.
+        message = "This line is nested deeper than 100 levels."
+        yield Violation(line.number, "nested_too_deep", message, None)
         return
     try:
         body = json.loads(line.text)["body"]
-        asked = {name: body.get(name) for name in ("max_tokens", "max_completion_tokens")}
+        given = {name: body.get(name) for name in ("max_tokens", "max_completion_tokens")}
     except ValueError as error:
-        # Not let through: what this reader does not take (a number of 5,000 digits) another one may.
-        yield Violation(line.number, "unreadable_line", f"This line cannot be read: {ascii(str(error))}", None)
+        # Another parser may accept what this one rejects (a number of 5,000 digits), so an
+        # unreadable line must not pass.
+        message = f"This line cannot be read: {ascii(str(error))}"
+        yield Violation(line.number, "unreadable_line", message, None)
         return
     except (KeyError, TypeError, AttributeError):
-        # What is wrong with the form of a request is for the standard rules to say.
+        # Malformed requests are reported by the standard rules.
         return
-    most = settings["max_tokens"]
-    for name, tokens in asked.items():
-        if isinstance(tokens, (int, float)) and tokens > most:
-            yield Violation(line.number, "too_many_tokens", f"At most {most} tokens may be asked for.", f"body.{name}")
+    max_tokens = settings["max_tokens"]
+    for name, tokens in given.items():
+        if isinstance(tokens, (int, float)) and tokens > max_tokens:
+            message = f"At most {max_tokens} tokens may be asked for."
+            yield Violation(line.number, "too_many_tokens", message, f"body.{name}")
 
 
 def depth(text):
+    """Returns the nesting depth of a JSON text; 0 if it is at most 100."""
     deepest = level = 0
     if text.count("[") + text.count("{") > 100:
         for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):

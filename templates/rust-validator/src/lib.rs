@@ -1,4 +1,4 @@
-//! A validator: no request may ask for more tokens than a setting allows.
+//! Validator that rejects requests for more tokens than the setting `max_tokens`.
 
 use std::cell::Cell;
 
@@ -20,13 +20,16 @@ impl plugin::Guest for Component {
         plugin::Description {
             name: "{{name}}".into(),
             version: "0.1.0".into(),
-            summary: "Holds requests to a number of tokens".into(),
+            summary: "Limits the tokens of a request".into(),
             endpoints: Vec::new(),
             credentials: Vec::new(),
             settings_schema: json!({
                 "type": "object",
                 "properties": {"max_tokens": {
-                    "type": "integer", "minimum": 1, "default": 4096, "description": "The most tokens a request may ask for",
+                    "type": "integer",
+                    "minimum": 1,
+                    "default": 4096,
+                    "description": "Maximum number of tokens of a request",
                 }},
                 "additionalProperties": false,
             })
@@ -44,28 +47,37 @@ impl plugin::Guest for Component {
 
 impl Guest for Component {
     fn validate(_batch: Batch, lines: Vec<Line>) -> Vec<Violation> {
-        lines.iter().flat_map(judge).collect()
+        lines.iter().flat_map(check).collect()
     }
 }
 
-fn judge(line: &Line) -> Vec<Violation> {
+/// Returns the violations of one line.
+fn check(line: &Line) -> Vec<Violation> {
     let request = match serde_json::from_str::<Value>(&line.text) {
         Ok(request) => request,
-        // Not let through: what this reader does not take (half a surrogate pair, a number beyond all bounds) another one may.
+        // Another parser may accept what this one rejects (half a surrogate pair, a huge number),
+        // so an unreadable line must not pass.
         Err(error) => {
             let message = format!("This line cannot be read: {error}.");
-            return vec![Violation { line: line.number, code: "unreadable_line".into(), message, param: None }];
+            return vec![Violation {
+                line: line.number,
+                code: "unreadable_line".into(),
+                message,
+                param: None,
+            }];
         }
     };
-    let most = MAX_TOKENS.get();
-    let asked = |name: &&str| request["body"][*name].as_f64().is_some_and(|tokens| tokens > most as f64);
+    let max_tokens = MAX_TOKENS.get();
+    let is_too_many = |name: &&str| {
+        request["body"][*name].as_f64().is_some_and(|tokens| tokens > max_tokens as f64)
+    };
     ["max_tokens", "max_completion_tokens"]
         .into_iter()
-        .filter(asked)
+        .filter(is_too_many)
         .map(|name| Violation {
             line: line.number,
             code: "too_many_tokens".into(),
-            message: format!("At most {most} tokens may be asked for."),
+            message: format!("At most {max_tokens} tokens may be asked for."),
             param: Some(format!("body.{name}")),
         })
         .collect()
