@@ -1,4 +1,7 @@
-"""A real server, a real stub provider, the real SDK: what every test here starts with."""
+"""Fixtures and helpers of the end-to-end tests: server process, stub provider, official SDK.
+
+The server under test is the built one (`dist/batchwright`), started as a process of its own.
+"""
 
 import contextlib
 import functools
@@ -21,24 +24,29 @@ HOST = ROOT / "dist/batchwright"
 PLUGINS = ROOT / "dist/plugins"
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 STUB = TARGET / "release/stub-provider"
-COMPONENTS = ["validator-standard.wasm", "one-model.wasm", "inference-openai.wasm", "inference-echo.wasm"]
+COMPONENTS = [
+    "validator-standard.wasm",
+    "one-model.wasm",
+    "inference-openai.wasm",
+    "inference-echo.wasm",
+]
 CHAT = "/v1/chat/completions"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, help="of the crash test and of schemathesis")
-    parser.addoption("--kills", type=int, default=25, help="of the crash test")
+    parser.addoption("--seed", type=int, help="random seed of the crash test and of schemathesis")
+    parser.addoption("--kills", type=int, default=25, help="number of kills of the crash test")
 
 
 @functools.cache
 def built(part):
-    """The folder target/`part` with test plugins, built when a test first asks for it."""
+    """Returns the folder target/`part` of test plugins; builds the plugins on first use."""
     if not os.environ.get("TEST_PLUGINS_BUILT"):
         subprocess.run(["cargo", "xtask", "build", part], cwd=ROOT, check=True)
     return TARGET / part
 
 
-# What was contained, and how: a line each at the end of the tests.
+# Attacks and the error that contained each, printed in the terminal summary.
 CONTAINED = []
 
 
@@ -49,46 +57,53 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{name:<34} {' '.join(how.split())[:200]}")
 
 
-def wait_for(condition, seconds=30, what="the condition"):
-    """Waits until a condition gives something, and returns that."""
+def wait_for(condition, seconds=30, what="a condition"):
+    """Returns the first true value of a condition; fails after a timeout."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = condition()
         if found:
             return found
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come true within {seconds} s")
+    raise AssertionError(f"timed out after {seconds} s waiting for {what}")
 
 
 def chat(custom_id, content="hi", model="echo", **body):
-    """A line of an input file."""
+    """Returns one line of an input file as a dictionary."""
     body = {"model": model, "messages": [{"role": "user", "content": content}], **body}
     return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}
 
 
 def jsonl(lines):
-    return "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+    return "".join(
+        (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
+    ).encode()
 
 
 class Process:
-    """A program that says `listening on URL`; its standard error goes to a file."""
+    """Program that prints `listening on URL`; its standard error goes to a log file."""
 
     def __init__(self, command, log, env=None):
         self.log = log
         with open(log, "ab") as errors:
             environment = {**os.environ, **(env or {})}
             self.child = subprocess.Popen(
-                [str(part) for part in command], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                [str(part) for part in command],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
             )
         line = self.child.stdout.readline()
-        assert line.startswith("listening on http"), f"it said {line!r}; its log: {self.logged()}"
+        assert line.startswith("listening on http"), f"printed {line!r}; log: {self.logged()}"
         self.url = line.split()[-1]
 
-    def said(self):
-        """The next line of its standard output."""
+    def read_line(self):
+        """Returns the next line of standard output."""
         return self.child.stdout.readline()
 
     def logged(self):
+        """Returns the log so far."""
         return pathlib.Path(self.log).read_text()
 
     def kill(self):
@@ -109,19 +124,20 @@ class Stub(Process):
             return json.load(answer)
 
     def counts(self):
-        """How often each prompt came."""
+        """Returns how many times each prompt arrived."""
         return {prompt: len(times) for prompt, times in self.ask("/arrivals").items()}
 
     def plugin(self, models, more=""):
-        """A TOML file for the OpenAI adapter that points here."""
+        """Returns a plugin file for the OpenAI adapter with this stub as its provider."""
         models = json.dumps(models)
         return (
-            f'component = "inference-openai.wasm"\nmodels = {models}\n[settings]\nbase_url = "{self.url}/v1"\n{more}'
+            f'component = "inference-openai.wasm"\nmodels = {models}\n'
+            f'[settings]\nbase_url = "{self.url}/v1"\n{more}'
         )
 
 
 class Server(Process):
-    """A server with a data folder and a plugin folder of its own."""
+    """Server with its own data folder and plugin folder."""
 
     def __init__(self, folder, *arguments, env=None):
         self.folder = folder
@@ -156,7 +172,9 @@ class Server(Process):
     def ended(self, batch_id, seconds=60):
         def look():
             batch = self.client.batches.retrieve(batch_id)
-            return batch if batch.status in ("completed", "failed", "cancelled", "expired") else None
+            return (
+                batch if batch.status in ("completed", "failed", "cancelled", "expired") else None
+            )
 
         return wait_for(look, seconds, f"the end of {batch_id}")
 
@@ -164,7 +182,7 @@ class Server(Process):
         return self.ended(self.create(lines, **more).id)
 
     def results(self, batch):
-        """The lines of the output and of the error file, each in its order."""
+        """Returns the parsed lines of the output file and of the error file."""
 
         def read(file_id):
             if file_id is None:
@@ -180,22 +198,24 @@ class Server(Process):
 
 
 def leftovers(server):
-    """Objects on the disk that no record leads to, and notes of objects that were never finished."""
+    """Returns objects without a record in the database, and records of unfinished objects."""
     database = sqlite3.connect(f"file:{server.data}/batchwright.db?mode=ro", uri=True)
     recorded = {row[0] for row in database.execute("SELECT id FROM files WHERE NOT removed")}
-    noted = {row[0] for row in database.execute("SELECT id FROM pending_objects")}
+    pending = {row[0] for row in database.execute("SELECT id FROM pending_objects")}
     database.close()
-    # What readiness writes for a moment is nobody's.
+    # The readiness check writes a short-lived probe, which belongs to no file.
     written = [path.name for path in (server.data / "objects").rglob("*") if path.is_file()]
-    return {name for name in written if not name.startswith("probe")} - recorded | noted
+    return {name for name in written if not name.startswith("probe")} - recorded | pending
 
 
 def load_errors(server):
-    """What the operator was told last of each plugin that does not load as it is."""
-    logged = re.compile(
-        r'(?:plugin not loaded|plugin not replaced, previous version still serving) plugin="([^"]*)" error=(.*)$', re.M
+    """Returns the last error in the log of each plugin that does not load."""
+    logged_error = re.compile(
+        r"(?:plugin not loaded|plugin not replaced, previous version still serving)"
+        r' plugin="([^"]*)" error=(.*)$',
+        re.M,
     )
-    return dict(logged.findall(server.logged()))
+    return dict(logged_error.findall(server.logged()))
 
 
 @pytest.fixture
@@ -207,7 +227,7 @@ def stub(tmp_path):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Starts servers, which end with the test."""
+    """Starts servers; stops them at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, env=None, name="server", plugins=None):
@@ -232,7 +252,7 @@ def server(serve):
 
 
 def run_host(*arguments, env=None, timeout=60, **more):
-    """Runs the host to its end."""
+    """Runs the host until it exits; returns the finished process."""
     return subprocess.run(
         [str(part) for part in [HOST, *arguments]],
         capture_output=True,

@@ -1,4 +1,8 @@
-"""The command line: one batch without a server, batches of a server, and mistakes that are told of."""
+"""The command line: `run` without a server, `batch` with one, startup errors, full disks, shutdown.
+
+Attacks: kills at random moments, outputs that would overwrite a user's file, wrong settings, and a
+data folder on a disk without space.
+"""
 
 import json
 import os
@@ -21,7 +25,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_run_answers_a_file_and_says_how_it_went(tmp_path):
+def test_run_writes_results_and_a_summary(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b")]))
     done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -30,7 +34,7 @@ def test_run_answers_a_file_and_says_how_it_went(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_run_fails_if_a_line_fails_and_says_where_it_is(tmp_path):
+def test_run_exits_1_and_names_the_error_file_if_a_line_fails(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
     command = ["run", "in.jsonl", "-o", "out.jsonl", "-e", "bad.jsonl", "--plugins", PLUGINS]
     done = run_host(*command, cwd=tmp_path)
@@ -39,15 +43,27 @@ def test_run_fails_if_a_line_fails_and_says_where_it_is(tmp_path):
 
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), "oops"]))
     done = run_host(*command, "--force", cwd=tmp_path)
-    assert done.returncode == 1 and "line 2: invalid_json_line" in done.stderr and "rejected" in done.stderr
+    assert (
+        done.returncode == 1
+        and "line 2: invalid_json_line" in done.stderr
+        and "rejected" in done.stderr
+    )
 
 
-def test_run_finds_its_endpoint_in_the_file(tmp_path):
-    line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "echo", "input": "x"}}
+def test_run_detects_the_endpoint_in_its_input(tmp_path):
+    line = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/embeddings",
+        "body": {"model": "echo", "input": "x"},
+    }
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf\n" + jsonl([line]))
     done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert run_host("run", "nothing.jsonl", "-o", "o", "--plugins", PLUGINS, cwd=tmp_path).returncode == 1
+    assert (
+        run_host("run", "nothing.jsonl", "-o", "o", "--plugins", PLUGINS, cwd=tmp_path).returncode
+        == 1
+    )
 
 
 def provider_folder(tmp_path, stub, limits="concurrency = 4\n"):
@@ -60,7 +76,7 @@ def provider_folder(tmp_path, stub, limits="concurrency = 4\n"):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_continues(tmp_path, stub, how):
+def test_run_resumes_after_interrupt_or_kill(tmp_path, stub, how):
     plugins = provider_folder(tmp_path, stub)
     prompts = [f"!delay 20 {number}" for number in range(400)]
     content = jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)])
@@ -69,72 +85,113 @@ def test_a_stopped_run_continues(tmp_path, stub, how):
     first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: sum(stub.counts().values()) > 40, what="some progress")
     first.send_signal(how)
-    _, said = first.communicate(timeout=60)
+    _, stderr = first.communicate(timeout=60)
     assert not (tmp_path / "out.jsonl").exists()
     if how == signal.SIGINT:
-        assert first.returncode == 130 and re.search(r"stopped: \d+ of 400 done and kept", said), said
+        assert first.returncode == 130 and re.search(
+            r"stopped: \d+ of 400 done and kept", stderr
+        ), stderr
     sent = sum(stub.counts().values())
     assert sent < 400
-    # Another input is not taken for this one.
+    # Another input with the same output is refused.
     (tmp_path / "other.jsonl").write_bytes(jsonl([chat("a")]))
     other = run_host("run", "other.jsonl", *command[3:], cwd=tmp_path)
-    assert other.returncode == 2 and "/in.jsonl" in other.stderr and "--partial" in other.stderr, other.stderr
-    # The content counts: a script may have written the same once more.
+    assert other.returncode == 2 and "/in.jsonl" in other.stderr and "--partial" in other.stderr, (
+        other.stderr
+    )
+    # The content is compared, not the inode: a script may have written the same file again.
     (tmp_path / "in.jsonl").unlink()
     (tmp_path / "in.jsonl").write_bytes(content)
     done = run_host(*command[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continuing an unfinished run" in done.stderr
-    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [str(i) for i in range(400)]
+    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [
+        str(i) for i in range(400)
+    ]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["plugins"]
     counts = stub.counts()
     assert len(counts) == 400
-    # Nothing that was finished in order is asked twice.
+    # An orderly stop drains, so that no request is sent twice.
     assert max(counts.values()) == 1 if how == signal.SIGINT else max(counts.values()) <= 2
 
 
-def test_a_run_that_is_killed_at_any_moment_places_its_answers_once(tmp_path, stub):
+def test_run_killed_at_any_moment_writes_each_result_once(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub, "concurrency = 16\n")
     number = 1000
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), f"!delay 60 {i}", model="m") for i in range(number)] + [chat("bad", "!status 400", model="m")]))
+    (tmp_path / "in.jsonl").write_bytes(
+        jsonl(
+            [chat(str(i), f"!delay 60 {i}", model="m") for i in range(number)]
+            + [chat("bad", "!status 400", model="m")]
+        )
+    )
     command = [HOST, "run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins]
-    chance, kills, done = random.Random(11), 0, False
+    rng, kills, done = random.Random(11), 0, False
     while not done:
         run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         try:
-            _, said = run.communicate(timeout=chance.uniform(0.05, 0.6) if kills < 20 else 60)
+            _, stderr = run.communicate(timeout=rng.uniform(0.05, 0.6) if kills < 20 else 60)
             done = True
         except subprocess.TimeoutExpired:
             run.kill()
             run.communicate()
             kills += 1
-            if (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.batchwright").exists():
-                # It was killed after its last step.
+            if (tmp_path / "out.jsonl").exists() and not (
+                tmp_path / "out.jsonl.batchwright"
+            ).exists():
+                # The kill came after the last step.
                 break
     else:
-        assert run.returncode == 1, said
-        assert f"{number} of {number + 1} answered, 1 failed" in said or "this run had finished" in said, said
-    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [str(i) for i in range(number)]
+        assert run.returncode == 1, stderr
+        assert (
+            f"{number} of {number + 1} answered, 1 failed" in stderr
+            or "this run had finished" in stderr
+        ), stderr
+    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [
+        str(i) for i in range(number)
+    ]
     assert [line["custom_id"] for line in lines(tmp_path / "out.errors.jsonl")] == ["bad"]
     counts = stub.counts()
-    # Only what was in flight, or answered and not yet written, is sent again.
+    # Only requests in flight, or answered and not yet committed, are sent again.
     assert kills >= 5 and sum(counts.values()) - len(counts) <= kills * (16 + 16), counts
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.errors.jsonl", "out.jsonl", "plugins", "stub.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in.jsonl",
+        "out.errors.jsonl",
+        "out.jsonl",
+        "plugins",
+        "stub.log",
+    ]
 
 
-def test_an_unfinished_run_gives_its_answers_out(tmp_path, stub):
+def test_run_partial_writes_the_results_of_an_unfinished_run(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
     prompts = [*(str(number) for number in range(20)), *("!delay 600000" for _ in range(20))]
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)]))
-    # Requests of a batch may overtake each other, within the window of those under way: two may wait behind those that hang.
+    (tmp_path / "in.jsonl").write_bytes(
+        jsonl([chat(str(i), text, model="m") for i, text in enumerate(prompts)])
+    )
+    # Requests may overtake each other within the in-flight window: two may wait behind hung ones.
     window = ["--max-concurrent-requests-per-batch", "6"]
-    command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--stop-grace", "10ms", *window]
+    command = [
+        "run",
+        "in.jsonl",
+        "-o",
+        "out.jsonl",
+        "--plugins",
+        plugins,
+        "--stop-grace",
+        "10ms",
+        *window,
+    ]
     nothing = run_host(*command, "--partial", cwd=tmp_path)
     assert nothing.returncode == 2 and "no unfinished run" in nothing.stderr
     run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: stub.counts().get("!delay 600000", 0) == 4, what="the answers")
-    database = sqlite3.connect(f"file:{tmp_path}/out.jsonl.batchwright/batchwright.db?mode=ro", uri=True)
-    wait_for(lambda: database.execute("SELECT completed FROM batches WHERE completed > 15").fetchall(), what="the results")
+    wait_for(lambda: stub.counts().get("!delay 600000", 0) == 4, what="the hung requests")
+    database = sqlite3.connect(
+        f"file:{tmp_path}/out.jsonl.batchwright/batchwright.db?mode=ro", uri=True
+    )
+    wait_for(
+        lambda: database.execute("SELECT completed FROM batches WHERE completed > 15").fetchall(),
+        what="the results",
+    )
     database.close()
     run.kill()
     run.communicate()
@@ -145,7 +202,9 @@ def test_an_unfinished_run_gives_its_answers_out(tmp_path, stub):
     assert done.returncode == 1 and int(answered) > 15, done.stderr
     assert len(lines(tmp_path / "out.jsonl")) == int(answered)
     assert len(lines(tmp_path / "out.errors.jsonl")) == 40 - int(answered)
-    assert {line["error"]["code"] for line in lines(tmp_path / "out.errors.jsonl")} == {"batch_cancelled"}
+    assert {line["error"]["code"] for line in lines(tmp_path / "out.errors.jsonl")} == {
+        "batch_cancelled"
+    }
     assert not (tmp_path / "out.jsonl.batchwright").exists()
 
 
@@ -154,7 +213,7 @@ REJECTED = b'{"custom_id":"a"}\n'
 
 
 def snapshot(folder):
-    """What is in a folder: names, contents, and where links lead."""
+    """Returns the entries of a folder by name: contents of files, targets of links."""
     return {
         path.name: os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in folder.iterdir()
@@ -163,7 +222,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["in.jsonl", "-o", "in.jsonl"], "is the input"),
         (["bad.jsonl", "-o", "bad.jsonl"], "is the input"),
@@ -186,7 +245,7 @@ def snapshot(folder):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
-def test_a_run_harms_no_file_that_it_did_not_write(tmp_path, arguments, said, force):
+def test_run_overwrites_no_file_of_the_user(tmp_path, arguments, message, force):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     (tmp_path / "bad.jsonl").write_bytes(REJECTED)
     (tmp_path / "old.jsonl").write_text("answers of yesterday, paid for\n")
@@ -196,32 +255,40 @@ def test_a_run_harms_no_file_that_it_did_not_write(tmp_path, arguments, said, fo
     (tmp_path / "link-to-old.jsonl").symlink_to("old.jsonl")
     (tmp_path / "nowhere.jsonl").symlink_to("nothing.jsonl")
     before = snapshot(tmp_path)
-    if force and "exists" in said:
+    if force and "exists" in message:
         pytest.skip("overwriting is what --force is for")
-    done = run_host("run", *arguments, "--plugins", PLUGINS, *(["--force"] if force else []), cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+    done = run_host(
+        "run", *arguments, "--plugins", PLUGINS, *(["--force"] if force else []), cwd=tmp_path
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert snapshot(tmp_path) == before and not list(tmp_path.glob("*.batchwright"))
 
 
-def test_a_finished_run_is_not_repeated_over_its_answers(tmp_path, stub):
+def test_run_finished_is_not_repeated_without_force(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "one", model="m"), chat("b", "!status 400", model="m")]))
+    (tmp_path / "in.jsonl").write_bytes(
+        jsonl([chat("a", "one", model="m"), chat("b", "!status 400", model="m")])
+    )
     command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins]
     assert run_host(*command, cwd=tmp_path).returncode == 1
     before, sent = snapshot(tmp_path), sum(stub.counts().values())
     again = run_host(*command, cwd=tmp_path)
     assert again.returncode == 2 and "give --force" in again.stderr
     assert sum(stub.counts().values()) == sent and snapshot(tmp_path) == before
-    # With the provider down no answer is lost either.
+    # An unavailable provider loses no answer either.
     answers = before["out.jsonl"]
     stub.kill()
-    away = run_host(*command, "--force", "--max-outage", "1s", cwd=tmp_path)
-    assert away.returncode == 6 and (tmp_path / "out.jsonl").read_bytes() == answers, away.stderr
+    unavailable = run_host(*command, "--force", "--max-outage", "1s", cwd=tmp_path)
+    assert unavailable.returncode == 6 and (tmp_path / "out.jsonl").read_bytes() == answers, (
+        unavailable.stderr
+    )
     down = run_host(*command, "--force", "--partial", cwd=tmp_path)
-    assert down.returncode == 1 and "out.jsonl is from an earlier run and stays as it is" in down.stderr, down.stderr
+    assert (
+        down.returncode == 1 and "out.jsonl is from an earlier run and stays as it is" in down.stderr
+    ), down.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == answers
     assert len(lines(tmp_path / "out.errors.jsonl")) == 2
-    # A rejected input touches nothing.
+    # A rejected input leaves every file as it is.
     (tmp_path / "bad.jsonl").write_bytes(REJECTED)
     before = snapshot(tmp_path)
     rejected = run_host("run", "bad.jsonl", *command[2:], "--force", cwd=tmp_path)
@@ -229,7 +296,7 @@ def test_a_finished_run_is_not_repeated_over_its_answers(tmp_path, stub):
     assert snapshot(tmp_path) == before and not list(tmp_path.glob("*.batchwright"))
 
 
-def test_a_run_writes_through_links_and_to_pipes(tmp_path):
+def test_run_writes_through_symlinks_and_to_pipes(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
     (tmp_path / "real").mkdir()
     (tmp_path / "real/out.jsonl").write_text("old\n")
@@ -240,7 +307,9 @@ def test_a_run_writes_through_links_and_to_pipes(tmp_path):
     assert (tmp_path / "link.jsonl").is_symlink() and len(lines(tmp_path / "real/out.jsonl")) == 1
     assert (tmp_path / "real/out.jsonl").stat().st_mode & 0o777 == 0o640
     done = run_host(*command, "-o", "/dev/stdout", "-e", "/dev/null", cwd=tmp_path)
-    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == ["a"], done.stderr
+    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == ["a"], (
+        done.stderr
+    )
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     run_host(*command, "-o", "pipe", "-e", "/dev/null", cwd=tmp_path)
@@ -248,23 +317,25 @@ def test_a_run_writes_through_links_and_to_pipes(tmp_path):
     assert not list(tmp_path.rglob("*.batchwright"))
 
 
-def test_a_run_has_no_completion_window(tmp_path, stub):
+def test_run_has_no_completion_window(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "!delay 600000", model="m"), chat("b", "hi", model="m")]))
+    (tmp_path / "in.jsonl").write_bytes(
+        jsonl([chat("a", "!delay 600000", model="m"), chat("b", "hi", model="m")])
+    )
     (tmp_path / "c.toml").write_text('[batch]\ncompletion_windows = ["1h"]\n')
     command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", plugins, "--config", "c.toml"]
     run = subprocess.Popen([HOST, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(stub.counts()) == 2, what="both to be sent")
+    wait_for(lambda: len(stub.counts()) == 2, what="both requests in flight")
     run.kill()
     run.communicate()
-    # As if it had been left alone for a month.
+    # The deadline is decades away, so a run continues after any pause.
     database = sqlite3.connect(tmp_path / "out.jsonl.batchwright/batchwright.db")
     (left,) = database.execute("SELECT expires_at - created_at FROM batches").fetchone()
     database.close()
     assert left > 50 * 365 * 86_400_000
 
 
-def test_a_run_without_rules_does_not_begin(tmp_path, stub):
+def test_run_without_validator_is_refused(tmp_path, stub):
     plugins = provider_folder(tmp_path, stub)
     (plugins / "standard.toml").unlink()
     (tmp_path / "in.jsonl").write_bytes(GOOD)
@@ -273,7 +344,7 @@ def test_a_run_without_rules_does_not_begin(tmp_path, stub):
     assert not (tmp_path / "out.jsonl.batchwright").exists()
 
 
-def test_a_download_harms_nothing_and_says_what_is_missing(server, tmp_path):
+def test_download_overwrites_no_file_and_reports_missing_errors(server, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
     (tmp_path / "old.jsonl").write_text("old\n")
 
@@ -282,38 +353,48 @@ def test_a_download_harms_nothing_and_says_what_is_missing(server, tmp_path):
 
     made = json.loads(batch("create", "in.jsonl", "--json").stdout)
     server.ended(made["id"])
-    for arguments, said in [
+    for arguments, message in [
         (["-o", "old.jsonl"], "old.jsonl exists"),
         (["-o", "x.jsonl", "-e", "x.jsonl"], "are the same file"),
         (["-o", "."], "is a folder"),
     ]:
         done = batch("download", made["id"], *arguments)
-        assert done.returncode == 2 and said in done.stderr
+        assert done.returncode == 2 and message in done.stderr
     assert (tmp_path / "old.jsonl").read_text() == "old\n" and not (tmp_path / "x.jsonl").exists()
     done = batch("download", made["id"], "-o", "o.jsonl")
     assert done.returncode == 1 and "name a path for it with --errors" in done.stderr
     assert len(lines(tmp_path / "o.jsonl")) == 1
-    # A file of the server that breaks off does not take the place of a whole one.
-    output = next((server.data / "objects/default/files").glob(server.client.batches.retrieve(made["id"]).output_file_id))
+    # A truncated download does not replace a complete file.
+    output = next(
+        (server.data / "objects/default/files").glob(
+            server.client.batches.retrieve(made["id"]).output_file_id
+        )
+    )
     before = (tmp_path / "o.jsonl").read_bytes()
     os.truncate(output, 10)
     done = batch("download", made["id"], "-o", "o.jsonl", "--force")
     assert done.returncode == 1 and "was interrupted" in done.stderr, done.stderr
     assert (tmp_path / "o.jsonl").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.jsonl", "o.jsonl", "old.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "in.jsonl",
+        "o.jsonl",
+        "old.jsonl",
+    ]
 
 
-def test_a_run_that_could_not_begin_leaves_nothing_behind(tmp_path):
+def test_run_refused_leaves_no_state(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a")]))
     command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS]
     done = run_host(*command, "--max-file-size", "10B", cwd=tmp_path)
     assert done.returncode == 1 and "larger than 10 bytes" in done.stderr
-    done = run_host("run", "in.jsonl", "-o", "out.jsonl", "--plugins", tmp_path / "nothing", cwd=tmp_path)
+    done = run_host(
+        "run", "in.jsonl", "-o", "out.jsonl", "--plugins", tmp_path / "nothing", cwd=tmp_path
+    )
     assert done.returncode == 4 and "--plugins" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_batches_of_a_server_from_the_command_line(server, tmp_path):
+def test_batch_commands_create_watch_list_and_download(server, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
 
     def batch(*arguments):
@@ -329,13 +410,18 @@ def test_batches_of_a_server_from_the_command_line(server, tmp_path):
     assert json.loads(batch("get", created["id"], "--json").stdout)["status"] == "completed"
     done = batch("download", created["id"], "-o", "o.jsonl", "-e", "e.jsonl")
     assert done.returncode == 0, done.stderr
-    assert [line["custom_id"] for line in lines(tmp_path / "o.jsonl") + lines(tmp_path / "e.jsonl")] == ["a", "b"]
+    assert [
+        line["custom_id"] for line in lines(tmp_path / "o.jsonl") + lines(tmp_path / "e.jsonl")
+    ] == ["a", "b"]
     refused = batch("cancel", created["id"])
-    assert refused.returncode == 1 and refused.stderr == "error: Cannot cancel a batch with status 'completed'.\n"
+    assert (
+        refused.returncode == 1
+        and refused.stderr == "error: Cannot cancel a batch with status 'completed'.\n"
+    )
     again = batch("create", created["input_file_id"], "--watch")
     assert "completed  2/2 done" in again.stdout
-    nobody = run_host("batch", "list", "--url", "http://127.0.0.1:9")
-    assert nobody.returncode == 1 and "is the server running" in nobody.stderr
+    unreachable = run_host("batch", "list", "--url", "http://127.0.0.1:9")
+    assert unreachable.returncode == 1 and "is the server running" in unreachable.stderr
 
 
 def start(tmp_path, *arguments, env=None):
@@ -343,12 +429,14 @@ def start(tmp_path, *arguments, env=None):
     return run_host(*base, *arguments, env=env, timeout=20)
 
 
-def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
+def test_startup_errors_name_the_cause_in_one_message(tmp_path, serve):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = run_host("serve", "--listen", f"127.0.0.1:{port}", "--data", tmp_path / "d", "--plugins", PLUGINS)
+        done = run_host(
+            "serve", "--listen", f"127.0.0.1:{port}", "--data", tmp_path / "d", "--plugins", PLUGINS
+        )
         assert done.returncode == 1 and f"failed to listen on 127.0.0.1:{port}" in done.stderr
         assert "--listen" in done.stderr
 
@@ -363,7 +451,9 @@ def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
     assert done.returncode == 3 and "--log-filter" in done.stderr
 
     (tmp_path / "file").write_text("")
-    done = run_host("serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "file", "--plugins", PLUGINS)
+    done = run_host(
+        "serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "file", "--plugins", PLUGINS
+    )
     assert done.returncode == 5 and "--data" in done.stderr
 
     server = serve()
@@ -383,8 +473,10 @@ def test_mistakes_at_the_start_are_told_of_in_one_message(tmp_path, serve):
     assert "panicked" not in done.stderr
 
 
-def test_settings_come_from_the_environment_and_the_file(tmp_path, serve):
-    (tmp_path / "c.toml").write_text('[batch]\nmax_requests_per_file = 1\ncompletion_windows = ["24h", "1h"]\n')
+def test_settings_are_read_from_environment_and_config_file(tmp_path, serve):
+    (tmp_path / "c.toml").write_text(
+        '[batch]\nmax_requests_per_file = 1\ncompletion_windows = ["24h", "1h"]\n'
+    )
     server = serve("--config", tmp_path / "c.toml", env={"BATCHWRIGHT_MAX_REPORTED_ERRORS": "1"})
     batch = server.client.batches.create(
         input_file_id=server.upload([chat("a"), chat("b"), "x", "y"]).id,
@@ -393,18 +485,22 @@ def test_settings_come_from_the_environment_and_the_file(tmp_path, serve):
     )
     assert batch.expires_at == batch.created_at + 3600
     batch = server.ended(batch.id)
-    assert [error.code for error in batch.errors.data] == ["too_many_requests", "invalid_json_line", "too_many_errors"]
+    assert [error.code for error in batch.errors.data] == [
+        "too_many_requests",
+        "invalid_json_line",
+        "too_many_errors",
+    ]
 
 
-# Lines whose answers do not fit on the small disk, by far.
-FILLING = 2000
+# Number of requests whose answers exceed the small disk many times.
+FILLING_REQUESTS = 2000
 
 
 @pytest.fixture
 def full_disk(tmp_path, serve, stub):
-    """A server whose data folder is on a small disk, and a batch that fills it."""
+    """Starts a server with its data folder on a small disk, and a batch that fills the disk."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a small disk needs root")
     data = tmp_path / "server/data"
     data.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", data], check=True)
@@ -414,8 +510,10 @@ def full_disk(tmp_path, serve, stub):
         with pytest.raises(openai.InternalServerError) as refused:
             server.upload(b"y" * (20 << 20))
         assert refused.value.status_code == 507 and refused.value.code == "storage_full"
-        batch = server.create([chat(str(number), "!big 20000", model="m") for number in range(FILLING)])
-        wait_for(lambda: "disk is full" in server.logged(), what="the complaint")
+        batch = server.create(
+            [chat(str(number), "!big 20000", model="m") for number in range(FILLING_REQUESTS)]
+        )
+        wait_for(lambda: "disk is full" in server.logged(), what="the error in the log")
         yield server, batch
         assert "panicked" not in server.logged()
     finally:
@@ -423,17 +521,19 @@ def full_disk(tmp_path, serve, stub):
         subprocess.run(["umount", "-l", data], check=True)
 
 
-def test_a_full_disk_is_told_of_and_work_goes_on_when_there_is_room(full_disk):
+def test_full_disk_is_reported_and_batch_continues_after_space_is_freed(full_disk):
     server, batch = full_disk
     assert server.client.batches.retrieve(batch.id).status in ("in_progress", "finalizing")
     (server.data / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
     batch = server.ended(batch.id)
     output, errors = server.results(batch)
-    assert [line["custom_id"] for line in output] == [str(number) for number in range(FILLING)] and errors == []
+    assert [line["custom_id"] for line in output] == [
+        str(number) for number in range(FILLING_REQUESTS)
+    ] and errors == []
 
 
-def test_a_server_on_a_full_disk_can_be_stopped(full_disk):
+def test_full_disk_does_not_block_shutdown(full_disk):
     server, _ = full_disk
     assert server.stop() == 0
 
@@ -448,55 +548,58 @@ def ready(server):
 
 
 def unchanged(number):
-    """What a number is, if it is the same for a second."""
+    """Returns the number if it stays the same for a second."""
     before = number()
     time.sleep(1)
     return before if number() == before else None
 
 
-def test_a_full_disk_stops_the_sending_and_little_is_sent_twice(full_disk, stub):
+def test_full_disk_stops_requests_and_few_are_sent_twice(full_disk, stub):
     server, batch = full_disk
     retrieve = server.client.batches.retrieve
-    # As long as nothing can be written, nothing more is asked for.
-    sent = wait_for(lambda: unchanged(lambda: sum(stub.counts().values())), what="the end of the sending")
+    # Without disk space no result can be committed, so no further request is sent.
+    sent = wait_for(lambda: unchanged(lambda: sum(stub.counts().values())), what="requests to stop")
     committed = retrieve(batch.id).request_counts.completed
     print(f"{sent} sent, {committed} committed")
-    # What the budget holds, and not all there is.
-    assert sent < FILLING and sent - committed <= 800
-    # It says so, and files can be read and deleted all the same.
-    wait_for(lambda: "is full" in ready(server), what="it not to be ready")
+    # At most the requests that the memory budget holds were sent.
+    assert sent < FILLING_REQUESTS and sent - committed <= 800
+    # Readiness fails; files can still be read and deleted.
+    wait_for(lambda: "is full" in ready(server), what="readiness to fail")
     with urllib.request.urlopen(server.url + "/health/serving") as answer:
         assert answer.status == 200
     files = list(server.client.files.list())
     assert files and server.client.files.content(files[0].id).content
-    # Killed, with room after: what was committed is not sent again.
+    # After a kill and with free space, committed requests are not sent again.
     server.kill()
     (server.data / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
     server.start()
     ended = server.ended(batch.id)
-    assert ended.request_counts.completed == FILLING
+    assert ended.request_counts.completed == FILLING_REQUESTS
     counts = stub.ask("/arrivals")
     arrivals = sum(len(times) for times in counts.values())
-    print(f"{arrivals - FILLING} of {FILLING} sent twice")
-    assert arrivals - FILLING <= sent - committed
+    print(f"{arrivals - FILLING_REQUESTS} of {FILLING_REQUESTS} sent twice")
+    assert arrivals - FILLING_REQUESTS <= sent - committed
     wait_for(lambda: ready(server) == "ok", what="readiness")
 
 
-def test_the_server_stops_in_order_and_at_once_when_asked_twice(serve, stub):
+def test_shutdown_drains_on_first_signal_and_exits_on_second(serve, stub):
     server = serve(plugins={"p": stub.plugin(["m"])})
     server.create([chat(str(number), "!delay 300", model="m") for number in range(20)])
     wait_for(lambda: sum(stub.counts().values()) > 0, what="a request in flight")
     assert server.stop() == 0 and "stopped" in server.logged()
     sent = sum(stub.counts().values())
     server.start()
-    wait_for(lambda: all(batch.status == "completed" for batch in server.client.batches.list()), what="the end")
+    wait_for(
+        lambda: all(batch.status == "completed" for batch in server.client.batches.list()),
+        what="the end of all batches",
+    )
     assert sum(stub.counts().values()) == 20 >= sent
 
     server.create([chat(str(number), "!delay 60000", model="m") for number in range(20)])
     wait_for(lambda: sum(stub.counts().values()) > 20, what="a request in flight")
     server.child.send_signal(signal.SIGTERM)
-    # The log has the first shutdown already.
+    # The log contains the first shutdown already.
     wait_for(lambda: server.logged().count("shutting down") == 2, what="the shutdown")
     server.child.send_signal(signal.SIGTERM)
     assert server.child.wait(timeout=10) == 0

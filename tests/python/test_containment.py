@@ -1,4 +1,9 @@
-"""Plugins that mean harm, and providers: each is contained where it stands, with a message that says what to do, while other batches run."""
+"""Hostile plugins and hostile providers, each contained with an error that names a remedy.
+
+Attacks: endless loops, memory and table growth, contract violations, forged requests, egress to
+private and metadata addresses, leaked credentials, hostile components and plugin files, WASI.
+Another batch runs at the same time and must not be affected.
+"""
 
 import base64
 import contextlib
@@ -14,14 +19,14 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import CONTAINED, ROOT, STUB, built, chat, load_errors, run_host, wait_for
+from conftest import CONTAINED, ROOT, built, chat, load_errors, run_host, wait_for
 
 SECRET = "sk-Secret/of+the=0perator"
 
 
 @pytest.fixture
 def provider():
-    """A provider that means harm, over real HTTP."""
+    """Starts a hostile provider over real HTTP; the path names the attack."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -78,11 +83,17 @@ def provider():
             key = self.headers["authorization"] or "none"
             secret = key.removeprefix("Bearer ")
             body = {
-                "headers": dict(self.headers), "url": urllib.parse.quote(key), "base64": base64.b64encode(f"u:{secret}".encode()).decode(),
+                "headers": dict(self.headers),
+                "url": urllib.parse.quote(key),
+                "base64": base64.b64encode(f"u:{secret}".encode()).decode(),
                 "slashes": "SLASHES",
-            }  # fmt: skip
+            }
             text = json.dumps(body).replace("SLASHES", secret.replace("/", "\\/"))
-            self.answer(text.encode(), x_echo=key, x_again=base64.urlsafe_b64encode(secret.encode()).decode())
+            self.answer(
+                text.encode(),
+                x_echo=key,
+                x_again=base64.urlsafe_b64encode(secret.encode()).decode(),
+            )
 
         def log_message(self, *_):
             pass
@@ -97,16 +108,20 @@ def provider():
 
 @pytest.fixture
 def bystander(stub):
-    """A batch of somebody else's that runs the while. It must end untouched: each line answered, each prompt sent once."""
+    """Runs another batch at the same time: each line must be answered, each prompt sent once."""
 
     @contextlib.contextmanager
     def beside(server):
         prompts = [f"!delay 20 {number}" for number in range(5000)]
-        batch = server.create([chat(str(number), prompt, model="m") for number, prompt in enumerate(prompts)])
+        batch = server.create(
+            [chat(str(number), prompt, model="m") for number, prompt in enumerate(prompts)]
+        )
         yield
         ended = server.ended(batch.id)
         output, errors = server.results(ended)
-        assert errors == [] and [line["custom_id"] for line in output] == [str(number) for number in range(5000)]
+        assert errors == [] and [line["custom_id"] for line in output] == [
+            str(number) for number in range(5000)
+        ]
         assert all(line["response"]["status_code"] == 200 for line in output)
         counts = stub.counts()
         assert set(counts.values()) == {1} and len(counts) == 5000
@@ -118,8 +133,18 @@ def bystander(stub):
 def hostile(serve, stub, provider):
     def start(more="", env=None, arguments=(), allow=()):
         hosts = [stub.url[7:], provider.url[7:], "*.example.com", "*.example.com:80", *allow]
-        text = f'component = "hostile.wasm"\nmodels = ["hostile"]\nallow = {json.dumps(hosts)}\n{more}'
-        server = serve("--retry-backoff", "10ms", "--max-attempts", "2", *arguments, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")}, env=env)
+        text = (
+            f'component = "hostile.wasm"\nmodels = ["hostile"]\nallow = {json.dumps(hosts)}\n{more}'
+        )
+        server = serve(
+            "--retry-backoff",
+            "10ms",
+            "--max-attempts",
+            "2",
+            *arguments,
+            plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")},
+            env=env,
+        )
         shutil.copy(built("hostile") / "hostile.wasm", server.plugins / "hostile.wasm")
         server.add_plugin("hostile", text)
         wait_for(lambda: "hostile" in server.models(), what="the plugin")
@@ -133,8 +158,8 @@ def plugin_states(server):
         return {plugin["name"]: plugin for plugin in json.load(answer)["data"]}
 
 
-def ask(server, cases, model="hostile"):
-    """Each case's end in words: the error's code and message, or the answer's body."""
+def run_cases(server, cases, model="hostile"):
+    """Runs one request per case; returns the batch and each error or response body as text."""
     batch = server.run([chat(order, model=model) for order in cases])
     assert batch.status == "completed", batch.errors
     output, errors = server.results(batch)
@@ -145,15 +170,15 @@ def ask(server, cases, model="hostile"):
     return batch, ends
 
 
-def hold(ends, cases):
+def assert_contained(ends, cases):
     for order, parts in cases.items():
         for part in parts:
             assert part in ends[order], f"{order}: {ends[order]}"
         CONTAINED.append((order, ends[order]))
 
 
-def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander, stub):
-    # To touch 96 MiB takes a while on a busy machine.
+def test_guest_fault_fails_only_its_own_request(hostile, bystander, stub):
+    # Touching 96 MiB of memory is slow on a busy machine, hence the long timeout.
     server = hostile('[limits]\nmemory = "96MiB"\nmax_steps = 50\ncall_timeout = "300ms"\n')
     name = "Plugin `hostile`"
     cases = {
@@ -163,7 +188,9 @@ def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander, stub)
         "trap": ["plugin_failed", name, "`begin`"],
         "gigantic": ["plugin_answer_too_large", name, "16MiB", "[limits] answer"],
         "many": ["plugin_answer_too_large", name, "[limits] answer"],
-        f"headers {stub.url}/": ["protocol: The adapter's request has 30000 headers; it may have 200"],
+        f"headers {stub.url}/": [
+            "protocol: The adapter's request has 30000 headers; it may have 200"
+        ],
         "not-utf8": ["plugin_failed", name, "utf-8"],
         "not-utf8-failure": ["plugin_failed", name, "utf-8"],
         "not-json": ["plugin_contract_violation", name, "not JSON"],
@@ -178,31 +205,50 @@ def test_each_misdeed_of_a_guest_fails_its_own_request(hostile, bystander, stub)
         "log": ["{}"],
     }
     with bystander(server):
-        batch, ends = ask(server, cases)
-        hold(ends, cases)
+        batch, ends = run_cases(server, cases)
+        assert_contained(ends, cases)
     assert batch.request_counts.total == len(cases)
     assert len(ends["long-failure"]) < 10_000
     logged = server.logged()
     assert "panicked" not in logged
-    # Of ten thousand lines a hundred are kept, cut, on one line each, and the rest is counted.
-    lines = [line for line in logged.splitlines() if 'plugin="hostile" text="line ' in line]
-    assert 50 <= len(lines) <= 300 and all(len(line) < 1500 and "\x1b[2J" not in line for line in lines)
+    # About a hundred of the ten thousand lines are logged, truncated; the rest is counted.
+    lines = [
+        line for line in logged.splitlines() if 'plugin="hostile" text="line ' in line
+    ]
+    assert 50 <= len(lines) <= 300 and all(
+        len(line) < 1500 and "\x1b[2J" not in line for line in lines
+    )
     assert not any(line.startswith("2026-01-01") for line in logged.splitlines())
 
 
-def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provider, tmp_path):
+def test_egress_outside_the_allowlist_is_refused(hostile, bystander, stub, provider, tmp_path):
     library = tmp_path / "resolve.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/resolver/resolve.c", "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/resolver/resolve.c", "-ldl"],
+        check=True,
+    )
     names = {
-        "metadata.example.com": "169.254.169.254", "mapped.example.com": "::ffff:169.254.169.254", "home.example.com": "127.0.0.1",
-        "office.example.com": "10.0.0.7", "named.internal": "169.254.169.254", "nat64.example.com": "64:ff9b::a9fe:a9fe",
-        "6to4.example.com": "2002:a9fe:a9fe::1", "ec2.example.com": "fd00:ec2::254", "alibaba.example.com": "100.100.100.200",
-        "any.example.com": "0.0.0.0", "loop.example.com": "::1", "link.example.com": "fe80::1",
-    }  # fmt: skip
+        "metadata.example.com": "169.254.169.254",
+        "mapped.example.com": "::ffff:169.254.169.254",
+        "home.example.com": "127.0.0.1",
+        "office.example.com": "10.0.0.7",
+        "named.internal": "169.254.169.254",
+        "nat64.example.com": "64:ff9b::a9fe:a9fe",
+        "6to4.example.com": "2002:a9fe:a9fe::1",
+        "ec2.example.com": "fd00:ec2::254",
+        "alibaba.example.com": "100.100.100.200",
+        "any.example.com": "0.0.0.0",
+        "loop.example.com": "::1",
+        "link.example.com": "fe80::1",
+    }
     hosts = ",".join(f"{name}={address}" for name, address in names.items())
-    # The client learns that it is refused, the operator from the log what and where.
+    # The client sees only the refusal; the operator finds address and plugin in the log.
     logs = ["--log-filter", "info,batchwright_egress=debug"]
-    server = hostile(env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts}, allow=["named.internal:80"], arguments=logs)
+    server = hostile(
+        env={"LD_PRELOAD": str(library), "TEST_HOSTS": hosts},
+        allow=["named.internal:80"],
+        arguments=logs,
+    )
     host = provider.url[7:]
     refused = ["not-allowed", "does not allow"]
     cases = {
@@ -223,7 +269,10 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         "send http://\u2460\u2461\u2466.0.0.2/": refused,
         "send http://metadata.example.com/": refused,
         "send http://mapped.example.com/": refused,
-        **{f"send http://{name}.example.com/": refused for name in ("nat64", "6to4", "ec2", "alibaba", "any", "loop", "link")},
+        **{
+            f"send http://{name}.example.com/": refused
+            for name in ("nat64", "6to4", "ec2", "alibaba", "any", "loop", "link")
+        },
         "send http://home.example.com/": refused,
         "send http://office.example.com/": refused,
         "send http://named.internal/": refused,
@@ -239,31 +288,41 @@ def test_each_misdeed_on_the_way_out_is_refused(hostile, bystander, stub, provid
         f"follow {provider.url}/redirect?http://metadata.example.com/": refused,
     }
     with bystander(server):
-        _, ends = ask(server, cases)
-        hold(ends, cases)
-    told = " ".join(ends.values())
+        _, ends = run_cases(server, cases)
+        assert_contained(ends, cases)
+    client_text = " ".join(ends.values())
     for secret in ["hostile.toml", str(server.folder), "127.0.0.2", "named.internal", "10.0.0.7"]:
-        assert secret not in told, told
+        assert secret not in client_text, client_text
     logged = server.logged()
-    for part in ["127.0.0.2:80 is not allowed", "hostile.toml", "metadata.example.com resolves to 169.254.169.254",
-                 "named.internal resolves to 169.254.169.254", "private address 10.0.0.7", "`allow` in"]:  # fmt: skip
+    for part in [
+        "127.0.0.2:80 is not allowed",
+        "hostile.toml",
+        "metadata.example.com resolves to 169.254.169.254",
+        "named.internal resolves to 169.254.169.254",
+        "private address 10.0.0.7",
+        "`allow` in",
+    ]:
         assert part in logged, part
-    # An absolute URL in a path stays a path of the host that is allowed; and headers are the host's to set.
-    _, ends = ask(server, [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"])
+    # An absolute URL in a path stays a path on the allowed host; the host sets the headers.
+    _, ends = run_cases(
+        server,
+        [f"forged {stub.url}/http://169.254.169.254/", f"forged {stub.url}/v1/chat/completions"],
+    )
     in_path = ends[f"forged {stub.url}/http://169.254.169.254/"]
     assert stub.url[7:] in in_path, in_path
     forged = ends[f"forged {stub.url}/v1/chat/completions"]
     for part in ["evil.example", "chunked", "gzip", "Bearer"]:
         assert part not in forged, forged
-    # Without a credential the plugin's own authorization is not sent either: the header is the host's.
+    # Without a credential, the plugin's own authorization header is dropped too.
     assert "x-fine" in forged and "authorization" not in forged.lower()
     CONTAINED.append(("forged Host, Content-Length, …", "dropped; the host sets them"))
     CONTAINED.append(("absolute URL in a path", "sent to the allowed host, as a path"))
 
 
-def test_each_misdeed_of_a_provider_ends_its_own_request(hostile, bystander, provider):
+def test_provider_fault_fails_only_its_own_request(hostile, bystander, provider):
     server = hostile(
-        '[limits]\nmax_response = "1MiB"\nfirst_byte_timeout = "1s"\nexchange_timeout = "2s"\nmemory = "64MiB"\n'
+        '[limits]\nmax_response = "1MiB"\nfirst_byte_timeout = "1s"\nexchange_timeout = "2s"\n'
+        'memory = "64MiB"\n'
     )
     cases = {
         f"send {provider.url}/stream": ["too-large", "[limits] max_response"],
@@ -273,27 +332,39 @@ def test_each_misdeed_of_a_provider_ends_its_own_request(hostile, bystander, pro
         f"send {provider.url}/nonsense": ["protocol"],
         f"send {provider.url}/encoded": ["protocol", "gzip"],
     }
-    # By itself: the provider is one process, whose time the others take.
+    # Separate batch: the other cases would use up the time of the single provider process.
     after = {f"loop-after {provider.url}/echo": ["plugin_timeout", "`resume`"]}
     with bystander(server):
         for asked in [cases, after]:
-            _, ends = ask(server, asked)
-            hold(ends, asked)
+            _, ends = run_cases(server, asked)
+            assert_contained(ends, asked)
 
 
-def test_nothing_of_a_credential_comes_to_light(hostile, provider):
-    credentials = f'[credentials]\napi_key = {{ from = "env:HOSTILE_KEY", hosts = ["{provider.url[7:]}"] }}\n'
+def test_credential_is_redacted_everywhere(hostile, provider):
+    credentials = (
+        f'[credentials]\napi_key = {{ from = "env:HOSTILE_KEY", hosts = ["{provider.url[7:]}"] }}\n'
+    )
     server = hostile(credentials, env={"HOSTILE_KEY": SECRET}, arguments=["--log-filter", "debug"])
     order = f"memory-after {provider.url}/echo"
     refused = f"send {provider.url}/nonsense"
-    _, ends = ask(server, [order, refused, "kept"])
+    _, ends = run_cases(server, [order, refused, "kept"])
     assert ends[order].count("[redacted]") >= 5, ends[order]
     assert '"kept": ' in ends["kept"] and "messages" in ends["kept"], ends["kept"]
-    # And what it is that must not be found: the whole, and pieces of it in other forms.
+    # Forms of the secret that must not appear: plain, partial, URL-encoded, escaped, base64.
     encoded = base64.b64encode(b"u:" + SECRET.encode()).decode()
-    pieces = [SECRET, SECRET[3:], urllib.parse.quote(SECRET), SECRET.replace("/", "\\/"), encoded[6:-4]]
+    pieces = [
+        SECRET,
+        SECRET[3:],
+        urllib.parse.quote(SECRET),
+        SECRET.replace("/", "\\/"),
+        encoded[6:-4],
+    ]
     server.stop()
-    files = [path for path in server.folder.rglob("*") if path.is_file() and path.suffix not in (".wasm", ".cwasm")]
+    files = [
+        path
+        for path in server.folder.rglob("*")
+        if path.is_file() and path.suffix not in (".wasm", ".cwasm")
+    ]
     assert any(path.suffix.startswith(".db") or "sqlite" in path.name for path in files), files
     for path in files:
         content = path.read_bytes()
@@ -303,13 +374,23 @@ def test_nothing_of_a_credential_comes_to_light(hostile, provider):
     for end in ends.values():
         assert not any(piece in end for piece in pieces), end
     assert "[redacted]" in server.logged()
-    CONTAINED.append(("provider echoes the credential", "[redacted] in guest, results, log and database"))
+    CONTAINED.append(
+        ("provider echoes the credential", "[redacted] in guest, results, log and database")
+    )
 
 
 def compilers_of(server):
-    """Compilers that a server has started and that have not ended."""
-    compilers = [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if b"compile-component" in read(path)]
-    return [path for path in compilers if f"\nPPid:\t{server.child.pid}\n".encode() in read(path.with_name("status"))]
+    """Returns the running compiler processes of a server."""
+    compilers = [
+        path
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+        if b"compile-component" in read(path)
+    ]
+    return [
+        path
+        for path in compilers
+        if f"\nPPid:\t{server.child.pid}\n".encode() in read(path.with_name("status"))
+    ]
 
 
 def read(path):
@@ -336,94 +417,165 @@ BAD_COMPONENTS = {
     "core-module": ["is a core WebAssembly module, not a component", "wasm-tools component new"],
     "truncated": ["is not a component that can be compiled", "may be damaged"],
     "text": ["is no WebAssembly component"],
-    "unknown-world": ["exports wasi:cli/run@0.2.0, where a plugin exports", "build it for the world"],
+    "unknown-world": [
+        "exports wasi:cli/run@0.2.0, where a plugin exports",
+        "build it for the world",
+    ],
     "later-version": ["batchwright:plugin/inference@0.2.0", "batchwright:plugin/inference@0.1.0"],
     "wrong-type": ["an export does not match the contract", "Rebuild it"],
     "unknown-import": ["wasi:http/outgoing-handler", "plugins may import WASI"],
 }
 BAD_FILES = {
-    "claims-a-model": ('models = ["m"]', ["`m` is served by the plugin `p` already", "take it out of one of the two files"]),
-    "alias-cycle": ('[aliases]\na = "b"\nb = "a"', ["aliases", "`a` = `b`, `b` = `a` is a cycle", "point each alias at a model name of the provider"]),
-    "settings-refused": ('models = ["x1"]\n[settings]\nx = "refuse"', ["settings", "these settings are refused"]),
-    "settings-trap": ('models = ["x2"]\n[settings]\nx = "trap"', ["settings", "failed in `configure`"]),
-    "settings-loop": ('models = ["x3"]\n[settings]\nx = "loop"', ["`configure`", "[limits] call_timeout"]),
-    "too-much": ('models = ["x4"]\n[limits]\ntable_elements = 1000000', ["limits.table_elements", "100000"]),
-    "wrong-pin": (f'models = ["x5"]\nsha256 = "{"0" * 64}"', ["sha256", "check where it comes from"]),
+    "claims-a-model": (
+        'models = ["m"]',
+        ["`m` is served by the plugin `p` already", "take it out of one of the two files"],
+    ),
+    "alias-cycle": (
+        '[aliases]\na = "b"\nb = "a"',
+        ["aliases", "`a` = `b`, `b` = `a` is a cycle", "point each alias at a model name of the provider"],
+    ),
+    "settings-refused": (
+        'models = ["x1"]\n[settings]\nx = "refuse"',
+        ["settings", "these settings are refused"],
+    ),
+    "settings-trap": (
+        'models = ["x2"]\n[settings]\nx = "trap"',
+        ["settings", "failed in `configure`"],
+    ),
+    "settings-loop": (
+        'models = ["x3"]\n[settings]\nx = "loop"',
+        ["`configure`", "[limits] call_timeout"],
+    ),
+    "too-much": (
+        'models = ["x4"]\n[limits]\ntable_elements = 1000000',
+        ["limits.table_elements", "100000"],
+    ),
+    "wrong-pin": (
+        f'models = ["x5"]\nsha256 = "{"0" * 64}"',
+        ["sha256", "check where it comes from"],
+    ),
     "leads-out": ('models = ["x6"]', ["component", "leads out of the plugin directory"]),
-}  # fmt: skip
+}
 
 
-def test_what_cannot_be_a_plugin_is_refused_with_what_to_do(hostile, bystander):
+def test_bad_plugin_is_refused_with_a_remedy(hostile, bystander):
     server = hostile(arguments=["--compile-timeout", "2s"], env={"AAA_SECRET": "not-for-clients"})
     with bystander(server):
         whole = (built("hostile") / "hostile.wasm").read_bytes()
         for name in BAD_COMPONENTS:
             content = {"truncated": whole[:5000], "text": b"#!/bin/sh\necho hello\n"}.get(name)
-            content = content if content is not None else (built("hostile") / f"{name}.wasm").read_bytes()
+            content = (
+                content if content is not None else (built("hostile") / f"{name}.wasm").read_bytes()
+            )
             (server.plugins / f"{name}.wasm").write_bytes(content)
             server.add_plugin(name, f'component = "{name}.wasm"\nmodels = ["{name}"]\n')
         for name, (text, _) in BAD_FILES.items():
             component = "../hostile.wasm" if name == "leads-out" else "hostile.wasm"
             server.add_plugin(name, f'component = "{component}"\n{text}\n')
-        # What is no file at all, or one without an end.
+        # Pipes, endless files and links out of the directory.
         os.mkfifo(server.plugins / "pipe.toml")
         os.mkfifo(server.plugins / "piped.wasm")
         server.add_plugin("piped", 'component = "piped.wasm"\nmodels = ["piped"]\n')
-        server.add_plugin("secret", f'component = "hostile.wasm"\nmodels = ["s"]\n[credentials]\napi_key = "file:{server.plugins}/piped.wasm"\n')
+        server.add_plugin(
+            "secret",
+            'component = "hostile.wasm"\nmodels = ["s"]\n'
+            f'[credentials]\napi_key = "file:{server.plugins}/piped.wasm"\n',
+        )
         (server.plugins / "endless.toml").symlink_to("/dev/zero")
         (server.plugins / "environ.toml").symlink_to("/proc/self/environ")
         links = {
-            "pipe": ["not a regular file"], "piped": ["not a regular file"], "secret": ["credentials.api_key", "not a regular file"],
-            "endless": ["not a regular file"], "environ": ["line 1, column"],
-        }  # fmt: skip
-        expected = {**BAD_COMPONENTS, **{name: parts for name, (_, parts) in BAD_FILES.items()}, **links}
-        wait_for(lambda: all(load_errors(server).get(name) for name in expected), 60, "all complaints")
+            "pipe": ["not a regular file"],
+            "piped": ["not a regular file"],
+            "secret": ["credentials.api_key", "not a regular file"],
+            "endless": ["not a regular file"],
+            "environ": ["line 1, column"],
+        }
+        expected = {
+            **BAD_COMPONENTS,
+            **{name: parts for name, (_, parts) in BAD_FILES.items()},
+            **links,
+        }
+        wait_for(
+            lambda: all(load_errors(server).get(name) for name in expected), 60, "all complaints"
+        )
         states, errors = plugin_states(server), load_errors(server)
         for name, parts in expected.items():
-            # A file that cannot be read may be another tenant's: clients do not get to know of it.
+            # A file that cannot be read may be another tenant's, so clients must not see it.
             assert states.get(name, {"state": "failed"})["state"] == "failed", states[name]
             for part in parts:
                 assert part in errors[name], f"{name}: {errors[name]}"
             assert name in errors[name]
             CONTAINED.append((name, errors[name].removeprefix(f"{server.plugins}/")))
-        assert str(server.plugins) not in json.dumps(states) and "pipe" not in states and "core-module" in states
+        assert (
+            str(server.plugins) not in json.dumps(states)
+            and "pipe" not in states
+            and "core-module" in states
+        )
         assert states["p"]["state"] == states["hostile"]["state"] == "loaded"
-        assert "not-for-clients" not in json.dumps(states) and "not-for-clients" not in server.logged()
-    wait_for(lambda: not compilers_of(server), what="the end of the compilers")
+        assert (
+            "not-for-clients" not in json.dumps(states) and "not-for-clients" not in server.logged()
+        )
+    wait_for(lambda: not compilers_of(server), what="the compilers to exit")
 
 
-def test_lines_that_grow_in_a_guest_take_no_more_memory_than_there_is_for_them(hostile, provider):
+def test_guest_requests_that_grow_stay_within_the_memory_budget(hostile, provider):
     server = hostile('[limits]\nfirst_byte_timeout = "100ms"\n')
     orders = [f"inflate {provider.url}/silence#{number}" for number in range(60)]
-    _, ends = ask(server, orders)
+    _, ends = run_cases(server, orders)
     assert all("timeout" in end for end in ends.values()), ends
-    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{server.child.pid}/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1)
+        for line in pathlib.Path(f"/proc/{server.child.pid}/status").read_text().splitlines()
+    )
     peak = int(status["VmHWM"].split()[0]) >> 10
     assert peak < 350, f"{peak} MiB for 60 bodies of 12 MiB"
-    CONTAINED.append(("lines of 70 bytes become 12 MiB", f"60 of them wait in turn: {peak} MiB at the peak"))
+    CONTAINED.append(
+        ("lines of 70 bytes become 12 MiB", f"60 of them wait in turn, peak {peak} MiB")
+    )
 
 
-def test_a_table_that_grows_stops_at_its_limit(hostile):
+def test_guest_table_growth_stops_at_its_limit(hostile):
     server = hostile()
     shutil.copy(built("hostile") / "growing-table.wasm", server.plugins)
-    server.add_plugin("growing", 'component = "growing-table.wasm"\nmodels = ["growing"]\n[limits]\ntable_elements = 5000\n')
+    server.add_plugin(
+        "growing",
+        'component = "growing-table.wasm"\nmodels = ["growing"]\n[limits]\ntable_elements = 5000\n',
+    )
     wait_for(lambda: "growing" in server.models(), what="the plugin")
-    _, ends = ask(server, ["growing-table"], model="growing")
-    hold(ends, {"growing-table": ["plugin_out_of_memory", "more than 5000 elements in `begin`", "[limits] table_elements"]})
+    _, ends = run_cases(server, ["growing-table"], model="growing")
+    assert_contained(
+        ends,
+        {
+            "growing-table": [
+                "plugin_out_of_memory",
+                "more than 5000 elements in `begin`",
+                "[limits] table_elements",
+            ]
+        },
+    )
 
 
-def test_compiling_is_held_to_its_memory(tmp_path):
+def test_compiler_memory_is_limited(tmp_path):
     component = built("examples") / "policy-python.wasm"
-    checked = run_host("plugin", "check", component, "--cache", tmp_path / "cache", "--compile-memory", "64MiB")
-    assert checked.returncode == 1 and "more memory than 64MiB, the setting compile_memory" in checked.stdout
+    checked = run_host(
+        "plugin", "check", component, "--cache", tmp_path / "cache", "--compile-memory", "64MiB"
+    )
+    assert (
+        checked.returncode == 1
+        and "more memory than 64MiB, the setting compile_memory" in checked.stdout
+    )
     CONTAINED.append(("compiling takes much memory", checked.stdout.strip()))
 
 
 @pytest.mark.parametrize("version", ["0.2", "0.3"])
-def test_wasi_is_an_empty_world(hostile, stub, version):
+def test_wasi_guest_sees_no_files_environment_or_network(hostile, stub, version):
     server = hostile(env={"HOSTILE_SECRET": "in the environment"})
     shutil.copy(built("hostile") / f"wasi-{version}.wasm", server.plugins)
-    server.add_plugin("curious", f'component = "wasi-{version}.wasm"\nmodels = ["curious"]\n[limits]\ncall_timeout = "20ms"\n')
+    server.add_plugin(
+        "curious",
+        f'component = "wasi-{version}.wasm"\nmodels = ["curious"]\n'
+        '[limits]\ncall_timeout = "20ms"\n',
+    )
     wait_for(lambda: "curious" in server.models(), what="the plugin")
     cases = {
         "look": ["[] [] clock true true"],
@@ -440,10 +592,10 @@ def test_wasi_is_an_empty_world(hostile, stub, version):
         cases["look"] = [*cases["look"], "p3 [] [] 0 random true clock true"]
         cases["resolve-p3 localhost"] = ["plugin_failed", "cannot block"]
         cases["sleep-p3"] = ["plugin_failed", "cannot block"]
-    # By itself, before the flood.
-    _, ends = ask(server, ["print"], model="curious")
+    # Separate batch, so that the flood does not use up the log limit first.
+    _, ends = run_cases(server, ["print"], model="curious")
     assert "said" in ends["print"]
-    _, ends = ask(server, cases, model="curious")
+    _, ends = run_cases(server, cases, model="curious")
     for order, parts in cases.items():
         for part in parts:
             assert part in ends[order], f"{order}: {ends[order]}"
@@ -453,42 +605,58 @@ def test_wasi_is_an_empty_world(hostile, stub, version):
     assert logged.count('plugin="curious"') < 400
 
 
-def test_a_fresh_instance_remembers_nothing(hostile):
+def test_fresh_instances_keep_no_state(hostile):
     server = hostile('[limits]\ninstances = "fresh"\n')
-    output, _ = server.results(server.run([chat(str(number), model="hostile") for number in range(50)]))
+    output, _ = server.results(
+        server.run([chat(str(number), model="hostile") for number in range(50)])
+    )
     assert {line["response"]["body"]["seen"] for line in output} == {1}
 
 
-def test_a_component_that_takes_long_to_compile_holds_up_no_other(hostile, stub):
+def test_slow_compilation_delays_no_other_plugin(hostile, stub):
     server = hostile(arguments=["--compile-timeout", "8s"])
     shutil.copy(built("hostile") / "slow.wasm", server.plugins)
     server.add_plugin("slow", 'component = "slow.wasm"\nmodels = ["slow"]\n')
-    # It is being compiled when the other comes.
+    # The slow component is in compilation when the other plugin is added.
     wait_for(lambda: compilers_of(server), what="the compiler")
     server.add_plugin("good", stub.plugin(["good"]))
     wait_for(lambda: "good" in server.models(), 6, "the good plugin")
-    assert "slow" not in plugin_states(server), "it was there only after the slow one"
-    wait_for(lambda: plugin_states(server).get("slow", {}).get("state") == "failed", what="the complaint")
-    # It is not compiled again for every change of something else.
+    assert "slow" not in plugin_states(server), "the good plugin waited for the slow one"
+    wait_for(
+        lambda: plugin_states(server).get("slow", {}).get("state") == "failed",
+        what="the error in the log",
+    )
+    # A change to another plugin does not start the compilation again.
     server.add_plugin("good", stub.plugin(["good", "better"]))
-    wait_for(lambda: "better" in server.models(), 6, "the change")
+    wait_for(lambda: "better" in server.models(), 6, "the changed plugin")
     assert server.run([chat("a", model="better")]).request_counts.completed == 1
 
 
-def test_a_component_cannot_forge_what_is_shown_of_it():
+def test_inspect_output_cannot_be_forged_by_a_component():
     shown = run_host("plugin", "inspect", built("hostile") / "liar.wasm")
     assert shown.returncode == 0, shown.stderr
-    assert [line for line in shown.stdout.splitlines() if line.startswith("sha256")] == shown.stdout.splitlines()[-1:]
-    assert "\x1b" not in shown.stdout and "harmless imports nothing" in " ".join(shown.stdout.split())
-    CONTAINED.append(("summary with forged lines", next(line for line in shown.stdout.splitlines() if "harmless" in line)))
+    assert [
+        line for line in shown.stdout.splitlines() if line.startswith("sha256")
+    ] == shown.stdout.splitlines()[-1:]
+    assert "\x1b" not in shown.stdout and "harmless imports nothing" in " ".join(
+        shown.stdout.split()
+    )
+    CONTAINED.append(
+        (
+            "summary with forged lines",
+            next(line for line in shown.stdout.splitlines() if "harmless" in line),
+        )
+    )
 
 
-def test_what_was_compiled_is_kept_and_nothing_else_is_touched(tmp_path):
+def test_plugin_cache_keeps_compiled_code_and_touches_no_other_file(tmp_path):
     (tmp_path / "cache").mkdir(mode=0o700)
     (tmp_path / "cache/thesis.docx").write_text("years of work")
     os.utime(tmp_path / "cache/thesis.docx", (0, 0))
     for _ in range(2):
-        checked = run_host("plugin", "check", built("hostile") / "hostile.wasm", "--cache", "cache", cwd=tmp_path)
+        checked = run_host(
+            "plugin", "check", built("hostile") / "hostile.wasm", "--cache", "cache", cwd=tmp_path
+        )
         assert checked.returncode == 0, checked.stdout
     kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == [".cwasm", ".docx"]

@@ -1,4 +1,4 @@
-"""Plugin directories of every kind, and what changes in them."""
+"""Plugin directories: symlinks, renames, Kubernetes mounts, editor files, inotify exhaustion."""
 
 import os
 import resource
@@ -9,20 +9,22 @@ from conftest import PLUGINS, run_host, wait_for
 
 
 def swap(link, to):
-    """Points a link elsewhere, as Kubernetes does."""
+    """Replaces a symlink atomically, as Kubernetes does."""
     beside = link.with_name(link.name + "_tmp")
     beside.symlink_to(to)
     os.replace(beside, link)
 
 
 @pytest.mark.parametrize("kind", ["link", "renamed", "kubernetes"])
-def test_changes_are_seen_in_directories_of_every_kind(serve, tmp_path, kind):
+def test_plugin_directory_changes_are_seen_for_links_renames_and_kubernetes(serve, tmp_path, kind):
     def version(name, model):
         folder = tmp_path / name
         folder.mkdir()
         for file in ["inference-echo.wasm", "validator-standard.wasm", "standard.toml"]:
             shutil.copy(PLUGINS / file, folder)
-        (folder / "echo.toml").write_text(f'component = "inference-echo.wasm"\nmodels = ["{model}"]\n')
+        (folder / "echo.toml").write_text(
+            f'component = "inference-echo.wasm"\nmodels = ["{model}"]\n'
+        )
         return folder
 
     home = tmp_path / "server"
@@ -49,30 +51,37 @@ def test_changes_are_seen_in_directories_of_every_kind(serve, tmp_path, kind):
             two.rename(plugins)
         else:
             swap(plugins / "..data", two)
-        wait_for(lambda: server.models() == [f"model-{number}"], 20, "the change")
-        # And a file in it.
+        wait_for(lambda: server.models() == [f"model-{number}"], 20, "the changed plugin")
+        # A file edited in place is seen too.
         echo = (plugins / "echo.toml").resolve()
         echo.write_text(echo.read_text().replace(f"model-{number}", f"edited-{number}"))
         wait_for(lambda: server.models() == [f"edited-{number}"], 20, "the edit")
 
 
-def test_files_of_editors_are_no_plugins_and_a_missing_mount_removes_none(serve):
+def test_plugin_directory_ignores_editor_files_and_survives_a_missing_mount(serve):
     server = serve()
     for name in ["._echo.toml", ".#echo.toml", ".echo.toml.swp"]:
         (server.plugins / name).write_text("\x00binary")
-    (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
+    (server.plugins / "other.toml").write_text(
+        'component = "inference-echo.wasm"\nmodels = ["other"]\n'
+    )
     wait_for(lambda: "other" in server.models(), what="the plugin")
     listed = run_host("plugin", "list", "--plugins", server.plugins)
     assert listed.returncode == 0 and "._echo" not in listed.stdout
     server.plugins.rename(server.folder / "away")
-    wait_for(lambda: "plugin directory not read, plugins unchanged" in server.logged(), 20, "the log")
+    wait_for(lambda: "plugin directory not read, plugins unchanged" in server.logged(), 20, "the log message")
     assert server.models() == ["echo", "other"]
 
 
-def test_the_first_plugin_keeps_a_model_after_a_restart_too(serve):
+def test_model_owner_is_kept_after_restart(serve):
     server = serve()
-    (server.plugins / "a-second.toml").write_text('component = "inference-echo.wasm"\nmodels = ["echo"]\n')
-    wait_for(lambda: "served by the plugin `echo` already" in server.logged(), what="the complaint")
+    (server.plugins / "a-second.toml").write_text(
+        'component = "inference-echo.wasm"\nmodels = ["echo"]\n'
+    )
+    wait_for(
+        lambda: "served by the plugin `echo` already" in server.logged(),
+        what="the error in the log",
+    )
     server.stop()
     server.start()
     assert [model.owned_by for model in server.client.models.list()] == ["echo"]
@@ -81,12 +90,12 @@ def test_the_first_plugin_keeps_a_model_after_a_restart_too(serve):
     assert run_host("plugin", "list", "--plugins", server.plugins).returncode == 1
 
 
-def test_inotify_that_is_used_up_is_said_and_polled_instead(serve):
+def test_inotify_exhaustion_is_logged_and_replaced_by_polling(serve):
     with open("/proc/sys/fs/inotify/max_user_instances") as file:
-        most = int(file.read())
-    if most > 5000 or os.geteuid() != 0:
-        pytest.skip("the system has more watches than a test should take")
-    taken = []
+        max_instances = int(file.read())
+    if max_instances > 5000 or os.geteuid() != 0:
+        pytest.skip("the system allows too many watches to exhaust in a test")
+    watches = []
     try:
         import ctypes
 
@@ -94,11 +103,13 @@ def test_inotify_that_is_used_up_is_said_and_polled_instead(serve):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
         while (watch := libc.inotify_init()) >= 0:
-            taken.append(watch)
+            watches.append(watch)
         server = serve()
-        wait_for(lambda: "by polling" in server.logged(), what="the log")
-        (server.plugins / "other.toml").write_text('component = "inference-echo.wasm"\nmodels = ["other"]\n')
-        wait_for(lambda: "other" in server.models(), 20, "the change")
+        wait_for(lambda: "by polling" in server.logged(), what="the log message")
+        (server.plugins / "other.toml").write_text(
+            'component = "inference-echo.wasm"\nmodels = ["other"]\n'
+        )
+        wait_for(lambda: "other" in server.models(), 20, "the changed plugin")
     finally:
-        for watch in taken:
+        for watch in watches:
             os.close(watch)

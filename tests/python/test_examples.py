@@ -1,9 +1,7 @@
-"""The plugins of `examples`, in four languages, do what their README files say."""
+"""Example plugins in four languages do what their README files say."""
 
 import http.server
 import json
-import os
-import pathlib
 import shutil
 import threading
 
@@ -16,7 +14,7 @@ FAST = ["--retry-backoff", "10ms", "--cache", TARGET / "examples-cache"]
 
 @pytest.fixture
 def provider():
-    """A provider over real HTTP whose answers a test gives: (status, headers, body) for a request's path, headers and body."""
+    """Starts a provider over real HTTP; `answer` of a test returns (status, headers, body)."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,10 +23,16 @@ def provider():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             seen.append((self.path, dict(self.headers), body))
-            status, headers, answer = server.answer(body, sum(body == known for _, _, known in seen))
+            status, headers, answer = server.answer(
+                body, sum(body == known for _, _, known in seen)
+            )
             text = json.dumps(answer).encode()
             self.send_response(status)
-            for name, value in {**headers, "content-type": "application/json", "content-length": str(len(text))}.items():
+            for name, value in {
+                **headers,
+                "content-type": "application/json",
+                "content-length": str(len(text)),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text)
@@ -48,14 +52,19 @@ def start(serve, component, text, model=None, env=None):
     server = serve(*FAST, env=env, name=component)
     shutil.copy(built("examples") / f"{component}.wasm", server.plugins)
     server.add_plugin("example", f'component = "{component}.wasm"\n{text}')
-    wait_for(lambda: "plugin loaded plugin=\"example\"" in server.logged(), 60, "the example to be loaded")
+    wait_for(
+        lambda: 'plugin loaded plugin="example"' in server.logged(), 60, "the example to be loaded"
+    )
     assert model is None or model in server.models()
     return server
 
 
 def ask(server, *bodies):
-    """Each body's line of a result file."""
-    lines = [{**chat(str(number), model="m"), "body": {"model": "m", **body}} for number, body in enumerate(bodies)]
+    """Runs one request per body; returns the batch and the result lines in order."""
+    lines = [
+        {**chat(str(number), model="m"), "body": {"model": "m", **body}}
+        for number, body in enumerate(bodies)
+    ]
     batch = server.run(lines)
     assert batch.status == "completed", batch.errors
     output, errors = server.results(batch)
@@ -66,20 +75,33 @@ def user(text):
     return {"messages": [{"role": "user", "content": text}]}
 
 
-def test_anthropic_in_rust_translates_both_ways(serve, provider):
+def test_anthropic_adapter_in_rust_translates_both_ways(serve, provider):
     def answer(body, times):
         prompt = body["messages"][-1]["content"][-1]["text"]
         if prompt == "busy" and times < 3:
             error = {"type": "overloaded_error", "message": "Overloaded"}
             return 529, {"retry-after": "0"}, {"type": "error", "error": error}
         if prompt == "bad":
-            return 400, {}, {"type": "error", "error": {"type": "invalid_request_error", "message": "too bad"}}
+            return (
+                400,
+                {},
+                {"type": "error", "error": {"type": "invalid_request_error", "message": "too bad"}},
+            )
         content = [{"type": "text", "text": f"said: {prompt}"}]
         if "tools" in body:
             content.append({"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"x": 1}})
-        usage = {"input_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 4}
+        usage = {
+            "input_tokens": 5,
+            "cache_read_input_tokens": 3,
+            "cache_creation_input_tokens": 2,
+            "output_tokens": 4,
+        }
         reason = "tool_use" if "tools" in body else "end_turn"
-        return 200, {"request-id": "req_1"}, {"id": "msg_1", "content": content, "stop_reason": reason, "usage": usage}
+        return (
+            200,
+            {"request-id": "req_1"},
+            {"id": "msg_1", "content": content, "stop_reason": reason, "usage": usage},
+        )
 
     provider.answer = answer
     secret = "sk-ant-secret-0123456789"
@@ -90,19 +112,34 @@ def test_anthropic_in_rust_translates_both_ways(serve, provider):
     server = start(serve, "anthropic", text, "m", {"ANTHROPIC_KEY": secret})
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     batch, (plain, busy, bad, called, robot) = ask(
-        server, user("hello"), user("busy"), user("bad"), {**user("look"), "tools": tools},
+        server,
+        user("hello"),
+        user("busy"),
+        user("bad"),
+        {**user("look"), "tools": tools},
         {"messages": [{"role": "robot", "content": "x"}]},
-    )  # fmt: skip
+    )
     completion = openai.types.chat.ChatCompletion.model_validate(plain["response"]["body"])
     assert completion.choices[0].message.content == "said: hello" and completion.model == "m"
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (10, 4)
     assert busy["response"]["status_code"] == 200
     assert bad["response"]["status_code"] == 400
     assert bad["response"]["body"]["error"] == {
-        "message": "too bad", "type": "invalid_request_error", "param": None, "code": "invalid_request_error"
-    }  # fmt: skip
-    (call,) = openai.types.chat.ChatCompletion.model_validate(called["response"]["body"]).choices[0].message.tool_calls
-    assert (call.id, call.function.name, json.loads(call.function.arguments)) == ("toolu_1", "look", {"x": 1})
+        "message": "too bad",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_request_error",
+    }
+    (call,) = (
+        openai.types.chat.ChatCompletion.model_validate(called["response"]["body"])
+        .choices[0]
+        .message.tool_calls
+    )
+    assert (call.id, call.function.name, json.loads(call.function.arguments)) == (
+        "toolu_1",
+        "look",
+        {"x": 1},
+    )
     assert robot["error"]["message"] == "Unknown message role: robot"
     assert batch.usage.input_tokens == 30 and batch.usage.input_tokens_details.cached_tokens == 9
     path, headers, body = provider.seen[0]
@@ -112,48 +149,82 @@ def test_anthropic_in_rust_translates_both_ways(serve, provider):
     assert secret not in server.logged()
 
 
-def test_ollama_in_javascript_translates_both_ways(serve, provider):
+def test_ollama_adapter_in_javascript_translates_both_ways(serve, provider):
     def answer(body, times):
         prompt = body["messages"][-1]["content"]
         if prompt == "busy" and times < 2:
             return 503, {}, {"error": "server busy, please try again"}
-        if prompt == "nobody":
+        if prompt == "missing":
             return 404, {}, {"error": "model 'llama' not found"}
         message = {"role": "assistant", "content": f"said: {prompt}"}
-        return 200, {}, {"message": message, "done": True, "done_reason": "length", "prompt_eval_count": 7, "eval_count": 2}
+        return (
+            200,
+            {},
+            {
+                "message": message,
+                "done": True,
+                "done_reason": "length",
+                "prompt_eval_count": 7,
+                "eval_count": 2,
+            },
+        )
 
     provider.answer = answer
-    server = start(serve, "ollama", f'[aliases]\nm = "llama"\n[settings]\nbase_url = "{provider.url}/"\n', "m")
-    batch, (plain, busy, nobody, robot, wide) = ask(
-        server, {**user([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]), "max_tokens": 9, "seed": 3},
-        user("busy"), user("nobody"), {"messages": [{"role": "robot"}]}, user("ü€😀"),
-    )  # fmt: skip
-    completion = openai.types.chat.ChatCompletion.model_validate(plain["response"]["body"], strict=True)
-    assert completion.choices[0].message.content == "said: hello" and completion.choices[0].finish_reason == "length"
+    server = start(
+        serve, "ollama", f'[aliases]\nm = "llama"\n[settings]\nbase_url = "{provider.url}/"\n', "m"
+    )
+    batch, (plain, busy, missing, robot, wide) = ask(
+        server,
+        {
+            **user([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]),
+            "max_tokens": 9,
+            "seed": 3,
+        },
+        user("busy"),
+        user("missing"),
+        {"messages": [{"role": "robot"}]},
+        user("ü€😀"),
+    )
+    completion = openai.types.chat.ChatCompletion.model_validate(
+        plain["response"]["body"], strict=True
+    )
+    assert (
+        completion.choices[0].message.content == "said: hello"
+        and completion.choices[0].finish_reason == "length"
+    )
     assert busy["response"]["status_code"] == 200
-    assert nobody["response"]["status_code"] == 404
-    assert nobody["response"]["body"]["error"]["message"] == "model 'llama' not found"
+    assert missing["response"]["status_code"] == 404
+    assert missing["response"]["body"]["error"]["message"] == "model 'llama' not found"
     assert robot["error"]["message"] == "Unknown message role: robot"
     assert (batch.usage.input_tokens, batch.usage.output_tokens) == (21, 6)
     assert wide["response"]["body"]["choices"][0]["message"]["content"] == "said: ü€😀"
-    path, _, body = next(request for request in provider.seen if request[2]["messages"][-1]["content"] == "hello")
+    path, _, body = next(
+        request for request in provider.seen if request[2]["messages"][-1]["content"] == "hello"
+    )
     assert path == "/api/chat" and body["model"] == "llama" and body["stream"] is False
     assert body["options"] == {"num_predict": 9, "seed": 3}
 
 
-def test_a_policy_in_python_is_enforced_beside_the_standard_rules(serve):
+def test_python_policy_runs_beside_the_standard_validator(serve):
     policy = (
-        'order = 50\n[settings]\nallowed_models = ["echo"]\nmax_tokens = 100\nbanned_words = ["Project X"]\n'
+        'order = 50\n[settings]\nallowed_models = ["echo"]\nmax_tokens = 100\n'
+        'banned_words = ["Project X"]\n'
         '[limits]\nmemory = "128MiB"\ncall_timeout = "5s"\n'
     )
     server = start(serve, "policy-python", policy)
     good = server.run([chat("a"), chat("b", max_tokens=100)])
     assert good.status == "completed", good.errors
-    batch = server.run([
-        chat("a", "tell me of PROJECT x"), chat("b", max_tokens=101), chat("c", model="other", stream=True), "no json", chat("e")
-    ])  # fmt: skip
+    batch = server.run(
+        [
+            chat("a", "tell me of PROJECT x"),
+            chat("b", max_tokens=101),
+            chat("c", model="other", stream=True),
+            "no json",
+            chat("e"),
+        ]
+    )
     found = [(error.line, error.code, error.param) for error in batch.errors.data]
-    # Each line's findings stand in the order of the validators: the policy's, the standard's, the host's.
+    # Errors of a line follow the order of the validators: policy, standard, host.
     assert found == [
         (1, "banned_word", "body.messages"),
         (2, "too_many_tokens", "body.max_tokens"),
@@ -164,11 +235,15 @@ def test_a_policy_in_python_is_enforced_beside_the_standard_rules(serve):
     ]
 
 
-def test_a_policy_in_c_is_enforced(serve):
+def test_c_policy_rejects_lines(serve):
     server = start(serve, "policy-c", "[settings]\nmax_line_bytes = 200\n")
     batch = server.run([chat("a"), chat("b", "x" * 200), '{"custom_id":"c\\u0001"}'])
     found = [(error.line, error.code) for error in batch.errors.data]
-    assert (2, "line_too_long") in found and (3, "control_character") in found and not [line for line, _ in found if line == 1]
+    assert (
+        (2, "line_too_long") in found
+        and (3, "control_character") in found
+        and not [line for line, _ in found if line == 1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,37 +255,52 @@ def test_a_policy_in_c_is_enforced(serve):
         ("policy-c", "policy-c", {}),
     ],
 )
-def test_each_example_passes_the_tests_for_plugins_and_its_own_cases(component, folder, settings, tmp_path):
+def test_examples_pass_plugin_test_and_their_cases(component, folder, settings, tmp_path):
     cases = ROOT / "examples" / folder / "cases"
     if component == "ollama":
-        # As its README has it: QuickJS interprets.
+        # Its README sets this timeout, because QuickJS interprets the code.
         shutil.copy(built("examples") / "ollama.wasm", tmp_path)
-        text = 'component = "ollama.wasm"\nmodels = ["m"]\n[settings]\nbase_url = "http://127.0.0.1:11434"\n[limits]\ncall_timeout = "2s"\n'
+        text = (
+            'component = "ollama.wasm"\nmodels = ["m"]\n'
+            '[settings]\nbase_url = "http://127.0.0.1:11434"\n[limits]\ncall_timeout = "2s"\n'
+        )
         (tmp_path / "ollama.toml").write_text(text)
         given = [tmp_path / "ollama.toml"]
     else:
         given = [built("examples") / f"{component}.wasm", "--settings", json.dumps(settings)]
     tested = run_host(
-        "plugin", "test", *given, "--cases", cases,
-        env={"XDG_CACHE_HOME": str(TARGET / "examples-cache")}, timeout=120,
-    )  # fmt: skip
+        "plugin",
+        "test",
+        *given,
+        "--cases",
+        cases,
+        env={"XDG_CACHE_HOME": str(TARGET / "examples-cache")},
+        timeout=120,
+    )
     assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert " 0 failed" in tested.stdout and "CPU time" in tested.stdout and "memory up to" in tested.stdout
+    assert (
+        " 0 failed" in tested.stdout
+        and "CPU time" in tested.stdout
+        and "memory up to" in tested.stdout
+    )
     for case in cases.glob("*.json"):
         assert f"ok      case {case.name}" in tested.stdout
 
 
-def test_a_case_that_does_not_hold_is_told_of(tmp_path):
+def test_plugin_test_reports_a_failed_case(tmp_path):
     case = json.loads((ROOT / "examples/anthropic-rust/cases/answer.json").read_text())
     case["answer"]["body"]["choices"][0]["message"]["content"] = "London."
     (tmp_path / "wrong.json").write_text(json.dumps(case))
     (tmp_path / "broken.json").write_text("{}")
     tested = run_host("plugin", "test", built("examples") / "anthropic.wasm", "--cases", tmp_path)
     assert tested.returncode == 1
-    assert 'failed  case wrong.json: answer.body.choices[0].message.content is "Paris.", expected "London."' in tested.stdout
+    assert (
+        "failed  case wrong.json: answer.body.choices[0].message.content is "
+        '"Paris.", expected "London."' in tested.stdout
+    )
     assert "failed  case broken.json: is not a case" in tested.stdout
 
 
-def test_a_component_that_remembers_is_found_out():
+def test_plugin_test_detects_state_kept_between_requests():
     tested = run_host("plugin", "test", built("hostile") / "hostile.wasm")
     assert tested.returncode == 1 and "two instances differ" in tested.stdout

@@ -1,4 +1,7 @@
-"""Health tells the truth, and a server ends in a way that load balancers and clients do not notice."""
+"""Health endpoints report real faults, and a shutdown loses no request behind a load balancer.
+
+Attacks: missing validators and models, deleted objects, a damaged database, lost input files.
+"""
 
 import json
 import os
@@ -15,8 +18,8 @@ import pytest
 from conftest import CHAT, PLUGINS, chat, wait_for
 
 
-def ask(url):
-    """Status and JSON."""
+def get_json(url):
+    """Returns status and JSON body."""
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
             return answer.status, json.load(answer)
@@ -25,47 +28,63 @@ def ask(url):
 
 
 def health(server, kind):
-    return ask(f"{server.url}/health/{kind}")
+    return get_json(f"{server.url}/health/{kind}")
 
 
 def ready(server):
     return health(server, "ready")[0] == 200
 
 
-def refused(server):
-    """The reasons of a server that is not ready, in one text. Files and lists it serves all the same."""
-    status, told = health(server, "ready")
-    assert health(server, "serving") == (200, {"status": "ok"}) and health(server, "live") == (200, {"status": "ok"})
-    assert status == 503 and told["error"]["code"] == "server_not_ready" and told["error"]["message"]
-    assert str(server.folder) not in json.dumps(told)
-    return " ".join(told["reasons"])
+def unready_reasons(server):
+    """Returns the reasons of a failed readiness check; checks that serving and live still pass."""
+    status, body = health(server, "ready")
+    assert health(server, "serving") == (200, {"status": "ok"}) and health(server, "live") == (
+        200,
+        {"status": "ok"},
+    )
+    assert (
+        status == 503 and body["error"]["code"] == "server_not_ready" and body["error"]["message"]
+    )
+    assert str(server.folder) not in json.dumps(body)
+    return " ".join(body["reasons"])
 
 
-def test_a_server_without_rules_is_not_ready_and_takes_no_batch(serve):
+def test_readiness_fails_without_validator_and_batches_are_refused(serve):
     server = serve()
     file = server.upload([chat("a")])
     server.stop()
-    (server.plugins / "standard.toml").write_text('component = "validator-standard.wasm"\nodrer = 1\n')
+    (server.plugins / "standard.toml").write_text(
+        'component = "validator-standard.wasm"\nodrer = 1\n'
+    )
     server.start()
-    assert "Required plugins are not loaded." in wait_for(lambda: not ready(server) and refused(server))
-    assert server.client.files.content(file.id).content and len(list(server.client.files.list())) == 1
+    assert "Required plugins are not loaded." in wait_for(
+        lambda: not ready(server) and unready_reasons(server)
+    )
+    assert (
+        server.client.files.content(file.id).content and len(list(server.client.files.list())) == 1
+    )
     with pytest.raises(openai.InternalServerError) as error:
         server.create([{**chat("a"), "body": {"model": "echo", "messages": "notalist"}}])
     assert (error.value.status_code, error.value.code) == (503, "server_not_ready")
-    assert "no validator is loaded for /v1/chat/completions" in server.logged() and "odrer" in server.logged()
+    assert (
+        "no validator is loaded for /v1/chat/completions" in server.logged()
+        and "odrer" in server.logged()
+    )
     shutil.copy(PLUGINS / "standard.toml", server.plugins)
     wait_for(lambda: ready(server), what="readiness")
     assert server.run([chat("a")]).request_counts.completed == 1
-    # Taken away while it runs.
+    # The validator is removed at run time.
     (server.plugins / "standard.toml").unlink()
-    wait_for(lambda: not ready(server), what="the rules to be missed")
+    wait_for(lambda: not ready(server), what="readiness to fail")
     with pytest.raises(openai.InternalServerError):
         server.create([chat("a")])
 
 
-def test_plugins_that_have_to_be_there_are_a_setting(serve):
+def test_readiness_depends_on_required_plugins(serve):
     server = serve("--required-plugins", "standard,extra")
-    assert "Required plugins are not loaded." in wait_for(lambda: not ready(server) and refused(server))
+    assert "Required plugins are not loaded." in wait_for(
+        lambda: not ready(server) and unready_reasons(server)
+    )
     server.add_plugin("extra", 'component = "one-model.wasm"\n')
     wait_for(lambda: ready(server), what="readiness")
     server.stop()
@@ -76,82 +95,96 @@ def test_plugins_that_have_to_be_there_are_a_setting(serve):
     assert server.run([chat("a")]).request_counts.completed == 1
 
 
-def test_a_server_without_a_model_is_not_ready(serve):
+def test_readiness_fails_without_a_model(serve):
     server = serve(plugins={})
-    assert "No plugin is loaded that serves a model." in wait_for(lambda: not ready(server) and refused(server))
+    assert "No plugin is loaded that serves a model." in wait_for(
+        lambda: not ready(server) and unready_reasons(server)
+    )
 
 
-def test_objects_that_are_gone_are_noticed(serve):
+def test_readiness_fails_if_stored_objects_are_missing(serve):
     server = serve()
     assert ready(server)
     server.upload([chat("a")])
     shutil.rmtree(server.data / "objects/default")
-    assert "is missing stored data" in wait_for(lambda: not ready(server) and refused(server))
-    # A file that is uploaded now is kept.
+    assert "is missing stored data" in wait_for(
+        lambda: not ready(server) and unready_reasons(server)
+    )
+    # A new upload is stored again.
     server.upload([chat("b")])
     wait_for(lambda: ready(server), what="readiness")
-    # A folder that is made anew is not the one that was opened.
+    # A folder created again is not the folder that was opened.
     shutil.rmtree(server.data / "objects")
-    assert "is missing stored data" in wait_for(lambda: not ready(server) and refused(server))
+    assert "is missing stored data" in wait_for(
+        lambda: not ready(server) and unready_reasons(server)
+    )
     server.stop()
     server.start()
-    wait_for(lambda: not ready(server), what="the missing files to be noticed")
+    wait_for(lambda: not ready(server), what="readiness to fail")
     server.upload([chat("c")])
     wait_for(lambda: ready(server), what="readiness")
 
 
-def test_a_damaged_database_is_noticed(serve):
+def test_readiness_fails_if_the_database_is_damaged(serve):
     server = serve()
     for number in range(30):
         server.run([chat("a", "x" * 1000, metadata={"n": str(number)})])
     server.stop()
     database = server.data / "batchwright.db"
     connection = sqlite3.connect(database)
-    roots = connection.execute("SELECT rootpage FROM sqlite_master WHERE name IN ('results', 'batch_plugins')").fetchall()
+    roots = connection.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name IN ('results', 'batch_plugins')"
+    ).fetchall()
     connection.close()
     content = bytearray(database.read_bytes())
     for (page,) in roots:
         content[(page - 1) * 16384 : page * 16384] = b"\xa5" * 16384
     database.write_bytes(content)
     server.start()
-    wait_for(lambda: not ready(server), what="the damage to be noticed")
+    wait_for(lambda: not ready(server), what="readiness to fail")
     assert "The database does not work." in health(server, "ready")[1]["reasons"]
     assert "malformed" in server.logged()
     assert health(server, "live")[0] == 200
 
 
-def test_health_has_a_listener_of_its_own(serve):
+def test_admin_listener_serves_health_only(serve):
     server = serve("--admin-listen", "127.0.0.1:0", "--max-connections", "1")
     line = server.child.stdout.readline()
     assert line.startswith("health on http://")
     admin = line.split()[-1]
     for kind in ("live", "serving", "ready"):
-        assert ask(f"{admin}/health/{kind}")[0] == 200
-    assert ask(f"{admin}/v1/files")[0] == 404
+        assert get_json(f"{admin}/health/{kind}")[0] == 200
+    assert get_json(f"{admin}/v1/files")[0] == 404
 
 
-def test_a_readiness_probe_costs_little(serve):
+def test_readiness_probe_writes_little(serve):
     server = serve()
     assert ready(server)
-    written = lambda: int((open(f"/proc/{server.child.pid}/io").read().split("write_bytes: ")[1]).split()[0])  # noqa: E731
+    written = lambda: int(
+        (open(f"/proc/{server.child.pid}/io").read().split("write_bytes: ")[1]).split()[0]
+    )  # noqa: E731
     before = written()
     begun = time.monotonic()
     for _ in range(200):
         assert ready(server)
-    # Some 64 KiB and a commit every two seconds, however many ask.
+    # About 64 KiB and one commit every two seconds, for any number of probes.
     assert written() - before < (time.monotonic() - begun + 4) * 500_000
 
 
-def test_a_server_that_ends_answers_until_it_has_ended(serve, stub):
-    server = serve("--shutdown-delay", "1500ms", "--shutdown-grace", "2s", plugins={"p": stub.plugin(["m"])})
-    batch = server.create([chat("hung", "!delay 600000", model="m"), chat("quick", "hi", model="m")])
-    wait_for(lambda: len(stub.counts()) == 2, what="both to be sent")
+def test_shutdown_answers_requests_until_exit(serve, stub):
+    server = serve(
+        "--shutdown-delay", "1500ms", "--shutdown-grace", "2s", plugins={"p": stub.plugin(["m"])}
+    )
+    batch = server.create(
+        [chat("hung", "!delay 600000", model="m"), chat("quick", "hi", model="m")]
+    )
+    wait_for(lambda: len(stub.counts()) == 2, what="both requests in flight")
     assert ready(server)
     begun = time.monotonic()
     server.child.send_signal(signal.SIGTERM)
-    wait_for(lambda: not ready(server), 5, "it to say that it is not ready")
-    assert "shutting down" in refused(server)
-    # New connections are answered, during the delay and while what is in flight is waited for.
+    wait_for(lambda: not ready(server), 5, "readiness to fail")
+    assert "shutting down" in unready_reasons(server)
+    # New connections are answered during the shutdown delay and while requests are in flight.
     answered = 0
     while server.child.poll() is None:
         try:
@@ -161,20 +194,20 @@ def test_a_server_that_ends_answers_until_it_has_ended(serve, stub):
         except (urllib.error.URLError, ConnectionError, openai.APIConnectionError):
             break
     assert server.child.wait(timeout=20) == 0
-    assert answered > 3, f"it answered for {answered} s"
-    # What was not answered is given back, and only that is sent again.
+    assert answered > 3, f"new connections were answered for {answered} s only"
+    # The unanswered request is released, and only that request is sent again.
     server.start()
-    wait_for(lambda: sum(stub.counts().values()) == 3, what="the hung one to be sent again")
+    wait_for(lambda: sum(stub.counts().values()) == 3, what="the hung request to be sent again")
     assert stub.counts()["hi"] == 1
 
 
-def test_an_open_server_is_warned_of(serve):
+def test_public_listen_address_logs_a_warning(serve):
     server = serve("--listen", "0.0.0.0:0")
     assert "every client that reaches this address can read and delete all data" in server.logged()
     assert "no authentication" not in serve(name="loopback").logged()
 
 
-def test_an_address_may_be_bounded(serve):
+def test_connections_per_address_are_limited(serve):
     server = serve("--max-connections-per-address", "3")
     host, port = server.url.removeprefix("http://").split(":")
     connections = [socket.create_connection((host, int(port)), timeout=10) for _ in range(3)]
@@ -188,7 +221,7 @@ def test_an_address_may_be_bounded(serve):
             pass
     for connection in connections:
         connection.close()
-    wait_for(lambda: ready_or_refused(server), what="room again")
+    wait_for(lambda: ready_or_refused(server), what="a free connection")
 
 
 def ready_or_refused(server):
@@ -199,11 +232,15 @@ def ready_or_refused(server):
 
 
 @pytest.mark.parametrize("how", ["running", "cancelled", "new", "damaged"])
-def test_a_batch_whose_input_is_lost_comes_to_an_end(serve, stub, how):
-    server = serve("--stop-grace", "10ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")})
+def test_batch_with_lost_input_ends(serve, stub, how):
+    server = serve(
+        "--stop-grace", "10ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")}
+    )
     lines = [chat(str(line), f"!delay 20 {line} {'y' * 2000}", model="m") for line in range(500)]
     file = server.upload(lines)
-    create = lambda: server.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")  # noqa: E731
+    create = lambda: server.client.batches.create(
+        input_file_id=file.id, endpoint=CHAT, completion_window="24h"
+    )  # noqa: E731
     (path,) = (server.data / "objects/default/files").iterdir()
     if how == "new":
         path.unlink()
@@ -211,16 +248,21 @@ def test_a_batch_whose_input_is_lost_comes_to_an_end(serve, stub, how):
         assert batch.status == "failed" and batch.request_counts.total == 0
     else:
         batch = create()
-        wait_for(lambda: server.client.batches.retrieve(batch.id).request_counts.completed > 20, what="some results")
+        wait_for(
+            lambda: server.client.batches.retrieve(batch.id).request_counts.completed > 20,
+            what="some results",
+        )
         server.kill()
         if how == "damaged":
             os.truncate(path, 30_000)
         else:
             path.unlink()
         if how == "cancelled":
-            # As if it had been asked for just before the end.
+            # The state that a cancel just before the kill leaves behind.
             database = sqlite3.connect(server.data / "batchwright.db")
-            database.execute("UPDATE batches SET status = 'cancelling', lane = 'finish', cancelling_at = 1")
+            database.execute(
+                "UPDATE batches SET status = 'cancelling', lane = 'finish', cancelling_at = 1"
+            )
             database.commit()
             database.close()
         server.start()
@@ -229,5 +271,8 @@ def test_a_batch_whose_input_is_lost_comes_to_an_end(serve, stub, how):
         output, errors = server.results(batch)
         assert len(output) == batch.request_counts.completed > 20 and errors == []
     (error,) = batch.errors.data
-    assert (error.code, error.param) == ("input_file_lost", "input_file_id") and file.id in error.message
+    assert (error.code, error.param) == (
+        "input_file_lost",
+        "input_file_id",
+    ) and file.id in error.message
     assert str(server.data) not in error.message

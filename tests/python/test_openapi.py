@@ -1,4 +1,4 @@
-"""The server is what its own description says, whatever it is asked."""
+"""Server against its own OpenAPI document: schemathesis sends valid and invalid requests."""
 
 import json
 import os
@@ -12,26 +12,47 @@ from conftest import CHAT
 HERE = pathlib.Path(__file__).parent / "schemathesis"
 
 
-def test_no_request_breaks_what_the_openapi_document_says(serve, tmp_path, request):
+def test_openapi_document_matches_every_response(serve, tmp_path, request):
     server = serve("--completion-windows", "24h,2h")
     answer = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "--config-file", HERE / "schemathesis.toml", "run",
-         server.url + "/openapi.json", "--url", server.url + "/v1", "--max-examples", "100", "--continue-on-failure",
-         "--seed", str(request.config.getoption("--seed") or 1)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "--config-file",
+            HERE / "schemathesis.toml",
+            "run",
+            server.url + "/openapi.json",
+            "--url",
+            server.url + "/v1",
+            "--max-examples",
+            "100",
+            "--continue-on-failure",
+            "--seed",
+            str(request.config.getoption("--seed") or 1),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     print(answer.stdout)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "13 selected / 13 total" in answer.stdout
     assert " 500" not in server.logged()
 
 
-def test_the_openapi_document_says_what_this_server_allows(serve):
-    server = serve("--completion-windows", "24h,2h", "--max-metadata-pairs", "3", "--max-batches-per-page", "7")
+def test_openapi_document_states_the_configured_limits(serve):
+    server = serve(
+        "--completion-windows", "24h,2h", "--max-metadata-pairs", "3", "--max-batches-per-page", "7"
+    )
     with urllib.request.urlopen(server.url + "/openapi.json") as answer:
         document = json.load(answer)
     create = document["components"]["schemas"]["CreateBatch"]["properties"]
-    assert create["completion_window"]["enum"] == ["24h", "2h"] and CHAT in create["endpoint"]["enum"]
+    assert (
+        create["completion_window"]["enum"] == ["24h", "2h"] and CHAT in create["endpoint"]["enum"]
+    )
     assert create["metadata"]["maxProperties"] == 3
     assert create["metadata"]["propertyNames"] == {"type": "string", "maxLength": 64}
     assert create["metadata"]["additionalProperties"]["maxLength"] == 512

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""Code and plugin file of the README, run exactly as printed."""
 
 import re
 import subprocess
@@ -9,20 +9,26 @@ from conftest import PLUGINS, ROOT, run_host
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tour_with_the_sdk(server, tmp_path):
+def test_readme_sdk_tour_runs(server, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.strip().splitlines()) <= 20
     code = code.replace("http://127.0.0.1:8080", server.url)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("completed BatchRequestCounts(completed=2, failed=0, total=2) None")
+    assert done.stdout.startswith(
+        "completed BatchRequestCounts(completed=2, failed=0, total=2) None"
+    )
     assert "Name a colour." in done.stdout
     # The same file without a server.
-    done = run_host("run", "prompts.jsonl", "-o", "answers.jsonl", "--plugins", PLUGINS, cwd=tmp_path)
+    done = run_host(
+        "run", "prompts.jsonl", "-o", "answers.jsonl", "--plugins", PLUGINS, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_the_plugin_file(server, tmp_path, monkeypatch):
+def test_readme_plugin_file_loads(server, tmp_path, monkeypatch):
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
     file = server.plugins / "mine.toml"
     file.write_text(text)

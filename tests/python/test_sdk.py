@@ -1,4 +1,7 @@
-"""What a user of the official Python SDK does all day."""
+"""Official Python SDK: batches, files, lists, errors, idempotency, cancellation.
+
+Attacks: bad parameters and files, repeated creations, deletion and cancellation at bad moments.
+"""
 
 import concurrent.futures
 import json
@@ -11,11 +14,18 @@ import pytest
 from conftest import CHAT, chat, jsonl, wait_for
 
 
-def test_a_batch_from_upload_to_results(server):
+def test_batch_runs_from_upload_to_results(server):
     client = server.client
-    file = client.files.create(file=("prompts.jsonl", jsonl([chat("a", "one"), chat("b", "two")])), purpose="batch")
+    file = client.files.create(
+        file=("prompts.jsonl", jsonl([chat("a", "one"), chat("b", "two")])), purpose="batch"
+    )
     assert re.fullmatch(r"file-[0-9a-f]{32}", file.id)
-    assert (file.object, file.filename, file.purpose, file.status) == ("file", "prompts.jsonl", "batch", "processed")
+    assert (file.object, file.filename, file.purpose, file.status) == (
+        "file",
+        "prompts.jsonl",
+        "batch",
+        "processed",
+    )
     assert file.expires_at == file.created_at + 30 * 86400
 
     batch = client.batches.create(
@@ -24,11 +34,19 @@ def test_a_batch_from_upload_to_results(server):
     assert re.fullmatch(r"batch_[0-9a-f]{32}", batch.id)
     assert batch.status == "validating"
     assert batch.expires_at == batch.created_at + 86400
-    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (0, 0, 0)
+    assert (
+        batch.request_counts.total,
+        batch.request_counts.completed,
+        batch.request_counts.failed,
+    ) == (0, 0, 0)
 
     batch = server.ended(batch.id)
     assert batch.status == "completed"
-    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (2, 2, 0)
+    assert (
+        batch.request_counts.total,
+        batch.request_counts.completed,
+        batch.request_counts.failed,
+    ) == (2, 2, 0)
     assert batch.metadata == {"team": "research"}
     assert batch.model == "echo"
     assert batch.error_file_id is None and batch.errors is None
@@ -59,7 +77,7 @@ def test_a_batch_from_upload_to_results(server):
         ("/v1/moderations", {"input": "hi"}, openai.types.ModerationCreateResponse),
     ],
 )
-def test_every_endpoint_answers_in_the_sdks_own_types(server, endpoint, body, model):
+def test_endpoints_answer_in_the_sdk_types(server, endpoint, body, model):
     line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "echo", **body}}
     batch = server.run([line], endpoint=endpoint)
     (result,), errors = server.results(batch)
@@ -67,7 +85,7 @@ def test_every_endpoint_answers_in_the_sdks_own_types(server, endpoint, body, mo
     model.model_validate(result["response"]["body"], strict=True)
 
 
-def test_a_failed_request_is_an_error_line_and_the_batch_still_completes(server):
+def test_failed_request_is_an_error_line_and_the_batch_completes(server):
     unknown_role = chat("b")
     unknown_role["body"]["messages"][0]["role"] = "robot"
     batch = server.run([chat("a"), unknown_role, chat("c", n=99)])
@@ -86,7 +104,7 @@ def test_a_failed_request_is_an_error_line_and_the_batch_still_completes(server)
     assert nothing.status == "completed" and nothing.output_file_id is None
 
 
-def test_a_rejected_file_names_every_fault_with_its_line(server):
+def test_rejected_file_lists_every_error_with_its_line(server):
     wrong_url = {**chat("e"), "url": "/v1/embeddings"}
     lines = [
         chat("a"),
@@ -94,7 +112,12 @@ def test_a_rejected_file_names_every_fault_with_its_line(server):
         "not json",
         "[]",
         chat("a"),
-        {"custom_id": "d", "method": "GET", "url": CHAT, "body": {"model": "nobody", "messages": "x", "stream": True}},
+        {
+            "custom_id": "d",
+            "method": "GET",
+            "url": CHAT,
+            "body": {"model": "nobody", "messages": "x", "stream": True},
+        },
         wrong_url,
         chat("f", model="nobody"),
     ]
@@ -115,18 +138,22 @@ def test_a_rejected_file_names_every_fault_with_its_line(server):
     ]
     assert "line 1" in batch.errors.data[2].message
     assert batch.errors.data[8].message == (
-        "The provided model 'nobody' is not supported by the Batch API: it does not exist or is not supported"
+        "The provided model 'nobody' is not supported by the Batch API: "
+        "it does not exist or is not supported"
     )
 
 
-def test_what_prevents_processing_fails_the_batch_and_not_the_call(server):
+def test_unprocessable_input_fails_the_batch_not_the_call(server):
     batch = server.client.batches.create(
         input_file_id="file-missing", endpoint=CHAT, completion_window="24h"
     )
     batch = server.ended(batch.id)
     (error,) = batch.errors.data
     assert (error.code, error.param, error.line) == ("invalid_request", "input_file_id", None)
-    assert error.message == "Cannot find file file-missing, or the organization does not have access to it."
+    assert (
+        error.message
+        == "Cannot find file file-missing, or the organization does not have access to it."
+    )
 
     (error,) = server.run(b"\n\r\n \n").errors.data
     assert (error.code, error.line) == ("empty_file", None)
@@ -134,7 +161,7 @@ def test_what_prevents_processing_fails_the_batch_and_not_the_call(server):
     assert (error.code, error.line) == ("invalid_json_line", 1)
 
 
-def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
+def test_bad_parameters_raise_the_sdk_error_classes(server):
     client = server.client
     file = server.upload([chat("a")])
 
@@ -148,30 +175,66 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
         return lambda: client.batches.create(**given)
 
     error = refused(openai.BadRequestError, create(endpoint="/v1/nothing"))
-    assert (error.param, error.code, error.type) == ("endpoint", "invalid_value", "invalid_request_error")
-    assert error.body["message"].startswith("Invalid value: '/v1/nothing'. Supported values are: '/v1/chat/completions'")
-    assert refused(openai.BadRequestError, create(completion_window="1h")).param == "completion_window"
+    assert (error.param, error.code, error.type) == (
+        "endpoint",
+        "invalid_value",
+        "invalid_request_error",
+    )
+    assert error.body["message"].startswith(
+        "Invalid value: '/v1/nothing'. Supported values are: '/v1/chat/completions'"
+    )
+    assert (
+        refused(openai.BadRequestError, create(completion_window="1h")).param == "completion_window"
+    )
     error = refused(openai.BadRequestError, create(metadata={"tags": ["a"]}))
     assert (error.param, error.code) == ("metadata.tags", "invalid_type")
-    assert error.body["message"] == "Invalid type for 'metadata.tags': expected a string, but got an array instead."
-    assert refused(openai.BadRequestError, create(extra_body={"colour": 1})).code == "unknown_parameter"
-    assert refused(openai.NotFoundError, lambda: client.batches.retrieve("batch_x")).body["message"] == (
-        "No batch found with id 'batch_x'."
+    assert (
+        error.body["message"]
+        == "Invalid type for 'metadata.tags': expected a string, but got an array instead."
     )
+    assert (
+        refused(openai.BadRequestError, create(extra_body={"colour": 1})).code
+        == "unknown_parameter"
+    )
+    assert refused(openai.NotFoundError, lambda: client.batches.retrieve("batch_x")).body[
+        "message"
+    ] == ("No batch found with id 'batch_x'.")
     assert refused(openai.NotFoundError, lambda: client.files.retrieve("file-x")).status_code == 404
-    assert refused(openai.NotFoundError, lambda: client.models.retrieve("nobody")).code == "model_not_found"
-    assert refused(openai.BadRequestError, lambda: client.batches.list(after="batch_x")).param == "after"
+    assert (
+        refused(openai.NotFoundError, lambda: client.models.retrieve("nobody")).code
+        == "model_not_found"
+    )
+    assert (
+        refused(openai.BadRequestError, lambda: client.batches.list(after="batch_x")).param
+        == "after"
+    )
     assert refused(openai.BadRequestError, lambda: client.batches.list(limit=101)).param == "limit"
-    for seconds, said in [(-1, "-1"), (0, "0"), (3599, "3599"), (2592001, "2592001")]:
-        error = refused(openai.BadRequestError, create(output_expires_after={"anchor": "created_at", "seconds": seconds}))
-        assert error.param == "output_expires_after.seconds" and f"from 3600 to 2592000, but got '{said}'" in error.message
-    error = refused(openai.BadRequestError, create(output_expires_after={"anchor": "created_at", "seconds": 3600, "z": 1}))
+    for seconds, shown in [(-1, "-1"), (0, "0"), (3599, "3599"), (2592001, "2592001")]:
+        error = refused(
+            openai.BadRequestError,
+            create(output_expires_after={"anchor": "created_at", "seconds": seconds}),
+        )
+        assert (
+            error.param == "output_expires_after.seconds"
+            and f"from 3600 to 2592000, but got '{shown}'" in error.message
+        )
+    error = refused(
+        openai.BadRequestError,
+        create(output_expires_after={"anchor": "created_at", "seconds": 3600, "z": 1}),
+    )
     assert (error.param, error.code) == ("output_expires_after.z", "unknown_parameter")
     assert refused(openai.BadRequestError, lambda: server.upload(b"")).code == "empty_file"
     wrong_purpose = lambda: client.files.create(file=("a", b"x"), purpose="nothing")  # noqa: E731
     assert refused(openai.BadRequestError, wrong_purpose).param == "purpose"
-    assert refused(openai.NotFoundError, lambda: client.get("/nothing", cast_to=object)).type == "invalid_request_error"
-    for method, path, status in [("GET", "/nowhere", 404), ("PUT", "/v1/batches", 405), ("GET", "/v1/batches/%ff", 400)]:
+    assert (
+        refused(openai.NotFoundError, lambda: client.get("/nothing", cast_to=object)).type
+        == "invalid_request_error"
+    )
+    for method, path, status in [
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/batches", 405),
+        ("GET", "/v1/batches/%ff", 400),
+    ]:
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(urllib.request.Request(server.url + path, method=method))
         assert caught.value.code == status and caught.value.headers["x-request-id"]
@@ -183,13 +246,17 @@ def test_bad_parameters_are_refused_with_the_sdks_error_classes(server):
     assert re.fullmatch(r"[0-9a-f]{32}", conflict.request_id)
 
 
-def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
+def test_idempotency_key_creates_one_batch(server):
     file = server.upload([chat("a")])
 
     def create(key="key-1", window="24h", **more):
         headers = {"idempotency-key": key}
         return server.client.batches.create(
-            input_file_id=file.id, endpoint=CHAT, completion_window=window, extra_headers=headers, **more
+            input_file_id=file.id,
+            endpoint=CHAT,
+            completion_window=window,
+            extra_headers=headers,
+            **more,
         )
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -199,28 +266,39 @@ def test_a_creation_that_is_repeated_with_its_key_makes_one_batch(server):
     again = create(metadata={"b": "2", "a": "1"})
     assert again.id == at_once[0] and again.status == "completed"
     in_body = server.client.batches.create(
-        input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"a": "1", "b": "2"},
+        input_file_id=file.id,
+        endpoint=CHAT,
+        completion_window="24h",
+        metadata={"a": "1", "b": "2"},
         extra_body={"idempotency_key": "key-1"},
     )
     assert in_body.id == at_once[0]
     for other in [lambda: create(), lambda: create(metadata={"a": "2"})]:
         with pytest.raises(openai.ConflictError) as caught:
             other()
-        assert "conflict" in caught.value.message.lower() and caught.value.code == "idempotency_conflict"
+        assert (
+            "conflict" in caught.value.message.lower()
+            and caught.value.code == "idempotency_conflict"
+        )
         assert caught.value.response.headers["x-should-retry"] == "false"
     assert create("key-2").id != at_once[0]
-    for wrong in [{"key": ""}, {"key": "k" * 256}, {"key": "a b"}, {"extra_body": {"idempotency_key": "another"}}]:
+    for wrong in [
+        {"key": ""},
+        {"key": "k" * 256},
+        {"key": "a b"},
+        {"extra_body": {"idempotency_key": "another"}},
+    ]:
         with pytest.raises(openai.BadRequestError) as caught:
             create(**wrong)
         assert caught.value.param == "idempotency_key"
-    # What was refused has not used up its key.
+    # A refused request does not consume its key.
     with pytest.raises(openai.BadRequestError):
         create("key-3", window="1y")
     create("key-3")
     assert len(list(server.client.batches.list())) == 3
 
 
-def test_files_and_batches_are_listed_page_by_page(server):
+def test_lists_of_files_and_batches_are_paged(server):
     ids = [server.create([chat("a")]).id for _ in range(5)]
     page = server.client.batches.list(limit=2)
     assert [batch.id for batch in page.data] == ids[:2:-1] and page.has_more
@@ -232,29 +310,33 @@ def test_files_and_batches_are_listed_page_by_page(server):
     assert len(list(server.client.files.list(limit=3))) == 10
 
 
-def test_a_list_goes_on_after_what_was_deleted_from_it(server):
+def test_list_continues_after_its_cursor_is_deleted(server):
     ids = [server.upload(b"x").id for _ in range(7)]
     listed = []
     for file in server.client.files.list(limit=2):
         listed.append(file.id)
         server.client.files.delete(file.id)
-        wait_for(lambda file=file: not (server.data / "objects/default/files" / file.id).exists(), what="its removal")
+        wait_for(
+            lambda file=file: not (server.data / "objects/default/files" / file.id).exists(),
+            what="removal of the object",
+        )
     assert listed == ids[::-1] and list(server.client.files.list()) == []
 
 
-def test_a_batch_that_is_cancelled_while_it_is_validated_tells_of_every_line(server):
+def test_batch_cancelled_during_validation_reports_every_line(server):
     batch = server.create([chat(str(number), "x" * 2000) for number in range(20_000)])
     assert server.client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     batch = server.ended(batch.id)
     output, errors = server.results(batch)
     assert batch.status == "cancelled" and batch.request_counts.total == 20_000
-    assert [int(line["custom_id"]) for line in sorted(output + errors, key=lambda line: int(line["custom_id"]))] == list(
-        range(20_000)
-    )
+    assert [
+        int(line["custom_id"])
+        for line in sorted(output + errors, key=lambda line: int(line["custom_id"]))
+    ] == list(range(20_000))
     assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
 
 
-def test_a_client_that_is_refused_while_it_still_sends_reads_why(server):
+def test_refusal_during_an_upload_is_readable(server):
     large = b"x" * 30_000_000
     for path, headers, status in [
         ("/v1/batches", {"content-type": "application/json"}, 413),
@@ -262,13 +344,18 @@ def test_a_client_that_is_refused_while_it_still_sends_reads_why(server):
         ("/v1/nowhere", {}, 404),
         ("/v1/models", {}, 405),
     ]:
-        request = urllib.request.Request(server.url + path, data=large, headers=headers, method="POST")
+        request = urllib.request.Request(
+            server.url + path, data=large, headers=headers, method="POST"
+        )
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
-        assert caught.value.code == status and json.load(caught.value)["error"]["type"] == "invalid_request_error"
+        assert (
+            caught.value.code == status
+            and json.load(caught.value)["error"]["type"] == "invalid_request_error"
+        )
 
 
-def test_a_file_can_be_deleted_and_a_running_batch_keeps_its_input(server):
+def test_deleted_input_file_stays_available_to_its_batch(server):
     batch = server.create([chat(str(number)) for number in range(2000)])
     deleted = server.client.files.delete(batch.input_file_id)
     assert deleted.deleted and deleted.id == batch.input_file_id
@@ -278,7 +365,7 @@ def test_a_file_can_be_deleted_and_a_running_batch_keeps_its_input(server):
     assert batch.status == "completed" and batch.request_counts.completed == 2000
 
 
-def test_part_of_a_file_can_be_downloaded_and_the_old_prefix_answers_too(server):
+def test_range_requests_and_the_old_prefix_are_supported(server):
     file = server.upload(b"0123456789")
     part = server.client.files.content(file.id, extra_headers={"range": "bytes=2-4"})
     assert part.content == b"234" and part.response.status_code == 206

@@ -1,4 +1,4 @@
-"""Clients that are slow, go away, or come in numbers."""
+"""Slow, stalled, vanished and numerous clients, each within the limits of the server."""
 
 import json
 import socket
@@ -9,8 +9,13 @@ import urllib.request
 
 from conftest import wait_for
 
-HEAD = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
-PART = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + "x" * 5000
+UPLOAD_HEAD = (
+    "POST /v1/files HTTP/1.1\r\nhost: localhost\r\n"
+    "content-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
+)
+UPLOAD_PART = (
+    '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + "x" * 5000
+)
 
 
 def connect(server):
@@ -19,7 +24,7 @@ def connect(server):
 
 
 def received(connection):
-    """Everything until the server closes the connection."""
+    """Returns all bytes until the server closes the connection."""
     parts = []
     while part := connection.recv(65536):
         parts.append(part)
@@ -31,11 +36,11 @@ def alive(server):
         return json.load(answer)["status"] == "ok"
 
 
-def test_a_client_that_says_nothing_or_stops_in_the_middle_is_let_go(serve):
+def test_silent_and_stalled_clients_are_disconnected(serve):
     server = serve("--request-head-timeout", "300ms", "--client-timeout", "300ms")
     with connect(server) as mute, connect(server) as slow, connect(server) as stuck:
         slow.sendall(b"GET /v1/models HTTP/1.1\r\nhost:")
-        stuck.sendall((HEAD + PART).encode())
+        stuck.sendall((UPLOAD_HEAD + UPLOAD_PART).encode())
         assert received(slow) == b"" and received(mute) == b""
         answer = received(stuck)
         assert answer.startswith(b"HTTP/1.1 408 "), answer
@@ -44,47 +49,62 @@ def test_a_client_that_says_nothing_or_stops_in_the_middle_is_let_go(serve):
     assert [path.name for path in (server.data / "objects").rglob("*") if path.is_file()] == []
 
 
-def test_an_upload_that_is_cut_off_leaves_nothing(serve):
+def test_upload_cut_off_leaves_no_object(serve):
     server = serve()
     objects = server.data / "objects"
     files = lambda: [path for path in objects.rglob("*") if path.is_file()]  # noqa: E731
     with connect(server) as connection:
-        # More than what is held in memory, so that some of it is on the disk.
-        connection.sendall(HEAD.replace("100000", "100000000").encode() + PART.encode() + b"y" * 20_000_000)
-        wait_for(files, what="the beginning of the upload")
-    wait_for(lambda: not files(), what="the removal of what was written")
+        # More than the buffer in memory, so that a part is on the disk.
+        connection.sendall(
+            UPLOAD_HEAD.replace("100000", "100000000").encode()
+            + UPLOAD_PART.encode()
+            + b"y" * 20_000_000
+        )
+        wait_for(files, what="the partial object")
+    wait_for(lambda: not files(), what="removal of the partial object")
     assert list(server.client.files.list()) == []
     database = sqlite3.connect(server.data / "batchwright.db")
-    noted = lambda: database.execute("SELECT count(*) FROM pending_objects").fetchone()[0]  # noqa: E731
-    wait_for(lambda: noted() == 0, what="the removal of its note")
+
+    def pending():
+        return database.execute("SELECT count(*) FROM pending_objects").fetchone()[0]
+
+    wait_for(lambda: pending() == 0, what="removal of the pending record")
 
 
-def test_a_client_that_does_not_take_its_answer_is_let_go(serve):
+def test_client_not_reading_its_response_is_disconnected(serve):
     server = serve("--client-timeout", "300ms", "--max-connections", "1")
     file = server.client.files.create(file=("large", b"x" * 100_000_000), purpose="user_data")
     server.client.close()
     with connect(server) as connection:
-        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        connection.sendall(
+            f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        )
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
-        # There is one place, and it is free again without our doing.
+        # The only connection is free again, because the server closed it.
         assert alive(server)
 
 
-def test_more_clients_than_may_come_at_once_are_told_to_come_back_and_health_is_answered(serve):
+def test_connections_over_the_limit_get_503_and_health_is_answered(serve):
     server = serve("--max-connections", "2")
     file = server.client.files.create(file=("large", b"x" * 100_000_000), purpose="user_data")
     server.client.close()
     busy = [connect(server) for _ in range(2)]
     for connection in busy:
-        connection.sendall(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        connection.sendall(
+            f"GET /v1/files/{file.id}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        )
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     with connect(server) as third:
         third.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
         answer = received(third)
-        assert b" 503 " in answer and b"retry-after: 1\r\n" in answer and b"server_overloaded" in answer
+        assert (
+            b" 503 " in answer
+            and b"retry-after: 1\r\n" in answer
+            and b"server_overloaded" in answer
+        )
     assert alive(server)
     busy[0].close()
-    wait_for(lambda: models(server), what="a place")
+    wait_for(lambda: models(server), what="a free connection")
     busy[1].close()
 
 
@@ -97,7 +117,7 @@ def models(server):
         return False
 
 
-def test_idle_connections_make_way(serve):
+def test_idle_connections_are_closed_for_new_ones(serve):
     server = serve("--max-connections", "100")
     idle = [connect(server) for _ in range(400)]
     assert models(server) and alive(server)
@@ -105,7 +125,7 @@ def test_idle_connections_make_way(serve):
         connection.close()
 
 
-def test_many_connections_at_once_are_served(serve):
+def test_nine_hundred_idle_connections_block_no_request(serve):
     server = serve()
     connections = [connect(server) for _ in range(900)]
     begun = time.monotonic()

@@ -1,4 +1,7 @@
-"""Where plugins come from: registries, pins and signatures."""
+"""Supply chain of plugins: registries, pins, signatures, serials.
+
+Attacks: corrupt blobs, wrong artifacts, stolen passwords, unsigned edits, old signed versions.
+"""
 
 import contextlib
 import hashlib
@@ -15,32 +18,36 @@ import time
 import urllib.request
 
 import pytest
-from conftest import PLUGINS, STUB, built, chat, load_errors, run_host, wait_for
+from conftest import PLUGINS, built, chat, load_errors, run_host, wait_for
 
 ECHO = PLUGINS / "inference-echo.wasm"
 WASM = "application/wasm"
 
 
 class Registry:
-    """Debian's docker-registry, on loopback, with what is pushed to it over its own API."""
+    """docker-registry of Debian on loopback; tests push artifacts over its API."""
 
     def __init__(self, folder, users=False):
         program = shutil.which("docker-registry", path=os.environ["PATH"] + ":/usr/bin")
         if program is None:
-            pytest.skip("docker-registry is not here; it is a package of Debian")
+            pytest.skip("docker-registry is not installed; it is a package of Debian")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = "127.0.0.1:%d" % free.getsockname()[1]
         self.storage = folder / "registry"
         config = {
-            "version": "0.1", "log": {"level": "warn"}, "http": {"addr": self.address},
+            "version": "0.1",
+            "log": {"level": "warn"},
+            "http": {"addr": self.address},
             "storage": {"filesystem": {"rootdirectory": str(self.storage)}},
-        }  # fmt: skip
+        }
         if users:
-            # `batch` with the password `pass word`.
-            (folder / "htpasswd").write_text("batch:$2b$04$f5OmI5pwgNQwG7B0h8t0deV0//sCKZwtm/tSzQf35dLadX82oqw0K\n")
+            # User `batch`, password `pass word`.
+            (folder / "htpasswd").write_text(
+                "batch:$2b$04$f5OmI5pwgNQwG7B0h8t0deV0//sCKZwtm/tSzQf35dLadX82oqw0K\n"
+            )
             config["auth"] = {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}}
-        # YAML takes JSON.
+        # JSON is valid YAML.
         (folder / "registry.yml").write_text(json.dumps(config))
         command = [program, "serve", folder / "registry.yml"]
         with open(folder / "registry.log", "wb") as log:
@@ -54,7 +61,12 @@ class Registry:
     def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection(self.address)
         try:
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(
+                method,
+                path,
+                body,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
             answer = connection.getresponse()
             return answer.status, dict(answer.headers), answer.read()
         except OSError:
@@ -66,28 +78,40 @@ class Registry:
         digest = "sha256:" + hashlib.sha256(content).hexdigest()
         _, headers, _ = self.ask("POST", f"/v2/{name}/blobs/uploads/")
         place = headers["Location"].removeprefix(f"http://{self.address}")
-        status, _, answer = self.ask("PUT", f"{place}&digest={digest}", content, content_type="application/octet-stream")
+        status, _, answer = self.ask(
+            "PUT", f"{place}&digest={digest}", content, content_type="application/octet-stream"
+        )
         assert status == 201, answer
         return digest
 
     def push(self, name, tag, *layers):
-        """Pushes an artifact of layers (media type, content), as `wkg` and `oras` do; returns its digest."""
+        """Pushes layers (media type, content) as `wkg` and `oras` do; returns the digest."""
         config = b"{}"
         described = [
-            {"mediaType": kind, "digest": self.blob(name, content), "size": len(content)} for kind, content in layers
+            {"mediaType": kind, "digest": self.blob(name, content), "size": len(content)}
+            for kind, content in layers
         ]
-        manifest = json.dumps({
-            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": {"mediaType": "application/vnd.wasm.config.v0+json", "digest": self.blob(name, config), "size": len(config)},
-            "layers": described,
-        }).encode()  # fmt: skip
+        manifest = json.dumps(
+            {
+                "schemaVersion": 2,
+                "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                "config": {
+                    "mediaType": "application/vnd.wasm.config.v0+json",
+                    "digest": self.blob(name, config),
+                    "size": len(config),
+                },
+                "layers": described,
+            }
+        ).encode()
         kind = "application/vnd.oci.image.manifest.v1+json"
-        status, _, answer = self.ask("PUT", f"/v2/{name}/manifests/{tag}", manifest, content_type=kind)
+        status, _, answer = self.ask(
+            "PUT", f"/v2/{name}/manifests/{tag}", manifest, content_type=kind
+        )
         assert status == 201, answer
         return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
-    def spoil(self, content):
-        """Changes a blob where it is stored."""
+    def corrupt(self, content):
+        """Flips a bit of a stored blob."""
         digest = hashlib.sha256(content).hexdigest()
         path = self.storage / f"docker/registry/v2/blobs/sha256/{digest[:2]}/{digest}/data"
         changed = bytearray(path.read_bytes())
@@ -112,9 +136,18 @@ def registry(tmp_path):
 
 
 def pull(registry, reference, to, *more, env=None, **options):
-    # Nobody's own login.
+    # A folder without a login, instead of the user's own configuration.
     options["env"] = {"DOCKER_CONFIG": str(registry.storage), **(env or {})}
-    return run_host("plugin", "pull", f"{registry.address}/{reference}", "--to", to, "--plain-http", *more, **options)
+    return run_host(
+        "plugin",
+        "pull",
+        f"{registry.address}/{reference}",
+        "--to",
+        to,
+        "--plain-http",
+        *more,
+        **options,
+    )
 
 
 def states(server):
@@ -122,7 +155,7 @@ def states(server):
         return {plugin["name"]: plugin for plugin in json.load(answer)["data"]}
 
 
-def test_a_pulled_plugin_is_pinned_and_off_until_somebody_turns_it_on(serve, registry):
+def test_pulled_plugin_is_pinned_and_disabled_until_enabled(serve, registry):
     registry = registry()
     content = ECHO.read_bytes()
     digest = registry.push("team/parrot", "1.0", (WASM, content))
@@ -131,31 +164,53 @@ def test_a_pulled_plugin_is_pinned_and_off_until_somebody_turns_it_on(serve, reg
     assert pulled.returncode == 0, pulled.stderr
     sha256 = hashlib.sha256(content).hexdigest()
     component = f"parrot-{sha256[:16]}.wasm"
-    assert f"@{digest}" in pulled.stdout and "imports nothing" in " ".join(pulled.stdout.split()) and sha256 in pulled.stdout
+    assert (
+        f"@{digest}" in pulled.stdout
+        and "imports nothing" in " ".join(pulled.stdout.split())
+        and sha256 in pulled.stdout
+    )
     manifest = server.plugins / "parrot.toml"
     text = manifest.read_text()
-    assert f'component = "{component}"' in text and f'sha256 = "{sha256}"' in text and f"@{digest}" in text
+    assert (
+        f'component = "{component}"' in text
+        and f'sha256 = "{sha256}"' in text
+        and f"@{digest}" in text
+    )
     assert (server.plugins / component).read_bytes() == content
-    wait_for(lambda: states(server).get("parrot", {}).get("state") == "disabled", what="the plugin that is off")
-    # Somebody looks at it and turns it on.
-    manifest.write_text(text.replace("enabled = false", "enabled = true ").replace("models = []", 'models = ["parrot"]'))
+    wait_for(
+        lambda: states(server).get("parrot", {}).get("state") == "disabled",
+        what="the disabled plugin",
+    )
+    # The operator enables the plugin.
+    manifest.write_text(
+        text.replace("enabled = false", "enabled = true ").replace(
+            "models = []", 'models = ["parrot"]'
+        )
+    )
     wait_for(lambda: "parrot" in server.models(), what="the plugin")
     assert server.run([chat("a", model="parrot")]).request_counts.completed == 1
-    # A later version comes under its own name; what serves is not touched.
+    # A later version has its own file name; the serving component is not touched.
     later = content + b"\x00\x05\x04note"
     digest = registry.push("team/parrot", "1.0", (WASM, later))
     kept = manifest.read_text()
     pulled = pull(registry, f"team/parrot@{digest}", server.plugins)
     assert pulled.returncode == 0 and "stays as it is" in pulled.stdout
     assert manifest.read_text() == kept and (server.plugins / component).read_bytes() == content
-    lines = [line for line in pulled.stdout.splitlines() if line.startswith(("component =", "sha256 ="))]
-    changed = [line for line in kept.splitlines() if not line.startswith(("component =", "sha256 ="))]
+    lines = [
+        line for line in pulled.stdout.splitlines() if line.startswith(("component =", "sha256 ="))
+    ]
+    changed = [
+        line for line in kept.splitlines() if not line.startswith(("component =", "sha256 ="))
+    ]
     manifest.write_text("\n".join(lines + changed))
-    wait_for(lambda: states(server)["parrot"]["sha256"] == hashlib.sha256(later).hexdigest(), what="the later version")
+    wait_for(
+        lambda: states(server)["parrot"]["sha256"] == hashlib.sha256(later).hexdigest(),
+        what="the later version",
+    )
     assert states(server)["parrot"]["state"] == "loaded"
 
 
-def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
+def test_pull_errors_are_reported_and_leave_no_file(registry, tmp_path):
     registry = registry()
     content = ECHO.read_bytes()
     registry.push("p", "good", (WASM, content))
@@ -164,9 +219,20 @@ def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
     registry.push("p", "module", (WASM, (built("hostile") / "core-module.wasm").read_bytes()))
     spoiled = content + b"\x00\x05\x04spoi"
     registry.push("p", "spoiled", (WASM, spoiled))
-    registry.spoil(spoiled)
-    index = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}).encode()
-    registry.ask("PUT", "/v2/p/manifests/index", index, content_type="application/vnd.oci.image.index.v1+json")
+    registry.corrupt(spoiled)
+    index = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [],
+        }
+    ).encode()
+    registry.ask(
+        "PUT",
+        "/v2/p/manifests/index",
+        index,
+        content_type="application/vnd.oci.image.index.v1+json",
+    )
     to = tmp_path / "plugins"
     to.mkdir()
     for reference, parts in {
@@ -185,18 +251,23 @@ def test_what_cannot_be_pulled_is_told_and_leaves_nothing(registry, tmp_path):
         for part in parts:
             assert part in pulled.stderr, pulled.stderr
         assert "panicked" not in pulled.stderr and list(to.iterdir()) == [], reference
-    # Without TLS where TLS is meant, nobody there at all, no folder, no name.
+    # Missing TLS, closed port, missing folder, invalid name.
     address = f"{registry.address}/p:good"
     assert "failed to pull" in run_host("plugin", "pull", address, "--to", to).stderr
-    assert "refused" in run_host("plugin", "pull", "127.0.0.1:1/p:good", "--to", to, "--plain-http").stderr
+    assert (
+        "refused"
+        in run_host("plugin", "pull", "127.0.0.1:1/p:good", "--to", to, "--plain-http").stderr
+    )
     assert "--to" in pull(registry, "p:good", tmp_path / "nowhere").stderr
     assert "not a plugin name" in pull(registry, "p:good", to, "--name", "../b").stderr
     assert list(to.iterdir()) == []
     assert pull(registry, "p:good", to, "--name", "other").returncode == 0
-    assert {path.suffix for path in to.iterdir()} == {".toml", ".wasm"} and (to / "other.toml").exists()
+    assert {path.suffix for path in to.iterdir()} == {".toml", ".wasm"} and (
+        to / "other.toml"
+    ).exists()
 
 
-def test_a_registry_may_ask_who_pulls(registry, tmp_path):
+def test_pull_authenticates_with_username_or_docker_config(registry, tmp_path):
     registry = registry(users=True)
     refused = pull(registry, "p:1", tmp_path, env={"DOCKER_CONFIG": str(tmp_path)})
     assert refused.returncode != 0 and "--username" in refused.stderr
@@ -205,27 +276,31 @@ def test_a_registry_may_ask_who_pulls(registry, tmp_path):
     assert "--username" not in known.stderr and "has no such repository" in known.stderr, known.stderr
     wrong = pull(registry, "p:1", tmp_path, *who, env={"REGISTRY_PASSWORD": "password"})
     assert wrong.returncode != 0 and "password" not in wrong.stderr.replace("--password", "")
-    # As `docker login` leaves it.
-    (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.address: {"auth": "YmF0Y2g6cGFzcyB3b3Jk"}}}))
+    # The configuration that `docker login` writes.
+    (tmp_path / "config.json").write_text(
+        json.dumps({"auths": {registry.address: {"auth": "YmF0Y2g6cGFzcyB3b3Jk"}}})
+    )
     known = pull(registry, "p:1", tmp_path, env={"DOCKER_CONFIG": str(tmp_path)})
     assert "has no such repository" in known.stderr, known.stderr
 
 
 @pytest.fixture
 def keys(tmp_path):
-    """Key pairs, by name."""
+    """Creates SSH key pairs by name."""
     if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
+        pytest.skip("ssh-keygen is not installed; it is in openssh-client of Debian")
 
     def make(name, passphrase="", kind="ed25519"):
         path = tmp_path / name
-        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", name, "-f", path], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", name, "-f", path], check=True
+        )
         return path
 
     return make
 
 
-def test_only_what_is_signed_is_loaded_where_signatures_are_asked_for(serve, stub, keys, tmp_path):
+def test_trusted_keys_require_a_signature(serve, stub, keys, tmp_path):
     ours, theirs = keys("ours"), keys("theirs", kind="ecdsa")
     trusted = tmp_path / "trusted"
     trusted.write_text("# the platform team\n" + pathlib.Path(f"{ours}.pub").read_text())
@@ -234,64 +309,106 @@ def test_only_what_is_signed_is_loaded_where_signatures_are_asked_for(serve, stu
     def state(name):
         return states(server).get(name, {})
 
-    wait_for(lambda: {"p", "standard"} <= set(states(server)), what="the complaints")
+    wait_for(lambda: {"p", "standard"} <= set(states(server)), what="the errors in the log")
     assert state("p")["state"] == state("standard")["state"] == "failed"
-    assert "p.toml: signature: there is none" in load_errors(server).get("p", "") and "plugin sign" in load_errors(server).get("p", "")
+    assert "p.toml: signature: there is none" in load_errors(server).get(
+        "p", ""
+    ) and "plugin sign" in load_errors(server).get("p", "")
 
     def sign(name, key, *more, **options):
-        return run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", key, *more, **options)
+        return run_host(
+            "plugin", "sign", server.plugins / f"{name}.toml", "--key", key, *more, **options
+        )
 
     signed = sign("p", ours)
     assert signed.returncode == 0, signed.stderr
     assert sign("standard", ours).returncode == 0
-    wait_for(lambda: state("p").get("state") == state("standard").get("state") == "loaded", what="the signed plugins")
-    assert state("p")["signed_by"].startswith("SHA256:") and state("p")["signed_by"].endswith(" ours")
+    wait_for(
+        lambda: state("p").get("state") == state("standard").get("state") == "loaded",
+        what="the signed plugins",
+    )
+    assert state("p")["signed_by"].startswith("SHA256:") and state("p")["signed_by"].endswith(
+        " ours"
+    )
     assert server.run([chat("a", model="m")]).request_counts.completed == 1
-    # OpenSSH's own tool finds the signature good, over the statement that is printed.
+    # ssh-keygen accepts the signature of the printed statement.
     (tmp_path / "allowed").write_text("team " + pathlib.Path(f"{ours}.pub").read_text())
     statement = run_host("plugin", "sign", server.plugins / "p.toml", "--statement")
-    assert statement.stdout.startswith("batchwright plugin v1\nname p\nmanifest sha256:"), statement.stderr
+    assert statement.stdout.startswith("batchwright plugin v1\nname p\nmanifest sha256:"), (
+        statement.stderr
+    )
     verified = subprocess.run(
-        ["ssh-keygen", "-Y", "verify", "-f", tmp_path / "allowed", "-I", "team", "-n", "batchwright-plugin",
-         "-s", server.plugins / "p.toml.sig"], input=statement.stdout, text=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "ssh-keygen",
+            "-Y",
+            "verify",
+            "-f",
+            tmp_path / "allowed",
+            "-I",
+            "team",
+            "-n",
+            "batchwright-plugin",
+            "-s",
+            server.plugins / "p.toml.sig",
+        ],
+        input=statement.stdout,
+        text=True,
+        capture_output=True,
+    )
     assert verified.returncode == 0 and "Good" in verified.stdout, verified.stderr
-    # A changed file, a changed component, somebody else's key: what was serves on.
+    # Changed file, changed component, untrusted key: the old plugin keeps serving.
     text = (server.plugins / "p.toml").read_text()
     server.add_plugin("p", text.replace('["m"]', '["m", "n"]'))
-    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
-    assert "changed after it was signed" in load_errors(server).get("p", "") and "n" not in server.models()
+    wait_for(lambda: state("p")["state"] == "outdated", what="the error in the log")
+    assert (
+        "changed after it was signed" in load_errors(server).get("p", "")
+        and "n" not in server.models()
+    )
     sign("p", theirs)
-    wait_for(lambda: "a key that is not in" in load_errors(server).get("p", ""), what="the complaint")
+    wait_for(
+        lambda: "a key that is not in" in load_errors(server).get("p", ""),
+        what="the error in the log",
+    )
     sign("p", ours)
-    wait_for(lambda: "n" in server.models(), what="the file as it is signed now")
+    wait_for(lambda: "n" in server.models(), what="the newly signed file")
     component = server.plugins / "inference-openai.wasm"
     component.write_bytes(component.read_bytes() + b"\x00\x05\x04note")
-    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
+    wait_for(lambda: state("p")["state"] == "outdated", what="the error in the log")
     assert server.run([chat("a", model="n")]).request_counts.completed == 1
-    verify = ["plugin", "verify", "--trusted-keys", trusted, server.plugins / "p.toml", server.plugins / "standard.toml"]
+    verify = [
+        "plugin",
+        "verify",
+        "--trusted-keys",
+        trusted,
+        server.plugins / "p.toml",
+        server.plugins / "standard.toml",
+    ]
     verified = run_host(*verify)
-    assert verified.returncode == 1 and "changed after it was signed" in verified.stdout and "ok " in verified.stdout
+    assert (
+        verified.returncode == 1
+        and "changed after it was signed" in verified.stdout
+        and "ok " in verified.stdout
+    )
     sign("p", ours)
     assert run_host(*verify).returncode == 0
-    # To turn it off takes a signature, too.
+    # Disabling a plugin needs a signature too.
     signed = (server.plugins / "p.toml").read_text()
     server.add_plugin("p", "enabled = false\n" + signed)
-    wait_for(lambda: state("p")["state"] == "outdated", what="the complaint")
+    wait_for(lambda: state("p")["state"] == "outdated", what="the error in the log")
     assert server.run([chat("a", model="n")]).request_counts.completed == 1
     sign("p", ours)
-    wait_for(lambda: state("p")["state"] == "disabled", what="the plugin to be turned off")
+    wait_for(lambda: state("p")["state"] == "disabled", what="the plugin to be disabled")
     server.add_plugin("p", signed)
     sign("p", ours)
     wait_for(lambda: state("p")["state"] == "loaded", what="the plugin")
-    # Under another name it is another plugin.
+    # The signature covers the name, so a copy under another name is refused.
     for end in ["toml", "toml.sig"]:
         shutil.copy(server.plugins / f"p.{end}", server.plugins / f"q.{end}")
-    wait_for(lambda: state("q").get("state") == "failed", what="the complaint")
+    wait_for(lambda: state("q").get("state") == "failed", what="the error in the log")
     assert "changed after it was signed" in load_errors(server)["q"]
 
 
-def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys, tmp_path):
+def test_openssh_signatures_are_accepted_and_bad_keys_reported(serve, keys, tmp_path):
     folder = tmp_path / "plugins"
     folder.mkdir()
     shutil.copy(ECHO, folder)
@@ -308,12 +425,15 @@ def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys
     assert run_host(*sign, "--passphrase", "env:P", env={"P": "open sesame"}).returncode == 0
     check = ["plugin", "check", manifest, "--trusted-keys", trusted]
     assert run_host(*check).returncode == 0
-    # The key stays where it is, and OpenSSH signs the statement.
+    # The host never sees the key: ssh-keygen signs the printed statement.
     statement = run_host("plugin", "sign", manifest, "--statement").stdout
     plain = keys("plain")
     signature = subprocess.run(
-        ["ssh-keygen", "-Y", "sign", "-n", "batchwright-plugin", "-f", plain], input=statement.encode(), capture_output=True, check=True
-    ).stdout  # fmt: skip
+        ["ssh-keygen", "-Y", "sign", "-n", "batchwright-plugin", "-f", plain],
+        input=statement.encode(),
+        capture_output=True,
+        check=True,
+    ).stdout
     (folder / "e.toml.sig").write_bytes(signature)
     assert "a key that is not in" in run_host(*check).stdout
     assert run_host("plugin", "check", manifest, "--trusted-keys", f"{plain}.pub").returncode == 0
@@ -321,22 +441,28 @@ def test_a_signature_by_openssh_itself_counts_and_bad_keys_are_named(serve, keys
         bad = tmp_path / "bad"
         bad.write_text(content)
         refused = run_host("plugin", "check", manifest, "--trusted-keys", bad)
-        assert refused.returncode == 3 and part in refused.stderr and "trusted_keys" in refused.stderr, refused.stderr
+        assert (
+            refused.returncode == 3 and part in refused.stderr and "trusted_keys" in refused.stderr
+        ), refused.stderr
     assert "is not a private key" in run_host("plugin", "sign", manifest, "--key", trusted).stderr
 
 
-def test_an_older_signed_plugin_and_a_withdrawn_key_are_refused(serve, tmp_path):
+def test_old_serial_and_withdrawn_key_are_refused(serve, tmp_path):
     if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
+        pytest.skip("ssh-keygen is not installed; it is in openssh-client of Debian")
     for name in ["ours", "theirs"]:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True
+        )
     public = {name: (tmp_path / f"{name}.pub").read_text() for name in ["ours", "theirs"]}
     trusted = tmp_path / "trusted"
     trusted.write_text(public["ours"] + 'names="other" ' + public["theirs"])
     server = serve("--trusted-keys", trusted)
 
     def sign(name, key):
-        signed = run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / key)
+        signed = run_host(
+            "plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / key
+        )
         assert signed.returncode == 0, signed.stderr
 
     sign("standard", "ours")
@@ -344,46 +470,59 @@ def test_an_older_signed_plugin_and_a_withdrawn_key_are_refused(serve, tmp_path)
     wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
     old = {end: (server.plugins / f"echo.{end}").read_bytes() for end in ["toml", "toml.sig"]}
     sign("echo", "ours")
-    serial = lambda: int((server.plugins / "echo.toml").read_text().split("serial = ")[1].split()[0])  # noqa: E731
+    serial = lambda: int(
+        (server.plugins / "echo.toml").read_text().split("serial = ")[1].split()[0]
+    )  # noqa: E731
     kept = lambda: json.loads((server.data / "serials").read_text()).get("echo")  # noqa: E731
-    wait_for(lambda: kept() == serial(), what="the serial to be kept")
+    wait_for(lambda: kept() == serial(), what="the serial to be stored")
     for end, content in old.items():
         (server.plugins / f"echo.{end}").write_bytes(content)
-    wait_for(lambda: "its serial is" in server.logged(), what="the complaint")
+    wait_for(lambda: "its serial is" in server.logged(), what="the error in the log")
     server.stop()
     server.start()
     assert server.models() == []
     sign("echo", "ours")
-    wait_for(lambda: server.models() == ["echo"], what="the plugin that was signed again")
-    # A key for another name, and then no key at all any more.
+    wait_for(lambda: server.models() == ["echo"], what="the newly signed plugin")
+    # A key for another plugin name, then a withdrawn key.
     sign("echo", "theirs")
-    wait_for(lambda: "may sign only other" in server.logged(), what="the complaint")
+    wait_for(lambda: "may sign only other" in server.logged(), what="the error in the log")
     sign("echo", "ours")
     trusted.write_text('names="other" ' + public["theirs"])
-    wait_for(lambda: "trusted keys changed" in server.logged() and "is not in" in server.logged(), 20, "the complaint")
-    wait_for(lambda: server.models() == [], what="the plugin to serve no more")
-    # The last key can be withdrawn, too.
-    trusted.write_text("# nobody\n")
+    wait_for(
+        lambda: "trusted keys changed" in server.logged() and "is not in" in server.logged(),
+        20,
+        "the complaint",
+    )
+    wait_for(lambda: server.models() == [], what="the plugin to be unloaded")
+    # The last key can be withdrawn too.
+    trusted.write_text("# no key\n")
     wait_for(lambda: server.logged().count("trusted keys changed") == 2, 20, "the keys to be read")
 
 
-def test_an_unsigned_edit_takes_no_signed_plugin_down(serve, tmp_path):
+def test_unsigned_edit_keeps_the_signed_plugin_serving(serve, tmp_path):
     if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not here; it is in Debian's openssh-client")
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ours"], check=True)
+        pytest.skip("ssh-keygen is not installed; it is in openssh-client of Debian")
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ours"], check=True
+    )
     server = serve("--trusted-keys", tmp_path / "ours.pub")
     for name in ["standard", "echo"]:
-        assert run_host("plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / "ours").returncode == 0
+        assert (
+            run_host(
+                "plugin", "sign", server.plugins / f"{name}.toml", "--key", tmp_path / "ours"
+            ).returncode
+            == 0
+        )
     wait_for(lambda: server.models() == ["echo"], what="the signed plugin")
     with open(server.plugins / "echo.toml", "a") as file:
         file.write("# edited\n")
-    wait_for(lambda: "changed after it was signed" in server.logged(), what="the complaint")
+    wait_for(lambda: "changed after it was signed" in server.logged(), what="the error in the log")
     time.sleep(5)
     assert server.models() == ["echo"] and server.run([chat("a")]).request_counts.completed == 1
 
 
-class Asked(http.server.BaseHTTPRequestHandler):
-    """A registry that sends clients elsewhere, and the place it sends them to."""
+class RedirectingRegistry(http.server.BaseHTTPRequestHandler):
+    """Registry that redirects clients, and the target of the redirect."""
 
     def do_GET(self):
         self.server.seen.append((self.path, self.headers.get("authorization")))
@@ -399,8 +538,8 @@ class Asked(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def answering(answer):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+def serving(answer):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RedirectingRegistry)
     server.seen, server.answer = [], answer
     server.address = f"127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -408,29 +547,40 @@ def answering(answer):
     server.shutdown()
 
 
-def test_a_password_goes_to_no_host_that_a_registry_names(tmp_path):
+def test_registry_password_is_sent_to_no_other_host(tmp_path):
     component = ECHO.read_bytes()
     digest = "sha256:" + hashlib.sha256(component).hexdigest()
     layer = {"mediaType": "application/wasm", "digest": digest, "size": len(component)}
-    manifest = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": layer, "layers": [layer]})
+    manifest = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": layer,
+            "layers": [layer],
+        }
+    )
     size = 0
 
     def elsewhere(path, authorization):
         if path.startswith("/token"):
             return 200, {}, b'{"token":"T","access_token":"T"}'
-        # Twice elsewhere before there is anything.
+        # Two redirects before the content.
         if path == "/one":
             return 307, {"location": "/two"}, b""
         return 200, {}, component
 
     def registry(path, authorization):
         if authorization != "Bearer T":
-            return 401, {"www-authenticate": f'Bearer realm="http://{other.address}/token",service="s"'}, b"{}"
+            return (
+                401,
+                {"www-authenticate": f'Bearer realm="http://{other.address}/token",service="s"'},
+                b"{}",
+            )
         if "/manifests/" in path:
             return 200, {}, manifest.encode() + b" " * size
         return 307, {"location": f"http://{other.address}/one"}, b""
 
-    with answering(elsewhere) as other, answering(registry) as ours:
+    with serving(elsewhere) as other, serving(registry) as ours:
         who = ["--username", "u", "--password", "env:SECRET", "--plain-http"]
         env = {"SECRET": "hunter2", "DOCKER_CONFIG": str(tmp_path)}
         command = ["plugin", "pull", f"{ours.address}/team/p:1", "--to", tmp_path, *who]

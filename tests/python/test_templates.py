@@ -1,22 +1,31 @@
-"""`plugin new`: each language's project builds with the commands of its own README, passes `plugin test`, and does its work in a server."""
+"""Projects of `plugin new` in each language.
+
+Each project builds with the commands of its own README, passes `plugin test`, and runs in a server.
+"""
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 
 import pytest
-from conftest import HOST, ROOT, TARGET, built, chat, run_host, wait_for
+from conftest import HOST, TARGET, built, chat, run_host, wait_for
 
 LANGUAGES = ["rust", "python", "js", "c"]
-# What the tests installed stands in for what an author would install.
-PATH = ":".join([str(HOST.parent), str(TARGET / "cargo-tools/bin"), str(TARGET / "tools/bin"), os.environ["PATH"]])
+# Tools installed by the tests, instead of the tools that an author installs.
+PATH = ":".join(
+    [
+        str(HOST.parent),
+        str(TARGET / "cargo-tools/bin"),
+        str(TARGET / "tools/bin"),
+        os.environ["PATH"],
+    ]
+)
 
 
 def make(folder, kind, lang):
-    """A new project, built and tested by the commands of its README."""
+    """Creates a project and runs the commands of its README; returns its folder and name."""
     name = f"my-{lang}-{kind}"
     made = run_host("plugin", "new", name, "--kind", kind, "--lang", lang, "--to", folder)
     assert made.returncode == 0, made.stderr
@@ -24,7 +33,7 @@ def make(folder, kind, lang):
     commands = re.search(r"```sh\n(.*?)```", (project / "README.md").read_text(), re.DOTALL)[1]
     # `plugin new` shows the same commands.
     assert all(line in made.stdout for line in commands.splitlines())
-    # Has the tools of each language installed.
+    # Installs the tools of each language.
     built("examples")
     # Shared between tests and runs, so that nothing is compiled or downloaded twice.
     shared = TARGET / "templates" / lang
@@ -33,28 +42,68 @@ def make(folder, kind, lang):
         (project / "target").symlink_to(shared)
     if lang == "python":
         (project / ".venv").symlink_to(TARGET / "tools")
-    environment = {key: value for key, value in os.environ.items() if key not in ("CARGO_TARGET_DIR", "RUSTFLAGS")}
-    environment.update(PATH=PATH, XDG_CACHE_HOME=str(TARGET / "examples-cache"), npm_config_audit="false", npm_config_fund="false")
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("CARGO_TARGET_DIR", "RUSTFLAGS")
+    }
+    environment.update(
+        PATH=PATH,
+        XDG_CACHE_HOME=str(TARGET / "examples-cache"),
+        npm_config_audit="false",
+        npm_config_fund="false",
+    )
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands], cwd=project, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " 0 failed" in done.stdout and len(re.findall(r"^ok      case \S+$", done.stdout, re.M)) == len(list((project / "cases").iterdir()))
+    assert " 0 failed" in done.stdout and len(
+        re.findall(r"^ok      case \S+$", done.stdout, re.M)
+    ) == len(list((project / "cases").iterdir()))
     return project, name
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_a_new_adapter_serves(serve, stub, tmp_path, lang):
+def test_new_adapter_project_serves(serve, stub, tmp_path, lang):
     project, name = make(tmp_path, "adapter", lang)
-    server = serve("--retry-backoff", "10ms", "--cache", TARGET / "examples-cache", env={"MY_PROVIDER_KEY": "sk-of-the-author-0123456789"})
+    server = serve(
+        "--retry-backoff",
+        "10ms",
+        "--cache",
+        TARGET / "examples-cache",
+        env={"MY_PROVIDER_KEY": "sk-of-the-author-0123456789"},
+    )
     shutil.copy(project / f"{name}.wasm", server.plugins)
-    text = (project / f"{name}.toml").read_text().replace("http://127.0.0.1:8000/v1", f"{stub.url}/v1").replace("# [cred", "[cred").replace("# api", "api")
-    (server.plugins / f"{name}.toml").write_text(text + '\n[aliases]\nother = "theirs"\n' if "[limits]" not in text else text.replace("[limits]", '[aliases]\nother = "theirs"\n\n[limits]'))
+    text = (
+        (project / f"{name}.toml")
+        .read_text()
+        .replace("http://127.0.0.1:8000/v1", f"{stub.url}/v1")
+        .replace("# [cred", "[cred")
+        .replace("# api", "api")
+    )
+    (server.plugins / f"{name}.toml").write_text(
+        text + '\n[aliases]\nother = "theirs"\n'
+        if "[limits]" not in text
+        else text.replace("[limits]", '[aliases]\nother = "theirs"\n\n[limits]')
+    )
     wait_for(lambda: "my-model" in server.models(), 60, "the plugin")
-    prompts = ["hello", "ü€😀 \"\\ \n", "!headers", "!status 400", "!html"]
-    lines = [chat(f"{number}", prompt, model="my-model", seed=12345678901) for number, prompt in enumerate(prompts)]
+    prompts = ["hello", 'ü€😀 "\\ \n', "!headers", "!status 400", "!html"]
+    lines = [
+        chat(f"{number}", prompt, model="my-model", seed=12345678901)
+        for number, prompt in enumerate(prompts)
+    ]
     lines.append(chat("other", "with another name", model="other"))
-    lines.append({**chat("busy", model="my-model"), "body": {"model": "my-model", "messages": [{"role": "robot", "content": "x"}]}})
+    lines.append(
+        {
+            **chat("busy", model="my-model"),
+            "body": {"model": "my-model", "messages": [{"role": "robot", "content": "x"}]},
+        }
+    )
     batch = server.run(lines)
     assert batch.status == "completed", batch.errors
     output, errors = server.results(batch)
@@ -64,28 +113,41 @@ def test_a_new_adapter_serves(serve, stub, tmp_path, lang):
     assert json.loads(says("2"))["authorization"] == "Bearer [redacted]"
     assert ends["3"]["response"]["status_code"] == 400 and "error" in ends["3"]["response"]["body"]
     assert ends["4"]["error"]["code"] == "invalid_provider_response"
-    assert says("other") == "stub: with another name" and ends["other"]["response"]["body"]["model"] == "theirs"
+    assert (
+        says("other") == "stub: with another name"
+        and ends["other"]["response"]["body"]["model"] == "theirs"
+    )
     assert ends["busy"]["error"]["message"] == "Unknown message role: robot"
     assert batch.usage.input_tokens == 7 * 4 and batch.usage.output_tokens == 3 * 4
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_a_new_validator_judges(serve, tmp_path, lang):
+def test_new_validator_project_rejects_lines(serve, tmp_path, lang):
     project, name = make(tmp_path, "validator", lang)
     server = serve("--cache", TARGET / "examples-cache")
     shutil.copy(project / f"{name}.wasm", server.plugins)
-    (server.plugins / f"{name}.toml").write_text((project / f"{name}.toml").read_text().replace("4096", "100"))
+    (server.plugins / f"{name}.toml").write_text(
+        (project / f"{name}.toml").read_text().replace("4096", "100")
+    )
     wait_for(lambda: f'plugin loaded plugin="{name}"' in server.logged(), 60, "the plugin")
-    batch = server.run([chat("a", max_tokens=100), chat("b", max_tokens=101), chat("c", max_completion_tokens=1e6), "no json"])
+    batch = server.run(
+        [
+            chat("a", max_tokens=100),
+            chat("b", max_tokens=101),
+            chat("c", max_completion_tokens=1e6),
+            "no json",
+        ]
+    )
     assert [(error.line, error.code, error.param) for error in batch.errors.data] == [
-        (2, "too_many_tokens", "body.max_tokens"), (3, "too_many_tokens", "body.max_completion_tokens"),
-        # What is no JSON no validator sees.
+        (2, "too_many_tokens", "body.max_tokens"),
+        (3, "too_many_tokens", "body.max_completion_tokens"),
+        # Validators never see a line that is no JSON.
         (4, "invalid_json_line", None),
-    ]  # fmt: skip
+    ]
     assert batch.errors.data[0].message == "At most 100 tokens may be asked for."
 
 
-def test_mistakes_are_named_and_nothing_is_written_over(tmp_path):
+def test_plugin_new_reports_mistakes_and_overwrites_nothing(tmp_path):
     new = ["plugin", "new", "--kind", "adapter", "--lang", "rust", "--to", tmp_path]
     for name in ["Upper", "a/b", "../a", "", "1a", "a" * 41]:
         refused = run_host(*new, name)

@@ -1,5 +1,8 @@
-/* Loaded before the C library's: answers for the names in TEST_HOSTS ("name=address,name=address"), as a name server under somebody's control
- * would. Several addresses of one name are several entries. While the file TEST_HOSTS_FILE is there, TEST_HOSTS counts, and not before. Names that begin with "slow-" take TEST_SLOW_HOSTS seconds and have no answer. */
+/* Replaces getaddrinfo, as a name server under an attacker's control would. Loaded with LD_PRELOAD.
+ *
+ * TEST_HOSTS holds entries "name=address,name=address"; a name with several addresses has several
+ * entries. With TEST_HOSTS_FILE set, TEST_HOSTS is ignored until that file exists.
+ * Names with the prefix "slow-" block for TEST_SLOW_HOSTS seconds and fail. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -11,7 +14,8 @@
 
 typedef int lookup(const char *, const char *, const struct addrinfo *, struct addrinfo **);
 
-int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints,
+                struct addrinfo **found) {
     lookup *real = (lookup *)dlsym(RTLD_NEXT, "getaddrinfo");
     const char *entry = getenv("TEST_HOSTS"), *file = getenv("TEST_HOSTS_FILE");
     if (file && access(file, F_OK) != 0) entry = NULL;
@@ -33,7 +37,7 @@ int getaddrinfo(const char *name, const char *service, const struct addrinfo *hi
         struct addrinfo numeric = {0}, *one = NULL;
         if (hints) numeric = *hints;
         numeric.ai_flags |= AI_NUMERICHOST;
-        /* What the C library makes is what its freeaddrinfo takes. */
+        /* The C library allocates the entry, because its freeaddrinfo releases it. */
         if (real(address, service, &numeric, &one) != 0) return EAI_FAIL;
         if (last) last->ai_next = one;
         else first = one;

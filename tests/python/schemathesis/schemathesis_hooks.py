@@ -1,4 +1,4 @@
-"""What the OpenAPI document cannot say."""
+"""Rules of the API that an OpenAPI document cannot express."""
 
 import schemathesis
 
@@ -6,16 +6,20 @@ import schemathesis
 @schemathesis.hook
 def filter_case(context, case):
     body = case.body if isinstance(case.body, dict) else {}
-    # The idempotency key may stand in the header or in the body, but not a different one in each.
-    if (case.headers or {}).get("idempotency-key") is not None and body.get("idempotency_key") is not None:
+    # The idempotency key may be in the header or in the body, but not two different keys.
+    if (case.headers or {}).get("idempotency-key") is not None and body.get(
+        "idempotency_key"
+    ) is not None:
         return False
-    # A form has no types: what is no string is sent as its text, which is as good a file, or a number, as any.
+    # A form has no types: a value that is no string is sent as text, a valid file or number.
     if case.media_type == "multipart/form-data":
         if not isinstance(body.get("file", ""), (str, bytes)):
             return False
-        # Names of parts are in headers, which hold no control characters.
+        # Part names are in headers, which must not contain control characters.
         if not all(name.isprintable() for name in body):
             return False
-        if str(body.get("expires_after[seconds]", "")).isdigit() and isinstance(body["expires_after[seconds]"], str):
+        if str(body.get("expires_after[seconds]", "")).isdigit() and isinstance(
+            body["expires_after[seconds]"], str
+        ):
             return False
     return True
