@@ -1,4 +1,5 @@
-//! What the benchmarks and the end-to-end tests share: a plain HTTP client, and processes that are ended when they are dropped.
+//! Shared by benchmarks and end-to-end tests: a plain HTTP client, and server processes that are
+//! killed on drop.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 
-/// A client without any of the host's code.
+/// HTTP client that shares no code with the host.
 #[derive(Clone)]
 pub struct Http(Client<HttpConnector, Full<Bytes>>);
 
@@ -24,6 +25,7 @@ impl Default for Http {
 }
 
 impl Http {
+    /// Sends a request with a content type; returns status and body.
     pub async fn send(
         &self,
         method: Method,
@@ -41,7 +43,7 @@ impl Http {
         Ok((status, response.into_body().collect().await?.to_bytes()))
     }
 
-    /// A JSON exchange that must go well.
+    /// Sends and receives JSON; fails unless the status is 200.
     pub async fn json(
         &self,
         method: Method,
@@ -56,7 +58,8 @@ impl Http {
 
     /// Uploads an input file and returns its id.
     pub async fn upload(&self, base: &str, content: &[u8]) -> Result<String> {
-        let mut body = b"--edge\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--edge\r\n\
+        let mut body = b"--edge\r\n\
+            Content-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--edge\r\n\
             Content-Disposition: form-data; name=\"file\"; filename=\"in.jsonl\"\r\n\r\n"
             .to_vec();
         body.extend_from_slice(content);
@@ -74,9 +77,10 @@ impl Http {
     }
 }
 
-/// A server that says `listening on http://ADDR` on its standard output.
+/// Server process that prints `listening on http://ADDR`; killed on drop.
 pub struct Server {
     child: Child,
+    /// Base URL, without a path.
     pub url: String,
 }
 
@@ -93,29 +97,30 @@ impl Server {
         let Some(url) = line.trim().strip_prefix("listening on ") else {
             child.kill().ok();
             child.wait()?;
-            anyhow::bail!("{command:?} does not listen: it said {line:?}");
+            anyhow::bail!("{command:?} does not listen; it printed {line:?}");
         };
         Ok(Self { url: url.to_owned(), child })
     }
 
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Processor time used so far, in seconds: user and system.
+    /// Returns the CPU time used so far, user and system, in seconds.
     pub fn cpu_seconds(&self) -> Result<f64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        // Fields after the name, which stands in parentheses and may hold anything.
+        // The name is in parentheses and may contain any character, so parsing starts after it.
         let fields: Vec<&str> =
             stat.rsplit_once(')').context("stat has a name")?.1.split_whitespace().collect();
         let ticks = |index: usize| {
             fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0)
         };
-        // utime and stime, in ticks of which Linux has 100 a second for user space.
+        // utime and stime, in ticks; Linux reports 100 ticks a second to user space.
         Ok((ticks(11) + ticks(12)) / 100.0)
     }
 
-    /// The most memory it has had in use, in bytes.
+    /// Returns the peak resident memory, in bytes.
     pub fn peak_memory(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
         let line = status

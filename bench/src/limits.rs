@@ -1,4 +1,5 @@
-//! Batches against a provider that refuses, beside plain tasks with the official SDK's backoff.
+//! Batches against a provider that refuses requests, compared with plain tasks that use the backoff
+//! of the official SDK.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -15,38 +16,39 @@ use tokio::task::JoinSet;
 
 use crate::{CONNECTIONS, Paths, plugin_folder, request_line, run_batch, say, serve};
 
-const LINES: usize = 1500;
+/// Number of requests per measurement.
+const REQUESTS: usize = 1500;
 
-/// How the stub is told to take requests, each with a name.
-const MODES: [(&str, &str); 8] = [
+/// Names and queries of the stub modes to measure.
+const STUB_MODES: [(&str, &str); 8] = [
     ("nothing refused", ""),
     ("1 % refused at random", "random=1"),
     ("5 %", "random=5"),
     ("10 %", "random=10"),
     ("20 %", "random=20"),
     ("100 a second", "rate=100"),
-    ("100 a second, and says when", "rate=100&retry-after=1"),
+    ("100 a second, with retry-after", "rate=100&retry-after=1"),
     ("200 in each 5 s", "window=200/5"),
 ];
 
-/// What it took: seconds, and requests that were refused.
-struct Took(f64, u64);
+/// Duration in seconds, and number of refused requests.
+struct Outcome(f64, u64);
 
+/// Prints a table row for each stub mode.
 pub async fn limits(paths: &Paths) -> Result<()> {
-    say(
-        "| provider | seconds | refused | plain tasks: seconds | refused | ratio |\n|---|---|---|---|---|---|",
-    );
-    for (name, mode) in MODES {
+    say("| provider | seconds | refused | plain tasks: seconds | refused | ratio |\n\
+         |---|---|---|---|---|---|");
+    for (name, mode) in STUB_MODES {
         let mode = format!("latency=100-200&{mode}");
-        let ours = ours(paths, &mode).await?;
-        let theirs = plain(paths, &mode).await?;
+        let host = measure_host(paths, &mode).await?;
+        let plain = measure_plain(paths, &mode).await?;
         say(&format!(
             "| {name} | {:.1} | {} | {:.1} | {} | {:.2} |",
-            ours.0,
-            ours.1,
-            theirs.0,
-            theirs.1,
-            ours.0 / theirs.0
+            host.0,
+            host.1,
+            plain.0,
+            plain.1,
+            host.0 / plain.0
         ));
     }
     Ok(())
@@ -58,7 +60,7 @@ async fn stub(paths: &Paths, mode: &str) -> Result<Server> {
     Ok(stub)
 }
 
-/// Requests beyond one for each line.
+/// Returns the number of arrivals beyond one per request.
 async fn refused(stub: &Server) -> Result<u64> {
     let arrivals =
         Http::default().json(Method::GET, &format!("{}/arrivals", stub.url), &Value::Null).await?;
@@ -66,23 +68,25 @@ async fn refused(stub: &Server) -> Result<u64> {
     Ok(arrivals.values().map(|times| times.len() as u64 - 1).sum())
 }
 
-async fn ours(paths: &Paths, mode: &str) -> Result<Took> {
+/// Measures the host.
+async fn measure_host(paths: &Paths, mode: &str) -> Result<Outcome> {
     let stub = stub(paths, mode).await?;
     let (plugins, data) = (plugin_folder(paths, &stub.url)?, tempfile::tempdir()?);
     let server = Server::start(&mut serve(paths, data.path(), plugins.path(), &[]))?;
     let http = Http::default();
-    let input: String = (0..LINES).map(|number| request_line(number) + "\n").collect();
+    let input: String = (0..REQUESTS).map(|number| request_line(number) + "\n").collect();
     let file = http.upload(&server.url, input.as_bytes()).await?;
     let begun = Instant::now();
     let batch = run_batch(&http, &server.url, &file, "completed").await?;
     let took = begun.elapsed().as_secs_f64();
-    if batch.pointer("/request_counts/completed") != Some(&json!(LINES)) {
+    if batch.pointer("/request_counts/completed") != Some(&json!(REQUESTS)) {
         bail!("not every request was answered: {batch}");
     }
-    Ok(Took(took, refused(&stub).await?))
+    Ok(Outcome(took, refused(&stub).await?))
 }
 
-async fn plain(paths: &Paths, mode: &str) -> Result<Took> {
+/// Measures plain tasks with the backoff of the SDK.
+async fn measure_plain(paths: &Paths, mode: &str) -> Result<Outcome> {
     let stub = stub(paths, mode).await?;
     let url = format!("{}/v1/chat/completions", stub.url);
     let begun = Instant::now();
@@ -91,14 +95,14 @@ async fn plain(paths: &Paths, mode: &str) -> Result<Took> {
     for task in 0..CONNECTIONS {
         let (http, url, dice) = (Http::default(), url.clone(), dice.clone());
         tasks.spawn(async move {
-            for number in (task..LINES).step_by(CONNECTIONS) {
+            for number in (task..REQUESTS).step_by(CONNECTIONS) {
                 let line: Value = serde_json::from_str(&request_line(number))?;
                 let body = Bytes::from(line.get("body").unwrap_or(&Value::Null).to_string());
                 let mut pause = 0.5_f64;
                 while http.send(Method::POST, &url, "application/json", body.clone()).await?.0
                     != 200
                 {
-                    // The SDK's: doubled up to eight seconds, of which up to a quarter is left out by chance.
+                    // Backoff of the SDK: doubled up to 8 s, minus a random quarter at most.
                     let dice = dice.fetch_add(2_654_435_761, Ordering::Relaxed);
                     let chance = f64::from(dice) / f64::from(u32::MAX);
                     tokio::time::sleep(Duration::from_secs_f64(pause * (1.0 - 0.25 * chance)))
@@ -112,5 +116,5 @@ async fn plain(paths: &Paths, mode: &str) -> Result<Took> {
     while let Some(done) = tasks.join_next().await {
         done??;
     }
-    Ok(Took(begun.elapsed().as_secs_f64(), refused(&stub).await?))
+    Ok(Outcome(begun.elapsed().as_secs_f64(), refused(&stub).await?))
 }

@@ -1,4 +1,6 @@
-//! Measures `dist/batchwright` against bounds taken in the same run: machines differ and are noisy, so ratios are what to look at.
+//! Benchmarks of `dist/batchwright`, each with a reference measured in the same run.
+//!
+//! Machines differ and are noisy, so the ratios count, not the absolute numbers.
 
 mod limits;
 
@@ -13,13 +15,16 @@ use hyper::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+/// Number of requests of a throughput round.
 const REQUESTS: usize = 40_000;
+/// Number of connections to the provider.
 const CONNECTIONS: usize = 64;
+/// Number of rounds; the median counts.
 const ROUNDS: usize = 3;
+/// Size of the input file of the validation benchmark, in bytes.
+const VALIDATION_BYTES: usize = 200_000_000;
 
-/// The file that is validated, in bytes.
-const VALIDATED: usize = 200_000_000;
-
+/// Programs under test, and their plugin directory.
 struct Paths {
     host: PathBuf,
     plugins: PathBuf,
@@ -40,15 +45,15 @@ async fn main() -> Result<()> {
         Some("start") => start(&paths).await,
         Some("throughput") => throughput(&paths).await,
         Some("validation") => validation(&paths).await,
-        // Two minutes, and only when it is asked for.
+        // Takes two minutes, so it runs only by name.
         Some("limits") => limits::limits(&paths).await,
-        Some(other) => bail!(
-            "there is no benchmark `{other}`; there are start, throughput, validation and limits"
-        ),
+        Some(other) => {
+            bail!("unknown benchmark `{other}`; known are start, throughput, validation and limits")
+        }
     }
 }
 
-#[expect(clippy::print_stdout, reason = "figures are what this is for")]
+#[expect(clippy::print_stdout, reason = "benchmarks print their results")]
 fn say(line: &str) {
     println!("{line}");
 }
@@ -58,7 +63,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
-/// A plugin directory with the standard rules, echo, and the OpenAI adapter pointed at a stub.
+/// Creates a plugin directory: standard validator, echo, and the OpenAI adapter for a stub.
 fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     for file in [
@@ -72,7 +77,8 @@ fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
             .with_context(|| format!("{file} is not built"))?;
     }
     let openai = format!(
-        "component = \"inference-openai.wasm\"\nmodels = [\"stub\"]\n[settings]\nbase_url = \"{stub}/v1\"\n[limits]\nconcurrency = {CONNECTIONS}\n"
+        "component = \"inference-openai.wasm\"\nmodels = [\"stub\"]\n\
+         [settings]\nbase_url = \"{stub}/v1\"\n[limits]\nconcurrency = {CONNECTIONS}\n"
     );
     std::fs::write(folder.path().join("openai.toml"), openai)?;
     Ok(folder)
@@ -85,7 +91,7 @@ fn serve(paths: &Paths, data: &Path, plugins: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// From the start of the process to the first good answer of `/health/ready`, with compiled plugins in the cache.
+/// Measures the time from process start to the first 200 of `/health/ready`, with a warm cache.
 async fn start(paths: &Paths) -> Result<()> {
     let data = tempfile::tempdir()?;
     let plugins = plugin_folder(paths, "http://127.0.0.1:9")?;
@@ -109,19 +115,27 @@ async fn start(paths: &Paths) -> Result<()> {
     let (least, most) =
         (times.iter().copied().fold(f64::MAX, f64::min), times.iter().copied().fold(0.0, f64::max));
     say(&format!(
-        "start: {:.0} ms to ready with a warm cache and three plugins (median of 10, {least:.0} to {most:.0}); the aim is 100",
+        "start: {:.0} ms to ready with a warm cache and three plugins \
+         (median of 10, {least:.0} to {most:.0}); the target is 100",
         median(times)
     ));
     Ok(())
 }
 
+/// Returns one line of an input file.
 fn request_line(number: usize) -> String {
     format!(
-        r#"{{"custom_id":"request-{number}","method":"POST","url":"/v1/chat/completions","body":{{"model":"stub","messages":[{{"role":"system","content":"You are a helpful assistant."}},{{"role":"user","content":"What is the capital of France? This is question {number}."}}],"max_tokens":100}}}}"#
+        "{{\"custom_id\":\"request-{number}\",\"method\":\"POST\",\
+         \"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"stub\",\"messages\":[\
+         {{\"role\":\"system\",\"content\":\"You are a helpful assistant.\"}},\
+         {{\"role\":\"user\",\"content\":\
+         \"What is the capital of France? This is question {number}.\"}}],\
+         \"max_tokens\":100}}}}"
     )
 }
 
-/// The whole path (create, validate, adapter, exchange, durable result, finalize) beside a client that does the exchanges alone.
+/// Measures a whole batch (validate, adapter, exchange, durable result, finalize) against a client
+/// that only does the HTTP exchanges.
 async fn throughput(paths: &Paths) -> Result<()> {
     let stub = Server::start(Command::new(&paths.stub).arg("--fast"))?;
     let plugins = plugin_folder(paths, &stub.url)?;
@@ -143,19 +157,21 @@ async fn throughput(paths: &Paths) -> Result<()> {
         }
         ratios.push(rate / raw);
         say(&format!(
-            "throughput {round}: raw client {raw:.0}/s, whole path {rate:.0}/s, ratio {:.2}, CPU {cpu:.0} us a request",
+            "throughput {round}: raw client {raw:.0}/s, batch {rate:.0}/s, ratio {:.2}, \
+             CPU {cpu:.0} us a request",
             rate / raw
         ));
     }
     let memory = server.peak_memory()? >> 20;
     say(&format!(
-        "throughput: {:.2} of a raw client (median of {ROUNDS}, {REQUESTS} requests, {CONNECTIONS} connections), peak memory {memory} MiB; the aim is 0.5",
+        "throughput: {:.2} of a raw client (median of {ROUNDS}, {REQUESTS} requests, \
+         {CONNECTIONS} connections), peak memory {memory} MiB; the target is 0.5",
         median(ratios)
     ));
     Ok(())
 }
 
-/// Requests a second of a client that sends the same bodies over as many connections and throws the answers away.
+/// Returns the requests a second of a client that sends the same bodies and drops the responses.
 async fn raw_client(stub: &str) -> Result<f64> {
     let http = Http::default();
     let url = format!("{stub}/v1/chat/completions");
@@ -177,8 +193,13 @@ async fn raw_client(stub: &str) -> Result<f64> {
     Ok(REQUESTS as f64 / begun.elapsed().as_secs_f64())
 }
 
+/// Creates a batch and waits until it has the expected final status.
 async fn run_batch(http: &Http, url: &str, file: &str, expected: &str) -> Result<Value> {
-    let new = json!({"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"});
+    let new = json!({
+        "input_file_id": file,
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+    });
     let batch = http.json(Method::POST, &format!("{url}/v1/batches"), &new).await?;
     let id = batch.get("id").and_then(Value::as_str).context("a batch has an id")?.to_owned();
     loop {
@@ -188,18 +209,18 @@ async fn run_batch(http: &Http, url: &str, file: &str, expected: &str) -> Result
             return Ok(batch);
         }
         if matches!(status, "completed" | "failed" | "cancelled" | "expired") {
-            bail!("the batch ended otherwise: {batch}");
+            bail!("the batch ended with another status than {expected}: {batch}");
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-/// A file whose last line alone is wrong, beside `serde_json` checking the same lines on one core.
+/// Measures the validation of a file whose last line is invalid, against `serde_json` on one core.
 async fn validation(paths: &Paths) -> Result<()> {
-    let mut input = String::with_capacity(VALIDATED + 10_000);
+    let mut input = String::with_capacity(VALIDATION_BYTES + 10_000);
     let mut number = 0;
-    while input.len() < VALIDATED {
-        // Of about two kilobytes, with some escapes: a prompt with a passage to work on.
+    while input.len() < VALIDATION_BYTES {
+        // About two kilobytes with some escapes: a prompt with a quoted passage.
         let passage = "The quick brown fox said: \\\"jump\\\" over the lazy dog.\\n".repeat(32);
         input.push_str(
             &request_line(number)
@@ -232,7 +253,8 @@ async fn validation(paths: &Paths) -> Result<()> {
     }
     let (native, rate) = (median(natives), median(rates));
     say(&format!(
-        "validation: {rate:.0} MB/s on all cores ({} MB, {lines} lines), serde_json on one core {native:.0} MB/s, ratio {:.2}, peak memory {} MiB; the aim is 1",
+        "validation: {rate:.0} MB/s on all cores ({} MB, {lines} lines), \
+         serde_json on one core {native:.0} MB/s, ratio {:.2}, peak memory {} MiB; the target is 1",
         input.len() / 1_000_000,
         rate / native,
         server.peak_memory()? >> 20
@@ -240,9 +262,9 @@ async fn validation(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// What a native program would look at.
+/// Fields that a native program would check.
 #[derive(serde::Deserialize)]
-#[expect(dead_code, reason = "reading is what is measured")]
+#[expect(dead_code, reason = "the benchmark measures deserialization")]
 struct Checked<'a> {
     custom_id: &'a str,
     method: &'a str,
@@ -251,7 +273,7 @@ struct Checked<'a> {
 }
 
 #[derive(serde::Deserialize)]
-#[expect(dead_code, reason = "reading is what is measured")]
+#[expect(dead_code, reason = "the benchmark measures deserialization")]
 struct Body<'a> {
     model: &'a str,
     messages: serde::de::IgnoredAny,

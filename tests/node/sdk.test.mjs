@@ -1,4 +1,4 @@
-// What a user of the official Node SDK does all day, against a real server.
+// Official Node SDK against a real server: batches, lists, errors, idempotency, cancellation.
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
@@ -14,13 +14,20 @@ const folder = mkdtempSync(join(tmpdir(), "batchwright-"));
 let server, client;
 
 before(async () => {
-  const arguments_ = ["serve", "--listen", "127.0.0.1:0", "--data", join(folder, "data"), "--plugins", join(dist, "plugins")];
-  server = spawn(join(dist, "batchwright"), arguments_, { stdio: ["ignore", "pipe", "ignore"] });
+  const arguments_ = ["serve", "--listen", "127.0.0.1:0"];
+  arguments_.push("--data", join(folder, "data"), "--plugins", join(dist, "plugins"));
+  const stdio = ["ignore", "pipe", "ignore"];
+  server = spawn(join(dist, "batchwright"), arguments_, { stdio });
   const [line] = await Promise.race([
-    new Promise((listening) => server.stdout.once("data", (data) => listening(String(data).split("\n")))),
-    new Promise((_, failed) => server.once("exit", (code) => failed(new Error(`the server ended with ${code}`)))),
+    new Promise((listening) => {
+      server.stdout.once("data", (data) => listening(String(data).split("\n")));
+    }),
+    new Promise((_, failed) => {
+      server.once("exit", (code) => failed(new Error(`the server exited with code ${code}`)));
+    }),
   ]);
-  client = new OpenAI({ baseURL: `${line.replace("listening on ", "")}/v1`, apiKey: "none", maxRetries: 0 });
+  const baseURL = `${line.replace("listening on ", "")}/v1`;
+  client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
 });
 
 after(() => {
@@ -42,11 +49,16 @@ async function ended(id) {
     if (["completed", "failed", "cancelled", "expired"].includes(batch.status)) return batch;
     await pause(20);
   }
-  throw new Error(`${id} does not end`);
+  throw new Error(`timed out waiting for the end of ${id}`);
+}
+
+async function upload(content) {
+  const file = await toFile(Buffer.from(content), "in.jsonl");
+  return client.files.create({ file, purpose: "batch" });
 }
 
 async function run(lines) {
-  const file = await client.files.create({ file: await toFile(Buffer.from(lines.join("\n")), "in.jsonl"), purpose: "batch" });
+  const file = await upload(lines.join("\n"));
   const batch = await client.batches.create({
     input_file_id: file.id,
     endpoint: "/v1/chat/completions",
@@ -55,9 +67,10 @@ async function run(lines) {
   return ended(batch.id);
 }
 
-test("a batch from a file on the disk to its results", async () => {
+test("batch runs from a file on the disk to its results", async () => {
   const path = join(folder, "prompts.jsonl");
-  writeFileSync(path, [line("a", "eins"), line("b", "zwölf"), line("c", "x", { n: 99 })].join("\r\n"));
+  const lines = [line("a", "eins"), line("b", "zwölf"), line("c", "x", { n: 99 })];
+  writeFileSync(path, lines.join("\r\n"));
   const file = await client.files.create({ file: createReadStream(path), purpose: "batch" });
   assert.equal(file.filename, "prompts.jsonl");
   const created = await client.batches.create({
@@ -72,14 +85,18 @@ test("a batch from a file on the disk to its results", async () => {
   assert.deepEqual(batch.metadata, { team: "research" });
   const content = await (await client.files.content(batch.output_file_id)).text();
   assert.ok(content.endsWith("\n"));
-  const answers = content.trimEnd().split("\n").map((text) => JSON.parse(text));
+  const answers = content
+    .trimEnd()
+    .split("\n")
+    .map((text) => JSON.parse(text));
   assert.deepEqual(answers.map((answer) => answer.custom_id), ["a", "b"]);
   assert.equal(answers[1].response.body.choices[0].message.content, "zwölf");
-  const errors = (await (await client.files.content(batch.error_file_id)).text()).trimEnd().split("\n");
+  const errorContent = await (await client.files.content(batch.error_file_id)).text();
+  const errors = errorContent.trimEnd().split("\n");
   assert.equal(JSON.parse(errors[0]).response.status_code, 400);
 });
 
-test("a rejected file, and each error as the SDK raises it", async () => {
+test("rejected file lists its errors, and calls raise the SDK error classes", async () => {
   const batch = await run(["nonsense", line("a", "x", { model: "nobody" })]);
   assert.equal(batch.status, "failed");
   assert.deepEqual(
@@ -89,14 +106,23 @@ test("a rejected file, and each error as the SDK raises it", async () => {
   await assert.rejects(client.batches.retrieve("batch_x"), NotFoundError);
   await assert.rejects(client.batches.cancel(batch.id), ConflictError);
   await assert.rejects(
-    client.batches.create({ input_file_id: "file-x", endpoint: "/v1/nothing", completion_window: "24h" }),
-    (error) => error instanceof BadRequestError && error.param === "endpoint" && error.code === "invalid_value",
+    client.batches.create({
+      input_file_id: "file-x",
+      endpoint: "/v1/nothing",
+      completion_window: "24h",
+    }),
+    (error) =>
+      error instanceof BadRequestError &&
+      error.param === "endpoint" &&
+      error.code === "invalid_value",
   );
 });
 
-test("lists page by themselves", async () => {
+test("lists are paged automatically", async () => {
   const made = [];
-  for (let number = 0; number < 5; number++) made.unshift((await run([line(String(number), "x")])).id);
+  for (let number = 0; number < 5; number++) {
+    made.unshift((await run([line(String(number), "x")])).id);
+  }
   const listed = [];
   for await (const batch of client.batches.list({ limit: 2 })) listed.push(batch.id);
   assert.deepEqual(listed.slice(0, 5), made);
@@ -108,28 +134,37 @@ test("lists page by themselves", async () => {
   assert.ok(models.includes("echo"));
 });
 
-test("a creation that is repeated with its key makes one batch", async () => {
-  const file = await client.files.create({ file: await toFile(Buffer.from(line("a", "x")), "in.jsonl"), purpose: "batch" });
+test("idempotency key creates one batch", async () => {
+  const file = await upload(line("a", "x"));
   const create = (metadata) =>
     client.batches.create(
-      { input_file_id: file.id, endpoint: "/v1/chat/completions", completion_window: "24h", metadata },
+      {
+        input_file_id: file.id,
+        endpoint: "/v1/chat/completions",
+        completion_window: "24h",
+        metadata,
+      },
       { headers: { "Idempotency-Key": "nightly-2026-11-22" } },
     );
   const made = await Promise.all(Array.from({ length: 20 }, () => create({ run: "1" })));
   assert.equal(new Set(made.map((batch) => batch.id)).size, 1);
-  await assert.rejects(create({ run: "2" }), (error) => error instanceof ConflictError && /conflict/i.test(error.message));
+  await assert.rejects(
+    create({ run: "2" }),
+    (error) => error instanceof ConflictError && /conflict/i.test(error.message),
+  );
 });
 
-test("a cancelled batch has every request in one of its files", async () => {
+test("cancelled batch lists every request in one of its files", async () => {
   const ids = Array.from({ length: 20_000 }, (_, number) => String(number));
-  const input = Buffer.from(ids.map((id) => line(id, "x")).join("\n"));
-  const file = await client.files.create({ file: await toFile(input, "in.jsonl"), purpose: "batch" });
+  const file = await upload(ids.map((id) => line(id, "x")).join("\n"));
   const created = await client.batches.create({
     input_file_id: file.id,
     endpoint: "/v1/chat/completions",
     completion_window: "24h",
   });
-  for (let status = created.status; status === "validating"; ) status = (await client.batches.retrieve(created.id)).status;
+  for (let status = created.status; status === "validating"; ) {
+    status = (await client.batches.retrieve(created.id)).status;
+  }
   assert.ok(["cancelling", "cancelled"].includes((await client.batches.cancel(created.id)).status));
   assert.ok(["cancelling", "cancelled"].includes((await client.batches.cancel(created.id)).status));
   const batch = await ended(created.id);
@@ -142,21 +177,33 @@ test("a cancelled batch has every request in one of its files", async () => {
   assert.deepEqual(found.sort(), ids.sort());
 });
 
-test("each refusal is the error class that the SDK has for it, and is not tried again in vain", async () => {
-  let asked = 0;
+test("refusals raise the SDK error classes and are not retried", async () => {
+  let requests = 0;
   const counting = (...request) => {
-    asked += 1;
+    requests += 1;
     return fetch(...request);
   };
-  const patient = client.withOptions({ maxRetries: 3, fetch: counting });
+  const retrying = client.withOptions({ maxRetries: 3, fetch: counting });
   const batch = await run([line("a", "x")]);
-  await assert.rejects(patient.batches.cancel(batch.id), ConflictError);
-  assert.equal(asked, 1);
-  await assert.rejects(patient.files.retrieve("file-x"), NotFoundError);
-  await assert.rejects(patient.files.del?.("file-x") ?? patient.files.delete("file-x"), NotFoundError);
-  await assert.rejects(patient.models.retrieve("some/body"), (error) => error.code === "model_not_found");
-  await assert.rejects(patient.batches.list({ after: "batch_x" }), BadRequestError);
-  const empty = async () => patient.files.create({ file: await toFile(Buffer.alloc(0), "in.jsonl"), purpose: "batch" });
-  await assert.rejects(empty(), (error) => error instanceof BadRequestError && error.code === "empty_file");
-  await assert.rejects(patient.get("/nothing"), (error) => error instanceof NotFoundError && error.type === "invalid_request_error");
+  await assert.rejects(retrying.batches.cancel(batch.id), ConflictError);
+  assert.equal(requests, 1);
+  await assert.rejects(retrying.files.retrieve("file-x"), NotFoundError);
+  await assert.rejects(
+    retrying.files.del?.("file-x") ?? retrying.files.delete("file-x"),
+    NotFoundError,
+  );
+  await assert.rejects(
+    retrying.models.retrieve("some/body"),
+    (error) => error.code === "model_not_found",
+  );
+  await assert.rejects(retrying.batches.list({ after: "batch_x" }), BadRequestError);
+  const empty = await toFile(Buffer.alloc(0), "in.jsonl");
+  await assert.rejects(
+    retrying.files.create({ file: empty, purpose: "batch" }),
+    (error) => error instanceof BadRequestError && error.code === "empty_file",
+  );
+  await assert.rejects(
+    retrying.get("/nothing"),
+    (error) => error instanceof NotFoundError && error.type === "invalid_request_error",
+  );
 });

@@ -1,4 +1,4 @@
-//! Generated from `wit/`; nothing else lives here.
+//! Bindings generated from `wit/`.
 #![expect(unsafe_code, reason = "the canonical ABI passes pointers")]
 #![allow(
     clippy::allow_attributes,

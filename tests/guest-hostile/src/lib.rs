@@ -1,8 +1,11 @@
-//! An adapter that does, request by request, what no adapter should: the host must contain each.
+//! Hostile adapter: each request runs one attack, which the host must contain.
 //!
-//! The request's `custom_id` says what to do: an order and its argument. What goes wrong before a request comes is in `wat/`.
+//! The `custom_id` of a request names the attack and its argument. Attacks on CPU time, memory,
+//! the contract, egress and the log are in `begin` and `resume`. Attacks before the first
+//! request (loading, `describe`, instantiation) are components of their own, in `wat/`.
+//! `tests/python/test_containment.py` holds the expected error of each attack.
 
-#![expect(clippy::panic, reason = "a trap is one of the things to contain")]
+#![expect(clippy::panic, reason = "a trap is one of the attacks")]
 
 mod bindings;
 
@@ -20,9 +23,9 @@ use bindings::exports::batchwright::plugin::{
 struct Component;
 
 thread_local! {
-    /// Requests this instance has seen.
+    /// Number of requests that this instance has processed.
     static SEEN: Cell<u64> = const { Cell::new(0) };
-    /// What it kept of one request, to show in another.
+    /// Settings and bodies seen so far, for the attack that shows them in a later request.
     static KEPT: RefCell<Vec<String>> = RefCell::default();
 }
 
@@ -39,7 +42,7 @@ impl plugin::Guest for Component {
                 prefix: "Bearer ".into(),
                 required: false,
             }],
-            // A default that names a host must not open the way there.
+            // A default that names a host must not allow egress to that host.
             settings_schema:
                 r#"{"type":"object","properties":{"home":{"default":"http://169.254.169.254/"}}}"#
                     .into(),
@@ -50,7 +53,7 @@ impl plugin::Guest for Component {
         KEPT.with_borrow_mut(|kept| kept.push(settings.clone()));
         match settings {
             settings if settings.contains("refuse") => Err("these settings are refused".into()),
-            settings if settings.contains("trap") => panic!("as ordered"),
+            settings if settings.contains("trap") => panic!("as requested"),
             settings if settings.contains("loop") => forever(),
             _ => Ok(()),
         }
@@ -64,9 +67,9 @@ impl inference::Guest for Component {
             forever();
         }
         KEPT.with_borrow_mut(|kept| kept.push(request.body.clone()));
-        let (order, argument) =
+        let (attack, argument) =
             request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
-        match order {
+        match attack {
             "loop" => forever(),
             "memory" => {
                 let mut held = Vec::new();
@@ -74,15 +77,15 @@ impl inference::Guest for Component {
                     held.push(std::hint::black_box(vec![1_u8; 1 << 20]));
                 }
             }
-            "trap" => panic!("as ordered"),
+            "trap" => panic!("as requested"),
             "recursion" => done(200, format!(r#"{{"depth":{}}}"#, depth(0))),
             "gigantic" => done(200, format!(r#"{{"x":"{}"}}"#, "x".repeat(20 << 20))),
             "many" => many(),
             "headers" => {
                 let headers = [("host", "x"); 30_000];
-                send("POST", argument, &headers, order)
+                send("POST", argument, &headers, attack)
             }
-            "inflate" => match send("POST", argument, &[], order) {
+            "inflate" => match send("POST", argument, &[], attack) {
                 Step::Send(mut exchange) => {
                     exchange.request.body = vec![b'x'; 12 << 20];
                     Step::Send(exchange)
@@ -120,10 +123,12 @@ impl inference::Guest for Component {
                 200,
                 format!(r#"{{"kept":{}}}"#, KEPT.with_borrow(|kept| quoted(&kept.concat()))),
             ),
-            "send" | "follow" | "memory-after" | "loop-after" => send("POST", argument, &[], order),
-            "method" => send("GET / HTTP/1.1\r\nx: ", argument, &[], order),
-            "header-value" => send("POST", argument, &[("x-a", "1\r\nx-forged: 2")], order),
-            "header-name" => send("POST", argument, &[("x-a: 1\r\nx-forged", "2")], order),
+            "send" | "follow" | "memory-after" | "loop-after" => {
+                send("POST", argument, &[], attack)
+            }
+            "method" => send("GET / HTTP/1.1\r\nx: ", argument, &[], attack),
+            "header-value" => send("POST", argument, &[("x-a", "1\r\nx-forged: 2")], attack),
+            "header-name" => send("POST", argument, &[("x-a: 1\r\nx-forged", "2")], attack),
             "forged" => {
                 let headers = [
                     ("host", "evil.example"),
@@ -135,20 +140,20 @@ impl inference::Guest for Component {
                     ("connection", "x-fine"),
                     ("x-fine", "1"),
                 ];
-                send("POST", argument, &headers, order)
+                send("POST", argument, &headers, attack)
             }
             _ => done(200, format!(r#"{{"seen":{}}}"#, SEEN.get())),
         }
     }
 
     fn resume(state: Vec<u8>, outcome: Outcome) -> Step {
-        let order = String::from_utf8_lossy(&state).into_owned();
+        let attack = String::from_utf8_lossy(&state).into_owned();
         match outcome {
-            Outcome::Elapsed if order == "endless" => pause(),
+            Outcome::Elapsed if attack == "endless" => pause(),
             Outcome::Elapsed => done(200, "{}".into()),
-            Outcome::Response(_) if order == "loop-after" => forever(),
-            Outcome::Response(response) if order == "memory-after" => {
-                // Everything it ever saw, shown: no secret may be in it.
+            Outcome::Response(_) if attack == "loop-after" => forever(),
+            Outcome::Response(response) if attack == "memory-after" => {
+                // Returns and logs all that the guest received: no secret may be in it.
                 let headers = response
                     .headers
                     .iter()
@@ -163,7 +168,7 @@ impl inference::Guest for Component {
             }
             Outcome::Response(response) => {
                 let location = response.headers.iter().find(|header| header.name == "location");
-                match location.filter(|_| order == "follow") {
+                match location.filter(|_| attack == "follow") {
                     Some(location) => send("GET", &location.value, &[], "followed"),
                     None if (300..400).contains(&response.status) => {
                         done(200, r#"{"redirect":"not followed"}"#.into())
@@ -205,17 +210,17 @@ fn pause() -> Step {
     Step::Wait(Pause { milliseconds: 0, state: b"endless".to_vec() })
 }
 
-fn send(method: &str, url: &str, headers: &[(&str, &str)], order: &str) -> Step {
+fn send(method: &str, url: &str, headers: &[(&str, &str)], attack: &str) -> Step {
     let headers = headers
         .iter()
         .map(|(name, value)| Header { name: (*name).into(), value: (*value).into() })
         .collect();
     let body = br#"{"messages":[{"content":"!headers"}]}"#.to_vec();
     let request = HttpRequest { method: method.into(), url: url.into(), headers, body };
-    Step::Send(Exchange { request, state: order.as_bytes().to_vec() })
+    Step::Send(Exchange { request, state: attack.as_bytes().to_vec() })
 }
 
-/// Few bytes each, and many of them.
+/// Requests an exchange with half a million small headers.
 fn many() -> Step {
     let header = || Header { name: "a".into(), value: "b".into() };
     let headers = std::iter::repeat_with(header).take(500_000).collect();
@@ -224,7 +229,7 @@ fn many() -> Step {
     Step::Send(Exchange { request, state: Vec::new() })
 }
 
-/// A JSON string.
+/// Returns a text as a JSON string.
 fn quoted(text: &str) -> String {
     let escaped: String = text
         .chars()
@@ -237,13 +242,13 @@ fn quoted(text: &str) -> String {
     format!("\"{escaped}\"")
 }
 
-#[expect(unsafe_code, reason = "no text is what the host must not take for one")]
+#[expect(unsafe_code, reason = "the host must reject a string that is not UTF-8")]
 fn broken_text(bytes: &[u8]) -> String {
-    // SAFETY: it is only passed on, byte by byte.
+    // SAFETY: nothing reads the string as text; the canonical ABI copies its bytes.
     unsafe { String::from_utf8_unchecked(bytes.to_vec()) }
 }
 
-/// Recursion that no optimizer turns into a loop.
+/// Recurses without end, in a way that no optimizer turns into a loop.
 fn depth(level: u64) -> u64 {
     let space = std::hint::black_box([level; 64]);
     space.iter().sum::<u64>().wrapping_add(if level == u64::MAX { 0 } else { depth(level + 1) })

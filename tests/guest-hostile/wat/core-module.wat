@@ -1,3 +1,3 @@
 ;; module
-;; No component at all.
+;; Core module instead of a component.
 (module (func (export "run")))

@@ -1,8 +1,8 @@
 ;; world: adapter
-;; Says that its name has two GiB.
+;; Returns a name of two GiB from `describe`.
 (module
   (memory (export "memory") 1)
-  ;; What `describe` points to: name, version, summary, endpoints, credentials and schema, each a place and a length.
+  ;; Result of `describe`: name, version, summary, endpoints, credentials, schema (offset, length).
   (data (i32.const 16) "\00\01\00\00\07\00\00\00\07\01\00\00\05\00\00\00\0c\01\00\00\09\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\15\01\00\00\02\00\00\00")
   (data (i32.const 256) "hostile0.0.1From wat/{}")
   (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 4096)

@@ -1,8 +1,8 @@
 ;; world: adapter
-;; Asks for its secret in a header that is the host's.
+;; Declares a credential in the header `host`, which the host sets.
 (module
   (memory (export "memory") 1)
-  ;; What `describe` points to: name, version, summary, endpoints, credentials and schema, each a place and a length.
+  ;; Result of `describe`: name, version, summary, endpoints, credentials, schema (offset, length).
   (data (i32.const 16) "\00\04\00\00\07\00\00\00\07\04\00\00\05\00\00\00\0c\04\00\00\09\00\00\00\00\00\00\00\00\00\00\00\80\00\00\00\01\00\00\00\15\04\00\00\02\00\00\00")
   (data (i32.const 128) "\17\04\00\00\03\00\00\00\1a\04\00\00\04\00\00\00\1e\04\00\00\11\00\00\00\01\00\00\00")
   (data (i32.const 1024) "hostile0.0.1From wat/{}keyhostinternal.example/")

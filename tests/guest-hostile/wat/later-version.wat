@@ -1,5 +1,5 @@
 ;; component
-;; Built for a contract that this host does not know.
+;; Exports a contract version that the host does not support.
 (component
   (core module $m (func (export "run")))
   (core instance $i (instantiate $m))

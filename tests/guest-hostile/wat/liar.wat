@@ -1,8 +1,8 @@
 ;; world: adapter
-;; Its summary looks like more than one line.
+;; Forges lines of `plugin inspect` with line breaks and escapes in its summary.
 (module
   (memory (export "memory") 1)
-  ;; What `describe` points to: name, version, summary, endpoints, credentials and schema, each a place and a length.
+  ;; Result of `describe`: name, version, summary, endpoints, credentials, schema (offset, length).
   (data (i32.const 16) "\00\04\00\00\07\00\00\00\07\04\00\00\05\00\00\00\0c\04\00\00\2f\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\00\3b\04\00\00\02\00\00\00")
   (data (i32.const 1024) "hostile0.0.1harmless\0aimports    nothing\0asha256     0000\1b[8m{}")
   (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 32768)

@@ -1,5 +1,5 @@
 ;; component
-;; Wants what the host does not have.
+;; Imports an interface that the host does not provide.
 (component
   (import "wasi:http/outgoing-handler@0.2.0" (instance (export "handle" (func))))
   (core module $m (func (export "run")))

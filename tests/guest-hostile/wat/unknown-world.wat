@@ -1,5 +1,5 @@
 ;; component
-;; A component of somebody else's world.
+;; Component of another world: exports no plugin interface.
 (component
   (core module $m (func (export "run")))
   (core instance $i (instantiate $m))

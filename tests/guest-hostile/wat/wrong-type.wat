@@ -1,5 +1,5 @@
 ;; component
-;; Has the names of the contract, and other types.
+;; Exports the names of the contract with wrong types.
 (component
   (core module $m (func (export "run")))
   (core instance $i (instantiate $m))

@@ -1,4 +1,4 @@
-//! Generated from WIT; nothing else lives here.
+//! Bindings generated from WIT.
 #![expect(unsafe_code, reason = "the canonical ABI passes pointers")]
 #![allow(
     clippy::allow_attributes,
@@ -15,7 +15,7 @@ wit_bindgen::generate!({ path: "../../wit/v0.1", world: "adapter" });
 wit_bindgen::generate!({
     path: ["../../wit/v0.1", "wit"],
     world: "batchwright:tests/curious",
-    // Called as if they were not asynchronous: whoever waits in them holds up the call.
+    // Synchronous calls: a wait inside one blocks the whole call.
     async: false,
     generate_all,
 });

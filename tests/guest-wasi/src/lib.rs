@@ -1,8 +1,13 @@
-//! An adapter that asks what there is in the world it was put into: files, environment, sockets, clocks.
+//! Adapter that probes its WASI sandbox: files, environment, sockets, clocks, standard output.
 //!
-//! Rust's own library asks through WASI 0.2; with the feature `p3` the guest asks 0.3 itself. The request's `custom_id` says what to do.
+//! The standard library of Rust probes WASI 0.2; with the feature `p3`, the guest also calls WASI
+//! 0.3 directly. The `custom_id` of a request names the probe and its argument.
 
-#![expect(clippy::print_stdout, clippy::panic, reason = "what becomes of it is what is tested")]
+#![expect(
+    clippy::print_stdout,
+    clippy::panic,
+    reason = "tests check how the host handles output and traps"
+)]
 
 mod bindings;
 
@@ -21,7 +26,7 @@ impl plugin::Guest for Component {
         plugin::Description {
             name: "curious".into(),
             version: "0.0.1".into(),
-            summary: "Asks what there is".into(),
+            summary: "Probes its sandbox".into(),
             endpoints: Vec::new(),
             credentials: Vec::new(),
             settings_schema: "{}".into(),
@@ -36,9 +41,9 @@ impl plugin::Guest for Component {
 
 impl inference::Guest for Component {
     fn begin(request: inference::Request) -> Step {
-        let (order, argument) =
+        let (probe, argument) =
             request.custom_id.split_once(' ').unwrap_or((&request.custom_id, ""));
-        let found = match order {
+        let found = match probe {
             "look" => look(),
             "read" => format!("{:?}", std::fs::read(argument).map_err(|error| error.kind())),
             "write" => format!("{:?}", std::fs::write(argument, "x").map_err(|error| error.kind())),
@@ -103,7 +108,7 @@ impl inference::Guest for Component {
     }
 }
 
-/// What is there without asking for anything in particular.
+/// Returns environment, arguments and clocks; with `p3` also folders and random numbers.
 fn look() -> String {
     let before = Instant::now();
     let environment: Vec<_> = std::env::vars().collect();

@@ -1,13 +1,27 @@
-//! Stands in for a provider, over real HTTP: answers `/v1/chat/completions` and the other endpoints, and can be told to misbehave.
+//! Stub provider over real HTTP: answers `/v1/chat/completions` and the other endpoints, and can
+//! misbehave on request.
 //!
-//! A prompt that begins with `!` is an order:
-//! `!fail STATUS TIMES [RETRY_AFTER]` answers with the status that many times before it answers well; `!status STATUS` always;
-//! `!quota` is an account without money; `!delay MS` waits; `!html` answers 200 with a page; `!pretty` with many lines;
-//! `!headers` with the request's headers; `!raw` anywhere in the body with the body as it came, whether it can be parsed here or not; `!close` cuts the connection; `!redirect URL` sends elsewhere; `!big BYTES` answers at length.
-//! `GET /arrivals` tells when each prompt came, each time, in milliseconds since 1970. `GET /load` tells how many requests were under way at
-//! once at the most, and how many were refused, since it was last asked; `GET /load?N` has more than N at once refused with 429 from then on.
-//! `GET /mode?…` has it behave otherwise from then on; see [`Mode`]. `GET /keys` tells the idempotency keys that each prompt came with.
-//! `--port PORT` has it listen there, so that it can come back after it was killed.
+//! A prompt that begins with `!` is a command:
+//!
+//! - `!fail STATUS TIMES [RETRY_AFTER]` answers with the status that many times, then normally
+//! - `!status STATUS` answers with the status every time
+//! - `!quota` answers as for an account without money
+//! - `!delay MS` answers after a delay
+//! - `!html` answers 200 with an HTML page, `!pretty` with JSON on many lines
+//! - `!headers` answers with the headers of the request
+//! - `!raw`, anywhere in the body, answers with the body as received, valid JSON or not
+//! - `!close` cuts the connection, `!redirect URL` redirects
+//! - `!big BYTES` answers with that many bytes
+//!
+//! Control endpoints of the tests:
+//!
+//! - `GET /arrivals` returns the arrival times of each prompt, in milliseconds since 1970
+//! - `GET /load` returns the peak of requests in flight and the number of refused requests since
+//!   the last call; `GET /load?N` refuses more than N requests in flight with 429 from then on
+//! - `GET /mode?…` changes the behavior for all following requests; see [`Mode`]
+//! - `GET /keys` returns the idempotency keys of each prompt
+//!
+//! `--port PORT` sets the port, so that a killed stub can return at its address.
 
 mod mode;
 
@@ -25,35 +39,37 @@ use hyper_util::server::conn::auto;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use mode::{Mode, Taken};
+use mode::{Decision, Mode};
 
 #[derive(Default)]
 struct Stub {
     name: String,
-    /// Answers with the same bytes at once, for measuring.
+    /// Answers every request immediately with the same bytes, for benchmarks.
     fast: bool,
+    /// Arrival times of each prompt, in milliseconds since 1970.
     arrivals: Mutex<HashMap<String, Vec<u64>>>,
+    /// Idempotency keys of each prompt, in order of arrival.
     keys: Mutex<HashMap<String, Vec<String>>>,
     load: Mutex<Load>,
     mode: Mutex<Mode>,
-    /// Responses being made in the background: how often each was asked for.
+    /// Background responses by id: number of polls so far, and the final response.
     jobs: Mutex<HashMap<String, (u64, Value)>>,
 }
 
 #[derive(Default)]
 struct Load {
-    now: u64,
-    most: u64,
+    in_flight: u64,
+    peak: u64,
     refused: u64,
     limit: Option<u64>,
 }
 
-/// A request under way.
-struct UnderWay<'a>(&'a Mutex<Load>);
+/// Request in flight; dropping it ends the count.
+struct InFlight<'a>(&'a Mutex<Load>);
 
-impl Drop for UnderWay<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).now -= 1;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).in_flight -= 1;
     }
 }
 
@@ -94,7 +110,7 @@ async fn main() -> anyhow::Result<()> {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "whoever starts this waits for the line")]
+#[expect(clippy::print_stdout, reason = "the parent process waits for the line")]
 fn announce(line: &str) {
     use std::io::Write;
     println!("{line}");
@@ -102,7 +118,7 @@ fn announce(line: &str) {
 }
 
 impl Stub {
-    /// Refuses a request, with what the mode says of the time until it is taken.
+    /// Returns a refusal, with the `retry-after` of the mode.
     fn refuse(&self, status: u16) -> Response<Full<Bytes>> {
         let code = if status == 402 { "insufficient_quota" } else { "refused" };
         let mut refusal = reply(status, error("refused for now", code));
@@ -113,45 +129,46 @@ impl Stub {
         refusal
     }
 
-    /// Begins to make a response in the background.
-    fn begin(&self, prompt: &str, count: u64, well: Value) -> Response<Full<Bytes>> {
+    /// Creates a background response and returns it with the status `queued`.
+    fn begin(&self, prompt: &str, count: u64, complete: Value) -> Response<Full<Bytes>> {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let id = format!("resp_{}_{count}", jobs.len());
-        let mut begun = well.clone();
+        let mut begun = complete.clone();
         set(&mut begun, "id", &id);
         set(&mut begun, "status", "queued");
         set(&mut begun, "prompt", prompt);
-        jobs.insert(id, (0, well));
+        jobs.insert(id, (0, complete));
         reply(200, begun.to_string())
     }
 
-    /// Says how far a response is that is made in the background: it takes two questions.
+    /// Returns a background response; it is complete at the third poll.
     fn poll(&self, id: &str) -> Response<Full<Bytes>> {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((asked, well)) = jobs.get_mut(id) else {
+        let Some((polls, complete)) = jobs.get_mut(id) else {
             return reply(404, error("no such response", "not_found"));
         };
-        *asked += 1;
-        let mut answer = well.clone();
+        *polls += 1;
+        let mut answer = complete.clone();
         set(&mut answer, "id", id);
-        if *asked < 3 {
+        if *polls < 3 {
             set(&mut answer, "status", "in_progress");
         }
         reply(200, answer.to_string())
     }
 
-    /// Counts a request in, unless there are too many.
-    fn enter(&self) -> Option<UnderWay<'_>> {
+    /// Counts a request as in flight; returns None above the limit.
+    fn enter(&self) -> Option<InFlight<'_>> {
         let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
-        if load.limit.is_some_and(|limit| load.now >= limit) {
+        if load.limit.is_some_and(|limit| load.in_flight >= limit) {
             load.refused += 1;
             return None;
         }
-        load.now += 1;
-        load.most = load.most.max(load.now);
-        Some(UnderWay(&self.load))
+        load.in_flight += 1;
+        load.peak = load.peak.max(load.in_flight);
+        Some(InFlight(&self.load))
     }
 
+    /// Answers a control endpoint, or a provider request as its prompt and the mode say.
     async fn answer(&self, request: Request<Incoming>) -> Answer {
         let path = request.uri().path().to_owned();
         let headers: Value = request
@@ -170,10 +187,10 @@ impl Stub {
         }
         if path == "/load" {
             let mut load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
-            let said = json!({"most": load.most, "refused": load.refused}).to_string();
+            let body = json!({"most": load.peak, "refused": load.refused}).to_string();
             let limit = request.uri().query().and_then(|query| query.parse().ok()).or(load.limit);
-            *load = Load { now: load.now, limit, ..Load::default() };
-            return Ok(reply(200, said));
+            *load = Load { in_flight: load.in_flight, limit, ..Load::default() };
+            return Ok(reply(200, body));
         }
         if path == "/keys" {
             return Ok(reply(
@@ -187,8 +204,9 @@ impl Stub {
             return Ok(reply(200, "{}"));
         }
         if let Some(id) = path.strip_prefix("/v1/responses/") {
-            let taken = self.mode.lock().unwrap_or_else(PoisonError::into_inner).take(&headers);
-            if let Taken::Refused(status) = taken {
+            let decision =
+                self.mode.lock().unwrap_or_else(PoisonError::into_inner).decide(&headers);
+            if let Decision::Refused(status) = decision {
                 return Ok(reply(status, error("refused for now", "refused")));
             }
             return Ok(self.poll(id));
@@ -196,7 +214,7 @@ impl Stub {
         let body =
             request.into_body().collect().await.map_err(|error| error.to_string())?.to_bytes();
         if self.fast {
-            return Ok(reply(200, Bytes::from_static(FAST.as_bytes())));
+            return Ok(reply(200, Bytes::from_static(FAST_RESPONSE.as_bytes())));
         }
         if let Some(answer) = raw(&body) {
             return Ok(reply(200, answer));
@@ -216,21 +234,23 @@ impl Stub {
             let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
             keys.entry(prompt.clone()).or_default().push(key.to_owned());
         }
-        let taken = self.mode.lock().unwrap_or_else(PoisonError::into_inner).take(&headers);
-        match taken {
-            Taken::Refused(status) => return Ok(self.refuse(status)),
-            Taken::Hangs => std::future::pending().await,
-            Taken::After(latency) => tokio::time::sleep(latency).await,
+        let decision = self.mode.lock().unwrap_or_else(PoisonError::into_inner).decide(&headers);
+        match decision {
+            Decision::Refused(status) => return Ok(self.refuse(status)),
+            Decision::Hangs => std::future::pending().await,
+            Decision::After(latency) => tokio::time::sleep(latency).await,
         }
-        let Some(_under_way) = self.enter() else {
-            return Ok(reply(429, error("too many at once", "rate_limit_exceeded")));
+        let Some(_in_flight) = self.enter() else {
+            return Ok(reply(429, error("too many requests in flight", "rate_limit_exceeded")));
         };
-        let well = answer_to(&path, &body, &format!("{}: {prompt}", self.name));
+        let complete = answer_to(&path, &body, &format!("{}: {prompt}", self.name));
         if body.get("background") == Some(&Value::Bool(true)) {
-            return Ok(self.begin(&prompt, count, well));
+            return Ok(self.begin(&prompt, count, complete));
         }
-        let Some(order) = prompt.strip_prefix('!') else { return Ok(reply(200, well.to_string())) };
-        let words: Vec<&str> = order.split_whitespace().collect();
+        let Some(command) = prompt.strip_prefix('!') else {
+            return Ok(reply(200, complete.to_string()));
+        };
+        let words: Vec<&str> = command.split_whitespace().collect();
         let number = |index: usize| words.get(index).and_then(|word| word.parse::<u64>().ok());
         let status = u16::try_from(number(1).unwrap_or(500)).unwrap_or(500);
         match words.first().copied().unwrap_or_default() {
@@ -241,14 +261,14 @@ impl Stub {
                 }
                 Ok(refusal)
             }
-            "status" => Ok(reply(status, error("refused as ordered", "ordered"))),
+            "status" => Ok(reply(status, error("refused as requested", "ordered"))),
             "quota" => Ok(reply(429, error("no money left", "insufficient_quota"))),
             "delay" => {
                 tokio::time::sleep(Duration::from_millis(number(1).unwrap_or(0))).await;
-                Ok(reply(200, well.to_string()))
+                Ok(reply(200, complete.to_string()))
             }
             "html" => Ok(reply(200, "<html>an error page</html>")),
-            "pretty" => Ok(reply(200, format!("{well:#}"))),
+            "pretty" => Ok(reply(200, format!("{complete:#}"))),
             "headers" => Ok(reply(200, answer_to(&path, &body, &headers.to_string()).to_string())),
             "redirect" => {
                 let mut elsewhere = reply(307, "");
@@ -261,14 +281,22 @@ impl Stub {
                 let length = usize::try_from(number(1).unwrap_or(0)).unwrap_or(0);
                 Ok(reply(200, answer_to(&path, &body, &"x".repeat(length)).to_string()))
             }
-            "close" => Err("closed as ordered".into()),
-            _ => Ok(reply(200, well.to_string())),
+            "close" => Err("closed as requested".into()),
+            _ => Ok(reply(200, complete.to_string())),
         }
     }
 }
 
-/// What a model server says to a short question.
-const FAST: &str = r#"{"id":"chatcmpl-0123456789","object":"chat.completion","created":1700000000,"model":"stub","choices":[{"index":0,"message":{"role":"assistant","content":"Paris is the capital of France, and has been for most of its history.","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":14,"completion_tokens":16,"total_tokens":30,"prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}},"system_fingerprint":null}"#;
+/// Response of a model server to a short question.
+const FAST_RESPONSE: &str = concat!(
+    r#"{"id":"chatcmpl-0123456789","object":"chat.completion","created":1700000000,"#,
+    r#""model":"stub","choices":[{"index":0,"message":{"role":"assistant","content":"#,
+    r#""Paris is the capital of France, and has been for most of its history.","#,
+    r#""refusal":null},"logprobs":null,"finish_reason":"stop"}],"#,
+    r#""usage":{"prompt_tokens":14,"completion_tokens":16,"total_tokens":30,"#,
+    r#""prompt_tokens_details":{"cached_tokens":0},"#,
+    r#""completion_tokens_details":{"reasoning_tokens":0}},"system_fingerprint":null}"#,
+);
 
 fn reply(status: u16, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
@@ -290,15 +318,18 @@ fn error(message: &str, code: &str) -> String {
         .to_string()
 }
 
-/// An answer that holds the request's body as it came, if that asks for it.
+/// Returns a response with the request body as received, if the body asks for it.
 fn raw(body: &[u8]) -> Option<String> {
     let body = std::str::from_utf8(body).ok().filter(|body| body.contains("!raw"))?;
     Some(format!(
-        r#"{{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"raw","choices":[{{"index":0,"message":{{"role":"assistant","content":"raw"}},"finish_reason":"stop"}}],"sent":{body}}}"#
+        "{{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1,\
+         \"model\":\"raw\",\"choices\":[{{\"index\":0,\"message\":\
+         {{\"role\":\"assistant\",\"content\":\"raw\"}},\"finish_reason\":\"stop\"}}],\
+         \"sent\":{body}}}"
     ))
 }
 
-/// The last message's text, or the prompt, or the input.
+/// Returns the text of the last message, or the prompt, or the input.
 fn prompt(body: &Value) -> String {
     let last = body.get("messages").and_then(Value::as_array).and_then(|messages| messages.last());
     let found = last
@@ -308,26 +339,32 @@ fn prompt(body: &Value) -> String {
     found.and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
+/// Returns the response of an endpoint to a body, with a text as its content.
 fn answer_to(path: &str, body: &Value, text: &str) -> Value {
     let model = body.get("model").cloned().unwrap_or_default();
     let usage = json!({"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10,
-        "prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}});
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 1}});
     match path.rsplit('/').next() {
         Some("embeddings") => {
-            json!({"object": "list", "model": model, "usage": {"prompt_tokens": 7, "total_tokens": 7},
+            json!({"object": "list", "model": model,
+            "usage": {"prompt_tokens": 7, "total_tokens": 7},
             "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]})
         }
         Some("responses") => {
             json!({"id": "resp_1", "object": "response", "model": model, "status": "completed",
-            "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}],
+            "output": [{"type": "message", "role": "assistant",
+                "content": [{"type": "output_text", "text": text}]}],
             "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}})
         }
         Some("moderations") => {
             json!({"id": "modr-1", "model": model, "results": [{"flagged": false}]})
         }
         _ => {
-            json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "usage": usage,
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]})
+            json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1,
+            "model": model, "usage": usage,
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
+                "finish_reason": "stop"}]})
         }
     }
 }

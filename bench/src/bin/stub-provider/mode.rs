@@ -1,27 +1,27 @@
-//! How the stub takes requests, as it is told.
+//! Behavior of the stub for all requests: latency, refusals, rate limits, hangs.
 
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// Told as a query, `latency=100-200&random=10`.
+/// Behavior, parsed from a query such as `latency=100-200&random=10`.
 #[derive(Default)]
 pub struct Mode {
-    /// `latency=FROM-TO`: how long an answer takes, in milliseconds.
+    /// `latency=FROM-TO`: range of the latency of a response, in milliseconds.
     latency: (u64, u64),
-    /// `random=PERCENT` of the requests are refused with 429.
+    /// `random=PERCENT`: share of the requests that get 429.
     random: u64,
-    /// `rate=N` a second, of which a second's worth may come at once; more are refused with 429.
+    /// `rate=N`: token bucket of N requests a second and a burst of N; more get 429.
     rate: Option<Bucket>,
-    /// `window=N/SECONDS`: N in each window of so many seconds; more are refused with 429.
+    /// `window=N/SECONDS`: N requests in each window of that length; more get 429.
     window: Option<Window>,
-    /// `retry-after=SECONDS` stands in each refusal.
+    /// `retry-after=SECONDS`: header of each refusal.
     pub retry_after: Option<u64>,
-    /// `status=STATUS` for every request.
+    /// `status=STATUS`: status of every request.
     status: Option<u16>,
-    /// `hang=N`: one in N is never answered.
+    /// `hang=N`: one request in N is never answered.
     hang: Option<u64>,
-    /// `key=SECRET`: requests without it get 401.
+    /// `key=SECRET`: requests without this bearer token get 401.
     key: Option<String>,
     seen: u64,
     dice: u64,
@@ -40,14 +40,18 @@ struct Window {
     taken: u64,
 }
 
-/// What becomes of a request.
-pub enum Taken {
+/// Decision about one request.
+pub enum Decision {
+    /// Answers after a latency.
     After(Duration),
+    /// Answers with an error status.
     Refused(u16),
+    /// Never answers.
     Hangs,
 }
 
 impl Mode {
+    /// Parses a query; unknown keys are ignored.
     pub fn parse(query: &str) -> Self {
         let mut mode = Self { dice: 88_172_645_463_325_252, ..Self::default() };
         for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
@@ -79,26 +83,27 @@ impl Mode {
         mode
     }
 
-    /// What becomes of a request with these headers.
-    pub fn take(&mut self, headers: &Value) -> Taken {
+    /// Decides about a request with these headers, and counts it.
+    pub fn decide(&mut self, headers: &Value) -> Decision {
         self.seen += 1;
         if let Some(status) = self.status {
-            return Taken::Refused(status);
+            return Decision::Refused(status);
         }
         let given = headers.get("authorization").and_then(Value::as_str).unwrap_or_default();
         if self.key.as_ref().is_some_and(|key| given != format!("Bearer {key}")) {
-            return Taken::Refused(401);
+            return Decision::Refused(401);
         }
         if self.hang.is_some_and(|each| self.seen.is_multiple_of(each)) {
-            return Taken::Hangs;
+            return Decision::Hangs;
         }
         if self.next() % 100 < self.random || !self.has_room() {
-            return Taken::Refused(429);
+            return Decision::Refused(429);
         }
         let (from, to) = self.latency;
-        Taken::After(Duration::from_millis(from + self.next() % (to - from).max(1)))
+        Decision::After(Duration::from_millis(from + self.next() % (to - from).max(1)))
     }
 
+    /// Returns true if rate and window allow one more request; counts it.
     fn has_room(&mut self) -> bool {
         let now = Instant::now();
         if let Some(bucket) = &mut self.rate {
@@ -123,7 +128,7 @@ impl Mode {
         true
     }
 
-    /// The next number of a xorshift generator: the same in each run.
+    /// Returns the next number of a xorshift generator with a fixed seed.
     fn next(&mut self) -> u64 {
         self.dice ^= self.dice << 13;
         self.dice ^= self.dice >> 7;
