@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: builds all and measures it.
+//! `cargo xtask bench`: builds everything, then runs the benchmarks.
 
 use std::process::Command;
 
@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::build;
 use crate::run::{root, run, step, target};
 
+/// Runs one benchmark by name, or all of the default ones.
 pub fn measure(name: Option<&str>) -> Result<()> {
     build::all()?;
     step("bench");

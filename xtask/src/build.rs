@@ -1,4 +1,4 @@
-//! `cargo xtask build`: the guests, then the host, then both in `dist`.
+//! `cargo xtask build`: builds guests and host, and copies both to `dist`.
 
 use std::fs;
 use std::path::Path;
@@ -10,9 +10,10 @@ use wit_component::ComponentEncoder;
 use crate::run::{cargo, root, run, step, target};
 use crate::{examples, hostile, needs};
 
-const TARGET: &str = "wasm32-unknown-unknown";
+/// Target of guests that import nothing.
+const GUEST_TARGET: &str = "wasm32-unknown-unknown";
 
-/// Each guest's package, and the file its component becomes.
+/// Package of each guest, and file name of its component.
 const GUESTS: [(&str, &str); 4] = [
     ("guest-validator", "validator-standard.wasm"),
     ("guest-one-model", "one-model.wasm"),
@@ -20,7 +21,7 @@ const GUESTS: [(&str, &str); 4] = [
     ("guest-inference-echo", "inference-echo.wasm"),
 ];
 
-/// Part of what can be built.
+/// Part of the build.
 #[derive(Clone, Copy, clap::ValueEnum)]
 pub enum Part {
     /// dist/batchwright and dist/plugins
@@ -33,6 +34,7 @@ pub enum Part {
     Hostile,
 }
 
+/// Builds one part.
 pub fn run_part(part: Part) -> Result<()> {
     match part {
         Part::Dist => all(),
@@ -42,6 +44,7 @@ pub fn run_part(part: Part) -> Result<()> {
     }
 }
 
+/// Builds everything in `dist`.
 pub fn all() -> Result<()> {
     needs::to_build()?;
     guests()?;
@@ -51,25 +54,27 @@ pub fn all() -> Result<()> {
     Ok(())
 }
 
-/// Builds the guests as core modules and encodes them as components, which then import nothing.
+/// Builds the guests that ship, which import nothing.
 fn guests() -> Result<()> {
     step("guests");
     components(&GUESTS, &root().join("dist/plugins"))
 }
 
-/// Builds guests' packages as components.
+/// Builds guest packages as core modules and encodes them as components in a folder.
 pub fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
-    add_target(TARGET)?;
+    add_target(GUEST_TARGET)?;
     let mut build = cargo();
-    build.args(["build", "--quiet", "--profile", "guest", "--target", TARGET]);
+    build.args(["build", "--quiet", "--profile", "guest", "--target", GUEST_TARGET]);
     for (package, _) in guests {
         build.args(["--package", package]);
     }
     run(&mut build)?;
     fs::create_dir_all(to)?;
     for (package, file) in guests {
-        let module =
-            target().join(TARGET).join("guest").join(format!("{}.wasm", package.replace('-', "_")));
+        let module = target()
+            .join(GUEST_TARGET)
+            .join("guest")
+            .join(format!("{}.wasm", package.replace('-', "_")));
         let module =
             fs::read(&module).with_context(|| format!("failed to read {}", module.display()))?;
         let component = ComponentEncoder::default().validate(true).module(&module)?.encode()?;
@@ -89,7 +94,7 @@ fn host() -> Result<()> {
         "batchwright-bench",
     ]))?;
     let dist = root().join("dist/batchwright");
-    // A running server keeps the file it was started from.
+    // A running server keeps its executable open, so the file must be replaced, not overwritten.
     fs::remove_file(&dist).ok();
     fs::copy(target().join("release/batchwright"), &dist)
         .context("failed to copy the host to dist")?;
@@ -107,7 +112,7 @@ fn plugins() -> Result<()> {
     Ok(())
 }
 
-/// The target's standard library may be missing on a fresh machine.
+/// Installs the standard library of a target with rustup, if missing.
 pub fn add_target(name: &str) -> Result<()> {
     let sysroot =
         Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output()?;
@@ -123,12 +128,12 @@ pub fn add_target(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Leaves a file alone that is as it should be, so that a server watching it sees no change.
+/// Writes a file unless it has these bytes already, so that a watching server sees no change.
 pub fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|found| found == bytes) {
         return Ok(());
     }
-    // Beside it first, then in its place: whoever reads it meanwhile sees the one or the other.
+    // The rename is atomic: a concurrent reader sees either the old or the new file.
     let beside = path.with_extension("new");
     fs::write(&beside, bytes)?;
     fs::rename(&beside, path)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask check`: what needs no running server.
+//! `cargo xtask check`: format, lints, tidy and dependencies; no server, no tests.
 
 use std::process::Command;
 
@@ -11,6 +11,7 @@ use crate::tidy;
 /// Version of cargo-deny that `deny.toml` is written for.
 const CARGO_DENY: &str = "0.20.2";
 
+/// Runs every check; stops at the first that fails.
 pub fn all() -> Result<()> {
     step("format");
     run(cargo().args(["fmt", "--all", "--check"]))?;
@@ -38,12 +39,12 @@ fn dependencies() -> Result<()> {
     run(Command::new(&deny).args(["--log-level", "error"]).args(offline).current_dir(root()))?;
     let mut advisories = Command::new(&deny);
     let output = advisories.args(["check", "advisories"]).current_dir(root()).output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    if said.contains("failed to fetch advisory database") {
-        eprintln!("advisories not checked: their database cannot be reached from here");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if stderr.contains("failed to fetch advisory database") {
+        eprintln!("advisories not checked: the advisory database is unreachable");
         return Ok(());
     }
-    eprint!("{said}");
-    anyhow::ensure!(output.status.success(), "advisories for a dependency; see above");
+    eprint!("{stderr}");
+    anyhow::ensure!(output.status.success(), "a dependency has an advisory, listed above");
     Ok(())
 }

@@ -1,6 +1,7 @@
-//! `cargo xtask demo`: builds all, then shows a batch going through the HTTP API, and a file that is rejected.
+//! `cargo xtask demo`: builds everything, then runs a batch through the HTTP API and shows a
+//! rejected file.
 //!
-//! It uses nothing that a user does not have: the server, and the command line that talks to it.
+//! The demo uses only the programs of a user: the server and its command line client.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,12 +13,15 @@ use anyhow::{Context, Result, bail};
 use crate::build;
 use crate::run::{root, run, step, target};
 
+/// Number of valid requests in the batch.
 const REQUESTS: usize = 20_000;
 
-/// Things people really ask of a batch.
-const QUESTIONS: [&str; 6] = [
-    "Classify the sentiment of this review as positive, negative or neutral: \\\"Arrived late, but works like a charm.\\\"",
-    "Summarize in one sentence: The committee met on Tuesday and postponed the vote until the budget is known.",
+/// Typical prompts of a batch.
+const PROMPTS: [&str; 6] = [
+    "Classify the sentiment of this review as positive, negative or neutral: \
+     \\\"Arrived late, but works like a charm.\\\"",
+    "Summarize in one sentence: The committee met on Tuesday and postponed the vote until the \
+     budget is known.",
     "Translate into French: Where is the nearest train station?",
     "Extract all dates as ISO 8601: The trial begins on 3 May 2026 and ends two weeks later.",
     "Write a subject line for a newsletter about urban beekeeping.",
@@ -37,6 +41,7 @@ impl Drop for Demo {
     }
 }
 
+/// Runs the demo.
 pub fn show() -> Result<()> {
     build::all()?;
     let demo = Demo::start()?;
@@ -44,11 +49,11 @@ pub fn show() -> Result<()> {
     demo.rejected_batch()?;
     step("Point it at a real provider");
     eprintln!(
-        "The models above were answered by the `echo` plugin, which needs no provider. For a real one:\n\n  \
+        "The `echo` plugin answered the requests above; it needs no provider. For a real one:\n\n  \
          export OPENAI_API_KEY=sk-…                      # dist/plugins/openai.toml asks for it\n  \
          dist/batchwright serve --plugins dist/plugins   # then use any of the models it lists\n\n\
-         For another provider, or a model server of your own, edit `base_url` and `models` in that file,\n\
-         or drop a copy of it beside it: a running server takes it up at once."
+         For another provider, or a model server of your own, edit `base_url` and `models` in\n\
+         that file, or add a copy next to it: a running server loads the file automatically."
     );
     Ok(())
 }
@@ -80,21 +85,21 @@ impl Demo {
         eprint!("{line}");
         let Some(url) = line.trim().strip_prefix("listening on ") else {
             server.kill().ok();
-            bail!("the server does not listen; what it says of that stands above");
+            bail!("the server does not listen; its error is above");
         };
         Ok(Self { folder, url: url.to_owned(), server })
     }
 
     fn good_batch(&self) -> Result<()> {
         let mut lines = String::new();
-        for (number, question) in (1..=REQUESTS).zip(QUESTIONS.iter().cycle()) {
-            lines.push_str(&line(number, "echo", question, "user"));
+        for (number, prompt) in (1..=REQUESTS).zip(PROMPTS.iter().cycle()) {
+            lines.push_str(&line(number, "echo", prompt, "user"));
         }
-        // A role that no model knows: this one request fails, and the others do not mind.
+        // An unknown role: this request fails, and the others succeed.
         lines.push_str(&line(REQUESTS + 1, "echo", "I am not who I say I am.", "robot"));
         fs::write(self.folder.join("prompts.jsonl"), lines)?;
-        step(&format!("A batch of {} requests, one of them faulty", REQUESTS + 1));
-        // It reports failure, as one line has failed.
+        step(&format!("A batch of {} requests, one of them invalid", REQUESTS + 1));
+        // The exit status is not 0, because one request failed.
         self.batch(&["create", "prompts.jsonl", "--watch"]).status()?;
         let id = self.newest()?;
         run(&mut self.batch(&["download", &id, "-o", "answers.jsonl", "-e", "errors.jsonl"]))?;
@@ -111,11 +116,9 @@ impl Demo {
             line(4, "no-such-model", "A model that no plugin serves.", "user"),
             line(5, "echo", "Streamed.", "user").replace("\"model\"", "\"stream\":true,\"model\""),
         ];
-        fs::write(self.folder.join("faulty.jsonl"), lines.concat())?;
-        step(
-            "A file with faults is rejected before anything is executed, each fault with its line",
-        );
-        self.batch(&["create", "faulty.jsonl", "--watch"]).status()?;
+        fs::write(self.folder.join("invalid.jsonl"), lines.concat())?;
+        step("An invalid file is rejected before any request is sent; each error names its line");
+        self.batch(&["create", "invalid.jsonl", "--watch"]).status()?;
         Ok(())
     }
 
@@ -150,8 +153,10 @@ fn batchwright() -> Command {
     Command::new(Path::new(&root()).join("dist/batchwright"))
 }
 
-fn line(number: usize, model: &str, question: &str, role: &str) -> String {
+fn line(number: usize, model: &str, prompt: &str, role: &str) -> String {
     format!(
-        "{{\"custom_id\":\"request-{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"{model}\",\"messages\":[{{\"role\":\"{role}\",\"content\":\"{question}\"}}]}}}}\n"
+        "{{\"custom_id\":\"request-{number}\",\"method\":\"POST\",\
+         \"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"{model}\",\
+         \"messages\":[{{\"role\":\"{role}\",\"content\":\"{prompt}\"}}]}}}}\n"
     )
 }

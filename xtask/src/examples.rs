@@ -1,4 +1,5 @@
-//! The plugins of `examples`, each built with the public tools of its language, as their README files say.
+//! Builds the plugins of `examples` with the public tools of each language, as their README files
+//! say.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,9 +10,10 @@ use anyhow::{Context, Result};
 use crate::build::add_target;
 use crate::run::{cargo, mark, root, run, stale, step, target};
 
+/// Target of guests that use the standard library, which imports WASI.
 pub const WASI_TARGET: &str = "wasm32-wasip2";
 
-/// Builds them all into `target/examples`.
+/// Builds all example plugins into `target/examples`.
 pub fn all() -> Result<()> {
     step("examples");
     let to = target().join("examples");
@@ -41,7 +43,7 @@ fn rust(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A Python with componentize-py and a C compiler.
+/// Returns a Python environment with componentize-py and a C compiler; installs it if necessary.
 fn tools() -> Result<PathBuf> {
     let folder = target().join("tools");
     let python = folder.join("bin/python");
@@ -98,7 +100,7 @@ fn javascript(to: &Path) -> Result<()> {
     run(command.current_dir(folder))
 }
 
-/// As its README file says: `wit-bindgen c`, `zig cc`, `wasm-tools component new`.
+/// Runs the commands of its README: `wit-bindgen c`, `zig cc`, `wasm-tools component new`.
 fn policy_in_c(python: &Path, to: &Path) -> Result<()> {
     let source = root().join("examples/policy-c/policy.c");
     let built = to.join("policy-c.wasm");
@@ -129,11 +131,11 @@ pub fn install(package: &str, version: &str, features: &str) -> Result<()> {
     if !features.is_empty() {
         install.args(["--features", features]);
     }
-    // cargo does nothing if this version is installed.
+    // cargo does nothing if this version is installed already.
     run(install.arg(package))
 }
 
-/// Program of an installed tool.
+/// Returns the path of an installed tool.
 pub fn program(name: &str) -> PathBuf {
     cargo_tools().join("bin").join(name)
 }
@@ -142,13 +144,13 @@ fn cargo_tools() -> PathBuf {
     target().join("cargo-tools")
 }
 
-/// The two public tools that C needs, in the versions that the README files name.
+/// Installs the two tools that C needs, in the versions that the README files name.
 fn install_cargo_tools() -> Result<()> {
     install("wit-bindgen-cli", "0.61.1", "c")?;
     install("wasm-tools", "1.263.0", "component")
 }
 
-/// Whether a file is newer than all of its sources, and than the contract.
+/// Returns true if a file is newer than all of its sources and the contract.
 fn newer(file: &Path, sources: &[PathBuf]) -> bool {
     let time = |path: &Path| fs::metadata(path).and_then(|found| found.modified());
     let Ok(built) = time(file) else { return false };

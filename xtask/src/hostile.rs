@@ -1,4 +1,4 @@
-//! The components that mean harm, for the tests alone: built into `target/hostile`.
+//! Builds the hostile components of the tests into `target/hostile`.
 
 use std::fmt::Write;
 use std::fs;
@@ -12,12 +12,13 @@ use crate::build::{add_target, components, write_if_changed};
 use crate::examples::WASI_TARGET;
 use crate::run::{cargo, root, run, step, target};
 
+/// Builds all hostile components.
 pub fn all() -> Result<()> {
     step("hostile components");
     let to = target().join("hostile");
     components(&[("guest-hostile", "hostile.wasm")], &to)?;
-    curious("wasi-0.2", &[], &to)?;
-    curious("wasi-0.3", &["--features", "p3"], &to)?;
+    probing("wasi-0.2", &[], &to)?;
+    probing("wasi-0.3", &["--features", "p3"], &to)?;
     for entry in fs::read_dir(root().join("tests/guest-hostile/wat"))? {
         let source = entry?.path();
         let name = source.file_stem().context("a file has a name")?;
@@ -33,8 +34,8 @@ pub fn all() -> Result<()> {
     Ok(())
 }
 
-/// The guest that asks for files and sockets: Rust's own library is there for it, and imports WASI.
-fn curious(name: &str, features: &[&str], to: &Path) -> Result<()> {
+/// Builds the guest that probes its WASI sandbox through the standard library.
+fn probing(name: &str, features: &[&str], to: &Path) -> Result<()> {
     add_target(WASI_TARGET)?;
     let mut build = cargo();
     build.args([
@@ -56,7 +57,8 @@ fn wasm(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("{name}.wasm"))
 }
 
-/// What the first line of a text asks for: a module or a component as it is, or a module to be made a component of a world.
+/// Builds a `.wat` text as its first line says: a module, a component, or a module to encode as a
+/// component of a world.
 fn from_text(text: &str) -> Result<Vec<u8>> {
     let mut binary = wat::parse_str(text)?;
     match text.lines().next().and_then(|line| line.strip_prefix(";; ")) {
@@ -69,12 +71,13 @@ fn from_text(text: &str) -> Result<Vec<u8>> {
             ComponentEncoder::default().validate(true).module(&binary)?.encode()
         }
         first => bail!(
-            "its first line must say `;; world: NAME`, `;; component` or `;; module`, not {first:?}"
+            "the first line must be `;; world: NAME`, `;; component` or `;; module`, not {first:?}"
         ),
     }
 }
 
-/// A component of one MB that takes a compiler a minute: one function whose 4,000 variables all live at once.
+/// Returns a component of one MB that takes a minute to compile: one function with 4,000 variables
+/// that are all live.
 fn slow_text() -> Result<String> {
     const LOCALS: usize = 4000;
     let mut text = String::from(
@@ -87,13 +90,15 @@ fn slow_text() -> Result<String> {
             let (one, other) = ((local * 7 + round) % LOCALS, (local * 13 + round) % LOCALS);
             write!(
                 text,
-                "(local.set {local} (i64.add (i64.mul (local.get {}) (local.get {one})) (local.get {other})))",
+                "(local.set {local} (i64.add (i64.mul (local.get {}) (local.get {one})) \
+                 (local.get {other})))",
                 local - 1
             )?;
             if local % 50 == 0 {
                 write!(
                     text,
-                    "(if (i64.lt_s (local.get {local}) (local.get {})) (then (local.set {local} (local.get 0))))",
+                    "(if (i64.lt_s (local.get {local}) (local.get {})) \
+                     (then (local.set {local} (local.get 0))))",
                     local - 1
                 )?;
             }

@@ -1,4 +1,4 @@
-//! Tasks of the repository: `cargo xtask build | check | unit | e2e | test | demo | bench`.
+//! Repository tasks: `cargo xtask build | check | unit | e2e | test | demo | bench`.
 
 mod bench;
 mod build;
@@ -30,7 +30,7 @@ enum Task {
         #[arg(value_enum, default_value = "dist")]
         part: build::Part,
     },
-    /// Check what needs no running server: format, lints, tidy, licenses of dependencies
+    /// Check format, lints, tidy rules and licenses of dependencies; needs no running server
     Check,
     /// Run the unit tests of all crates and guests
     Unit {
@@ -47,11 +47,11 @@ enum Task {
     },
     /// Run everything: build, check, unit, e2e
     Test,
-    /// Build, then run a batch through the HTTP API and show what happens
+    /// Build, then run a batch through the HTTP API and show each step
     Demo,
-    /// Build, then measure against a raw client
+    /// Build, then run the benchmarks
     Bench {
-        /// One of `start`, `throughput`, `validation`; all of them if none is named
+        /// `start`, `throughput`, `validation` or `limits`; without a name all except `limits`
         name: Option<String>,
     },
 }

@@ -1,5 +1,7 @@
-//! The programs that the tasks need beside Rust and a C compiler. On Debian as root, what is missing is installed; elsewhere the one command
-//! that does it is printed, and what can be done without it is done.
+//! Programs that the tasks need besides Rust and a C compiler.
+//!
+//! On Debian as root, missing programs are installed. Elsewhere, the install command is printed,
+//! and tests that can run without the missing programs run.
 
 use std::process::{Command, Stdio};
 
@@ -7,10 +9,10 @@ use anyhow::{Result, bail};
 
 use crate::run::{run, step};
 
-/// A program, and the Debian package that has it.
+/// Program, and the Debian package that contains it.
 struct Need {
     program: &'static str,
-    /// Shows that it is there.
+    /// Command that succeeds if the program is installed.
     check: &'static [&'static str],
     package: &'static str,
 }
@@ -23,10 +25,10 @@ const fn need(
     Need { program, check, package }
 }
 
-/// Without these nothing is built.
+/// Required by every build.
 const TO_BUILD: [Need; 1] = [need("make", &["make", "--version"], "make")];
 
-/// Without these no end-to-end test runs.
+/// Required by the end-to-end tests.
 const TO_TEST: [Need; 4] = [
     need("git", &["git", "--version"], "git"),
     need("python3 with venv", &["python3", "-c", "import ensurepip, venv"], "python3-venv"),
@@ -34,14 +36,14 @@ const TO_TEST: [Need; 4] = [
     need("npm", &["npm", "--version"], "npm"),
 ];
 
-/// Without these, the tests that need them are skipped and say so.
+/// Required by some tests, which are skipped without them.
 const FOR_SOME_TESTS: [Need; 2] = [
     need("docker-registry", &["sh", "-c", "command -v docker-registry"], "docker-registry"),
     need("ssh-keygen", &["sh", "-c", "command -v ssh-keygen"], "openssh-client"),
 ];
 
 impl Need {
-    fn is_there(&self) -> bool {
+    fn is_installed(&self) -> bool {
         let Some((program, arguments)) = self.check.split_first() else { return true };
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -50,24 +52,26 @@ impl Need {
 }
 
 fn missing(needs: &'static [Need]) -> Vec<&'static Need> {
-    needs.iter().filter(|need| !need.is_there()).collect()
+    needs.iter().filter(|need| !need.is_installed()).collect()
 }
 
-/// Has there be what building takes.
+/// Provides the programs that a build needs.
 pub fn to_build() -> Result<()> {
     provide(&[&TO_BUILD], &[])
 }
 
-/// Has there be what the tests take, as far as it can.
+/// Provides the programs that the tests need; a missing optional program is only reported.
 pub fn to_test() -> Result<()> {
     provide(&[&TO_BUILD, &TO_TEST], &[&FOR_SOME_TESTS])
 }
 
+/// Installs missing programs, or fails with the install command if a required one is missing.
 fn provide(required: &[&'static [Need]], optional: &[&'static [Need]]) -> Result<()> {
-    let look =
+    let missing_of =
         |lists: &[&'static [Need]]| lists.iter().flat_map(|list| missing(list)).collect::<Vec<_>>();
-    let (lacking, also) = (look(required), look(optional));
-    let packages: Vec<&str> = lacking.iter().chain(&also).map(|need| need.package).collect();
+    let (missing_required, missing_optional) = (missing_of(required), missing_of(optional));
+    let packages: Vec<&str> =
+        missing_required.iter().chain(&missing_optional).map(|need| need.package).collect();
     if packages.is_empty() {
         return Ok(());
     }
@@ -82,19 +86,19 @@ fn provide(required: &[&'static [Need]], optional: &[&'static [Need]]) -> Result
     let names =
         |needs: &[&Need]| needs.iter().map(|need| need.program).collect::<Vec<_>>().join(", ");
     let command = format!("sudo apt-get install --no-install-recommends {}", packages.join(" "));
-    if !lacking.is_empty() {
-        bail!("{} missing; on Debian or Ubuntu: {command}", names(&lacking));
+    if !missing_required.is_empty() {
+        bail!("not installed: {}; on Debian or Ubuntu, run: {command}", names(&missing_required));
     }
     eprintln!(
-        "not here: {}; the tests that need it are skipped. On Debian or Ubuntu: {command}",
-        names(&also)
+        "not installed: {}; tests that need it are skipped. On Debian or Ubuntu, run: {command}",
+        names(&missing_optional)
     );
     Ok(())
 }
 
-/// Debian's package manager, and the right to use it.
+/// Returns true if apt-get exists and the user is root.
 fn can_install() -> bool {
     let is_root =
         Command::new("id").arg("-u").output().is_ok_and(|found| found.stdout.trim_ascii() == b"0");
-    is_root && need("apt-get", &["apt-get", "--version"], "").is_there()
+    is_root && need("apt-get", &["apt-get", "--version"], "").is_installed()
 }

@@ -1,4 +1,4 @@
-//! Running other programs, and knowing where things are.
+//! Paths of the workspace, and running of other programs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,24 +6,24 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// The workspace's folder.
+/// Returns the root folder of the workspace.
 pub fn root() -> PathBuf {
-    // As cargo says now, and not as it said when this was built: checkouts may share a target folder.
+    // Read at run time, not compiled in, because checkouts may share a target folder.
     let here = std::env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     here.parent().unwrap_or(&here).to_owned()
 }
 
-/// Where cargo puts what it builds.
+/// Returns the target folder of cargo.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// The cargo that runs this task.
+/// Returns a command for the cargo that runs this task, in the root folder.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
-    // What `cargo run` says of this package; some build scripts run again whenever it changes.
+    // `cargo run` sets these variables for xtask; with them, some build scripts would run again.
     for (name, _) in std::env::vars_os() {
         if ["CARGO_PKG_", "CARGO_MANIFEST_"]
             .iter()
@@ -35,11 +35,12 @@ pub fn cargo() -> Command {
     command
 }
 
-pub fn step(what: &str) {
-    eprintln!("\x1b[1m==> {what}\x1b[0m");
+/// Prints the name of the next step.
+pub fn step(name: &str) {
+    eprintln!("\x1b[1m==> {name}\x1b[0m");
 }
 
-/// Runs a command to its end; fails if it does.
+/// Runs a command until it exits; fails if the command fails.
 pub fn run(command: &mut Command) -> Result<()> {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let shown = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
@@ -50,11 +51,12 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Whether what a folder was installed from has changed since.
+/// Returns true if a list of packages changed since the folder was installed from it.
 pub fn stale(list: &Path, folder: &Path) -> Result<bool> {
     Ok(fs::read(installed_from(folder)).ok() != Some(fs::read(list)?))
 }
 
+/// Records that a folder was installed from a list.
 pub fn mark(list: &Path, folder: &Path) -> Result<()> {
     fs::copy(list, installed_from(folder))?;
     Ok(())

@@ -1,4 +1,4 @@
-//! `cargo xtask unit | e2e | test`.
+//! `cargo xtask unit | e2e | test`: unit tests, end-to-end tests, everything.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,13 +8,13 @@ use anyhow::Result;
 use crate::run::{cargo, mark, root, run, stale, step, target};
 use crate::{build, check, examples, hostile, needs};
 
-/// Tests of this package run the built server.
+/// Package of the Rust tests that run the built server.
 const E2E_PACKAGE: &str = "batchwright-tests";
 
-/// Tests of the host under this path use built components and the stub provider.
-const LIFECYCLE: &str = "lifecycle::";
+/// Module of host tests that use built components and the stub provider.
+const LIFECYCLE_TESTS: &str = "lifecycle::";
 
-/// Everything that must hold before a change goes in.
+/// Runs everything that must pass before a change is merged.
 pub fn all() -> Result<()> {
     needs::to_test()?;
     build::all()?;
@@ -25,15 +25,15 @@ pub fn all() -> Result<()> {
     run_e2e(None, &[], true)
 }
 
-/// Unit tests, which need nothing that was built before.
+/// Runs the unit tests, which need no build output.
 pub fn unit(name: Option<&str>) -> Result<()> {
     step("unit tests and guest tests");
     let mut tests = cargo();
     tests.args(["test", "--release", "--quiet", "--workspace", "--exclude", E2E_PACKAGE]);
-    run(tests.args(name).args(["--", "--skip", LIFECYCLE]))
+    run(tests.args(name).args(["--", "--skip", LIFECYCLE_TESTS]))
 }
 
-/// Tests of the built server. The plugins of `examples` are built by the tests that use them.
+/// Builds and runs the end-to-end tests. Example plugins are built by the tests that use them.
 pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
     needs::to_test()?;
     build::all()?;
@@ -42,7 +42,8 @@ pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
 
 fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()> {
     step("end to end, Rust");
-    run(rust("batchwright").arg(name.map_or_else(|| LIFECYCLE.to_owned(), |name| name.to_owned())))?;
+    run(rust("batchwright")
+        .arg(name.map_or_else(|| LIFECYCLE_TESTS.to_owned(), |name| name.to_owned())))?;
     run(rust(E2E_PACKAGE).args(name))?;
     python(name, pytest, all_built)?;
     node(name)
@@ -50,13 +51,13 @@ fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()>
 
 fn rust(package: &str) -> Command {
     let mut tests = cargo();
-    // Snapshots belong to this checkout, also where checkouts share compiled tests.
+    // Snapshots belong to this checkout, even if checkouts share compiled tests.
     tests.env("INSTA_WORKSPACE_ROOT", root());
     tests.args(["test", "--release", "--quiet", "--package", package]);
     tests
 }
 
-/// The Python environment of the tests.
+/// Returns the Python environment of the tests; installs it if necessary.
 pub fn python_environment() -> Result<PathBuf> {
     let folder = target().join("python");
     let python = folder.join("bin/python");
@@ -71,14 +72,14 @@ pub fn python_environment() -> Result<PathBuf> {
     Ok(python)
 }
 
-/// The official `openai` package for Python, a stub provider and real processes.
+/// Runs the Python tests: official `openai` package, stub provider, real processes.
 fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     step("end to end, Python");
     let mut pytest = Command::new(python_environment()?);
     if all_built {
         pytest.env("TEST_PLUGINS_BUILT", "1");
     }
-    // -rs: what was skipped, and why.
+    // -rs prints the skipped tests with their reasons.
     pytest
         .args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"])
         .arg(root().join("tests/python"))
@@ -86,7 +87,7 @@ fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
         .current_dir(root());
     if let Some(name) = name {
         pytest.args(["-k", name]);
-        // 5: there is no test of that name here.
+        // pytest exits with 5 if no test matches.
         let status = pytest.status()?;
         anyhow::ensure!(
             matches!(status.code(), Some(0 | 5)),
@@ -97,7 +98,7 @@ fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     run(&mut pytest)
 }
 
-/// The official `openai` package for Node.
+/// Runs the Node tests with the official `openai` package.
 fn node(name: Option<&str>) -> Result<()> {
     step("end to end, Node");
     let tests = root().join("tests/node");

@@ -1,4 +1,4 @@
-//! `cargo xtask check`, the part that compilers do not do: names in documents, words, line lengths, crate imports.
+//! Tidy rules of `cargo xtask check`: names in documents, words, line lengths, crate imports.
 
 mod crates;
 mod lines;
@@ -13,19 +13,20 @@ use anyhow::{Context, Result, bail};
 
 use crate::run::root;
 
-/// Text file under version control.
+/// Text file that git tracks or would track.
 struct Source {
-    /// Relative to the root of the repository.
+    /// Path, relative to the root of the repository.
     path: String,
     text: String,
 }
 
 impl Source {
+    /// Returns true if the path ends with one of the extensions.
     fn has_extension(&self, extensions: &[&str]) -> bool {
         extensions.iter().any(|extension| self.path.ends_with(extension))
     }
 
-    /// Lines with their numbers, from 1.
+    /// Returns the lines with their numbers, from 1.
     fn lines(&self) -> impl Iterator<Item = (usize, &str)> {
         (1..).zip(self.text.lines())
     }
@@ -57,7 +58,7 @@ fn sources() -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for path in listed.split('\0').filter(|path| !path.is_empty()) {
         let whole: PathBuf = root().join(path);
-        // A file may be deleted and not committed yet, or hold bytes that are no text.
+        // Skips deleted files that are not committed yet, and binary files.
         let Ok(text) = fs::read_to_string(&whole) else { continue };
         sources.push(Source { path: path.to_owned(), text });
     }

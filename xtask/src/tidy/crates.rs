@@ -1,4 +1,4 @@
-//! Imports between the crates of the host: the arrows of ARCHITECTURE.md.
+//! Imports between the crates of the host, as in the diagram of ARCHITECTURE.md.
 
 use anyhow::{Context, Result};
 use toml::Table;
@@ -17,6 +17,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ("batchwright", &["domain", "memory", "egress", "store", "plugin", "batch", "api"]),
 ];
 
+/// Returns each dependency between crates that is not allowed.
 pub fn faults(sources: &[Source]) -> Result<Vec<String>> {
     let mut faults = Vec::new();
     for source in sources {

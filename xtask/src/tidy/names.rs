@@ -1,24 +1,26 @@
-//! Names in documents: settings, limits, error codes, flags, variables and commands exist in the code.
+//! Names in documents: every setting, limit, error code, flag, variable and command that a document
+//! quotes must exist in the code.
 
 use std::collections::BTreeSet;
 
 use super::Source;
 
-/// Files whose words count as code.
-const CODE: [&str; 8] = [".rs", ".py", ".mjs", ".js", ".c", ".toml", ".json", ".sql"];
+/// Extensions of files whose words count as code.
+const CODE_EXTENSIONS: [&str; 8] = [".rs", ".py", ".mjs", ".js", ".c", ".toml", ".json", ".sql"];
 
-/// Names of other programs and protocols that documents mention.
-const FOREIGN: [&str; 1] = ["--no-install-recommends"];
+/// Quoted names that belong to other programs.
+const FOREIGN_NAMES: [&str; 1] = ["--no-install-recommends"];
 
-/// Where the commands are known from: each has a snapshot of its help.
-const HELP: &str = "tests/texts/snapshots/help-";
+/// Path prefix of the help snapshots, one per command.
+const HELP_SNAPSHOTS: &str = "tests/texts/snapshots/help-";
 
+/// Returns each quoted name that does not exist in the code.
 pub fn faults(sources: &[Source]) -> Vec<String> {
     let words = words(sources);
     let mut faults = Vec::new();
     for source in sources {
         let is_contract = source.path.ends_with(".wit");
-        // The log of changes names what is gone.
+        // The changelog names removed settings and flags.
         if !is_contract && !source.path.ends_with(".md") || source.path == "CHANGELOG.md" {
             continue;
         }
@@ -37,10 +39,10 @@ pub fn faults(sources: &[Source]) -> Vec<String> {
     faults
 }
 
-/// Every identifier of the code.
+/// Returns every identifier of the code.
 fn words(sources: &[Source]) -> BTreeSet<&str> {
     let is_part = |letter: char| letter.is_alphanumeric() || letter == '_' || letter == '-';
-    let code = sources.iter().filter(|source| source.has_extension(&CODE));
+    let code = sources.iter().filter(|source| source.has_extension(&CODE_EXTENSIONS));
     let dashed = code.clone().flat_map(|source| source.text.split(|letter| !is_part(letter)));
     let plain = code.flat_map(|source| {
         source.text.split(move |letter: char| !letter.is_alphanumeric() && letter != '_')
@@ -53,7 +55,7 @@ fn words(sources: &[Source]) -> BTreeSet<&str> {
     dashed.chain(plain).chain(declared).collect()
 }
 
-/// Names in a quotation that look like ours and that no code has.
+/// Returns the names in a quotation that look like names of this project but are not in the code.
 fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> Vec<&'a str> {
     if let Some(command) = quoted.strip_prefix("batchwright ") {
         return unknown_command(command, sources).into_iter().collect();
@@ -68,7 +70,7 @@ fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> V
                     letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_'
                 })
         };
-        if FOREIGN.contains(name) || words.contains(name) {
+        if FOREIGN_NAMES.contains(name) || words.contains(name) {
             return false;
         }
         match flag {
@@ -79,18 +81,19 @@ fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> V
     unknown.collect()
 }
 
-/// The command, if it has no help. A list such as `batch get | list` is several commands.
+/// Returns the command if it has no help snapshot; `batch get | list` is two commands.
 fn unknown_command<'a>(command: &'a str, sources: &[Source]) -> Option<&'a str> {
     let is_word = |word: &&str| word.chars().all(|letter| letter.is_ascii_lowercase());
     let words: Vec<&str> = command.split([' ', '|']).filter(|word| !word.is_empty()).collect();
-    let known =
-        |name: &str| sources.iter().any(|source| source.path == format!("{HELP}{name}.snap"));
+    let known = |name: &str| {
+        sources.iter().any(|source| source.path == format!("{HELP_SNAPSHOTS}{name}.snap"))
+    };
     let (first, more) = words.split_first()?;
     if !is_word(first) {
         return None;
     }
     let has_subcommands =
-        sources.iter().any(|source| source.path.starts_with(&format!("{HELP}{first}-")));
+        sources.iter().any(|source| source.path.starts_with(&format!("{HELP_SNAPSHOTS}{first}-")));
     if !has_subcommands {
         return (!known(first)).then_some(command);
     }
