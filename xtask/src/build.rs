@@ -85,14 +85,9 @@ pub fn components(guests: &[(&str, &str)], to: &Path) -> Result<()> {
 
 fn host() -> Result<()> {
     step("host");
-    run(cargo().args([
-        "build",
-        "--release",
-        "--package",
-        "batchwright",
-        "--package",
-        "batchwright-bench",
-    ]))?;
+    // The whole workspace is selected, as in tests: the features of dependencies depend on the
+    // selected packages, and equal features mean that wasmtime is compiled once.
+    run(cargo().args(["build", "--release", "--workspace", "--bins"]))?;
     let dist = root().join("dist/batchwright");
     // A running server keeps its executable open, so the file must be replaced, not overwritten.
     fs::remove_file(&dist).ok();

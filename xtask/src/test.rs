@@ -8,9 +8,6 @@ use anyhow::Result;
 use crate::run::{cargo, mark, root, run, stale, step, target};
 use crate::{build, check, examples, hostile, needs};
 
-/// Package of the Rust tests that run the built server.
-const E2E_PACKAGE: &str = "batchwright-tests";
-
 /// Module of host tests that use built components and the stub provider.
 const LIFECYCLE_TESTS: &str = "lifecycle::";
 
@@ -28,9 +25,7 @@ pub fn all() -> Result<()> {
 /// Runs the unit tests, which need no build output.
 pub fn unit(name: Option<&str>) -> Result<()> {
     step("unit tests and guest tests");
-    let mut tests = cargo();
-    tests.args(["test", "--release", "--quiet", "--workspace", "--exclude", E2E_PACKAGE]);
-    run(tests.args(name).args(["--", "--skip", LIFECYCLE_TESTS]))
+    run(rust(&["--lib", "--bins"]).args(name).args(["--", "--skip", LIFECYCLE_TESTS]))
 }
 
 /// Builds and runs the end-to-end tests. Example plugins are built by the tests that use them.
@@ -42,18 +37,19 @@ pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
 
 fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()> {
     step("end to end, Rust");
-    run(rust("batchwright")
-        .arg(name.map_or_else(|| LIFECYCLE_TESTS.to_owned(), |name| name.to_owned())))?;
-    run(rust(E2E_PACKAGE).args(name))?;
+    run(rust(&["--bin", "batchwright"]).arg(name.unwrap_or(LIFECYCLE_TESTS)))?;
+    run(rust(&["--test", "components", "--test", "texts"]).args(name))?;
     python(name, pytest, all_built)?;
     node(name)
 }
 
-fn rust(package: &str) -> Command {
+/// Returns a test run of the workspace's targets. The whole workspace is selected each time, because
+/// the features of dependencies, and so what is compiled, depend on the selected packages.
+fn rust(targets: &[&str]) -> Command {
     let mut tests = cargo();
     // Snapshots belong to this checkout, even if checkouts share compiled tests.
     tests.env("INSTA_WORKSPACE_ROOT", root());
-    tests.args(["test", "--release", "--quiet", "--package", package]);
+    tests.args(["test", "--release", "--quiet", "--workspace"]).args(targets);
     tests
 }
 

@@ -363,37 +363,40 @@ mod tests {
         assert!(connections.lock().by_address.is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn idle_deadline_uses_head_timeout_before_first_request_and_keep_alive_after_response() {
         let timeouts =
             IdleTimeouts { head: Duration::from_secs(10), keep_alive: Duration::from_secs(75) };
         let connections = Connections::new(2, 0);
         let connection = Arc::new(connections.try_admit(CLIENT, true).unwrap());
-        let left = || {
-            connection
-                .idle_deadline(timeouts)
-                .map(|at| at.saturating_duration_since(Instant::now()).as_secs())
+        let deadline = || connection.idle_deadline(timeouts);
+        // The clock has moved on at the next look, so that two deadlines never agree by chance.
+        let look_later = || {
+            std::thread::sleep(Duration::from_millis(2));
+            connection.record_read();
+            deadline()
         };
-        assert_eq!(left(), Some(10));
-        tokio::time::advance(Duration::from_secs(4)).await;
-        connection.record_read();
-        assert_eq!(left(), Some(10));
-        tokio::time::advance(Duration::from_secs(4)).await;
-        connection.record_read();
-        assert_eq!(left(), Some(6), "a head that arrives byte by byte has one deadline");
+        let opened = Instant::now();
+        let in_head = |found: Option<Instant>| {
+            found.is_some_and(|found| found < opened + Duration::from_secs(30))
+        };
+        let first = deadline();
+        assert!(in_head(first));
+        let second = look_later();
+        assert!(in_head(second) && second > first, "the head begins with its first byte");
+        assert_eq!(look_later(), second, "a head that arrives byte by byte has one deadline");
         let guard = connection.begin_request(false);
-        connection.record_read();
-        assert_eq!(left(), None);
+        assert_eq!(look_later(), None);
         drop(guard);
-        assert_eq!(left(), Some(75));
-        connection.record_read();
-        assert_eq!(left(), Some(10));
+        assert!(deadline().is_some_and(|found| found > opened + Duration::from_secs(70)));
+        assert!(in_head(look_later()));
         let (one, two) = (connection.begin_request(true), connection.begin_request(true));
         drop(one);
-        assert!(!connection.is_idle() && left().is_none());
+        assert!(!connection.is_idle() && deadline().is_none());
         drop(two);
-        connection.record_read();
-        assert_eq!(left(), Some(75), "HTTP/2 frames start no head");
+        let idle = deadline();
+        assert_eq!(look_later(), idle, "HTTP/2 frames start no head");
+        assert!(!in_head(idle));
     }
 
     #[tokio::test]

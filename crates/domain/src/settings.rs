@@ -329,7 +329,7 @@ mod tests {
         let errors = given.errors();
         assert_eq!(errors.len(), 3);
         assert_eq!(errors[0], "--attempts: `0` is not a whole number of at least 1");
-        assert!(errors[1].starts_with("BATCHWRIGHT_PAUSE: `5` is not a length of time"));
+        assert!(errors[1].starts_with("BATCHWRIGHT_PAUSE: `5` is not a duration"));
         assert!(errors[2].starts_with("x.toml, line 2: address: `here` is not an address"));
     }
 }
