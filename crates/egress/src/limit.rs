@@ -27,7 +27,7 @@
 //! **Start.** A new limit opens slowly, so that a provider that refuses most requests refuses few.
 //!
 //! This module neither waits nor reads a clock, so that a simulation can drive it;
-//! `docs/providers.md` has the results.
+//! `docs/operating/providers.md` has the results.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -1,5 +1,5 @@
 //! Simulation of a provider, a queue of lines and the limit between them, in simulated time. It
-//! produces the results in `docs/providers.md`.
+//! produces the results in `docs/operating/providers.md`.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
