@@ -78,7 +78,7 @@ fn plugin_folder(paths: &Paths, stub: &str) -> Result<tempfile::TempDir> {
     }
     let openai = format!(
         "component = \"inference-openai.wasm\"\nmodels = [\"stub\"]\n\
-         [settings]\nbase_url = \"{stub}/v1\"\n[limits]\nconcurrency = {CONNECTIONS}\n"
+         [settings]\nbase_url = \"{stub}/v1\"\n[limits]\nmax_in_flight = {CONNECTIONS}\n"
     );
     std::fs::write(folder.path().join("openai.toml"), openai)?;
     Ok(folder)

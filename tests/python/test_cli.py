@@ -66,7 +66,7 @@ def test_run_detects_the_endpoint_in_its_input(tmp_path):
     )
 
 
-def provider_folder(tmp_path, stub, limits="concurrency = 4\n"):
+def provider_folder(tmp_path, stub, limits="max_in_flight = 4\n"):
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     for file in ["validator-standard.wasm", "inference-openai.wasm", "standard.toml"]:
@@ -116,7 +116,7 @@ def test_run_resumes_after_interrupt_or_kill(tmp_path, stub, how):
 
 
 def test_run_killed_at_any_moment_writes_each_result_once(tmp_path, stub):
-    plugins = provider_folder(tmp_path, stub, "concurrency = 16\n")
+    plugins = provider_folder(tmp_path, stub, "max_in_flight = 16\n")
     number = 1000
     (tmp_path / "in.jsonl").write_bytes(
         jsonl(
@@ -284,7 +284,8 @@ def test_run_finished_is_not_repeated_without_force(tmp_path, stub):
     )
     down = run_host(*command, "--force", "--partial", cwd=tmp_path)
     assert (
-        down.returncode == 1 and "out.jsonl is from an earlier run and stays as it is" in down.stderr
+        down.returncode == 1
+        and "out.jsonl is from an earlier run and stays as it is" in down.stderr
     ), down.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == answers
     assert len(lines(tmp_path / "out.errors.jsonl")) == 2

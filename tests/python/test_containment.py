@@ -142,7 +142,7 @@ def hostile(serve, stub, provider):
             "--max-attempts",
             "2",
             *arguments,
-            plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")},
+            plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 32\n")},
             env=env,
         )
         shutil.copy(built("hostile") / "hostile.wasm", server.plugins / "hostile.wasm")
@@ -183,11 +183,16 @@ def test_guest_fault_fails_only_its_own_request(hostile, bystander, stub):
     name = "Plugin `hostile`"
     cases = {
         "loop": ["plugin_timeout", name, "300ms", "[limits] call_timeout"],
-        "memory": ["plugin_out_of_memory", name, "96MiB of memory in `begin`", "[limits] memory"],
+        "memory": [
+            "plugin_out_of_memory",
+            name,
+            "96MiB of memory in `begin`",
+            "[limits] max_memory",
+        ],
         "recursion": ["plugin_out_of_memory", name, "call stack of 512KiB"],
         "trap": ["plugin_failed", name, "`begin`"],
-        "gigantic": ["plugin_answer_too_large", name, "16MiB", "[limits] answer"],
-        "many": ["plugin_answer_too_large", name, "[limits] answer"],
+        "gigantic": ["plugin_answer_too_large", name, "16MiB", "[limits] max_output"],
+        "many": ["plugin_answer_too_large", name, "[limits] max_output"],
         f"headers {stub.url}/": [
             "protocol: The adapter's request has 30000 headers; it may have 200"
         ],
@@ -212,9 +217,7 @@ def test_guest_fault_fails_only_its_own_request(hostile, bystander, stub):
     logged = server.logged()
     assert "panicked" not in logged
     # About a hundred of the ten thousand lines are logged, truncated; the rest is counted.
-    lines = [
-        line for line in logged.splitlines() if 'plugin="hostile" text="line ' in line
-    ]
+    lines = [line for line in logged.splitlines() if 'plugin="hostile" text="line ' in line]
     assert 50 <= len(lines) <= 300 and all(
         len(line) < 1500 and "\x1b[2J" not in line for line in lines
     )
@@ -321,8 +324,8 @@ def test_egress_outside_the_allowlist_is_refused(hostile, bystander, stub, provi
 
 def test_provider_fault_fails_only_its_own_request(hostile, bystander, provider):
     server = hostile(
-        '[limits]\nmax_response = "1MiB"\nfirst_byte_timeout = "1s"\nexchange_timeout = "2s"\n'
-        'memory = "64MiB"\n'
+        '[limits]\nmax_response_body = "1MiB"\nfirst_byte_timeout = "1s"\nexchange_timeout = "2s"\n'
+        'max_memory = "64MiB"\n'
     )
     cases = {
         f"send {provider.url}/stream": ["too-large", "[limits] max_response"],
@@ -411,8 +414,12 @@ BAD_COMPONENTS = {
     "schema-bomb": ["settings-schema expands to", "the limits are 10000"],
     "configure-trap": ["settings", "`configure-trap` failed in `configure`"],
     "start-loop": ["`instantiate`", "[limits] call_timeout"],
-    "huge-table": ["exceeds the host's limits of memories, tables or instances", "1000000", "100000"],
-    "huge-memory": ["more than 64MiB of memory in `instantiate`", "[limits] memory"],
+    "huge-table": [
+        "exceeds the host's limits of memories, tables or instances",
+        "1000000",
+        "100000",
+    ],
+    "huge-memory": ["more than 64MiB of memory in `instantiate`", "[limits] max_memory"],
     "slow": ["compiling takes longer than 2s", "compile_timeout"],
     "core-module": ["is a core WebAssembly module, not a component", "wasm-tools component new"],
     "truncated": ["is not a component that can be compiled", "may be damaged"],
@@ -432,7 +439,11 @@ BAD_FILES = {
     ),
     "alias-cycle": (
         '[aliases]\na = "b"\nb = "a"',
-        ["aliases", "`a` = `b`, `b` = `a` is a cycle", "point each alias at a model name of the provider"],
+        [
+            "aliases",
+            "`a` = `b`, `b` = `a` is a cycle",
+            "point each alias at a model name of the provider",
+        ],
     ),
     "settings-refused": (
         'models = ["x1"]\n[settings]\nx = "refuse"',
@@ -447,8 +458,8 @@ BAD_FILES = {
         ["`configure`", "[limits] call_timeout"],
     ),
     "too-much": (
-        'models = ["x4"]\n[limits]\ntable_elements = 1000000',
-        ["limits.table_elements", "100000"],
+        'models = ["x4"]\n[limits]\nmax_table_elements = 1000000',
+        ["limits.max_table_elements", "100000"],
     ),
     "wrong-pin": (
         f'models = ["x5"]\nsha256 = "{"0" * 64}"',
@@ -539,7 +550,8 @@ def test_guest_table_growth_stops_at_its_limit(hostile):
     shutil.copy(built("hostile") / "growing-table.wasm", server.plugins)
     server.add_plugin(
         "growing",
-        'component = "growing-table.wasm"\nmodels = ["growing"]\n[limits]\ntable_elements = 5000\n',
+        'component = "growing-table.wasm"\nmodels = ["growing"]\n'
+        "[limits]\nmax_table_elements = 5000\n",
     )
     wait_for(lambda: "growing" in server.models(), what="the plugin")
     _, ends = run_cases(server, ["growing-table"], model="growing")
@@ -549,7 +561,7 @@ def test_guest_table_growth_stops_at_its_limit(hostile):
             "growing-table": [
                 "plugin_out_of_memory",
                 "more than 5000 elements in `begin`",
-                "[limits] table_elements",
+                "[limits] max_table_elements",
             ]
         },
     )
@@ -601,12 +613,15 @@ def test_wasi_guest_sees_no_files_environment_or_network(hostile, stub, version)
             assert part in ends[order], f"{order}: {ends[order]}"
         CONTAINED.append((f"WASI {version}: {order.split(' /')[0]}", ends[order]))
     logged = server.logged()
-    assert 'plugin="curious" text="said aloud [31m"' in logged and 'plugin="curious" text="and aside"' in logged
+    assert (
+        'plugin="curious" text="said aloud [31m"' in logged
+        and 'plugin="curious" text="and aside"' in logged
+    )
     assert logged.count('plugin="curious"') < 400
 
 
 def test_fresh_instances_keep_no_state(hostile):
-    server = hostile('[limits]\ninstances = "fresh"\n')
+    server = hostile('[limits]\nisolation = "per-call"\n')
     output, _ = server.results(
         server.run([chat(str(number), model="hostile") for number in range(50)])
     )

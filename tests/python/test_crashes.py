@@ -92,7 +92,7 @@ def test_server_killed_at_any_moment_loses_nothing(serve, tmp_path, request):
         "--max-concurrent-batches",
         "3",
     ]
-    server = serve(*settings, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 16\n")})
+    server = serve(*settings, plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 16\n")})
     plans, kills = [], []
     try:
         while len(kills) < max_kills:
@@ -119,7 +119,7 @@ def test_server_killed_at_any_moment_loses_nothing(serve, tmp_path, request):
     finally:
         stub.kill()
     for prompt, times in arrivals.items():
-        for sent, again in zip(times, times[1:]):
+        for sent, again in zip(times, times[1:], strict=True):
             assert any(sent - ARRIVAL_SLACK <= killed <= again for killed in kills), (
                 f"{prompt} was sent twice without a kill in between"
             )

@@ -69,7 +69,11 @@ def test_plugin_directory_ignores_editor_files_and_survives_a_missing_mount(serv
     listed = run_host("plugin", "list", "--plugins", server.plugins)
     assert listed.returncode == 0 and "._echo" not in listed.stdout
     server.plugins.rename(server.folder / "away")
-    wait_for(lambda: "plugin directory not read, plugins unchanged" in server.logged(), 20, "the log message")
+    wait_for(
+        lambda: "plugin directory not read, plugins unchanged" in server.logged(),
+        20,
+        "the log message",
+    )
     assert server.models() == ["echo", "other"]
 
 

@@ -62,7 +62,7 @@ def test_batches_over_the_limit_delay_no_other_provider(serve, stub, tmp_path):
 
 
 def test_batches_over_the_limit_take_turns(serve, stub):
-    plugins = {"p": stub.plugin(["m"], "[limits]\nconcurrency = 8\n")}
+    plugins = {"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 8\n")}
     server = serve("--max-concurrent-batches", "2", plugins=plugins)
     large = [
         server.create(
@@ -81,7 +81,7 @@ def test_batches_over_the_limit_take_turns(serve, stub):
 
 
 def test_batches_share_a_providers_concurrency(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 8\n")})
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 8\n")})
     first = server.create(
         [chat(str(line), f"!delay 20 first {line}", model="m") for line in range(2000)]
     )
@@ -97,7 +97,7 @@ def test_batches_share_a_providers_concurrency(serve, stub):
 
 
 def test_batch_with_many_plugins_is_not_starved(serve, stub):
-    plugins = {name: stub.plugin([name], "[limits]\nconcurrency = 4\n") for name in ("a", "b")}
+    plugins = {name: stub.plugin([name], "[limits]\nmax_in_flight = 4\n") for name in ("a", "b")}
     server = serve("--max-concurrent-batches", "1", plugins=plugins)
     alone = [
         server.create(

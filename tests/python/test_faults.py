@@ -57,7 +57,7 @@ def broken(serve, stub, tmp_path):
         "--stop-grace",
         "10ms",
         env=env,
-        plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")},
+        plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 2\n")},
     )
     return server, control
 

@@ -234,7 +234,7 @@ def ready_or_refused(server):
 @pytest.mark.parametrize("how", ["running", "cancelled", "new", "damaged"])
 def test_batch_with_lost_input_ends(serve, stub, how):
     server = serve(
-        "--stop-grace", "10ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 2\n")}
+        "--stop-grace", "10ms", plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 2\n")}
     )
     lines = [chat(str(line), f"!delay 20 {line} {'y' * 2000}", model="m") for line in range(500)]
     file = server.upload(lines)

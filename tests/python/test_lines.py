@@ -112,7 +112,9 @@ def test_invalid_json_errors_name_column_and_cause(server):
         (line, "invalid_json_line") for line in range(2, 8)
     ]
     for (*_, message), words in zip(
-        found, ["trailing comma", "NaN", "None is Python", "middle of a value", "CSV", "Latin-1"]
+        found,
+        ["trailing comma", "NaN", "None is Python", "middle of a value", "CSV", "Latin-1"],
+        strict=True,
     ):
         assert (
             message.startswith("This line is not parseable as valid JSON. Column ")

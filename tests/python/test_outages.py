@@ -74,7 +74,7 @@ def test_outage_loses_no_line_and_is_reported_everywhere(serve, stub, tmp_path):
         *SHORT_BACKOFFS,
         "--admin-listen",
         "127.0.0.1:0",
-        plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 8\n")},
+        plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 8\n")},
     )
     stub.ask("/mode?latency=20")
     batch = server.create(lines(400))
@@ -129,7 +129,7 @@ def test_revoked_key_loses_no_line_after_replacement(serve, stub, tmp_path):
     (tmp_path / "key").write_text("old\n")
     stub.ask("/mode?key=old&latency=10")
     text = stub.plugin(
-        ["m"], f'[credentials]\napi_key = "file:{tmp_path}/key"\n[limits]\nconcurrency = 8\n'
+        ["m"], f'[credentials]\napi_key = "file:{tmp_path}/key"\n[limits]\nmax_in_flight = 8\n'
     )
     server = serve(*SHORT_BACKOFFS, plugins={"p": text})
     batch = server.create(lines(300))
@@ -160,7 +160,7 @@ def test_provider_refusing_everything_loses_no_line(serve, stub, status):
 
 def test_refused_line_fails_alone_while_others_pass(serve, stub):
     server = serve(
-        *SHORT_BACKOFFS, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")}
+        *SHORT_BACKOFFS, plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 4\n")}
     )
     stub.ask("/mode?latency=5")
     flagged = [
@@ -188,7 +188,7 @@ def test_refused_line_fails_alone_while_others_pass(serve, stub):
 
 
 def test_disabled_paused_or_removed_plugin_is_waited_for(serve, stub):
-    text = stub.plugin(["m"], "[limits]\nconcurrency = 4\n")
+    text = stub.plugin(["m"], "[limits]\nmax_in_flight = 4\n")
     server = serve(*SHORT_BACKOFFS, plugins={"p": text})
     stub.ask("/mode?latency=10")
     ways = {
@@ -230,7 +230,7 @@ def test_disabled_paused_or_removed_plugin_is_waited_for(serve, stub):
 
 
 def test_removed_model_delays_only_its_own_batch(serve, stub):
-    limits = "[limits]\nconcurrency = 4\n"
+    limits = "[limits]\nmax_in_flight = 4\n"
     server = serve(*SHORT_BACKOFFS, plugins={"p": stub.plugin(["m", "x"], limits)})
     stub.ask("/mode?latency=20")
     gone = server.create(lines(600, model="x", begin="x"))
@@ -543,7 +543,7 @@ def test_max_outage_limits_how_long_lines_wait(serve, stub):
 
 
 def test_run_stops_during_an_outage_and_resumes_later(serve, stub, tmp_path):
-    plugins = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")}).plugins
+    plugins = serve(plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 4\n")}).plugins
     (tmp_path / "in.jsonl").write_bytes(jsonl(lines(200)))
     command = [
         "run",

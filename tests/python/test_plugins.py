@@ -44,7 +44,9 @@ def test_provider_is_swapped_by_editing_or_adding_a_file(serve, tmp_path):
 def test_plugin_file_with_a_typo_leaves_the_old_plugin_serving(serve, stub):
     server = serve(plugins={"p": stub.plugin(["m"])})
     server.add_plugin("p", stub.plugin(["m"]) + "[limtis]\n")
-    wait_for(lambda: "previous version still serving" in server.logged(), what="the error in the log")
+    wait_for(
+        lambda: "previous version still serving" in server.logged(), what="the error in the log"
+    )
     assert "limtis" in server.logged()
     assert answer(server) == "stub: hello"
     server.add_plugin("p", stub.plugin(["other"]))
@@ -213,7 +215,7 @@ def test_plugin_of_another_tenant_is_invisible(serve, stub):
 
 
 def test_fresh_instances_answer_requests(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"], '[limits]\ninstances = "fresh"\n')})
+    server = serve(plugins={"p": stub.plugin(["m"], '[limits]\nisolation = "per-call"\n')})
     batch = server.run([chat(str(number), model="m") for number in range(500)])
     assert batch.request_counts.completed == 500
 
@@ -295,7 +297,7 @@ def test_bad_plugin_file_keeps_the_old_plugin_and_shows_its_state(serve, stub):
 
 
 def test_adapter_swapped_fifty_times_answers_every_request_once(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 7\n")})
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 7\n")})
     component = server.plugins / "inference-openai.wasm"
     # A custom section changes the bytes and the digest, not the behavior.
     original = component.read_bytes()
@@ -323,7 +325,7 @@ def test_adapter_swapped_fifty_times_answers_every_request_once(serve, stub):
     assert errors == [] and [line["custom_id"] for line in output] == [
         str(line) for line in range(number)
     ]
-    for line, prompt in zip(output, prompts):
+    for line, prompt in zip(output, prompts, strict=True):
         assert line["response"]["body"]["choices"][0]["message"]["content"] == f"stub: {prompt}"
     counts = stub.counts()
     assert len(counts) == number and set(counts.values()) == {1}

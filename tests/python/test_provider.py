@@ -110,7 +110,9 @@ def test_unreachable_provider_is_reported(serve, stub):
 
 
 def test_cut_connection_redirect_and_huge_response_are_contained(serve, stub):
-    server = serve(*FAST, plugins={"p": stub.plugin(["m"], '[limits]\nmax_response = "64KiB"\n')})
+    server = serve(
+        *FAST, plugins={"p": stub.plugin(["m"], '[limits]\nmax_response_body = "64KiB"\n')}
+    )
     cut, elsewhere, huge, fine = run_prompts(
         server, "!close", "!redirect http://169.254.169.254/", "!big 100000", "hello"
     )
@@ -172,7 +174,9 @@ def test_stuck_provider_delays_no_batch_of_another(serve, stub, tmp_path):
 
 def test_concurrency_adapts_to_429_responses(serve, stub):
     server = serve(
-        "--retry-backoff", "20ms", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 32\n")}
+        "--retry-backoff",
+        "20ms",
+        plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 32\n")},
     )
     stub.ask("/load?4")
     batch = server.run(
@@ -191,7 +195,7 @@ def test_concurrency_adapts_to_429_responses(serve, stub):
 
 
 def test_killed_server_resumes_and_repeats_only_requests_in_flight(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 8\n")})
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 8\n")})
     prompts = [f"!delay 10 {number}" for number in range(600)]
     batch = server.create(
         [chat(str(number), prompt, model="m") for number, prompt in enumerate(prompts)]
@@ -220,7 +224,7 @@ def test_killed_server_resumes_and_repeats_only_requests_in_flight(serve, stub):
 
 def test_expired_batch_keeps_results_after_interrupted_finalizing(serve, stub):
     settings = ["--completion-windows", "24h,2s", "--stop-grace", "100ms"]
-    server = serve(*settings, plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")})
+    server = serve(*settings, plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 4\n")})
     file = server.upload(
         [chat(str(number), f"!delay 20 {number}", model="m") for number in range(1000)]
     )
@@ -257,7 +261,7 @@ def test_expired_batch_keeps_results_after_interrupted_finalizing(serve, stub):
 
 def test_cancelled_batch_keeps_results_and_lists_every_id_once(serve, stub):
     server = serve(
-        "--stop-grace", "1s", plugins={"p": stub.plugin(["m"], "[limits]\nconcurrency = 4\n")}
+        "--stop-grace", "1s", plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 4\n")}
     )
     prompts = [f"!delay 20 {number}" for number in range(300)]
     batch = server.create(

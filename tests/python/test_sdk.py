@@ -60,7 +60,7 @@ def test_batch_runs_from_upload_to_results(server):
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
     lines = [json.loads(line) for line in content.text.splitlines()]
     assert [line["custom_id"] for line in lines] == ["a", "b"]
-    for line, text in zip(lines, ["one", "two"]):
+    for line, text in zip(lines, ["one", "two"], strict=True):
         assert list(line) == ["id", "custom_id", "response", "error"] and line["error"] is None
         assert re.fullmatch(r"batch_req_[0-9a-f]{32}", line["id"])
         assert re.fullmatch(r"[0-9a-f]{32}", line["response"]["request_id"])

@@ -58,11 +58,11 @@ def test_line_of_100_mb_is_answered_or_rejected_by_settings(serve):
     assert (
         error.code == "plugin_out_of_memory"
         and "`standard`" in error.message
-        and "[limits] memory" in error.message
+        and "[limits] max_memory" in error.message
     )
     for plugin in ["standard", "echo"]:
         with open(server.plugins / f"{plugin}.toml", "a") as file:
-            file.write('[limits]\nmemory = "1GiB"\nanswer = "256MiB"\ncall_timeout = "30s"\n')
+            file.write('[limits]\nmemory = "1GiB"\nmax_output = "256MiB"\ncall_timeout = "30s"\n')
     wait_for(
         lambda: server.logged().count("plugin loaded") >= 4, what="the plugins to be loaded again"
     )

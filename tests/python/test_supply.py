@@ -33,7 +33,7 @@ class Registry:
             pytest.skip("docker-registry is not installed; it is a package of Debian")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.address = "127.0.0.1:%d" % free.getsockname()[1]
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.storage = folder / "registry"
         config = {
             "version": "0.1",
@@ -273,7 +273,9 @@ def test_pull_authenticates_with_username_or_docker_config(registry, tmp_path):
     assert refused.returncode != 0 and "--username" in refused.stderr
     who = ["--username", "batch", "--password", "env:REGISTRY_PASSWORD"]
     known = pull(registry, "p:1", tmp_path, *who, env={"REGISTRY_PASSWORD": "pass word"})
-    assert "--username" not in known.stderr and "has no such repository" in known.stderr, known.stderr
+    assert "--username" not in known.stderr and "has no such repository" in known.stderr, (
+        known.stderr
+    )
     wrong = pull(registry, "p:1", tmp_path, *who, env={"REGISTRY_PASSWORD": "password"})
     assert wrong.returncode != 0 and "password" not in wrong.stderr.replace("--password", "")
     # The configuration that `docker login` writes.

@@ -71,7 +71,8 @@ const REFUSED: [Request; 31] = [
         "/v1/files",
         FORM,
         "--b\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nother\r\n\
-         --b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n",
+         --b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n\
+         x\r\n--b--\r\n",
     ),
     (
         "POST",

@@ -1,6 +1,8 @@
-//! Snapshots of every text that a user reads: help, reports on plugins, API errors, the end of `run`.
+//! Snapshots of every text that a user reads: help, reports on plugins, API errors, the end of
+//! `run`.
 //!
-//! A changed word is a changed file in `snapshots/`. `INSTA_UPDATE=always cargo xtask e2e texts` writes the files; the
+//! A changed word is a changed file in `snapshots/`. `INSTA_UPDATE=always cargo xtask e2e texts`
+//! writes the files; the
 //! diff belongs in the same commit as the change.
 
 #![expect(

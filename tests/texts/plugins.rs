@@ -50,7 +50,7 @@ const FAULTY: [(&str, &str); 14] = [
     ),
     (
         "limit-zero",
-        "component = \"inference-echo.wasm\"\nmodels = [\"a\"]\n[limits]\nconcurrency = 0",
+        "component = \"inference-echo.wasm\"\nmodels = [\"a\"]\n[limits]\nmax_in_flight = 0",
     ),
     (
         "limit-unit",
@@ -58,21 +58,25 @@ const FAULTY: [(&str, &str); 14] = [
     ),
     (
         "setting-missing",
-        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n[credentials]\napi_key = \"env:HOME\"",
+        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n[credentials]\n\
+         api_key = \"env:HOME\"",
     ),
     (
         "secret-in-file",
-        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n[settings]\nbase_url = \"https://m.example.com/v1\"\n\
+        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n\
+         [settings]\nbase_url = \"https://m.example.com/v1\"\n\
          [credentials]\napi_key = \"sk-1234567890abcdef\"",
     ),
     (
         "variable-unset",
-        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n[settings]\nbase_url = \"https://m.example.com/v1\"\n\
+        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n\
+         [settings]\nbase_url = \"https://m.example.com/v1\"\n\
          [credentials]\napi_key = \"env:NO_SUCH_VARIABLE\"",
     ),
     (
         "plain-http",
-        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n[settings]\nbase_url = \"http://m.example.com/v1\"\n\
+        "component = \"inference-openai.wasm\"\nmodels = [\"a\"]\n\
+         [settings]\nbase_url = \"http://m.example.com/v1\"\n\
          [credentials]\napi_key = \"env:COLUMNS\"",
     ),
 ];

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::examples::{install, program};
 use crate::run::{cargo, root, run, step};
+use crate::test::python_environment;
 use crate::tidy;
 
 /// Version of cargo-deny that `deny.toml` is written for.
@@ -27,8 +28,20 @@ pub fn all() -> Result<()> {
         "--deny",
         "warnings",
     ]))?;
+    step("Python");
+    ruff()?;
     step("dependencies");
     dependencies()
+}
+
+/// Checks the format and the lints of the Python tests and examples.
+fn ruff() -> Result<()> {
+    let ruff = python_environment()?.with_file_name("ruff");
+    let folders = ["tests/python", "examples/policy-python"];
+    for command in [&["format", "--check", "--quiet"][..], &["check", "--quiet"]] {
+        run(Command::new(&ruff).args(command).arg("--no-cache").args(folders).current_dir(root()))?;
+    }
+    Ok(())
 }
 
 /// Checks licenses, sources and banned crates; advisories only where their database can be fetched.

@@ -43,7 +43,8 @@ fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()>
     node(name)
 }
 
-/// Returns a test run of the workspace's targets. The whole workspace is selected each time, because
+/// Returns a test run of the workspace's targets. The whole workspace is selected each time,
+/// because
 /// the features of dependencies, and so what is compiled, depend on the selected packages.
 fn rust(targets: &[&str]) -> Command {
     let mut tests = cargo();

@@ -72,7 +72,8 @@ pub async fn serve(
     listen(listener, router, settings, connections, shutdown).await;
 }
 
-/// Serves the admin listener until `shutdown`. Its connections do not count toward those of the API.
+/// Serves the admin listener until `shutdown`. Its connections do not count toward those of the
+/// API.
 pub async fn serve_admin(
     listener: TcpListener,
     router: Router,

@@ -83,7 +83,7 @@ impl Batches {
             reasons.push("No plugin is loaded that serves a model.".into());
             details.push("plugins: no adapter is loaded".into());
         }
-        // The default tenant stands for all tenants that no plugin names.
+        // The default tenant represents all tenants that no plugin names.
         if let Err(why) =
             plugins.check_required(&self.settings.required_plugins, "default", &ENDPOINTS)
         {

@@ -1,9 +1,13 @@
 //! Declaration of settings, each written once.
 //!
-//! A crate declares its settings with [`settings!`](crate::settings!) as a struct that belongs to a section of the config
-//! file. Each field is a key of that section, a flag `--key-with-dashes` and a variable `BATCHWRIGHT_KEY`. All three are
-//! given as text and parsed by [`Value::parse`], so they accept the same spellings and report the same errors. The
-//! default is text too: it is what `--help` and the reference show, and it is parsed like a given value.
+//! A crate declares its settings with [`settings!`](crate::settings!) as a struct that belongs to a
+//! section of the config
+//! file. Each field is a key of that section, a flag `--key-with-dashes` and a variable
+//! `BATCHWRIGHT_KEY`. All three are
+//! given as text and parsed by [`Value::parse`], so they accept the same spellings and report the
+//! same errors. The
+//! default is text too: it is what `--help` and the reference show, and it is parsed like a given
+//! value.
 //!
 //! Errors are collected in [`Given`], so that an operator sees all of them at once.
 
@@ -163,7 +167,8 @@ pub trait Section: Sized {
     /// Every setting of the struct, in the order of its fields.
     const SETTINGS: &'static [Setting];
 
-    /// Takes the struct's settings out of what was given, with defaults for the rest. Absent if a value is invalid; the
+    /// Takes the struct's settings out of what was given, with defaults for the rest. Absent if a
+    /// value is invalid; the
     /// errors are in `given` then.
     fn read(given: &mut Given) -> Option<Self>;
 }
@@ -183,7 +188,8 @@ pub struct Given {
 }
 
 impl Given {
-    /// Adds a setting's text unless the setting has one: sources are added in the order of their precedence. `origin`
+    /// Adds a setting's text unless the setting has one: sources are added in the order of their
+    /// precedence. `origin`
     /// begins the message of an error, such as `--listen` or `batchwright.toml, line 3: listen`.
     pub fn add(&mut self, name: &str, text: impl Into<String>, origin: impl Into<String>) {
         let text = Text { text: text.into(), origin: origin.into() };
@@ -219,7 +225,8 @@ impl Given {
         self.texts.get(name).map_or(name, |given| &given.origin)
     }
 
-    /// Adds an error about a setting whose value was parsed, such as a zero where it makes no sense.
+    /// Adds an error about a setting whose value was parsed, such as a zero where it makes no
+    /// sense.
     pub fn refuse(&mut self, name: &str, error: impl Display) {
         self.errors.push(format!("{}: {error}", self.origin(name)));
     }
@@ -255,7 +262,8 @@ macro_rules! settings {
         pub struct $struct:ident in $section:literal {
             $(
                 $(#[doc = $doc:literal])+
-                $name:ident: $type:ty = $default:literal $((shown $shown:literal))?, $placeholder:literal;
+                $name:ident: $type:ty = $default:literal
+                    $((shown $shown:literal))?, $placeholder:literal;
             )+
         }
     ) => {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wasmtime::{Config, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use super::manifest::{MOST_MEMORY, MOST_TABLE};
+use super::manifest::{MAX_MEMORY, MAX_TABLE_ELEMENTS};
 
 /// Interval of the epoch interrupts. At each interrupt a running guest is checked for its CPU time
 /// and yields to other tasks.
@@ -108,8 +108,8 @@ fn pool() -> PoolingAllocationConfig {
         .max_core_instances_per_component(MAX_CORE_PARTS_PER_COMPONENT)
         .max_memories_per_component(MAX_MEMORIES_PER_COMPONENT)
         .max_tables_per_component(MAX_CORE_PARTS_PER_COMPONENT)
-        .max_memory_size(usize::try_from(MOST_MEMORY.bytes()).unwrap_or(usize::MAX))
-        .table_elements(MOST_TABLE)
+        .max_memory_size(usize::try_from(MAX_MEMORY.bytes()).unwrap_or(usize::MAX))
+        .table_elements(MAX_TABLE_ELEMENTS)
         .max_unused_warm_slots(16)
         // Memory that stays mapped for the next instance of a slot. The rest is released to the
         // system after use.

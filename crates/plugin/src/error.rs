@@ -37,7 +37,7 @@ pub enum LoadError {
     Key {
         /// TOML file of the plugin.
         file: PathBuf,
-        /// Path of the key in the file, such as `limits.memory`.
+        /// Path of the key in the file, such as `limits.max_memory`.
         key: String,
         /// Error and remedy.
         message: String,
@@ -99,7 +99,7 @@ pub enum CallError {
     /// The guest was refused linear memory.
     #[error(
         "Plugin `{plugin}` asked for more than {limit} of memory in `{function}`; \
-         the limit is [limits] memory."
+         the limit is [limits] max_memory."
     )]
     Memory {
         /// Name of the plugin.
@@ -112,7 +112,7 @@ pub enum CallError {
     /// The guest was refused a larger table.
     #[error(
         "Plugin `{plugin}` asked for a table of more than {limit} elements in `{function}`; \
-         the limit is [limits] table_elements."
+         the limit is [limits] max_table_elements."
     )]
     Table {
         /// Name of the plugin.
@@ -125,7 +125,7 @@ pub enum CallError {
     /// The guest held too many handles of resources.
     #[error(
         "Plugin `{plugin}` held more than {limit} handles in `{function}`; \
-         the limit is [limits] handles."
+         the limit is [limits] max_handles."
     )]
     Handles {
         /// Name of the plugin.
@@ -151,7 +151,7 @@ pub enum CallError {
     /// The guest passed too many bytes to the host.
     #[error(
         "Plugin `{plugin}` passed more than {limit} to the host in `{function}`; \
-         the limit is [limits] answer."
+         the limit is [limits] max_output."
     )]
     Answer {
         /// Name of the plugin.

@@ -313,10 +313,10 @@ impl Instance {
         log: &Arc<PluginLog>,
         (instances, holder): (&Arc<Instances>, &Holder),
     ) -> (wasmtime::Result<Self>, (Option<Refused>, RecentOutput)) {
-        let table_elements = limits.table_elements.get() as usize;
+        let table_elements = limits.max_table_elements.get() as usize;
         let waited = Arc::new(MemoryWait::default());
         let memory = MemoryLimit {
-            limit: limits.memory.in_memory(),
+            limit: limits.max_memory.in_memory(),
             used: 0,
             share: instances.share(holder).await,
             instances: instances.clone(),
@@ -329,8 +329,8 @@ impl Instance {
             State { memory, ticks_left: 0, wasi: None, log: log.clone(), output: output.clone() };
         let mut store = Store::new(engine, state);
         store.limiter_async(|state| &mut state.memory);
-        store.set_hostcall_fuel(limits.answer.in_memory());
-        store.set_max_component_handles(limits.handles.get() as usize);
+        store.set_hostcall_fuel(limits.max_output.in_memory());
+        store.set_max_component_handles(limits.max_handles.get() as usize);
         store.epoch_deadline_callback(on_tick);
         grant_cpu_time(&mut store, limits, 1);
         let exports = match template {

@@ -591,11 +591,11 @@ fn urls_in(value: &Value) -> Vec<Url> {
 
 fn bounds(limits: &Limits) -> Bounds {
     Bounds {
-        concurrency: limits.concurrency.get(),
+        concurrency: limits.max_in_flight.get(),
         requests_per_minute: limits.requests_per_minute,
         connect_timeout: limits.connect_timeout.duration(),
         first_byte_timeout: limits.first_byte_timeout.duration(),
         exchange_timeout: limits.exchange_timeout.duration(),
-        max_response: limits.max_response.in_memory(),
+        max_response: limits.max_response_body.in_memory(),
     }
 }

@@ -113,13 +113,13 @@ impl<'de> Deserialize<'de> for GivenCredential {
 
 /// Reuse of an instance between calls.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Isolation {
     /// Instance for many calls of one tenant, one after the other.
     #[default]
-    Tenant,
+    PerTenant,
     /// Instance for one call.
-    Fresh,
+    PerCall,
 }
 
 /// Limits of a plugin. The `[limits]` table of the TOML file has the same names.
@@ -128,26 +128,26 @@ pub enum Isolation {
 pub struct Limits {
     /// Linear memory of an instance, as the sum of its memories. The default holds a line of 16 MiB
     /// and a copy of it.
-    pub memory: Size,
+    pub max_memory: Size,
     /// CPU time of one call; for validators, CPU time per started 1,000 lines or MiB.
     pub call_timeout: Span,
     /// Size of the result of one call.
-    pub answer: Size,
+    pub max_output: Size,
     /// Elements of each table of an instance.
-    pub table_elements: NonZeroU32,
+    pub max_table_elements: NonZeroU32,
     /// Open handles of an instance. A language runtime needs about a dozen for standard streams and
     /// clocks.
-    pub handles: NonZeroU32,
+    pub max_handles: NonZeroU32,
     /// Reuse of instances.
-    pub instances: Isolation,
+    pub isolation: Isolation,
     /// Calls after which an instance is replaced.
-    pub max_calls: NonZeroU32,
+    pub max_calls_per_instance: NonZeroU32,
     /// Steps of one attempt. The limit ends an endless sequence of `resume` calls.
     pub max_steps: NonZeroU32,
     /// Duration of one wait that an adapter requests between polls of a provider.
     pub max_wait: Span,
     /// Exchanges in flight.
-    pub concurrency: NonZeroUsize,
+    pub max_in_flight: NonZeroUsize,
     /// Exchanges started per minute; None means no limit.
     pub requests_per_minute: Option<NonZeroU32>,
     /// Timeout of a connection attempt.
@@ -157,27 +157,27 @@ pub struct Limits {
     /// Timeout of a whole exchange.
     pub exchange_timeout: Span,
     /// Size of a response body of a provider.
-    pub max_response: Size,
+    pub max_response_body: Size,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            memory: Size::mib(64),
+            max_memory: Size::mib(64),
             call_timeout: Span::milliseconds(100),
-            answer: Size::mib(16),
-            table_elements: NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN),
-            handles: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
-            instances: Isolation::Tenant,
-            max_calls: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
+            max_output: Size::mib(16),
+            max_table_elements: NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN),
+            max_handles: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
+            isolation: Isolation::PerTenant,
+            max_calls_per_instance: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
             max_steps: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
             max_wait: Span::seconds(3600),
-            concurrency: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            max_in_flight: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             requests_per_minute: None,
             connect_timeout: Span::seconds(10),
             first_byte_timeout: Span::seconds(600),
             exchange_timeout: Span::seconds(900),
-            max_response: Size::mib(16),
+            max_response_body: Size::mib(16),
         }
     }
 }
@@ -185,11 +185,11 @@ impl Default for Limits {
 /// Maximum size of a secret in a file, in bytes.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
-/// Maximum of `[limits] memory`: the size that one slot of the instance pool reserves.
-pub(crate) const MOST_MEMORY: Size = Size::mib(4096);
+/// Maximum of `[limits] max_memory`: the size that one slot of the instance pool reserves.
+pub(crate) const MAX_MEMORY: Size = Size::mib(4096);
 
-/// Maximum of `[limits] table_elements`: the size that one slot of the instance pool reserves.
-pub(crate) const MOST_TABLE: usize = 100_000;
+/// Maximum of `[limits] max_table_elements`: the size that one slot of the instance pool reserves.
+pub(crate) const MAX_TABLE_ELEMENTS: usize = 100_000;
 
 impl Manifest {
     /// Parses and checks the text of `file`. Errors name the file and the key.
@@ -199,7 +199,11 @@ impl Manifest {
         let mut manifest: Self = toml::from_str(text).map_err(|error| LoadError::Manifest {
             file: file.to_owned(),
             // Clients see the message, and the line may contain a secret, so the line is omitted.
-            message: format!("{}{}", error_location(text, error.span()), error.message()),
+            message: format!(
+                "{}{}",
+                error_location(text, error.span()),
+                renamed(error.message()).unwrap_or_else(|| error.message().to_owned())
+            ),
         })?;
         let invalid = |key: &str, message: String| LoadError::Key {
             file: file.to_owned(),
@@ -213,15 +217,16 @@ impl Manifest {
             );
             return Err(invalid("component", message));
         }
-        if manifest.limits.memory > MOST_MEMORY {
+        if manifest.limits.max_memory > MAX_MEMORY {
             return Err(invalid(
-                "limits.memory",
-                format!("{} is more than {MOST_MEMORY}", manifest.limits.memory),
+                "limits.max_memory",
+                format!("{} is more than {MAX_MEMORY}", manifest.limits.max_memory),
             ));
         }
-        if manifest.limits.table_elements.get() as usize > MOST_TABLE {
-            let message = format!("{} is more than {MOST_TABLE}", manifest.limits.table_elements);
-            return Err(invalid("limits.table_elements", message));
+        if manifest.limits.max_table_elements.get() as usize > MAX_TABLE_ELEMENTS {
+            let message =
+                format!("{} is more than {MAX_TABLE_ELEMENTS}", manifest.limits.max_table_elements);
+            return Err(invalid("limits.max_table_elements", message));
         }
         if let Some(cycle) = find_cycle(&manifest.aliases) {
             let message =
@@ -247,6 +252,26 @@ impl Manifest {
         }
         Ok(manifest)
     }
+}
+
+/// Limits that had another name, with the name that they have now.
+const RENAMED_LIMITS: [(&str, &str); 8] = [
+    ("memory", "max_memory"),
+    ("answer", "max_output"),
+    ("table_elements", "max_table_elements"),
+    ("handles", "max_handles"),
+    ("instances", "isolation"),
+    ("max_calls", "max_calls_per_instance"),
+    ("concurrency", "max_in_flight"),
+    ("max_response", "max_response_body"),
+];
+
+/// Message about a key of `[limits]` that has another name now.
+fn renamed(message: &str) -> Option<String> {
+    let (_, name) = RENAMED_LIMITS
+        .iter()
+        .find(|(old, _)| message.starts_with(&format!("unknown field `{old}`")))?;
+    Some(format!("this limit is called `{name}`"))
 }
 
 /// Returns the location of an error in words: line, column and key, never the value.
@@ -363,10 +388,10 @@ mod tests {
         let manifest = parse(
             "component = 'x.wasm'\nmodels = ['a', 'b-*']\n[aliases]\nc = 'd'\n[settings]\n\
              base_url = 'http://h/v1'\n[credentials]\napi_key = 'env:KEY'\n[limits]\n\
-             memory = '32MiB'\nrequests_per_minute = 3000\n",
+             max_memory = '32MiB'\nrequests_per_minute = 3000\n",
         )
         .unwrap();
-        assert_eq!(manifest.limits.memory, Size::mib(32));
+        assert_eq!(manifest.limits.max_memory, Size::mib(32));
         assert_eq!(manifest.limits.call_timeout, Span::milliseconds(100));
         assert_eq!(manifest.settings.get("base_url"), Some(&"http://h/v1".into()));
     }
@@ -377,12 +402,19 @@ mod tests {
             ("component = 'x.wasm'\nmodel = ['a']", vec!["plugins/x.toml", "line 2", "model"]),
             ("component = '../x.wasm'", vec!["component", "leads out"]),
             ("component = '/x.wasm'", vec!["component", "leads out"]),
-            ("component = 'x.wasm'\n[limits]\nmemory = '5GiB'", vec!["limits.memory", "4GiB"]),
-            ("component = 'x.wasm'\n[limits]\nconcurrency = 0", vec!["line 3"]),
+            (
+                "component = 'x.wasm'\n[limits]\nmax_memory = '5GiB'",
+                vec!["limits.max_memory", "4GiB"],
+            ),
+            ("component = 'x.wasm'\n[limits]\nmax_in_flight = 0", vec!["line 3"]),
+            (
+                "component = 'x.wasm'\n[limits]\nconcurrency = 8",
+                vec!["line 3", "this limit is called `max_in_flight`"],
+            ),
             ("component = 'x.wasm'\n[limits]\ncall_timeout = 'long'", vec!["line 3", "100ms"]),
             (
-                "component = 'x.wasm'\n[limits]\ntable_elements = 1000000",
-                vec!["limits.table_elements", "100000"],
+                "component = 'x.wasm'\n[limits]\nmax_table_elements = 1000000",
+                vec!["limits.max_table_elements", "100000"],
             ),
             (
                 "component = 'x.wasm'\n[aliases]\na = 'b'\nb = 'c'\nc = 'b'",

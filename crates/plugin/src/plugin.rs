@@ -405,9 +405,9 @@ impl Plugin {
     ) -> Result<T, CallError> {
         match called {
             Ok(value) => {
-                let is_reusable = lease.instance.calls < self.limits.max_calls.get()
+                let is_reusable = lease.instance.calls < self.limits.max_calls_per_instance.get()
                     && !lease.instance.is_bloated();
-                if self.limits.instances == Isolation::Tenant && is_reusable {
+                if self.limits.isolation == Isolation::PerTenant && is_reusable {
                     self.instances.release(&lease.pool.idle, lease.instance);
                 }
                 Ok(value)
@@ -457,10 +457,10 @@ pub(super) fn explain(
     }
     match refused {
         Some(Refused::Memory) => {
-            return CallError::Memory { plugin, function, limit: limits.memory.to_string() };
+            return CallError::Memory { plugin, function, limit: limits.max_memory.to_string() };
         }
         Some(Refused::Table) => {
-            return CallError::Table { plugin, function, limit: limits.table_elements.get() };
+            return CallError::Table { plugin, function, limit: limits.max_table_elements.get() };
         }
         None => {}
     }
@@ -473,10 +473,10 @@ pub(super) fn explain(
     }
     let message = for_people(&error.root_cause().to_string(), 500);
     if message.contains("fuel allocated for hostcalls") {
-        return CallError::Answer { plugin, function, limit: limits.answer.to_string() };
+        return CallError::Answer { plugin, function, limit: limits.max_output.to_string() };
     }
     if message.contains("store handle limit exceeded") {
-        return CallError::Handles { plugin, function, limit: limits.handles.get() };
+        return CallError::Handles { plugin, function, limit: limits.max_handles.get() };
     }
     CallError::Trap { plugin, function, message, output: output.joined() }
 }

@@ -108,7 +108,7 @@ async fn rate_limited_request_waits_for_retry_after() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn expired_input_file_stays_readable_for_its_batch() {
-    let mut server = TestServer::new("", "concurrency = 1").await;
+    let mut server = TestServer::new("", "max_in_flight = 1").await;
     let lines: Vec<Value> = (0..20)
         .map(|number| chat(&number.to_string(), "m", &format!("!delay 20 {number}")))
         .collect();

@@ -6,10 +6,13 @@ use std::collections::BTreeSet;
 use super::Source;
 
 /// Extensions of files whose words count as code.
-const CODE_EXTENSIONS: [&str; 8] = [".rs", ".py", ".mjs", ".js", ".c", ".toml", ".json", ".sql"];
+const CODE_EXTENSIONS: [&str; 7] = [".rs", ".py", ".mjs", ".js", ".c", ".toml", ".json"];
+
+/// Extensions of quoted file names.
+const EXTENSIONS: [&str; 5] = [".rs", ".py", ".wit", ".toml", ".md"];
 
 /// Quoted names that belong to other programs.
-const FOREIGN_NAMES: [&str; 1] = ["--no-install-recommends"];
+const FOREIGN_NAMES: [&str; 2] = ["--no-install-recommends", "--adapt"];
 
 /// Path prefix of the help snapshots, one per command.
 const HELP_SNAPSHOTS: &str = "tests/texts/snapshots/help-";
@@ -57,6 +60,10 @@ fn words(sources: &[Source]) -> BTreeSet<&str> {
 
 /// Returns the names in a quotation that look like names of this project but are not in the code.
 fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> Vec<&'a str> {
+    // A path names files, and a name that ends with `_` or `*` names several.
+    if quoted.contains('/') || EXTENSIONS.iter().any(|extension| quoted.ends_with(extension)) {
+        return Vec::new();
+    }
     if let Some(command) = quoted.strip_prefix("batchwright ") {
         return unknown_command(command, sources).into_iter().collect();
     }
@@ -75,7 +82,11 @@ fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> V
         }
         match flag {
             Some(flag) => is_name(&flag) && !words.contains(flag.as_str()),
-            None => name.starts_with("BATCHWRIGHT_") || name.contains('_') && is_name(name),
+            None => {
+                let is_whole = !name.ends_with('_');
+                is_whole
+                    && (name.starts_with("BATCHWRIGHT_") || name.contains('_') && is_name(name))
+            }
         }
     });
     unknown.collect()

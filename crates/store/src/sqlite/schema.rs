@@ -101,10 +101,13 @@ const MIGRATION_2: &str = "
 -- What the client called this creation, and a digest of its parameters.
 ALTER TABLE batches ADD COLUMN idempotency_key TEXT;
 ALTER TABLE batches ADD COLUMN fingerprint BLOB;
-CREATE UNIQUE INDEX batches_idempotency ON batches (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL;
--- What is to be done next: 'validate', 'execute' and whom its requests go to, or 'finish'. Batches compete for a place within a lane.
+CREATE UNIQUE INDEX batches_idempotency ON batches (tenant, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+-- What is to be done next: 'validate', 'execute' and whom its requests go to, or 'finish'. Batches
+-- compete for a place within a lane.
 ALTER TABLE batches ADD COLUMN lane TEXT NOT NULL DEFAULT 'validate';
-UPDATE batches SET lane = CASE status WHEN 'validating' THEN 'validate' WHEN 'in_progress' THEN 'execute ' ELSE 'finish' END;
+UPDATE batches SET lane = CASE status
+    WHEN 'validating' THEN 'validate' WHEN 'in_progress' THEN 'execute ' ELSE 'finish' END;
 DROP INDEX batches_running;
 CREATE INDEX batches_running ON batches (lane, key)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
@@ -112,7 +115,8 @@ CREATE INDEX batches_expiring ON batches (expires_at) WHERE status = 'in_progres
 -- The key of the input file, if it was there when the batch was created. It outlives the file.
 ALTER TABLE batches ADD COLUMN input_file INTEGER;
 UPDATE batches SET input_file = (
-    SELECT files.key FROM files WHERE files.tenant = batches.tenant AND files.id = batches.input_file_id
+    SELECT files.key FROM files
+    WHERE files.tenant = batches.tenant AND files.id = batches.input_file_id
     AND (deleted_at IS NULL OR deleted_at > batches.created_at)
     AND (files.expires_at IS NULL OR files.expires_at > batches.created_at)
 ) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
@@ -123,7 +127,8 @@ CREATE INDEX batches_reading ON batches (input_file)
 ALTER TABLE files ADD COLUMN removed INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX files_removed ON files (removed) WHERE removed = 1;
 CREATE INDEX files_by_tenant ON files (tenant, key);
-CREATE INDEX batches_by_end ON batches (coalesce(completed_at, failed_at, expired_at, cancelled_at));
+CREATE INDEX batches_by_end
+    ON batches (coalesce(completed_at, failed_at, expired_at, cancelled_at));
 -- Deleting a batch looks for its errors.
 CREATE INDEX batch_errors_by_batch ON batch_errors (batch);
 
@@ -138,7 +143,8 @@ CREATE TABLE batch_plugins (
     PRIMARY KEY (tenant, batch, name, sha256, version)
 ) STRICT;
 
--- Objects whose writing has begun and which no record leads to yet. Those of a process that is gone are removed.
+-- Objects whose writing has begun and which no record leads to yet. Those of a process that is gone
+-- are removed.
 CREATE TABLE pending_objects (
     tenant INTEGER NOT NULL,
     id TEXT NOT NULL,
@@ -165,13 +171,15 @@ CREATE TABLE probe (
 
 /// Adds causes of backoff and saved states of requests.
 const MIGRATION_4: &str = "
--- What its requests wait for while the batch rests, in the client's words, and since when. It rests until `waits_since`.
+-- What its requests wait for while the batch rests, in the client's words, and since when. It rests
+-- until `waits_since`.
 ALTER TABLE batches ADD COLUMN waits_for TEXT;
 ALTER TABLE batches ADD COLUMN waits_for_since INTEGER;
 -- One that was made since the last migration and had no turn yet.
 UPDATE batches SET waits_since = created_at WHERE waits_since = 0;
 
--- Requests that a provider works on and that are asked about now and then: the adapter's own state. They go with the batch's results.
+-- Requests that a provider works on and that are asked about now and then: the adapter's own state.
+-- They go with the batch's results.
 CREATE TABLE jobs (
     tenant INTEGER NOT NULL,
     batch INTEGER NOT NULL,
