@@ -1,5 +1,6 @@
 """Example plugins in four languages do what their README files say."""
 
+import collections
 import http.server
 import json
 import shutil
@@ -46,6 +47,83 @@ def provider():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+
+
+@pytest.fixture
+def jobs():
+    """Starts a provider of jobs over real HTTP; `poll` of a test returns (status, members)."""
+    created, lock = {}, threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self, status, answer):
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            prompt = body["input"]["messages"][-1]["content"]
+            with lock:
+                server.submissions += 1
+                number = server.jobs_of(prompt) + 1
+                job = created.setdefault(
+                    self.headers["idempotency-key"],
+                    {
+                        "id": f"job-{len(created)}",
+                        "prompt": prompt,
+                        "number": number,
+                        "body": body,
+                        "authorization": self.headers["authorization"],
+                        "polls": 0,
+                    },
+                )
+            self.reply(201, {"id": job["id"], "status": "queued"})
+
+        def do_GET(self):
+            with lock:
+                (job,) = [job for job in created.values() if self.path == f"/jobs/{job['id']}"]
+                job["polls"] += 1
+            status, members = server.poll(job)
+            self.reply(status, {"id": job["id"], **members})
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.created, server.submissions = created, 0
+    server.jobs_of = lambda prompt: sum(job["prompt"] == prompt for job in created.values())
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def succeeded(job):
+    """Returns the response to a poll of a job that has succeeded."""
+    message = {"role": "assistant", "content": f"said: {job['prompt']}"}
+    output = {
+        "id": job["id"],
+        "object": "chat.completion",
+        "created": 1,
+        "model": job["body"]["model"],
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+    }
+    return 200, {"status": "succeeded", "output": output}
+
+
+def start_polled(serve, jobs, interval):
+    """Starts a server with the adapter for jobs, which polls at this interval in seconds."""
+    text = (
+        f'[aliases]\nm = "theirs"\n[settings]\nbase_url = "{jobs.url}"\n'
+        f'poll_interval_seconds = {interval}\n[credentials]\napi_key = "env:JOBS_KEY"\n'
+    )
+    return start(serve, "polled", text, "m", {"JOBS_KEY": "sk-jobs-secret-0123456789"})
 
 
 def start(serve, component, text, model=None, env=None):
@@ -205,6 +283,80 @@ def test_ollama_adapter_in_javascript_translates_both_ways(serve, provider):
     assert body["options"] == {"num_predict": 9, "seed": 3}
 
 
+def test_polled_adapter_in_rust_submits_jobs_and_polls_them(serve, jobs):
+    def poll(job):
+        if job["polls"] == 1 and job["prompt"] == "slow":
+            return 200, {"status": "running"}
+        if job["polls"] == 1 and job["prompt"] == "busy":
+            return 503, {"error": {"message": "try again"}}
+        if job["number"] == 1 and job["prompt"] == "lost":
+            return 404, {"error": {"message": "no such job"}}
+        if job["number"] == 1 and job["prompt"] == "unlucky":
+            return 200, {"status": "failed", "error": {"message": "no GPU", "retryable": True}}
+        if job["prompt"] == "bad":
+            return 200, {"status": "failed", "error": {"message": "too bad", "code": "bad_prompt"}}
+        return succeeded(job)
+
+    jobs.poll = poll
+    server = start_polled(serve, jobs, 1)
+    prompts = ["slow", "busy", "lost", "unlucky", "bad"]
+    batch, (*good, bad, robot) = ask(
+        server,
+        *({**user(prompt), "seed": 12345678901234567} for prompt in prompts),
+        {"messages": [{"role": "robot", "content": "x"}]},
+    )
+    for prompt, line in zip(prompts, good):
+        completion = openai.types.chat.ChatCompletion.model_validate(line["response"]["body"])
+        assert completion.choices[0].message.content == f"said: {prompt}"
+    assert bad["response"]["status_code"] == 400
+    assert bad["response"]["body"]["error"] == {
+        "message": "too bad",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "bad_prompt",
+    }
+    assert robot["error"]["message"] == "Unknown message role: robot"
+    # A failed poll is repeated. A job that is lost, or that may succeed next time, is submitted
+    # again.
+    assert collections.Counter(job["prompt"] for job in jobs.created.values()) == {
+        "slow": 1,
+        "busy": 1,
+        "lost": 2,
+        "unlucky": 2,
+        "bad": 1,
+    }
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (20, 8)
+    job = next(iter(jobs.created.values()))
+    assert job["body"]["model"] == "theirs" and job["body"]["input"]["seed"] == 12345678901234567
+    assert job["authorization"] == "Bearer sk-jobs-secret-0123456789"
+
+
+# The state of a pause of 1 s is stored; a request leaves memory for a pause of 5 s.
+@pytest.mark.parametrize("interval", [1, 5])
+def test_polled_adapter_in_rust_continues_to_poll_after_a_kill(serve, jobs, interval):
+    finished = threading.Event()
+    jobs.poll = lambda job: succeeded(job) if finished.is_set() else (200, {"status": "running"})
+    server = start_polled(serve, jobs, interval)
+    prompts = [f"job {number}" for number in range(10)]
+    batch = server.create([chat(prompt, prompt, model="m") for prompt in prompts])
+    # The first poll of a job follows the pause whose state is stored.
+    polled = lambda: sum(job["polls"] > 0 for job in list(jobs.created.values())) == 10
+    wait_for(polled, what="the first poll of each job")
+    server.kill()
+    server.start()
+    finished.set()
+    ended = server.ended(batch.id)
+    assert ended.request_counts.completed == 10
+    output, _ = server.results(ended)
+    says = lambda line: line["response"]["body"]["choices"][0]["message"]["content"]
+    assert {line["custom_id"]: says(line) for line in output} == {
+        prompt: f"said: {prompt}" for prompt in prompts
+    }
+    assert [jobs.jobs_of(prompt) for prompt in prompts] == [1] * 10
+    # No job was submitted twice, not even with the same key.
+    assert jobs.submissions == 10
+
+
 def test_python_policy_runs_beside_the_standard_validator(serve):
     policy = (
         'order = 50\n[settings]\nallowed_models = ["echo"]\nmax_tokens = 100\n'
@@ -250,6 +402,7 @@ def test_c_policy_rejects_lines(serve):
     "component, folder, settings",
     [
         ("anthropic", "anthropic-rust", {}),
+        ("polled", "polled-rust", {"base_url": "https://jobs.example.com"}),
         ("ollama", "ollama-javascript", {"base_url": "http://127.0.0.1:11434"}),
         ("policy-python", "policy-python", {"banned_words": ["project x"], "max_tokens": 4096}),
         ("policy-c", "policy-c", {}),

@@ -13,6 +13,10 @@ use crate::run::{cargo, mark, root, run, stale, step, target};
 /// Target of guests that use the standard library, which imports WASI.
 pub const WASI_TARGET: &str = "wasm32-wasip2";
 
+/// Package of each example in Rust, and file name of its component.
+const RUST_EXAMPLES: [(&str, &str); 2] =
+    [("anthropic-adapter", "anthropic.wasm"), ("polled-adapter", "polled.wasm")];
+
 /// Builds all example plugins into `target/examples`.
 pub fn all() -> Result<()> {
     step("examples");
@@ -28,18 +32,17 @@ pub fn all() -> Result<()> {
 
 fn rust(to: &Path) -> Result<()> {
     add_target(WASI_TARGET)?;
-    run(cargo().args([
-        "build",
-        "--quiet",
-        "--profile",
-        "guest",
-        "--target",
-        WASI_TARGET,
-        "--package",
-        "anthropic-adapter",
-    ]))?;
-    let built = target().join(WASI_TARGET).join("guest/anthropic_adapter.wasm");
-    fs::copy(built, to.join("anthropic.wasm")).context("failed to copy the component")?;
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--profile", "guest", "--target", WASI_TARGET]);
+    for (package, _) in RUST_EXAMPLES {
+        build.args(["--package", package]);
+    }
+    run(&mut build)?;
+    for (package, file) in RUST_EXAMPLES {
+        let built = format!("guest/{}.wasm", package.replace('-', "_"));
+        fs::copy(target().join(WASI_TARGET).join(built), to.join(file))
+            .context("failed to copy the component")?;
+    }
     Ok(())
 }
 
