@@ -10,7 +10,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import HOST, TARGET, built, chat, run_host, wait_for
+from conftest import HOST, ROOT, TARGET, built, chat, run_host, wait_for
 
 LANGUAGES = ["rust", "python", "js", "c"]
 # Tools installed by the tests, instead of the tools that an author installs.
@@ -22,6 +22,22 @@ PATH = ":".join(
         os.environ["PATH"],
     ]
 )
+
+
+def environment():
+    """Returns the environment of an author of plugins."""
+    given = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("CARGO_TARGET_DIR", "RUSTFLAGS")
+    }
+    return {
+        **given,
+        "PATH": PATH,
+        "XDG_CACHE_HOME": str(TARGET / "examples-cache"),
+        "npm_config_audit": "false",
+        "npm_config_fund": "false",
+    }
 
 
 def make(folder, kind, lang):
@@ -42,21 +58,10 @@ def make(folder, kind, lang):
         (project / "target").symlink_to(shared)
     if lang == "python":
         (project / ".venv").symlink_to(TARGET / "tools")
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("CARGO_TARGET_DIR", "RUSTFLAGS")
-    }
-    environment.update(
-        PATH=PATH,
-        XDG_CACHE_HOME=str(TARGET / "examples-cache"),
-        npm_config_audit="false",
-        npm_config_fund="false",
-    )
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=project,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
@@ -66,6 +71,31 @@ def make(folder, kind, lang):
         re.findall(r"^ok      case \S+$", done.stdout, re.M)
     ) == len(list((project / "cases").iterdir()))
     return project, name
+
+
+@pytest.mark.parametrize(
+    "lang, file, command, passed",
+    [
+        ("rust", "src/lib.rs", ["cargo", "test", "--quiet"], "1 passed"),
+        ("js", "plugin.test.js", ["node", "--test"], "pass 1"),
+    ],
+)
+def test_unit_test_of_the_guide_passes_in_a_new_project(tmp_path, lang, file, command, passed):
+    guide = (ROOT / "docs/guides/write-a-plugin.md").read_text()
+    (code,) = re.findall(rf"<!-- unit test: {file} -->\n```\w+\n(.*?)```", guide, re.S)
+    made = run_host("plugin", "new", "mine", "--kind", "adapter", "--lang", lang, "--to", tmp_path)
+    assert made.returncode == 0, made.stderr
+    project = tmp_path / "mine"
+    if lang == "rust":
+        shared = TARGET / "templates" / lang
+        shared.mkdir(parents=True, exist_ok=True)
+        (project / "target").symlink_to(shared)
+    with open(project / file, "a") as source:
+        source.write(code)
+    done = subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and passed in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)

@@ -182,25 +182,3 @@ fn check_name(name: &str) -> Result<(), String> {
         name.escape_debug()
     ))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn guide_shows_the_adapter_templates_verbatim() {
-        let guide = include_str!("../../../../docs/writing-plugins.md");
-        for lang in [Lang::Rust, Lang::Python, Lang::Js, Lang::C] {
-            let new =
-                New { name: "my-adapter".into(), kind: Kind::Adapter, lang, to: PathBuf::new() };
-            let source = ["src/lib.rs", "plugin.py", "plugin.js", "plugin.c"];
-            let found =
-                new.templates().into_iter().flatten().find(|(path, _)| source.contains(path));
-            let (path, text) = found.unwrap();
-            assert!(
-                guide.contains(&text.replace("{{name}}", &new.name)),
-                "docs/writing-plugins.md differs from the template {path}"
-            );
-        }
-    }
-}
