@@ -26,7 +26,6 @@ mod load;
 mod log;
 mod manifest;
 mod order;
-#[expect(clippy::module_inception, reason = "Plugin is the main type of this module")]
 mod plugin;
 mod read;
 mod registry;
