@@ -50,7 +50,4 @@ def test_guide_plugin_file_loads(text, tmp_path):
 @pytest.mark.parametrize("text", blocks("json"))
 def test_guide_case_has_the_members_of_a_case(text):
     case = json.loads(text)
-    assert set(case) in (
-        {"request", "exchanges", "answer"},
-        {"batch", "lines", "violations"},
-    )
+    assert set(case) in ({"request", "exchanges", "answer"}, {"batch", "lines", "violations"})

@@ -5,11 +5,7 @@
 //! writes the files; the
 //! diff belongs in the same commit as the change.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod api;
 mod help;

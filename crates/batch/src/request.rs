@@ -253,8 +253,12 @@ impl Context {
         };
         let mut said = sent.as_ref().map_or(Said::Answered, |sent| sent.weighed.said);
         match &exchange_job {
-            // The poll has failed and not the job. A repeated poll costs nothing.
-            Some(state) if retry.is_some() && said != Said::Answered => {
+            // The poll has failed and not the job. A repeated poll costs nothing, while a line that
+            // the breaker holds back without its job would submit and pay for a second one.
+            Some(state)
+                if matches!(said, Said::Trouble(_))
+                    || retry.is_some() && said != Said::Answered =>
+            {
                 if said == Said::Unanswered {
                     said = Said::Passing;
                 }

@@ -272,7 +272,7 @@ pub(crate) struct Instance {
     pub store: Store<State>,
     /// Functions of the guest.
     pub exports: Exports,
-    /// Number of calls, including `configure`.
+    /// Number of calls after `configure`.
     pub calls: u32,
     /// Time that calls have waited for memory.
     pub waited: Arc<MemoryWait>,

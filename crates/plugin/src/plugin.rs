@@ -379,6 +379,7 @@ impl Plugin {
         match called {
             Ok(Ok(())) => {
                 instance.configured_memory = instance.memory();
+                instance.calls = 0;
                 Ok(instance)
             }
             Ok(Err(message)) => {
