@@ -305,7 +305,7 @@ def test_polled_adapter_in_rust_submits_jobs_and_polls_them(serve, jobs):
         *({**user(prompt), "seed": 12345678901234567} for prompt in prompts),
         {"messages": [{"role": "robot", "content": "x"}]},
     )
-    for prompt, line in zip(prompts, good):
+    for prompt, line in zip(prompts, good, strict=True):
         completion = openai.types.chat.ChatCompletion.model_validate(line["response"]["body"])
         assert completion.choices[0].message.content == f"said: {prompt}"
     assert bad["response"]["status_code"] == 400
