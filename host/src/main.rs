@@ -6,6 +6,8 @@ mod cli;
 mod config;
 #[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod reference;
 mod telemetry;
 
 use std::process::ExitCode;

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::examples::{install, program};
 use crate::run::{cargo, root, run, step};
-use crate::test::python_environment;
+use crate::test::{python_environment, reference};
 use crate::tidy;
 
 /// Version of cargo-deny that `deny.toml` is written for.
@@ -30,6 +30,8 @@ pub fn all() -> Result<()> {
     ]))?;
     step("Python");
     ruff()?;
+    step("reference pages");
+    reference(false)?;
     step("dependencies");
     dependencies()
 }

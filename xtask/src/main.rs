@@ -1,4 +1,4 @@
-//! Repository tasks: `cargo xtask build | check | unit | e2e | test | demo | bench`.
+//! Repository tasks: `cargo xtask build | check | docs | unit | e2e | test | demo | bench`.
 
 mod bench;
 mod build;
@@ -32,6 +32,8 @@ enum Task {
     },
     /// Check format, lints, tidy rules and licenses of dependencies; needs no running server
     Check,
+    /// Write the generated pages of docs/reference
+    Docs,
     /// Run the unit tests of all crates and guests
     Unit {
         /// Only tests whose name contains this
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Build { part } => build::run_part(part),
         Task::Check => check::all(),
+        Task::Docs => test::reference(true),
         Task::Unit { name } => test::unit(name.as_deref()),
         Task::E2e { name, pytest } => test::e2e(name.as_deref(), &pytest),
         Task::Test => test::all(),

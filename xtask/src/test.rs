@@ -8,6 +8,9 @@ use anyhow::Result;
 use crate::run::{cargo, mark, root, run, stale, step, target};
 use crate::{build, check, examples, hostile, needs};
 
+/// Module of host tests that generate the reference pages.
+const REFERENCE_TESTS: &str = "reference::";
+
 /// Module of host tests that use built components and the stub provider.
 const LIFECYCLE_TESTS: &str = "lifecycle::";
 
@@ -26,6 +29,15 @@ pub fn all() -> Result<()> {
 pub fn unit(name: Option<&str>) -> Result<()> {
     step("unit tests and guest tests");
     run(rust(&["--lib", "--bins"]).args(name).args(["--", "--skip", LIFECYCLE_TESTS]))
+}
+
+/// Checks that the generated pages of docs/reference are up to date, or writes them.
+pub fn reference(write: bool) -> Result<()> {
+    let mut tests = rust(&["--bin", "batchwright"]);
+    if write {
+        tests.env("UPDATE_REFERENCE", "1");
+    }
+    run(tests.arg(REFERENCE_TESTS))
 }
 
 /// Builds and runs the end-to-end tests. Example plugins are built by the tests that use them.

@@ -2,6 +2,7 @@
 
 mod crates;
 mod lines;
+mod links;
 mod names;
 mod words;
 
@@ -38,6 +39,7 @@ pub fn all() -> Result<()> {
     let mut faults = Vec::new();
     faults.extend(crates::faults(&sources)?);
     faults.extend(lines::faults(&sources));
+    faults.extend(links::faults(&sources));
     faults.extend(words::faults(&sources));
     faults.extend(names::faults(&sources));
     if faults.is_empty() {

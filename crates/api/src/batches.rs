@@ -6,6 +6,7 @@ use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
 use batchwright_batch::{Batches, shortened};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
 use super::error::ApiError;
@@ -58,7 +59,7 @@ pub(crate) async fn create(
         let message = format!(
             "Invalid 'input_file_id': expected an id of at most {MAX_ID_BYTES} characters."
         );
-        return Err(ApiError::invalid("input_file_id", "string_above_max_length", message));
+        return Err(ApiError::invalid("input_file_id", ErrorCode::StringAboveMaxLength, message));
     }
     let batch = create_detached(batches.clone(), tenant.0.clone(), request).await?;
     batch_response(&batches, &tenant, batch).await
@@ -91,7 +92,8 @@ async fn batch_response(
 
 /// Returns the idempotency key from the headers or the body. Fails if there are different ones.
 fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<String>, ApiError> {
-    let invalid = |message: String| ApiError::invalid("idempotency_key", "invalid_value", message);
+    let invalid =
+        |message: String| ApiError::invalid("idempotency_key", ErrorCode::InvalidValue, message);
     let mut given = params.optional_string("idempotency_key")?;
     for value in headers.get_all(IDEMPOTENCY_KEY_HEADER) {
         let text = &String::from_utf8_lossy(value.as_bytes());
@@ -190,7 +192,7 @@ pub(crate) fn batch_not_found(id: &str) -> ApiError {
 pub(crate) fn unknown_after(kind: &str, id: &str) -> ApiError {
     ApiError::invalid(
         "after",
-        "invalid_value",
+        ErrorCode::InvalidValue,
         format!("Invalid 'after': no {kind} found with id '{}'.", shortened(id)),
     )
 }

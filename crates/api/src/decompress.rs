@@ -9,6 +9,7 @@ use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::shortened;
+use batchwright_domain::error_code::ErrorCode;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::io::AsyncRead;
@@ -44,7 +45,7 @@ pub(crate) async fn decompress(State(batches): App, request: Request, next: Next
              Send the body uncompressed, or compressed once with gzip or deflate."
         );
         let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
-        return error.with_code("unsupported_content_encoding").into_response();
+        return error.with_code(ErrorCode::UnsupportedContentEncoding).into_response();
     }
     let tenant = Tenant::for_request(&request);
     let pool = &batches.memory().clients;

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::{CreateError, UploadError};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::StoreError;
 
 use super::pace::BodyTooSlow;
@@ -20,7 +21,7 @@ pub(crate) struct ApiError {
     kind: &'static str,
     message: String,
     param: Option<String>,
-    code: Option<&'static str>,
+    code: Option<ErrorCode>,
     /// Value of the header `x-should-retry`.
     should_retry: Option<bool>,
     /// Value of the header `Retry-After`, in seconds.
@@ -43,7 +44,7 @@ impl ApiError {
     /// Returns a 400 for an invalid parameter.
     pub(crate) fn invalid(
         param: impl Into<String>,
-        code: &'static str,
+        code: ErrorCode,
         message: impl Into<String>,
     ) -> Self {
         Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
@@ -65,7 +66,7 @@ impl ApiError {
     }
 
     /// Sets the error code.
-    pub(crate) fn with_code(self, code: &'static str) -> Self {
+    pub(crate) fn with_code(self, code: ErrorCode) -> Self {
         Self { code: Some(code), ..self }
     }
 
@@ -102,7 +103,10 @@ impl ApiError {
     /// Returns a 503 for a server at its limits. The client may retry after a second.
     pub(crate) fn overloaded() -> Self {
         let message = "The server is busy; try again in a moment.";
-        Self { retry_after: Some(1), ..Self::unavailable(message).with_code("server_overloaded") }
+        Self {
+            retry_after: Some(1),
+            ..Self::unavailable(message).with_code(ErrorCode::ServerOverloaded)
+        }
     }
 
     /// Returns a 503.
@@ -140,7 +144,7 @@ impl From<StoreError> for ApiError {
                 let message =
                     "The server's disk is full; try again after its operator has freed disk space.";
                 Self {
-                    code: Some("storage_full"),
+                    code: Some(ErrorCode::StorageFull),
                     ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
                 }
             }
@@ -150,7 +154,7 @@ impl From<StoreError> for ApiError {
             StoreError::NotReady(cause) => {
                 tracing::warn!(error = %cause, "request refused, server not ready");
                 Self::unavailable("The server is not ready; try again later.")
-                    .with_code("server_not_ready")
+                    .with_code(ErrorCode::ServerNotReady)
             }
             error => Self::internal(error),
         }
@@ -161,16 +165,16 @@ impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         let message = error.to_string();
         match error {
-            CreateError::Endpoint(_) => Self::invalid("endpoint", "invalid_value", message),
+            CreateError::Endpoint(_) => Self::invalid("endpoint", ErrorCode::InvalidValue, message),
             CreateError::CompletionWindow { .. } => {
-                Self::invalid("completion_window", "invalid_value", message)
+                Self::invalid("completion_window", ErrorCode::InvalidValue, message)
             }
             CreateError::Conflict(_) => Self::conflict(message)
                 .with_param("idempotency_key")
-                .with_code("idempotency_conflict"),
+                .with_code(ErrorCode::IdempotencyConflict),
             CreateError::NotReady => Self {
                 retry_after: Some(30),
-                ..Self::unavailable(message).with_code("server_not_ready")
+                ..Self::unavailable(message).with_code(ErrorCode::ServerNotReady)
             },
             CreateError::Store(error) => error.into(),
         }
@@ -181,9 +185,9 @@ impl From<UploadError> for ApiError {
     fn from(error: UploadError) -> Self {
         let message = error.to_string();
         match error {
-            UploadError::Empty => Self::invalid("file", "empty_file", message),
+            UploadError::Empty => Self::invalid("file", ErrorCode::EmptyFile, message),
             UploadError::TooLarge(_) => {
-                Self::too_large(message).with_param("file").with_code("file_too_large")
+                Self::too_large(message).with_param("file").with_code(ErrorCode::FileTooLarge)
             }
             UploadError::Store(error) => error.into(),
         }
@@ -197,7 +201,7 @@ impl IntoResponse for ApiError {
                 message: &self.message,
                 kind: self.kind,
                 param: self.param.as_deref(),
-                code: self.code,
+                code: self.code.map(ErrorCode::as_str),
             },
         };
         let mut response = (self.status, Json(body)).into_response();

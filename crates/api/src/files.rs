@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use batchwright_batch::{NewFile, Upload, shortened};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::{FileQuery, Order, Paged};
 
 use super::batches::unknown_after;
@@ -111,7 +112,7 @@ async fn read_once(text: &mut Option<String>, part: Part) -> Result<(), ApiError
 
 fn duplicate_part(part: &str) -> ApiError {
     let message = format!("The form has more than one part '{part}'; send one.");
-    ApiError::invalid(part, "invalid_value", message)
+    ApiError::invalid(part, ErrorCode::InvalidValue, message)
 }
 
 impl Parts {
@@ -126,7 +127,7 @@ impl Parts {
                 "Invalid value: '{shown}'. Supported values are: {supported}. \
                  The parameter is 'purpose'."
             );
-            return Err(ApiError::invalid("purpose", "invalid_value", message));
+            return Err(ApiError::invalid("purpose", ErrorCode::InvalidValue, message));
         }
         let lifetime = match (self.anchor, self.seconds) {
             (None, None) => match self.expires_after {
@@ -186,7 +187,7 @@ pub(crate) async fn list(
         Some(_) => {
             return Err(ApiError::invalid(
                 "order",
-                "invalid_value",
+                ErrorCode::InvalidValue,
                 "Invalid 'order'. Supported values are: 'asc', 'desc'.",
             ));
         }

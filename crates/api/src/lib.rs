@@ -47,6 +47,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
+
 use web::OriginPolicy;
 
 /// Path prefixes of all routes. Clients of llama-stack as of 2025 use the second prefix.

@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_plugin::Plugin;
 
 use super::error::ApiError;
@@ -31,7 +32,7 @@ pub(crate) async fn get(
         Some(route) => Ok(Json(model(&id, &route.plugin))),
         None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
             .with_param("model")
-            .with_code("model_not_found")),
+            .with_code(ErrorCode::ModelNotFound)),
     }
 }
 

@@ -16,6 +16,7 @@ use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
 use batchwright_batch::shortened;
+use batchwright_domain::error_code::ErrorCode;
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 use mail_parser::{ContentType, MessageParser, MimeHeaders};
@@ -123,7 +124,7 @@ impl Part {
 
     fn invalid(&self, why: &str) -> ApiError {
         let name = shortened(&self.name);
-        ApiError::invalid(&name, "invalid_value", format!("The part '{name}' {why}."))
+        ApiError::invalid(&name, ErrorCode::InvalidValue, format!("The part '{name}' {why}."))
     }
 }
 
@@ -141,7 +142,7 @@ fn boundary(headers: &HeaderMap) -> Result<String, ApiError> {
         let message =
             format!("Unsupported content type: '{given}'. Upload a file as multipart/form-data.");
         let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
-        return Err(error.with_code("unsupported_content_type"));
+        return Err(error.with_code(ErrorCode::UnsupportedContentType));
     };
     let fits = |boundary: &&str| (1..=MAX_BOUNDARY_BYTES).contains(&boundary.len());
     match kind.attribute("boundary").filter(fits) {

@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
 use batchwright_batch::{Batches, shortened};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_memory::Share;
 use batchwright_store::Metadata;
 use bytes::BytesMut;
@@ -85,7 +86,7 @@ fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
         "Unsupported content type: this method needs 'Content-Type: application/json', but {given}."
     );
     let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
-    Err(error.with_code("unsupported_content_type"))
+    Err(error.with_code(ErrorCode::UnsupportedContentType))
 }
 
 impl Params {
@@ -137,7 +138,7 @@ impl Params {
         let value: Value = serde_json::from_str(json).map_err(|error| {
             ApiError::invalid(
                 name,
-                "invalid_value",
+                ErrorCode::InvalidValue,
                 format!("The part '{name}' is not valid JSON: {error}."),
             )
         })?;
@@ -182,7 +183,7 @@ impl Params {
                  but got an object with {} properties instead.",
                 pairs.len()
             );
-            return Err(ApiError::invalid(name, "object_above_max_properties", message));
+            return Err(ApiError::invalid(name, ErrorCode::ObjectAboveMaxProperties, message));
         }
         let mut metadata = Metadata::new();
         for (key, value) in pairs {
@@ -202,7 +203,7 @@ impl Params {
                          Expected a string with maximum length {max}, \
                          but got a string with length {length} instead."
                     );
-                    return Err(ApiError::invalid(shown, "string_above_max_length", message));
+                    return Err(ApiError::invalid(shown, ErrorCode::StringAboveMaxLength, message));
                 }
             }
             metadata.insert(key, value);
@@ -250,7 +251,7 @@ impl Params {
 pub(crate) fn missing_parameter(name: &str) -> ApiError {
     ApiError::invalid(
         name,
-        "missing_required_parameter",
+        ErrorCode::MissingRequiredParameter,
         format!("Missing required parameter: '{name}'."),
     )
 }
@@ -259,7 +260,7 @@ pub(crate) fn missing_parameter(name: &str) -> ApiError {
 pub(crate) fn unknown_parameter(name: &str) -> ApiError {
     let shown = shortened(name);
     let message = format!("Unknown parameter: '{shown}'.");
-    ApiError::invalid(shown, "unknown_parameter", message)
+    ApiError::invalid(shown, ErrorCode::UnknownParameter, message)
 }
 
 /// Returns true for a number without a fraction, in any notation: `3600`, `3600.0`, `3.6e3`.
@@ -289,7 +290,7 @@ pub(crate) fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
         "Invalid value: '{anchor}'. Supported values are: 'created_at'. \
          The parameter is '{name}'."
     );
-    Err(ApiError::invalid(name, "invalid_value", message))
+    Err(ApiError::invalid(name, ErrorCode::InvalidValue, message))
 }
 
 /// Checks a lifetime. `seconds` is none if `text`, which the error quotes, is not an integer.
@@ -309,7 +310,7 @@ fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiErro
     let message = format!(
         "Invalid '{name}': expected an integer from {min} to {max}, but got '{given}' instead."
     );
-    ApiError::invalid(name, "invalid_value", message)
+    ApiError::invalid(name, ErrorCode::InvalidValue, message)
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
@@ -318,7 +319,7 @@ fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
         "Invalid type for '{shown}': expected {expected}, but got {} instead.",
         type_name(got)
     );
-    ApiError::invalid(shown, "invalid_type", message)
+    ApiError::invalid(shown, ErrorCode::InvalidType, message)
 }
 
 /// Returns the JSON type of a value, with its article.

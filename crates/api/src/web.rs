@@ -32,6 +32,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header}
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::shortened;
+use batchwright_domain::error_code::ErrorCode;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::config::ApiConfig;
@@ -156,7 +157,7 @@ fn check(
              The server's operator can allow the host with the setting allowed_hosts."
         );
         return Err(ApiError::client_error(StatusCode::MISDIRECTED_REQUEST, message)
-            .with_code("host_not_allowed"));
+            .with_code(ErrorCode::HostNotAllowed));
     }
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return Ok(());
@@ -184,7 +185,8 @@ fn check(
         "Web pages of {origin} may not write to this server. \
          The server's operator can allow an origin with the setting cors_origins."
     );
-    Err(ApiError::client_error(StatusCode::FORBIDDEN, message).with_code("origin_not_allowed"))
+    Err(ApiError::client_error(StatusCode::FORBIDDEN, message)
+        .with_code(ErrorCode::OriginNotAllowed))
 }
 
 /// Returns a host without its port. An IPv6 address keeps its brackets.

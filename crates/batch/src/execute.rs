@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_memory::Holder;
 use batchwright_plugin::OPTIONAL_MODEL;
 use batchwright_plugin::types::{Answer, Failure};
@@ -545,7 +546,8 @@ impl Task {
             let message = "The input file has changed since it was validated; \
                            upload it again and create a new batch."
                 .into();
-            let failure = Answer::Failure(Failure { code: "invalid_request".into(), message });
+            let failure =
+                Answer::Failure(Failure { code: ErrorCode::InvalidRequest.into(), message });
             return Attempt::Recorded((row(batch, number, custom_id, &failure), None, None));
         };
         let id = request_id(batch, number);
@@ -589,6 +591,6 @@ pub(crate) fn mark(batch: &str, number: u64) -> u64 {
 fn panic_row(batch: &str, number: u64, bytes: &Bytes) -> ResultRow {
     let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
     let message = "The server failed while it processed this request; see the server log.".into();
-    let failure = Failure { code: "internal_error".into(), message };
+    let failure = Failure { code: ErrorCode::InternalError.into(), message };
     row(batch, number, line.custom_id.as_deref().unwrap_or_default(), &Answer::Failure(failure))
 }

@@ -38,6 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_egress::{Admitted, Queue, refusal_pause};
 use batchwright_memory::Share;
 use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
@@ -624,7 +625,7 @@ impl Context {
             kind: Kind::Plugin,
             message: message.to_owned(),
             detail: detail.to_owned(),
-            answer: failure("model_not_found", message.to_owned()),
+            answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
         };
         let (_, opened) = breaker.failed(now, line.mark, 0, None, trouble, true);
         if opened {
@@ -673,8 +674,8 @@ fn milliseconds(duration: Duration) -> u64 {
 }
 
 /// Creates an answer without a response of the provider.
-fn failure(code: &str, message: String) -> Answer {
-    Answer::Failure(Failure { code: code.to_owned(), message })
+fn failure(code: ErrorCode, message: String) -> Answer {
+    Answer::Failure(Failure { code: code.into(), message })
 }
 
 /// Copies an answer for waiting lines, and replaces a long body by a short message.
@@ -682,7 +683,10 @@ fn without_long_body(answer: &Answer) -> Answer {
     const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
     match answer {
         Answer::Response(Response { status, body, .. }) if body.len() > MAX_COPIED_BODY_BYTES => {
-            failure("provider_error", format!("The provider answered with status {status}."))
+            failure(
+                ErrorCode::ProviderError,
+                format!("The provider answered with status {status}."),
+            )
         }
         answer => answer.clone(),
     }

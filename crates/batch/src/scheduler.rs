@@ -4,6 +4,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::{BatchError, BatchRecord, Claim, Release, Result, Status, StoreError};
 use futures_util::FutureExt;
 use tokio_util::task::AbortOnDropHandle;
@@ -363,5 +364,5 @@ fn not_validated(claim: &Claim, cause: &str) -> BatchError {
     let message = "The batch ended before it could be validated, because of a problem of the \
                    server; create the batch again."
         .into();
-    BatchError { code: "not_validated".into(), message, param: None, line: None }
+    BatchError { code: ErrorCode::NotValidated.into(), message, param: None, line: None }
 }

@@ -8,6 +8,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
 
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_memory::{Holder, Pool, Share};
 use batchwright_plugin::types::{BatchContext, Judgement, Line, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
@@ -140,7 +141,7 @@ impl Batches {
         };
         if let Some(message) = self.file_format_error(tenant, file_id, file.bytes).await? {
             let error = BatchError {
-                code: "invalid_json_line".into(),
+                code: ErrorCode::InvalidJsonLine.into(),
                 message,
                 param: None,
                 line: Some(1),
@@ -241,7 +242,7 @@ pub(crate) fn lost_input(claim: &Claim, file: &str, cause: &str) -> BatchError {
          upload it again and create a new batch."
     );
     BatchError {
-        code: "input_file_lost".into(),
+        code: ErrorCode::InputFileLost.into(),
         message,
         param: Some("input_file_id".into()),
         line: None,
@@ -332,7 +333,7 @@ impl ChunkValidator {
                     requests.push(Known { line: number, custom_id: None, model: None });
                     violations.push(violation(
                         number,
-                        "line_too_long",
+                        ErrorCode::LineTooLong,
                         "This line is longer than the server allows (max_line_size); \
                          shorten the request.",
                         None,
@@ -345,7 +346,7 @@ impl ChunkValidator {
                 Err(error) => {
                     let valid_up_to = error.utf8_error().valid_up_to();
                     let message = not_json::not_utf8(error.as_bytes(), valid_up_to);
-                    violations.push(violation(number, "invalid_json_line", &message, None));
+                    violations.push(violation(number, ErrorCode::InvalidJsonLine, &message, None));
                     None
                 }
             };
@@ -389,7 +390,7 @@ impl ChunkValidator {
             Ok(line) => line,
             Err(error) => {
                 let message = not_json::explain(&text, &error);
-                violations.push(violation(number, "invalid_json_line", &message, None));
+                violations.push(violation(number, ErrorCode::InvalidJsonLine, &message, None));
                 return None;
             }
         };
@@ -398,7 +399,7 @@ impl ChunkValidator {
                 "The key '{path}' occurs more than once, and JSON parsers differ in which value \
                  they use; keep one of them."
             );
-            violations.push(violation(number, "duplicate_key", &message, Some(path)));
+            violations.push(violation(number, ErrorCode::DuplicateKey, &message, Some(path)));
         }
         if !line.duplicates.is_empty() {
             return None;
@@ -459,7 +460,7 @@ impl ChunkValidator {
         // A line for another endpoint has an error already. Its model is not checked for this one.
         let other_endpoint: HashSet<u64> = violations
             .iter()
-            .filter(|violation| violation.code == "invalid_url")
+            .filter(|violation| violation.code == ErrorCode::InvalidUrl.as_str())
             .map(|violation| violation.line)
             .collect();
         for request in requests {
@@ -496,7 +497,7 @@ impl ChunkValidator {
                                    add an object \"body\" with a string \"model\".";
                     violations.push(violation(
                         request.line,
-                        "invalid_request",
+                        ErrorCode::InvalidRequest,
                         message,
                         Some("body.model"),
                     ));
@@ -511,7 +512,7 @@ impl ChunkValidator {
                                add a string \"custom_id\" that identifies its result.";
                 violations.push(violation(
                     request.line,
-                    "invalid_request",
+                    ErrorCode::InvalidRequest,
                     message,
                     Some("custom_id"),
                 ));
@@ -522,7 +523,7 @@ impl ChunkValidator {
 }
 
 /// Error code of a model that no plugin serves.
-pub(crate) const MODEL_NOT_FOUND: &str = "model_not_found";
+pub(crate) const MODEL_NOT_FOUND: ErrorCode = ErrorCode::ModelNotFound;
 
 /// Returns the byte range of a part in its text.
 fn range_of(text: &str, part: &str) -> Range<usize> {
@@ -531,14 +532,19 @@ fn range_of(text: &str, part: &str) -> Range<usize> {
 }
 
 /// Creates the error of a line.
-pub(crate) fn violation(line: u64, code: &str, message: &str, param: Option<&str>) -> Violation {
+pub(crate) fn violation(
+    line: u64,
+    code: ErrorCode,
+    message: &str,
+    param: Option<&str>,
+) -> Violation {
     Violation { line, code: code.into(), message: message.into(), param: param.map(str::to_owned) }
 }
 
 /// Creates an error about the input file.
 fn input_file_error(message: String) -> BatchError {
     BatchError {
-        code: "invalid_request".into(),
+        code: ErrorCode::InvalidRequest.into(),
         message,
         param: Some("input_file_id".into()),
         line: None,

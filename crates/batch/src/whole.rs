@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use batchwright_domain::error_code::ErrorCode;
 use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
 use batchwright_store::{BatchError, ServedBy, Validated};
@@ -78,7 +79,7 @@ impl Whole {
                     );
                     violations.push(violation(
                         request.line,
-                        "duplicate_custom_id",
+                        ErrorCode::DuplicateCustomId,
                         &message,
                         Some("custom_id"),
                     ));
@@ -101,7 +102,9 @@ impl Whole {
 
     /// Adds the available models to the first error about an unknown model.
     pub(crate) fn explain_models(&mut self, plugins: &Snapshot, tenant: &str) {
-        let Some(error) = self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND) else {
+        let Some(error) =
+            self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND.as_str())
+        else {
             return;
         };
         let models = plugins.models(tenant);
@@ -128,7 +131,7 @@ impl Whole {
 
     /// Finishes the validation. `judged_by` lists the validators that took part.
     pub(crate) fn verdict(mut self, judged_by: Vec<ServedBy>) -> Verdict {
-        let of_file = |code: &str, message: String| BatchError {
+        let of_file = |code: ErrorCode, message: String| BatchError {
             code: code.into(),
             message,
             param: None,
@@ -140,11 +143,11 @@ impl Whole {
                  split it into several files.",
                 self.max_requests
             );
-            self.errors.insert(0, of_file("too_many_requests", message));
+            self.errors.insert(0, of_file(ErrorCode::TooManyRequests, message));
         }
         if self.total == 0 {
             self.errors.push(of_file(
-                "empty_file",
+                ErrorCode::EmptyFile,
                 "The input file is empty. A batch needs at least one request.".into(),
             ));
         }
@@ -155,7 +158,7 @@ impl Whole {
                 "Only the first {listed} errors are listed (max_reported_errors); \
                  there are {at_least}{more} more."
             );
-            self.errors.push(of_file("too_many_errors", message));
+            self.errors.push(of_file(ErrorCode::TooManyErrors, message));
         }
         if self.errors.is_empty() {
             let (model, plugins) = (self.model.flatten(), self.providers);

@@ -6,6 +6,7 @@
 #![warn(unreachable_pub)]
 
 pub mod clock;
+pub mod error_code;
 pub mod settings;
 pub mod text;
 pub mod units;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use batchwright_domain::error_code::ErrorCode;
+
 /// Error that keeps a plugin from loading. Each message names the file, the key and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -208,16 +210,16 @@ impl CallError {
     }
 
     /// Returns the stable error code of the API.
-    pub fn code(&self) -> &'static str {
+    pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Cpu { .. } | Self::Asleep { .. } => "plugin_timeout",
+            Self::Cpu { .. } | Self::Asleep { .. } => ErrorCode::PluginTimeout,
             Self::Memory { .. }
             | Self::Table { .. }
             | Self::Handles { .. }
-            | Self::Stack { .. } => "plugin_out_of_memory",
-            Self::Answer { .. } => "plugin_answer_too_large",
-            Self::Trap { .. } | Self::Configure { .. } => "plugin_failed",
-            Self::Contract { .. } => "plugin_contract_violation",
+            | Self::Stack { .. } => ErrorCode::PluginOutOfMemory,
+            Self::Answer { .. } => ErrorCode::PluginAnswerTooLarge,
+            Self::Trap { .. } | Self::Configure { .. } => ErrorCode::PluginFailed,
+            Self::Contract { .. } => ErrorCode::PluginContractViolation,
         }
     }
 }

@@ -33,7 +33,7 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWR
     after_help = "Every setting is also an environment variable BATCHWRIGHT_… and a key of the \
                   config file (--config)."
 )]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -56,6 +56,19 @@ enum Command {
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
 }
+
+/// Exit statuses with their meanings, as documented.
+#[cfg(test)]
+pub const EXIT_STATUSES: [(u8, &str); 8] = [
+    (0, "success"),
+    (1, "a request failed, or another failure"),
+    (2, "invalid arguments; nothing was changed"),
+    (3, "invalid setting"),
+    (4, "a plugin cannot be loaded, or a required plugin is missing"),
+    (5, "the data folder or its disk cannot be used"),
+    (6, "`run`: the provider is unavailable; the same command continues"),
+    (130, "`run`: stopped by a signal; the same command continues"),
+];
 
 /// Error of a command, with a message for the user and an exit code.
 #[derive(Debug, thiserror::Error)]
