@@ -9,45 +9,28 @@
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
-mod answer;
-mod bindings;
-mod cache;
 pub mod compile;
 mod config;
 pub mod conformance;
-mod credentials;
-mod engine;
+mod contract;
+mod directory;
 mod error;
-mod files;
-mod instance;
-mod instances;
-mod kept;
 mod load;
-mod log;
-mod manifest;
-mod order;
+mod package;
 mod plugin;
-mod read;
-mod registry;
-#[cfg(target_os = "linux")]
 mod sandbox;
-mod schema;
-mod serials;
-pub mod signature;
-mod snapshot;
-mod trust;
-pub mod types;
-mod wasi;
-pub mod watch;
 
-pub use answer::for_people;
 pub use config::{PluginsConfig, RequiredPlugins};
+pub use contract::answer::for_people;
+pub use contract::types;
+pub use directory::registry::{Registry, check_directory};
+pub use directory::snapshot::{Entry, EntryState, Route, Snapshot};
+pub use directory::watch;
 pub use error::{CallError, LoadError};
-pub use files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
 pub use load::{Inspected, Loader, Loading, OPTIONAL_MODEL, plugin_name};
-pub use manifest::read_secret;
+pub use package::files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
+pub use package::manifest::read_secret;
+pub use package::read::{hex, sha256};
+pub use package::schema::add_defaults;
+pub use package::signature;
 pub use plugin::{BEGINNING, Plugin};
-pub use read::{hex, sha256};
-pub use registry::{Registry, check_directory};
-pub use schema::add_defaults;
-pub use snapshot::{Entry, EntryState, Route, Snapshot};

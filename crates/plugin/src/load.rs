@@ -25,23 +25,23 @@ use url::Url;
 use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 
-use super::answer::for_people;
-use super::bindings::v0_1;
-use super::cache::Cache;
-use super::compile::Compiler;
-use super::credentials::secrets;
-use super::engine::Flavour;
-use super::error::LoadError;
-use super::files::{ComponentFile, Files};
-use super::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
-use super::instances::Instances;
-use super::log::PluginLog;
-use super::manifest::{Limits, Manifest};
-use super::plugin::{Plugin, explain};
-use super::schema;
-use super::signature::TrustedKeys;
-use super::trust::Trust;
-use super::types::{Description, Kind};
+use crate::compile::Compiler;
+use crate::compile::cache::Cache;
+use crate::contract::answer::for_people;
+use crate::contract::bindings::v0_1;
+use crate::contract::types::{Description, Kind};
+use crate::error::LoadError;
+use crate::package::credentials::secrets;
+use crate::package::files::{ComponentFile, Files};
+use crate::package::manifest::{Limits, Manifest};
+use crate::package::schema;
+use crate::package::signature::TrustedKeys;
+use crate::package::trust::Trust;
+use crate::plugin::{Plugin, explain};
+use crate::sandbox::engine::Flavour;
+use crate::sandbox::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
+use crate::sandbox::instances::Instances;
+use crate::sandbox::log::PluginLog;
 
 /// Maximum length of an error message about a component, in characters.
 const MAX_MESSAGE_CHARS: usize = 2000;
@@ -76,8 +76,8 @@ pub struct Loader {
     /// Started when the first component needs it.
     concurrent: OnceLock<Runtime>,
     compiler: Compiler,
-    pub(super) trust: Trust,
-    pub(super) order_file: Option<PathBuf>,
+    pub(crate) trust: Trust,
+    pub(crate) order_file: Option<PathBuf>,
     /// Permits to load a plugin. Each load holds its component in memory.
     permits: Semaphore,
     instances: Arc<Instances>,
@@ -114,7 +114,7 @@ pub struct Inspected {
 
 impl Runtime {
     fn start(flavour: Flavour) -> Result<Self, String> {
-        let engine = super::engine::start(flavour)?;
+        let engine = crate::sandbox::engine::start(flavour)?;
         let linker = instance::linker(&engine, flavour).map_err(|error| format!("{error:#}"))?;
         Ok(Self { engine, linker })
     }

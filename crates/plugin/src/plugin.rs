@@ -5,7 +5,7 @@
 //!    pool has twice as many permits as the machine has threads.
 //! 2. The call gets an idle instance of the same tenant, or a new one. Tenants never share an
 //!    instance: what a guest remembers of one tenant cannot reach another.
-//! 3. The instance runs the function within the limits of [`super::instance`].
+//! 3. The instance runs the function within the limits of [`crate::sandbox::instance`].
 //! 4. The result is checked, as a guest's value is untrusted input, and bounded in size.
 //! 5. The instance returns to its pool only if the call succeeded and the instance is not bloated.
 //!    A trap can leave the guest's memory inconsistent.
@@ -28,18 +28,18 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Trap};
 
-use super::answer::{check_step, for_people};
-use super::engine::GUEST_STACK_BYTES;
-use super::error::CallError;
-use super::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
-use super::instances::{IdleInstances, Instances};
-use super::log::{PluginLog, RecentOutput};
-use super::manifest::{Isolation, Limits};
-use super::trust::Signed;
-use super::types::{
+use crate::contract::answer::{check_step, for_people};
+use crate::contract::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
     Violation,
 };
+use crate::error::CallError;
+use crate::package::manifest::{Isolation, Limits};
+use crate::package::trust::Signed;
+use crate::sandbox::engine::GUEST_STACK_BYTES;
+use crate::sandbox::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
+use crate::sandbox::instances::{IdleInstances, Instances};
+use crate::sandbox::log::{PluginLog, RecentOutput};
 
 /// Lines for which a validator gets the CPU time of one call.
 const LINES_PER_CPU_UNIT: usize = 1000;
@@ -86,27 +86,27 @@ pub struct Plugin {
     /// Time of the load, in Unix seconds.
     pub loaded_at: i64,
     /// Settings as a JSON object, for `configure`.
-    pub(super) settings: String,
+    pub(crate) settings: String,
     /// Reference that lets other plugins of the same component share its code.
-    pub(super) _component: Arc<Component>,
+    pub(crate) _component: Arc<Component>,
     /// Linked component.
-    pub(super) template: Template,
+    pub(crate) template: Template,
     /// Engine of the component.
-    pub(super) engine: Engine,
+    pub(crate) engine: Engine,
     /// Log of the plugin.
-    pub(super) log: Arc<PluginLog>,
+    pub(crate) log: Arc<PluginLog>,
     /// Gateway for exchanges.
-    pub(super) gateway: Gateway,
+    pub(crate) gateway: Gateway,
     /// Registry of idle instances, shared by all plugins.
-    pub(super) instances: Arc<Instances>,
+    pub(crate) instances: Arc<Instances>,
     /// Time of the last sampled call of `classify`.
-    pub(super) last_classified: Mutex<Option<Instant>>,
+    pub(crate) last_classified: Mutex<Option<Instant>>,
     /// Pools of instances, by tenant.
-    pub(super) pools: Mutex<HashMap<String, Arc<Pool>>>,
+    pub(crate) pools: Mutex<HashMap<String, Arc<Pool>>>,
 }
 
 /// Instances of one plugin for one tenant. An instance never changes pools.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     idle: Arc<IdleInstances>,
     /// Holder in whose name instances reserve memory.
     holder: Holder,
@@ -365,7 +365,7 @@ impl Plugin {
     }
 
     /// Creates and configures an instance. Waits for memory and for a slot of wasmtime's pool.
-    pub(super) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
+    pub(crate) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
         let place = (&self.instances, holder);
         let (created, refused) =
             Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
@@ -393,7 +393,7 @@ impl Plugin {
     }
 
     /// Returns the holder in whose name an instance reserves memory.
-    pub(super) fn holder(&self, tenant: Option<&str>) -> Holder {
+    pub(crate) fn holder(&self, tenant: Option<&str>) -> Holder {
         format!("{}/{}", self.name, tenant.unwrap_or_default()).into()
     }
 
@@ -423,7 +423,7 @@ impl Plugin {
     }
 
     /// Converts and logs the error of a call.
-    pub(super) fn explain(
+    pub(crate) fn explain(
         &self,
         function: &'static str,
         error: &wasmtime::Error,
@@ -441,7 +441,7 @@ impl Plugin {
 }
 
 /// Converts the error of a call into the limit that the call exceeded, or into a trap.
-pub(super) fn explain(
+pub(crate) fn explain(
     plugin: &str,
     limits: &Limits,
     function: &'static str,

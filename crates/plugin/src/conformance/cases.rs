@@ -14,8 +14,8 @@ use super::inputs::FAULTS;
 use super::mutations;
 use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
 use crate::Plugin;
+use crate::contract::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 use crate::error::CallError;
-use crate::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 
 /// Recorded case: a JSON file of the author.
 enum Case {
@@ -110,7 +110,7 @@ struct CaseResponse {
 
 impl Report {
     /// Runs every case of a folder.
-    pub(super) async fn cases(&mut self, plugin: &Plugin, folder: &Path) {
+    pub(crate) async fn cases(&mut self, plugin: &Plugin, folder: &Path) {
         let files = match std::fs::read_dir(folder) {
             Ok(files) => files,
             Err(error) => {

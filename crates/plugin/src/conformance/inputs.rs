@@ -3,7 +3,7 @@
 use batchwright_egress::Fault;
 
 /// Endpoints of the API, each with a valid body.
-pub(super) const ENDPOINTS: [(&str, &str); 5] = [
+pub(crate) const ENDPOINTS: [(&str, &str); 5] = [
     ("/v1/chat/completions", r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#),
     ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
     ("/v1/embeddings", r#"{"model":"m","input":["a","b"]}"#),
@@ -12,7 +12,7 @@ pub(super) const ENDPOINTS: [(&str, &str); 5] = [
 ];
 
 /// Request bodies that a client may send and that validators may have accepted.
-pub(super) const ODD_BODIES: [&str; 12] = [
+pub(crate) const ODD_BODIES: [&str; 12] = [
     "{}",
     r#"{"model":"m","messages":[]}"#,
     r#"{"model":"m","messages":null,"input":null,"prompt":null}"#,
@@ -34,7 +34,7 @@ pub(super) const ODD_BODIES: [&str; 12] = [
 ];
 
 /// Response bodies that a provider may send.
-pub(super) const ODD_RESPONSE_BODIES: [&[u8]; 20] = [
+pub(crate) const ODD_RESPONSE_BODIES: [&[u8]; 20] = [
     b"",
     b"{}",
     b"[]",
@@ -58,7 +58,7 @@ pub(super) const ODD_RESPONSE_BODIES: [&[u8]; 20] = [
 ];
 
 /// All faults of an exchange.
-pub(super) const FAULTS: [Fault; 7] = [
+pub(crate) const FAULTS: [Fault; 7] = [
     Fault::NameResolution,
     Fault::Connection,
     Fault::Tls,
@@ -69,7 +69,7 @@ pub(super) const FAULTS: [Fault; 7] = [
 ];
 
 /// Lines of an input file, valid and invalid.
-pub(super) const INPUT_LINES: [&str; 15] = [
+pub(crate) const INPUT_LINES: [&str; 15] = [
     concat!(
         r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","#,
         r#""body":{"model":"m","messages":[{"role":"user","content":"hi"}]}}"#,
@@ -97,13 +97,13 @@ pub(super) const INPUT_LINES: [&str; 15] = [
 ];
 
 /// Request body that differs from all bodies above.
-pub(super) const OTHER_BODY: &str = concat!(
+pub(crate) const OTHER_BODY: &str = concat!(
     r#"{"model":"other","messages":[{"role":"user","content":"other"}],"#,
     r#""input":"other","prompt":"other"}"#,
 );
 
 /// Values of `retry-after` that a provider may send instead of seconds.
-pub(super) const ODD_RETRY_AFTER_VALUES: [&str; 6] = [
+pub(crate) const ODD_RETRY_AFTER_VALUES: [&str; 6] = [
     "3",
     "0x10",
     "-1",

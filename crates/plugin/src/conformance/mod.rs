@@ -25,11 +25,11 @@ use std::time::{Duration, Instant};
 use batchwright_egress::{HttpResponse, TransportError};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::error::CallError;
-use super::plugin::Plugin;
-use super::types::{
+use crate::contract::types::{
     Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation,
 };
+use crate::error::CallError;
+use crate::plugin::Plugin;
 use inputs::{
     ENDPOINTS, FAULTS, INPUT_LINES, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES,
     OTHER_BODY,

@@ -6,10 +6,10 @@ use serde_json::Value;
 const MAX_MUTATIONS: usize = 100;
 
 /// Replacement of an id. An adapter that puts the id into a URL must encode it.
-pub(super) const HOSTILE_ID: &str = "../../x?y=1#z";
+pub(crate) const HOSTILE_ID: &str = "../../x?y=1#z";
 
 /// Changed response body.
-pub(super) struct Mutation {
+pub(crate) struct Mutation {
     /// Description of the change.
     pub change: String,
     /// Response body as JSON text.
@@ -39,7 +39,7 @@ fn replacements(key: &str, value: &Value) -> Vec<Option<String>> {
 const VALUE_PLACEHOLDER: &str = "@@batchwright@@";
 
 /// Returns the mutations of a response body, up to a maximum number.
-pub(super) fn generate(body: &Value) -> Vec<Mutation> {
+pub(crate) fn generate(body: &Value) -> Vec<Mutation> {
     let mut paths = Vec::new();
     walk(body, &mut String::new(), &mut paths);
     let mut mutations = Vec::new();

@@ -6,7 +6,7 @@
 //!
 //! **Signatures.** With the setting `trusted_keys`, each TOML file needs a signature in a `.sig`
 //! file beside it. The signed statement contains the plugin's name, the digest of the TOML file
-//! and the digest of the component (see [`super::signature`]). So a signature is not valid for
+//! and the digest of the component (see [`crate::package::signature`]). So a signature is not valid for
 //! another name, other settings or another component. The line of a key can limit the key to
 //! certain plugin names. A file with `enabled = false` needs a signature too, because disabling a
 //! validator weakens the checks.
@@ -14,7 +14,7 @@
 //! **Serials.** An older file keeps its valid signature, even if its component has a known fault.
 //! So each signed file has a serial, which `batchwright plugin sign` increases. The data folder
 //! stores the highest loaded serial of each plugin, and a file with a lower serial is refused (see
-//! [`super::serials`]). The serial is part of the signed text, so it cannot be raised without a
+//! [`crate::package::serials`]). The serial is part of the signed text, so it cannot be raised without a
 //! key.
 //!
 //! **One read.** The checks use the bytes that are loaded afterwards ([`Files`]). A file that
@@ -32,11 +32,11 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::error::LoadError;
-use super::files::Files;
-use super::plugin::Plugin;
-use super::serials::Serials;
-use super::signature::{TrustedKeys, statement};
+use crate::error::LoadError;
+use crate::package::files::Files;
+use crate::package::serials::Serials;
+use crate::package::signature::{TrustedKeys, statement};
+use crate::plugin::Plugin;
 
 /// Trusted keys, reloaded with the plugin directory, and the serials of loaded plugins.
 pub(crate) struct Trust {

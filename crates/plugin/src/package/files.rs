@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::error::LoadError;
-use super::manifest::{Manifest, Source};
-use super::read::{hex, read_bounded, read_text, sha256};
+use crate::error::LoadError;
+use crate::package::manifest::{Manifest, Source};
+use crate::package::read::{hex, read_bounded, read_text, sha256};
 
 /// Maximum size of a component, in bytes.
 pub const MOST_COMPONENT: u64 = 64 << 20;

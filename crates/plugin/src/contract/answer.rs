@@ -5,7 +5,7 @@
 
 use serde_json::value::RawValue;
 
-use super::types::{Answer, Failure, Response, Step};
+use crate::contract::types::{Answer, Failure, Response, Step};
 
 /// Largest state of an exchange or a pause.
 const MAX_STATE_BYTES: usize = 64 << 10;

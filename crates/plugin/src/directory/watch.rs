@@ -26,7 +26,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::registry::Registry;
+use crate::directory::registry::Registry;
 
 /// Interval at which all metadata is compared.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);

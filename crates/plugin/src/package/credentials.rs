@@ -9,9 +9,9 @@ use std::path::Path;
 use batchwright_egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
 use url::Url;
 
-use super::error::LoadError;
-use super::manifest::{Manifest, Source};
-use super::types::Description;
+use crate::contract::types::Description;
+use crate::error::LoadError;
+use crate::package::manifest::{Manifest, Source};
 
 /// Reads the secrets of a plugin, and binds each secret to its hosts.
 ///

@@ -2,13 +2,13 @@
 //!
 //! **Threat.** An attacker without a signing key restores an older file, whose signature is still
 //! valid: with a rule that was fixed since, or a component with a known fault. The serial is part
-//! of the signed file, so the attacker cannot raise it. See [`super::trust`] for the other layers.
+//! of the signed file, so the attacker cannot raise it. See [`crate::package::trust`] for the other layers.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use super::kept;
+use crate::package::state_file;
 
 /// Highest loaded serial of each plugin, by name, in a file of the data folder.
 pub(crate) struct Serials {
@@ -57,7 +57,7 @@ impl Serials {
             return;
         }
         highest.insert(name.to_owned(), serial);
-        kept::save(self.file.as_deref(), &*highest);
+        state_file::save(self.file.as_deref(), &*highest);
     }
 }
 

@@ -15,7 +15,7 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
-use super::log::{PluginLog, RecentOutput};
+use crate::sandbox::log::{PluginLog, RecentOutput};
 
 /// WASI context of one instance, without capabilities.
 pub(crate) struct EmptyWorld {

@@ -317,8 +317,8 @@ fn load_copy(engine: &Engine, mut file: File) -> wasmtime::Result<Component> {
 mod tests {
     use std::io::Write;
 
-    use super::super::engine::{Flavour, compiler, start};
     use super::*;
+    use crate::sandbox::engine::{Flavour, compiler, start};
 
     const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";
 

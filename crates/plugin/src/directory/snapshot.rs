@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use globset::{Glob, GlobMatcher};
 
-use super::config::RequiredPlugins;
-use super::order::Order;
-use super::plugin::Plugin;
-use super::types::Kind;
+use crate::config::RequiredPlugins;
+use crate::contract::types::Kind;
+use crate::directory::order::Order;
+use crate::plugin::Plugin;
 
 /// TOML file of the directory and the state of its plugin.
 #[derive(Clone)]
@@ -27,11 +27,11 @@ pub struct Entry {
     /// Load error of the current file, for operators: with paths, hosts and names of secrets.
     pub error: Option<String>,
     /// Tenants that the file names, empty for all; None if the file could not be parsed.
-    pub(super) tenants: Option<Vec<String>>,
+    pub(crate) tenants: Option<Vec<String>>,
     /// Fingerprint of the files at the last read.
-    pub(super) fingerprint: String,
+    pub(crate) fingerprint: String,
     /// Other files that the TOML file depends on.
-    pub(super) named_files: Vec<PathBuf>,
+    pub(crate) named_files: Vec<PathBuf>,
 }
 
 /// Destination of the requests for a model.
@@ -224,7 +224,7 @@ impl Snapshot {
     ///
     /// A plugin that conflicts with another gets an error, and its version in `before` keeps
     /// serving.
-    pub(super) fn build(mut entries: Vec<Entry>, before: &Self, order: &Order) -> Self {
+    pub(crate) fn build(mut entries: Vec<Entry>, before: &Self, order: &Order) -> Self {
         entries.sort_by(|one, other| {
             (order.position(&one.name), &one.name).cmp(&(order.position(&other.name), &other.name))
         });

@@ -4,7 +4,7 @@
 //! in several writes, a component does not compile, a mount disappears. None of these may take a
 //! serving plugin away from its batches.
 //!
-//! **Change detection.** [`super::watch`] polls the directory and the files that its plugins name,
+//! **Change detection.** [`crate::directory::watch`] polls the directory and the files that its plugins name,
 //! and uses notifications of the file system where there are any. The watch only decides when
 //! [`Registry::read`] runs. `read` compares the contents of the files and decides which plugins
 //! are loaded again.
@@ -41,13 +41,13 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Notify, watch};
 
-use super::error::LoadError;
-use super::files::{Files, named_files};
-use super::load::{Loader, plugin_name};
-use super::order::Order;
-use super::read::read_text;
-use super::snapshot::{Entry, Snapshot};
-use super::watch::is_hidden;
+use crate::directory::order::Order;
+use crate::directory::snapshot::{Entry, Snapshot};
+use crate::directory::watch::is_hidden;
+use crate::error::LoadError;
+use crate::load::{Loader, plugin_name};
+use crate::package::files::{Files, named_files};
+use crate::package::read::read_text;
 
 /// Checks that a directory can be read. Callers check before they create anything.
 pub fn check_directory(folder: &Path) -> Result<(), LoadError> {
@@ -249,12 +249,12 @@ impl Registry {
     }
 
     /// Returns true if a read was requested, and clears the request.
-    pub(super) fn take_request(&self) -> bool {
+    pub(crate) fn take_request(&self) -> bool {
         self.is_read_requested.swap(false, Ordering::Relaxed)
     }
 
     /// Waits until a read is requested. The future does not keep the registry alive.
-    pub(super) fn requested(self: &Arc<Self>) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn requested(self: &Arc<Self>) -> impl Future<Output = ()> + use<> {
         let requests = self.read_requests.clone();
         async move { requests.notified().await }
     }

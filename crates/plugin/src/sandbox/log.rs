@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 
-use super::answer::for_people;
+use crate::contract::answer::for_people;
 
 /// Last lines that the guest of one instance wrote, mostly the message of a panic.
 ///

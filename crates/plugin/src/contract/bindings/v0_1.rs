@@ -3,8 +3,8 @@
 use batchwright_egress::{Fault, HttpRequest, HttpResponse, TransportError};
 use wasmtime::Store;
 
-use super::super::instance::State;
-use super::super::types;
+use crate::contract::types;
+use crate::sandbox::instance::State;
 
 /// Interface that a component of the world `validator` exports.
 pub(crate) const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";

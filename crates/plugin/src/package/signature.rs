@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, PublicKey, SshSig};
 
-use super::read::{read_text, sha256};
+use crate::package::read::{read_text, sha256};
 
 /// Namespace of plugin signatures. A signature that the same key made for another purpose is
 /// refused.
@@ -39,8 +39,8 @@ pub fn sign(key: &PrivateKey, statement: &str) -> Result<String, String> {
 /// Public keys that may sign plugins, as read from their file.
 #[derive(Clone, Debug)]
 pub struct TrustedKeys {
-    pub(super) file: PathBuf,
-    pub(super) digest: String,
+    pub(crate) file: PathBuf,
+    pub(crate) digest: String,
     keys: Vec<TrustedKey>,
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
-use super::error::LoadError;
+use crate::error::LoadError;
 
 /// Maximum size of a TOML file, a signature or a list of keys, in bytes.
 const MAX_TEXT_BYTES: u64 = 1 << 20;

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use super::kept;
+use crate::package::state_file;
 
 /// Names of plugins in the order in which they started to serve, in a file of the data folder.
 pub(crate) struct Order {
@@ -41,7 +41,7 @@ impl Order {
             return;
         }
         *names = now;
-        kept::save(self.file.as_deref(), &*names);
+        state_file::save(self.file.as_deref(), &*names);
     }
 }
 

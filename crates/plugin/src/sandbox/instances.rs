@@ -20,7 +20,7 @@ use batchwright_memory::{Holder, Pool, Share};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::instance::Instance;
+use crate::sandbox::instance::Instance;
 
 /// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
 pub(crate) const HOST_OVERHEAD_BYTES: usize = 128 << 10;

@@ -23,7 +23,7 @@
 //! **Isolation.** An instance belongs to one plugin and one tenant and never serves another. An
 //! instance whose call failed is dropped, as its memory may be inconsistent. An instance that has
 //! grown much is dropped, too, as linear memory never shrinks. WASI grants nothing: see
-//! [`super::wasi`].
+//! [`crate::sandbox::wasi`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,12 +37,12 @@ use wasmtime::{
 };
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
-use super::bindings::v0_1::{self, Exports, logging};
-use super::engine::{EPOCH_INTERVAL, Flavour};
-use super::instances::{HOST_OVERHEAD_BYTES, Instances};
-use super::log::{PluginLog, RecentOutput};
-use super::manifest::Limits;
-use super::wasi::EmptyWorld;
+use crate::contract::bindings::v0_1::{self, Exports, logging};
+use crate::package::manifest::Limits;
+use crate::sandbox::engine::{EPOCH_INTERVAL, Flavour};
+use crate::sandbox::instances::{HOST_OVERHEAD_BYTES, Instances};
+use crate::sandbox::log::{PluginLog, RecentOutput};
+use crate::sandbox::wasi::EmptyWorld;
 
 /// Error of a call that used up its CPU time.
 #[derive(Debug, thiserror::Error)]

@@ -20,12 +20,16 @@
 //!
 //! **Trust.** The server runs the compiled code. The sandbox therefore protects the host's secrets
 //! from a compiler that was taken over, but not the server from code that such a compiler wrote.
-//! Only output of this process enters the cache: see [`super::cache`].
+//! Only output of this process enters the cache: see [`crate::compile::cache`].
 //!
 //! **Repeated work.** A component is compiled once: callers that ask for the same component wait
 //! for the same process, which continues if its callers are canceled. A failure that the component
 //! caused is cached for some minutes, because each change in the plugin directory asks for all
 //! components again. A failure of the host, such as a full disk, is not cached.
+
+pub(crate) mod cache;
+#[cfg(target_os = "linux")]
+mod confinement;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -46,9 +50,9 @@ use tokio::sync::Semaphore;
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
-use super::cache::Cache;
-use super::engine::{self, Flavour};
-use super::files::MOST_COMPONENT;
+use crate::compile::cache::Cache;
+use crate::package::files::MOST_COMPONENT;
+use crate::sandbox::engine::{self, Flavour};
 
 /// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";
@@ -447,9 +451,8 @@ impl Process {
         nice(10).ok();
         #[cfg(target_os = "linux")]
         {
-            use super::sandbox;
-            sandbox::limit(self.memory, self.seconds)?;
-            for layer in sandbox::enter() {
+            confinement::limit(self.memory, self.seconds)?;
+            for layer in confinement::enter() {
                 eprintln!("{MISSING_LAYER_PREFIX}{layer}");
             }
         }

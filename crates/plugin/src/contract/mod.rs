@@ -1,0 +1,8 @@
+//! Contract between the host and plugins: types, versions, checks of what guests return.
+//!
+//! Only this module knows the versions of the WIT package. `bindings` has a module for each version
+//! and converts it to `types`; `answer` checks values of guests before they leave the crate.
+
+pub(crate) mod answer;
+pub(crate) mod bindings;
+pub mod types;

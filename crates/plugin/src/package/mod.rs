@@ -1,0 +1,15 @@
+//! Package of a plugin: what an operator puts into the plugin directory.
+//!
+//! A TOML file (`manifest`) names a component and its settings (`schema`), credentials and limits.
+//! `files` reads each file once, `signature` and `trust` decide whether the package is loaded, and
+//! `serials` remembers which signed packages are too old.
+
+pub(crate) mod credentials;
+pub(crate) mod files;
+pub(crate) mod manifest;
+pub(crate) mod read;
+pub(crate) mod schema;
+pub(crate) mod serials;
+pub mod signature;
+pub(crate) mod state_file;
+pub(crate) mod trust;
