@@ -84,6 +84,11 @@ fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> V
             Some(flag) => is_name(&flag) && !words.contains(flag.as_str()),
             None => {
                 let is_whole = !name.ends_with('_');
+                // A variable is a setting in capitals.
+                let setting = name.strip_prefix("BATCHWRIGHT_").map(str::to_lowercase);
+                if setting.is_some_and(|setting| words.contains(setting.as_str())) {
+                    return false;
+                }
                 is_whole
                     && (name.starts_with("BATCHWRIGHT_") || name.contains('_') && is_name(name))
             }

@@ -1,6 +1,7 @@
 //! Plugin directory: which plugins serve now.
 //!
-//! `watch` detects changes, `registry` loads them without losing a serving plugin, `snapshot` is the
+//! `watch` detects changes, `registry` loads them without losing a serving plugin, `snapshot` is
+//! the
 //! immutable result that requests are routed by, and `order` survives a restart.
 
 pub(crate) mod order;

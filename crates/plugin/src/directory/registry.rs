@@ -4,7 +4,8 @@
 //! in several writes, a component does not compile, a mount disappears. None of these may take a
 //! serving plugin away from its batches.
 //!
-//! **Change detection.** [`crate::directory::watch`] polls the directory and the files that its plugins name,
+//! **Change detection.** [`crate::directory::watch`] polls the directory and the files that its
+//! plugins name,
 //! and uses notifications of the file system where there are any. The watch only decides when
 //! [`Registry::read`] runs. `read` compares the contents of the files and decides which plugins
 //! are loaded again.

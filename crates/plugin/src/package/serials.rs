@@ -2,7 +2,8 @@
 //!
 //! **Threat.** An attacker without a signing key restores an older file, whose signature is still
 //! valid: with a rule that was fixed since, or a component with a known fault. The serial is part
-//! of the signed file, so the attacker cannot raise it. See [`crate::package::trust`] for the other layers.
+//! of the signed file, so the attacker cannot raise it. See [`crate::package::trust`] for the other
+//! layers.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -6,7 +6,8 @@
 //!
 //! **Signatures.** With the setting `trusted_keys`, each TOML file needs a signature in a `.sig`
 //! file beside it. The signed statement contains the plugin's name, the digest of the TOML file
-//! and the digest of the component (see [`crate::package::signature`]). So a signature is not valid for
+//! and the digest of the component (see [`crate::package::signature`]). So a signature is not valid
+//! for
 //! another name, other settings or another component. The line of a key can limit the key to
 //! certain plugin names. A file with `enabled = false` needs a signature too, because disabling a
 //! validator weakens the checks.
@@ -14,7 +15,8 @@
 //! **Serials.** An older file keeps its valid signature, even if its component has a known fault.
 //! So each signed file has a serial, which `batchwright plugin sign` increases. The data folder
 //! stores the highest loaded serial of each plugin, and a file with a lower serial is refused (see
-//! [`crate::package::serials`]). The serial is part of the signed text, so it cannot be raised without a
+//! [`crate::package::serials`]). The serial is part of the signed text, so it cannot be raised
+//! without a
 //! key.
 //!
 //! **One read.** The checks use the bytes that are loaded afterwards ([`Files`]). A file that
