@@ -62,7 +62,7 @@ async fn clock_jump_past_the_lease_does_not_run_a_batch_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_backoff_doubles_and_ends_after_max_attempts() {
-    let settings = "retry_backoff = \"1h\"\nmax_retry_backoff = \"3h\"\n\
+    let settings = "[execution]\nretry_backoff = \"1h\"\nmax_retry_backoff = \"3h\"\n\
                     max_retry_time = \"20h\"\nmax_attempts = 5";
     let server = TestServer::new(settings, "").await;
     let id = server.create(&[chat("a", "m", "!status 503")]).await;
@@ -232,7 +232,7 @@ async fn batch_without_required_plugins_waits_and_can_be_cancelled() {
         server.create(&[chat("a", "echo", "hi")]).await,
         server.create(&[chat("a", "echo", "hi")]).await,
     ];
-    server.settings = "required_plugins = [\"absent\"]".into();
+    server.settings = "[plugins]\nrequired_plugins = [\"absent\"]".into();
     server.restart().await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(server.batch(&cancelled).await.status, Status::Validating);
