@@ -179,7 +179,7 @@ def assert_contained(ends, cases):
 
 def test_guest_fault_fails_only_its_own_request(hostile, bystander, stub):
     # Touching 96 MiB of memory is slow on a busy machine, hence the long timeout.
-    server = hostile('[limits]\nmemory = "96MiB"\nmax_steps = 50\ncall_timeout = "300ms"\n')
+    server = hostile('[limits]\nmax_memory = "96MiB"\nmax_steps = 50\ncall_timeout = "300ms"\n')
     name = "Plugin `hostile`"
     cases = {
         "loop": ["plugin_timeout", name, "300ms", "[limits] call_timeout"],

@@ -5,6 +5,7 @@ A random schedule creates, cancels and expires batches while the server is kille
 `cargo xtask e2e killed -- --seed 7 --kills 300` repeats a schedule, or runs a longer one.
 """
 
+import itertools
 import random
 import time
 
@@ -119,7 +120,7 @@ def test_server_killed_at_any_moment_loses_nothing(serve, tmp_path, request):
     finally:
         stub.kill()
     for prompt, times in arrivals.items():
-        for sent, again in zip(times, times[1:], strict=True):
+        for sent, again in itertools.pairwise(times):
             assert any(sent - ARRIVAL_SLACK <= killed <= again for killed in kills), (
                 f"{prompt} was sent twice without a kill in between"
             )

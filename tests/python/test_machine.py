@@ -430,7 +430,7 @@ def test_growing_instance_is_replaced_without_failed_lines(serve):
     """Grows an instance up to its memory limit; a new instance must replace it."""
     server = serve()
     (server.plugins / "tight.toml").write_text(
-        'component = "inference-echo.wasm"\nmodels = ["tight"]\n[limits]\nmemory = "6MiB"\n'
+        'component = "inference-echo.wasm"\nmodels = ["tight"]\n[limits]\nmax_memory = "6MiB"\n'
     )
     wait_for(lambda: "tight" in server.models(), what="the plugin")
     sizes = [1000, 100_000, 200_000, 300_000] * 10

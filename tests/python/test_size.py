@@ -62,7 +62,9 @@ def test_line_of_100_mb_is_answered_or_rejected_by_settings(serve):
     )
     for plugin in ["standard", "echo"]:
         with open(server.plugins / f"{plugin}.toml", "a") as file:
-            file.write('[limits]\nmemory = "1GiB"\nmax_output = "256MiB"\ncall_timeout = "30s"\n')
+            file.write(
+                '[limits]\nmax_memory = "1GiB"\nmax_output = "256MiB"\ncall_timeout = "30s"\n'
+            )
     wait_for(
         lambda: server.logged().count("plugin loaded") >= 4, what="the plugins to be loaded again"
     )
