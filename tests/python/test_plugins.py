@@ -60,7 +60,7 @@ BROKEN = {
         'component = "core.wasm"\nmodels = ["a"]\n',
         ["core WebAssembly module", "wasm-tools component new"],
     ),
-    "cut-short": ('component = "cut.wasm"\nmodels = ["a"]\n', ["cut.wasm", "no component"]),
+    "cut-short": ('component = "cut.wasm"\nmodels = ["a"]\n', ["cut.wasm", "not a component"]),
     "text": (
         'component = "text.wasm"\nmodels = ["a"]\n',
         ["text.wasm", "no WebAssembly component"],
