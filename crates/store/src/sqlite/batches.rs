@@ -1,8 +1,11 @@
 //! Operations of clients on batches: create, get, list, cancel.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::error_code::ErrorCode;
+use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
@@ -32,17 +35,18 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             endpoint: row.get("endpoint")?,
             input_file_id: row.get("input_file_id")?,
             completion_window: row.get("completion_window")?,
-            metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+            metadata: metadata
+                .map(|text| {
+                    serde_json::from_str(&text).map_err(|error| damaged(row, "metadata", &error))
+                })
+                .transpose()?,
             created_at: timestamp(row.get("created_at")?),
             expires_at: timestamp(row.get("expires_at")?),
             output_lifetime: row
                 .get::<_, Option<i64>>("output_lifetime")?
                 .map(|millis| Duration::from_millis(to_u64(millis))),
         },
-        status: Status::ALL
-            .into_iter()
-            .find(|known| known.as_str() == status)
-            .unwrap_or(Status::Failed),
+        status: Status::parse(&status).map_err(|error| damaged(row, "status", &error))?,
         model: row.get("model")?,
         errors: Vec::new(),
         output_file_id: row.get("output_file_id")?,
@@ -77,6 +81,14 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
     Ok((row.get("key")?, record))
 }
 
+/// Returns the error of a column whose text is not what this program writes.
+fn damaged(row: &Row<'_>, column: &str, cause: &dyn Display) -> rusqlite::Error {
+    let id = row.get::<_, String>("id").unwrap_or_default();
+    let message = format!("the {column} of {id} is damaged: {cause}");
+    let index = row.as_ref().column_index(column).unwrap_or_default();
+    rusqlite::Error::FromSqlConversionFailure(index, Type::Text, message.into())
+}
+
 /// Returns the first errors of a batch, followed by a notice if there are more.
 fn first_errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<BatchError>> {
     let mut found = errors(connection, tenant, batch, FIRST_ERRORS.saturating_add(1))?;
@@ -86,7 +98,12 @@ fn first_errors(connection: &Connection, tenant: i64, batch: i64) -> Result<Vec<
             "Only the first {FIRST_ERRORS} errors are listed here; \
              retrieve the batch to get all of them."
         );
-        found.push(BatchError { code: "too_many_errors".into(), message, param: None, line: None });
+        found.push(BatchError {
+            code: ErrorCode::TooManyErrors.into(),
+            message,
+            param: None,
+            line: None,
+        });
     }
     Ok(found)
 }
@@ -377,4 +394,34 @@ pub(super) fn served_by(
         })
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map(Some).map_err(database_error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::SqliteStore;
+    use crate::Store;
+
+    #[tokio::test]
+    async fn damaged_status_and_metadata_are_errors_and_no_other_values() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let store = SqliteStore::open(folder.path()).unwrap();
+        let path = folder.path().join("batchwright.db");
+        rusqlite::Connection::open(path)
+            .unwrap()
+            .execute_batch(
+                "INSERT INTO tenants VALUES (1, 't');
+                 INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window,
+                     created_at, expires_at, status, metadata)
+                 VALUES (1, 'good', 'e', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
+                        (1, 'state', 'e', 'f', '24h', 0, 1000, 'sleeping', NULL),
+                        (1, 'pairs', 'e', 'f', '24h', 0, 1000, 'completed', '[');",
+            )
+            .unwrap();
+        assert!(store.batch("t", "good").await.unwrap().unwrap().new.metadata.is_some());
+        for (id, cause) in [("state", "unknown status `sleeping`"), ("pairs", "metadata of pairs")]
+        {
+            let error = store.batch("t", id).await.unwrap_err().to_string();
+            assert!(error.contains(id) && error.contains(cause), "{error}");
+        }
+    }
 }

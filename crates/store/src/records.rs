@@ -1,0 +1,440 @@
+//! Records that the store keeps, and the arguments and outcomes of its operations.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::Timestamp;
+
+/// Metadata of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileRecord {
+    /// Id, unique for its tenant.
+    pub id: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Time of creation.
+    pub created_at: Timestamp,
+    /// Time from which clients no longer see the file.
+    pub expires_at: Option<Timestamp>,
+    /// Name that the client gave.
+    pub filename: String,
+    /// Purpose as the API names it.
+    pub purpose: String,
+}
+
+/// Sort order of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Descending by creation.
+    NewestFirst,
+    /// Ascending by creation.
+    OldestFirst,
+}
+
+/// Page of a list.
+#[derive(Debug)]
+pub struct Page<T> {
+    /// Entries in list order.
+    pub items: Vec<T>,
+    /// True if entries follow this page.
+    pub has_more: bool,
+}
+
+/// Page of a list, or the report that the `after` id is unknown.
+#[derive(Debug)]
+pub enum Paged<T> {
+    /// Page of entries.
+    Page(Page<T>),
+    /// Unknown id to start after.
+    UnknownAfter,
+}
+
+/// Status of a batch, as the API names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Validation of the input file, or wait for it.
+    Validating,
+    /// End with errors of the batch.
+    Failed,
+    /// Execution of requests.
+    InProgress,
+    /// Copy of the results into the output and error files.
+    Finalizing,
+    /// End with a result for every request.
+    Completed,
+    /// End because the completion window ended.
+    Expired,
+    /// Cancellation by a client; the worker has not ended the batch yet.
+    Cancelling,
+    /// End after a cancellation by a client.
+    Cancelled,
+}
+
+impl Status {
+    /// All statuses.
+    pub const ALL: [Self; 8] = [
+        Self::Validating,
+        Self::Failed,
+        Self::InProgress,
+        Self::Finalizing,
+        Self::Completed,
+        Self::Expired,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    /// Returns the name in the API and in the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Validating => "validating",
+            Self::Failed => "failed",
+            Self::InProgress => "in_progress",
+            Self::Finalizing => "finalizing",
+            Self::Completed => "completed",
+            Self::Expired => "expired",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Parses the name in the database; the error names the text.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| format!("unknown status `{text}`"))
+    }
+
+    /// Returns true if the batch has ended.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Failed | Self::Completed | Self::Expired | Self::Cancelled)
+    }
+}
+
+/// Error of an input file or of one of its lines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchError {
+    /// Machine-readable code.
+    pub code: String,
+    /// Message for the client.
+    pub message: String,
+    /// Parameter that has the error.
+    pub param: Option<String>,
+    /// Line of the input file, from 1.
+    pub line: Option<u64>,
+}
+
+/// Request counts of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All requests; 0 before validation ends.
+    pub total: u64,
+    /// Requests with a result in the output file.
+    pub completed: u64,
+    /// Requests with a result in the error file.
+    pub failed: u64,
+}
+
+impl Counts {
+    /// Returns true if every request has a result.
+    pub fn is_whole(&self) -> bool {
+        self.completed.saturating_add(self.failed) == self.total
+    }
+}
+
+/// Token counts of a request, or of all requests of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenUsage {
+    /// Input tokens, cached ones included.
+    pub input: u64,
+    /// Input tokens that the provider read from its cache.
+    pub cached_input: u64,
+    /// Output tokens, reasoning tokens included.
+    pub output: u64,
+    /// Output tokens that the model spent on reasoning.
+    pub reasoning: u64,
+}
+
+/// Times at which a batch entered its statuses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Time of [`Status::InProgress`].
+    pub in_progress_at: Option<Timestamp>,
+    /// Time of [`Status::Finalizing`].
+    pub finalizing_at: Option<Timestamp>,
+    /// Time of [`Status::Completed`].
+    pub completed_at: Option<Timestamp>,
+    /// Time of [`Status::Failed`].
+    pub failed_at: Option<Timestamp>,
+    /// Time of [`Status::Expired`].
+    pub expired_at: Option<Timestamp>,
+    /// Time of [`Status::Cancelling`].
+    pub cancelling_at: Option<Timestamp>,
+    /// Time of [`Status::Cancelled`].
+    pub cancelled_at: Option<Timestamp>,
+}
+
+/// Key-value pairs that the client gave.
+pub type Metadata = BTreeMap<String, String>;
+
+/// Batch as a client requests it.
+#[derive(Clone, Debug)]
+pub struct NewBatch {
+    /// Id, unique for its tenant.
+    pub id: String,
+    /// Path of the API endpoint that every request names.
+    pub endpoint: String,
+    /// Id of the input file.
+    pub input_file_id: String,
+    /// Completion window as the client wrote it.
+    pub completion_window: String,
+    /// Metadata of the client.
+    pub metadata: Option<Metadata>,
+    /// Time of creation.
+    pub created_at: Timestamp,
+    /// End of the completion window.
+    pub expires_at: Timestamp,
+    /// Lifetime of the result files, from their creation.
+    pub output_lifetime: Option<Duration>,
+}
+
+/// Idempotency key of a creation, which lets a client retry the creation.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    /// Key that the client sent.
+    pub key: String,
+    /// Digest of the parameters; the same key with another digest is a conflict.
+    pub fingerprint: [u8; 32],
+}
+
+/// Outcome of the creation of a batch.
+#[derive(Debug)]
+pub enum Created {
+    /// Inserted batch.
+    New,
+    /// Batch of an earlier creation with the same key and parameters.
+    Before(Box<BatchRecord>),
+    /// Conflict with an earlier creation: same key, other parameters.
+    Conflict,
+}
+
+/// Batch as it is stored.
+#[derive(Clone, Debug)]
+pub struct BatchRecord {
+    /// Batch as the client requested it.
+    pub new: NewBatch,
+    /// Current status.
+    pub status: Status,
+    /// Model of all requests, if they share one.
+    pub model: Option<String>,
+    /// First [`FIRST_ERRORS`] errors, and a notice if there are more.
+    pub errors: Vec<BatchError>,
+    /// Id of the file with the completed requests.
+    pub output_file_id: Option<String>,
+    /// Id of the file with the failed requests.
+    pub error_file_id: Option<String>,
+    /// Times of the status changes.
+    pub times: Times,
+    /// Request counts.
+    pub counts: Counts,
+    /// Token counts of all results.
+    pub usage: TokenUsage,
+    /// Cause of the latest backoff; `None` after any later result.
+    pub waits_for: Option<WaitsFor>,
+}
+
+/// Cause for which a batch waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitsFor {
+    /// Sentence for the client.
+    pub cause: String,
+    /// Time since which the batch waits.
+    pub since: Timestamp,
+    /// Time of the next attempt.
+    pub next: Timestamp,
+}
+
+/// Position in its lane to which a claimed batch is released.
+#[derive(Clone, Debug)]
+pub enum Release {
+    /// Position before the claim.
+    AsItWas,
+    /// Behind the batches that have waited since an earlier time.
+    Turn(Timestamp),
+    /// Backoff until this time, for this cause.
+    Rest(Timestamp, Option<WaitsFor>),
+}
+
+/// Request in progress at a provider that the host polls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// Name of the plugin that wrote the state.
+    pub plugin: String,
+    /// State of the plugin, opaque to the host.
+    pub state: Vec<u8>,
+}
+
+/// Maximum number of errors in a [`BatchRecord`], without the notice that there are more.
+pub const FIRST_ERRORS: usize = 5;
+
+impl BatchRecord {
+    /// Returns true if the batch has more errors than the record.
+    pub fn has_more_errors(&self) -> bool {
+        self.errors.len() > FIRST_ERRORS
+    }
+}
+
+/// Queue of the batches that need the same work next.
+///
+/// Batches compete within a lane and not between lanes: a batch that waits for one provider must
+/// not delay a batch that waits for another provider, or for none.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// Validation of the input file.
+    Validate,
+    /// Execution of requests that go to these plugins.
+    Execute(BTreeSet<String>),
+    /// Finalizing; no request is sent any more.
+    Finish,
+}
+
+/// Batch that nobody has claimed.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    /// Lane in which the batch waits.
+    pub lane: Lane,
+    /// Time of creation or of the last turn.
+    pub since: Timestamp,
+    /// Key of the batch.
+    pub key: BatchKey,
+}
+
+/// Right to work on a batch until the batch is released or claimed again.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Tenant of the batch.
+    pub tenant: String,
+    /// Id of the batch.
+    pub batch_id: String,
+    /// Lane of the batch at the time of the claim.
+    pub lane: Lane,
+    /// Key of the batch.
+    pub key: BatchKey,
+    /// Number of the claim among those of the batch.
+    pub fence: i64,
+}
+
+/// Outcome of a request, which selects its result file and its count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Output file; counts as completed.
+    Completed,
+    /// Error file; counts as failed.
+    Failed,
+}
+
+/// Result of one request.
+#[derive(Clone, Debug)]
+pub struct ResultRow {
+    /// Physical line of the input file, from 1.
+    pub line: u64,
+    /// Outcome of the request.
+    pub ending: Ending,
+    /// Line of the result file, without its line end.
+    pub payload: Vec<u8>,
+    /// Token counts; zero in results that are read back.
+    pub usage: TokenUsage,
+}
+
+/// Facts about a batch that passed validation.
+#[derive(Clone, Debug)]
+pub struct Validated {
+    /// Number of requests.
+    pub total: u64,
+    /// Model of all requests, if they share one.
+    pub model: Option<String>,
+    /// Names of the plugins that the requests go to.
+    pub plugins: BTreeSet<String>,
+    /// Validator plugins that accepted the requests.
+    pub judged_by: Vec<ServedBy>,
+}
+
+/// Exact version of a plugin that a batch used.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ServedBy {
+    /// Name of the plugin.
+    pub name: String,
+    /// Kind of the plugin, such as adapter or validator.
+    pub kind: String,
+    /// Version that the plugin reports.
+    pub version: String,
+    /// Digest of the component, in hexadecimal.
+    pub sha256: String,
+}
+
+/// Key of a batch in its store, which alone can read it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BatchKey(Arc<[u8]>);
+
+impl BatchKey {
+    /// Creates a key in the encoding of a store.
+    pub fn new(encoded: &[u8]) -> Self {
+        Self(encoded.into())
+    }
+
+    /// Returns the encoded key.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Page of the results of a batch.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// Results in line order.
+    pub rows: Vec<ResultRow>,
+    /// Bytes of the next result, if that result alone exceeds the limit; `rows` is empty then.
+    pub too_large: Option<usize>,
+}
+
+/// End of a batch.
+#[derive(Clone, Debug)]
+pub struct Finish {
+    /// `Completed`, `Cancelled`, `Expired` or `Failed`.
+    pub status: Status,
+    /// Errors of a failed batch.
+    pub errors: Vec<BatchError>,
+    /// File of the completed requests.
+    pub output: Option<FileRecord>,
+    /// File of the failed requests.
+    pub error: Option<FileRecord>,
+    /// Time of the end.
+    pub at: Timestamp,
+}
+
+/// Outcome of a request to cancel.
+#[derive(Debug)]
+pub enum Cancel {
+    /// Batch in `Cancelling` or `Cancelled`, from this request or an earlier one.
+    Accepted(Box<BatchRecord>),
+    /// Final status of a batch that had already ended.
+    TooLate(Status),
+    /// Unknown batch.
+    Unknown,
+}
+
+/// Filter, order and range of a list of files.
+#[derive(Clone, Debug)]
+pub struct FileQuery {
+    /// Purpose of the files; `None` for all.
+    pub purpose: Option<String>,
+    /// Sort order.
+    pub order: Order,
+    /// Id of the file after which the page starts.
+    pub after: Option<String>,
+    /// Maximum number of entries.
+    pub limit: usize,
+    /// Current time, which decides which files have expired.
+    pub now: Timestamp,
+}
