@@ -5,8 +5,9 @@ use std::sync::Arc;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
-use batchwright_batch::{Batches, shortened};
+use batchwright_batch::Batches;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
 use super::error::ApiError;
@@ -185,7 +186,7 @@ pub(crate) async fn cancel(
 
 /// Returns the 404 of an unknown batch.
 pub(crate) fn batch_not_found(id: &str) -> ApiError {
-    ApiError::not_found(format!("No batch found with id '{}'.", shortened(id)))
+    ApiError::not_found(format!("No batch found with id '{}'.", truncate_for_message(id)))
 }
 
 /// Returns the 400 of a list whose `after` is unknown. `kind` is the kind of its entries.
@@ -193,6 +194,6 @@ pub(crate) fn unknown_after(kind: &str, id: &str) -> ApiError {
     ApiError::invalid(
         "after",
         ErrorCode::InvalidValue,
-        format!("Invalid 'after': no {kind} found with id '{}'.", shortened(id)),
+        format!("Invalid 'after': no {kind} found with id '{}'.", truncate_for_message(id)),
     )
 }

@@ -8,8 +8,8 @@ use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use batchwright_batch::shortened;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::io::AsyncRead;
@@ -39,7 +39,7 @@ pub(crate) async fn decompress(State(batches): App, request: Request, next: Next
         .collect();
     let Some(encoding) = encodings.first() else { return next.run(request).await };
     if encodings.len() > 1 || !matches!(encoding.as_str(), "gzip" | "x-gzip" | "deflate") {
-        let given = shortened(&encodings.join(", "));
+        let given = truncate_for_message(&encodings.join(", "));
         let message = format!(
             "Unsupported Content-Encoding: '{given}'. \
              Send the body uncompressed, or compressed once with gzip or deflate."

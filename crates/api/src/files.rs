@@ -6,8 +6,9 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
-use batchwright_batch::{NewFile, Upload, shortened};
+use batchwright_batch::{NewFile, Upload};
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{FileQuery, Order, Paged};
 
 use super::batches::unknown_after;
@@ -121,7 +122,7 @@ impl Parts {
         let filename = self.filename.ok_or_else(|| missing_parameter("file"))?;
         let purpose = self.purpose.ok_or_else(|| missing_parameter("purpose"))?;
         if !PURPOSES.contains(&purpose.as_str()) {
-            let shown = shortened(&purpose);
+            let shown = truncate_for_message(&purpose);
             let supported = PURPOSES.map(|purpose| format!("'{purpose}'")).join(", ");
             let message = format!(
                 "Invalid value: '{shown}'. Supported values are: {supported}. \
@@ -236,5 +237,5 @@ pub(crate) async fn delete(
 
 /// Returns the 404 of an unknown file.
 pub(crate) fn file_not_found(id: &str) -> ApiError {
-    ApiError::not_found(format!("No file found with id '{}'.", shortened(id)))
+    ApiError::not_found(format!("No file found with id '{}'.", truncate_for_message(id)))
 }

@@ -39,7 +39,8 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use batchwright_batch::{Batches, shortened};
+use batchwright_batch::Batches;
+use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
 use error::ApiError;
 pub use server::{serve, serve_admin};
@@ -164,9 +165,12 @@ async fn tag_response(request: Request, next: Next) -> Response {
 }
 
 async fn unknown_route(method: Method, uri: Uri) -> ApiError {
-    ApiError::not_found(format!("Invalid URL ({method} {})", shortened(uri.path())))
+    ApiError::not_found(format!("Invalid URL ({method} {})", truncate_for_message(uri.path())))
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
-    ApiError::method_not_allowed(format!("Not allowed to {method} on {}.", shortened(uri.path())))
+    ApiError::method_not_allowed(format!(
+        "Not allowed to {method} on {}.",
+        truncate_for_message(uri.path())
+    ))
 }

@@ -15,8 +15,8 @@ use std::task::{Context, Poll};
 use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
-use batchwright_batch::shortened;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 use mail_parser::{ContentType, MessageParser, MimeHeaders};
@@ -123,7 +123,7 @@ impl Part {
     }
 
     fn invalid(&self, why: &str) -> ApiError {
-        let name = shortened(&self.name);
+        let name = truncate_for_message(&self.name);
         ApiError::invalid(&name, ErrorCode::InvalidValue, format!("The part '{name}' {why}."))
     }
 }
@@ -138,7 +138,7 @@ fn boundary(headers: &HeaderMap) -> Result<String, ApiError> {
             && kind.subtype().is_some_and(|subtype| subtype.eq_ignore_ascii_case("form-data"))
     };
     let Some(kind) = kind.filter(is_form) else {
-        let given = shortened(&String::from_utf8_lossy(given));
+        let given = truncate_for_message(&String::from_utf8_lossy(given));
         let message =
             format!("Unsupported content type: '{given}'. Upload a file as multipart/form-data.");
         let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);

@@ -11,8 +11,9 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
-use batchwright_batch::{Batches, shortened};
+use batchwright_batch::Batches;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::Share;
 use batchwright_store::Metadata;
 use bytes::BytesMut;
@@ -80,7 +81,7 @@ fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let given = given.map_or_else(
         || "none was given".into(),
-        |given| format!("'{}' was given", shortened(&given)),
+        |given| format!("'{}' was given", truncate_for_message(&given)),
     );
     let message = format!(
         "Unsupported content type: this method needs 'Content-Type: application/json', but {given}."
@@ -258,7 +259,7 @@ pub(crate) fn missing_parameter(name: &str) -> ApiError {
 
 /// Returns the 400 of an unknown parameter.
 pub(crate) fn unknown_parameter(name: &str) -> ApiError {
-    let shown = shortened(name);
+    let shown = truncate_for_message(name);
     let message = format!("Unknown parameter: '{shown}'.");
     ApiError::invalid(shown, ErrorCode::UnknownParameter, message)
 }
@@ -285,7 +286,7 @@ pub(crate) fn check_anchor(name: &str, anchor: &str) -> Result<(), ApiError> {
     if anchor == "created_at" {
         return Ok(());
     }
-    let anchor = shortened(anchor);
+    let anchor = truncate_for_message(anchor);
     let message = format!(
         "Invalid value: '{anchor}'. Supported values are: 'created_at'. \
          The parameter is '{name}'."
@@ -302,7 +303,7 @@ pub(crate) fn check_lifetime(
     let valid = seconds.filter(|seconds| FILE_LIFETIME_SECONDS.contains(seconds));
     valid
         .map(Duration::from_secs)
-        .ok_or_else(|| out_of_range(name, &FILE_LIFETIME_SECONDS, &shortened(text)))
+        .ok_or_else(|| out_of_range(name, &FILE_LIFETIME_SECONDS, &truncate_for_message(text)))
 }
 
 fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
@@ -314,7 +315,7 @@ fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiErro
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
-    let shown = shortened(name);
+    let shown = truncate_for_message(name);
     let message = format!(
         "Invalid type for '{shown}': expected {expected}, but got {} instead.",
         type_name(got)

@@ -31,8 +31,8 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use batchwright_batch::shortened;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::config::ApiConfig;
@@ -151,7 +151,7 @@ fn check(
         && policy.checks_hosts
         && !policy.allows_host(host)
     {
-        let host = shortened(without_port(host));
+        let host = truncate_for_message(without_port(host));
         let message = format!(
             "This server does not serve the host '{host}'. \
              The server's operator can allow the host with the setting allowed_hosts."
@@ -179,8 +179,10 @@ fn check(
     if is_same {
         return Ok(());
     }
-    let origin =
-        origin.map_or_else(|| "another site".into(), |origin| format!("'{}'", shortened(&origin)));
+    let origin = origin.map_or_else(
+        || "another site".into(),
+        |origin| format!("'{}'", truncate_for_message(&origin)),
+    );
     let message = format!(
         "Web pages of {origin} may not write to this server. \
          The server's operator can allow an origin with the setting cors_origins."

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{
     BatchRecord, Counts, Created, Idempotency, Metadata, NewBatch, Status, StoreError, Times,
     TokenUsage,
@@ -80,11 +81,6 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
-/// Truncates a value from a client to 100 characters, for error messages.
-pub fn shortened(text: &str) -> String {
-    text.chars().take(100).collect()
-}
-
 /// Returns the values in quotes, separated by commas.
 fn quoted(values: &[&str]) -> String {
     values.iter().map(|value| format!("'{value}'")).collect::<Vec<_>>().join(", ")
@@ -103,14 +99,14 @@ impl Batches {
             request.endpoint = prefixed;
         }
         if !ENDPOINTS.contains(&request.endpoint.as_str()) {
-            return Err(CreateError::Endpoint(shortened(&request.endpoint)));
+            return Err(CreateError::Endpoint(truncate_for_message(&request.endpoint)));
         }
         let Some(window) =
             self.settings.batch.completion_windows.length(&request.completion_window)
         else {
             let supported = self.settings.batch.completion_windows.to_string();
             return Err(CreateError::CompletionWindow {
-                given: shortened(&request.completion_window),
+                given: truncate_for_message(&request.completion_window),
                 supported,
             });
         };

@@ -50,7 +50,7 @@ use tokio_util::task::TaskTracker;
 
 pub use breaker::Outage;
 pub use config::{BatchConfig, Config, ExecutionConfig, RetentionConfig};
-pub use create::{CreateError, Request, shortened};
+pub use create::{CreateError, Request};
 pub use files::{NewFile, Upload, UploadError};
 pub use outages::Key as OutageKey;
 

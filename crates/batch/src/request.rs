@@ -39,6 +39,7 @@ use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_egress::{Admitted, Queue, refusal_pause};
 use batchwright_memory::Share;
 use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
@@ -52,7 +53,6 @@ use super::exchange::{Exchange, Sent};
 use super::gate::Gate;
 use super::jobs::Jobs;
 use super::outages::{MODEL, Outages};
-use super::shortened;
 use super::stop::Stop;
 use super::verdict::Said;
 
@@ -591,7 +591,7 @@ impl Context {
     ///
     /// A plugin served the model when the batch was validated, and the plugin may return.
     fn missing_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
-        let model = shortened(line.model);
+        let model = truncate_for_message(line.model);
         let message = format!("No plugin serves the model '{model}' any more.");
         let plugins = self.registry.current();
         let gone =

@@ -1,6 +1,6 @@
 //! Lines of the output file and of the error file.
 
-use batchwright_plugin::hex;
+use batchwright_domain::text::hex;
 use batchwright_plugin::types::{Answer, Failure, Usage};
 use batchwright_store::{Ending, ResultRow, TokenUsage};
 use sha2::{Digest, Sha256};

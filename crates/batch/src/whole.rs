@@ -6,11 +6,11 @@
 use std::collections::{BTreeSet, HashMap};
 
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
 use batchwright_store::{BatchError, ServedBy, Validated};
 
-use super::shortened;
 use super::validate::{Judged, MODEL_NOT_FOUND, Verdict, violation};
 
 /// Maximum number of available models that an error lists.
@@ -111,7 +111,7 @@ impl Whole {
         let listed: Vec<String> = models
             .iter()
             .take(MAX_LISTED_MODELS)
-            .map(|(name, _)| format!("'{}'", shortened(name)))
+            .map(|(name, _)| format!("'{}'", truncate_for_message(name)))
             .collect();
         let more = models.len().saturating_sub(listed.len());
         let listed = listed.join(", ");

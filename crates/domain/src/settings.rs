@@ -12,7 +12,6 @@
 //! Errors are collected in [`Given`], so that an operator sees all of them at once.
 
 use std::collections::HashMap;
-use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -218,17 +217,6 @@ impl Given {
                 None
             }
         }
-    }
-
-    /// Name under which a setting was given, for errors found after parsing.
-    pub fn origin<'a>(&'a self, name: &'a str) -> &'a str {
-        self.texts.get(name).map_or(name, |given| &given.origin)
-    }
-
-    /// Adds an error about a setting whose value was parsed, such as a zero where it makes no
-    /// sense.
-    pub fn refuse(&mut self, name: &str, error: impl Display) {
-        self.errors.push(format!("{}: {error}", self.origin(name)));
     }
 
     /// All errors found so far.

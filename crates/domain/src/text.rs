@@ -1,7 +1,5 @@
 //! Text for people: shortened, on one line, with suggestions.
 
-use std::fmt::Write;
-
 /// Characters of a client's value that an error message repeats.
 const MAX_QUOTED_CHARACTERS: usize = 100;
 
@@ -31,11 +29,8 @@ pub fn nearest<'a>(given: &str, known: &[&'a str]) -> Option<&'a str> {
 
 /// Returns bytes in lowercase hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        write!(text, "{byte:02x}").ok();
-        text
-    })
+    let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 #[cfg(test)]
@@ -46,6 +41,11 @@ mod tests {
     fn nearest_suggests_similar_names_only() {
         assert_eq!(nearest("max_atempts", &["listen", "max_attempts"]), Some("max_attempts"));
         assert_eq!(nearest("colour", &["listen", "max_attempts"]), None);
+    }
+
+    #[test]
+    fn hex_has_two_digits_for_each_byte() {
+        assert_eq!(hex(&[0, 0x1f, 0xff]), "001fff");
     }
 
     #[test]

@@ -21,7 +21,6 @@ mod plugin;
 mod sandbox;
 
 pub use config::{PluginsConfig, RequiredPlugins};
-pub use contract::answer::for_people;
 pub use contract::types;
 pub use directory::registry::{Registry, check_directory};
 pub use directory::snapshot::{Entry, EntryState, Route, Snapshot};
@@ -30,7 +29,7 @@ pub use error::{CallError, LoadError};
 pub use load::{Inspected, Loader, Loading, OPTIONAL_MODEL, plugin_name};
 pub use package::files::{ComponentFile, Files, MOST_COMPONENT, signature_file};
 pub use package::manifest::read_secret;
-pub use package::read::{hex, sha256};
+pub use package::read::sha256;
 pub use package::schema::add_defaults;
 pub use package::signature;
 pub use plugin::{BEGINNING, Plugin};

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use batchwright_domain::clock::Clock;
+use batchwright_domain::text::printable;
 use batchwright_domain::units::{Size, Span};
 use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
 use batchwright_memory::Memory;
@@ -27,7 +28,6 @@ use wasmtime::component::{Component, InstancePre, Linker};
 
 use crate::compile::Compiler;
 use crate::compile::cache::Cache;
-use crate::contract::answer::for_people;
 use crate::contract::bindings::v0_1;
 use crate::contract::types::{Description, Kind};
 use crate::error::LoadError;
@@ -220,7 +220,7 @@ impl Loader {
         let settings = Value::Object(std::mem::take(&mut manifest.settings));
         schema::check(&settings, &inspected.description.settings_schema).map_err(
             |(place, message)| {
-                key(&format!("settings{place}"), for_people(&message, MAX_MESSAGE_CHARS))
+                key(&format!("settings{place}"), printable(&message, MAX_MESSAGE_CHARS))
             },
         )?;
         let secrets = secrets(&manifest, &inspected.description, &file, &urls, placeholder, &key)?;
@@ -256,7 +256,7 @@ impl Loader {
         // Proves that `configure` accepts the settings. The instance belongs to no tenant.
         let configured = plugin.instantiate(&plugin.holder(None)).await;
         configured
-            .map_err(|error| key("settings", for_people(&error.detail(), MAX_MESSAGE_CHARS)))?;
+            .map_err(|error| key("settings", printable(&error.detail(), MAX_MESSAGE_CHARS)))?;
         self.trust.record_loaded(&plugin.name, plugin.signed.as_ref());
         Ok(plugin)
     }
@@ -279,7 +279,7 @@ impl Loader {
         // The messages may contain text of the component.
         let failed = |message: String| LoadError::Component {
             component: path.clone(),
-            message: for_people(&message, MAX_MESSAGE_CHARS),
+            message: printable(&message, MAX_MESSAGE_CHARS),
         };
         check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
@@ -534,19 +534,19 @@ fn check_description(
     kind: Kind,
 ) -> Result<Description, String> {
     let Description { name, version, summary, endpoints, credentials, .. } = &mut description;
-    *name = for_people(name, 65);
+    *name = printable(name, 65);
     if name.is_empty() || name.chars().count() > 64 {
         return Err("the name must have 1 to 64 characters".into());
     }
-    *version = for_people(version, 100);
+    *version = printable(version, 100);
     semver::Version::parse(version)
         .map_err(|error| format!("the version `{version}` is not a semantic version: {error}"))?;
-    *summary = for_people(summary, 200);
+    *summary = printable(summary, 200);
     if endpoints.len() > 100 || credentials.len() > 100 {
         return Err("it names more than 100 endpoints or credentials".into());
     }
     for endpoint in endpoints {
-        *endpoint = for_people(endpoint, 200);
+        *endpoint = printable(endpoint, 200);
     }
     if kind == Kind::Validator && !credentials.is_empty() {
         return Err("a validator makes no exchanges and has no credentials".into());
@@ -569,7 +569,7 @@ fn check_description(
             ));
         };
         need.header = header.as_str().to_owned();
-        need.prefix = for_people(&need.prefix, 100);
+        need.prefix = printable(&need.prefix, 100);
     }
     description.settings_schema = schema::parse(settings)?;
     Ok(description)

@@ -22,13 +22,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use batchwright_domain::text::printable;
 use batchwright_egress::{Gateway, HttpResponse};
 use batchwright_memory::Holder;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Trap};
 
-use crate::contract::answer::{check_step, for_people};
+use crate::contract::answer::check_step;
 use crate::contract::types::{
     BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
     Violation,
@@ -163,9 +164,9 @@ impl Plugin {
                 unlisted = unlisted.saturating_add(1);
                 continue;
             }
-            violation.code = for_people(&violation.code, 64);
-            violation.message = for_people(&violation.message, 1000);
-            violation.param = violation.param.as_deref().map(|param| for_people(param, 200));
+            violation.code = printable(&violation.code, 64);
+            violation.message = printable(&violation.message, 1000);
+            violation.param = violation.param.as_deref().map(|param| printable(param, 200));
             bytes = bytes.saturating_add(violation.message.len()).saturating_add(100);
             kept.push(violation);
         }
@@ -383,7 +384,7 @@ impl Plugin {
                 Ok(instance)
             }
             Ok(Err(message)) => {
-                let message = for_people(&message, 1000);
+                let message = printable(&message, 1000);
                 Err(self.logged(CallError::Configure { plugin: self.name.clone(), message }))
             }
             Err(error) => {
@@ -472,7 +473,7 @@ pub(crate) fn explain(
             limit: format!("{}KiB", GUEST_STACK_BYTES >> 10),
         };
     }
-    let message = for_people(&error.root_cause().to_string(), 500);
+    let message = printable(&error.root_cause().to_string(), 500);
     if message.contains("fuel allocated for hostcalls") {
         return CallError::Answer { plugin, function, limit: limits.max_output.to_string() };
     }

@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use batchwright_plugin::hex;
+use batchwright_domain::text::hex;
 use batchwright_store::users_mode;
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};

@@ -10,7 +10,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ("batchwright-domain", &[]),
     ("batchwright-memory", &["domain"]),
     ("batchwright-egress", &["domain", "memory"]),
-    ("batchwright-store", &["domain", "memory"]),
+    ("batchwright-store", &["domain"]),
     ("batchwright-plugin", &["domain", "memory", "egress"]),
     ("batchwright-batch", &["domain", "memory", "egress", "store", "plugin"]),
     ("batchwright-api", &["domain", "memory", "store", "plugin", "batch"]),

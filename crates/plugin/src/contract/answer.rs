@@ -3,6 +3,7 @@
 //! A value of a guest is untrusted input. Code above the `plugin` module sees only validated
 //! values.
 
+use batchwright_domain::text::printable;
 use serde_json::value::RawValue;
 
 use crate::contract::types::{Answer, Failure, Response, Step};
@@ -63,20 +64,11 @@ fn check_answer(answer: Answer) -> Result<Answer, String> {
             Ok(Answer::Response(Response { body, ..response }))
         }
         Answer::Failure(mut failure) => {
-            failure.code = for_people(&failure.code, MAX_CODE_CHARS);
-            failure.message = for_people(&failure.message, MAX_MESSAGE_CHARS);
+            failure.code = printable(&failure.code, MAX_CODE_CHARS);
+            failure.message = printable(&failure.message, MAX_MESSAGE_CHARS);
             Ok(Answer::Failure(failure))
         }
     }
-}
-
-/// Returns a guest's text in a form that is safe for a terminal, a log or a table: without control
-/// characters, on one line and truncated to `characters`.
-pub fn for_people(text: &str, characters: usize) -> String {
-    text.chars()
-        .take(characters)
-        .map(|letter| if letter.is_control() { ' ' } else { letter })
-        .collect()
 }
 
 /// Returns a JSON object without line breaks. Every value stays as the guest wrote it, including

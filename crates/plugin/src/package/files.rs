@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use batchwright_domain::text::hex;
 use sha2::{Digest, Sha256};
 
 use crate::error::LoadError;
 use crate::package::manifest::{Manifest, Source};
-use crate::package::read::{hex, read_bounded, read_text, sha256};
+use crate::package::read::{read_bounded, read_text, sha256};
 
 /// Maximum size of a component, in bytes.
 pub const MOST_COMPONENT: u64 = 64 << 20;

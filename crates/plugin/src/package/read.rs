@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use batchwright_domain::text::hex;
 use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
@@ -41,10 +42,4 @@ pub(crate) fn read_bounded(path: &Path, max_bytes: u64) -> std::io::Result<Vec<u
 /// Returns the SHA-256 digest in lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
-}
-
-/// Returns the bytes in lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from_digit(u32::from(value), 16).unwrap_or_default();
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use batchwright_domain::text::printable;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-
-use crate::contract::answer::for_people;
 
 /// Last lines that the guest of one instance wrote, mostly the message of a panic.
 ///
@@ -71,7 +70,7 @@ impl PluginLog {
             return;
         }
         let plugin = self.plugin.as_str();
-        let text = for_people(text, Self::MAX_LINE_CHARS);
+        let text = printable(text, Self::MAX_LINE_CHARS);
         let text = text.as_str();
         match level {
             tracing::Level::ERROR => tracing::error!(plugin, text, "plugin log line"),
@@ -87,7 +86,7 @@ impl PluginLog {
             return;
         }
         let plugin = self.plugin.as_str();
-        let error = for_people(error, Self::MAX_LINE_CHARS);
+        let error = printable(error, Self::MAX_LINE_CHARS);
         tracing::warn!(plugin, error = error.as_str(), "plugin call failed");
     }
 

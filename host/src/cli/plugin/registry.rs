@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use batchwright_domain::text::hex;
 use batchwright_egress::{https, is_loopback};
-use batchwright_plugin::hex;
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, LOCATION, USER_AGENT, WWW_AUTHENTICATE};
 use http::{Request, Response, StatusCode};

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use batchwright_domain::text::printable;
 use batchwright_domain::units::Size;
-use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry, for_people};
+use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry};
 use serde_json::Value;
 
 use crate::cli::Error;
@@ -182,7 +183,7 @@ pub fn describe(file: &Path, inspected: &Inspected) -> String {
             .get("default")
             .map(|default| format!(" (default {default})"))
             .unwrap_or_default();
-        rows.push(["setting".into(), for_people(&format!("{name}: {text}{default}"), 500)]);
+        rows.push(["setting".into(), printable(&format!("{name}: {text}{default}"), 500)]);
     }
     let size = inspected.size as u64;
     rows.push(["size".into(), size_text(size)]);
