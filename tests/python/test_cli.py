@@ -395,6 +395,19 @@ def test_run_refused_leaves_no_state(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_run_refused_keeps_a_folder_that_it_did_not_create(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a")]))
+    folder = tmp_path / "out.jsonl.batchwright"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    done = run_host(
+        *["run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS, "--max-file-size", "10B"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_batch_commands_create_watch_list_and_download(server, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
 

@@ -675,3 +675,11 @@ def test_plugin_cache_keeps_compiled_code_and_touches_no_other_file(tmp_path):
         assert checked.returncode == 0, checked.stdout
     kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == [".cwasm", ".docx"]
+
+
+def test_new_instance_out_of_memory_fails_without_a_second_call(hostile):
+    server = hostile('[limits]\nisolation = "per-call"\nmax_memory = "16MiB"\n')
+    batch = server.run([chat("memory", model="hostile")])
+    _, errors = server.results(batch)
+    assert [line["error"]["code"] for line in errors] == ["plugin_out_of_memory"]
+    assert server.logged().count("fills its memory") == 1

@@ -4,8 +4,10 @@ Attacks: outages, revoked keys, rate limits, hung requests, DNS and TLS errors, 
 every byte, plugins and models removed while a batch runs.
 """
 
+import http.server
 import json
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -14,7 +16,7 @@ import time
 import urllib.request
 
 import pytest
-from conftest import CHAT, HOST, ROOT, Stub, chat, jsonl, run_host, wait_for
+from conftest import CHAT, HOST, ROOT, Stub, built, chat, jsonl, run_host, wait_for
 
 # Settings that shorten an outage of minutes to seconds.
 SHORT_BACKOFFS = [
@@ -221,8 +223,10 @@ def test_disabled_paused_or_removed_plugin_is_waited_for(serve, stub):
         go_on()
         assert_all_answered(server, batch, 600)
     assert set(stub.counts().values()) == {1}
-    # The rest of the file keeps its author's text.
-    run_host("plugin", "pause", "p", "--plugins", server.plugins)
+    # The rest of the file keeps its author's text. The folder may come from the config file.
+    config = server.folder / "config.toml"
+    config.write_text(f'[plugins]\nplugins = "{server.plugins}"\n')
+    run_host("plugin", "pause", "p", "--config", config)
     assert (server.plugins / "p.toml").read_text().replace("paused = true\n", "") == text
     assert " paused " in run_host("plugin", "list", "--plugins", server.plugins).stdout
     wrong = run_host("plugin", "pause", "nobody", "--plugins", server.plugins)
@@ -575,3 +579,42 @@ def test_run_stops_during_an_outage_and_resumes_later(serve, stub, tmp_path):
         finished.stderr
     )
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 200
+
+
+def test_job_is_not_submitted_again_after_a_refused_poll(serve):
+    submitted, polled = [], []
+
+    class Provider(http.server.BaseHTTPRequestHandler):
+        def answer(self, status, body):
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            submitted.append(self.path)
+            self.answer(200, b"{}")
+
+        def do_GET(self):
+            polled.append(self.path)
+            # The key is refused until both jobs were polled and the breaker is open.
+            status = 401 if len(polled) <= 4 else 200
+            self.answer(status, b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Provider) as provider:
+        threading.Thread(target=provider.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{provider.server_port}"
+        server = serve(*SHORT_BACKOFFS, plugins={})
+        shutil.copy(built("hostile") / "hostile.wasm", server.plugins)
+        server.add_plugin(
+            "jobs", f'component = "hostile.wasm"\nmodels = ["jobs"]\nallow = ["{url[7:]}"]\n'
+        )
+        wait_for(lambda: "jobs" in server.models(), what="the plugin")
+        batch = server.run([chat(f"job {url}/{job}", model="jobs") for job in range(2)])
+        provider.shutdown()
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 0)
+    assert sorted(submitted) == ["/0", "/1"] and len(polled) > 4

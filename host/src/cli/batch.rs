@@ -311,7 +311,7 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
     }
     let mut rejected = Failures::default();
     for error in batch.pointer("/errors/data").and_then(Value::as_array).into_iter().flatten() {
-        rejected.add(text(error, "code").to_owned());
+        rejected.add(text(error, "code"));
         let line = error
             .get("line")
             .and_then(Value::as_u64)
@@ -322,7 +322,8 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
             .and_then(Value::as_str)
             .map(|param| format!(" ({param})"))
             .unwrap_or_default();
-        outln!("  {line}{}{param}: {}", text(error, "code"), one_line(text(error, "message")));
+        let (code, message) = (text(error, "code"), text(error, "message"));
+        outln!("  {}", one_line(&format!("{line}{code}{param}: {message}")));
     }
     let error_file = batch.get("error_file_id").and_then(Value::as_str);
     let failed = match error_file {

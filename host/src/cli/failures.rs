@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use batchwright_domain::text::truncate_for_message;
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::Error;
+use super::terminal::one_line;
 
 /// Maximum number of codes with a count of their own; other codes share one count.
 const MAX_CODES: usize = 20;
@@ -64,20 +66,22 @@ impl Failures {
             return self.others += 1;
         };
         match (response, error) {
-            (_, Some(error)) => self.add(error.code),
+            (_, Some(error)) => self.add(&error.code),
             (Some(Response { status_code, body }), None) => {
                 let text = |key: &str| {
                     body.pointer(key).and_then(Value::as_str).filter(|text| !text.is_empty())
                 };
                 let code = text("/error/code").or_else(|| text("/error/type")).unwrap_or_default();
-                self.add(format!("status {status_code} {code}").trim_end().to_owned());
+                self.add(format!("status {status_code} {code}").trim_end());
             }
             (None, None) => self.others += 1,
         }
     }
 
     /// Counts one failure with this code.
-    pub fn add(&mut self, code: String) {
+    pub fn add(&mut self, code: &str) {
+        // A provider or a plugin chose the code, and it is printed.
+        let code = one_line(&truncate_for_message(code));
         if self.counts.len() < MAX_CODES || self.counts.contains_key(&code) {
             let count = self.counts.entry(code).or_default();
             *count = count.saturating_add(1);
@@ -103,6 +107,16 @@ mod tests {
     use futures_util::stream;
 
     use super::*;
+
+    #[test]
+    fn codes_are_shortened_and_stay_on_one_line() {
+        let mut failures = Failures::default();
+        failures.add("a\n\u{1b}[2Jall answered");
+        failures.add(&"b".repeat(5000));
+        let summary = failures.summary();
+        assert!(summary.contains(r"a\n\u001b[2Jall answered"), "{summary}");
+        assert!(summary.len() < 200 && !summary.contains('\n'), "{summary}");
+    }
 
     #[tokio::test]
     async fn summary_does_not_depend_on_chunk_boundaries() {

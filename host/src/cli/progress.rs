@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-use crate::cli::terminal::{errln, escape_control_characters};
+use crate::cli::terminal::{errln, one_line};
 
 /// Minimum time between two plain lines with the same status.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -69,12 +69,12 @@ impl Progress {
             Self::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(match waiting {
-                    Some(waiting) => {
-                        escape_control_characters(&format!("waiting{failures}: {waiting}"))
-                    }
+                let message = match waiting {
+                    Some(waiting) => format!("waiting{failures}: {waiting}"),
                     None => format!("{new_status}{failures}"),
-                });
+                };
+                // The bar does not write through `terminal`, and the texts come from a server.
+                bar.set_message(one_line(&message));
             }
             Self::Lines { started, last, first_done, status } => {
                 // Requests that an earlier run completed do not count for the rate of this run.

@@ -460,12 +460,12 @@ async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<RunE
 /// Prints the errors, counts and result files of a batch; returns the exit status.
 fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Target) -> u8 {
     let mut rejected = Failures::default();
-    batch.errors.iter().for_each(|error| rejected.add(error.code.clone()));
+    batch.errors.iter().for_each(|error| rejected.add(&error.code));
     let by_code = rejected.summary();
     for error in &batch.errors {
         let position = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
-        errln!("{position}{}{param}: {}", error.code, one_line(&error.message));
+        errln!("{}", one_line(&format!("{position}{}{param}: {}", error.code, error.message)));
     }
     let counts = batch.counts;
     match batch.status {

@@ -72,6 +72,7 @@ impl inference::Guest for Component {
         match attack {
             "loop" => forever(),
             "memory" => {
+                log(Level::Warn, "fills its memory");
                 let mut held = Vec::new();
                 loop {
                     held.push(std::hint::black_box(vec![1_u8; 1 << 20]));
@@ -126,6 +127,7 @@ impl inference::Guest for Component {
             "send" | "follow" | "memory-after" | "loop-after" => {
                 send("POST", argument, &[], attack)
             }
+            "job" => send("POST", argument, &[], &request.custom_id),
             "method" => send("GET / HTTP/1.1\r\nx: ", argument, &[], attack),
             "header-value" => send("POST", argument, &[("x-a", "1\r\nx-forged: 2")], attack),
             "header-name" => send("POST", argument, &[("x-a: 1\r\nx-forged", "2")], attack),
@@ -148,6 +150,19 @@ impl inference::Guest for Component {
 
     fn resume(state: Vec<u8>, outcome: Outcome) -> Step {
         let attack = String::from_utf8_lossy(&state).into_owned();
+        match (attack.split_once(' '), &outcome) {
+            (Some(("job", url)), Outcome::Response(_)) => {
+                let state = format!("poll {url}").into_bytes();
+                return Step::Wait(Pause { milliseconds: 100, state });
+            }
+            (Some(("poll", url)), Outcome::Elapsed) => return send("GET", url, &[], &attack),
+            // Ends a refused poll, where a careful adapter asks for a retry.
+            (Some(("poll", _)), Outcome::Response(response)) => {
+                let body = String::from_utf8_lossy(&response.body).into_owned();
+                return done(response.status, body);
+            }
+            _ => {}
+        }
         match outcome {
             Outcome::Elapsed if attack == "endless" => pause(),
             Outcome::Elapsed => done(200, "{}".into()),

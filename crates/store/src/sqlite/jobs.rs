@@ -69,3 +69,40 @@ pub(super) fn exist(connection: &Connection, claim: &Claim) -> Result<bool> {
         .and_then(|mut select| select.query_row(params![held.tenant, held.batch], |row| row.get(0)))
         .map_err(database_error)
 }
+
+#[cfg(test)]
+mod tests {
+    use batchwright_domain::clock::Timestamp;
+
+    use super::super::SqliteStore;
+    use crate::{Job, Release, Store};
+
+    #[tokio::test]
+    async fn earlier_holder_of_a_batch_deletes_no_job_of_the_next() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let store = SqliteStore::open(folder.path()).unwrap();
+        rusqlite::Connection::open(folder.path().join("batchwright.db"))
+            .unwrap()
+            .execute_batch(
+                "INSERT INTO tenants VALUES (1, 't');
+                 INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window,
+                     created_at, expires_at, status, lane)
+                 VALUES (1, 'b', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute p');",
+            )
+            .unwrap();
+        let [now, until] = [10, 1000].map(Timestamp::from_millis);
+        let claim = async || {
+            let waiting = store.waiting(now).await.unwrap();
+            store.claim(&waiting[0], now, until).await.unwrap().unwrap()
+        };
+        let first = claim().await;
+        store.release(&first, Release::AsItWas).await.unwrap();
+        let second = claim().await;
+        let job = Job { plugin: "p".into(), state: b"state".to_vec() };
+        store.keep_job(&second, 1, job.clone()).await.unwrap();
+        store.drop_job(&first, 1).await.unwrap();
+        assert_eq!(store.job(&second, 1).await.unwrap(), Some(job));
+        store.drop_job(&second, 1).await.unwrap();
+        assert_eq!(store.job(&second, 1).await.unwrap(), None);
+    }
+}
