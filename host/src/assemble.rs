@@ -6,11 +6,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use batchwright_batch::Batches;
+use batchwright_batch::{Engine, Parts};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
 use batchwright_plugin::{Loader, Loading, Registry, check_directory};
-use batchwright_store::{Blobs, SqliteStore};
+use batchwright_store::SqliteStore;
+use batchwright_store::objects::LocalObjects;
 
 use crate::cli::Error;
 use crate::clock::Clock;
@@ -70,15 +71,17 @@ fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result
 }
 
 /// Opens the data folder and loads the plugins. Batches are not worked on before
-/// [`Batches::start`].
-pub async fn batches(settings: &Settings, options: Options) -> Result<Arc<Batches>, Error> {
+/// [`Engine::start`].
+pub async fn engine(settings: &Settings, options: Options) -> Result<Arc<Engine>, Error> {
     let directory = settings.plugins.directory();
     check_directory(&directory)?;
     let store = SqliteStore::open(&settings.storage.data)?;
-    let blobs = Blobs::local(&settings.storage.data.join("objects"))?;
+    let objects = LocalObjects::open(&settings.storage.data.join("objects"))?;
     let memory = memory(settings);
     let clock = options.clock.clone();
     let loader = loader_with(settings, options, &memory)?;
     let registry = Registry::open(&directory, loader).await?;
-    Ok(Batches::new(Arc::new(store), blobs, registry, clock, settings.of_batches(), memory))
+    let config = Arc::new(settings.of_batches());
+    let (store, objects) = (Arc::new(store), Arc::new(objects));
+    Ok(Arc::new(Engine::new(Parts { store, objects, registry, clock, config, memory })))
 }

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::state::ApiState;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
-use batchwright_batch::Batches;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
@@ -42,52 +43,52 @@ const BATCH_ERRORS_BYTES: usize = 1 << 20;
     responses((status = 200, body = Batch, description = "The batch"), Errors),
 )]
 pub(crate) async fn create(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
     headers: HeaderMap,
     mut params: Params,
 ) -> Result<Response, ApiError> {
     let request = batchwright_batch::Request {
-        input_file_id: params.string("input_file_id")?,
+        input_file_id: params.string("input_file_id")?.into(),
         endpoint: params.string("endpoint")?,
         completion_window: params.string("completion_window")?,
-        metadata: params.metadata("metadata", &batches.settings().batch)?,
+        metadata: params.metadata("metadata", &app.config.batch)?,
         output_lifetime: params.lifetime("output_expires_after")?,
         idempotency_key: idempotency_key(&headers, &mut params)?,
     };
     params.reject_unknown()?;
-    if request.input_file_id.len() > MAX_ID_BYTES {
+    if request.input_file_id.as_str().len() > MAX_ID_BYTES {
         let message = format!(
             "Invalid 'input_file_id': expected an id of at most {MAX_ID_BYTES} characters."
         );
         return Err(ApiError::invalid("input_file_id", ErrorCode::StringAboveMaxLength, message));
     }
-    let batch = create_detached(batches.clone(), tenant.0.clone(), request).await?;
-    batch_response(&batches, &tenant, batch).await
+    let batch = create_detached(app.clone(), tenant.0.clone(), request).await?;
+    batch_response(&app, &tenant, batch).await
 }
 
 /// Creates a batch on a separate task, so that a client that disconnects does not interrupt it.
 async fn create_detached(
-    batches: Arc<Batches>,
-    tenant: String,
+    app: Arc<ApiState>,
+    tenant: TenantId,
     request: batchwright_batch::Request,
 ) -> Result<BatchRecord, batchwright_batch::CreateError> {
-    let task = tokio::spawn(async move { batches.create(&tenant, request).await });
+    let task = tokio::spawn(async move { app.service.create(&tenant, request).await });
     task.await.unwrap_or(Err(batchwright_batch::CreateError::Store(StoreError::Closed)))
 }
 
 /// Returns a batch with all of its errors. If there are many, their memory is reserved first.
 async fn batch_response(
-    batches: &Batches,
+    app: &ApiState,
     tenant: &Tenant,
     mut batch: BatchRecord,
 ) -> Result<Response, ApiError> {
     if !batch.has_more_errors() {
         return object_response(&Batch::from(batch), None);
     }
-    let pool = &batches.memory().clients;
+    let pool = &app.memory.clients;
     let share = reserve(pool, &tenant.0.as_str().into(), BATCH_ERRORS_BYTES).await?;
-    batch.errors = batches.errors(&tenant.0, &batch.new.id).await?;
+    batch.errors = app.service.errors(&tenant.0, &batch.new.id).await?;
     object_response(&Batch::from(batch), Some(share))
 }
 
@@ -121,13 +122,13 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub(crate) async fn get(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<BatchId>,
 ) -> Result<Response, ApiError> {
-    match batches.get(&tenant.0, &id).await? {
-        Some(batch) => batch_response(&batches, &tenant, batch).await,
-        None => Err(batch_not_found(&id)),
+    match app.service.get(&tenant.0, &id).await? {
+        Some(batch) => batch_response(&app, &tenant, batch).await,
+        None => Err(batch_not_found(id.as_str())),
     }
 }
 
@@ -138,17 +139,17 @@ pub(crate) async fn get(
         description = "Maximum number of batches in the page; 20 if absent"),
 ), responses((status = 200, body = List<Batch>, description = "Page of batches"), Errors))]
 pub(crate) async fn list(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
     mut query: QueryParams,
 ) -> Result<Response, ApiError> {
-    let limit = query.limit(1..=batches.settings().batch.max_batches_per_page.get() as u64, 20)?;
+    let limit = query.limit(1..=app.config.batch.max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
-    let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
+    let clients = (app.memory.clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {
-        let (batches, tenant) = (batches.clone(), tenant.0.clone());
+        let (app, tenant) = (app.clone(), tenant.0.clone());
         async move {
-            match batches.list(&tenant, after, limit, bytes).await? {
+            match app.service.list(&tenant, after.map(BatchId::from), limit, bytes).await? {
                 Paged::Page(page) => {
                     Ok(Some((page.items.into_iter().map(Batch::from).collect(), page.has_more)))
                 }
@@ -169,18 +170,18 @@ pub(crate) async fn list(
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub(crate) async fn cancel(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<BatchId>,
     _: AnyJson,
 ) -> Result<Response, ApiError> {
-    match batches.cancel(&tenant.0, &id).await? {
-        Cancel::Accepted(batch) => batch_response(&batches, &tenant, *batch).await,
+    match app.service.cancel(&tenant.0, &id).await? {
+        Cancel::Accepted(batch) => batch_response(&app, &tenant, *batch).await,
         Cancel::TooLate(status) => Err(ApiError::conflict(format!(
             "Cannot cancel a batch with status '{}'.",
             status.as_str()
         ))),
-        Cancel::Unknown => Err(batch_not_found(&id)),
+        Cancel::Unknown => Err(batch_not_found(id.as_str())),
     }
 }
 

@@ -4,11 +4,12 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::state::ApiState;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use batchwright_batch::Batches;
+use batchwright_domain::ids::{FileId, TenantId};
 use batchwright_memory::Holder;
 use batchwright_store::StoreError;
 use bytes::Bytes;
@@ -38,13 +39,13 @@ const DOWNLOAD_CHUNK_BYTES: usize = 256 << 10;
         Errors,
     ))]
 pub(crate) async fn download(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<FileId>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let Some(file) = batches.file(&tenant.0, &id).await? else {
-        return Err(file_not_found(&id));
+    let Some(file) = app.service.file(&tenant.0, &id).await? else {
+        return Err(file_not_found(id.as_str()));
     };
     let size = file.bytes;
     let requested = headers
@@ -63,12 +64,12 @@ pub(crate) async fn download(
             return Ok(refused);
         }
     };
-    match batches.content_size(&tenant.0, &id).await {
+    match app.service.content_size(&tenant.0, &id).await {
         // The file was deleted after its record was read.
-        Err(StoreError::Missing(_)) => return Err(file_not_found(&id)),
+        Err(StoreError::Missing(_)) => return Err(file_not_found(id.as_str())),
         found => found?,
     };
-    let chunks = read_chunks(batches, tenant.0, id, range.clone());
+    let chunks = read_chunks(app, tenant.0, id, range.clone());
     let mut response = (status, Body::from_stream(chunks)).into_response();
     let headers = response.headers_mut();
     set_header(headers, header::CONTENT_TYPE, "application/octet-stream");
@@ -88,23 +89,22 @@ pub(crate) async fn download(
 ///
 /// Chunks are large if memory can be reserved, and small otherwise.
 fn read_chunks(
-    batches: Arc<Batches>,
-    tenant: String,
-    id: String,
+    app: Arc<ApiState>,
+    tenant: TenantId,
+    id: FileId,
     range: Range<u64>,
 ) -> impl Stream<Item = Result<Bytes, StoreError>> {
     let holder: Holder = tenant.as_str().into();
     futures_util::stream::try_unfold(range.start, move |at| {
-        let (batches, tenant, id, holder) =
-            (batches.clone(), tenant.clone(), id.clone(), holder.clone());
+        let (app, tenant, id, holder) = (app.clone(), tenant.clone(), id.clone(), holder.clone());
         async move {
             if at >= range.end {
                 return Ok(None);
             }
-            let share = batches.memory().clients.try_take(&holder, DOWNLOAD_CHUNK_BYTES);
+            let share = app.memory.clients.try_take(&holder, DOWNLOAD_CHUNK_BYTES);
             let length = if share.is_some() { DOWNLOAD_CHUNK_BYTES } else { UNRESERVED_BYTES };
             let next = at.saturating_add(length as u64).min(range.end);
-            let bytes = batches.content(&tenant, &id, at..next).await?;
+            let bytes = app.service.content(&tenant, &id, at..next).await?;
             Ok(Some((with_reservation(bytes, share), next)))
         }
     })

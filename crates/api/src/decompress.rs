@@ -23,7 +23,7 @@ use super::{App, Tenant};
 const DECODER_BYTES: usize = 64 << 10;
 
 /// Middleware that decompresses a request body according to its `Content-Encoding`.
-pub(crate) async fn decompress(State(batches): App, request: Request, next: Next) -> Response {
+pub(crate) async fn decompress(State(app): App, request: Request, next: Next) -> Response {
     let encodings: Vec<String> = request
         .headers()
         .get_all(header::CONTENT_ENCODING)
@@ -48,7 +48,7 @@ pub(crate) async fn decompress(State(batches): App, request: Request, next: Next
         return error.with_code(ErrorCode::UnsupportedContentEncoding).into_response();
     }
     let tenant = Tenant::for_request(&request);
-    let pool = &batches.memory().clients;
+    let pool = &app.memory.clients;
     let share = match reserve(pool, &tenant.0.as_str().into(), DECODER_BYTES).await {
         Ok(share) => share,
         Err(error) => return error.into_response(),

@@ -8,6 +8,7 @@ use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use batchwright_batch::{NewFile, Upload};
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::FileId;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{FileQuery, Order, Paged};
 
@@ -32,12 +33,12 @@ const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_
     request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub(crate) async fn upload(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
     request: Request,
 ) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request)?;
-    let mut upload = batches.upload(&tenant.0).await?;
+    let mut upload = app.service.upload(&tenant.0).await?;
     let parts = read_parts(&mut form, &mut upload).await;
     let new = match parts.and_then(Parts::check) {
         Ok(new) => new,
@@ -84,7 +85,7 @@ async fn read_parts(form: &mut Form, upload: &mut Upload) -> Result<Parts, ApiEr
                         }
                     };
                     let Some(bytes) = chunk? else { break };
-                    upload.write(bytes).await?;
+                    upload.write(&bytes).await?;
                 }
             }
             "purpose" => read_once(&mut parts.purpose, part).await?,
@@ -157,13 +158,13 @@ impl Parts {
     params(("id" = String, Path, description = "Id of the file")),
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub(crate) async fn get(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<FileId>,
 ) -> Result<Json<File>, ApiError> {
-    match batches.file(&tenant.0, &id).await? {
+    match app.service.file(&tenant.0, &id).await? {
         Some(file) => Ok(Json(file.into())),
-        None => Err(file_not_found(&id)),
+        None => Err(file_not_found(id.as_str())),
     }
 }
 
@@ -177,7 +178,7 @@ pub(crate) async fn get(
     ("after" = Option<String>, Query, description = "Id of the last file of the previous page"),
 ), responses((status = 200, body = List<File>, description = "Page of files"), Errors))]
 pub(crate) async fn list(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
     mut query: QueryParams,
 ) -> Result<Response, ApiError> {
@@ -193,16 +194,17 @@ pub(crate) async fn list(
             ));
         }
     };
-    let max = batches.settings().batch.max_files_per_page.get() as u64;
+    let max = app.config.batch.max_files_per_page.get() as u64;
     let limit = query.limit(1..=max, max)?;
-    let (purpose, now) = (query.text("purpose"), batches.clock().now());
-    let clients = (batches.memory().clients.clone(), tenant.0.as_str().into());
+    let (purpose, now) = (query.text("purpose"), app.clock.now());
+    let clients = (app.memory.clients.clone(), tenant.0.as_str().into());
     let page = move |after: Option<String>, limit: usize, bytes: usize| {
         let limit = limit.min((bytes / BYTES_PER_ENTRY).max(1));
+        let after = after.map(FileId::from);
         let query = FileQuery { purpose: purpose.clone(), order, after, limit, now };
-        let (batches, tenant) = (batches.clone(), tenant.0.clone());
+        let (app, tenant) = (app.clone(), tenant.0.clone());
         async move {
-            match batches.files(&tenant, query).await? {
+            match app.service.files(&tenant, query).await? {
                 Paged::Page(page) => {
                     Ok(Some((page.items.into_iter().map(File::from).collect(), page.has_more)))
                 }
@@ -224,14 +226,14 @@ const BYTES_PER_ENTRY: usize = 700;
     params(("id" = String, Path, description = "Id of the file")),
     responses((status = 200, body = Deleted, description = "The file is deleted"), Errors))]
 pub(crate) async fn delete(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<FileId>,
 ) -> Result<Json<Deleted>, ApiError> {
-    if batches.delete_file(&tenant.0, &id).await? {
-        Ok(Json(Deleted { id, object: "file", deleted: true }))
+    if app.service.delete_file(&tenant.0, &id).await? {
+        Ok(Json(Deleted { id: id.to_string(), object: "file", deleted: true }))
     } else {
-        Err(file_not_found(&id))
+        Err(file_not_found(id.as_str()))
     }
 }
 

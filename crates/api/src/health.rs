@@ -18,8 +18,8 @@ pub(crate) async fn live() -> Json<Value> {
 
 /// Availability, for load balancers: returns 200 if the store responds, so that files and batches
 /// can be read, downloaded and deleted.
-pub(crate) async fn serving(State(batches): App) -> Response {
-    if batches.is_serving().await {
+pub(crate) async fn serving(State(app): App) -> Response {
+    if app.health.is_serving().await {
         Json(json!({"status": "ok"})).into_response()
     } else {
         unavailable(&["The database does not answer.".to_owned()], json!({}))
@@ -27,15 +27,15 @@ pub(crate) async fn serving(State(batches): App) -> Response {
 }
 
 /// Readiness: returns 200 if a batch that is created now would be validated, executed and stored.
-pub(crate) async fn ready(State(batches): App) -> Response {
-    let readiness = batches.readiness().await;
-    let plugins = batches.registry().current();
+pub(crate) async fn ready(State(app): App) -> Response {
+    let readiness = app.health.readiness().await;
+    let plugins = app.registry.current();
     let failed = plugins.entries.iter().filter(|entry| entry.state() == EntryState::Failed).count();
     let loaded = plugins.entries.iter().filter(|entry| entry.serving.is_some()).count();
     // A plugin whose provider is unavailable does not make the server unready: new batches are
     // accepted, and their requests wait.
     let mut waiting: Vec<String> =
-        batches.outages().into_iter().map(|(key, _)| key.plugin).collect();
+        app.service.outages().into_iter().map(|(key, _)| key.plugin).collect();
     waiting.dedup();
     let plugins = json!({"loaded": loaded, "failed": failed, "waiting": waiting.len()});
     if readiness.reasons.is_empty() {

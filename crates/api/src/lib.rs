@@ -25,6 +25,7 @@ mod params;
 mod path;
 mod plugins;
 mod server;
+mod state;
 mod streams;
 mod web;
 mod wire;
@@ -39,11 +40,13 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use batchwright_batch::Batches;
+use batchwright_batch::Engine;
+use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
 use error::ApiError;
 pub use server::{serve, serve_admin};
+use state::ApiState;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
@@ -60,10 +63,10 @@ const MAX_JSON_BODY_BYTES: usize = 128 << 10;
 /// Response header with the id that the log has for the request.
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
-type App = axum::extract::State<Arc<Batches>>;
+type App = axum::extract::State<Arc<ApiState>>;
 
 /// Tenant of a request. The only tenant is `default`, because requests carry no API keys yet.
-struct Tenant(String);
+struct Tenant(TenantId);
 
 impl Tenant {
     fn for_request(_: &Request) -> Self {
@@ -80,7 +83,8 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
 }
 
 /// Returns the router of the API, for a listener on `address`.
-pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
+pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
+    let app = ApiState::new(engine);
     let api = OpenApiRouter::new()
         .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
         .routes(routes!(files::list))
@@ -95,10 +99,10 @@ pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) 
     let (api, mut description) = api.split_for_parts();
     // OpenAPI cannot describe a path parameter that contains slashes, and names of models may.
     let (_, model) =
-        OpenApiRouter::<Arc<Batches>>::new().routes(routes!(models::get)).split_for_parts();
+        OpenApiRouter::<Arc<ApiState>>::new().routes(routes!(models::get)).split_for_parts();
     description.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
-    let document = Json(openapi::document(description, &batches.settings().batch));
+    let document = Json(openapi::document(description, &app.config.batch));
     let mut router = health_routes().route("/openapi.json", get(async move || document));
     for prefix in ROUTE_PREFIXES {
         router = router.nest(prefix, api.clone());
@@ -107,14 +111,14 @@ pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) 
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY_BYTES))
-        .layer(middleware::from_fn_with_state(batches.clone(), decompress::decompress))
+        .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
         .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
         .layer(middleware::from_fn(drain::drain))
         .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::internal("the handler panicked").into_response()
         }))
-        .with_state(batches);
+        .with_state(app);
     let router = match web::cors(settings) {
         Some(cors) => router.layer(cors),
         None => router,
@@ -122,7 +126,7 @@ pub fn router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) 
     router.layer(middleware::from_fn(tag_response))
 }
 
-fn health_routes() -> Router<Arc<Batches>> {
+fn health_routes() -> Router<Arc<ApiState>> {
     Router::new()
         .route("/health/live", get(health::live))
         .route("/health/serving", get(health::serving))
@@ -131,7 +135,7 @@ fn health_routes() -> Router<Arc<Batches>> {
 
 /// Returns the router of the admin listener: health, and the plugins with the outages of all
 /// tenants.
-pub fn admin_router(batches: Arc<Batches>, settings: &ApiConfig, address: SocketAddr) -> Router {
+pub fn admin_router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
     let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
     health_routes()
         .merge(plugins)
@@ -139,7 +143,7 @@ pub fn admin_router(batches: Arc<Batches>, settings: &ApiConfig, address: Socket
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
         .layer(middleware::from_fn(tag_response))
-        .with_state(batches)
+        .with_state(ApiState::new(engine))
 }
 
 /// Adds a request id to each response, and logs the request.

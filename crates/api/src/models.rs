@@ -13,8 +13,8 @@ use super::{App, Tenant};
 /// Lists the models that a request can name
 #[utoipa::path(get, path = "/models", tag = "Models",
     responses((status = 200, body = List<Model>, description = "All models"), Errors))]
-pub(crate) async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model>> {
-    let plugins = batches.registry().current();
+pub(crate) async fn list(State(app): App, tenant: Tenant) -> Json<List<Model>> {
+    let plugins = app.registry.current();
     let models = plugins.models(&tenant.0);
     Json(List::new(models.into_iter().map(|(name, plugin)| model(name, plugin)).collect(), false))
 }
@@ -24,11 +24,11 @@ pub(crate) async fn list(State(batches): App, tenant: Tenant) -> Json<List<Model
     params(("id" = String, Path, description = "Name of the model")),
     responses((status = 200, body = Model, description = "The model"), Errors))]
 pub(crate) async fn get(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
     Path(id): Path<String>,
 ) -> Result<Json<Model>, ApiError> {
-    match batches.registry().current().route(&tenant.0, &id) {
+    match app.registry.current().route(&tenant.0, &id) {
         Some(route) => Ok(Json(model(&id, &route.plugin))),
         None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
             .with_param("model")
@@ -40,7 +40,7 @@ fn model(name: &str, plugin: &Plugin) -> Model {
     Model {
         id: name.to_owned(),
         object: "model",
-        created: plugin.loaded_at,
-        owned_by: plugin.name.clone(),
+        created: plugin.loaded_at(),
+        owned_by: plugin.name().to_owned(),
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use batchwright_batch::BatchConfig;
-use batchwright_batch::ENDPOINTS;
+use batchwright_domain::endpoint::Endpoint;
 use serde_json::{Value, json};
 use utoipa::openapi::{
     ContentBuilder, HeaderBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder,
@@ -49,7 +49,10 @@ pub(crate) fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value 
     components.schemas.extend(schemas);
     let mut document = serde_json::to_value(&generated).unwrap_or_default();
     for (pointer, value) in [
-        ("/components/schemas/CreateBatch/properties/endpoint/enum", json!(ENDPOINTS)),
+        (
+            "/components/schemas/CreateBatch/properties/endpoint/enum",
+            json!(Endpoint::ALL.map(Endpoint::as_str)),
+        ),
         (
             "/components/schemas/CreateBatch/properties/completion_window/enum",
             settings.completion_windows.names().collect(),

@@ -5,13 +5,13 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::state::ApiState;
 use axum::body::HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
-use batchwright_batch::Batches;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::Share;
@@ -40,11 +40,11 @@ pub(crate) struct Params {
 /// values.
 const BODY_MEMORY_BYTES: usize = 10 * MAX_JSON_BODY_BYTES;
 
-impl FromRequest<Arc<Batches>> for Params {
+impl FromRequest<Arc<ApiState>> for Params {
     type Rejection = Response;
 
-    async fn from_request(request: Request, batches: &Arc<Batches>) -> Result<Self, Response> {
-        Self::read(request, batches).await.map_err(IntoResponse::into_response)
+    async fn from_request(request: Request, app: &Arc<ApiState>) -> Result<Self, Response> {
+        Self::read(request, app).await.map_err(IntoResponse::into_response)
     }
 }
 
@@ -92,7 +92,7 @@ fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
 
 impl Params {
     /// Reads and parses the body of a request.
-    async fn read(request: Request, batches: &Batches) -> Result<Self, ApiError> {
+    async fn read(request: Request, app: &ApiState) -> Result<Self, ApiError> {
         let tenant = Tenant::for_request(&request);
         check_json(request.headers())?;
         let mut body = request.into_body();
@@ -113,7 +113,7 @@ impl Params {
                 )));
             }
             if share.is_none() && length > UNRESERVED_BYTES {
-                let pool = &batches.memory().clients;
+                let pool = &app.memory.clients;
                 share = Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
             }
             bytes.extend_from_slice(&data);

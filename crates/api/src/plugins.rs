@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
+use batchwright_domain::ids::BatchId;
 
 use super::batches::batch_not_found;
 use super::error::ApiError;
@@ -18,9 +19,9 @@ use super::{App, Tenant};
         (status = 200, body = Collection<Plugin>, description = "All plugins, ordered by name"),
         Errors,
     ))]
-pub(crate) async fn list(State(batches): App, tenant: Tenant) -> Json<Collection<Plugin>> {
-    let plugins = batches.registry().current();
-    let outages = batches.outages();
+pub(crate) async fn list(State(app): App, tenant: Tenant) -> Json<Collection<Plugin>> {
+    let plugins = app.registry.current();
+    let outages = app.service.outages();
     let visible = plugins.entries.iter().filter(|entry| entry.is_shown_to(&tenant.0));
     Json(Collection::new(
         visible.map(|entry| Plugin::from(entry).with_outage(&outages, &tenant.0)).collect(),
@@ -29,9 +30,9 @@ pub(crate) async fn list(State(batches): App, tenant: Tenant) -> Json<Collection
 
 /// Lists the plugins for the operator, with full error messages and the outages of all tenants.
 /// Served by the admin listener only.
-pub(crate) async fn list_for_operator(State(batches): App) -> Json<Collection<OperatorPlugin>> {
-    let plugins = batches.registry().current();
-    let outages = batches.outages();
+pub(crate) async fn list_for_operator(State(app): App) -> Json<Collection<OperatorPlugin>> {
+    let plugins = app.registry.current();
+    let outages = app.service.outages();
     Json(Collection::new(
         plugins.entries.iter().map(|entry| OperatorPlugin::new(entry, &outages)).collect(),
     ))
@@ -45,11 +46,10 @@ pub(crate) async fn list_for_operator(State(batches): App) -> Json<Collection<Op
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, body = BatchPlugins, description = "Plugins of the batch"), Errors))]
 pub(crate) async fn of_batch(
-    State(batches): App,
+    State(app): App,
     tenant: Tenant,
-    Path(id): Path<String>,
+    Path(id): Path<BatchId>,
 ) -> Result<Json<BatchPlugins>, ApiError> {
-    let batch = batches.get(&tenant.0, &id).await?.ok_or_else(|| batch_not_found(&id))?;
-    let found = batches.served_by(&tenant.0, &id).await?.ok_or_else(|| batch_not_found(&id))?;
-    Ok(Json(BatchPlugins::new(found, batches.waits(&tenant.0, &batch))))
+    let found = app.service.plugins(&tenant.0, &id).await?;
+    found.map(|found| Json(found.into())).ok_or_else(|| batch_not_found(id.as_str()))
 }

@@ -1,13 +1,16 @@
 //! Janitor: removes results that are in files, objects of deleted files, tombstones and old
 //! batches, and returns their space to the disk.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use batchwright_domain::clock::Timestamp;
-use batchwright_store::Result;
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_store::{Objects, Result, Store};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
-use super::Batches;
+use crate::config::Config;
+use crate::engine::{Parts, Shared};
 
 /// Interval between cleanups without a notification. File expiry sends no notification.
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(60);
@@ -18,6 +21,9 @@ const BATCH_SEARCH_INTERVAL: Duration = Duration::from_secs(3600);
 /// Lifetime of the tombstone of a removed file. Lists can use a tombstone as their start position.
 const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(86_400);
 
+/// Time in which the removal of an object must end, or else it is repeated.
+const REMOVAL_LEASE: Duration = CLEANUP_INTERVAL;
+
 /// Maximum number of rows removed in one step, so that other writers do not wait long.
 const STEP_ROWS: usize = 2000;
 
@@ -27,7 +33,7 @@ const STEP_FILES: usize = 100;
 /// Kind of garbage.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Garbage {
-    AbortedObjects,
+    AbandonedObjects,
     Results,
     Files,
     Tombstones,
@@ -35,9 +41,30 @@ enum Garbage {
     DiskSpace,
 }
 
-impl Batches {
+/// Janitor of one process.
+pub(crate) struct Janitor {
+    store: Arc<dyn Store>,
+    objects: Arc<dyn Objects>,
+    clock: Clock,
+    config: Arc<Config>,
+    cleanup_needed: Arc<Notify>,
+    closing: CancellationToken,
+}
+
+impl Janitor {
+    pub(crate) fn new(parts: &Parts, shared: &Shared) -> Self {
+        Self {
+            store: parts.store.clone(),
+            objects: parts.objects.clone(),
+            clock: parts.clock.clone(),
+            config: parts.config.clone(),
+            cleanup_needed: shared.cleanup_needed.clone(),
+            closing: shared.closing.clone(),
+        }
+    }
+
     /// Runs cleanups until the server closes.
-    pub(super) async fn run_janitor(self: Arc<Self>) {
+    pub(crate) async fn run(self: Arc<Self>) {
         let mut next_search = self.clock.now();
         while !self.closing.is_cancelled() {
             self.clean_up(&mut next_search).await;
@@ -59,7 +86,7 @@ impl Batches {
             *next_search = now.after(BATCH_SEARCH_INTERVAL);
         }
         for garbage in [
-            Garbage::AbortedObjects,
+            Garbage::AbandonedObjects,
             Garbage::Results,
             Garbage::Files,
             Garbage::Tombstones,
@@ -86,28 +113,28 @@ impl Batches {
     /// Removes a part of the garbage and returns true if there may be more.
     async fn remove_some(&self, garbage: Garbage) -> Result<bool> {
         match garbage {
-            Garbage::AbortedObjects => self.remove_aborted_object().await,
+            Garbage::AbandonedObjects => self.remove_abandoned_objects().await,
             Garbage::Results => self.store.discard_results(STEP_ROWS).await,
             Garbage::Files => self.remove_files().await,
             Garbage::Tombstones => {
                 self.store
-                    .forget_files(self.clock.now().before(TOMBSTONE_LIFETIME), STEP_ROWS)
+                    .purge_tombstones(self.clock.now().before(TOMBSTONE_LIFETIME), STEP_ROWS)
                     .await
             }
-            Garbage::Batches => self.forget_batches().await,
+            Garbage::Batches => self.delete_old_batches().await,
             Garbage::DiskSpace => self.store.compact().await,
         }
     }
 
     /// Removes some deleted or expired files and returns true if there may be more.
     async fn remove_files(&self) -> Result<bool> {
-        let removable = self.store.garbage(self.clock.now(), STEP_FILES).await?;
+        let removable = self.store.removable_files(self.clock.now(), STEP_FILES).await?;
         let mut failed = None;
-        for (tenant, id) in &removable {
+        for key in &removable {
             // The object goes first. While the row exists, an interrupted removal is repeated.
             let removed = async {
-                self.blobs.delete(tenant, id).await?;
-                self.store.file_removed(tenant, id).await
+                self.objects.delete(key).await?;
+                self.store.mark_file_removed(key).await
             };
             // A file that cannot be removed must not block the others.
             failed = removed.await.err().or(failed);
@@ -116,49 +143,27 @@ impl Batches {
     }
 
     /// Removes some batches that ended long ago and returns true if there may be more.
-    async fn forget_batches(&self) -> Result<bool> {
-        let ended_before =
-            self.clock.now().before(self.settings.retention.batch_lifetime.duration());
-        let found = self.store.forgettable_batches(ended_before, STEP_FILES).await?;
+    async fn delete_old_batches(&self) -> Result<bool> {
+        let ended_before = self.clock.now().before(self.config.retention.batch_lifetime.duration());
+        let found = self.store.removable_batches(ended_before, STEP_FILES).await?;
         let more = found.len() == STEP_FILES;
         if !found.is_empty() {
-            self.store.forget_batches(found).await?;
+            self.store.delete_batches(found).await?;
         }
         Ok(more)
     }
 
-    /// Removes one object whose upload was aborted and returns false if there was none.
-    async fn remove_aborted_object(&self) -> Result<bool> {
-        let next = || self.aborted_objects.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let Some((tenant, id)) = next() else { return Ok(false) };
-        let removed = async {
-            // The upload of a client that disconnected at the last moment may have succeeded.
-            if self.store.is_pending(&tenant, &id).await? {
-                // The object goes first. While the registration exists, an interrupted removal is
-                // repeated.
-                self.blobs.delete(&tenant, &id).await?;
-                self.store.object_removed(&tenant, &id).await?;
-            }
-            Ok(())
-        };
-        if let Err(error) = removed.await {
-            self.aborted_objects.lock().unwrap_or_else(PoisonError::into_inner).push((tenant, id));
-            return Err(error);
+    /// Removes some objects whose registration has ended and returns true if there may be more.
+    async fn remove_abandoned_objects(&self) -> Result<bool> {
+        let now = self.clock.now();
+        let until = now.after(REMOVAL_LEASE);
+        let abandoned = self.store.take_abandoned_objects(now, until, STEP_FILES).await?;
+        for key in &abandoned {
+            // The object goes first. While the registration exists, an interrupted removal is
+            // repeated.
+            self.objects.delete(key).await?;
+            self.store.unregister_object(key).await?;
         }
-        Ok(true)
-    }
-
-    /// Removes the objects that previous processes registered and did not commit.
-    pub(super) async fn remove_abandoned(&self) -> Result<()> {
-        loop {
-            let abandoned = self.store.abandoned_objects(STEP_FILES).await?;
-            for (tenant, id) in &abandoned {
-                self.blobs.delete(tenant, id).await?;
-                self.store.object_removed(tenant, id).await?;
-            }
-            if abandoned.len() < STEP_FILES {
-                return Ok(());
-            }
-        }
+        Ok(abandoned.len() == STEP_FILES)
     }
 }

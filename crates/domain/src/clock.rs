@@ -14,12 +14,12 @@ pub struct Timestamp(i64);
 
 impl Timestamp {
     /// Returns the timestamp `millis` milliseconds since 1970.
-    pub fn from_millis(millis: i64) -> Self {
+    pub const fn from_millis(millis: i64) -> Self {
         Self(millis)
     }
 
     /// Returns the milliseconds since 1970.
-    pub fn as_millis(self) -> i64 {
+    pub const fn as_millis(self) -> i64 {
         self.0
     }
 

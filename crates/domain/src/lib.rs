@@ -6,7 +6,11 @@
 #![warn(unreachable_pub)]
 
 pub mod clock;
+pub mod endpoint;
 pub mod error_code;
+pub mod ids;
 pub mod settings;
+pub mod status;
 pub mod text;
 pub mod units;
+pub mod usage;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use batchwright_domain::ids::TenantId;
 use batchwright_memory::{Holder, Pool, Share};
 use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
@@ -90,7 +91,7 @@ pub struct Gateway {
     resolver: Resolver,
     /// Recent size of a response; the estimate for the memory to reserve before an exchange.
     expected_bytes: AtomicUsize,
-    clients: Mutex<HashMap<String, Arc<Clients>>>,
+    clients: Mutex<HashMap<TenantId, Arc<Clients>>>,
     /// Last URL that passed the checks; an adapter mostly uses one URL.
     last_checked: ArcSwapOption<Checked>,
     last_warned: Mutex<Option<Instant>>,
@@ -212,7 +213,7 @@ impl Gateway {
     /// reserved in `share`; while the pool is full, receiving waits.
     pub async fn send(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         request: HttpRequest,
         share: &mut Share,
     ) -> Result<HttpResponse, TransportError> {
@@ -225,7 +226,7 @@ impl Gateway {
 
     async fn send_now(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         request: HttpRequest,
         share: &mut Share,
     ) -> Result<HttpResponse, TransportError> {
@@ -332,7 +333,7 @@ impl Gateway {
         Ok(prepared)
     }
 
-    fn clients(&self, tenant: &str) -> Arc<Clients> {
+    fn clients(&self, tenant: &TenantId) -> Arc<Clients> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = clients.get(tenant) {
             return found.clone();
@@ -340,7 +341,7 @@ impl Gateway {
         let dialer = self.dialer();
         let plain = client(dialer);
         let created = Arc::new(Clients { plain, tls: OnceLock::new() });
-        clients.insert(tenant.to_owned(), created.clone());
+        clients.insert(tenant.clone(), created.clone());
         created
     }
 

@@ -11,11 +11,14 @@
 //! A load builds the whole plugin before it returns. So a failure at any step leaves the plugin
 //! that serves under this name untouched.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
+use crate::package::routing::Routing;
 use batchwright_domain::clock::Clock;
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_domain::units::{Size, Span};
 use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
@@ -37,7 +40,7 @@ use crate::package::manifest::{Limits, Manifest};
 use crate::package::schema;
 use crate::package::signature::TrustedKeys;
 use crate::package::trust::Trust;
-use crate::plugin::{Plugin, explain};
+use crate::plugin::{Plugin, PluginFacts, PluginRuntime, explain};
 use crate::sandbox::engine::Flavour;
 use crate::sandbox::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
 use crate::sandbox::instances::Instances;
@@ -228,36 +231,40 @@ impl Loader {
             .map_err(|error| key("allow", error.to_string()))?;
         allow.check_addresses(&urls).map_err(|error| key("settings", error))?;
         let gateway = Gateway::new(&name, allow, secrets, bounds(&manifest.limits), &self.shared);
-        let plugin = Plugin {
+        let default_models = default_models(&manifest, &key)?;
+        let facts = PluginFacts {
             name,
             kind: inspected.kind,
             description: inspected.description,
             sha256: inspected.sha256,
             signed,
             limits: manifest.limits,
-            order: manifest.order.unwrap_or(100),
-            endpoints: manifest.endpoints,
-            tenants: manifest.tenants,
-            models: manifest.models,
-            aliases: manifest.aliases,
-            default_models: manifest.default_models,
-            paused: manifest.paused,
+            routing: Routing {
+                order: manifest.order.unwrap_or(100),
+                endpoints: manifest.endpoints,
+                tenants: manifest.tenants.into_iter().map(TenantId::from).collect(),
+                models: manifest.models,
+                aliases: manifest.aliases,
+                default_models,
+                paused: manifest.paused,
+            },
             loaded_at: self.clock.now().as_seconds(),
             settings: settings.to_string(),
+        };
+        let runtime = PluginRuntime {
             _component: inspected.component,
             template: inspected.template,
             engine: inspected.engine,
             log: inspected.log,
             gateway,
             instances: self.instances.clone(),
-            last_classified: Mutex::default(),
-            pools: Mutex::new(HashMap::new()),
         };
+        let plugin = Plugin::new(facts, runtime);
         // Proves that `configure` accepts the settings. The instance belongs to no tenant.
         let configured = plugin.instantiate(&plugin.holder(None)).await;
         configured
             .map_err(|error| key("settings", printable(&error.detail(), MAX_MESSAGE_CHARS)))?;
-        self.trust.record_loaded(&plugin.name, plugin.signed.as_ref());
+        self.trust.record_loaded(plugin.name(), plugin.signature());
         Ok(plugin)
     }
 
@@ -475,8 +482,24 @@ fn check_header(bytes: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Endpoint whose requests may omit the model.
-pub const OPTIONAL_MODEL: &str = "/v1/moderations";
+/// Parses `default_models`, which only endpoints whose requests may name no model can have.
+fn default_models(
+    manifest: &Manifest,
+    key: &impl Fn(&str, String) -> LoadError,
+) -> Result<BTreeMap<Endpoint, String>, LoadError> {
+    let parse = |(path, model): (&String, &String)| {
+        let endpoint = Endpoint::parse(path).filter(|endpoint| endpoint.has_optional_model());
+        let endpoint = endpoint.ok_or_else(|| {
+            let message = format!(
+                "`{path}` needs a model in every request; only {} does not",
+                Endpoint::Moderations
+            );
+            key("default_models", message)
+        })?;
+        Ok((endpoint, model.clone()))
+    };
+    manifest.default_models.iter().map(parse).collect()
+}
 
 /// Checks that the keys of the TOML file apply to the component's kind.
 fn check_kind(
@@ -508,13 +531,6 @@ fn check_kind(
                 inspected.kind
             ),
         ));
-    }
-    if let Some(endpoint) =
-        manifest.default_models.keys().find(|endpoint| *endpoint != OPTIONAL_MODEL)
-    {
-        let message =
-            format!("`{endpoint}` needs a model in every request; only {OPTIONAL_MODEL} does not");
-        return Err(key("default_models", message));
     }
     if inspected.kind == Kind::Adapter && manifest.models.is_empty() && manifest.aliases.is_empty()
     {

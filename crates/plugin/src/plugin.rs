@@ -22,6 +22,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_egress::{Gateway, HttpResponse};
 use batchwright_memory::Holder;
@@ -36,6 +38,7 @@ use crate::contract::types::{
 };
 use crate::error::CallError;
 use crate::package::manifest::{Isolation, Limits};
+use crate::package::routing::Routing;
 use crate::package::trust::Signed;
 use crate::sandbox::engine::GUEST_STACK_BYTES;
 use crate::sandbox::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
@@ -58,52 +61,12 @@ const CLASSIFY_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Component with its settings, checked and ready to be called.
 pub struct Plugin {
-    /// Name of the TOML file without its extension.
-    pub name: String,
-    /// World that the component implements.
-    pub kind: Kind,
-    /// Result of `describe`.
-    pub description: Description,
-    /// SHA-256 of the component, in hexadecimal.
-    pub sha256: String,
-    /// Signature, if the server asks for signatures.
-    pub signed: Option<Signed>,
-    /// Limits of calls and exchanges.
-    pub limits: Limits,
-    /// Validators: position in the order; lower ones run first.
-    pub order: i64,
-    /// Validators: endpoints that the operator allows; empty means all.
-    pub endpoints: Vec<String>,
-    /// Tenants that the plugin serves; empty means all.
-    pub tenants: Vec<String>,
-    /// Adapters: models that the plugin serves.
-    pub models: Vec<String>,
-    /// Adapters: models of clients, with the provider's model for each.
-    pub aliases: std::collections::BTreeMap<String, String>,
-    /// Adapters: models of requests that name none, by endpoint.
-    pub default_models: std::collections::BTreeMap<String, String>,
-    /// Adapters: true if the plugin sends no requests for now.
-    pub paused: bool,
-    /// Time of the load, in Unix seconds.
-    pub loaded_at: i64,
-    /// Settings as a JSON object, for `configure`.
-    pub(crate) settings: String,
-    /// Reference that lets other plugins of the same component share its code.
-    pub(crate) _component: Arc<Component>,
-    /// Linked component.
-    pub(crate) template: Template,
-    /// Engine of the component.
-    pub(crate) engine: Engine,
-    /// Log of the plugin.
-    pub(crate) log: Arc<PluginLog>,
-    /// Gateway for exchanges.
-    pub(crate) gateway: Gateway,
-    /// Registry of idle instances, shared by all plugins.
-    pub(crate) instances: Arc<Instances>,
+    facts: PluginFacts,
+    runtime: PluginRuntime,
     /// Time of the last sampled call of `classify`.
-    pub(crate) last_classified: Mutex<Option<Instant>>,
+    last_classified: Mutex<Option<Instant>>,
     /// Pools of instances, by tenant.
-    pub(crate) pools: Mutex<HashMap<String, Arc<Pool>>>,
+    pools: Mutex<HashMap<TenantId, Arc<Pool>>>,
 }
 
 /// Instances of one plugin for one tenant. An instance never changes pools.
@@ -123,11 +86,54 @@ struct Lease<'a> {
     _permit: Option<SemaphorePermit<'a>>,
 }
 
+/// Facts about a plugin that loading has established.
+pub(crate) struct PluginFacts {
+    /// Name of the TOML file without its extension.
+    pub name: String,
+    /// World that the component implements.
+    pub kind: Kind,
+    /// Result of `describe`.
+    pub description: Description,
+    /// SHA-256 of the component, in hexadecimal.
+    pub sha256: String,
+    /// Signature, if the server requires signatures.
+    pub signed: Option<Signed>,
+    /// Limits of calls and exchanges.
+    pub limits: Limits,
+    /// What the plugin serves.
+    pub routing: Routing,
+    /// Time of the load, in Unix seconds.
+    pub loaded_at: i64,
+    /// Settings as a JSON object, for `configure`.
+    pub settings: String,
+}
+
+/// What a plugin runs with.
+pub(crate) struct PluginRuntime {
+    /// Reference that lets other plugins of the same component share its code.
+    pub _component: Arc<Component>,
+    /// Linked component.
+    pub template: Template,
+    /// Engine of the component.
+    pub engine: Engine,
+    /// Log of the plugin.
+    pub log: Arc<PluginLog>,
+    /// Gateway for exchanges.
+    pub gateway: Gateway,
+    /// Registry of idle instances, shared by all plugins.
+    pub instances: Arc<Instances>,
+}
+
 impl Plugin {
+    /// Creates a plugin without instances.
+    pub(crate) fn new(facts: PluginFacts, runtime: PluginRuntime) -> Self {
+        Self { facts, runtime, last_classified: Mutex::default(), pools: Mutex::default() }
+    }
+
     /// Returns the violations in these lines.
     pub async fn validate(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         batch: BatchContext,
         lines: Vec<Line>,
     ) -> Result<Judgement, CallError> {
@@ -142,7 +148,7 @@ impl Plugin {
         let mut lease = self.lease(&pool, units, bytes).await?;
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
-        let called = in_time(&self.limits, units, &waited, call).await;
+        let called = in_time(&self.facts.limits, units, &waited, call).await;
         let mut violations: Vec<Violation> = self.settle(lease, FUNCTION, called)?;
         // Bounded without an await after the call, so that few lists of a guest's full size exist
         // at a time. A guest may return violations in any order.
@@ -155,7 +161,7 @@ impl Plugin {
                     violation.line
                 );
                 return Err(CallError::Contract {
-                    plugin: self.name.clone(),
+                    plugin: self.facts.name.clone(),
                     function: FUNCTION,
                     message,
                 });
@@ -177,7 +183,7 @@ impl Plugin {
     /// repeated on a new one.
     pub async fn begin(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         request: impl Fn() -> Request,
     ) -> Result<Step, CallError> {
         let pool = self.pool(tenant);
@@ -189,7 +195,7 @@ impl Plugin {
             let was_used = lease.instance.calls > 1;
             let waited = lease.instance.waited.clone();
             let call = lease.instance.exports.begin(&mut lease.instance.store, request);
-            let called = in_time(&self.limits, 1, &waited, call).await;
+            let called = in_time(&self.facts.limits, 1, &waited, call).await;
             match self.settle(lease, "begin", called) {
                 Err(CallError::Memory { .. }) if was_used && !needs_new => needs_new = true,
                 step => return self.check_step(step?, "begin"),
@@ -201,7 +207,7 @@ impl Plugin {
     /// repeat the call. After an error `outcome` may be lost.
     pub async fn resume(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         state: &[u8],
         outcome: &mut Outcome,
     ) -> Result<Step, CallError> {
@@ -213,7 +219,7 @@ impl Plugin {
         let mut lease = self.lease(&pool, 1, bytes.saturating_add(state.len())).await?;
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
-        let called = in_time(&self.limits, 1, &waited, call).await;
+        let called = in_time(&self.facts.limits, 1, &waited, call).await;
         let step = self.settle(lease, "resume", called)?;
         self.check_step(step, "resume")
     }
@@ -222,14 +228,14 @@ impl Plugin {
     /// that the host can classify: only a sample of those is classified, for the rate limits that
     /// the provider reports.
     pub fn classifies(&self, matters: bool) -> bool {
-        matches!(self.template, Template::Adapter { classifier: Some(_), .. })
+        matches!(self.runtime.template, Template::Adapter { classifier: Some(_), .. })
             && (matters || self.is_sample_due())
     }
 
     /// Returns the adapter's classification of a response.
     pub async fn classify(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         response: &HttpResponse,
     ) -> Result<Classification, CallError> {
         let beginning =
@@ -244,7 +250,7 @@ impl Plugin {
             response.headers.clone(),
             beginning,
         );
-        let called = in_time(&self.limits, 1, &waited, call).await;
+        let called = in_time(&self.facts.limits, 1, &waited, call).await;
         self.settle(lease, "classify", called)
     }
 
@@ -262,15 +268,19 @@ impl Plugin {
         let mut instance =
             self.instantiate(&self.holder(None)).await.map_err(|error| error.to_string())?;
         for _ in 0..2 {
-            instance.allow(&self.limits, 1);
+            instance.allow(&self.facts.limits, 1);
             let waited = instance.waited.clone();
-            let called =
-                in_time(&self.limits, 1, &waited, instance.exports.describe(&mut instance.store))
-                    .await;
+            let called = in_time(
+                &self.facts.limits,
+                1,
+                &waited,
+                instance.exports.describe(&mut instance.store),
+            )
+            .await;
             let (found, schema) = called.map_err(|error| {
                 self.explain("describe", &error, instance.refused(), &instance.output).detail()
             })?;
-            let known = &self.description;
+            let known = &self.facts.description;
             let same_schema = serde_json::from_str::<serde_json::Value>(&schema).ok().as_ref()
                 == Some(&known.settings_schema);
             if found.name != known.name
@@ -296,24 +306,64 @@ impl Plugin {
 
     /// Returns the gateway for the exchanges that steps ask for.
     pub fn gateway(&self) -> &Gateway {
-        &self.gateway
+        &self.runtime.gateway
+    }
+
+    /// Returns the name of the TOML file without its extension.
+    pub fn name(&self) -> &str {
+        &self.facts.name
+    }
+
+    /// Returns the world that the component implements.
+    pub fn kind(&self) -> Kind {
+        self.facts.kind
+    }
+
+    /// Returns the result of `describe`.
+    pub fn description(&self) -> &Description {
+        &self.facts.description
+    }
+
+    /// Returns the SHA-256 of the component, in hexadecimal.
+    pub fn sha256(&self) -> &str {
+        &self.facts.sha256
+    }
+
+    /// Returns the signature, if the server requires signatures.
+    pub fn signature(&self) -> Option<&Signed> {
+        self.facts.signed.as_ref()
+    }
+
+    /// Returns the limits of calls and exchanges.
+    pub fn limits(&self) -> &Limits {
+        &self.facts.limits
+    }
+
+    /// Returns what the plugin serves, as the operator configured it.
+    pub fn routing(&self) -> &Routing {
+        &self.facts.routing
+    }
+
+    /// Returns the time of the load, in Unix seconds.
+    pub fn loaded_at(&self) -> i64 {
+        self.facts.loaded_at
     }
 
     /// Returns true if the plugin serves this tenant.
-    pub fn serves(&self, tenant: &str) -> bool {
-        self.tenants.is_empty() || self.tenants.iter().any(|known| known == tenant)
+    pub fn serves(&self, tenant: &TenantId) -> bool {
+        self.facts.routing.serves(tenant)
     }
 
     /// Returns true if both the description and the operator allow this endpoint.
-    pub fn handles(&self, endpoint: &str) -> bool {
-        [&self.description.endpoints, &self.endpoints]
+    pub fn handles(&self, endpoint: Endpoint) -> bool {
+        [&self.facts.description.endpoints, &self.facts.routing.endpoints]
             .into_iter()
-            .all(|list| list.is_empty() || list.iter().any(|known| known == endpoint))
+            .all(|list| list.is_empty() || list.iter().any(|known| known == endpoint.as_str()))
     }
 
     /// Validates a step against the contract and the plugin's limits.
     fn check_step(&self, step: Step, function: &'static str) -> Result<Step, CallError> {
-        let max_wait = self.limits.max_wait;
+        let max_wait = self.facts.limits.max_wait;
         let checked = match step {
             Step::Wait { milliseconds, .. }
                 if Duration::from_millis(milliseconds) > max_wait.duration() =>
@@ -326,24 +376,24 @@ impl Plugin {
             step => check_step(step),
         };
         checked.map_err(|message| CallError::Contract {
-            plugin: self.name.clone(),
+            plugin: self.facts.name.clone(),
             function,
             message,
         })
     }
 
-    fn pool(&self, tenant: &str) -> Arc<Pool> {
+    fn pool(&self, tenant: &TenantId) -> Arc<Pool> {
         let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pool) = pools.get(tenant) {
             return pool.clone();
         }
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let pool = Arc::new(Pool {
-            idle: self.instances.idle_list(),
+            idle: self.runtime.instances.idle_list(),
             holder: self.holder(Some(tenant)),
             permits: Semaphore::new(threads.saturating_mul(2)),
         });
-        pools.insert(tenant.to_owned(), pool.clone());
+        pools.insert(tenant.clone(), pool.clone());
         pool
     }
 
@@ -361,22 +411,28 @@ impl Plugin {
             // Boxed, as the future is large and rarely needed.
             None => Box::pin(self.instantiate(&pool.holder)).await?,
         };
-        instance.allow(&self.limits, units);
+        instance.allow(&self.facts.limits, units);
         Ok(Lease { pool, instance, _permit: permit })
     }
 
     /// Creates and configures an instance. Waits for memory and for a slot of wasmtime's pool.
     pub(crate) async fn instantiate(&self, holder: &Holder) -> Result<Instance, CallError> {
-        let place = (&self.instances, holder);
-        let (created, refused) =
-            Instance::new(&self.template, &self.engine, &self.limits, &self.log, place).await;
+        let place = (&self.runtime.instances, holder);
+        let (created, refused) = Instance::new(
+            &self.runtime.template,
+            &self.runtime.engine,
+            &self.facts.limits,
+            &self.runtime.log,
+            place,
+        )
+        .await;
         let (refused, output) = refused;
         let mut instance =
             created.map_err(|error| self.explain("instantiate", &error, refused, &output))?;
-        instance.allow(&self.limits, 1);
+        instance.allow(&self.facts.limits, 1);
         let waited = instance.waited.clone();
-        let call = instance.exports.configure(&mut instance.store, &self.settings);
-        let called = in_time(&self.limits, 1, &waited, call).await;
+        let call = instance.exports.configure(&mut instance.store, &self.facts.settings);
+        let called = in_time(&self.facts.limits, 1, &waited, call).await;
         match called {
             Ok(Ok(())) => {
                 instance.configured_memory = instance.memory();
@@ -385,7 +441,7 @@ impl Plugin {
             }
             Ok(Err(message)) => {
                 let message = printable(&message, 1000);
-                Err(self.logged(CallError::Configure { plugin: self.name.clone(), message }))
+                Err(self.logged(CallError::Configure { plugin: self.facts.name.clone(), message }))
             }
             Err(error) => {
                 Err(self.explain("configure", &error, instance.refused(), &instance.output))
@@ -394,8 +450,8 @@ impl Plugin {
     }
 
     /// Returns the holder in whose name an instance reserves memory.
-    pub(crate) fn holder(&self, tenant: Option<&str>) -> Holder {
-        format!("{}/{}", self.name, tenant.unwrap_or_default()).into()
+    pub(crate) fn holder(&self, tenant: Option<&TenantId>) -> Holder {
+        format!("{}/{}", self.facts.name, tenant.map_or("", TenantId::as_str)).into()
     }
 
     /// Ends a lease. The instance returns to its pool after success and is dropped after an error.
@@ -407,10 +463,11 @@ impl Plugin {
     ) -> Result<T, CallError> {
         match called {
             Ok(value) => {
-                let is_reusable = lease.instance.calls < self.limits.max_calls_per_instance.get()
+                let is_reusable = lease.instance.calls
+                    < self.facts.limits.max_calls_per_instance.get()
                     && !lease.instance.is_bloated();
-                if self.limits.isolation == Isolation::PerTenant && is_reusable {
-                    self.instances.release(&lease.pool.idle, lease.instance);
+                if self.facts.limits.isolation == Isolation::PerTenant && is_reusable {
+                    self.runtime.instances.release(&lease.pool.idle, lease.instance);
                 }
                 Ok(value)
             }
@@ -431,12 +488,12 @@ impl Plugin {
         refused: Option<Refused>,
         output: &RecentOutput,
     ) -> CallError {
-        self.logged(explain(&self.name, &self.limits, function, error, refused, output))
+        self.logged(explain(&self.facts.name, &self.facts.limits, function, error, refused, output))
     }
 
     /// Logs an error for the operator and returns it.
     fn logged(&self, error: CallError) -> CallError {
-        self.log.write_call_error(&error.detail());
+        self.runtime.log.write_call_error(&error.detail());
         error
     }
 }

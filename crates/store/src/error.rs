@@ -28,7 +28,11 @@ pub enum StoreError {
     Fenced,
     /// Cancellation by a client before the batch could end as expired.
     #[error("the batch was cancelled meanwhile")]
-    Overtaken,
+    CancelledFirst,
+    /// Object without a registration: its writer took too long and the object was removed, or the
+    /// object is being removed now.
+    #[error("the object is being removed, because its writer took too long; write it again")]
+    Unregistered,
     /// Request without a result in a batch that is about to end; nothing was written.
     #[error("not every line has a result")]
     Incomplete,

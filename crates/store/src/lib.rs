@@ -5,9 +5,10 @@
 //! Another database can therefore replace SQLite.
 //! A file has a record in the database and an object in the object store, and no transaction spans
 //! both.
-//! The host registers an object before it writes the bytes ([`Store::begin_object`]), and the
+//! The host registers an object before it writes the bytes ([`Store::register_object`]), and the
 //! commit of the file's record removes the registration.
-//! After a crash, the registrations of the dead process name every object to remove.
+//! A registration has a lease, which the writer renews; an object whose lease has ended is removed.
+//! A record is not committed for an object whose registration is gone.
 //! No object is removed because it is unknown: an operator may restore an older database beside
 //! newer objects.
 //! A deleted file leaves a tombstone for a while, so that a client can list the files after it.
@@ -20,6 +21,8 @@
 //! Another process may claim the batch after the lease has expired.
 //! The process that holds the claim may not: a clock that jumps, or a disk that refuses renewals
 //! for a while, must not make one process work on a batch twice.
+//! A renewal returns the [`Orders`] to the worker, so that a client of any process can cancel.
+//! Opening a store ends the leases of this owner alone, which the process before it held.
 //!
 //! **Fences.** Each claim increments the fence of its batch.
 //! Every update of the batch, its results or a saved job state compares the fence in the same
@@ -38,27 +41,31 @@
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
-mod blobs;
 mod error;
+pub mod objects;
 mod private;
 mod records;
 mod sqlite;
+#[cfg(test)]
+mod suite;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-pub use blobs::{BlobWriter, Blobs, PIECE};
 pub use error::{Result, StoreError};
+pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
 pub use records::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Counts, Created, Ending, FIRST_ERRORS,
-    FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, Order, Page, Paged,
-    Release, ResultRow, Results, ServedBy, Status, Times, TokenUsage, Validated, Waiting, WaitsFor,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Counts, Created, FIRST_ERRORS, FileQuery,
+    FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, Order, Orders, Page, Paged,
+    PluginVersion, Release, ResultKind, ResultRow, Results, StatusTimes, Validated, WaitCause,
+    Waiting,
 };
 pub use sqlite::SqliteStore;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 
 /// Database of files, batches and results.
 ///
@@ -67,58 +74,86 @@ use batchwright_domain::clock::Timestamp;
 #[async_trait]
 pub trait Store: Send + Sync {
     /// Inserts the record of a file and removes the registration of its object.
-    async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()>;
+    async fn insert_file(&self, tenant: &TenantId, file: FileRecord) -> Result<()>;
     /// Returns a file that is neither deleted nor expired.
-    async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>>;
+    async fn file(
+        &self,
+        tenant: &TenantId,
+        id: &FileId,
+        now: Timestamp,
+    ) -> Result<Option<FileRecord>>;
     /// Lists the files that are neither deleted nor expired.
-    async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>>;
+    async fn files(&self, tenant: &TenantId, query: FileQuery) -> Result<Paged<FileRecord>>;
     /// Marks a file as deleted; returns false if there is no such file.
     ///
     /// The object stays while a batch reads it.
-    async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool>;
-    /// Registers an object before its bytes are written, so that a crash leaves no unknown object.
-    async fn begin_object(&self, tenant: &str, id: &str) -> Result<()>;
-    /// Returns objects that an earlier process registered, as tenant and id.
-    async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>>;
-    /// Returns true if an object is registered and has no record yet.
+    async fn delete_file(&self, tenant: &TenantId, id: &FileId, now: Timestamp) -> Result<bool>;
+    /// Registers an object before its bytes are written, until `until` or until the registration is
+    /// renewed or removed.
     ///
-    /// Records whose insertion is already queued count as inserted.
-    async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool>;
+    /// A repeated registration replaces the one before. Fails with [`StoreError::Unregistered`]
+    /// while the object is being removed.
+    async fn register_object(
+        &self,
+        key: &ObjectKey,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<()>;
+    /// Extends a registration to `until`; fails with [`StoreError::Unregistered`] if it is gone.
+    async fn renew_object(&self, key: &ObjectKey, until: Timestamp) -> Result<()>;
+    /// Ends a registration, so that the object is removed. An object that has a record stays.
+    async fn abandon_object(&self, key: &ObjectKey) -> Result<()>;
+    /// Returns objects whose registration has ended, and reserves their removal until `until`.
+    ///
+    /// The registrations of this owner end only when they are abandoned, when the store is opened,
+    /// or a day after their lease: a clock that jumps must not remove an object that is being
+    /// written.
+    async fn take_abandoned_objects(
+        &self,
+        now: Timestamp,
+        until: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<ObjectKey>>;
     /// Removes the registration of an object that was deleted.
-    async fn object_removed(&self, tenant: &str, id: &str) -> Result<()>;
-    /// Returns deleted and expired files that no running batch reads, as tenant and id.
-    async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
+    async fn unregister_object(&self, key: &ObjectKey) -> Result<()>;
+    /// Returns deleted and expired files that no running batch reads.
+    async fn removable_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>>;
     /// Turns the record of a file into a tombstone after its object was deleted.
     ///
     /// A list can still start after the id of a tombstone.
-    async fn file_removed(&self, tenant: &str, id: &str) -> Result<()>;
+    async fn mark_file_removed(&self, key: &ObjectKey) -> Result<()>;
     /// Removes up to `limit` tombstones of files deleted or expired before `gone_before`; returns
     /// true if more may remain.
-    async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
+    async fn purge_tombstones(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
 
     /// Inserts a batch, at most one for each idempotency key, even under concurrent requests.
     async fn create_batch(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         new: NewBatch,
         idempotency: Option<Idempotency>,
     ) -> Result<Created>;
     /// Returns a batch with its first errors.
-    async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>>;
+    async fn batch(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchRecord>>;
     /// Returns all errors of a batch.
-    async fn batch_errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>>;
+    async fn batch_errors(&self, tenant: &TenantId, id: &BatchId) -> Result<Vec<BatchError>>;
     /// Lists batches, newest first, each with its first errors.
     ///
     /// The page ends at `limit` entries, or when its entries reach about `bytes` bytes.
     async fn batches(
         &self,
-        tenant: &str,
-        after: Option<String>,
+        tenant: &TenantId,
+        after: Option<BatchId>,
         limit: usize,
         bytes: usize,
     ) -> Result<Paged<BatchRecord>>;
     /// Sets a batch that has not ended to `Cancelling`.
-    async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel>;
+    async fn request_cancel(
+        &self,
+        tenant: &TenantId,
+        id: &BatchId,
+        now: Timestamp,
+    ) -> Result<Cancel>;
 
     /// Returns the oldest waiting batch of each lane, and the batch that expired first.
     ///
@@ -132,18 +167,18 @@ pub trait Store: Send + Sync {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Option<Claim>>;
-    /// Extends the lease to `until`.
-    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()>;
+    /// Extends the lease to `until` and returns the orders to the worker.
+    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<Orders>;
     /// Releases a claimed batch.
     async fn release(&self, claim: &Claim, how: Release) -> Result<()>;
     /// Ends the backoff of all batches.
-    async fn wake(&self, now: Timestamp) -> Result<()>;
+    async fn end_backoff(&self, now: Timestamp) -> Result<()>;
     /// Saves the state of a request in progress at a provider; replaces an earlier state.
-    async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()>;
+    async fn save_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()>;
     /// Returns the saved state of a request.
     async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>>;
     /// Deletes the saved state of a request that starts again.
-    async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()>;
+    async fn delete_job(&self, claim: &Claim, line: u64) -> Result<()>;
     /// Returns true if the batch has any saved state.
     async fn has_jobs(&self, claim: &Claim) -> Result<bool>;
     /// Returns the input file, if it existed when the batch was created.
@@ -155,7 +190,7 @@ pub trait Store: Send + Sync {
         &self,
         claim: &Claim,
         errors: Vec<BatchError>,
-        by: Vec<ServedBy>,
+        by: Vec<PluginVersion>,
         at: Timestamp,
     ) -> Result<()>;
     /// Changes `Validating` to `InProgress` and stores the results of validation.
@@ -166,15 +201,19 @@ pub trait Store: Send + Sync {
     /// Inserts results, their counts and the plugins that served them, in one transaction.
     ///
     /// A line that has a result already keeps it.
-    async fn record(
+    async fn insert_results(
         &self,
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
-        by: Vec<ServedBy>,
+        by: Vec<PluginVersion>,
     ) -> Result<()>;
     /// Returns the plugins that a batch used, in order of first use, or `None` if there is no such
     /// batch.
-    async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>>;
+    async fn plugin_versions(
+        &self,
+        tenant: &TenantId,
+        id: &BatchId,
+    ) -> Result<Option<Vec<PluginVersion>>>;
     /// Returns up to `limit` lines after `after` that have a result, in order.
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>>;
     /// Changes `InProgress` to `Finalizing`; a batch in `Cancelling` keeps its status.
@@ -183,19 +222,19 @@ pub trait Store: Send + Sync {
     async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Results>;
     /// Ends the batch and inserts its result files, in one transaction.
     ///
-    /// Fails with [`StoreError::Overtaken`] if a batch in `Cancelling` is to end as expired.
+    /// Fails with [`StoreError::CancelledFirst`] if a batch in `Cancelling` is to end as expired.
     async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()>;
     /// Removes up to `limit` results of ended batches, whose files contain them; returns true if
     /// more may remain.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
     /// Returns up to `limit` batches that ended before `ended_before` and whose files are removed.
-    async fn forgettable_batches(
+    async fn removable_batches(
         &self,
         ended_before: Timestamp,
         limit: usize,
     ) -> Result<Vec<BatchKey>>;
     /// Deletes batches.
-    async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
+    async fn delete_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
     /// Returns some free pages to the file system; returns true if more may remain.
     async fn compact(&self) -> Result<bool>;
     /// Ends all reads and writes, then copies the write-ahead log into the database.
@@ -206,6 +245,6 @@ pub trait Store: Send + Sync {
     async fn probe(&self, now: Timestamp) -> Result<()>;
     /// Tests that the database can be read.
     async fn probe_read(&self) -> Result<()>;
-    /// Returns the newest files that clients can see, as tenant and id.
-    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>>;
+    /// Returns the newest files that clients can see, as keys of their objects.
+    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>>;
 }

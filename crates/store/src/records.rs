@@ -5,12 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::{BatchId, FileId, TenantId};
+use batchwright_domain::status::Status;
+use batchwright_domain::usage::TokenUsage;
 
 /// Metadata of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileRecord {
     /// Id, unique for its tenant.
-    pub id: String,
+    pub id: FileId,
     /// Size in bytes.
     pub bytes: u64,
     /// Time of creation.
@@ -50,68 +54,6 @@ pub enum Paged<T> {
     UnknownAfter,
 }
 
-/// Status of a batch, as the API names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Validation of the input file, or wait for it.
-    Validating,
-    /// End with errors of the batch.
-    Failed,
-    /// Execution of requests.
-    InProgress,
-    /// Copy of the results into the output and error files.
-    Finalizing,
-    /// End with a result for every request.
-    Completed,
-    /// End because the completion window ended.
-    Expired,
-    /// Cancellation by a client; the worker has not ended the batch yet.
-    Cancelling,
-    /// End after a cancellation by a client.
-    Cancelled,
-}
-
-impl Status {
-    /// All statuses.
-    pub const ALL: [Self; 8] = [
-        Self::Validating,
-        Self::Failed,
-        Self::InProgress,
-        Self::Finalizing,
-        Self::Completed,
-        Self::Expired,
-        Self::Cancelling,
-        Self::Cancelled,
-    ];
-
-    /// Returns the name in the API and in the database.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Validating => "validating",
-            Self::Failed => "failed",
-            Self::InProgress => "in_progress",
-            Self::Finalizing => "finalizing",
-            Self::Completed => "completed",
-            Self::Expired => "expired",
-            Self::Cancelling => "cancelling",
-            Self::Cancelled => "cancelled",
-        }
-    }
-
-    /// Parses the name in the database; the error names the text.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|status| status.as_str() == text)
-            .ok_or_else(|| format!("unknown status `{text}`"))
-    }
-
-    /// Returns true if the batch has ended.
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::Failed | Self::Completed | Self::Expired | Self::Cancelled)
-    }
-}
-
 /// Error of an input file or of one of its lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchError {
@@ -143,22 +85,9 @@ impl Counts {
     }
 }
 
-/// Token counts of a request, or of all requests of a batch.
+/// StatusTimes at which a batch entered its statuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TokenUsage {
-    /// Input tokens, cached ones included.
-    pub input: u64,
-    /// Input tokens that the provider read from its cache.
-    pub cached_input: u64,
-    /// Output tokens, reasoning tokens included.
-    pub output: u64,
-    /// Output tokens that the model spent on reasoning.
-    pub reasoning: u64,
-}
-
-/// Times at which a batch entered its statuses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Times {
+pub struct StatusTimes {
     /// Time of [`Status::InProgress`].
     pub in_progress_at: Option<Timestamp>,
     /// Time of [`Status::Finalizing`].
@@ -182,11 +111,11 @@ pub type Metadata = BTreeMap<String, String>;
 #[derive(Clone, Debug)]
 pub struct NewBatch {
     /// Id, unique for its tenant.
-    pub id: String,
-    /// Path of the API endpoint that every request names.
-    pub endpoint: String,
+    pub id: BatchId,
+    /// API endpoint that every request names.
+    pub endpoint: Endpoint,
     /// Id of the input file.
-    pub input_file_id: String,
+    pub input_file_id: FileId,
     /// Completion window as the client wrote it.
     pub completion_window: String,
     /// Metadata of the client.
@@ -214,7 +143,7 @@ pub enum Created {
     /// Inserted batch.
     New,
     /// Batch of an earlier creation with the same key and parameters.
-    Before(Box<BatchRecord>),
+    Existing(Box<BatchRecord>),
     /// Conflict with an earlier creation: same key, other parameters.
     Conflict,
 }
@@ -231,22 +160,22 @@ pub struct BatchRecord {
     /// First [`FIRST_ERRORS`] errors, and a notice if there are more.
     pub errors: Vec<BatchError>,
     /// Id of the file with the completed requests.
-    pub output_file_id: Option<String>,
+    pub output_file_id: Option<FileId>,
     /// Id of the file with the failed requests.
-    pub error_file_id: Option<String>,
-    /// Times of the status changes.
-    pub times: Times,
+    pub error_file_id: Option<FileId>,
+    /// StatusTimes of the status changes.
+    pub times: StatusTimes,
     /// Request counts.
     pub counts: Counts,
     /// Token counts of all results.
     pub usage: TokenUsage,
     /// Cause of the latest backoff; `None` after any later result.
-    pub waits_for: Option<WaitsFor>,
+    pub waits_for: Option<WaitCause>,
 }
 
 /// Cause for which a batch waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaitsFor {
+pub struct WaitCause {
     /// Sentence for the client.
     pub cause: String,
     /// Time since which the batch waits.
@@ -259,11 +188,21 @@ pub struct WaitsFor {
 #[derive(Clone, Debug)]
 pub enum Release {
     /// Position before the claim.
-    AsItWas,
+    KeepPosition,
     /// Behind the batches that have waited since an earlier time.
-    Turn(Timestamp),
+    Requeue(Timestamp),
     /// Backoff until this time, for this cause.
-    Rest(Timestamp, Option<WaitsFor>),
+    Backoff(Timestamp, Option<WaitCause>),
+}
+
+/// Orders to the worker of a batch, which the worker gets when it renews its lease.
+///
+/// An order reaches a worker in any process: the process that serves the client need not know which
+/// one holds the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// A client has cancelled the batch.
+    pub cancel: bool,
 }
 
 /// Request in progress at a provider that the host polls.
@@ -314,9 +253,9 @@ pub struct Waiting {
 #[derive(Clone, Debug)]
 pub struct Claim {
     /// Tenant of the batch.
-    pub tenant: String,
+    pub tenant: TenantId,
     /// Id of the batch.
-    pub batch_id: String,
+    pub batch_id: BatchId,
     /// Lane of the batch at the time of the claim.
     pub lane: Lane,
     /// Key of the batch.
@@ -325,9 +264,9 @@ pub struct Claim {
     pub fence: i64,
 }
 
-/// Outcome of a request, which selects its result file and its count.
+/// Kind of a result, which selects its file and its count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum ResultKind {
     /// Output file; counts as completed.
     Completed,
     /// Error file; counts as failed.
@@ -339,8 +278,8 @@ pub enum Ending {
 pub struct ResultRow {
     /// Physical line of the input file, from 1.
     pub line: u64,
-    /// Outcome of the request.
-    pub ending: Ending,
+    /// File and count of the result.
+    pub kind: ResultKind,
     /// Line of the result file, without its line end.
     pub payload: Vec<u8>,
     /// Token counts; zero in results that are read back.
@@ -357,12 +296,12 @@ pub struct Validated {
     /// Names of the plugins that the requests go to.
     pub plugins: BTreeSet<String>,
     /// Validator plugins that accepted the requests.
-    pub judged_by: Vec<ServedBy>,
+    pub judged_by: Vec<PluginVersion>,
 }
 
 /// Exact version of a plugin that a batch used.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ServedBy {
+pub struct PluginVersion {
     /// Name of the plugin.
     pub name: String,
     /// Kind of the plugin, such as adapter or validator.
@@ -432,7 +371,7 @@ pub struct FileQuery {
     /// Sort order.
     pub order: Order,
     /// Id of the file after which the page starts.
-    pub after: Option<String>,
+    pub after: Option<FileId>,
     /// Maximum number of entries.
     pub limit: usize,
     /// Current time, which decides which files have expired.

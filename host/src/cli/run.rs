@@ -34,12 +34,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use batchwright_batch::{Batches, ENDPOINTS, NewFile, Request};
+use batchwright_batch::{Engine, NewFile, Request, Service};
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::{BatchId, FileId, TenantId};
 use batchwright_domain::settings::Value;
+use batchwright_domain::status::Status;
 use batchwright_domain::text::hex;
 use batchwright_domain::units::Span;
 use batchwright_plugin::check_directory;
-use batchwright_store::{BatchRecord, PIECE, Paged, Status, umask};
+use batchwright_store::{BatchRecord, Paged, umask};
 use bytes::Bytes;
 use clap::Args;
 use futures_util::{Stream, stream};
@@ -56,6 +59,9 @@ use crate::cli::terminal::{errln, one_line};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::{assemble, telemetry};
+
+/// Size of the chunks in which a result file is copied, in bytes.
+const READ_CHUNK_BYTES: u64 = 512 << 10;
 
 /// Tenant of every run.
 const TENANT: &str = "default";
@@ -154,13 +160,14 @@ impl Run {
                 paths.state.display()
             )));
         }
-        let batches = open(settings).await?;
-        let created = create_or_resume(&batches, &paths, before, self.endpoint, self.partial).await;
+        let engine = open(settings).await?;
+        let service = engine.service();
+        let created = create_or_resume(&engine, &paths, before, self.endpoint, self.partial).await;
         let (id, mut saved) = match created {
             Ok(created) => created,
             Err(error) => {
                 // A folder that this run created and that has no batch is not an unfinished run.
-                let is_empty = unfinished_batch(&batches).await.is_ok_and(|found| found.is_none());
+                let is_empty = unfinished_batch(service).await.is_ok_and(|found| found.is_none());
                 if is_empty && !had_state {
                     std::fs::remove_dir_all(&paths.state).ok();
                 }
@@ -168,17 +175,17 @@ impl Run {
             }
         };
         if self.partial {
-            batches.cancel(TENANT, &id).await?;
+            service.cancel(&TENANT.into(), &id).await?;
         }
-        batches.start();
-        let ended = watch(&batches, &id, max_outage).await?;
-        batches.close().await;
+        engine.start();
+        let ended = watch(&engine, &id, max_outage).await?;
+        engine.close().await;
         let (mut batch, status) = match ended {
             RunEnd::Ended(batch) => (*batch, None),
-            RunEnd::Stopped => (get_batch(&batches, &id).await?, Some(130)),
+            RunEnd::Stopped => (get_batch(service, &id).await?, Some(130)),
             RunEnd::ProviderUnavailable(cause) => {
                 errln!("the provider has not answered for {max_outage:?}: {cause}");
-                (get_batch(&batches, &id).await?, Some(PROVIDER_UNAVAILABLE_STATUS))
+                (get_batch(service, &id).await?, Some(PROVIDER_UNAVAILABLE_STATUS))
             }
         };
         if let Some(status) = status {
@@ -189,10 +196,10 @@ impl Run {
             );
             return Ok(ExitCode::from(status));
         }
-        batch.errors = batches.errors(TENANT, &id).await?;
-        place_results(&batches, &batch, &paths, &mut saved, self.force).await?;
+        batch.errors = service.errors(&TENANT.into(), &id).await?;
+        place_results(service, &batch, &paths, &mut saved, self.force).await?;
         let failed = match &batch.error_file_id {
-            Some(file) => Failures::read(content(&batches, file).await?).await?,
+            Some(file) => Failures::read(content(service, file).await?).await?,
             None => Failures::default(),
         };
         // All result files are in place: the run is finished.
@@ -233,11 +240,11 @@ pub fn endpoint_of_first_line(input: &Path) -> Result<Option<String>, Error> {
         Error::Other(format!("failed to read {}: {error}", input.display()))
     };
     let Some(url) = first_url(input).map_err(failed)? else { return Ok(None) };
-    let long = format!("/v1{url}");
-    if ENDPOINTS.iter().any(|endpoint| **endpoint == url || **endpoint == long) {
+    if Endpoint::parse(&url).is_some() {
         return Ok(Some(url));
     }
-    let (input, endpoints) = (input.display(), ENDPOINTS.join(", "));
+    let endpoints = Endpoint::ALL.map(Endpoint::as_str).join(", ");
+    let input = input.display();
     Err(Error::Other(format!(
         "{input}: the first `url` is '{url}', which is not a batch endpoint ({endpoints}); \
          correct it, or give --endpoint"
@@ -245,28 +252,28 @@ pub fn endpoint_of_first_line(input: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Opens the state folder and the plugins; prints a warning for each plugin that is not loaded.
-async fn open(settings: Settings) -> Result<Arc<Batches>, Error> {
+async fn open(settings: Settings) -> Result<Arc<Engine>, Error> {
     // The state folder is removed at the end; serials must survive it.
     let cache = user_cache();
     let serials = std::fs::create_dir_all(&cache).ok().map(|()| cache.join("serials"));
     let options = Options { clock: Clock::system(), serials, order: None, compiler: None };
-    let batches = assemble::batches(&settings, options).await?;
-    let registry = batches.registry();
+    let engine = assemble::engine(&settings, options).await?;
+    let registry = &engine.parts().registry;
     for error in registry.current().entries.iter().filter_map(|entry| entry.error.as_ref()) {
         errln!("warning: plugin not loaded: {error}");
     }
-    Ok(batches)
+    Ok(engine)
 }
 
 /// Creates the batch, or finds the batch of an unfinished run; returns its id and record.
 async fn create_or_resume(
-    batches: &Arc<Batches>,
+    engine: &Engine,
     paths: &RunPaths,
     before: Option<RunState>,
     endpoint: Option<String>,
     partial: bool,
-) -> Result<(String, RunState), Error> {
-    if let (Some(batch), Some(saved)) = (unfinished_batch(batches).await?, before) {
+) -> Result<(BatchId, RunState), Error> {
+    if let (Some(batch), Some(saved)) = (unfinished_batch(engine.service()).await?, before) {
         if !partial {
             saved.check(paths, endpoint.as_deref())?;
             errln!("continuing an unfinished run");
@@ -277,10 +284,11 @@ async fn create_or_resume(
         let message = format!("{} holds no unfinished run", paths.state.display());
         return Err(Error::Usage(message));
     }
-    batches
-        .registry()
+    let (parts, tenant) = (engine.parts(), TenantId::from(TENANT));
+    parts
+        .registry
         .current()
-        .check_required(&batches.settings().required_plugins, TENANT, &ENDPOINTS)
+        .check_required(&parts.config.required_plugins, &tenant)
         .map_err(Error::Required)?;
     let failed = |error: std::io::Error| {
         Error::Other(format!("failed to read {}: {error}", paths.input.display()))
@@ -294,14 +302,14 @@ async fn create_or_resume(
     let upload_failed =
         |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", paths.input.display()));
     let mut file = std::fs::File::open(&paths.input).map_err(failed)?;
-    let mut upload = batches.upload(TENANT).await?;
+    let mut upload = engine.service().upload(&tenant).await?;
     let (mut buffer, mut digest, mut size) = (vec![0; 1 << 20], Sha256::new(), 0_u64);
     loop {
         let read = file.read(&mut buffer).map_err(failed)?;
         let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
         digest.update(bytes);
         size = size.saturating_add(read as u64);
-        upload.write(Bytes::copy_from_slice(bytes)).await.map_err(|error| upload_failed(&error))?;
+        upload.write(bytes).await.map_err(|error| upload_failed(&error))?;
     }
     let filename = paths
         .input
@@ -327,8 +335,11 @@ async fn create_or_resume(
         output_lifetime: None,
         idempotency_key: None,
     };
-    let batch =
-        batches.create(TENANT, request).await.map_err(|error| Error::Other(error.to_string()))?;
+    let batch = engine
+        .service()
+        .create(&tenant, request)
+        .await
+        .map_err(|error| Error::Other(error.to_string()))?;
     Ok((batch.new.id, saved))
 }
 
@@ -336,7 +347,7 @@ async fn create_or_resume(
 ///
 /// A file without a line is not written.
 async fn place_results(
-    batches: &Arc<Batches>,
+    service: &Arc<Service>,
     batch: &BatchRecord,
     paths: &RunPaths,
     saved: &mut RunState,
@@ -347,13 +358,13 @@ async fn place_results(
     {
         let Some(id) = id else { continue };
         if target.path().is_none() {
-            target.write_through(content(batches, id).await?).await?;
+            target.write_through(content(service, id).await?).await?;
             continue;
         }
         if saved.placed.iter().any(|written| target.matches(written)) {
             continue;
         }
-        let draft = target.draft(Some(&paths.state), content(batches, id).await?).await?;
+        let draft = target.draft(Some(&paths.state), content(service, id).await?).await?;
         let overwrite = force || saved.placed.iter().any(|written| target.matches(written));
         saved.placed.retain(|written| written.path != draft.digested.path);
         saved.placed.push(draft.digested.clone());
@@ -365,34 +376,34 @@ async fn place_results(
 
 /// Streams the content of a result file in chunks.
 async fn content(
-    batches: &Arc<Batches>,
-    id: &str,
-) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
-    let (batches, id) = (batches.clone(), id.to_owned());
-    let size = batches.content_size(TENANT, &id).await?;
+    service: &Arc<Service>,
+    id: &FileId,
+) -> Result<impl Stream<Item = Result<Bytes, Error>> + use<>, Error> {
+    let (service, tenant, id) = (service.clone(), TenantId::from(TENANT), id.clone());
+    let size = service.content_size(&tenant, &id).await?;
     Ok(stream::try_unfold(0, move |at: u64| {
-        let (batches, id) = (batches.clone(), id.clone());
+        let (service, tenant, id) = (service.clone(), tenant.clone(), id.clone());
         async move {
             if at >= size {
                 return Ok(None);
             }
-            let next = at.saturating_add(PIECE).min(size);
-            Ok(Some((batches.content(TENANT, &id, at..next).await?, next)))
+            let next = at.saturating_add(READ_CHUNK_BYTES).min(size);
+            Ok(Some((service.content(&tenant, &id, at..next).await?, next)))
         }
     }))
 }
 
 /// Returns the batch in the state folder of an earlier run.
-async fn unfinished_batch(batches: &Batches) -> Result<Option<BatchRecord>, Error> {
-    Ok(match batches.list(TENANT, None, 1, usize::MAX).await? {
+async fn unfinished_batch(service: &Service) -> Result<Option<BatchRecord>, Error> {
+    Ok(match service.list(&TENANT.into(), None, 1, usize::MAX).await? {
         Paged::Page(page) => page.items.into_iter().next(),
         Paged::UnknownAfter => None,
     })
 }
 
 /// Returns the batch of this run; fails if it is no longer in the state folder.
-async fn get_batch(batches: &Batches, id: &str) -> Result<BatchRecord, Error> {
-    let found = batches.get(TENANT, id).await?;
+async fn get_batch(service: &Service, id: &BatchId) -> Result<BatchRecord, Error> {
+    let found = service.get(&TENANT.into(), id).await?;
     found.ok_or_else(|| {
         Error::Other("the state folder holds no batch; delete the folder to start again".into())
     })
@@ -409,15 +420,16 @@ enum RunEnd {
 }
 
 /// Shows progress until the batch ends, a signal arrives, or `max_outage` is exceeded.
-async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<RunEnd, Error> {
+async fn watch(engine: &Engine, id: &BatchId, max_outage: Duration) -> Result<RunEnd, Error> {
+    let service = engine.service();
     let mut progress = Progress::new();
     let mut signals = ProcessSignals::listen()?;
     loop {
-        let batch = get_batch(batches, id).await?;
+        let batch = get_batch(service, id).await?;
         let counts = batch.counts;
         let done = counts.completed.saturating_add(counts.failed);
-        let now = batches.clock().now();
-        let waiting = batches.waits(TENANT, &batch);
+        let now = engine.parts().clock.now();
+        let waiting = service.waits_for(&TENANT.into(), &batch);
         let message = waiting.as_ref().map(|waiting| {
             Progress::waiting_message(&waiting.cause, now.until(waiting.next).as_secs())
         });
@@ -432,7 +444,7 @@ async fn watch(batches: &Batches, id: &str, max_outage: Duration) -> Result<RunE
             progress.finish();
             return Ok(RunEnd::Ended(Box::new(batch)));
         }
-        let outages = batches.outages();
+        let outages = service.outages();
         let longest = outages.iter().map(|(_, outage)| outage).min_by_key(|outage| outage.since);
         if let Some(outage) =
             longest.filter(|outage| !max_outage.is_zero() && outage.since.until(now) >= max_outage)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchwright_api as api;
-use batchwright_batch::Batches;
+use batchwright_batch::Engine;
 use batchwright_plugin::watch::watch;
 use batchwright_store::umask;
 use clap::Args;
@@ -42,8 +42,8 @@ impl Serve {
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
-        let batches = assemble::batches(&settings, Options::of_server(&settings)).await?;
-        let _watcher = watch(batches.registry());
+        let engine = assemble::engine(&settings, Options::of_server(&settings)).await?;
+        let _watcher = watch(&engine.parts().registry);
         let (listener, address) = bind(settings.server.listen, "--listen").await?;
         let admin = match settings.server.admin_listen {
             Some(address) => Some(bind(address, "--admin-listen").await?),
@@ -56,15 +56,15 @@ impl Serve {
                  data; listen on loopback or restrict access to trusted clients"
             );
         }
-        batches.start();
-        let app = api::router(batches.clone(), &settings.api, address);
+        engine.start();
+        let app = api::router(&engine, &settings.api, address);
         outln!("listening on http://{address}");
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
             outln!("health on http://{address}");
             let (router, settings, token) = (
-                api::admin_router(batches.clone(), &settings.api, address),
+                api::admin_router(&engine, &settings.api, address),
                 settings.clone(),
                 shutdown.clone(),
             );
@@ -77,9 +77,9 @@ impl Serve {
             api::serve(listener, app, &api_settings.api, token.cancelled()).await
         });
         // The first readiness probe logs at once if the server is not ready.
-        let probed = batches.clone();
-        tokio::spawn(async move { probed.readiness().await });
-        log_start(&settings, &batches, address);
+        let health = engine.health().clone();
+        tokio::spawn(async move { health.readiness().await });
+        log_start(&settings, &engine, address);
         let signal = loop {
             match signals.next().await {
                 ProcessSignal::Hangup => {
@@ -87,14 +87,14 @@ impl Serve {
                         signal = "SIGHUP",
                         "reloading plugins, secrets and trusted keys"
                     );
-                    batches.registry().request_read();
+                    engine.parts().registry.request_read();
                 }
                 signal => break signal,
             }
         };
         let second_signal = async { while signals.next().await == ProcessSignal::Hangup {} };
         tokio::select! {
-            () = shut_down(&settings, &batches, signal, &shutdown, &tasks) => {
+            () = shut_down(&settings, &engine, signal, &shutdown, &tasks) => {
                 tracing::info!("server stopped");
             }
             () = second_signal => {
@@ -106,8 +106,8 @@ impl Serve {
 }
 
 /// Logs the version, the addresses, the folders and the main limits in one line.
-fn log_start(settings: &Settings, batches: &Batches, address: SocketAddr) {
-    let plugins = batches.registry().current();
+fn log_start(settings: &Settings, engine: &Engine, address: SocketAddr) {
+    let plugins = engine.parts().registry.current();
     let names = plugins
         .entries
         .iter()
@@ -136,27 +136,27 @@ fn log_start(settings: &Settings, batches: &Batches, address: SocketAddr) {
 /// 3. The listeners close, and the store closes last.
 async fn shut_down(
     settings: &Settings,
-    batches: &Batches,
+    engine: &Engine,
     signal: ProcessSignal,
     shutdown: &CancellationToken,
     tasks: &TaskTracker,
 ) {
     let delay = settings.server.shutdown_delay.duration();
     let grace = settings.execution.shutdown_grace.duration();
-    batches.drain();
+    engine.drain();
     if signal == ProcessSignal::Terminate && !delay.is_zero() {
         tracing::info!(?delay, "not ready, shutdown delayed");
         tokio::time::sleep(delay).await;
     }
     tracing::info!(?grace, "shutting down, a second signal stops the server at once");
     let started = Instant::now();
-    batches.close().await;
+    engine.close().await;
     shutdown.cancel();
     tasks.close();
     // The timeout bounds the wait for clients that hold a connection open.
     let left = grace.saturating_sub(started.elapsed()).max(FINAL_RESPONSE_GRACE);
     tokio::time::timeout(left, tasks.wait()).await.ok();
-    batches.close_store().await;
+    engine.close_store().await;
 }
 
 /// Binds a listener; the error names the flag. Returns the address with the port in use.

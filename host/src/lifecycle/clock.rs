@@ -1,6 +1,7 @@
 //! Tests of expiry, leases, backoff and cleanup under a clock that the tests advance.
 
-use batchwright_store::Status;
+use batchwright_domain::ids::{BatchId, ObjectKey};
+use batchwright_domain::status::Status;
 
 use super::*;
 
@@ -116,7 +117,7 @@ async fn expired_input_file_stays_readable_for_its_batch() {
     let id = server.create_of(&file, Some(HOUR * 2)).await;
     server.until(&id, "the first result", |batch| batch.counts.completed > 0).await;
     server.clock.advance(HOUR);
-    assert!(server.batches().file(TENANT, &file.id).await.unwrap().is_none());
+    assert!(server.service().file(&TENANT.into(), &file.id).await.unwrap().is_none());
     // A restarted process finds the input too.
     server.restart().await;
     let ended = server.ended(&id).await;
@@ -125,11 +126,11 @@ async fn expired_input_file_stays_readable_for_its_batch() {
     assert_eq!(server.results(Some(&output)).await.len(), 20);
     let objects = || walk(&server.folder.path().join("data/objects"));
     eventually("the input object to be removed", async || {
-        (objects() == [output.clone()]).then_some(())
+        (objects() == [output.to_string()]).then_some(())
     })
     .await;
     server.clock.advance(HOUR * 2);
-    assert!(server.batches().file(TENANT, &output).await.unwrap().is_none());
+    assert!(server.service().file(&TENANT.into(), &output).await.unwrap().is_none());
     let removed = async || {
         server.clock.advance(MINUTE);
         objects().is_empty().then_some(())
@@ -144,14 +145,15 @@ async fn unfinished_objects_of_a_killed_process_are_removed() {
     let files = server.folder.path().join("data/objects").join(TENANT).join("files");
     // An upload that was written but not recorded, an upload that was not completed, and a file of
     // another program.
-    let written = server.batches().store().begin_object(TENANT, "file-written").await;
-    written.unwrap();
+    let key = ObjectKey { tenant: TENANT.into(), file: "file-written".into() };
+    let (now, store) = (server.clock.now(), &server.engine().parts().store);
+    store.register_object(&key, now, now.after(HOUR)).await.unwrap();
     for name in ["file-written", "file-unfinished#1", "not-ours"] {
         std::fs::write(files.join(name), "bytes").unwrap();
     }
     server.restart().await;
     let only_recorded_and_foreign =
-        async || (walk(&files) == [kept.id.clone(), "not-ours".to_owned()]).then_some(());
+        async || (walk(&files) == [kept.id.to_string(), "not-ours".to_owned()]).then_some(());
     eventually("the unfinished objects to be removed", only_recorded_and_foreign).await;
 }
 
@@ -170,7 +172,8 @@ async fn batch_is_removed_after_its_lifetime_and_its_files() {
     for id in [&with_file, &without, &failed] {
         server.batch(id).await;
     }
-    let known = async |id: &str| server.batches().get(TENANT, id).await.unwrap().is_some();
+    let known =
+        async |id: &BatchId| server.service().get(&TENANT.into(), id).await.unwrap().is_some();
     let removed = async || {
         server.clock.advance(HOUR * 5);
         (!known(&without).await && !known(&failed).await).then_some(())
@@ -178,7 +181,7 @@ async fn batch_is_removed_after_its_lifetime_and_its_files() {
     eventually("the batches to be removed", removed).await;
     assert!(known(&with_file).await);
     let output = server.batch(&with_file).await.output_file_id.unwrap();
-    assert!(server.batches().delete_file(TENANT, &output).await.unwrap());
+    assert!(server.service().delete_file(&TENANT.into(), &output).await.unwrap());
     let removed = async || {
         server.clock.advance(HOUR);
         (!known(&with_file).await).then_some(())
@@ -227,7 +230,7 @@ fn walk(folder: &Path) -> Vec<String> {
 async fn batch_without_required_plugins_waits_and_can_be_cancelled() {
     let mut server = TestServer::new("", "").await;
     // The server is closed, so the batches are created but not claimed.
-    server.batches().close().await;
+    server.engine().close().await;
     let [cancelled, expired] = [
         server.create(&[chat("a", "echo", "hi")]).await,
         server.create(&[chat("a", "echo", "hi")]).await,
@@ -236,10 +239,64 @@ async fn batch_without_required_plugins_waits_and_can_be_cancelled() {
     server.restart().await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(server.batch(&cancelled).await.status, Status::Validating);
-    server.batches().cancel(TENANT, &cancelled).await.unwrap();
+    server.service().cancel(&TENANT.into(), &cancelled).await.unwrap();
     let ended = server.ended(&cancelled).await;
     assert_eq!((ended.status, ended.errors[0].code.as_str()), (Status::Cancelled, "not_validated"));
     server.clock.advance(HOUR * 24);
     let ended = server.ended(&expired).await;
     assert_eq!((ended.status, ended.errors[0].code.as_str()), (Status::Failed, "not_validated"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancellation_by_another_process_reaches_the_worker_at_its_renewal() {
+    let server = TestServer::new("", "max_in_flight = 1").await;
+    let lines: Vec<Value> = (0..50)
+        .map(|number| chat(&number.to_string(), "m", &format!("!delay 100 {number}")))
+        .collect();
+    let id = server.create(&lines).await;
+    server.until(&id, "the first result", |batch| batch.counts.completed > 0).await;
+    // Another process changes the database and tells nobody.
+    let (store, now) = (&server.engine().parts().store, server.clock.now());
+    store.request_cancel(&TENANT.into(), &id, now).await.unwrap();
+    let cancelled = eventually("the end of the batch", async || {
+        server.clock.advance(Duration::from_secs(1));
+        Some(server.batch(&id).await).filter(|batch| batch.status.is_final())
+    });
+    assert_eq!(cancelled.await.status, Status::Cancelled);
+    let sent: usize = server.stub.counts().await.values().sum();
+    assert!(sent < 50, "all {sent} requests were sent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_lost_its_claim_sends_no_more_requests() {
+    let mut server = TestServer::new("", "max_in_flight = 1").await;
+    let lines: Vec<Value> = (0..50)
+        .map(|number| chat(&number.to_string(), "m", &format!("!delay 100 {number}")))
+        .collect();
+    let id = server.create(&lines).await;
+    server.until(&id, "the first result", |batch| batch.counts.completed > 0).await;
+    // Another process claims the batch, with a lease that outlasts the test.
+    let database = server.folder.path().join("data/batchwright.db");
+    rusqlite::Connection::open(database)
+        .unwrap()
+        .execute(
+            "UPDATE batches SET fence = fence + 1, owner = 'another process',
+             lease_until = 9000000000000",
+            [],
+        )
+        .unwrap();
+    let sent = async || server.stub.counts().await.values().sum::<usize>();
+    let mut before = sent().await;
+    eventually("the requests to end", async || {
+        server.clock.advance(Duration::from_secs(1));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let now = sent().await;
+        std::mem::replace(&mut before, now).eq(&now).then_some(())
+    })
+    .await;
+    assert!(before < 50, "all {before} requests were sent");
+    // The batch still belongs to the other process after a restart of this one.
+    server.restart().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(server.stub.counts().await.values().sum::<usize>(), before);
 }

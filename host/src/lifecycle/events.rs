@@ -1,7 +1,8 @@
 //! Property test: random events in random order. Each line of a batch ends in exactly one of the
 //! two files, or the batch has no counts.
 
-use batchwright_store::{Cancel, Status};
+use batchwright_domain::status::Status;
+use batchwright_store::Cancel;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -85,7 +86,7 @@ async fn run_events(
             Event::AdvanceClock(by) => server.clock.advance(*by),
             Event::Cancel => {
                 let before = server.batch(&id).await.status;
-                match server.batches().cancel(TENANT, &id).await.unwrap() {
+                match server.service().cancel(&TENANT.into(), &id).await.unwrap() {
                     Cancel::Accepted(_) => cancelled = true,
                     Cancel::TooLate(status) => {
                         prop_assert!(status.is_final() && status != Status::Cancelled)
@@ -97,7 +98,7 @@ async fn run_events(
             }
             Event::Restart => server.restart().await,
             Event::DeleteInput => {
-                server.batches().delete_file(TENANT, &file.id).await.unwrap();
+                server.service().delete_file(&TENANT.into(), &file.id).await.unwrap();
             }
             Event::RemovePlugin => {
                 std::fs::rename(&plugin, &removed).unwrap();

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use batchwright_store::Status;
+use batchwright_domain::status::Status;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 

@@ -14,7 +14,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use batchwright_batch::{Batches, NewFile, Request};
+use batchwright_batch::{Engine, NewFile, Request, Service};
+use batchwright_domain::ids::{BatchId, FileId, TenantId};
 use batchwright_domain::settings::Given;
 use batchwright_store::{BatchRecord, FileRecord};
 use bytes::Bytes;
@@ -92,7 +93,7 @@ struct TestServer {
     settings: String,
     /// Tenant of all calls.
     tenant: &'static str,
-    running: Option<Arc<Batches>>,
+    running: Option<Arc<Engine>>,
 }
 
 impl TestServer {
@@ -135,18 +136,18 @@ impl TestServer {
         settings.storage.data = self.folder.path().join("data");
         settings.plugins.cache = Some(CACHE.path().to_owned());
         settings.plugins.plugins = Some(self.folder.path().join("plugins"));
-        let batches = eventually("the data folder", async || {
+        let engine = eventually("the data folder", async || {
             let options = Options {
                 clock: self.clock.clone(),
                 serials: None,
                 order: None,
                 compiler: Some(built("dist/batchwright")),
             };
-            assemble::batches(&settings, options).await.ok()
+            assemble::engine(&settings, options).await.ok()
         })
         .await;
-        batches.start();
-        self.running = Some(batches);
+        engine.start();
+        self.running = Some(engine);
     }
 
     async fn restart(&mut self) {
@@ -165,19 +166,27 @@ impl TestServer {
         self.restart().await;
     }
 
-    fn batches(&self) -> &Arc<Batches> {
+    fn engine(&self) -> &Arc<Engine> {
         self.running.as_ref().unwrap()
     }
 
+    fn service(&self) -> &Arc<Service> {
+        self.engine().service()
+    }
+
+    fn tenant(&self) -> TenantId {
+        self.tenant.into()
+    }
+
     async fn upload(&self, bytes: &[u8], lifetime: Option<Duration>) -> FileRecord {
-        let mut upload = self.batches().upload(self.tenant).await.unwrap();
-        upload.write(Bytes::copy_from_slice(bytes)).await.unwrap();
+        let mut upload = self.service().upload(&self.tenant()).await.unwrap();
+        upload.write(bytes).await.unwrap();
         let new = NewFile { filename: "in.jsonl".into(), purpose: "batch".into(), lifetime };
         upload.finish(new).await.unwrap()
     }
 
     /// Creates a batch of a file and returns the batch id.
-    async fn create_of(&self, file: &FileRecord, output_lifetime: Option<Duration>) -> String {
+    async fn create_of(&self, file: &FileRecord, output_lifetime: Option<Duration>) -> BatchId {
         let request = Request {
             input_file_id: file.id.clone(),
             endpoint: CHAT.into(),
@@ -186,21 +195,21 @@ impl TestServer {
             output_lifetime,
             idempotency_key: None,
         };
-        self.batches().create(self.tenant, request).await.unwrap().new.id
+        self.service().create(&self.tenant(), request).await.unwrap().new.id
     }
 
     /// Creates a batch of lines and returns the batch id.
-    async fn create(&self, lines: &[Value]) -> String {
+    async fn create(&self, lines: &[Value]) -> BatchId {
         let file = self.upload(&jsonl(lines), None).await;
         self.create_of(&file, None).await
     }
 
     /// Returns a batch with all its errors.
-    async fn batch(&self, id: &str) -> BatchRecord {
-        let batches = self.batches();
-        let mut batch = batches.get(self.tenant, id).await.unwrap().unwrap();
+    async fn batch(&self, id: &BatchId) -> BatchRecord {
+        let service = self.service();
+        let mut batch = service.get(&self.tenant(), id).await.unwrap().unwrap();
         if batch.has_more_errors() {
-            batch.errors = batches.errors(self.tenant, id).await.unwrap();
+            batch.errors = service.errors(&self.tenant(), id).await.unwrap();
         }
         batch
     }
@@ -208,7 +217,7 @@ impl TestServer {
     /// Waits until a batch meets a condition.
     async fn until(
         &self,
-        id: &str,
+        id: &BatchId,
         what: &str,
         condition: impl Fn(&BatchRecord) -> bool,
     ) -> BatchRecord {
@@ -216,15 +225,15 @@ impl TestServer {
     }
 
     /// Waits for the end of a batch.
-    async fn ended(&self, id: &str) -> BatchRecord {
+    async fn ended(&self, id: &BatchId) -> BatchRecord {
         self.until(id, "the end of the batch", |batch| batch.status.is_final()).await
     }
 
     /// Returns the lines of a result file, or none if there is no file.
-    async fn results(&self, id: Option<&String>) -> Vec<Value> {
+    async fn results(&self, id: Option<&FileId>) -> Vec<Value> {
         let Some(id) = id else { return Vec::new() };
-        let size = self.batches().content_size(self.tenant, id).await.unwrap();
-        let bytes = self.batches().content(self.tenant, id, 0..size).await.unwrap();
+        let size = self.service().content_size(&self.tenant(), id).await.unwrap();
+        let bytes = self.service().content(&self.tenant(), id, 0..size).await.unwrap();
         let text = String::from_utf8(bytes.into()).unwrap();
         assert!(text.ends_with('\n'));
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

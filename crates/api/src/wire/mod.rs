@@ -164,7 +164,7 @@ pub(crate) struct File {
 impl From<FileRecord> for File {
     fn from(file: FileRecord) -> Self {
         Self {
-            id: file.id,
+            id: file.id.to_string(),
             object: "file",
             bytes: file.bytes,
             created_at: file.created_at.as_seconds(),
@@ -285,16 +285,16 @@ impl From<BatchRecord> for Batch {
             |BatchError { code, message, param, line }| LineError { code, message, param, line };
         let errors: Vec<_> = batch.errors.into_iter().map(line_error).collect();
         Self {
-            id: batch.new.id,
+            id: batch.new.id.to_string(),
             object: "batch",
-            endpoint: batch.new.endpoint,
+            endpoint: batch.new.endpoint.to_string(),
             model: batch.model,
             errors: (!errors.is_empty()).then_some(Errors { object: "list", data: errors }),
-            input_file_id: batch.new.input_file_id,
+            input_file_id: batch.new.input_file_id.to_string(),
             completion_window: batch.new.completion_window,
             status: batch.status.as_str(),
-            output_file_id: batch.output_file_id,
-            error_file_id: batch.error_file_id,
+            output_file_id: batch.output_file_id.map(|id| id.to_string()),
+            error_file_id: batch.error_file_id.map(|id| id.to_string()),
             created_at: batch.new.created_at.as_seconds(),
             in_progress_at: seconds(times.in_progress_at),
             expires_at: batch.new.expires_at.as_seconds(),

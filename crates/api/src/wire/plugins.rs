@@ -1,9 +1,10 @@
 //! JSON objects for plugins, and for the reasons why requests wait.
 
 use batchwright_batch::{Outage, OutageKey};
+use batchwright_domain::ids::TenantId;
 use batchwright_plugin::Entry;
 use batchwright_plugin::types::Kind;
-use batchwright_store::{ServedBy, WaitsFor};
+use batchwright_store::PluginVersion;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -18,13 +19,12 @@ pub(crate) struct BatchPlugins {
     waiting: Option<Waiting>,
 }
 
-impl BatchPlugins {
-    /// Creates the object from the records of a batch.
-    pub(crate) fn new(served_by: Vec<ServedBy>, waits_for: Option<WaitsFor>) -> Self {
+impl From<batchwright_batch::BatchPlugins> for BatchPlugins {
+    fn from(found: batchwright_batch::BatchPlugins) -> Self {
         Self {
             object: "list",
-            data: served_by.into_iter().map(BatchPlugin::from).collect(),
-            waiting: waits_for.map(|waits| Waiting {
+            data: found.served_by.into_iter().map(BatchPlugin::from).collect(),
+            waiting: found.waits_for.map(|waits| Waiting {
                 message: waits.cause,
                 since: waits.since.as_seconds(),
                 next_attempt_at: waits.next.as_seconds(),
@@ -82,8 +82,8 @@ impl From<&(OutageKey, Outage)> for OperatorOutage {
     fn from((key, outage): &(OutageKey, Outage)) -> Self {
         Self {
             plugin: key.plugin.clone(),
-            tenant: key.tenant.clone(),
-            endpoint: key.endpoint.clone(),
+            tenant: key.tenant.to_string(),
+            endpoint: key.endpoint.to_string(),
             message: outage.trouble.detail.clone(),
             since: outage.since.as_seconds(),
             next_attempt_at: outage.next_probe.as_seconds(),
@@ -98,7 +98,7 @@ impl OperatorPlugin {
         let own = outages.iter().filter(|(key, _)| key.plugin == entry.name);
         let mut plugin = Plugin::from(entry);
         plugin.error.clone_from(&entry.error);
-        let adapter = entry.serving.as_deref().filter(|plugin| plugin.kind == Kind::Adapter);
+        let adapter = entry.serving.as_deref().filter(|plugin| plugin.kind() == Kind::Adapter);
         Self {
             plugin,
             concurrency: adapter.map(|plugin| plugin.gateway().limit()),
@@ -145,8 +145,9 @@ pub(crate) struct Plugin {
 
 impl Plugin {
     /// Adds the outage that a tenant sees, if there is one.
-    pub(crate) fn with_outage(self, outages: &[(OutageKey, Outage)], tenant: &str) -> Self {
-        let found = outages.iter().find(|(key, _)| key.plugin == self.name && key.tenant == tenant);
+    pub(crate) fn with_outage(self, outages: &[(OutageKey, Outage)], tenant: &TenantId) -> Self {
+        let found =
+            outages.iter().find(|(key, _)| key.plugin == self.name && key.tenant == *tenant);
         Self { waiting: found.map(|(_, outage)| Waiting::from(outage)), ..self }
     }
 }
@@ -176,16 +177,17 @@ impl From<&Entry> for Plugin {
                 .error
                 .is_some()
                 .then(|| "The plugin's file does not load; the server's log says why.".to_owned()),
-            kind: plugin.map(|plugin| plugin.kind.to_string()),
-            version: plugin.map(|plugin| plugin.description.version.clone()),
-            sha256: plugin.map(|plugin| plugin.sha256.clone()),
-            summary: plugin.map(|plugin| plugin.description.summary.clone()),
+            kind: plugin.map(|plugin| plugin.kind().to_string()),
+            version: plugin.map(|plugin| plugin.description().version.clone()),
+            sha256: plugin.map(|plugin| plugin.sha256().to_owned()),
+            summary: plugin.map(|plugin| plugin.description().summary.clone()),
             models: plugin
                 .map(|plugin| {
                     plugin
+                        .routing()
                         .models
                         .iter()
-                        .chain(plugin.aliases.keys())
+                        .chain(plugin.routing().aliases.keys())
                         .cloned()
                         .collect::<std::collections::BTreeSet<_>>()
                 })
@@ -193,18 +195,16 @@ impl From<&Entry> for Plugin {
                 .unwrap_or_default(),
             endpoints: plugin
                 .map(|plugin| {
-                    if plugin.endpoints.is_empty() {
-                        &plugin.description.endpoints
+                    if plugin.routing().endpoints.is_empty() {
+                        &plugin.description().endpoints
                     } else {
-                        &plugin.endpoints
+                        &plugin.routing().endpoints
                     }
                 })
                 .cloned()
                 .unwrap_or_default(),
-            loaded_at: plugin.map(|plugin| plugin.loaded_at),
-            signed_by: plugin
-                .and_then(|plugin| plugin.signed.as_ref())
-                .map(|signed| signed.by.clone()),
+            loaded_at: plugin.map(|plugin| plugin.loaded_at()),
+            signed_by: plugin.and_then(|plugin| plugin.signature()).map(|signed| signed.by.clone()),
             waiting: None,
         }
     }
@@ -221,8 +221,8 @@ pub(super) struct BatchPlugin {
     sha256: String,
 }
 
-impl From<ServedBy> for BatchPlugin {
-    fn from(by: ServedBy) -> Self {
+impl From<PluginVersion> for BatchPlugin {
+    fn from(by: PluginVersion) -> Self {
         Self {
             object: "batch.plugin",
             name: by.name,

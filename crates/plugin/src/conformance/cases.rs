@@ -129,7 +129,7 @@ impl Report {
                 .file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             let found = match read_case(&path) {
-                Ok(Case::Adapter(case)) if plugin.kind == Kind::Adapter => {
+                Ok(Case::Adapter(case)) if plugin.kind() == Kind::Adapter => {
                     let found = self.replay(plugin, case.clone()).await;
                     let has_response = |exchange: &Exchange| {
                         exchange.response.as_ref().is_some_and(|response| response.body.is_object())
@@ -140,12 +140,12 @@ impl Report {
                     }
                     found
                 }
-                Ok(Case::Validator(case)) if plugin.kind == Kind::Validator => {
+                Ok(Case::Validator(case)) if plugin.kind() == Kind::Validator => {
                     self.validate_case(plugin, case).await
                 }
                 Ok(_) => Err(format!(
                     "is a case for the other kind of plugin; this plugin is of kind {}",
-                    plugin.kind
+                    plugin.kind()
                 )),
                 Err(error) => Err(error),
             };

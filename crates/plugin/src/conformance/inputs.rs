@@ -1,14 +1,15 @@
 //! Inputs of the conformance checks: valid, odd and hostile.
 
+use batchwright_domain::endpoint::Endpoint;
 use batchwright_egress::Fault;
 
 /// Endpoints of the API, each with a valid body.
-pub(crate) const ENDPOINTS: [(&str, &str); 5] = [
-    ("/v1/chat/completions", r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#),
-    ("/v1/completions", r#"{"model":"m","prompt":"hi"}"#),
-    ("/v1/embeddings", r#"{"model":"m","input":["a","b"]}"#),
-    ("/v1/responses", r#"{"model":"m","input":"hi"}"#),
-    ("/v1/moderations", r#"{"model":"m","input":"hi"}"#),
+pub(crate) const ENDPOINTS: [(Endpoint, &str); 5] = [
+    (Endpoint::ChatCompletions, r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#),
+    (Endpoint::Completions, r#"{"model":"m","prompt":"hi"}"#),
+    (Endpoint::Embeddings, r#"{"model":"m","input":["a","b"]}"#),
+    (Endpoint::Responses, r#"{"model":"m","input":"hi"}"#),
+    (Endpoint::Moderations, r#"{"model":"m","input":"hi"}"#),
 ];
 
 /// Request bodies that a client may send and that validators may have accepted.

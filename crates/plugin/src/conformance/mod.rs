@@ -22,6 +22,7 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use batchwright_domain::endpoint::Endpoint;
 use batchwright_egress::{HttpResponse, TransportError};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -123,7 +124,7 @@ pub async fn check(plugin: &Plugin, cases: Option<&Path>) -> Report {
     let mut report = Report::default();
     let described = plugin.describe_again().await;
     report.record("`describe` returns the same result after `configure`", described);
-    match plugin.kind {
+    match plugin.kind() {
         Kind::Adapter => report.adapter(plugin).await,
         Kind::Validator => report.validator(plugin).await,
     }
@@ -164,7 +165,7 @@ impl Report {
 
     /// Returns the result of a skipped call.
     fn skipped<T>(plugin: &Plugin, function: &'static str) -> Result<T, CallError> {
-        Err(CallError::Asleep { plugin: plugin.name.clone(), function })
+        Err(CallError::Asleep { plugin: plugin.name().to_owned(), function })
     }
 
     /// Checks that no call blocked, because a blocked call holds an instance and its memory.
@@ -208,7 +209,7 @@ impl Report {
             return Self::skipped(plugin, "begin");
         }
         let start = now();
-        let step = plugin.begin(tenant, || request.clone()).await;
+        let step = plugin.begin(&tenant.into(), || request.clone()).await;
         self.begin.record(start, plugin);
         self.count_timeout(&step);
         step
@@ -225,7 +226,7 @@ impl Report {
             return Self::skipped(plugin, "resume");
         }
         let start = now();
-        let step = plugin.resume(tenant, state, &mut outcome).await;
+        let step = plugin.resume(&tenant.into(), state, &mut outcome).await;
         self.resume.record(start, plugin);
         self.count_timeout(&step);
         step
@@ -242,7 +243,7 @@ impl Report {
             return Self::skipped(plugin, "validate");
         }
         let start = now();
-        let found = plugin.validate(tenant, batch.clone(), lines.to_vec()).await;
+        let found = plugin.validate(&tenant.into(), batch.clone(), lines.to_vec()).await;
         self.validate.record(start, plugin);
         self.count_timeout(&found);
         found.map(|Judgement { mut violations, .. }| {
@@ -262,7 +263,7 @@ impl Report {
     /// Runs the checks of an adapter.
     async fn adapter(&mut self, plugin: &Plugin) {
         let handled: Vec<_> =
-            ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)).collect();
+            ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(*endpoint)).collect();
         if handled.is_empty() {
             self.record(
                 "handles an endpoint",
@@ -270,6 +271,7 @@ impl Report {
             );
         }
         for (endpoint, body) in &handled {
+            let endpoint = endpoint.as_str();
             let good = request(endpoint, body);
             let (first_step, same) = self.begin_twice(plugin, &good).await;
             self.record(
@@ -313,7 +315,7 @@ impl Report {
             let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
             self.record(format!("{endpoint}: a body of 1 MiB"), same);
         }
-        if plugin.handles("/v1/chat/completions") {
+        if plugin.handles(Endpoint::ChatCompletions) {
             let robot = r#"{"model":"m","messages":[{"role":"robot","content":"x"}]}"#;
             let step =
                 self.begin(plugin, FIRST_TENANT, &request("/v1/chat/completions", robot)).await;
@@ -360,8 +362,8 @@ impl Report {
                 let headers = vec![("retry-after".to_owned(), "soon".to_owned())];
                 let response = HttpResponse { status, headers, body: body.to_vec() };
                 let (one, two) = (
-                    plugin.classify(FIRST_TENANT, &response).await,
-                    plugin.classify(SECOND_TENANT, &response).await,
+                    plugin.classify(&FIRST_TENANT.into(), &response).await,
+                    plugin.classify(&SECOND_TENANT.into(), &response).await,
                 );
                 found = found.and(check_equal(&one, &two));
             }
@@ -451,7 +453,8 @@ impl Report {
                 .collect()
         };
         let lines = numbered(&INPUT_LINES);
-        for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(endpoint)) {
+        for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(*endpoint)) {
+            let endpoint = endpoint.as_str();
             let batch = context(endpoint);
             let whole = self.validate(plugin, FIRST_TENANT, &batch, &lines).await;
             let again = self.validate(plugin, SECOND_TENANT, &batch, &lines).await;

@@ -38,6 +38,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use batchwright_domain::ids::TenantId;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Notify, watch};
@@ -262,23 +263,25 @@ impl Registry {
 }
 
 /// Returns the tenants that a TOML file names, even if the file has errors in other keys.
-fn tenants_of(file: &Path) -> Option<Vec<String>> {
+fn tenants_of(file: &Path) -> Option<Vec<TenantId>> {
     #[derive(serde::Deserialize)]
     struct Tenants {
         #[serde(default)]
         tenants: Vec<String>,
     }
     let text = read_text(file).ok()?;
-    toml::from_str::<Tenants>(&text).ok().map(|found| found.tenants)
+    toml::from_str::<Tenants>(&text)
+        .ok()
+        .map(|found| found.tenants.into_iter().map(TenantId::from).collect())
 }
 
 fn log_entry(entry: &Entry) {
     match (&entry.error, &entry.serving) {
         (None, Some(plugin)) => tracing::info!(
             plugin = entry.name,
-            kind = %plugin.kind,
-            version = plugin.description.version,
-            sha256 = plugin.sha256,
+            kind = %plugin.kind(),
+            version = plugin.description().version,
+            sha256 = plugin.sha256(),
             "plugin loaded"
         ),
         (Some(error), Some(_)) => {

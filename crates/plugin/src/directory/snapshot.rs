@@ -7,6 +7,9 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::package::routing::names;
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::TenantId;
 use globset::{Glob, GlobMatcher};
 
 use crate::config::RequiredPlugins;
@@ -27,7 +30,7 @@ pub struct Entry {
     /// Load error of the current file, for operators: with paths, hosts and names of secrets.
     pub error: Option<String>,
     /// Tenants that the file names, empty for all; None if the file could not be parsed.
-    pub(crate) tenants: Option<Vec<String>>,
+    pub(crate) tenants: Option<Vec<TenantId>>,
     /// Fingerprint of the files at the last read.
     pub(crate) fingerprint: String,
     /// Other files that the TOML file depends on.
@@ -87,19 +90,17 @@ impl Entry {
     /// Returns true if the entry is visible to a tenant.
     ///
     /// A file that cannot be parsed may belong to another tenant, so it is visible to none.
-    pub fn is_shown_to(&self, tenant: &str) -> bool {
-        let is_for =
-            |tenants: &[String]| tenants.is_empty() || tenants.iter().any(|known| known == tenant);
+    pub fn is_shown_to(&self, tenant: &TenantId) -> bool {
         match &self.serving {
             Some(plugin) => plugin.serves(tenant),
-            None => self.tenants.as_deref().is_some_and(is_for),
+            None => self.tenants.as_deref().is_some_and(|tenants| names(tenants, tenant)),
         }
     }
 
     /// Returns the state of the entry.
     pub fn state(&self) -> EntryState {
         match (&self.serving, &self.error) {
-            (Some(plugin), None) if plugin.paused => EntryState::Paused,
+            (Some(plugin), None) if plugin.routing().paused => EntryState::Paused,
             (Some(_), None) => EntryState::Loaded,
             (Some(_), Some(_)) => EntryState::Outdated,
             (None, Some(_)) => EntryState::Failed,
@@ -110,7 +111,7 @@ impl Entry {
 
 impl Snapshot {
     /// Returns the route of a model for a tenant, if a plugin serves it.
-    pub fn route(&self, tenant: &str, model: &str) -> Option<Route> {
+    pub fn route(&self, tenant: &TenantId, model: &str) -> Option<Route> {
         let exact = self
             .exact
             .get(model)
@@ -127,10 +128,11 @@ impl Snapshot {
     /// Returns the default model of requests to an endpoint.
     ///
     /// The first plugin by name decides whose default model for the endpoint is routed.
-    pub fn default_model(&self, tenant: &str, endpoint: &str) -> Option<&str> {
+    pub fn default_model(&self, tenant: &TenantId, endpoint: Endpoint) -> Option<&str> {
         let plugins =
             self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
-        let mut models = plugins.filter_map(|plugin| plugin.default_models.get(endpoint));
+        let mut models =
+            plugins.filter_map(|plugin| plugin.routing().default_models.get(&endpoint));
         models.find(|model| self.route(tenant, model).is_some()).map(String::as_str)
     }
 
@@ -143,7 +145,7 @@ impl Snapshot {
     }
 
     /// Returns the models of a tenant without globs, sorted by name, with the serving plugins.
-    pub fn models(&self, tenant: &str) -> Vec<(&str, &Plugin)> {
+    pub fn models(&self, tenant: &TenantId) -> Vec<(&str, &Plugin)> {
         let served = |(model, routes): (&'_ String, &'_ Vec<Route>)| {
             routes
                 .iter()
@@ -168,8 +170,7 @@ impl Snapshot {
     pub fn check_required(
         &self,
         required: &RequiredPlugins,
-        tenant: &str,
-        endpoints: &[&str],
+        tenant: &TenantId,
     ) -> Result<(), String> {
         match required {
             RequiredPlugins::Named(names) => {
@@ -188,9 +189,9 @@ impl Snapshot {
             }
             RequiredPlugins::Validators => {
                 let adapters = || self.adapters().filter(|plugin| plugin.serves(tenant));
-                let has_validator = |endpoint: &str| !self.validators(tenant, endpoint).is_empty();
-                let unvalidated = endpoints.iter().find(|endpoint| {
-                    adapters().any(|plugin| plugin.handles(endpoint)) && !has_validator(endpoint)
+                let has_validator = |endpoint| !self.validators(tenant, endpoint).is_empty();
+                let unvalidated = Endpoint::ALL.into_iter().find(|endpoint| {
+                    adapters().any(|plugin| plugin.handles(*endpoint)) && !has_validator(*endpoint)
                 });
                 match unvalidated {
                     None => Ok(()),
@@ -208,11 +209,11 @@ impl Snapshot {
         self.entries
             .iter()
             .filter_map(|entry| entry.serving.as_deref())
-            .filter(|plugin| plugin.kind == Kind::Adapter)
+            .filter(|plugin| plugin.kind() == Kind::Adapter)
     }
 
     /// Returns the validators of a tenant's batch for an endpoint, in the order in which they run.
-    pub fn validators(&self, tenant: &str, endpoint: &str) -> Vec<Arc<Plugin>> {
+    pub fn validators(&self, tenant: &TenantId, endpoint: Endpoint) -> Vec<Arc<Plugin>> {
         self.validators
             .iter()
             .filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint))
@@ -245,9 +246,9 @@ impl Snapshot {
                 }
             }
         }
-        snapshot
-            .validators
-            .sort_by(|one, other| (one.order, &one.name).cmp(&(other.order, &other.name)));
+        snapshot.validators.sort_by(|one, other| {
+            (one.routing().order, &one.name()).cmp(&(other.routing().order, &other.name()))
+        });
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         snapshot.entries = entries;
         snapshot
@@ -255,12 +256,12 @@ impl Snapshot {
 
     /// Adds all routes of a plugin, or none in case of an error.
     fn add_routes(&mut self, plugin: &Arc<Plugin>) -> Result<(), String> {
-        if plugin.kind == Kind::Validator {
+        if plugin.kind() == Kind::Validator {
             self.validators.push(plugin.clone());
             return Ok(());
         }
-        let (mut globs, mut exact) = (Vec::new(), plugin.aliases.clone());
-        for model in &plugin.models {
+        let (mut globs, mut exact) = (Vec::new(), plugin.routing().aliases.clone());
+        for model in &plugin.routing().models {
             match ModelPattern::parse(model)
                 .map_err(|error| format!("models: `{model}`: {error}"))?
             {
@@ -270,15 +271,16 @@ impl Snapshot {
             }
         }
         for model in exact.keys() {
-            let taken = self
-                .exact
-                .get(model)
-                .and_then(|routes| routes.iter().find(|route| share_tenant(&route.plugin, plugin)));
+            let taken = self.exact.get(model).and_then(|routes| {
+                routes
+                    .iter()
+                    .find(|route| route.plugin.routing().shares_tenant_with(plugin.routing()))
+            });
             if let Some(taken) = taken {
                 return Err(format!(
                     "models: `{model}` is served by the plugin `{}` already; take it out of one \
                      of the two files",
-                    taken.plugin.name
+                    taken.plugin.name()
                 ));
             }
         }
@@ -323,13 +325,6 @@ impl ModelPattern {
             .map(|glob| Self::Glob(glob.compile_matcher()))
             .map_err(|error| error.to_string())
     }
-}
-
-/// Returns true if there is a tenant that both plugins serve.
-fn share_tenant(one: &Plugin, other: &Plugin) -> bool {
-    one.tenants.is_empty()
-        || other.tenants.is_empty()
-        || one.tenants.iter().any(|tenant| other.serves(tenant))
 }
 
 #[cfg(test)]

@@ -94,9 +94,9 @@ impl Trust {
     /// Returns true if a loaded plugin's signature is valid under the current keys.
     pub(crate) fn is_still_trusted(&self, plugin: &Plugin) -> bool {
         let Some(keys) = &self.keys else { return true };
-        let signed = plugin.signed.as_ref();
+        let signed = plugin.signature();
         signed.is_some_and(|signed| {
-            keys.load().verify(&plugin.name, &signed.statement, Some(&signed.signature)).is_ok()
+            keys.load().verify(&plugin.name(), &signed.statement, Some(&signed.signature)).is_ok()
         })
     }
 

@@ -4,13 +4,16 @@ use std::fmt::Display;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::status::Status;
+use batchwright_domain::usage::TokenUsage;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::super::{
     BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency,
-    NewBatch, Page, Paged, Result, ServedBy, Status, StoreError, Times, TokenUsage, WaitsFor,
+    NewBatch, Page, Paged, PluginVersion, Result, StatusTimes, StoreError, WaitCause,
 };
 use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
@@ -28,12 +31,13 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
         |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
     let number = |column: &str| Ok::<_, rusqlite::Error>(to_u64(row.get(column)?));
     let metadata: Option<String> = row.get("metadata")?;
-    let status: String = row.get("status")?;
+    let (status, endpoint): (String, String) = (row.get("status")?, row.get("endpoint")?);
     let record = BatchRecord {
         new: NewBatch {
-            id: row.get("id")?,
-            endpoint: row.get("endpoint")?,
-            input_file_id: row.get("input_file_id")?,
+            id: row.get::<_, String>("id")?.into(),
+            endpoint: Endpoint::parse(&endpoint)
+                .ok_or_else(|| damaged(row, "endpoint", &"unknown endpoint"))?,
+            input_file_id: row.get::<_, String>("input_file_id")?.into(),
             completion_window: row.get("completion_window")?,
             metadata: metadata
                 .map(|text| {
@@ -49,9 +53,9 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
         status: Status::parse(&status).map_err(|error| damaged(row, "status", &error))?,
         model: row.get("model")?,
         errors: Vec::new(),
-        output_file_id: row.get("output_file_id")?,
-        error_file_id: row.get("error_file_id")?,
-        times: Times {
+        output_file_id: row.get::<_, Option<String>>("output_file_id")?.map(Into::into),
+        error_file_id: row.get::<_, Option<String>>("error_file_id")?.map(Into::into),
+        times: StatusTimes {
             in_progress_at: time("in_progress_at")?,
             finalizing_at: time("finalizing_at")?,
             completed_at: time("completed_at")?,
@@ -73,7 +77,7 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
         },
         waits_for: match (row.get("waits_for")?, time("waits_for_since")?) {
             (Some(cause), Some(since)) => {
-                Some(WaitsFor { cause, since, next: timestamp(row.get("waits_since")?) })
+                Some(WaitCause { cause, since, next: timestamp(row.get("waits_since")?) })
             }
             _ => None,
         },
@@ -178,7 +182,7 @@ pub(super) fn create(
         return Ok(Created::Conflict);
     }
     record.errors = first_errors(connection, tenant, batch)?;
-    Ok(Created::Before(Box::new(record)))
+    Ok(Created::Existing(Box::new(record)))
 }
 
 /// Inserts a batch and returns true, or returns false if its idempotency key was used before.
@@ -209,9 +213,9 @@ fn insert(
              ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
             params![
                 tenant,
-                new.id,
-                new.endpoint,
-                new.input_file_id,
+                new.id.as_str(),
+                new.endpoint.as_str(),
+                new.input_file_id.as_str(),
                 new.completion_window,
                 metadata,
                 new.created_at.as_millis(),
@@ -322,7 +326,7 @@ pub(super) fn request_cancel(
 
 /// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
 /// discarded.
-pub(super) fn forgettable(
+pub(super) fn removable(
     connection: &Connection,
     ended_before: Timestamp,
     limit: usize,
@@ -365,11 +369,11 @@ pub(super) fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()
 }
 
 /// Returns the plugins that a batch used, in order of first use.
-pub(super) fn served_by(
+pub(super) fn plugin_versions(
     connection: &Connection,
     tenant: &str,
     id: &str,
-) -> Result<Option<Vec<ServedBy>>> {
+) -> Result<Option<Vec<PluginVersion>>> {
     let Some(tenant) = tenant_key(connection, tenant)? else { return Ok(None) };
     let batch: Option<i64> = connection
         .query_row(
@@ -385,7 +389,7 @@ pub(super) fn served_by(
     let mut statement = connection.prepare_cached(sql).map_err(database_error)?;
     let rows = statement
         .query_map(params![tenant, batch], |row| {
-            Ok(ServedBy {
+            Ok(PluginVersion {
                 name: row.get(0)?,
                 kind: row.get(1)?,
                 version: row.get(2)?,
@@ -412,15 +416,17 @@ mod tests {
                 "INSERT INTO tenants VALUES (1, 't');
                  INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window,
                      created_at, expires_at, status, metadata)
-                 VALUES (1, 'good', 'e', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
-                        (1, 'state', 'e', 'f', '24h', 0, 1000, 'sleeping', NULL),
-                        (1, 'pairs', 'e', 'f', '24h', 0, 1000, 'completed', '[');",
+                 VALUES (1, 'good', '/v1/embeddings', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
+                        (1, 'state', '/v1/embeddings', 'f', '24h', 0, 1000, 'sleeping', NULL),
+                        (1, 'pairs', '/v1/embeddings', 'f', '24h', 0, 1000, 'completed', '[');",
             )
             .unwrap();
-        assert!(store.batch("t", "good").await.unwrap().unwrap().new.metadata.is_some());
+        assert!(
+            store.batch(&"t".into(), &"good".into()).await.unwrap().unwrap().new.metadata.is_some()
+        );
         for (id, cause) in [("state", "unknown status `sleeping`"), ("pairs", "metadata of pairs")]
         {
-            let error = store.batch("t", id).await.unwrap_err().to_string();
+            let error = store.batch(&"t".into(), &id.into()).await.unwrap_err().to_string();
             assert!(error.contains(id) && error.contains(cause), "{error}");
         }
     }

@@ -1,9 +1,12 @@
 //! Records of files and registrations of objects.
 
+use std::time::Duration;
+
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::ObjectKey;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
 
-use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result};
+use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result, StoreError};
 use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
 
@@ -13,9 +16,17 @@ const COLUMNS: &str = "id, bytes, created_at, expires_at, filename, purpose";
 /// Condition for a file that clients can see; its parameter is the current time.
 const LIVE: &str = "deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?)";
 
+/// Time for which a registration of this owner outlives its lease.
+const OWN_REGISTRATION_GRACE: Duration = Duration::from_secs(86_400);
+
+/// Reads the name of a tenant and the id of a file.
+fn object_key(row: &Row) -> rusqlite::Result<ObjectKey> {
+    Ok(ObjectKey { tenant: row.get::<_, String>(0)?.into(), file: row.get::<_, String>(1)?.into() })
+}
+
 fn from_row(row: &Row) -> rusqlite::Result<FileRecord> {
     Ok(FileRecord {
-        id: row.get(0)?,
+        id: row.get::<_, String>(0)?.into(),
         bytes: to_u64(row.get(1)?),
         created_at: timestamp(row.get(2)?),
         expires_at: row.get::<_, Option<i64>>(3)?.map(timestamp),
@@ -24,7 +35,8 @@ fn from_row(row: &Row) -> rusqlite::Result<FileRecord> {
     })
 }
 
-/// Inserts a file and unregisters its object.
+/// Inserts a file and removes the registration of its object, or fails with `Unregistered` if the
+/// registration is gone.
 ///
 /// Replaces a file of the same id, because finalizing may be repeated.
 pub(super) fn insert(connection: &Connection, tenant: i64, file: &FileRecord) -> Result<()> {
@@ -35,13 +47,21 @@ pub(super) fn insert(connection: &Connection, tenant: i64, file: &FileRecord) ->
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
         .map_err(database_error)?;
-    unregister_object(connection, tenant, &file.id)?;
+    let unregistered = connection
+        .prepare_cached(
+            "DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2 AND NOT removing",
+        )
+        .and_then(|mut delete| delete.execute(params![tenant, file.id.as_str()]))
+        .map_err(database_error)?;
+    if unregistered == 0 {
+        return Err(StoreError::Unregistered);
+    }
     let expires_at = file.expires_at.map(Timestamp::as_millis);
     let created_at = file.created_at.as_millis();
     statement
         .execute(params![
             tenant,
-            file.id,
+            file.id.as_str(),
             to_i64(file.bytes),
             created_at,
             expires_at,
@@ -110,7 +130,7 @@ pub(super) fn list(
         let found = connection
             .query_row(
                 "SELECT key FROM files WHERE tenant = ?1 AND id = ?2",
-                params![tenant, after],
+                params![tenant, after.as_str()],
                 |row| row.get(0),
             )
             .optional()
@@ -129,21 +149,19 @@ pub(super) fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-/// Returns the newest files that clients can see, as tenant and id.
+/// Returns the newest files that clients can see.
 pub(super) fn newest(
     connection: &Connection,
     now: Timestamp,
     limit: usize,
-) -> Result<Vec<(String, String)>> {
+) -> Result<Vec<ObjectKey>> {
     let sql = format!(
         "SELECT tenants.name, files.id FROM files JOIN tenants ON tenants.key = files.tenant
          WHERE {LIVE} ORDER BY files.key DESC LIMIT ?"
     );
     let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
     let rows = statement
-        .query_map(params![now.as_millis(), to_i64(limit as u64)], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .query_map(params![now.as_millis(), to_i64(limit as u64)], object_key)
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
@@ -166,12 +184,12 @@ pub(super) fn delete(
     Ok(changed == 1)
 }
 
-/// Returns deleted and expired files that no running batch reads, as tenant and id.
-pub(super) fn garbage(
+/// Returns deleted and expired files that no running batch reads.
+pub(super) fn removable(
     connection: &Connection,
     now: Timestamp,
     limit: usize,
-) -> Result<Vec<(String, String)>> {
+) -> Result<Vec<ObjectKey>> {
     let mut statement = connection
         .prepare_cached(
             "WITH gone (key) AS (
@@ -187,30 +205,50 @@ pub(super) fn garbage(
         )
         .map_err(database_error)?;
     let rows = statement
-        .query_map(params![now.as_millis(), to_i64(limit as u64)], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .query_map(params![now.as_millis(), to_i64(limit as u64)], object_key)
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
-/// Registers an object of this process before its bytes are written.
+/// Registers an object before its bytes are written.
 pub(super) fn register_object(
+    connection: &Connection,
+    (tenant, id, owner): (i64, &str, &str),
+    now: Timestamp,
+    until: Timestamp,
+) -> Result<()> {
+    let registered = connection
+        .prepare_cached(
+            "INSERT INTO pending_objects (tenant, id, owner, lease_until) VALUES (?1, ?2, ?3, ?5)
+             ON CONFLICT (tenant, id) DO UPDATE
+             SET owner = ?3, lease_until = ?5, removing = 0
+             WHERE NOT removing OR lease_until <= ?4",
+        )
+        .and_then(|mut statement| {
+            statement.execute(params![tenant, id, owner, now.as_millis(), until.as_millis()])
+        })
+        .map_err(database_error)?;
+    if registered == 0 { Err(StoreError::Unregistered) } else { Ok(()) }
+}
+
+/// Extends a registration, or ends it with `until` 0; returns false if it is gone.
+pub(super) fn renew_object(
     connection: &Connection,
     tenant: i64,
     id: &str,
-    owner: &str,
-) -> Result<()> {
-    connection
+    until: Timestamp,
+) -> Result<bool> {
+    let renewed = connection
         .prepare_cached(
-            "INSERT OR REPLACE INTO pending_objects (tenant, id, owner) VALUES (?1, ?2, ?3)",
+            "UPDATE pending_objects SET lease_until = ?3
+             WHERE tenant = ?1 AND id = ?2 AND NOT removing",
         )
-        .and_then(|mut statement| statement.execute(params![tenant, id, owner]))
+        .and_then(|mut statement| statement.execute(params![tenant, id, until.as_millis()]))
         .map_err(database_error)?;
-    Ok(())
+    Ok(renewed == 1)
 }
 
-/// Removes the registration of an object that has a record now, or that was deleted.
+/// Removes the registration of an object that was deleted.
 pub(super) fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
@@ -219,29 +257,35 @@ pub(super) fn unregister_object(connection: &Connection, tenant: i64, id: &str) 
     Ok(())
 }
 
-/// Returns true if an object is registered.
-pub(super) fn is_pending(connection: &Connection, tenant: i64, id: &str) -> Result<bool> {
-    connection
-        .prepare_cached("SELECT 1 FROM pending_objects WHERE tenant = ?1 AND id = ?2")
-        .and_then(|mut statement| statement.exists(params![tenant, id]))
-        .map_err(database_error)
-}
-
-/// Returns objects that an earlier process registered, as tenant and id.
-pub(super) fn abandoned_objects(
+/// Returns objects whose registration has ended, and reserves their removal.
+pub(super) fn take_abandoned_objects(
     connection: &Connection,
     owner: &str,
+    now: Timestamp,
+    until: Timestamp,
     limit: usize,
-) -> Result<Vec<(String, String)>> {
+) -> Result<Vec<ObjectKey>> {
+    let own_before = now.before(OWN_REGISTRATION_GRACE);
     let mut statement = connection
         .prepare_cached(
-            "SELECT tenants.name, id FROM pending_objects JOIN tenants ON tenants.key = tenant
-             WHERE owner <> ?1 LIMIT ?2",
+            "UPDATE pending_objects SET removing = 1, owner = ?1, lease_until = ?3
+             WHERE (tenant, id) IN (
+                 SELECT tenant, id FROM pending_objects
+                 WHERE lease_until <=
+                     CASE WHEN owner = ?1 AND NOT removing THEN ?4 ELSE ?2 END
+                 LIMIT ?5
+             )
+             RETURNING (SELECT name FROM tenants WHERE tenants.key = tenant), id",
         )
         .map_err(database_error)?;
-    let rows = statement
-        .query_map(params![owner, to_i64(limit as u64)], |row| Ok((row.get(0)?, row.get(1)?)))
-        .map_err(database_error)?;
+    let values = params![
+        owner,
+        now.as_millis(),
+        until.as_millis(),
+        own_before.as_millis().max(0),
+        to_i64(limit as u64)
+    ];
+    let rows = statement.query_map(values, object_key).map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 

@@ -14,23 +14,26 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
-    Idempotency, Job, NewBatch, Paged, Release, Result, ResultRow, Results, ServedBy, Store,
-    StoreError, Validated, Waiting,
+    Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
+    Store, StoreError, Validated, Waiting,
 };
 use crate::private;
 use connection::{Readers, Writer};
 use keys::BatchRow;
 
+/// Owner of all claims and registrations: the holder of the data folder's lock, since no other
+/// process can write to the database.
+const OWNER: &str = "holder of the folder's lock";
+
 /// Store in a SQLite database of a data folder.
 pub struct SqliteStore {
     writer: Writer,
     readers: Readers,
-    /// Id of this process as owner of claims and registered objects.
-    owner: String,
     /// Lock that keeps other processes out of the data folder until the store is dropped.
     _lock: Arc<File>,
 }
@@ -59,23 +62,37 @@ impl SqliteStore {
                 "incremental vacuum not enabled, the database file will not shrink"
             );
         }
-        // The folder's lock proves that no other process is alive, so every lease is obsolete.
-        connection
-            .execute(
-                "UPDATE batches SET lease_until = 0, owner = NULL
-                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')",
-                [],
-            )
-            .map_err(database_error)?;
-        let owner = uuid::Uuid::new_v4().to_string();
+        work::end_leases(&connection, OWNER)?;
         Ok(Self {
             writer: Writer::start(connection)?,
             readers: Readers::new(path),
-            owner,
             _lock: Arc::new(lock),
         })
     }
+
+    /// Extends or ends the registration of an object; returns false if it is gone.
+    async fn set_object_lease(&self, key: &ObjectKey, until: Timestamp) -> Result<bool> {
+        let key = key.clone();
+        self.writer
+            .write(move |connection| match tenant_key(connection, key.tenant.as_str())? {
+                Some(tenant) => files::renew_object(connection, tenant, key.file.as_str(), until),
+                None => Ok(false),
+            })
+            .await
+    }
 }
+
+/// Tables that a readiness probe reads.
+const TABLES: [&str; 8] = [
+    "tenants",
+    "files",
+    "batches",
+    "batch_errors",
+    "results",
+    "batch_plugins",
+    "jobs",
+    "pending_objects",
+];
 
 /// Creates the data folder if it does not exist and locks it for this process.
 fn lock_folder(folder: &Path) -> Result<File> {
@@ -167,92 +184,118 @@ fn database_error(error: rusqlite::Error) -> StoreError {
 
 #[async_trait]
 impl Store for SqliteStore {
-    async fn insert_file(&self, tenant: &str, file: FileRecord) -> Result<()> {
-        let tenant = tenant.to_owned();
+    async fn insert_file(&self, tenant: &TenantId, file: FileRecord) -> Result<()> {
+        let tenant = tenant.clone();
         self.writer
             .write(move |connection| {
-                files::insert(connection, insert_tenant(connection, &tenant)?, &file)
+                files::insert(connection, insert_tenant(connection, tenant.as_str())?, &file)
             })
             .await
     }
 
-    async fn file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Option<FileRecord>> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.readers.read(move |connection| files::get(connection, &tenant, &id, now)).await
-    }
-
-    async fn files(&self, tenant: &str, query: FileQuery) -> Result<Paged<FileRecord>> {
-        let tenant = tenant.to_owned();
-        self.readers.read(move |connection| files::list(connection, &tenant, &query)).await
-    }
-
-    async fn delete_file(&self, tenant: &str, id: &str, now: Timestamp) -> Result<bool> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.writer.write(move |connection| files::delete(connection, &tenant, &id, now)).await
-    }
-
-    async fn begin_object(&self, tenant: &str, id: &str) -> Result<()> {
-        let (tenant, id, owner) = (tenant.to_owned(), id.to_owned(), self.owner.clone());
-        self.writer
-            .write(move |connection| {
-                files::register_object(connection, insert_tenant(connection, &tenant)?, &id, &owner)
-            })
-            .await
-    }
-
-    async fn abandoned_objects(&self, limit: usize) -> Result<Vec<(String, String)>> {
-        let owner = self.owner.clone();
+    async fn file(
+        &self,
+        tenant: &TenantId,
+        id: &FileId,
+        now: Timestamp,
+    ) -> Result<Option<FileRecord>> {
+        let (tenant, id) = (tenant.clone(), id.clone());
         self.readers
-            .read(move |connection| files::abandoned_objects(connection, &owner, limit))
+            .read(move |connection| files::get(connection, tenant.as_str(), id.as_str(), now))
             .await
     }
 
-    async fn object_removed(&self, tenant: &str, id: &str) -> Result<()> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+    async fn files(&self, tenant: &TenantId, query: FileQuery) -> Result<Paged<FileRecord>> {
+        let tenant = tenant.clone();
+        self.readers.read(move |connection| files::list(connection, tenant.as_str(), &query)).await
+    }
+
+    async fn delete_file(&self, tenant: &TenantId, id: &FileId, now: Timestamp) -> Result<bool> {
+        let (tenant, id) = (tenant.clone(), id.clone());
         self.writer
-            .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::unregister_object(connection, tenant, &id),
+            .write(move |connection| files::delete(connection, tenant.as_str(), id.as_str(), now))
+            .await
+    }
+
+    async fn register_object(
+        &self,
+        key: &ObjectKey,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<()> {
+        let key = key.clone();
+        self.writer
+            .write(move |connection| {
+                let tenant = insert_tenant(connection, key.tenant.as_str())?;
+                let object = (tenant, key.file.as_str(), OWNER);
+                files::register_object(connection, object, now, until)
+            })
+            .await
+    }
+
+    async fn renew_object(&self, key: &ObjectKey, until: Timestamp) -> Result<()> {
+        match self.set_object_lease(key, until).await? {
+            true => Ok(()),
+            false => Err(StoreError::Unregistered),
+        }
+    }
+
+    async fn abandon_object(&self, key: &ObjectKey) -> Result<()> {
+        self.set_object_lease(key, Timestamp::from_millis(0)).await.map(drop)
+    }
+
+    async fn take_abandoned_objects(
+        &self,
+        now: Timestamp,
+        until: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<ObjectKey>> {
+        self.writer
+            .write(move |connection| {
+                files::take_abandoned_objects(connection, OWNER, now, until, limit)
+            })
+            .await
+    }
+
+    async fn unregister_object(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.writer
+            .write(move |connection| match tenant_key(connection, key.tenant.as_str())? {
+                Some(tenant) => files::unregister_object(connection, tenant, key.file.as_str()),
                 None => Ok(()),
             })
             .await
     }
 
-    async fn is_pending(&self, tenant: &str, id: &str) -> Result<bool> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        // The writer runs writes in order, so this query sees a record that was queued before.
+    async fn removable_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
+        self.readers.read(move |connection| files::removable(connection, now, limit)).await
+    }
+
+    async fn mark_file_removed(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
         self.writer
-            .write(move |connection| match tenant_key(connection, &tenant)? {
-                Some(tenant) => files::is_pending(connection, tenant, &id),
-                None => Ok(false),
+            .write(move |connection| {
+                files::mark_removed(connection, key.tenant.as_str(), key.file.as_str())
             })
             .await
     }
 
-    async fn garbage(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
-        self.readers.read(move |connection| files::garbage(connection, now, limit)).await
-    }
-
-    async fn file_removed(&self, tenant: &str, id: &str) -> Result<()> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.writer.write(move |connection| files::mark_removed(connection, &tenant, &id)).await
-    }
-
-    async fn forget_files(&self, gone_before: Timestamp, limit: usize) -> Result<bool> {
+    async fn purge_tombstones(&self, gone_before: Timestamp, limit: usize) -> Result<bool> {
         self.writer.write(move |connection| files::purge(connection, gone_before, limit)).await
     }
 
     async fn create_batch(
         &self,
-        tenant: &str,
+        tenant: &TenantId,
         new: NewBatch,
         idempotency: Option<Idempotency>,
     ) -> Result<Created> {
-        let tenant = tenant.to_owned();
+        let tenant = tenant.clone();
         self.writer
             .write(move |connection| {
                 batches::create(
                     connection,
-                    insert_tenant(connection, &tenant)?,
+                    insert_tenant(connection, tenant.as_str())?,
                     &new,
                     idempotency.as_ref(),
                 )
@@ -260,41 +303,57 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn batch(&self, tenant: &str, id: &str) -> Result<Option<BatchRecord>> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.readers.read(move |connection| batches::get(connection, &tenant, &id)).await
+    async fn batch(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchRecord>> {
+        let (tenant, id) = (tenant.clone(), id.clone());
+        self.readers
+            .read(move |connection| batches::get(connection, tenant.as_str(), id.as_str()))
+            .await
     }
 
-    async fn batch_errors(&self, tenant: &str, id: &str) -> Result<Vec<BatchError>> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.readers.read(move |connection| batches::all_errors(connection, &tenant, &id)).await
+    async fn batch_errors(&self, tenant: &TenantId, id: &BatchId) -> Result<Vec<BatchError>> {
+        let (tenant, id) = (tenant.clone(), id.clone());
+        self.readers
+            .read(move |connection| batches::all_errors(connection, tenant.as_str(), id.as_str()))
+            .await
     }
 
     async fn batches(
         &self,
-        tenant: &str,
-        after: Option<String>,
+        tenant: &TenantId,
+        after: Option<BatchId>,
         limit: usize,
         bytes: usize,
     ) -> Result<Paged<BatchRecord>> {
-        let tenant = tenant.to_owned();
+        let tenant = tenant.clone();
         self.readers
             .read(move |connection| {
-                batches::list(connection, &tenant, after.as_deref(), limit, bytes)
+                batches::list(
+                    connection,
+                    tenant.as_str(),
+                    after.as_ref().map(BatchId::as_str),
+                    limit,
+                    bytes,
+                )
             })
             .await
     }
 
-    async fn request_cancel(&self, tenant: &str, id: &str, now: Timestamp) -> Result<Cancel> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+    async fn request_cancel(
+        &self,
+        tenant: &TenantId,
+        id: &BatchId,
+        now: Timestamp,
+    ) -> Result<Cancel> {
+        let (tenant, id) = (tenant.clone(), id.clone());
         self.writer
-            .write(move |connection| batches::request_cancel(connection, &tenant, &id, now))
+            .write(move |connection| {
+                batches::request_cancel(connection, tenant.as_str(), id.as_str(), now)
+            })
             .await
     }
 
     async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>> {
-        let owner = self.owner.clone();
-        self.readers.read(move |connection| work::waiting(connection, &owner, now)).await
+        self.readers.read(move |connection| work::waiting(connection, OWNER, now)).await
     }
 
     async fn claim(
@@ -303,11 +362,11 @@ impl Store for SqliteStore {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Option<Claim>> {
-        let (owner, row) = (self.owner.clone(), BatchRow::of(&waiting.key));
-        self.writer.write(move |connection| work::claim(connection, &owner, row, now, until)).await
+        let row = BatchRow::of(&waiting.key);
+        self.writer.write(move |connection| work::claim(connection, OWNER, row, now, until)).await
     }
 
-    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<()> {
+    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<Orders> {
         let claim = claim.clone();
         self.writer.write(move |connection| work::renew(connection, &claim, until)).await
     }
@@ -317,11 +376,11 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::release(connection, &claim, &how)).await
     }
 
-    async fn wake(&self, now: Timestamp) -> Result<()> {
-        self.writer.write(move |connection| work::wake(connection, now)).await
+    async fn end_backoff(&self, now: Timestamp) -> Result<()> {
+        self.writer.write(move |connection| work::end_backoff(connection, now)).await
     }
 
-    async fn keep_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()> {
+    async fn save_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()> {
         let claim = claim.clone();
         self.writer.write(move |connection| jobs::save(connection, &claim, line, &job)).await
     }
@@ -331,7 +390,7 @@ impl Store for SqliteStore {
         self.readers.read(move |connection| jobs::get(connection, &claim, line)).await
     }
 
-    async fn drop_job(&self, claim: &Claim, line: u64) -> Result<()> {
+    async fn delete_job(&self, claim: &Claim, line: u64) -> Result<()> {
         let claim = claim.clone();
         self.writer.write(move |connection| jobs::delete(connection, &claim, line)).await
     }
@@ -350,7 +409,7 @@ impl Store for SqliteStore {
         &self,
         claim: &Claim,
         errors: Vec<BatchError>,
-        by: Vec<ServedBy>,
+        by: Vec<PluginVersion>,
         at: Timestamp,
     ) -> Result<()> {
         let claim = claim.clone();
@@ -364,19 +423,29 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn record(
+    async fn insert_results(
         &self,
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
-        by: Vec<ServedBy>,
+        by: Vec<PluginVersion>,
     ) -> Result<()> {
         let claim = claim.clone();
-        self.writer.write(move |connection| work::record(connection, &claim, &rows, &by)).await
+        self.writer
+            .write(move |connection| work::insert_results(connection, &claim, &rows, &by))
+            .await
     }
 
-    async fn served_by(&self, tenant: &str, id: &str) -> Result<Option<Vec<ServedBy>>> {
-        let (tenant, id) = (tenant.to_owned(), id.to_owned());
-        self.readers.read(move |connection| batches::served_by(connection, &tenant, &id)).await
+    async fn plugin_versions(
+        &self,
+        tenant: &TenantId,
+        id: &BatchId,
+    ) -> Result<Option<Vec<PluginVersion>>> {
+        let (tenant, id) = (tenant.clone(), id.clone());
+        self.readers
+            .read(move |connection| {
+                batches::plugin_versions(connection, tenant.as_str(), id.as_str())
+            })
+            .await
     }
 
     async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
@@ -405,17 +474,17 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::discard_results(connection, limit)).await
     }
 
-    async fn forgettable_batches(
+    async fn removable_batches(
         &self,
         ended_before: Timestamp,
         limit: usize,
     ) -> Result<Vec<BatchKey>> {
         self.readers
-            .read(move |connection| batches::forgettable(connection, ended_before, limit))
+            .read(move |connection| batches::removable(connection, ended_before, limit))
             .await
     }
 
-    async fn forget_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
+    async fn delete_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
         self.writer.write(move |connection| batches::delete(connection, &batches)).await
     }
 
@@ -443,9 +512,7 @@ impl Store for SqliteStore {
                 if let Some(corruption) = connection::corruption() {
                     return Err(StoreError::Database(corruption));
                 }
-                for table in
-                    ["tenants", "files", "batches", "batch_errors", "results", "batch_plugins"]
-                {
+                for table in TABLES {
                     let mut statement = connection
                         .prepare_cached(&format!("SELECT * FROM {table} LIMIT 1"))
                         .map_err(database_error)?;
@@ -459,7 +526,30 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<(String, String)>> {
+    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
         self.readers.read(move |connection| files::newest(connection, now, limit)).await
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tempfile::TempDir;
+
+    use super::SqliteStore;
+    use crate::Store;
+    use crate::suite::{Fixture, store_suite};
+
+    impl Fixture for TempDir {
+        fn new() -> Self {
+            TempDir::new().unwrap()
+        }
+
+        fn open(&self) -> Arc<dyn Store> {
+            Arc::new(SqliteStore::open(self.path()).unwrap())
+        }
+    }
+
+    store_suite!(TempDir);
 }

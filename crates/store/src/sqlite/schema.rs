@@ -190,6 +190,16 @@ CREATE TABLE jobs (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Gives registrations of objects a lease, and ends the claims and registrations of processes that
+/// used an id of their own.
+const MIGRATION_5: &str = "
+ALTER TABLE pending_objects ADD COLUMN lease_until INTEGER NOT NULL DEFAULT 0;
+-- 1 while the object is being removed: nobody may write it then.
+ALTER TABLE pending_objects ADD COLUMN removing INTEGER NOT NULL DEFAULT 0;
+UPDATE batches SET owner = NULL, lease_until = 0
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -197,6 +207,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_2),
         M::up(MIGRATION_3),
         M::up(MIGRATION_4),
+        M::up(MIGRATION_5),
     ])
 }
 
@@ -229,9 +240,9 @@ mod tests {
              INSERT INTO batches
                  (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at,
                   status, owner, lease_until)
-             VALUES (1, 'batch_a', 'e', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
-                    (1, 'batch_b', 'e', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
-                    (1, 'batch_c', 'e', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
+             VALUES (1, 'batch_a', '/v1/embeddings', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
+                    (1, 'batch_b', '/v1/embeddings', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
+                    (1, 'batch_c', '/v1/embeddings', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
              INSERT INTO results VALUES (1, 1, 1, 0, x'78');",
         )
         .unwrap();
@@ -241,8 +252,9 @@ mod tests {
         let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(200));
         for waiting in store.waiting(now).await.unwrap() {
             let claim = store.claim(&waiting, now, until).await.unwrap().unwrap();
-            let input = store.input_file(&claim).await.unwrap().map(|file| file.id);
-            found.push((claim.batch_id.clone(), claim.lane.clone(), input));
+            let input = store.input_file(&claim).await.unwrap();
+            let input = input.map(|file| file.id.to_string());
+            found.push((claim.batch_id.to_string(), claim.lane.clone(), input));
         }
         found.sort_by(|one, other| one.0.cmp(&other.0));
         // The input of `batch_b` was deleted before the batch was created, that of `batch_a` later.
@@ -272,13 +284,13 @@ mod tests {
                  INSERT INTO batches
                      (tenant, id, endpoint, input_file_id, completion_window, created_at,
                       expires_at, status, lane, waits_since)
-                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
-                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
-                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
-                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
-                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress',
+                 VALUES (1, 'slow 1', '/v1/embeddings', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
+                        (1, 'slow 2', '/v1/embeddings', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
+                        (1, 'ended', '/v1/embeddings', 'f', '24h', 0, 500, 'completed', 'finish', 0),
+                        (1, 'new', '/v1/embeddings', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
+                        (1, 'both', '/v1/embeddings', 'f', '24h', 0, 1000, 'in_progress',
                          'execute fast slow', 0),
-                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);",
+                        (1, 'cancelled', '/v1/embeddings', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);",
             )
             .unwrap();
         let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(2000));
@@ -294,7 +306,7 @@ mod tests {
                 store.claim(&waiting, now, until).await.unwrap().is_none(),
                 "the batch is claimed twice"
             );
-            Some((claim.batch_id.clone(), claim))
+            Some((claim.batch_id.to_string(), claim))
         };
         let slow = Lane::Execute(["slow".to_owned()].into());
         let both = Lane::Execute(["fast".to_owned(), "slow".to_owned()].into());
@@ -305,7 +317,7 @@ mod tests {
         let (id, held) = claim(&slow, now).await.unwrap();
         assert_eq!(id, "slow 2");
         // A batch that had its turn is behind the other one.
-        store.release(&held, Release::Turn(Timestamp::from_millis(50))).await.unwrap();
+        store.release(&held, Release::Requeue(Timestamp::from_millis(50))).await.unwrap();
         assert_eq!(claim(&slow, now).await.unwrap().0, "slow 1");
         // An expired batch waits in the finish lane and not for its provider.
         let later = Timestamp::from_millis(500);

@@ -5,17 +5,31 @@
 use std::collections::BTreeSet;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::status::Status;
+use batchwright_domain::usage::TokenUsage;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, Claim, Ending, Finish, Lane, Release, Result, ResultRow, Results, ServedBy, Status,
-    StoreError, TokenUsage, Validated, Waiting,
+    BatchError, Claim, Finish, Lane, Orders, PluginVersion, Release, Result, ResultKind, ResultRow,
+    Results, StoreError, Validated, Waiting,
 };
 use super::keys::BatchRow;
 use super::{database_error, files, timestamp, to_i64, to_u64};
 
 /// Memory of a result row besides its payload, in bytes.
 const ROW_OVERHEAD_BYTES: usize = 64;
+
+/// Ends the leases of an owner that is gone: its claims, and its registrations of objects.
+pub(super) fn end_leases(connection: &Connection, owner: &str) -> Result<()> {
+    for sql in [
+        "UPDATE batches SET lease_until = 0, owner = NULL WHERE owner = ?1
+         AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling')",
+        "UPDATE pending_objects SET lease_until = 0 WHERE owner = ?1",
+    ] {
+        connection.execute(sql, [owner]).map_err(database_error)?;
+    }
+    Ok(())
+}
 
 /// Returns the oldest waiting batch of each lane, and the batch that expired first.
 ///
@@ -96,8 +110,8 @@ pub(super) fn claim(
                 Ok(Claim {
                     key: BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key(),
                     fence: row.get(2)?,
-                    batch_id: row.get(3)?,
-                    tenant: row.get(4)?,
+                    batch_id: row.get::<_, String>(3)?.into(),
+                    tenant: row.get::<_, String>(4)?.into(),
                     lane: parse_lane(&row.get::<_, String>(5)?),
                 })
             },
@@ -145,23 +159,29 @@ fn update_claimed(
     }
 }
 
-/// Extends the lease of a claim.
-pub(super) fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<()> {
+/// Extends the lease of a claim and returns the orders to its worker.
+pub(super) fn renew(connection: &Connection, claim: &Claim, until: Timestamp) -> Result<Orders> {
+    let BatchRow { tenant, batch } = BatchRow::of(&claim.key);
     // A batch that was released meanwhile stays released.
-    update_claimed(
-        connection,
-        claim,
-        "lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END",
-        &[&until.as_millis()],
-    )
+    connection
+        .prepare_cached(
+            "UPDATE batches SET lease_until = CASE WHEN owner IS NULL THEN 0 ELSE ?4 END
+             WHERE tenant = ?1 AND key = ?2 AND fence = ?3 RETURNING status = 'cancelling'",
+        )
+        .and_then(|mut statement| {
+            let values = params![tenant, batch, claim.fence, until.as_millis()];
+            statement.query_row(values, |row| Ok(Orders { cancel: row.get(0)? })).optional()
+        })
+        .map_err(database_error)?
+        .ok_or(StoreError::Fenced)
 }
 
 /// Releases a claimed batch.
 pub(super) fn release(connection: &Connection, claim: &Claim, how: &Release) -> Result<()> {
     let (since, waits_for) = match how {
-        Release::AsItWas => (None, None),
-        Release::Turn(at) => (Some(at.as_millis()), None),
-        Release::Rest(until, waits_for) => (Some(until.as_millis()), waits_for.as_ref()),
+        Release::KeepPosition => (None, None),
+        Release::Requeue(at) => (Some(at.as_millis()), None),
+        Release::Backoff(until, waits_for) => (Some(until.as_millis()), waits_for.as_ref()),
     };
     let waits_for = waits_for.map(|known| (&known.cause, known.since.as_millis()));
     let (cause, waits_for_since) = waits_for.unzip();
@@ -178,7 +198,7 @@ pub(super) fn release(connection: &Connection, claim: &Claim, how: &Release) -> 
 }
 
 /// Ends the backoff of all batches.
-pub(super) fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
+pub(super) fn end_backoff(connection: &Connection, now: Timestamp) -> Result<()> {
     connection
         .prepare_cached(
             "UPDATE batches SET waits_since = ?1
@@ -190,9 +210,9 @@ pub(super) fn wake(connection: &Connection, now: Timestamp) -> Result<()> {
 }
 
 /// Inserts plugins that the batch uses, each version once.
-fn insert_plugins(connection: &Connection, claim: &Claim, by: &[ServedBy]) -> Result<()> {
+fn insert_plugins(connection: &Connection, claim: &Claim, by: &[PluginVersion]) -> Result<()> {
     let held = BatchRow::of(&claim.key);
-    for ServedBy { name, kind, version, sha256 } in by {
+    for PluginVersion { name, kind, version, sha256 } in by {
         connection
             .prepare_cached(
                 "INSERT OR IGNORE INTO batch_plugins
@@ -211,7 +231,7 @@ pub(super) fn fail(
     connection: &Connection,
     claim: &Claim,
     errors: &[BatchError],
-    by: &[ServedBy],
+    by: &[PluginVersion],
     at: Timestamp,
 ) -> Result<()> {
     insert_plugins(connection, claim, by)?;
@@ -274,11 +294,11 @@ pub(super) fn start_execution(
 }
 
 /// Inserts results that are new, their counts and the plugins that served them.
-pub(super) fn record(
+pub(super) fn insert_results(
     connection: &Connection,
     claim: &Claim,
     rows: &[ResultRow],
-    by: &[ServedBy],
+    by: &[PluginVersion],
 ) -> Result<()> {
     let held = BatchRow::of(&claim.key);
     insert_plugins(connection, claim, by)?;
@@ -290,19 +310,19 @@ pub(super) fn record(
         .map_err(database_error)?;
     let (mut completed, mut failed, mut usage) = (0_u64, 0_u64, TokenUsage::default());
     for row in rows {
-        let ending = match row.ending {
-            Ending::Completed => 0,
-            Ending::Failed => 1,
+        let kind = match row.kind {
+            ResultKind::Completed => 0,
+            ResultKind::Failed => 1,
         };
         let added = insert
-            .execute(params![held.tenant, held.batch, to_i64(row.line), ending, row.payload])
+            .execute(params![held.tenant, held.batch, to_i64(row.line), kind, row.payload])
             .map_err(database_error)?;
         if added == 0 {
             continue;
         }
-        match row.ending {
-            Ending::Completed => completed = completed.saturating_add(1),
-            Ending::Failed => failed = failed.saturating_add(1),
+        match row.kind {
+            ResultKind::Completed => completed = completed.saturating_add(1),
+            ResultKind::Failed => failed = failed.saturating_add(1),
         }
         usage.input = usage.input.saturating_add(row.usage.input);
         usage.cached_input = usage.cached_input.saturating_add(row.usage.cached_input);
@@ -402,10 +422,10 @@ pub(super) fn results(
         }
         results.rows.push(ResultRow {
             line: to_u64(row.get(0).map_err(database_error)?),
-            ending: if row.get::<_, i64>(1).map_err(database_error)? == 0 {
-                Ending::Completed
+            kind: if row.get::<_, i64>(1).map_err(database_error)? == 0 {
+                ResultKind::Completed
             } else {
-                Ending::Failed
+                ResultKind::Failed
             },
             payload: row.get(3).map_err(database_error)?,
             usage: TokenUsage::default(),
@@ -424,14 +444,14 @@ pub(super) fn finish(connection: &Connection, claim: &Claim, finish: &Finish) ->
     for file in finish.output.iter().chain(&finish.error) {
         files::insert(connection, held.tenant, file)?;
     }
-    let output = finish.output.as_ref().map(|file| &file.id);
-    let error = finish.error.as_ref().map(|file| &file.id);
+    let output = finish.output.as_ref().map(|file| file.id.as_str());
+    let error = finish.error.as_ref().map(|file| file.id.as_str());
     let cancelling = "SELECT status = 'cancelling' FROM batches WHERE tenant = ?1 AND key = ?2";
     let cancelling: bool = connection
         .query_row(cancelling, params![held.tenant, held.batch], |row| row.get(0))
         .map_err(database_error)?;
     if cancelling && finish.status == Status::Expired {
-        return Err(StoreError::Overtaken);
+        return Err(StoreError::CancelledFirst);
     }
     // A batch reported to a client as `cancelling` must end as `cancelled`.
     update_claimed(

@@ -30,8 +30,8 @@ pub fn list(registry: &Registry) -> ExitCode {
                 let (state, served) = (entry.state().as_str().into(), serves(plugin));
                 [
                     entry.name.clone(),
-                    plugin.kind.to_string(),
-                    plugin.description.version.clone(),
+                    plugin.kind().to_string(),
+                    plugin.description().version.clone(),
                     state,
                     served,
                 ]
@@ -115,10 +115,15 @@ pub async fn list_of_server(client: &Client) -> Result<ExitCode, Error> {
 
 /// Returns the models of an adapter, or the scope of a validator.
 fn serves(plugin: &Plugin) -> String {
-    let models: BTreeSet<&str> =
-        plugin.models.iter().chain(plugin.aliases.keys()).map(String::as_str).collect();
+    let models: BTreeSet<&str> = plugin
+        .routing()
+        .models
+        .iter()
+        .chain(plugin.routing().aliases.keys())
+        .map(String::as_str)
+        .collect();
     if models.is_empty() {
-        format!("all batches (order {})", plugin.order)
+        format!("all batches (order {})", plugin.routing().order)
     } else {
         models.into_iter().collect::<Vec<_>>().join(", ")
     }
@@ -218,8 +223,8 @@ pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
                     outln!(
                         "ok      {} ({} {})",
                         entry.file.display(),
-                        plugin.kind,
-                        plugin.description.version
+                        plugin.kind(),
+                        plugin.description().version
                     );
                 }
                 (None, None) => outln!("off     {}", entry.file.display()),
@@ -228,7 +233,7 @@ pub async fn check(loader: Loader, path: &Path) -> Result<ExitCode, Error> {
         return Ok(status(plugins.entries.iter().all(|entry| entry.error.is_none())));
     }
     let found = if path.extension().is_some_and(|extension| extension == "toml") {
-        loader.load(path).await.map(|plugin| (plugin.kind, plugin.description.version))
+        loader.load(path).await.map(|plugin| (plugin.kind(), plugin.description().version.clone()))
     } else {
         loader.inspect(path).await.map(|inspected| (inspected.kind, inspected.description.version))
     };

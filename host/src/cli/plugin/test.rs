@@ -27,8 +27,14 @@ pub async fn test(
     } else {
         load_component(loader, file, settings).await?
     };
-    let description = &plugin.description;
-    outln!("{} {} {}, {}", plugin.kind, description.name, description.version, description.summary);
+    let description = &plugin.description();
+    outln!(
+        "{} {} {}, {}",
+        plugin.kind(),
+        description.name,
+        description.version,
+        description.summary
+    );
     let report = conformance::check(&plugin, cases).await;
     for check in &report.checks {
         match &check.problem {

@@ -1,0 +1,69 @@
+//! Objects that are being written, under a registration that is renewed while bytes arrive.
+//!
+//! The registration tells the janitor of any process that the object has a writer; see
+//! [`Store::register_object`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::ids::ObjectKey;
+use batchwright_store::{ObjectWriter, Objects, Result, Store};
+
+/// Lease of the registration of an object that is being written.
+const OBJECT_LEASE: Duration = Duration::from_secs(600);
+
+/// Writer of a registered object.
+pub(crate) struct RegisteredWriter {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    key: ObjectKey,
+    writer: ObjectWriter,
+    /// Time at which the registration is renewed.
+    renew_at: Timestamp,
+}
+
+impl RegisteredWriter {
+    /// Registers an object and starts to write it.
+    pub(crate) async fn create(
+        store: Arc<dyn Store>,
+        objects: Arc<dyn Objects>,
+        clock: Clock,
+        key: ObjectKey,
+    ) -> Result<Self> {
+        let now = clock.now();
+        store.register_object(&key, now, now.after(OBJECT_LEASE)).await?;
+        let writer = ObjectWriter::create(&*objects, &key).await?;
+        Ok(Self { store, clock, key, writer, renew_at: now.after(OBJECT_LEASE / 2) })
+    }
+
+    /// Appends bytes, and renews the registration if it is due.
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let now = self.clock.now();
+        if now >= self.renew_at {
+            self.store.renew_object(&self.key, now.after(OBJECT_LEASE)).await?;
+            self.renew_at = now.after(OBJECT_LEASE / 2);
+        }
+        self.writer.write(bytes).await
+    }
+
+    /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty then.
+    pub(crate) async fn flush_if_possible(&mut self) -> Result<bool> {
+        self.writer.flush_if_possible().await
+    }
+
+    /// Returns the number of bytes written so far.
+    pub(crate) fn written(&self) -> u64 {
+        self.writer.written()
+    }
+
+    /// Completes the object and returns its size in bytes.
+    pub(crate) async fn finish(self) -> Result<u64> {
+        self.writer.finish().await
+    }
+
+    /// Aborts the object and removes what was written of it.
+    pub(crate) async fn abort(self) {
+        self.writer.abort().await;
+    }
+}

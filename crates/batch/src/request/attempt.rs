@@ -1,0 +1,694 @@
+//! Attempt at a request: the adapter chooses the next step, and the host performs the step.
+//!
+//! **Problem.** A provider charges for the requests that it accepts. A retry must neither lose a
+//! line nor pay for it twice without need, and a line must not be retried forever.
+//!
+//! **Outcomes.** Each attempt has one of three outcomes:
+//!
+//! - *Refused*: no connection, a 429, a rejected credential. The provider has not executed the
+//!   request, so nothing was charged. The request is retried for as long as its batch may wait, and
+//!   the attempt does not count. If other lines succeed meanwhile and the breaker finds the line at
+//!   fault, the line fails.
+//! - *Answered*: the provider has sent a response. A transient error is retried until
+//!   `max_attempts` attempts have failed. Any other response is the result.
+//! - *Ambiguous*: the request may have reached the provider, but no response arrived, for example
+//!   after a reset connection. The request may have been charged. The attempt counts, and
+//!   `max_unanswered_attempts` is a second, lower limit.
+//!
+//! `max_retry_time` limits the time of all counted attempts and the pauses between them.
+//!
+//! **Paid for twice.** Three things can charge a line twice: the retry of an ambiguous attempt, the
+//! loss of a request in flight (a crash, or a stop after the grace period), and an adapter that
+//! starts a job again. To keep these cases rare, no request is sent while results cannot be
+//! written, and the state of a job at the provider is stored before a long wait. A failed poll of a
+//! job repeats the poll and not the job. If the state of a job cannot be read, the request waits.
+//!
+//! **Order.** A request first waits for a permit of its provider and only then reserves memory, so
+//! that a waiting request holds no memory that requests in flight need. Between attempts, nothing
+//! of a request is in memory except its position and its retry state; see
+//! [`deferred`](crate::schedule::retry_queue).
+//!
+//! **Memory.** Everything that a request adds to its line (the body from the adapter, a response,
+//! the answer) is covered by a share of the pool `exchanges`, from before the send until the commit
+//! of the result. If a result of the guest exceeds the share, the result is dropped, the share
+//! waits for room, and the call is repeated. A call is a pure function, so the repeated call
+//! returns the same result.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_domain::text::truncate_for_message;
+use batchwright_egress::{Admitted, Queue, refusal_pause};
+use batchwright_memory::Share;
+use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin, Registry, Route};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::request::assessment::Said;
+use crate::request::exchange::{Exchange, Sent};
+use crate::request::jobs::Jobs;
+use crate::schedule::breaker::{Breaker, Gate as Breakers, Kind, Trouble, Verdict};
+use crate::schedule::breakers::{MODEL, Outages};
+use crate::schedule::gate::Gate;
+use crate::schedule::retry_queue::Tries;
+use crate::schedule::stop::Stop;
+
+/// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
+/// failed read of a job state.
+const DEFER_THRESHOLD: Duration = Duration::from_secs(5);
+
+/// Minimum wait for which the state of a job is written to the store.
+const STORE_JOB_THRESHOLD: Duration = Duration::from_secs(1);
+
+/// Interval at which a missing or paused plugin is looked up again. A change of the plugins
+/// triggers a lookup at once.
+const PLUGIN_POLL_INTERVAL: Duration = Duration::from_secs(30);
+
+/// State that all requests of a batch share.
+pub(crate) struct Context {
+    /// Tenant of the batch.
+    pub tenant: TenantId,
+    /// Id of the batch.
+    pub batch: BatchId,
+    /// Endpoint of the batch.
+    pub endpoint: Endpoint,
+    /// Model for lines that name no model.
+    pub default_model: Option<String>,
+    /// Creation time of the batch, in Unix seconds.
+    pub created_at: u64,
+    /// Registry that maps a model to its plugin.
+    pub registry: Arc<Registry>,
+    /// Jobs of the requests at their providers.
+    pub jobs: Jobs,
+    /// Registry of all circuit breakers.
+    pub outages: Arc<Outages>,
+    /// Circuit breakers of the plugins that served the models at validation, by plugin name.
+    pub breakers: Vec<(String, Arc<Breaker>)>,
+    /// Clock of the server.
+    pub clock: Clock,
+    /// Settings of batches.
+    pub config: Arc<Config>,
+    /// Stop signal of the batch.
+    pub stop: Arc<Stop>,
+    /// Cancelled when the batch is stopped or evicted. Requests that are not sent yet are dropped.
+    pub leave: CancellationToken,
+    /// Gate that is closed while results cannot be written.
+    pub gate: Gate,
+    /// Queue in which the requests of the batch wait for their provider.
+    pub queue: Queue,
+}
+
+/// Request of a batch, as read from its line.
+#[derive(Clone, Copy)]
+pub(crate) struct Line<'a> {
+    /// Id of the request, the same in every attempt.
+    pub id: &'a str,
+    /// `custom_id` of the line.
+    pub custom_id: &'a str,
+    /// Model that the client asks for.
+    pub model: &'a str,
+    /// JSON text of the body.
+    pub body: &'a str,
+    /// Line number in the input file, from 1.
+    pub number: u64,
+    /// Hash by which breakers identify the line.
+    pub mark: u64,
+}
+
+/// Final answer to a request.
+pub(crate) struct Answered {
+    /// Response or failure.
+    pub answer: Answer,
+    /// Plugin that gave the answer, or `None` if the host gave it.
+    pub by: Option<Arc<Plugin>>,
+    /// Memory that covers the answer.
+    pub share: Option<Share>,
+}
+
+/// Outcome of an attempt.
+pub(crate) enum Ended {
+    /// The request has its final answer.
+    Answered(Answered),
+    /// The request is retried at this time.
+    Back(Timestamp, Tries),
+    /// The batch was stopped before the request was sent.
+    Stopped,
+}
+
+/// Outcome of the steps of an adapter.
+enum StepOutcome {
+    /// The adapter returned an answer.
+    Done(Answer),
+    /// The adapter asks for a retry after this pause. The answer is used if no retry is left.
+    Retry(Option<Duration>, Answer),
+    /// The batch was stopped before the request was sent.
+    Stopped,
+    /// The request was not sent and is tried again at this time.
+    Postponed(Timestamp),
+    /// The provider works on a job, which is polled at this time.
+    Polling(Timestamp),
+}
+
+impl Context {
+    /// Makes one attempt at a request.
+    pub(crate) async fn attempt(&self, line: Line<'_>, mut tries: Tries) -> Ended {
+        tries.waits = false;
+        // Looked up at each attempt, because the operator may have fixed the plugin meanwhile.
+        let plugins = self.registry.current();
+        let route = plugins.route(&self.tenant, line.model);
+        let Some(Route { plugin, model }) =
+            route.filter(|route| route.plugin.handles(self.endpoint))
+        else {
+            return self.missing_plugin(line, tries);
+        };
+        let known = self
+            .breakers
+            .iter()
+            .find(|(name, _)| *name == plugin.name())
+            .map(|(_, breaker)| breaker.clone());
+        let breaker =
+            known.unwrap_or_else(|| self.outages.of(plugin.name(), &self.tenant, self.endpoint));
+        if plugin.routing().paused {
+            let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
+            return self.blocked_by_plugin(
+                &breaker,
+                line,
+                tries,
+                "The provider is paused by the operator.",
+                &detail,
+            );
+        }
+        let (gate, probe) = breaker.enter(self.clock.now(), identity(&plugin));
+        match gate {
+            Breakers::Go | Breakers::Probe => {}
+            Breakers::Wait(until) => return Ended::Back(until, Tries { waits: true, ..tries }),
+            Breakers::GiveUp(answer) => {
+                return Ended::Answered(Answered { answer, by: Some(plugin), share: None });
+            }
+        }
+        let mut exchange = Exchange::new(&plugin, tries.refusals);
+        let request = || Request {
+            id: line.id.to_owned(),
+            custom_id: line.custom_id.to_owned(),
+            endpoint: self.endpoint.as_str().to_owned(),
+            model: model.clone(),
+            body: line.body.to_owned(),
+            created_at: self.created_at,
+            attempt: tries.answered.saturating_add(1),
+        };
+        let may_send = || {
+            // A plugin may have been paused, disabled or changed while the request waited for its
+            // permit. The request is then routed again.
+            let current = self.registry.current();
+            if !Arc::ptr_eq(&plugins, &current)
+                && current.identity(plugin.name()) != identity(&plugin)
+            {
+                return false;
+            }
+            let go = || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
+            probe.is_some() || breaker.is_calm() || go()
+        };
+        match self.jobs.of(line.number, &plugin, tries.has_job).await {
+            Ok(job) => {
+                exchange.job_is_kept = job.is_some();
+                exchange.job = job;
+            }
+            // A new job would be paid for twice.
+            Err(error) => {
+                tracing::error!(
+                    tenant = %self.tenant,
+                    batch = %self.batch,
+                    request = line.id,
+                    line = line.number,
+                    plugin = plugin.name(),
+                    %error,
+                    "job state read failed"
+                );
+                return Ended::Back(self.clock.now().after(DEFER_THRESHOLD), tries);
+            }
+        }
+        let outcome = self.run_steps(&mut exchange, line, &request, may_send).await;
+        tries.refusals = exchange.refusals;
+        let sent = exchange.last.take();
+        let duration =
+            exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
+        let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
+        let share = exchange.share;
+        let answered =
+            |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => return answered(failure(error.code(), error.to_string()), Some(share)),
+        };
+        let (retry, answer) = match outcome {
+            StepOutcome::Stopped => return Ended::Stopped,
+            StepOutcome::Postponed(until) => return Ended::Back(until, tries),
+            StepOutcome::Polling(until) => {
+                return Ended::Back(until, Tries { has_job: true, ..tries });
+            }
+            StepOutcome::Done(answer) => (None, answer),
+            StepOutcome::Retry(after, otherwise) => (Some(after), otherwise),
+        };
+        let mut said = sent.as_ref().map_or(Said::Answered, |sent| sent.weighed.said);
+        match &exchange_job {
+            // The poll has failed and not the job. A repeated poll costs nothing, while a line that
+            // the breaker holds back without its job would submit and pay for a second one.
+            Some(state)
+                if matches!(said, Said::Trouble(_))
+                    || retry.is_some() && said != Said::Answered =>
+            {
+                if said == Said::Unanswered {
+                    said = Said::Passing;
+                }
+                if !job_is_kept {
+                    self.jobs.insist(line.number, &plugin, state, &self.clock, &self.leave).await;
+                }
+                tries.has_job = true;
+            }
+            // The adapter asks for a new job.
+            Some(_) if retry.is_some() => {
+                tries.has_job = false;
+                self.jobs.forget(line.number).await;
+            }
+            _ => {}
+        }
+        let delay = retry.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
+        let trouble = |kind| self.describe_trouble(kind, &answer, sent.as_ref());
+        match (said, retry) {
+            (
+                Said::Trouble(
+                    kind @ (Kind::Unauthorized | Kind::Forbidden | Kind::Quota | Kind::Unreachable),
+                ),
+                _,
+            ) => {
+                let refused_at = tries.refused_at.replace(breaker.passes());
+                let trouble = trouble(kind);
+                let verdict = self.record_failure(
+                    &breaker,
+                    line,
+                    &plugin,
+                    refused_at,
+                    trouble,
+                    probe.is_some(),
+                );
+                tries.in_vain = breaker.tries(line.mark);
+                match verdict {
+                    Verdict::Hold(until) => Ended::Back(until, tries),
+                    Verdict::Wait(until) => Ended::Back(until, Tries { waits: true, ..tries }),
+                    Verdict::Own => answered(answer, Some(share)),
+                }
+            }
+            (Said::Busy, Some(_)) => {
+                self.record_success(&breaker, &plugin);
+                tracing::debug!(
+                    tenant = %self.tenant,
+                    batch = %self.batch,
+                    request = line.id,
+                    plugin = plugin.name(),
+                    delay_ms = delay.map(milliseconds),
+                    "request refused by the provider"
+                );
+                let pause =
+                    refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
+                Ended::Back(self.clock.now().after(pause.max(delay.unwrap_or_default())), tries)
+            }
+            (Said::Trouble(_) | Said::Unanswered, Some(_)) => {
+                if said == Said::Unanswered {
+                    tries.unanswered = tries.unanswered.saturating_add(1);
+                } else {
+                    tries.answered = tries.answered.saturating_add(1);
+                }
+                let verdict = self.record_failure(
+                    &breaker,
+                    line,
+                    &plugin,
+                    None,
+                    trouble(Kind::Failed),
+                    probe.is_some(),
+                );
+                tries.in_vain = breaker.tries(line.mark);
+                let waits = match verdict {
+                    Verdict::Wait(until) => Some(until),
+                    Verdict::Hold(_) | Verdict::Own => None,
+                };
+                self.retry(tries, duration, delay, waits).unwrap_or_else(|| answered(answer, None))
+            }
+            (Said::Passing | Said::Answered | Said::NotSent, Some(_)) => {
+                if said != Said::NotSent {
+                    self.record_success(&breaker, &plugin);
+                }
+                tries.answered = tries.answered.saturating_add(1);
+                self.retry(tries, duration, delay, None).unwrap_or_else(|| answered(answer, None))
+            }
+            (_, None) => {
+                if !matches!(said, Said::NotSent | Said::Unanswered | Said::Trouble(_))
+                    && sent.is_some()
+                {
+                    self.record_success(&breaker, &plugin);
+                }
+                answered(answer, Some(share))
+            }
+        }
+    }
+
+    /// Returns the next attempt of a request, or `None` if no attempt is left.
+    ///
+    /// The backoff is at least the `delay` of the provider, and lasts at least until `waits`.
+    fn retry(
+        &self,
+        mut tries: Tries,
+        duration: Duration,
+        delay: Option<Duration>,
+        waits: Option<Timestamp>,
+    ) -> Option<Ended> {
+        let attempts = tries.answered.saturating_add(tries.unanswered);
+        let pause = self.backoff(attempts).max(delay.unwrap_or_default());
+        tries.spent = tries.spent.saturating_add(duration).saturating_add(pause);
+        let is_exhausted = attempts as usize >= self.config.execution.max_attempts.get()
+            || tries.unanswered as usize >= self.config.execution.max_unanswered_attempts.get()
+            || tries.spent > self.config.execution.max_retry_time.duration();
+        let at = self.clock.now().after(pause);
+        tracing::debug!(
+            tenant = %self.tenant,
+            batch = %self.batch,
+            attempts,
+            delay_ms = milliseconds(pause),
+            is_exhausted,
+            "attempt failed"
+        );
+        (!is_exhausted).then(|| Ended::Back(waits.map_or(at, |until| until.max(at)), tries))
+    }
+
+    /// Runs the steps of the adapter until an answer, a retry or a long wait.
+    async fn run_steps(
+        &self,
+        exchange: &mut Exchange<'_>,
+        line: Line<'_>,
+        request: &impl Fn() -> Request,
+        may_send: impl Fn() -> bool,
+    ) -> Result<StepOutcome, CallError> {
+        let plugin = exchange.plugin;
+        // The permit comes before the memory: a request that waits for a permit must not hold
+        // memory that requests in flight need.
+        match self.admit(plugin).await {
+            Admission::Admitted(place) => exchange.place = Some(place),
+            Admission::Stopped => return Ok(StepOutcome::Stopped),
+            Admission::Postponed(until) => return Ok(StepOutcome::Postponed(until)),
+        }
+        // The plugin or its breaker may have changed during the wait.
+        if !may_send() {
+            return Ok(StepOutcome::Postponed(self.clock.now()));
+        }
+        tokio::select! {
+            biased;
+            () = exchange.share.cover(plugin.gateway().expected()) => {}
+            () = self.stop.asked() => return Ok(StepOutcome::Stopped),
+        }
+        let mut step = match exchange.job.take() {
+            // The job was started before, so the adapter polls it.
+            Some(state) => {
+                let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
+                exchange.job = Some(state);
+                step
+            }
+            None => exchange.begin(&self.tenant, request).await?,
+        };
+        for _ in 0..plugin.limits().max_steps.get() {
+            step = match step {
+                Step::Done(answer) => {
+                    exchange.told_answer(&answer, line.id);
+                    return Ok(StepOutcome::Done(answer));
+                }
+                Step::Retry { after_milliseconds, otherwise } => {
+                    return Ok(StepOutcome::Retry(
+                        after_milliseconds.map(Duration::from_millis),
+                        otherwise,
+                    ));
+                }
+                Step::Send { request, state } => {
+                    let mut outcome = exchange.send(&self.tenant, request, &self.clock).await;
+                    exchange.resume(&self.tenant, &state, &mut outcome).await?
+                }
+                Step::Wait { milliseconds, state } => {
+                    let pause = Duration::from_millis(milliseconds);
+                    exchange.job_is_kept &= exchange.job.as_ref() == Some(&state);
+                    if pause >= STORE_JOB_THRESHOLD && !exchange.job_is_kept {
+                        exchange.job_is_kept = self.jobs.keep(line.number, plugin, &state).await;
+                    }
+                    if pause >= DEFER_THRESHOLD && exchange.job_is_kept {
+                        return Ok(StepOutcome::Polling(self.clock.now().after(pause)));
+                    }
+                    // The wait ends early only if the batch is stopped and its grace period ends.
+                    exchange.place = None;
+                    exchange.share.settle(state.len());
+                    self.clock.sleep(pause).await;
+                    while exchange.place.is_none() {
+                        match plugin.gateway().admit(self.queue).await {
+                            Ok(place) => exchange.place = Some(place),
+                            Err(until) => tokio::time::sleep_until(until).await,
+                        }
+                    }
+                    exchange.share.cover(plugin.gateway().expected()).await;
+                    let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
+                    exchange.job = Some(state);
+                    step
+                }
+            };
+        }
+        Err(CallError::Contract {
+            plugin: plugin.name().to_owned(),
+            function: "resume",
+            message: format!(
+                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
+                plugin.limits().max_steps
+            ),
+        })
+    }
+
+    /// Waits for a permit of the provider, for its request rate, and for the gate.
+    async fn admit(&self, plugin: &Plugin) -> Admission {
+        if self.stop.reason().is_some() {
+            return Admission::Stopped;
+        }
+        let admitted = async {
+            loop {
+                let admitted = match plugin.gateway().admit(self.queue).await {
+                    Ok(admitted) => admitted,
+                    Err(until) => {
+                        let left = until.saturating_duration_since(tokio::time::Instant::now());
+                        return Admission::Postponed(self.clock.now().after(left));
+                    }
+                };
+                plugin.gateway().until_rate_permits().await;
+                if self.gate.is_open() {
+                    return Admission::Admitted(admitted);
+                }
+                // No request is sent while its result could not be written.
+                drop(admitted);
+                self.gate.open().await;
+            }
+        };
+        // Biased, because a request that is admitted at once need not register for a stop.
+        tokio::select! {
+            biased;
+            admission = admitted => admission,
+            () = self.leave.cancelled() => match self.stop.reason() {
+                Some(_) => Admission::Stopped,
+                None => Admission::Postponed(self.clock.now()),
+            },
+        }
+    }
+
+    /// Records a success of the provider and logs the end of an outage.
+    fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
+        if let Some(outage) = breaker.passed() {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                plugin = plugin.name(),
+                endpoint = %self.endpoint,
+                duration_ms = milliseconds(outage.since.until(self.clock.now())),
+                error = outage.trouble.detail,
+                "breaker closed"
+            );
+            self.outages.tell();
+        }
+    }
+
+    /// Records a failure that may be the fault of the provider, and logs the start of an outage.
+    fn record_failure(
+        &self,
+        breaker: &Breaker,
+        line: Line<'_>,
+        plugin: &Plugin,
+        refused_at: Option<u64>,
+        trouble: Trouble,
+        probe: bool,
+    ) -> Verdict {
+        let detail = trouble.detail.clone();
+        let (verdict, opened) = breaker.failed(
+            self.clock.now(),
+            line.mark,
+            identity(plugin),
+            refused_at,
+            trouble,
+            probe,
+        );
+        if opened {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                plugin = plugin.name(),
+                endpoint = %self.endpoint,
+                error = detail,
+                "breaker opened"
+            );
+        } else {
+            tracing::debug!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                request = line.id,
+                plugin = plugin.name(),
+                ?verdict,
+                error = detail,
+                "request failed"
+            );
+        }
+        verdict
+    }
+
+    /// Describes a failure of the provider, for the client and for the operator.
+    fn describe_trouble(&self, kind: Kind, answer: &Answer, sent: Option<&Sent>) -> Trouble {
+        let status = match answer {
+            Answer::Response(response) => Some(response.status),
+            Answer::Failure(_) => None,
+        };
+        let with_status = |what: &str| match status {
+            Some(status) => format!("{what} (status {status})."),
+            None => format!("{what}."),
+        };
+        let message = match (kind, answer) {
+            (Kind::Unauthorized, _) => {
+                with_status("The provider does not accept the operator's credential")
+            }
+            (Kind::Forbidden, _) => {
+                with_status("The provider denies this request to the operator's credential")
+            }
+            (Kind::Quota, _) => {
+                with_status("The provider says that the account's quota is used up")
+            }
+            (_, Answer::Failure(failure)) => failure.message.clone(),
+            (_, Answer::Response(_)) => with_status("The provider answers with an error"),
+        };
+        let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
+        Trouble { kind, message, detail, answer: without_long_body(answer) }
+    }
+
+    /// Defers a line whose model has no plugin any more.
+    ///
+    /// A plugin served the model when the batch was validated, and the plugin may return.
+    fn missing_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
+        let model = truncate_for_message(line.model);
+        let message = format!("No plugin serves the model '{model}' any more.");
+        let plugins = self.registry.current();
+        let gone =
+            self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
+        let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
+        let breaker = self.outages.of(&name, &self.tenant, self.endpoint);
+        let ended = self.blocked_by_plugin(&breaker, line, tries, &message, &message);
+        // Another batch may have opened the breaker, so this batch is registered as waiting too.
+        if !breaker.holds(&self.batch) {
+            breaker.rests(&self.batch, 1);
+        }
+        ended
+    }
+
+    /// Opens the breaker of a missing or paused plugin and defers a line.
+    ///
+    /// `message` is the cause for the client, `detail` the cause for the operator.
+    fn blocked_by_plugin(
+        &self,
+        breaker: &Breaker,
+        line: Line<'_>,
+        tries: Tries,
+        message: &str,
+        detail: &str,
+    ) -> Ended {
+        let now = self.clock.now();
+        if let Breakers::GiveUp(answer) = breaker.check(now, 0) {
+            return Ended::Answered(Answered { answer, by: None, share: None });
+        }
+        let trouble = Trouble {
+            kind: Kind::Plugin,
+            message: message.to_owned(),
+            detail: detail.to_owned(),
+            answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
+        };
+        let (_, opened) = breaker.failed(now, line.mark, 0, None, trouble, true);
+        if opened {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                endpoint = %self.endpoint,
+                error = detail,
+                "breaker opened"
+            );
+        }
+        Ended::Back(now.after(PLUGIN_POLL_INTERVAL), Tries { waits: true, ..tries })
+    }
+
+    /// Returns an exponential backoff with jitter.
+    ///
+    /// The jitter removes up to half of the pause, so that requests that failed together are not
+    /// retried together.
+    fn backoff(&self, attempt: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1));
+        let max = self.config.execution.max_retry_backoff.duration();
+        let pause = self.config.execution.retry_backoff.duration().saturating_mul(doubled).min(max);
+        pause.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+/// Outcome of the wait for a permit.
+enum Admission {
+    /// The request may be sent with this permit.
+    Admitted(Admitted),
+    /// The batch was stopped.
+    Stopped,
+    /// The request is tried again at this time.
+    Postponed(Timestamp),
+}
+
+/// Returns a number that differs between a plugin and an earlier plugin of the same name.
+fn identity(plugin: &Plugin) -> usize {
+    std::ptr::from_ref(plugin) as usize
+}
+
+/// Converts a duration to milliseconds, for the log.
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Creates an answer without a response of the provider.
+fn failure(code: ErrorCode, message: String) -> Answer {
+    Answer::Failure(Failure { code: code.into(), message })
+}
+
+/// Copies an answer for waiting lines, and replaces a long body by a short message.
+fn without_long_body(answer: &Answer) -> Answer {
+    const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
+    match answer {
+        Answer::Response(Response { status, body, .. }) if body.len() > MAX_COPIED_BODY_BYTES => {
+            failure(
+                ErrorCode::ProviderError,
+                format!("The provider answered with status {status}."),
+            )
+        }
+        answer => answer.clone(),
+    }
+}

@@ -1,0 +1,197 @@
+//! Exchanges of one attempt with a provider: the permit, the memory and the calls of the adapter.
+//!
+//! The memory share covers the body of the request, the response and the answer. If the output of
+//! the adapter exceeds the share, the output is dropped, the share waits for room, and the call is
+//! repeated. A call is a pure function, so a second output that is larger is an error.
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::ids::TenantId;
+use batchwright_egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
+use batchwright_memory::Share;
+use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin};
+
+use crate::request::assessment::{BEGINNING, Said, Weighed};
+
+/// Summary of the last exchange of an attempt.
+pub(crate) struct Sent {
+    /// Verdict about the provider.
+    pub weighed: Weighed,
+    /// Error for the operator, if there was no response.
+    pub detail: Option<String>,
+}
+
+/// State of one attempt at a provider.
+pub(crate) struct Exchange<'a> {
+    /// Plugin that adapts the provider.
+    pub plugin: &'a Plugin,
+    /// Permit of the provider, or `None` while the attempt waits.
+    pub place: Option<Admitted>,
+    /// Memory that the attempt has reserved.
+    pub share: Share,
+    /// Summary of the last exchange.
+    pub last: Option<Sent>,
+    /// Time of the first send. Waits before it do not count against the request.
+    pub sent_at: Option<Timestamp>,
+    /// State of a job at the provider, as the adapter wrote it.
+    pub job: Option<Vec<u8>>,
+    /// True if the store has the job state.
+    pub job_is_kept: bool,
+    /// Refusals of the request so far.
+    pub refusals: Refusals,
+}
+
+/// Returns true if the classification of the adapter may change the verdict.
+///
+/// Some providers send an error with status 200. Such a response is short.
+fn may_be_error(response: &HttpResponse, weighed: &Weighed) -> bool {
+    weighed.said != Said::Answered
+        || (response.body.len() < BEGINNING
+            && memchr::memmem::find(&response.body, b"\"error\"").is_some())
+}
+
+impl<'a> Exchange<'a> {
+    /// Creates the state of an attempt that has sent nothing.
+    pub(crate) fn new(plugin: &'a Plugin, refusals: Refusals) -> Self {
+        Self {
+            plugin,
+            place: None,
+            share: plugin.gateway().share(),
+            last: None,
+            sent_at: None,
+            job: None,
+            job_is_kept: false,
+            refusals,
+        }
+    }
+
+    /// Calls `begin` of the adapter and returns the first step.
+    ///
+    /// If the step does not fit into the memory share, waits for room and repeats the call.
+    pub(crate) async fn begin(
+        &mut self,
+        tenant: &TenantId,
+        request: impl Fn() -> Request,
+    ) -> Result<Step, CallError> {
+        let step = self.plugin.begin(tenant, &request).await?;
+        let Err(bytes) = self.try_reserve(&step, 0) else { return Ok(step) };
+        drop(step);
+        self.share.cover(bytes).await;
+        let step = self.plugin.begin(tenant, &request).await?;
+        self.try_reserve(&step, 0).map_err(|_| self.not_deterministic("begin"))?;
+        Ok(step)
+    }
+
+    /// Grows the share to cover a step and `retained` bytes, without a wait.
+    ///
+    /// The error is the required size of the share.
+    fn try_reserve(&mut self, step: &Step, retained: usize) -> Result<(), usize> {
+        let step_bytes = match step {
+            Step::Send { request, .. } => request.body.len(),
+            // The result line is a copy of the body.
+            Step::Done(Answer::Response(response)) => response.body.len().saturating_mul(2),
+            Step::Done(Answer::Failure(_)) | Step::Wait { .. } | Step::Retry { .. } => 0,
+        };
+        let bytes = retained.saturating_add(step_bytes);
+        if self.share.try_cover(bytes) { Ok(()) } else { Err(bytes) }
+    }
+
+    /// Performs an exchange and records the verdict about the provider.
+    pub(crate) async fn send(
+        &mut self,
+        tenant: &TenantId,
+        request: HttpRequest,
+        clock: &Clock,
+    ) -> Outcome {
+        let gateway = self.plugin.gateway();
+        let Some(place) = &mut self.place else { return Outcome::Elapsed };
+        place.begins();
+        self.sent_at.get_or_insert_with(|| clock.now());
+        let outcome = match gateway.send(tenant, request, &mut self.share).await {
+            Ok(response) => {
+                gateway.brought(response.body.len());
+                Outcome::Response(response)
+            }
+            Err(error) => Outcome::Error(error),
+        };
+        let (hints, detail) = match &outcome {
+            Outcome::Response(response) => (Hints::of(&response.headers, clock.now()), None),
+            Outcome::Error(error) => (Hints::default(), Some(error.detail().to_owned())),
+            Outcome::Elapsed => (Hints::default(), None),
+        };
+        let mut weighed = Weighed::of(&outcome, hints, None);
+        if let Outcome::Response(response) = &outcome
+            && let Ok(Some(known)) = self.classify(tenant, response, &weighed).await
+        {
+            weighed = Weighed::of(&outcome, hints, Some(known));
+        }
+        if let Some(place) = &mut self.place {
+            place.ended(weighed.taken(), &mut self.refusals);
+            if let Some(left) = weighed.hints.left {
+                gateway.told(place, left);
+            }
+        }
+        self.last = Some(Sent { weighed, detail });
+        outcome
+    }
+
+    /// Calls `classify` of the adapter, or returns `None` without a call.
+    ///
+    /// Ordinary responses are only sampled, for the limits that the provider reports.
+    async fn classify(
+        &self,
+        tenant: &TenantId,
+        response: &HttpResponse,
+        weighed: &Weighed,
+    ) -> Result<Option<Classification>, CallError> {
+        let may_be_error = may_be_error(response, weighed);
+        if !self.plugin.classifies(may_be_error) {
+            return Ok(None);
+        }
+        Box::pin(self.plugin.classify(tenant, response)).await.map(Some)
+    }
+
+    /// Calls `resume` of the adapter with an outcome and returns the next step.
+    ///
+    /// If the step does not fit into the memory share, waits for room and repeats the call.
+    pub(crate) async fn resume(
+        &mut self,
+        tenant: &TenantId,
+        state: &[u8],
+        outcome: &mut Outcome,
+    ) -> Result<Step, CallError> {
+        let retained = match &*outcome {
+            Outcome::Response(response) => response.body.len(),
+            Outcome::Error(_) | Outcome::Elapsed => 0,
+        };
+        let step = self.plugin.resume(tenant, state, outcome).await?;
+        let Err(bytes) = self.try_reserve(&step, retained) else { return Ok(step) };
+        drop(step);
+        self.share.cover(bytes).await;
+        let step = self.plugin.resume(tenant, state, outcome).await?;
+        self.try_reserve(&step, retained).map_err(|_| self.not_deterministic("resume"))?;
+        Ok(step)
+    }
+
+    /// Records the size of an answer and logs the request id of the provider.
+    pub(crate) fn told_answer(&self, answer: &Answer, id: &str) {
+        let Answer::Response(response) = answer else { return };
+        self.plugin.gateway().brought(response.body.len());
+        let Response { status, request_id, .. } = response;
+        if let Some(provider_request_id) = request_id {
+            tracing::debug!(
+                request = id,
+                plugin = self.plugin.name(),
+                status,
+                provider_request_id,
+                "request answered"
+            );
+        }
+    }
+
+    /// Creates the error of a repeated call that returned a larger step.
+    fn not_deterministic(&self, function: &'static str) -> CallError {
+        let message = "it returns different results for the same call.".into();
+        CallError::Contract { plugin: self.plugin.name().to_owned(), function, message }
+    }
+}

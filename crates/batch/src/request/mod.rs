@@ -1,0 +1,7 @@
+//! One request: an attempt at the request, its exchanges with the provider, and its job there.
+
+pub(crate) mod assessment;
+pub(crate) mod attempt;
+pub(crate) mod exchange;
+pub(crate) mod jobs;
+pub(crate) mod served_by;

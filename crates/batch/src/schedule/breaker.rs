@@ -1,0 +1,533 @@
+//! Circuit breaker for each plugin, tenant and endpoint.
+//!
+//! **Problem.** A provider can be unavailable for minutes, a key can be rotated, an account can run
+//! out of quota. Without a breaker, each line of a batch would spend all its attempts on a failure
+//! that is not the fault of the line.
+//!
+//! **Fault of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
+//! 403 while other requests succeed. So each failure adds to a suspicion score, and any success
+//! resets the score. The failed line is held for a moment and tried again. If a refused line is
+//! refused again although other lines have succeeded in between, the refusal is the fault of the
+//! line, and the line fails.
+//!
+//! **Opening.** Two refusals in a row open the breaker. The second refusal comes from another line
+//! if the batch has one. Server errors and requests without a response weigh less: the breaker
+//! opens after five different lines. A missing or paused plugin opens the breaker at once.
+//!
+//! **Open.** No request is sent except one half-open probe at a time. The pauses between probes
+//! grow exponentially, with jitter. Waiting lines stay in the input file and use no memory and no
+//! task. Any success closes the breaker, unless the plugin is paused or missing. Each probe uses
+//! another line, so that a line with a fault of its own cannot keep the breaker open. A reloaded
+//! plugin, which may have a new key, is probed at once.
+//!
+//! **Only one line left.** A line that is the only one to fail has no other line to compare with.
+//! If the provider has accepted the credential before, such a line fails after a few 403 responses.
+//!
+//! **Cost.** A closed breaker without suspicion costs one atomic load per line.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::BatchId;
+use batchwright_plugin::types::Answer;
+
+/// Suspicion score at which the breaker opens.
+const OPEN_THRESHOLD: u32 = 5;
+
+/// Suspicion score of a refusal: two refusals open the breaker.
+const REFUSAL_WEIGHT: u32 = 3;
+
+/// Suspicion score of a server error or of a missing response.
+const FAILURE_WEIGHT: u32 = 1;
+
+/// Hold time of a failed line that has not opened the breaker.
+const HOLD_DURATION: Duration = Duration::from_secs(1);
+
+/// Minimum wait of a line while a probe is in flight.
+const PROBE_WAIT: Duration = Duration::from_secs(1);
+
+/// Number of 403 responses after which a line fails if no other line has failed and the credential
+/// has worked before.
+const MAX_FORBIDDEN_ATTEMPTS: u32 = 5;
+
+/// Maximum number of entries in each collection of a breaker.
+const MAX_TRACKED_ENTRIES: usize = 1024;
+
+/// Kind of provider failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request was not sent: DNS, connection or TLS failed.
+    Unreachable,
+    /// The provider refused the credential.
+    Unauthorized,
+    /// The provider refused the request, because of either the credential or the content.
+    Forbidden,
+    /// The account has no money or quota left.
+    Quota,
+    /// The provider reported a server error or sent no response.
+    Failed,
+    /// No plugin serves the model, or the plugin is paused.
+    Plugin,
+}
+
+impl Kind {
+    /// Returns true if the failure may be the fault of the line.
+    fn may_be_fault_of_line(self) -> bool {
+        matches!(self, Self::Unauthorized | Self::Forbidden | Self::Quota)
+    }
+
+    /// Returns the suspicion score of the failure.
+    fn weight(self) -> u32 {
+        if self == Self::Failed { FAILURE_WEIGHT } else { REFUSAL_WEIGHT }
+    }
+}
+
+/// Failure of a provider.
+#[derive(Clone, Debug)]
+pub struct Trouble {
+    /// Kind of the failure.
+    pub kind: Kind,
+    /// Cause for the client: one sentence without hosts, addresses or paths.
+    pub message: String,
+    /// Cause for the operator, in full.
+    pub detail: String,
+    /// Answer for a line that has waited longer than [`Pauses::give_up_after`].
+    pub answer: Answer,
+}
+
+/// Decision about a line before it is sent.
+#[derive(Debug)]
+pub(crate) enum Gate {
+    /// The line may be sent.
+    Go,
+    /// The line may be sent as the half-open probe.
+    Probe,
+    /// The line must wait until this time.
+    Wait(Timestamp),
+    /// The outage has exceeded [`Pauses::give_up_after`]. The line ends with this answer.
+    GiveUp(Answer),
+}
+
+/// Decision about a line that failed.
+#[derive(Debug)]
+pub(crate) enum Verdict {
+    /// The fault is undecided. The line is tried again at this time.
+    Hold(Timestamp),
+    /// The breaker is open. The line waits until this time.
+    Wait(Timestamp),
+    /// The failure is the fault of the line, which ends with an error.
+    Own,
+}
+
+/// Pauses between probes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pauses {
+    /// First pause.
+    pub first: Duration,
+    /// Upper limit of a pause.
+    pub longest: Duration,
+    /// Maximum wait of a line, or `None` for the completion window of its batch.
+    pub give_up_after: Option<Duration>,
+}
+
+/// State of an open breaker, for status reports.
+#[derive(Clone, Debug)]
+pub struct Outage {
+    /// Latest failure.
+    pub trouble: Trouble,
+    /// Time of the first failure after the last success.
+    pub since: Timestamp,
+    /// Time of the next probe.
+    pub next_probe: Timestamp,
+    /// Number of waiting requests in resting batches.
+    pub waiting: u64,
+}
+
+/// Circuit breaker of a plugin, tenant and endpoint.
+pub(crate) struct Breaker {
+    pauses: Pauses,
+    /// Successes since the breaker was created.
+    passes: AtomicU64,
+    /// True if the breaker is closed and there is no suspicion. Read for every line.
+    calm: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Time of the first failure after the last success.
+    since: Option<Timestamp>,
+    suspicion: u32,
+    /// Lines that have failed since then.
+    failed_lines: HashSet<u64>,
+    open: Option<Open>,
+    /// Failed attempts of each line since then.
+    attempts: HashMap<u64, u32>,
+    /// Waiting requests of each resting batch.
+    resting: HashMap<BatchId, u64>,
+}
+
+struct Open {
+    trouble: Trouble,
+    pause: Duration,
+    next: Timestamp,
+    probing: bool,
+    /// Identity of the loaded plugin. Failures of one identity do not delay probes of another.
+    plugin: usize,
+}
+
+/// Guard of a probe in flight. Dropping the guard allows the next probe.
+pub(crate) struct Probe(Arc<Breaker>);
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(open) = &mut self.0.lock().open {
+            open.probing = false;
+        }
+    }
+}
+
+impl Breaker {
+    /// Creates a closed breaker.
+    pub(crate) fn new(pauses: Pauses) -> Self {
+        Self {
+            pauses,
+            passes: AtomicU64::new(0),
+            calm: AtomicBool::new(true),
+            state: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns true if the breaker is closed and there is no suspicion.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.calm.load(Ordering::Relaxed)
+    }
+
+    /// Decides whether this plugin may send a line now.
+    pub(crate) fn check(&self, now: Timestamp, plugin: usize) -> Gate {
+        if self.is_calm() {
+            return Gate::Go;
+        }
+        self.lock().gate(now, plugin, self.pauses)
+    }
+
+    /// Decides like [`Self::check`] and reserves the probe if the decision is [`Gate::Probe`].
+    pub(crate) fn enter(self: &Arc<Self>, now: Timestamp, plugin: usize) -> (Gate, Option<Probe>) {
+        if self.is_calm() {
+            return (Gate::Go, None);
+        }
+        let mut state = self.lock();
+        let gate = state.gate(now, plugin, self.pauses);
+        if matches!(gate, Gate::Probe)
+            && let Some(open) = &mut state.open
+        {
+            open.probing = true;
+            drop(state);
+            return (gate, Some(Probe(self.clone())));
+        }
+        (gate, None)
+    }
+
+    /// Returns the number of failed attempts of a line.
+    pub(crate) fn tries(&self, line: u64) -> u32 {
+        if self.is_calm() { 0 } else { self.lock().attempts.get(&line).copied().unwrap_or(0) }
+    }
+
+    /// Returns the number of successes so far. A refused line stores this number.
+    pub(crate) fn passes(&self) -> u64 {
+        self.passes.load(Ordering::Relaxed)
+    }
+
+    /// Records a success and returns the outage that the success has ended, if any.
+    pub(crate) fn passed(&self) -> Option<Outage> {
+        self.passes.fetch_add(1, Ordering::Relaxed);
+        if self.is_calm() {
+            return None;
+        }
+        // A request that was in flight when its plugin was paused does not end the pause.
+        if self.lock().open.as_ref().is_some_and(|open| open.trouble.kind == Kind::Plugin) {
+            return None;
+        }
+        self.close()
+    }
+
+    /// Closes the breaker, resets the suspicion and returns the outage that has ended, if any.
+    pub(crate) fn close(&self) -> Option<Outage> {
+        let mut state = self.lock();
+        let ended = state.outage();
+        *state = State::default();
+        self.calm.store(true, Ordering::Relaxed);
+        ended
+    }
+
+    /// Records a failed line and decides about the line.
+    ///
+    /// `refused_at` is the value of [`Self::passes`] when the line was refused before. The second
+    /// value is true if this failure has opened the breaker.
+    pub(crate) fn failed(
+        &self,
+        now: Timestamp,
+        line: u64,
+        plugin: usize,
+        refused_at: Option<u64>,
+        trouble: Trouble,
+        probe: bool,
+    ) -> (Verdict, bool) {
+        let passes = self.passes();
+        if trouble.kind.may_be_fault_of_line() && refused_at.is_some_and(|before| passes > before) {
+            return (Verdict::Own, false);
+        }
+        let mut state = self.lock();
+        self.calm.store(false, Ordering::Relaxed);
+        state.since.get_or_insert(now);
+        let is_new =
+            state.failed_lines.len() < MAX_TRACKED_ENTRIES && state.failed_lines.insert(line);
+        if state.attempts.len() < MAX_TRACKED_ENTRIES || state.attempts.contains_key(&line) {
+            let attempts = state.attempts.entry(line).or_default();
+            *attempts = attempts.saturating_add(1);
+        }
+        let attempts = state.attempts.get(&line).copied().unwrap_or(0);
+        let is_only_line = state.failed_lines.len() == 1;
+        if let Some(open) = &mut state.open {
+            if probe {
+                open.pause = open.pause.saturating_mul(2).min(self.pauses.longest);
+                open.next = now.after(jittered(open.pause));
+                open.probing = false;
+                open.trouble = trouble;
+            }
+            let (kind, next) = (open.trouble.kind, open.next);
+            if kind == Kind::Forbidden
+                && is_only_line
+                && passes > 0
+                && attempts >= MAX_FORBIDDEN_ATTEMPTS
+            {
+                *state = State::default();
+                self.calm.store(true, Ordering::Relaxed);
+                return (Verdict::Own, false);
+            }
+            return (Verdict::Wait(next), false);
+        }
+        if is_new || trouble.kind != Kind::Failed {
+            state.suspicion = state.suspicion.saturating_add(trouble.kind.weight());
+        }
+        if state.suspicion < OPEN_THRESHOLD && trouble.kind != Kind::Plugin {
+            return (
+                Verdict::Hold(now.after(HOLD_DURATION.min(self.pauses.first.saturating_mul(2)))),
+                false,
+            );
+        }
+        let next = now.after(jittered(self.pauses.first));
+        state.open = Some(Open { trouble, pause: self.pauses.first, next, probing: false, plugin });
+        (Verdict::Wait(next), true)
+    }
+
+    /// Returns the outage if the breaker is open.
+    pub(crate) fn outage(&self) -> Option<Outage> {
+        if self.is_calm() { None } else { self.lock().outage() }
+    }
+
+    /// Registers a resting batch and the number of its waiting requests.
+    pub(crate) fn rests(&self, batch: &BatchId, requests: u64) {
+        let mut state = self.lock();
+        if state.open.is_some() && state.resting.len() < MAX_TRACKED_ENTRIES {
+            state.resting.insert(batch.clone(), requests);
+        }
+    }
+
+    /// Returns true if a batch is registered as resting.
+    pub(crate) fn holds(&self, batch: &BatchId) -> bool {
+        !self.is_calm() && self.lock().resting.contains_key(batch)
+    }
+
+    /// Removes a batch from the resting batches.
+    pub(crate) fn wakes(&self, batch: &BatchId) {
+        if !self.is_calm() {
+            self.lock().resting.remove(batch);
+        }
+    }
+}
+
+impl State {
+    /// Decides whether a line may be sent now.
+    fn gate(&self, now: Timestamp, plugin: usize, pauses: Pauses) -> Gate {
+        let Some(open) = &self.open else { return Gate::Go };
+        let waited = self.since.map_or(Duration::ZERO, |since| since.until(now));
+        if pauses.give_up_after.is_some_and(|longest| waited > longest) {
+            return Gate::GiveUp(open.trouble.answer.clone());
+        }
+        if open.probing {
+            return Gate::Wait(open.next.max(now.after(PROBE_WAIT)));
+        }
+        if open.next > now && open.plugin == plugin {
+            return Gate::Wait(open.next);
+        }
+        Gate::Probe
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        let open = self.open.as_ref()?;
+        Some(Outage {
+            trouble: open.trouble.clone(),
+            since: self.since.unwrap_or(open.next),
+            next_probe: open.next,
+            waiting: self.resting.values().fold(0, |sum, more| sum.saturating_add(*more)),
+        })
+    }
+}
+
+/// Shortens a pause by up to a fifth at random, so that servers do not probe at the same time.
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.8 + fastrand::f64() / 5.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use batchwright_plugin::types::Failure;
+
+    use super::*;
+
+    const PAUSES: Pauses = Pauses {
+        first: Duration::from_secs(1),
+        longest: Duration::from_secs(60),
+        give_up_after: None,
+    };
+
+    fn trouble(kind: Kind) -> Trouble {
+        let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
+        Trouble { kind, message: "refused".into(), detail: "refused by 192.0.2.1".into(), answer }
+    }
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_millis(seconds * 1000)
+    }
+
+    fn fail(
+        breaker: &Breaker,
+        now: i64,
+        line: u64,
+        kind: Kind,
+        refused_at: Option<u64>,
+    ) -> Verdict {
+        breaker.failed(at(now), line, 1, refused_at, trouble(kind), false).0
+    }
+
+    /// Sends a line as a probe as soon as possible and returns the seconds until then.
+    fn probe(breaker: &Arc<Breaker>, now: i64, line: u64, kind: Kind) -> (i64, Verdict) {
+        for second in now..now + 100 {
+            if let (Gate::Probe, Some(_guard)) = breaker.enter(at(second), 1) {
+                assert!(
+                    matches!(breaker.check(at(second), 1), Gate::Wait(_)),
+                    "one probe at a time"
+                );
+                return (
+                    second - now,
+                    breaker.failed(at(second), line, 1, None, trouble(kind), true).0,
+                );
+            }
+        }
+        panic!("no probe was allowed");
+    }
+
+    #[test]
+    fn first_refusal_holds_the_line_and_second_refusal_opens_the_breaker() {
+        let breaker = Arc::new(Breaker::new(PAUSES));
+        assert!(matches!(fail(&breaker, 0, 1, Kind::Unauthorized, None), Verdict::Hold(_)));
+        assert!(matches!(breaker.check(at(0), 1), Gate::Go), "other lines are sent");
+        assert!(matches!(fail(&breaker, 0, 2, Kind::Unauthorized, None), Verdict::Wait(_)));
+        assert!(matches!(breaker.check(at(0), 1), Gate::Wait(_)));
+        // A reloaded plugin, which may have a new key, is probed at once.
+        assert!(matches!(breaker.check(at(0), 2), Gate::Probe));
+        let pauses: Vec<i64> = (0..8)
+            .scan(0, |now, line| {
+                let (waited, verdict) = probe(&breaker, *now, 10 + line, Kind::Unauthorized);
+                assert!(matches!(verdict, Verdict::Wait(_)));
+                *now += waited;
+                Some(waited)
+            })
+            .collect();
+        assert!(
+            pauses.windows(2).all(|pair| pair[0] <= pair[1] + 12)
+                && pauses.iter().all(|pause| *pause <= 60)
+        );
+        assert!(*pauses.last().unwrap() >= 48, "{pauses:?}");
+        let ended = breaker.passed().unwrap();
+        assert_eq!(ended.trouble.detail, "refused by 192.0.2.1");
+        assert!(breaker.is_calm() && breaker.outage().is_none());
+    }
+
+    #[test]
+    fn line_refused_while_others_succeed_is_at_fault() {
+        let breaker = Arc::new(Breaker::new(PAUSES));
+        breaker.passed();
+        let before = breaker.passes();
+        assert!(matches!(fail(&breaker, 0, 1, Kind::Forbidden, None), Verdict::Hold(_)));
+        breaker.passed();
+        assert!(matches!(fail(&breaker, 1, 1, Kind::Forbidden, Some(before)), Verdict::Own));
+        assert!(breaker.is_calm());
+        // Without another failed line, a forbidden line fails after a few attempts. A refused key
+        // waits.
+        for (kind, ends) in [(Kind::Forbidden, true), (Kind::Unauthorized, false)] {
+            let before = breaker.passes();
+            fail(&breaker, 0, 1, kind, None);
+            assert!(matches!(fail(&breaker, 1, 1, kind, Some(before)), Verdict::Wait(_)));
+            let mut now = 1;
+            let at_fault = (0..20).any(|_| {
+                let (waited, verdict) = probe(&breaker, now, 1, kind);
+                now += waited;
+                matches!(verdict, Verdict::Own)
+            });
+            assert_eq!(at_fault, ends);
+            breaker.close();
+        }
+    }
+
+    #[test]
+    fn server_errors_open_the_breaker_after_five_different_lines() {
+        let breaker = Arc::new(Breaker::new(PAUSES));
+        for _ in 0..20 {
+            assert!(matches!(fail(&breaker, 0, 1, Kind::Failed, None), Verdict::Hold(_)));
+        }
+        for line in 2..5 {
+            assert!(matches!(fail(&breaker, 0, line, Kind::Failed, None), Verdict::Hold(_)));
+        }
+        breaker.passed();
+        for line in 1..5 {
+            assert!(matches!(fail(&breaker, 0, line, Kind::Failed, None), Verdict::Hold(_)));
+        }
+        assert!(matches!(fail(&breaker, 0, 5, Kind::Failed, None), Verdict::Wait(_)));
+        assert_eq!(breaker.tries(1), 1);
+        assert_eq!(breaker.tries(9), 0);
+    }
+
+    #[test]
+    fn lines_fail_after_max_outage() {
+        let breaker = Arc::new(Breaker::new(Pauses {
+            give_up_after: Some(Duration::from_secs(10)),
+            ..PAUSES
+        }));
+        fail(&breaker, 0, 1, Kind::Unreachable, None);
+        fail(&breaker, 0, 2, Kind::Unreachable, None);
+        assert!(matches!(breaker.check(at(9), 1), Gate::Probe));
+        assert!(matches!(breaker.check(at(11), 1), Gate::GiveUp(_)));
+    }
+
+    #[test]
+    fn dropped_probe_allows_the_next_probe() {
+        let breaker = Arc::new(Breaker::new(PAUSES));
+        fail(&breaker, 0, 1, Kind::Unreachable, None);
+        fail(&breaker, 0, 2, Kind::Unreachable, None);
+        drop(breaker.enter(at(5), 1));
+        assert!(matches!(breaker.enter(at(5), 1), (Gate::Probe, Some(_))));
+        breaker.rests(&"batch_1".into(), 7);
+        assert_eq!(breaker.outage().unwrap().waiting, 7);
+        breaker.wakes(&"batch_1".into());
+        assert_eq!(breaker.outage().unwrap().waiting, 0);
+    }
+}

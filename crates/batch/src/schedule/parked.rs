@@ -1,0 +1,99 @@
+//! Resting batches: released to the store until a wake-up time, because none of their requests can
+//! be sent before. This module also keeps the position from which each batch continues.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_store::Claim;
+
+use crate::formats::input::Position;
+use crate::schedule::retry_queue::Deferred;
+
+/// Maximum number of saved positions. Batches beyond this limit read their input from the start.
+const MAX_POSITIONS: usize = 10_000;
+
+/// Maximum number of saved deferred lines of all resting batches together. Batches beyond this
+/// limit read these lines again and lose the count of their attempts.
+const MAX_DEFERRED_LINES: usize = 65_536;
+
+/// Wait while no rest has an end.
+const IDLE_WAIT: std::time::Duration = std::time::Duration::from_secs(3600);
+
+/// Saved state of resting batches. A batch without saved state reads its input from the start.
+#[derive(Default)]
+pub(crate) struct Rests {
+    /// End of the earliest rest.
+    next: Mutex<Option<Timestamp>>,
+    kept: Mutex<HashMap<(TenantId, BatchId), Kept>>,
+}
+
+/// State from which a batch continues.
+#[derive(Default)]
+pub(crate) struct Kept {
+    /// Position in the input. Each line before it has a result or is a deferred line.
+    pub position: Position,
+    /// Lines that are due for another attempt.
+    pub deferred: Arc<Deferred>,
+    /// Number of lines read so far. Lines from the position up to this number may be deferred
+    /// lines.
+    pub read_before: u64,
+}
+
+impl Rests {
+    /// Waits until a rest ends.
+    pub(crate) async fn next_end(&self, clock: &Clock) {
+        let next = *self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        match next {
+            Some(at) => clock.sleep_until(at).await,
+            None => clock.sleep(IDLE_WAIT).await,
+        }
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.is_some_and(|at| at <= clock.now()) {
+            *next = None;
+        }
+    }
+
+    /// Registers the end of a rest.
+    pub(crate) fn until(&self, at: Timestamp) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        *next = Some(next.map_or(at, |known| known.min(at)));
+    }
+
+    /// Removes and returns the saved state of a claimed batch, or the start of the input.
+    pub(crate) fn take(&self, claim: &Claim) -> Kept {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.remove(&key(claim)).unwrap_or_default()
+    }
+
+    /// Saves the state of a batch that has no requests in flight.
+    ///
+    /// If there is no room for the deferred lines, the position moves back to the first of them.
+    pub(crate) fn save(&self, claim: &Claim, state: Kept) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = kept.values().map(|kept| kept.deferred.len()).sum();
+        let has_room = all.saturating_add(state.deferred.len()) <= MAX_DEFERRED_LINES;
+        let state = if has_room {
+            state
+        } else {
+            let first = state.deferred.first();
+            Kept {
+                position: first.map_or(state.position, |first| first.min(state.position)),
+                ..Kept::default()
+            }
+        };
+        if kept.len() < MAX_POSITIONS {
+            kept.insert(key(claim), state);
+        }
+    }
+
+    /// Removes the saved state of a batch that has ended.
+    pub(crate) fn forget(&self, claim: &Claim) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(claim));
+    }
+}
+
+fn key(claim: &Claim) -> (TenantId, BatchId) {
+    (claim.tenant.clone(), claim.batch_id.clone())
+}

@@ -1,0 +1,135 @@
+//! Service: what clients ask of a server. Every method is safe to call at any moment, whatever the
+//! worker does.
+
+pub(crate) mod create;
+pub(crate) mod files;
+
+use std::sync::Arc;
+
+use batchwright_domain::clock::Clock;
+use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_domain::status::Status;
+use batchwright_memory::Memory;
+use batchwright_plugin::Registry;
+use batchwright_store::{
+    BatchError, BatchRecord, Cancel, Objects, Paged, PluginVersion, Result, Store, StoreError,
+    WaitCause,
+};
+use tokio::sync::Notify;
+
+use crate::config::Config;
+use crate::engine::{Parts, Shared};
+use crate::schedule::breaker::Outage;
+use crate::schedule::breakers::{Key, Outages};
+use crate::schedule::running::Running;
+use crate::schedule::stop::Reason;
+
+/// Batches and files of all tenants, as clients see them.
+pub struct Service {
+    store: Arc<dyn Store>,
+    objects: Arc<dyn Objects>,
+    registry: Arc<Registry>,
+    clock: Clock,
+    config: Arc<Config>,
+    memory: Memory,
+    running: Arc<Running>,
+    breakers: Arc<Outages>,
+    work_available: Arc<Notify>,
+    cleanup_needed: Arc<Notify>,
+}
+
+/// Plugins that have served a batch, and the cause of its wait.
+#[derive(Debug)]
+pub struct BatchPlugins {
+    /// Exact versions of the plugins, in order of first use.
+    pub served_by: Vec<PluginVersion>,
+    /// Cause of the wait, or `None` if the batch is not waiting.
+    pub waits_for: Option<WaitCause>,
+}
+
+impl Service {
+    pub(crate) fn new(parts: &Parts, shared: &Shared, breakers: Arc<Outages>) -> Self {
+        Self {
+            store: parts.store.clone(),
+            objects: parts.objects.clone(),
+            registry: parts.registry.clone(),
+            clock: parts.clock.clone(),
+            config: parts.config.clone(),
+            memory: parts.memory.clone(),
+            running: shared.running.clone(),
+            breakers,
+            work_available: shared.work_available.clone(),
+            cleanup_needed: shared.cleanup_needed.clone(),
+        }
+    }
+
+    /// Returns a batch with the first few of its errors, or `None` if the batch is unknown.
+    pub async fn get(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchRecord>> {
+        self.store.batch(tenant, id).await
+    }
+
+    /// Returns all errors of a batch.
+    pub async fn errors(&self, tenant: &TenantId, id: &BatchId) -> Result<Vec<BatchError>> {
+        self.store.batch_errors(tenant, id).await
+    }
+
+    /// Returns the plugins that have served a batch so far, or `None` if the batch is unknown.
+    pub async fn plugins(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchPlugins>> {
+        let Some(batch) = self.store.batch(tenant, id).await? else { return Ok(None) };
+        let Some(served_by) = self.store.plugin_versions(tenant, id).await? else {
+            return Ok(None);
+        };
+        Ok(Some(BatchPlugins { served_by, waits_for: self.waits_for(tenant, &batch) }))
+    }
+
+    /// Returns the cause of the wait of a batch, as text for the client, or `None` if the batch is
+    /// not waiting.
+    pub fn waits_for(&self, tenant: &TenantId, batch: &BatchRecord) -> Option<WaitCause> {
+        if batch.status != Status::InProgress {
+            return None;
+        }
+        match self.running.claim(tenant, &batch.new.id) {
+            Some(claim) => {
+                let now = self.clock.now();
+                let next = batch.waits_for.as_ref().map_or(now, |known| known.next);
+                self.breakers.wait_cause(&claim, batch.new.endpoint, now, next)
+            }
+            None => batch.waits_for.clone(),
+        }
+    }
+
+    /// Returns all open circuit breakers with their keys.
+    pub fn outages(&self) -> Vec<(Key, Outage)> {
+        self.breakers.list()
+    }
+
+    /// Returns a page of batches, newest first.
+    ///
+    /// The page has at most `limit` entries, and fewer if the entries exceed `bytes`.
+    pub async fn list(
+        &self,
+        tenant: &TenantId,
+        after: Option<BatchId>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Paged<BatchRecord>> {
+        self.store.batches(tenant, after, limit, bytes).await
+    }
+
+    /// Requests the cancellation of a batch.
+    ///
+    /// The request runs on a separate task, so that a disconnected client cannot interrupt it. A
+    /// worker of another process learns of it when it renews its lease.
+    pub async fn cancel(self: &Arc<Self>, tenant: &TenantId, id: &BatchId) -> Result<Cancel> {
+        let (service, tenant, id) = (self.clone(), tenant.clone(), id.clone());
+        let cancelling = tokio::spawn(async move {
+            let found = service.store.request_cancel(&tenant, &id, service.clock.now()).await?;
+            if !service.running.stop(&tenant, &id, Reason::Cancelled) {
+                // The batch waits for a place in its lane. The finish lane may have a free place.
+                service.work_available.notify_one();
+            }
+            Ok(found)
+        });
+        cancelling.await.unwrap_or(Err(StoreError::Closed))
+    }
+}

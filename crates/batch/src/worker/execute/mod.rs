@@ -1,0 +1,598 @@
+//! Execution: sends the requests of one batch through a bounded window of requests in flight.
+//!
+//! **Problem.** A batch may have far more lines than fit into memory. Its provider may be slow, may
+//! fail, or may be unavailable for hours. Other batches wait for the same plugins meanwhile.
+//!
+//! **Window.** Lines are read from the input in order. Lines that already have a result are
+//! skipped, so an execution that starts again after a crash sends only the rest. A line is sent
+//! when three conditions hold: results can be written (see [`gate`](crate::schedule::gate)), the window has a
+//! permit (`max_concurrent_requests_per_batch`), and the memory pool `lines` has room for the line.
+//! The permit and the memory are held until the result is in the channel of the recorder. So a slow
+//! database slows the requests down, and results do not pile up in memory.
+//!
+//! **Turns.** A batch takes lines only while it holds a place, one stint at a time; see
+//! [`lanes`](crate::schedule::lanes). Requests in flight need no place and continue between stints.
+//!
+//! **Retries.** A request without a final answer leaves the window. Only its position and its retry
+//! state are kept, in [`deferred`](crate::schedule::retry_queue), and the line is read again. If there is no
+//! room for more deferred lines, the request waits in its task and keeps its permit.
+//!
+//! **Outages.** While the breakers of all plugins are open, nothing is read. If only some are open,
+//! the lines of these plugins are skipped and read again later, so that the lines of the other
+//! plugins continue. While a breaker has suspicion, untried lines go before lines that have failed:
+//! a line with a fault of its own must not delay the others.
+//!
+//! **Rest.** If nothing is in flight and no line is due within [`MIN_REST`], the batch is released
+//! to the store and rests. Its position and its deferred lines are kept; see
+//! [`rests`](crate::schedule::parked).
+//!
+//! **Stop.** After a cancellation, an expiry or a shutdown, no new request is sent. Requests in
+//! flight get a grace period and are dropped after it. Every answer that has arrived is recorded,
+//! even if the input cannot be read to its end. A panic in one request costs only its own line.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::BatchId;
+use batchwright_memory::Holder;
+use batchwright_plugin::types::{Answer, Failure};
+use batchwright_store::{BatchRecord, Claim, Lane, Result, ResultRow};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::formats::input::Input;
+use crate::formats::line::{RequestLine, with_model};
+use crate::formats::result_line::{request_id, row};
+use crate::request::attempt::{Answered, Context, Ended, Line};
+use crate::request::jobs::Jobs;
+use crate::schedule::breaker::{Breaker, Gate};
+use crate::schedule::lanes::{Lanes, Place, Plugins};
+use crate::schedule::parked::Kept;
+use crate::schedule::retry_queue::{Deferred, Entry};
+use crate::schedule::stop::{Reason, Stop};
+use crate::worker::Worker;
+use crate::worker::record::{GROUP, Recorded};
+use crate::worker::unfinished_lines::LinesToDo;
+
+/// Size of the chunks in which the input is read.
+const READ_CHUNK_BYTES: u64 = 128 << 10;
+
+/// Memory of a request in flight in addition to its line: the task and its state in the runtime.
+const TASK_OVERHEAD_BYTES: usize = 8 << 10;
+
+/// Memory of a result in addition to its payload.
+const ROW_OVERHEAD_BYTES: usize = 512;
+
+/// Minimum idle time for which a batch is released to the store.
+const MIN_REST: Duration = Duration::from_secs(2);
+
+/// Outcome of an execution.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Executed {
+    /// Every line has a result.
+    All,
+    /// The batch was stopped for this reason.
+    Stopped(Reason),
+    /// The turn has ended, and nothing is in flight.
+    TurnOver,
+    /// No request can be sent before this time, and nothing is in flight.
+    Rests(Timestamp),
+}
+
+/// Reason why no more lines are taken for now.
+#[derive(Debug)]
+enum Pause {
+    /// Every line has been taken and has a result.
+    End,
+    /// The batch was stopped.
+    Stopped,
+    /// The turn has ended.
+    TurnOver,
+    /// No line is due before this time, or before another line is deferred if there is no time.
+    Idle(Option<Timestamp>),
+    /// The batch rests until this time.
+    Rests(Timestamp),
+}
+
+/// Plugin that serves lines of the batch, with its circuit breaker.
+struct Target {
+    plugin: Holder,
+    breaker: Arc<Breaker>,
+}
+
+impl Worker {
+    /// Executes all lines that have no result yet.
+    ///
+    /// Returns early if the batch is stopped, its turn ends, or it has to rest.
+    pub(super) async fn execute(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        stop: &Arc<Stop>,
+        lanes: &Arc<Lanes>,
+        place: &mut Option<Place>,
+    ) -> Result<Executed> {
+        let plugins = match &claim.lane {
+            Lane::Execute(plugins) => plugins.clone(),
+            Lane::Validate | Lane::Finish => Plugins::new(),
+        };
+        let targets = plugins.iter().map(|name| Target {
+            plugin: name.as_str().into(),
+            breaker: self.breakers.of(name, &claim.tenant, batch.new.endpoint),
+        });
+        let targets: Vec<Target> = targets.collect();
+        for target in &targets {
+            target.breaker.wakes(&claim.batch_id);
+        }
+        let context = Arc::new(Context {
+            tenant: claim.tenant.clone(),
+            batch: claim.batch_id.clone(),
+            endpoint: batch.new.endpoint,
+            default_model: self.default_model(claim, batch),
+            created_at: u64::try_from(batch.new.created_at.as_seconds()).unwrap_or(0),
+            registry: self.registry.clone(),
+            jobs: Jobs::of_batch(&self.store, claim).await?,
+            outages: self.breakers.clone(),
+            breakers: targets
+                .iter()
+                .map(|target| (target.plugin.to_string(), target.breaker.clone()))
+                .collect(),
+            clock: self.clock.clone(),
+            config: self.config.clone(),
+            stop: stop.clone(),
+            leave: stop.child(),
+            gate: self.gate.clone(),
+            queue: self.next_queue(),
+        });
+        let (results, to_record) = mpsc::channel(GROUP);
+        let recording = self.record(claim, to_record);
+        let working = async {
+            let kill = CancellationToken::new();
+            // Dropping this future also drops the requests that it has spawned.
+            let _guard = kill.clone().drop_guard();
+            let tasks = TaskTracker::new();
+            tasks.close();
+            // Lines whose model is not read yet share memory with all lines of the same plugins.
+            let holder: Holder =
+                plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
+            let work = Work { context, holder, targets, results, kill: &kill, tasks: &tasks };
+            let taken = self.take_lines(claim, batch, &work, (lanes, &plugins), place).await;
+            // Requests in flight need no place.
+            *place = None;
+            // The recorder ends when the last sender is dropped.
+            drop(work);
+            self.drain_requests(stop, &tasks, &kill).await;
+            taken
+        };
+        // Answers are recorded even if the input cannot be read to its end.
+        let ((), taken) = tokio::try_join!(recording, async { Ok(working.await) })?;
+        Ok(match (taken?, stop.reason()) {
+            (_, Some(reason)) => Executed::Stopped(reason),
+            (Pause::TurnOver, None) => Executed::TurnOver,
+            (Pause::Rests(until), None) => Executed::Rests(until),
+            (Pause::End | Pause::Stopped | Pause::Idle(_), None) => Executed::All,
+        })
+    }
+
+    /// Takes lines, one stint at a time.
+    ///
+    /// Returns when all lines have a result, when the batch must rest or stop, or when its turn has
+    /// ended and nothing is in flight.
+    async fn take_lines(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        work: &Work<'_>,
+        (lanes, plugins): (&Arc<Lanes>, &Plugins),
+        place: &mut Option<Place>,
+    ) -> Result<Pause> {
+        let mut lines = self.open_lines(claim, self.rests.take(claim), plugins.len() > 1).await?;
+        lines.deferred.wake(self.clock.now());
+        let mut changes = self.breakers.changes();
+        loop {
+            let paused = match place {
+                Some(place) => self.take_stint(batch, work, &mut lines, place).await?,
+                None => Pause::TurnOver,
+            };
+            // Other batches use the place until this batch has a line to take again.
+            *place = None;
+            match paused {
+                Pause::TurnOver => {}
+                Pause::Idle(due) => {
+                    if let Some(ended) =
+                        self.wait_while_idle(claim, work, &mut lines, due, &mut changes).await?
+                    {
+                        return Ok(ended);
+                    }
+                }
+                ended => return Ok(ended),
+            }
+            let left = async {
+                work.tasks.wait().await;
+                // Deferred lines exist only in this process, so the batch waits for its next turn.
+                if lines.deferred.next().is_some() && !work.context.leave.is_cancelled() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            *place = tokio::select! {
+                granted = lanes.come_back(plugins, self.clock.now()),
+                    if !work.context.leave.is_cancelled() =>
+                {
+                    if granted.is_none() {
+                        work.context.leave.cancel();
+                    }
+                    granted
+                }
+                () = left => {
+                    // An evicted batch may have dropped lines, so it is read from the start.
+                    if !work.context.leave.is_cancelled() {
+                        self.rests.save(claim, lines.kept());
+                    }
+                    return Ok(Pause::TurnOver);
+                }
+                () = work.context.stop.asked() => return Ok(Pause::Stopped),
+            };
+        }
+    }
+
+    /// Returns the model for lines that name no model: the model that validation found in all lines
+    /// of the batch, or the default model of the plugins.
+    fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
+        let plugins = self.registry.current();
+        let default = plugins.default_model(&claim.tenant, batch.new.endpoint).map(str::to_owned);
+        batch.new.endpoint.has_optional_model().then(|| batch.model.clone().or(default)).flatten()
+    }
+
+    /// Opens the unfinished lines of a batch at a saved position.
+    async fn open_lines<'a>(
+        &'a self,
+        claim: &'a Claim,
+        from: Kept,
+        many: bool,
+    ) -> Result<LinesToDo<'a>> {
+        let window = self
+            .config
+            .execution
+            .max_concurrent_requests_per_batch
+            .get()
+            .min(Semaphore::MAX_PERMITS);
+        let input: Input = self.open_input_at(claim, READ_CHUNK_BYTES, from.position).await?;
+        Ok(LinesToDo::new(&*self.store, claim, input, from, window, many))
+    }
+
+    /// Waits until there may be a line to take, and returns `None` then.
+    ///
+    /// Returns a pause if the execution must end instead.
+    async fn wait_while_idle<'a>(
+        &'a self,
+        claim: &'a Claim,
+        work: &Work<'_>,
+        lines: &mut LinesToDo<'a>,
+        due: Option<Timestamp>,
+        changes: &mut tokio::sync::watch::Receiver<u64>,
+    ) -> Result<Option<Pause>> {
+        if work.blocked_until(self.clock.now()).is_some() {
+            self.count_waiting(claim, work.context.endpoint).await?;
+        }
+        if work.tasks.is_empty() {
+            if lines.is_at_end() && !lines.has_passed_over() {
+                return Ok(Some(Pause::End));
+            }
+            let due = due
+                .or_else(|| work.next_probe(self.clock.now()))
+                .unwrap_or_else(|| self.clock.now());
+            if self.clock.now().until(due) > MIN_REST {
+                self.rests.save(claim, lines.kept());
+                return Ok(Some(Pause::Rests(due)));
+            }
+            if lines.is_at_end() {
+                // The skipped lines are read again.
+                self.clock.sleep_until(due).await;
+                let from = lines.kept();
+                *lines = self.open_lines(claim, from, work.targets.len() > 1).await?;
+                return Ok(None);
+            }
+        }
+        let sleep = async {
+            match due {
+                Some(due) => self.clock.sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        let all_finished = async {
+            if work.tasks.is_empty() {
+                std::future::pending::<()>().await;
+            }
+            work.tasks.wait().await;
+        };
+        tokio::select! {
+            () = sleep => {}
+            () = lines.deferred.added() => {}
+            () = all_finished => {}
+            _ = changes.changed() => {
+                lines.held_until = None;
+                lines.deferred.wake(self.clock.now());
+            }
+            () = work.context.stop.asked() => return Ok(Some(Pause::Stopped)),
+        }
+        Ok(None)
+    }
+
+    /// Takes lines and spawns their requests until the turn ends or no line is due.
+    ///
+    /// The window and the memory pool limit the requests in flight.
+    async fn take_stint(
+        &self,
+        batch: &BatchRecord,
+        work: &Work<'_>,
+        lines: &mut LinesToDo<'_>,
+        place: &mut Place,
+    ) -> Result<Pause> {
+        let stop = &work.context.stop;
+        loop {
+            let now = self.clock.now();
+            if stop.reason().is_some() {
+                return Ok(Pause::Stopped);
+            }
+            // Lines are not read while none of them can be sent.
+            if let Some(until) = work.blocked_until(now) {
+                lines.held_until = Some(until);
+                return Ok(Pause::Idle(Some(until)));
+            }
+            let Some(line) = lines.peek(now, work.is_calm()).await? else {
+                return Ok(Pause::Idle(lines.due()));
+            };
+            place.begins();
+            if place.is_over() {
+                return Ok(Pause::TurnOver);
+            }
+            let size = line.size();
+            let holder = match work.target(line.model.as_deref()) {
+                Some(target) if !target.breaker.is_calm() => {
+                    if work.waits_until(target, now).is_some() {
+                        // Lines of other plugins must not wait for this line.
+                        lines.pass_over();
+                        continue;
+                    }
+                    let failed_attempts = target.breaker.tries(mark(&batch.new.id, line.number));
+                    if lines.is_behind_untried(failed_attempts) {
+                        continue;
+                    }
+                    target.plugin.clone()
+                }
+                Some(target) => target.plugin.clone(),
+                None => work.holder.clone(),
+            };
+            let permits = async {
+                self.gate.open().await;
+                let slot = lines.window.clone().acquire_owned().await.ok();
+                (
+                    slot,
+                    self.memory.lines.take(&holder, size.saturating_add(TASK_OVERHEAD_BYTES)).await,
+                )
+            };
+            let permits = tokio::select! {
+                biased;
+                () = stop.asked() => return Ok(Pause::Stopped),
+                permits = permits => permits,
+                () = place.over() => return Ok(Pause::TurnOver),
+            };
+            let Some(candidate) = lines.take() else { continue };
+            let Some(bytes) = lines.read(&candidate).await? else { continue };
+            place.took_line();
+            let task = Task {
+                context: work.context.clone(),
+                deferred: lines.deferred.clone(),
+                batch: batch.new.id.clone(),
+                entry: Entry {
+                    at: now,
+                    number: candidate.number,
+                    range: candidate.range(),
+                    tries: candidate.tries,
+                },
+                bytes,
+            };
+            let (results, kill) = (work.results.clone(), work.kill.clone());
+            work.tasks.spawn(async move {
+                if let Some(Some(recorded)) = kill.run_until_cancelled(task.run()).await {
+                    results.send(recorded).await.ok();
+                }
+                // The result has memory of its own. The permit is held until here, so that a slow
+                // database limits the number of results that wait to be written.
+                drop(permits);
+            });
+        }
+    }
+
+    /// Drains the requests in flight.
+    ///
+    /// After a stop, requests that exceed the grace period are dropped.
+    async fn drain_requests(&self, stop: &Stop, tasks: &TaskTracker, kill: &CancellationToken) {
+        tokio::select! {
+            () = tasks.wait() => return,
+            () = stop.asked() => {}
+        }
+        let grace = match stop.reason() {
+            Some(Reason::Shutdown) => self.config.execution.shutdown_grace.duration(),
+            // Answers could not be recorded.
+            Some(Reason::ClaimLost) => Duration::ZERO,
+            _ => self.config.execution.stop_grace.duration(),
+        };
+        tokio::select! {
+            () = tasks.wait() => return,
+            () = self.clock.sleep(grace) => kill.cancel(),
+        }
+        tasks.wait().await;
+    }
+}
+
+/// State that an execution shares with the requests that it spawns.
+struct Work<'a> {
+    context: Arc<Context>,
+    holder: Holder,
+    targets: Vec<Target>,
+    results: mpsc::Sender<Recorded>,
+    kill: &'a CancellationToken,
+    tasks: &'a TaskTracker,
+}
+
+impl Work<'_> {
+    /// Returns true if all breakers are closed and without suspicion.
+    fn is_calm(&self) -> bool {
+        self.targets.iter().all(|target| target.breaker.is_calm())
+    }
+
+    /// Returns the time before which no line can be sent, or `None` if some line can be sent now.
+    fn blocked_until(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.targets.iter().any(|target| target.breaker.is_calm()) {
+            return None;
+        }
+        let waits = self
+            .targets
+            .iter()
+            .map(|target| self.waits_until(target, now))
+            .collect::<Option<Vec<_>>>()?;
+        waits.into_iter().min()
+    }
+
+    /// Returns the time at which the first waiting plugin may be tried again.
+    fn next_probe(&self, now: Timestamp) -> Option<Timestamp> {
+        self.targets.iter().filter_map(|target| self.waits_until(target, now)).min()
+    }
+
+    /// Returns the time until which lines of a plugin wait, or `None` if a line can be sent now.
+    fn waits_until(&self, target: &Target, now: Timestamp) -> Option<Timestamp> {
+        if target.breaker.is_calm() {
+            return None;
+        }
+        match target.breaker.check(now, self.context.registry.current().identity(&target.plugin)) {
+            Gate::Wait(until) => Some(until),
+            Gate::Go | Gate::Probe | Gate::GiveUp(_) => None,
+        }
+    }
+
+    /// Returns the target of a line, or `None` if its model is unknown or has no target.
+    fn target(&self, model: Option<&str>) -> Option<&Target> {
+        if let [only] = self.targets.as_slice() {
+            return Some(only);
+        }
+        let route = self.context.registry.current().route(&self.context.tenant, model?)?;
+        self.targets.iter().find(|target| *target.plugin == *route.plugin.name())
+    }
+}
+
+/// Request in flight.
+struct Task {
+    context: Arc<Context>,
+    deferred: Arc<Deferred>,
+    batch: BatchId,
+    entry: Entry,
+    bytes: Bytes,
+}
+
+impl Task {
+    /// Runs a request to its result.
+    ///
+    /// Returns `None` if the request was deferred, or if the batch was stopped before it was sent.
+    async fn run(mut self) -> Option<Recorded> {
+        loop {
+            // Boxed, because the future is large and its wrappers would move it.
+            let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
+            let (at, tries) = match attempt.await {
+                Err(_) => {
+                    return Some((
+                        panic_row(&self.batch, self.entry.number, &self.bytes),
+                        None,
+                        None,
+                    ));
+                }
+                Ok(Attempt::Recorded(recorded)) => return Some(recorded),
+                Ok(Attempt::Stopped) => return None,
+                Ok(Attempt::Retry(at, tries)) => (at, tries),
+            };
+            self.entry.at = at;
+            self.entry.tries = tries;
+            // If there is no room for more deferred lines, the request waits in this task.
+            match self.deferred.add(self.entry) {
+                Ok(()) => return None,
+                Err(entry) => self.entry = entry,
+            }
+            tokio::select! {
+                () = self.context.clock.sleep_until(at) => {}
+                () = self.context.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Makes one attempt at the request.
+    async fn attempt(&self) -> Attempt {
+        let (batch, number) = (&self.batch, self.entry.number);
+        let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
+        let custom_id = line.custom_id.as_deref().unwrap_or_default();
+        // A moderation line may name no model. It gets the model that it was validated with.
+        let default = self.context.default_model.as_deref().filter(|_| line.model.is_none());
+        let with_default =
+            line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
+        let (body, model) = match &with_default {
+            Some((body, model)) => (Some(body.as_str()), Some(*model)),
+            None => (line.body, line.model.as_deref()),
+        };
+        let (Some(body), Some(model)) = (body, model) else {
+            // Validation rejects such lines, so the file must have changed since then.
+            let message = "The input file has changed since it was validated; \
+                           upload it again and create a new batch."
+                .into();
+            let failure =
+                Answer::Failure(Failure { code: ErrorCode::InvalidRequest.into(), message });
+            return Attempt::Recorded((row(batch, number, custom_id, &failure), None, None));
+        };
+        let id = request_id(batch, number);
+        let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
+        match self.context.attempt(line, self.entry.tries).await {
+            Ended::Stopped => Attempt::Stopped,
+            Ended::Back(at, tries) => Attempt::Retry(at, tries),
+            Ended::Answered(Answered { answer, by, mut share }) => {
+                let row = row(batch, number, custom_id, &answer);
+                drop(answer);
+                if let Some(share) = &mut share {
+                    share.settle(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
+                }
+                Attempt::Recorded((row, by, share))
+            }
+        }
+    }
+}
+
+/// Outcome of one attempt at a request.
+enum Attempt {
+    /// The request has a result.
+    Recorded(Recorded),
+    /// The request is retried at this time.
+    Retry(Timestamp, crate::schedule::retry_queue::Tries),
+    /// The batch was stopped before the request was sent.
+    Stopped,
+}
+
+/// Returns the hash by which breakers identify a line.
+pub(crate) fn mark(batch: &BatchId, number: u64) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    (batch.as_str(), number).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Returns the result of a request whose task panicked.
+///
+/// A panic is a bug of the server. The line gets an error, and the batch continues.
+fn panic_row(batch: &BatchId, number: u64, bytes: &Bytes) -> ResultRow {
+    let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
+    let message = "The server failed while it processed this request; see the server log.".into();
+    let failure = Failure { code: ErrorCode::InternalError.into(), message };
+    row(batch, number, line.custom_id.as_deref().unwrap_or_default(), &Answer::Failure(failure))
+}

@@ -1,0 +1,162 @@
+//! Worker: claims batches in the order of their turns and processes each one to its end.
+
+mod execute;
+mod finalize;
+mod process;
+mod record;
+mod unfinished_lines;
+mod validate;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use batchwright_domain::clock::Clock;
+use batchwright_egress::Queue;
+use batchwright_memory::Memory;
+use batchwright_plugin::Registry;
+use batchwright_store::{Objects, Result, Store};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::engine::{Parts, Shared};
+use crate::schedule::backoff::{Backoff, Backoffs};
+use crate::schedule::breakers::Outages;
+use crate::schedule::gate::Gate;
+use crate::schedule::lanes::{Lanes, Next};
+use crate::schedule::parked::Rests;
+use crate::schedule::running::Running;
+
+/// Duration of a lease without renewal.
+const LEASE_DURATION: Duration = Duration::from_secs(30);
+
+/// Poll interval for batches whose lease or rest has ended, which sends no notification.
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Worker of one process.
+pub(crate) struct Worker {
+    store: Arc<dyn Store>,
+    objects: Arc<dyn Objects>,
+    registry: Arc<Registry>,
+    clock: Clock,
+    config: Arc<Config>,
+    memory: Memory,
+    running: Arc<Running>,
+    breakers: Arc<Outages>,
+    /// Closed while results cannot be written.
+    gate: Gate,
+    rests: Rests,
+    /// Backoffs of batches whose processing failed.
+    backoffs: Backoffs,
+    next_queue_number: AtomicU64,
+    work_available: Arc<Notify>,
+    cleanup_needed: Arc<Notify>,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Worker {
+    /// Creates a worker. Batches are processed on `tasks`.
+    pub(crate) fn new(
+        parts: &Parts,
+        shared: &Shared,
+        breakers: Arc<Outages>,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self {
+            store: parts.store.clone(),
+            objects: parts.objects.clone(),
+            registry: parts.registry.clone(),
+            clock: parts.clock.clone(),
+            config: parts.config.clone(),
+            memory: parts.memory.clone(),
+            running: shared.running.clone(),
+            breakers,
+            gate: Gate::default(),
+            rests: Rests::default(),
+            backoffs: Backoffs::default(),
+            next_queue_number: AtomicU64::new(0),
+            work_available: shared.work_available.clone(),
+            cleanup_needed: shared.cleanup_needed.clone(),
+            closing: shared.closing.clone(),
+            tasks,
+        }
+    }
+
+    /// Returns a queue number that is unique in this process.
+    fn next_queue(&self) -> Queue {
+        self.next_queue_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Claims and processes batches until the server closes.
+    pub(crate) async fn claim_batches(self: Arc<Self>) {
+        let lanes = Lanes::new(
+            self.config.execution.max_concurrent_batches.get(),
+            self.config.execution.max_executing_batches.get(),
+            self.work_available.clone(),
+        );
+        let mut backoff = Backoff::default();
+        while !self.closing.is_cancelled() {
+            match self.claim_next(&lanes).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    let hint = async {
+                        tokio::select! {
+                            () = self.work_available.notified() => {}
+                            () = self.clock.sleep(POLL_INTERVAL) => {}
+                            () = self.rests.next_end(&self.clock) => {}
+                        }
+                    };
+                    self.closing.run_until_cancelled(hint).await;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "batch claim failed");
+                    self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
+                    continue;
+                }
+            }
+            backoff = Backoff::default();
+        }
+    }
+
+    /// Gives the next batch its turn and returns false if no batch can run now.
+    async fn claim_next(self: &Arc<Self>, lanes: &Arc<Lanes>) -> Result<bool> {
+        let now = self.clock.now();
+        let waiting = self.store.waiting(now).await?;
+        let index = match lanes.next(&waiting) {
+            Next::Nothing => return Ok(false),
+            Next::Returned => return Ok(true),
+            Next::Claim(index) => index,
+        };
+        let Some(waiting) = waiting.get(index) else { return Ok(false) };
+        if let Some(claim) = self.store.claim(waiting, now, now.after(LEASE_DURATION)).await? {
+            // Only this task takes places, so the place is still free.
+            let place = lanes.take(&claim.lane);
+            let (worker, lanes) = (self.clone(), lanes.clone());
+            self.tasks.spawn(async move { worker.run(claim, &lanes, place).await });
+        }
+        Ok(true)
+    }
+
+    /// Wakes all resting batches whenever an outage ends or plugins change.
+    pub(crate) async fn watch_changes(self: Arc<Self>) {
+        let (mut plugins, mut outages) = (self.registry.changes(), self.breakers.changes());
+        loop {
+            tokio::select! {
+                _ = plugins.changed() => {
+                    self.breakers.plugins_changed(&self.registry.current());
+                    self.breakers.tell();
+                }
+                _ = outages.changed() => {
+                    if let Err(error) = self.store.end_backoff(self.clock.now()).await {
+                        tracing::warn!(%error, "wake of resting batches failed");
+                    }
+                    self.work_available.notify_one();
+                }
+                () = self.closing.cancelled() => return,
+            }
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! One claimed batch: from its current status to its end, or to its release.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::status::Status;
+use batchwright_store::{BatchError, BatchRecord, Claim, Release, Result, StoreError};
+use futures_util::FutureExt;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{LEASE_DURATION, Worker};
+use crate::schedule::backoff::Backoff;
+use crate::schedule::lanes::{Lanes, Place};
+use crate::schedule::stop::{Reason, Stop};
+use crate::worker::execute::Executed;
+use crate::worker::finalize::End;
+use crate::worker::validate::Verdict;
+
+/// Interval between renewals of a lease.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Consecutive failures after which a cancelled or expired batch ends without its unreadable data.
+const MAX_CONSECUTIVE_FAILURES: u32 = 20;
+
+impl Worker {
+    /// Processes a claimed batch and handles its failure.
+    pub(super) async fn run(self: &Arc<Self>, claim: Claim, lanes: &Arc<Lanes>, place: Place) {
+        let stop = self.running.add(&claim);
+        if self.closing.is_cancelled() {
+            stop.because(Reason::Shutdown);
+        }
+        let _renewal =
+            AbortOnDropHandle::new(tokio::spawn(self.clone().renew(claim.clone(), stop.clone())));
+        let outcome =
+            AssertUnwindSafe(self.process(&claim, &stop, lanes, place)).catch_unwind().await;
+        // A batch that was released to another lane may have been claimed again already.
+        self.running.remove(&claim, &stop);
+        let outcome = outcome
+            .unwrap_or_else(|_| Err(StoreError::Database("batch processing panicked".into())));
+        let (tenant, batch) = (&claim.tenant, &claim.batch_id);
+        match outcome {
+            Err(StoreError::Fenced) => {
+                tracing::warn!(%tenant, %batch, "batch claimed by another worker")
+            }
+            Err(error) => {
+                tracing::error!(%tenant, %batch, %error, "batch processing failed, will be retried");
+                return self.release_after_backoff(&claim).await;
+            }
+            Ok(()) => {}
+        }
+        self.backoffs.reset(&claim);
+    }
+
+    /// Releases a failed batch after a backoff.
+    ///
+    /// The claim is held during the backoff, so that no other worker claims the batch.
+    async fn release_after_backoff(&self, claim: &Claim) {
+        let pause = self.backoffs.pause(claim);
+        self.closing.run_until_cancelled(self.clock.sleep(pause)).await;
+        let mut backoff = Backoff::default();
+        while let Err(error) = self.store.release(claim, Release::KeepPosition).await {
+            if matches!(error, StoreError::Fenced | StoreError::Closed)
+                || self.closing.is_cancelled()
+            {
+                return;
+            }
+            self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
+        }
+        self.work_available.notify_one();
+    }
+
+    /// Renews the lease of a claim until the task is aborted, and carries out its orders.
+    async fn renew(self: Arc<Self>, claim: Claim, stop: Arc<Stop>) {
+        loop {
+            self.clock.sleep(RENEWAL_INTERVAL).await;
+            let until = self.clock.now().after(LEASE_DURATION);
+            match self.store.renew(&claim, until).await {
+                Ok(orders) if orders.cancel => stop.because(Reason::Cancelled),
+                Ok(_) => {}
+                // Another worker has the batch, so requests of this one would be paid for twice.
+                Err(StoreError::Fenced) => return stop.because(Reason::ClaimLost),
+                Err(error) => tracing::warn!(
+                    tenant = %claim.tenant,
+                    batch = %claim.batch_id,
+                    %error,
+                    "lease renewal failed"
+                ),
+            }
+        }
+    }
+
+    /// Processes a batch from its current status to its end, or until it is stopped or released.
+    async fn process(
+        &self,
+        claim: &Claim,
+        stop: &Arc<Stop>,
+        lanes: &Arc<Lanes>,
+        place: Place,
+    ) -> Result<()> {
+        // An executing batch releases its place between its turns, and counts as active until its
+        // files are written. Batches in other lanes hold their places to the end.
+        let _active = lanes.work_on(&claim.lane);
+        let mut place = Some(place);
+        let Some(batch) = self.store.batch(&claim.tenant, &claim.batch_id).await? else {
+            return Ok(());
+        };
+        tracing::info!(
+            tenant = %claim.tenant,
+            batch = %claim.batch_id,
+            status = batch.status.as_str(),
+            "batch claimed"
+        );
+        let expires_at = batch.new.expires_at;
+        let expiry = async {
+            self.clock.sleep_until(expires_at).await;
+            stop.because(Reason::Expired);
+            std::future::pending::<()>().await;
+        };
+        let processing = async {
+            if batch.status == Status::Cancelling {
+                stop.because(Reason::Cancelled);
+            } else if self.clock.now() >= expires_at {
+                stop.because(Reason::Expired);
+            }
+            if batch.times.in_progress_at.is_none() {
+                return self.validate_and_start(claim, &batch, stop).await;
+            }
+            let stopped = match (batch.status, stop.reason()) {
+                // Finalizing started before and all results are recorded. If some lines have no
+                // result, the batch had expired.
+                (Status::Finalizing, _) => Ok(Executed::Stopped(Reason::Expired)),
+                (_, Some(reason)) => Ok(Executed::Stopped(reason)),
+                (_, None) => self.execute(claim, &batch, stop, lanes, &mut place).await,
+            };
+            let complete = self.has_all_results(claim).await?;
+            let end = match stopped {
+                Ok(Executed::Stopped(Reason::Shutdown)) => {
+                    return self.store.release(claim, Release::KeepPosition).await;
+                }
+                Ok(Executed::Stopped(Reason::ClaimLost)) => return Err(StoreError::Fenced),
+                Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
+                // A batch with all results is complete, even if its window has ended.
+                Ok(_) if complete => End::Complete,
+                Ok(Executed::Stopped(reason)) => End::Stopped(reason),
+                Ok(Executed::TurnOver) => {
+                    return self.store.release(claim, Release::Requeue(self.clock.now())).await;
+                }
+                Ok(Executed::Rests(until)) => return self.let_rest(claim, &batch, until).await,
+                Ok(Executed::All) => return Err(StoreError::Incomplete),
+                Err(StoreError::Missing(cause)) => {
+                    tracing::error!(
+                        tenant = %claim.tenant,
+                        batch = %claim.batch_id,
+                        error = cause,
+                        "input file unreadable, batch ends"
+                    );
+                    match stop.reason() {
+                        Some(Reason::Shutdown) => {
+                            return self.store.release(claim, Release::KeepPosition).await;
+                        }
+                        _ if complete => End::Complete,
+                        _ => End::InputLost,
+                    }
+                }
+                Err(error) => return Err(error),
+            };
+            self.finalize_before_shutdown(claim, &batch, end).await
+        };
+        let outcome = tokio::select! {
+            outcome = processing => outcome,
+            () = expiry => Ok(()),
+        };
+        if outcome.is_ok()
+            && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?
+        {
+            if ended.status.is_final() {
+                self.rests.forget(claim);
+            }
+            let counts = ended.counts;
+            tracing::info!(
+                tenant = %claim.tenant,
+                batch = %claim.batch_id,
+                status = ended.status.as_str(),
+                total = counts.total,
+                completed = counts.completed,
+                failed = counts.failed,
+                "batch released"
+            );
+        }
+        outcome
+    }
+
+    /// Returns true if the batch has failed so often that further retries are pointless.
+    pub(super) fn retries_exhausted(&self, claim: &Claim) -> bool {
+        self.backoffs.pauses(claim) >= MAX_CONSECUTIVE_FAILURES
+    }
+
+    /// Returns true if every line of a batch has a result.
+    async fn has_all_results(&self, claim: &Claim) -> Result<bool> {
+        let batch = self.store.batch(&claim.tenant, &claim.batch_id).await?;
+        Ok(batch.is_none_or(|batch| batch.counts.is_whole()))
+    }
+
+    /// Finalizes a batch, or releases the batch if the process shuts down and the grace period
+    /// ends.
+    ///
+    /// The next start repeats an interrupted finalization.
+    async fn finalize_before_shutdown(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        end: End,
+    ) -> Result<()> {
+        let too_late = async {
+            self.closing.cancelled().await;
+            self.clock.sleep(self.config.execution.shutdown_grace.duration()).await;
+        };
+        tokio::select! {
+            finalized = self.finalize(claim, batch, end) => finalized,
+            () = too_late => self.store.release(claim, Release::KeepPosition).await,
+        }
+    }
+
+    /// Releases a batch to rest until a time.
+    async fn let_rest(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
+        let endpoint = batch.new.endpoint;
+        let waits_for = self.breakers.wait_cause(claim, endpoint, self.clock.now(), until);
+        self.count_waiting(claim, endpoint).await?;
+        self.store.release(claim, Release::Backoff(until, waits_for)).await?;
+        self.rests.until(until);
+        self.work_available.notify_one();
+        Ok(())
+    }
+
+    /// Reports the number of unfinished requests of a batch to its breakers as waiting.
+    pub(super) async fn count_waiting(&self, claim: &Claim, endpoint: Endpoint) -> Result<()> {
+        let left = self.store.batch(&claim.tenant, &claim.batch_id).await?.map_or(0, |batch| {
+            let counts = batch.counts;
+            counts.total.saturating_sub(counts.completed).saturating_sub(counts.failed)
+        });
+        for breaker in self.breakers.of_batch(claim, endpoint) {
+            breaker.rests(&claim.batch_id, left);
+        }
+        Ok(())
+    }
+
+    /// Validates a batch and moves a valid batch to the lane of its plugins.
+    async fn validate_and_start(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        stop: &Stop,
+    ) -> Result<()> {
+        // A cancelled or expired batch is validated too, because validation determines the lines
+        // that the error file must report.
+        let verdict = tokio::select! {
+            biased;
+            () = stop.shutting_down() => return self.store.release(claim, Release::KeepPosition).await,
+            verdict = self.validate(claim, batch) => verdict,
+        };
+        let must_end = stop.reason().is_some();
+        let verdict = match verdict {
+            // Required plugins or the input have not become available in time.
+            Err(StoreError::NotReady(cause)) if must_end => {
+                Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new())
+            }
+            Err(error) if must_end && self.retries_exhausted(claim) => {
+                Verdict::Bad(vec![not_validated(claim, &error.to_string())], Vec::new())
+            }
+            verdict => verdict?,
+        };
+        match verdict {
+            Verdict::Good(found) => {
+                self.store.start_execution(claim, found, self.clock.now()).await
+            }
+            Verdict::Bad(errors, judged_by) => {
+                self.store.fail(claim, errors, judged_by, self.clock.now()).await
+            }
+        }
+    }
+}
+
+/// Returns the error of a batch that ended before validation, and logs the cause for the operator.
+fn not_validated(claim: &Claim, cause: &str) -> BatchError {
+    tracing::error!(
+        tenant = %claim.tenant,
+        batch = %claim.batch_id,
+        error = cause,
+        "batch ended without validation"
+    );
+    let message = "The batch ended before it could be validated, because of a problem of the \
+                   server; create the batch again."
+        .into();
+    BatchError { code: ErrorCode::NotValidated.into(), message, param: None, line: None }
+}

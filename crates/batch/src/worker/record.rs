@@ -1,0 +1,90 @@
+//! Recorder: writes the results of requests to the store in groups.
+
+use std::sync::Arc;
+
+use batchwright_memory::Share;
+use batchwright_plugin::Plugin;
+use batchwright_store::{Claim, Result, ResultRow, StoreError};
+use tokio::sync::mpsc;
+
+use crate::request::served_by::served_by;
+use crate::schedule::backoff::Backoff;
+use crate::worker::Worker;
+
+/// Maximum number of results in one write. Further results wait in the channel.
+pub(crate) const GROUP: usize = 1024;
+
+/// Maximum number of plugins kept in memory because the store already has their records.
+const MAX_KNOWN_PLUGINS: usize = 64;
+
+/// Delay that collects results into one write. A commit costs the same for one result as for many,
+/// and no client waits for a single result.
+const GROUP_DELAY: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// Result to be written, with the plugin that answered and the memory reserved for the result.
+pub(crate) type Recorded = (ResultRow, By, Option<Share>);
+
+/// Plugin that answered, or `None` if the host created the result.
+type By = Option<Arc<Plugin>>;
+
+impl Worker {
+    /// Writes results in groups until the channel closes.
+    ///
+    /// A failed write is retried as long as the claim is valid, so that no answered request is sent
+    /// again.
+    pub(super) async fn record(
+        &self,
+        claim: &Claim,
+        mut results: mpsc::Receiver<Recorded>,
+    ) -> Result<()> {
+        let mut group = Vec::new();
+        let mut known: Vec<Arc<Plugin>> = Vec::new();
+        while results.recv_many(&mut group, GROUP).await > 0 {
+            if group.len() < GROUP && !results.is_closed() {
+                tokio::time::sleep(GROUP_DELAY).await;
+                while let Ok(more) = results.try_recv() {
+                    group.push(more);
+                }
+            }
+            let (mut rows, mut memory, mut new) = (Vec::new(), Vec::new(), Vec::new());
+            for (row, by, share) in group.drain(..) {
+                rows.push(row);
+                memory.push(share);
+                // The list is short: one plugin for each model, and one more after each change.
+                if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by)))
+                {
+                    new.push(served_by(&by));
+                    known.push(by);
+                }
+            }
+            if known.len() > MAX_KNOWN_PLUGINS {
+                known.clear();
+            }
+            let rows = Arc::new(rows);
+            let mut backoff = Backoff::default();
+            let mut closed = None;
+            loop {
+                match self.store.insert_results(claim, rows.clone(), new.clone()).await {
+                    Ok(()) => break,
+                    Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
+                    // A process that shuts down does not wait for disk space.
+                    Err(error) if self.closing.is_cancelled() => return Err(error),
+                    Err(error) => {
+                        // Backpressure: further results could not be written either.
+                        closed.get_or_insert_with(|| self.gate.close());
+                        tracing::error!(
+                            tenant = %claim.tenant,
+                            batch = %claim.batch_id,
+                            %error,
+                            "result write failed, will be retried"
+                        );
+                        self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
+                    }
+                }
+            }
+            drop(closed);
+            drop(memory);
+        }
+        Ok(())
+    }
+}

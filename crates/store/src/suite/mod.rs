@@ -1,0 +1,84 @@
+//! Tests that every backend passes, written against the traits alone.
+//!
+//! A backend implements [`Fixture`] or gives a function that opens its objects, and calls
+//! [`store_suite!`] or [`objects_suite!`], which make a test of each function of [`store`] or
+//! [`objects`].
+
+pub(crate) mod objects;
+pub(crate) mod store;
+
+use std::sync::Arc;
+
+use crate::Store;
+
+/// Database of a backend for one test, empty at first.
+pub(crate) trait Fixture {
+    /// Creates an empty database.
+    fn new() -> Self;
+    /// Opens the database, again after the store that was opened before is closed.
+    fn open(&self) -> Arc<dyn Store>;
+}
+
+/// Makes a test of each function of the suite of stores.
+macro_rules! store_suite {
+    ($fixture:ty: $($test:ident)*) => {
+        $(
+            #[tokio::test]
+            async fn $test() {
+                $crate::suite::store::$test(<$fixture as $crate::suite::Fixture>::new()).await;
+            }
+        )*
+    };
+    ($fixture:ty) => {
+        $crate::suite::store_suite! { $fixture:
+            files_are_listed_in_order_and_pages_continue_after_an_id
+            deleted_file_is_removable_once_no_batch_reads_it
+            tombstone_keeps_the_place_of_a_removed_file_until_it_is_purged
+            foreign_ids_are_unknown
+            object_without_registration_gets_no_record
+            abandoned_object_is_taken_once_and_not_written_meanwhile
+            registration_in_time_keeps_its_object
+            reopened_store_ends_the_registrations_and_claims_of_its_owner
+            idempotency_key_creates_one_batch
+            batch_pages_end_at_a_number_and_at_a_size
+            claim_succeeds_once_and_returns_in_the_order_of_the_lane
+            expired_lease_is_not_taken_over_by_its_own_holder
+            stale_claim_changes_nothing
+            renewal_returns_the_order_to_cancel
+            backoff_delays_a_batch_until_it_ends_or_is_ended
+            cancelled_batch_ends_as_cancelled_whatever_its_worker_says
+            line_keeps_its_first_result_and_counts_once
+            results_are_read_in_order_within_a_size
+            saved_job_is_replaced_and_deleted
+            finished_batch_has_its_files_and_discards_its_results
+            ended_batch_is_deleted_once_its_files_are_gone
+            closed_store_refuses_writes
+        }
+    };
+}
+
+/// Makes a test of each function of the suite of object stores, for a function that opens an empty
+/// one and returns it with what keeps it alive.
+macro_rules! objects_suite {
+    ($open:expr => $($test:ident)*) => {
+        $(
+            #[tokio::test]
+            async fn $test() {
+                let (objects, _guard) = $open();
+                $crate::suite::objects::$test(objects).await;
+            }
+        )*
+    };
+    ($open:expr) => {
+        $crate::suite::objects_suite! { $open =>
+            object_of_many_parts_is_read_in_ranges_and_chunks
+            unfinished_object_is_missing
+            second_writer_replaces_the_object_as_a_whole
+            deleted_object_is_missing_and_can_be_deleted_again
+            short_object_is_missing_data
+            probe_leaves_nothing
+        }
+    };
+}
+
+pub(crate) use {objects_suite, store_suite};
