@@ -9,7 +9,7 @@ use std::sync::Arc;
 use batchwright_batch::{Engine, Parts};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
-use batchwright_plugin::{Loader, Loading, Registry, check_directory};
+use batchwright_plugin::{Loader, LoaderConfig, Registry, check_directory};
 use batchwright_store::SqliteStore;
 use batchwright_store::objects::LocalObjects;
 
@@ -56,7 +56,7 @@ pub fn loader(settings: &Settings, options: Options) -> Result<Loader, Error> {
 
 fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result<Loader, Error> {
     let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
-    let loading = Loading {
+    let loading = LoaderConfig {
         cache: settings.cache(),
         compile_timeout: *settings.plugins.compile_timeout,
         compile_memory: *settings.plugins.compile_memory,

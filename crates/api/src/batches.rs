@@ -12,7 +12,7 @@ use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
 use super::error::ApiError;
-use super::lists::{object_response, reserve, stream_list};
+use super::json_response::{object_response, reserve, stream_list};
 use super::openapi::Errors;
 use super::params::{AnyJson, Params, QueryParams};
 use super::wire::{Batch, CreateBatch, List};
@@ -48,7 +48,7 @@ pub(crate) async fn create(
     headers: HeaderMap,
     mut params: Params,
 ) -> Result<Response, ApiError> {
-    let request = batchwright_batch::Request {
+    let request = batchwright_batch::NewBatchRequest {
         input_file_id: params.string("input_file_id")?.into(),
         endpoint: params.string("endpoint")?,
         completion_window: params.string("completion_window")?,
@@ -71,7 +71,7 @@ pub(crate) async fn create(
 async fn create_detached(
     app: Arc<ApiState>,
     tenant: TenantId,
-    request: batchwright_batch::Request,
+    request: batchwright_batch::NewBatchRequest,
 ) -> Result<BatchRecord, batchwright_batch::CreateError> {
     let task = tokio::spawn(async move { app.service.create(&tenant, request).await });
     task.await.unwrap_or(Err(batchwright_batch::CreateError::Store(StoreError::Closed)))
@@ -87,9 +87,9 @@ async fn batch_response(
         return object_response(&Batch::from(batch), None);
     }
     let pool = &app.memory.clients;
-    let share = reserve(pool, &tenant.0.as_str().into(), BATCH_ERRORS_BYTES).await?;
+    let reservation = reserve(pool, &tenant.0.as_str().into(), BATCH_ERRORS_BYTES).await?;
     batch.errors = app.service.errors(&tenant.0, &batch.new.id).await?;
-    object_response(&Batch::from(batch), Some(share))
+    object_response(&Batch::from(batch), Some(reservation))
 }
 
 /// Returns the idempotency key from the headers or the body. Fails if there are different ones.

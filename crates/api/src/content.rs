@@ -17,7 +17,7 @@ use futures_util::Stream;
 
 use super::error::ApiError;
 use super::files::file_not_found;
-use super::lists::{UNRESERVED_BYTES, with_reservation};
+use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::{App, Tenant};
 
@@ -101,11 +101,12 @@ fn read_chunks(
             if at >= range.end {
                 return Ok(None);
             }
-            let share = app.memory.clients.try_take(&holder, DOWNLOAD_CHUNK_BYTES);
-            let length = if share.is_some() { DOWNLOAD_CHUNK_BYTES } else { UNRESERVED_BYTES };
+            let reservation = app.memory.clients.try_reserve(&holder, DOWNLOAD_CHUNK_BYTES);
+            let length =
+                if reservation.is_some() { DOWNLOAD_CHUNK_BYTES } else { UNRESERVED_BYTES };
             let next = at.saturating_add(length as u64).min(range.end);
             let bytes = app.service.content(&tenant, &id, at..next).await?;
-            Ok(Some((with_reservation(bytes, share), next)))
+            Ok(Some((with_reservation(bytes, reservation), next)))
         }
     })
 }

@@ -16,7 +16,7 @@ use tokio::io::AsyncRead;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::error::ApiError;
-use super::lists::{UNRESERVED_BYTES, reserve};
+use super::json_response::{UNRESERVED_BYTES, reserve};
 use super::{App, Tenant};
 
 /// Memory of one decoder, in bytes: a window of 32 KiB, tables and buffers.
@@ -49,8 +49,8 @@ pub(crate) async fn decompress(State(app): App, request: Request, next: Next) ->
     }
     let tenant = Tenant::for_request(&request);
     let pool = &app.memory.clients;
-    let share = match reserve(pool, &tenant.0.as_str().into(), DECODER_BYTES).await {
-        Ok(share) => share,
+    let reservation = match reserve(pool, &tenant.0.as_str().into(), DECODER_BYTES).await {
+        Ok(reservation) => reservation,
         Err(error) => return error.into_response(),
     };
     let (mut head, body) = request.into_parts();
@@ -70,7 +70,7 @@ pub(crate) async fn decompress(State(app): App, request: Request, next: Next) ->
     };
     // The reservation is released together with the stream.
     let with_share = decompressed.map(move |chunk| {
-        let _ = &share;
+        let _ = &reservation;
         chunk
     });
     next.run(Request::from_parts(head, Body::from_stream(with_share))).await

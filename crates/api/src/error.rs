@@ -7,7 +7,7 @@ use batchwright_batch::{CreateError, UploadError};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::StoreError;
 
-use super::pace::BodyTooSlow;
+use super::data_rate::BodyTooSlow;
 use super::wire;
 
 /// Response header that overrides the automatic retries of the SDKs.

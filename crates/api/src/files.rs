@@ -14,7 +14,7 @@ use batchwright_store::{FileQuery, Order, Paged};
 
 use super::batches::unknown_after;
 use super::error::ApiError;
-use super::lists::stream_list;
+use super::json_response::stream_list;
 use super::multipart::{Form, Part};
 use super::openapi::Errors;
 use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing_parameter};

@@ -11,23 +11,23 @@ mod batches;
 mod config;
 mod connections;
 mod content;
+mod data_rate;
 mod decompress;
-mod drain;
+mod discard_body;
 mod error;
 mod files;
 mod health;
-mod lists;
+mod http2_streams;
+mod json_response;
 mod models;
 mod multipart;
 mod openapi;
-mod pace;
+mod origin_guard;
 mod params;
 mod path;
 mod plugins;
 mod server;
 mod state;
-mod streams;
-mod web;
 mod wire;
 
 use std::net::SocketAddr;
@@ -52,7 +52,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use web::OriginPolicy;
+use origin_guard::OriginPolicy;
 
 /// Path prefixes of all routes. Clients of llama-stack as of 2025 use the second prefix.
 const ROUTE_PREFIXES: [&str; 2] = ["/v1", "/v1/openai/v1"];
@@ -112,14 +112,17 @@ pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Rou
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY_BYTES))
         .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
-        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
-        .layer(middleware::from_fn(drain::drain))
-        .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), pace::pace))
+        .layer(middleware::from_fn_with_state(
+            OriginPolicy::new(settings, address),
+            origin_guard::guard,
+        ))
+        .layer(middleware::from_fn(discard_body::drain))
+        .layer(middleware::from_fn_with_state(settings.client_timeout.duration(), data_rate::pace))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::internal("the handler panicked").into_response()
         }))
         .with_state(app);
-    let router = match web::cors(settings) {
+    let router = match origin_guard::cors(settings) {
         Some(cors) => router.layer(cors),
         None => router,
     };
@@ -141,7 +144,10 @@ pub fn admin_router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) 
         .merge(plugins)
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn_with_state(OriginPolicy::new(settings, address), web::guard))
+        .layer(middleware::from_fn_with_state(
+            OriginPolicy::new(settings, address),
+            origin_guard::guard,
+        ))
         .layer(middleware::from_fn(tag_response))
         .with_state(ApiState::new(engine))
 }

@@ -14,14 +14,14 @@ use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
-use batchwright_memory::Share;
+use batchwright_memory::Reservation;
 use batchwright_store::Metadata;
 use bytes::BytesMut;
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use super::lists::{UNRESERVED_BYTES, reserve};
+use super::json_response::{UNRESERVED_BYTES, reserve};
 use super::{MAX_JSON_BODY_BYTES, Tenant};
 
 /// Valid lifetimes of a file, in seconds.
@@ -33,7 +33,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Parameters of a JSON object. Each method removes a parameter, so that the rest is unknown.
 pub(crate) struct Params {
     values: Map<String, Value>,
-    _share: Option<Share>,
+    _reservation: Option<Reservation>,
 }
 
 /// Memory of a body that is larger than [`UNRESERVED_BYTES`], in bytes: the JSON and its parsed
@@ -96,7 +96,7 @@ impl Params {
         let tenant = Tenant::for_request(&request);
         check_json(request.headers())?;
         let mut body = request.into_body();
-        let (mut bytes, mut share) = (BytesMut::new(), None);
+        let (mut bytes, mut reservation) = (BytesMut::new(), None);
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
                 let slow = ApiError::from_slow_body(&error);
@@ -112,14 +112,15 @@ impl Params {
                     "The request body is larger than {limit} KiB."
                 )));
             }
-            if share.is_none() && length > UNRESERVED_BYTES {
+            if reservation.is_none() && length > UNRESERVED_BYTES {
                 let pool = &app.memory.clients;
-                share = Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
+                reservation =
+                    Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
             }
             bytes.extend_from_slice(&data);
         }
         match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)) {
-            Ok(Value::Object(values)) => Ok(Self { values, _share: share }),
+            Ok(Value::Object(values)) => Ok(Self { values, _reservation: reservation }),
             Ok(other) => {
                 let message = format!(
                     "The request body must be a JSON object, but it is {}.",
@@ -143,7 +144,7 @@ impl Params {
                 format!("The part '{name}' is not valid JSON: {error}."),
             )
         })?;
-        Ok(Self { values: Map::from_iter([(name.to_owned(), value)]), _share: None })
+        Ok(Self { values: Map::from_iter([(name.to_owned(), value)]), _reservation: None })
     }
 
     /// Removes a parameter. None if it is absent or null.
@@ -216,7 +217,7 @@ impl Params {
     pub(crate) fn lifetime(&mut self, name: &str) -> Result<Option<Duration>, ApiError> {
         let mut members = match self.take(name) {
             None => return Ok(None),
-            Some(Value::Object(values)) => Self { values, _share: None },
+            Some(Value::Object(values)) => Self { values, _reservation: None },
             Some(other) => return Err(wrong_type(name, "an object", &other)),
         };
         let at = format!("{name}.anchor");

@@ -26,10 +26,10 @@ use tower::ServiceExt;
 
 use super::config::ApiConfig;
 use super::connections::{Connection, Connections, IdleTimeouts, ResponseBody};
+use super::data_rate::PacedStream;
 use super::error::ApiError;
-use super::pace::PacedStream;
+use super::http2_streams::StreamBody;
 use super::path::normalized;
-use super::streams::StreamBody;
 
 /// Delay after a failed `accept`. The usual cause is a lack of file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);

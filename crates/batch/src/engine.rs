@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::health::Health;
 use crate::janitor::Janitor;
-use crate::schedule::breakers::Outages;
+use crate::schedule::breakers::Breakers;
 use crate::schedule::running::Running;
 use crate::schedule::stop::Reason;
 use crate::service::Service;
@@ -70,7 +70,7 @@ impl Engine {
     /// Creates the engine. Processing begins with [`Self::start`].
     pub fn new(parts: Parts) -> Self {
         let shared = Shared::default();
-        let breakers = Arc::new(Outages::new(&parts.config.execution));
+        let breakers = Arc::new(Breakers::new(&parts.config.execution));
         let tasks = TaskTracker::new();
         Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone())),

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use url::{Host, Url};
 
 use super::address::{Reach, reach};
-use super::{Fault, TransportError};
+use super::{TransportError, TransportErrorKind};
 
 /// Error of an `allow` entry that cannot be parsed.
 #[derive(Debug, thiserror::Error)]
@@ -75,9 +75,10 @@ impl AllowList {
         Ok(Self { file, entries })
     }
 
-    /// Returns the target of an allowed URL, or a [`Fault::NotAllowed`] error.
+    /// Returns the target of an allowed URL, or a [`TransportErrorKind::NotAllowed`] error.
     pub fn check(&self, url: &Url) -> Result<Target, TransportError> {
-        let refused = |message: String| Err(TransportError::new(Fault::NotAllowed, message));
+        let refused =
+            |message: String| Err(TransportError::new(TransportErrorKind::NotAllowed, message));
         if !matches!(url.scheme(), "http" | "https") {
             return refused(format!(
                 "The scheme `{}` is not allowed; use http or https.",
@@ -104,7 +105,7 @@ impl AllowList {
         match max_reach {
             Some(max_reach) => Ok(Target { host, port, max_reach, file: self.file.clone() }),
             None => Err(TransportError::new(
-                Fault::NotAllowed,
+                TransportErrorKind::NotAllowed,
                 "The plugin asked for a host that the operator does not allow.",
             )
             .with_detail(format!(
@@ -200,7 +201,7 @@ impl Target {
             ),
         };
         let public = "The provider's address is one that the operator does not allow.";
-        Err(TransportError::new(Fault::NotAllowed, public).with_detail(message))
+        Err(TransportError::new(TransportErrorKind::NotAllowed, public).with_detail(message))
     }
 }
 

@@ -8,7 +8,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use url::Url;
 
 use super::allow::is_loopback;
-use super::{AllowList, Fault, TransportError};
+use super::{AllowList, TransportError, TransportErrorKind};
 
 /// Replacement for a redacted secret.
 const REDACTED: &str = "[redacted]";
@@ -140,9 +140,9 @@ impl Secrets {
             let message = "The plugin's credential may not be sent over plain HTTP.";
             let hint = "use https, or set `allow_plain_http = true` in the plugin's file if its \
                         network is trusted";
-            return Err(TransportError::new(Fault::NotAllowed, message).with_detail(format!(
-                "The credential `{name}` is not sent to {host} over plain HTTP; {hint}."
-            )));
+            return Err(TransportError::new(TransportErrorKind::NotAllowed, message).with_detail(
+                format!("The credential `{name}` is not sent to {host} over plain HTTP; {hint}."),
+            ));
         }
         Ok(matching
             .into_iter()
@@ -164,14 +164,14 @@ impl Secrets {
     }
 
     /// Redacts every secret in a header or in an error text.
-    pub fn blank(&self, text: &mut String) {
+    pub fn redact(&self, text: &mut String) {
         if let Some(search) = self.all.as_ref().filter(|search| search.is_match(text.as_str())) {
             *text = search.replace_all(text, &vec![REDACTED; search.patterns_len()]);
         }
     }
 
     /// Redacts secrets in a body: all secrets if `is_error`, otherwise only the distinct secrets.
-    pub fn blank_body(&self, body: &mut Vec<u8>, is_error: bool) {
+    pub fn redact_body(&self, body: &mut Vec<u8>, is_error: bool) {
         let search = if is_error { &self.all } else { &self.distinct };
         if let Some(search) = search.as_ref().filter(|search| search.is_match(body.as_slice())) {
             *body = search.replace_all_bytes(body, &vec![REDACTED; search.patterns_len()]);
@@ -281,10 +281,10 @@ mod tests {
             ["Bearer sk-verysecret"]
         );
         let mut body = b"none: sk-verysecret, sk-verysecret".to_vec();
-        secrets().blank_body(&mut body, true);
+        secrets().redact_body(&mut body, true);
         assert_eq!(body, b"none: [redacted], [redacted]");
         let mut text = String::from("Bearer sk-verysecret");
-        secrets().blank(&mut text);
+        secrets().redact(&mut text);
         assert_eq!(text, "Bearer [redacted]");
         assert_eq!(format!("{:?}", secrets()), "2 secrets");
     }
@@ -309,7 +309,7 @@ mod tests {
             "s/k+very=%22secret%22~0".into(),
         ] {
             let mut text = shown.clone();
-            secrets.blank(&mut text);
+            secrets.redact(&mut text);
             assert!(
                 text.contains(REDACTED) && !text.contains("very") && !text.contains("VERY"),
                 "{shown}: {text}"
@@ -319,7 +319,7 @@ mod tests {
             for after in ["", "b", "bc"] {
                 for encoding in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
                     let mut body = encoding.encode(format!("{before}{secret}{after}")).into_bytes();
-                    secrets.blank_body(&mut body, false);
+                    secrets.redact_body(&mut body, false);
                     let text = String::from_utf8(body).unwrap();
                     // Only digits that the secret shares with its neighbors remain.
                     assert!(
@@ -338,7 +338,7 @@ mod tests {
                 Secrets::new(vec![credential("x-key", "", secret, &[])], Vec::new(), false)
                     .unwrap();
             let mut body = format!("I know {}.", secret.to_uppercase()).into_bytes();
-            secrets.blank_body(&mut body, is_error);
+            secrets.redact_body(&mut body, is_error);
             body.ends_with(b"[redacted].")
         };
         for (secret, in_answers, in_errors) in [

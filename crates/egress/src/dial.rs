@@ -22,7 +22,7 @@ use tower::Service;
 use url::{Host, Url};
 
 use super::allow::{AllowList, Target};
-use super::{Fault, TransportError};
+use super::{TransportError, TransportErrorKind};
 
 /// Delay before the next address is tried in parallel (RFC 8305).
 const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -91,15 +91,20 @@ pub(crate) struct Dialer {
 impl Dialer {
     async fn dial(self, uri: Uri) -> Result<TokioIo<TcpStream>, TransportError> {
         let url = Url::parse(&uri.to_string()).map_err(|error| {
-            TransportError::new(Fault::NotAllowed, format!("The URL is not valid: {error}."))
+            TransportError::new(
+                TransportErrorKind::NotAllowed,
+                format!("The URL is not valid: {error}."),
+            )
         })?;
         let target = self.allow.check(&url)?;
         let connecting = connect(&self.resolver, &target);
         tokio::time::timeout(self.connect_timeout, connecting).await.unwrap_or_else(|_| {
             let (host, port, limit) = (&target.host, target.port, self.connect_timeout);
             let reason = format!("took longer than {limit:?} ([limits] connect_timeout).");
-            let error =
-                TransportError::new(Fault::Timeout, format!("Connecting to the provider {reason}"));
+            let error = TransportError::new(
+                TransportErrorKind::Timeout,
+                format!("Connecting to the provider {reason}"),
+            );
             Err(error.with_detail(format!("Connecting to {host}:{port} {reason}")))
         })
     }
@@ -148,12 +153,15 @@ async fn connect(
     let (host, port) = (&target.host, target.port);
     Err(match last_error {
         Some((address, error)) => TransportError::new(
-            Fault::Connection,
+            TransportErrorKind::Connection,
             format!("Connecting to the provider failed: {error}."),
         )
         .with_detail(format!("Connecting to {host}:{port} ({address}) failed: {error}.")),
-        None => TransportError::new(Fault::NameResolution, "The provider's name has no address.")
-            .with_detail(format!("The name {host} has no address.")),
+        None => TransportError::new(
+            TransportErrorKind::NameResolution,
+            "The provider's name has no address.",
+        )
+        .with_detail(format!("The name {host} has no address.")),
     })
 }
 
@@ -188,8 +196,11 @@ async fn resolve(resolver: &Resolver, target: &Target) -> Result<Vec<IpAddr>, Tr
         Host::Domain(name) => name,
     };
     resolver.lookup(name, target.port).await.map_err(|error| {
-        TransportError::new(Fault::NameResolution, "The provider's name cannot be resolved.")
-            .with_detail(format!("The name {name} cannot be resolved: {error}."))
+        TransportError::new(
+            TransportErrorKind::NameResolution,
+            "The provider's name cannot be resolved.",
+        )
+        .with_detail(format!("The name {name} cannot be resolved: {error}."))
     })
 }
 

@@ -2,11 +2,11 @@
 
 use std::error::Error;
 
-use super::{Fault, Secrets, TransportError};
+use super::{Secrets, TransportError, TransportErrorKind};
 
 /// Converts a client error to a [`TransportError`], with the text of the innermost known cause.
 pub(crate) fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> TransportError {
-    let mut fault = Fault::Protocol;
+    let mut fault = TransportErrorKind::Protocol;
     let mut message = String::new();
     let mut detail = None;
     // An error before the connection was established means that nothing was sent.
@@ -22,17 +22,17 @@ pub(crate) fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> Trans
                 .with_detail(known.detail());
         }
         if cause.is::<std::io::Error>() {
-            fault = Fault::Connection;
+            fault = TransportErrorKind::Connection;
         }
         if let Some(tls) = tls_error(cause) {
-            fault = Fault::Tls;
+            fault = TransportErrorKind::Tls;
             detail = Some(tls.to_string());
             message = tls_message(tls).to_owned();
             continue;
         }
         if let Some(http) = cause.downcast_ref::<hyper::Error>() {
             if http.is_incomplete_message() {
-                fault = Fault::Connection;
+                fault = TransportErrorKind::Connection;
             }
             // The connection was closed before the request was written.
             unsent |= http.is_canceled();
@@ -43,7 +43,7 @@ pub(crate) fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> Trans
     }
     let to_sentence = |text: String| {
         let mut text = format!("The exchange with the provider failed: {text}.");
-        secrets.blank(&mut text);
+        secrets.redact(&mut text);
         text
     };
     let error = TransportError {

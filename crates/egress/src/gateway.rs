@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use batchwright_domain::ids::TenantId;
-use batchwright_memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Reservation};
 use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
@@ -21,10 +21,13 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout};
 use url::Url;
 
+use super::admission::{AdmissionQueue, Permit, QueueId};
 use super::dial::{Dialer, Resolver};
 use super::explain::explain;
-use super::throttle::{Admitted, Queue, Throttle};
-use super::{AllowList, Bounds, Fault, HttpRequest, HttpResponse, Secrets, TransportError};
+use super::{
+    AllowList, ExchangeLimits, HttpRequest, HttpResponse, Secrets, TransportError,
+    TransportErrorKind,
+};
 
 /// Time after which an unused connection is closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -83,8 +86,8 @@ pub struct Gateway {
     plugin: Holder,
     allow: Arc<AllowList>,
     secrets: Secrets,
-    bounds: Bounds,
-    throttle: Throttle,
+    bounds: ExchangeLimits,
+    throttle: AdmissionQueue,
     /// Lock for first-come order, and the limiter of the operator's rate.
     rate: Option<(tokio::sync::Mutex<()>, DefaultDirectRateLimiter)>,
     exchanges: Pool,
@@ -117,12 +120,12 @@ struct Deadline(Instant);
 
 impl Deadline {
     /// Grows `share` to `bytes`, and extends the deadline by the time that this takes.
-    async fn reserve(&mut self, share: &mut Share, bytes: usize) {
-        if share.try_cover(bytes) {
+    async fn reserve(&mut self, reservation: &mut Reservation, bytes: usize) {
+        if reservation.try_grow_to(bytes) {
             return;
         }
         let started = Instant::now();
-        share.cover(bytes).await;
+        reservation.grow_to(bytes).await;
         self.0 = self.0.checked_add(started.elapsed()).unwrap_or(self.0);
     }
 }
@@ -133,14 +136,14 @@ impl Gateway {
         plugin: &str,
         allow: AllowList,
         secrets: Secrets,
-        bounds: Bounds,
+        bounds: ExchangeLimits,
         shared: &Shared,
     ) -> Self {
         Self {
             plugin: plugin.into(),
             allow: Arc::new(allow),
             secrets,
-            throttle: Throttle::new(bounds.concurrency),
+            throttle: AdmissionQueue::new(bounds.concurrency),
             rate: bounds
                 .requests_per_minute
                 .map(|number| (tokio::sync::Mutex::default(), RateLimiter::direct(quota(number)))),
@@ -156,18 +159,18 @@ impl Gateway {
 
     /// Waits for a permit for one more exchange in flight. Each queue is first come, first served;
     /// queues share fairly. The error is the end of a long pause that the provider asked for.
-    pub async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
+    pub async fn admit(&self, queue: QueueId) -> Result<Permit, Instant> {
         self.throttle.admit(queue).await
     }
 
     /// Returns an empty share of the exchanges' memory pool.
-    pub fn share(&self) -> Share {
-        self.exchanges.share(&self.plugin)
+    pub fn reservation(&self) -> Reservation {
+        self.exchanges.reservation(&self.plugin)
     }
 
     /// Returns the bytes to reserve before an exchange. The estimate is capped, because a very
     /// large reservation would block most of the pool while the provider works.
-    pub fn expected(&self) -> usize {
+    pub fn expected_response_bytes(&self) -> usize {
         let max = self.exchanges.size() / 8;
         self.expected_bytes
             .load(Ordering::Relaxed)
@@ -177,7 +180,7 @@ impl Gateway {
     }
 
     /// Records the size of a response; the estimate rises immediately and falls slowly.
-    pub fn brought(&self, bytes: usize) {
+    pub fn record_response_size(&self, bytes: usize) {
         let known = self.expected_bytes.load(Ordering::Relaxed);
         let next = if bytes >= known {
             bytes
@@ -190,7 +193,7 @@ impl Gateway {
     }
 
     /// Waits until the operator's rate permits one more exchange; first come, first served.
-    pub async fn until_rate_permits(&self) {
+    pub async fn rate_limit_ready(&self) {
         let Some((turn, rate)) = &self.rate else { return };
         let _turn = turn.lock().await;
         while let Err(not_until) = rate.check() {
@@ -205,8 +208,8 @@ impl Gateway {
     }
 
     /// Records how many requests the provider reports as remaining, and the time until the reset.
-    pub fn told(&self, admitted: &Admitted, (left, reset): (u64, Duration)) {
-        self.throttle.told(admitted, left, reset);
+    pub fn update_remaining(&self, admitted: &Permit, (left, reset): (u64, Duration)) {
+        self.throttle.update_remaining(admitted, left, reset);
     }
 
     /// Performs an exchange, through all layers between a guest and the network. The response is
@@ -215,9 +218,9 @@ impl Gateway {
         &self,
         tenant: &TenantId,
         request: HttpRequest,
-        share: &mut Share,
+        reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
-        let sent = self.send_now(tenant, request, share).await;
+        let sent = self.send_now(tenant, request, reservation).await;
         if let Err(error) = &sent {
             self.report(error);
         }
@@ -228,7 +231,7 @@ impl Gateway {
         &self,
         tenant: &TenantId,
         request: HttpRequest,
-        share: &mut Share,
+        reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
         let checked = self.checked(&request.url)?;
         let sent = request.body.len();
@@ -236,7 +239,7 @@ impl Gateway {
         let clients = self.clients(tenant);
         let started = Instant::now();
         let end = started.checked_add(self.bounds.exchange_timeout).unwrap_or(started);
-        self.exchange(&clients, request, Deadline(end), share, sent).await
+        self.exchange(&clients, request, Deadline(end), reservation, sent).await
     }
 
     /// Logs an exchange without a response: at most one warning per interval, the rest as debug.
@@ -271,7 +274,7 @@ impl Gateway {
         }
         let invalid = |error: String| {
             TransportError::new(
-                Fault::NotAllowed,
+                TransportErrorKind::NotAllowed,
                 format!("The adapter's URL is not valid: {error}."),
             )
         };
@@ -294,7 +297,10 @@ impl Gateway {
         request: HttpRequest,
     ) -> Result<Request<Full<Bytes>>, TransportError> {
         let invalid = |what: String| {
-            TransportError::new(Fault::Protocol, format!("The adapter's {what} is not valid HTTP."))
+            TransportError::new(
+                TransportErrorKind::Protocol,
+                format!("The adapter's {what} is not valid HTTP."),
+            )
         };
         let method = Method::from_bytes(request.method.as_bytes())
             .ok()
@@ -305,7 +311,7 @@ impl Gateway {
             let message = format!(
                 "The adapter's request has {number} headers; it may have {MAX_REQUEST_HEADERS}."
             );
-            return Err(TransportError::new(Fault::Protocol, message));
+            return Err(TransportError::new(TransportErrorKind::Protocol, message));
         }
         let mut headers = HeaderMap::with_capacity(request.headers.len().saturating_add(2));
         for (name, value) in request.headers {
@@ -360,7 +366,7 @@ impl Gateway {
         clients: &Arc<Clients>,
         request: Request<Full<Bytes>>,
         end: Deadline,
-        share: &mut Share,
+        reservation: &mut Reservation,
         sent: usize,
     ) -> Result<HttpResponse, TransportError> {
         let limit =
@@ -372,10 +378,10 @@ impl Gateway {
             timeout(limit, clients.plain.request(request)).await
         };
         match sending {
-            Ok(Ok(response)) => self.receive(response, end, share, sent).await,
+            Ok(Ok(response)) => self.receive(response, end, reservation, sent).await,
             Ok(Err(error)) => Err(explain(&self.secrets, &error)),
             Err(_) => Err(TransportError::new(
-                Fault::Timeout,
+                TransportErrorKind::Timeout,
                 format!(
                     "The provider sent no response within {limit:?} ([limits] first_byte_timeout)."
                 ),
@@ -396,7 +402,7 @@ impl Gateway {
             client(https().https_only().enable_all_versions().wrap_connector(dialer))
         });
         let created = created.await.map_err(|error| {
-            TransportError::new(Fault::Tls, format!("TLS cannot be set up: {error}."))
+            TransportError::new(TransportErrorKind::Tls, format!("TLS cannot be set up: {error}."))
         })?;
         Ok(clients.tls.get_or_init(|| created).clone())
     }
@@ -405,7 +411,7 @@ impl Gateway {
         &self,
         response: Response<Incoming>,
         mut end: Deadline,
-        share: &mut Share,
+        reservation: &mut Reservation,
         sent: usize,
     ) -> Result<HttpResponse, TransportError> {
         let (head, mut body) = response.into_parts();
@@ -414,9 +420,9 @@ impl Gateway {
             .iter()
             .map(|(name, value)| {
                 let mut value = String::from_utf8_lossy(value.as_bytes()).into_owned();
-                self.secrets.blank(&mut value);
+                self.secrets.redact(&mut value);
                 let mut name = name.as_str().to_owned();
-                self.secrets.blank(&mut name);
+                self.secrets.redact(&mut name);
                 (name, value)
             })
             .collect();
@@ -425,7 +431,7 @@ impl Gateway {
         {
             let coding = String::from_utf8_lossy(coding.as_bytes());
             return Err(TransportError::new(
-                Fault::Protocol,
+                TransportErrorKind::Protocol,
                 format!(
                     "The provider sent a response with Content-Encoding `{}`, although the \
                      request asked for `identity`.",
@@ -440,7 +446,7 @@ impl Gateway {
             let frame = tokio::time::timeout_at(end.0, body.frame()).await.map_err(|_| {
                 let limit = self.bounds.exchange_timeout;
                 TransportError::new(
-                    Fault::Timeout,
+                    TransportErrorKind::Timeout,
                     format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
                 )
                 .after_sending()
@@ -451,7 +457,7 @@ impl Gateway {
             let size = bytes.len().saturating_add(data.len());
             if size > max {
                 return Err(TransportError::new(
-                    Fault::TooLarge,
+                    TransportErrorKind::TooLarge,
                     format!("The response is larger than {max} bytes ([limits] max_response)."),
                 )
                 .after_sending());
@@ -459,9 +465,9 @@ impl Gateway {
             if size > bytes.capacity() {
                 // A growth of a quarter copies seldom, and reserves little memory in excess.
                 let capacity = size.saturating_add((size / 4).max(1024)).min(max);
-                if sent.saturating_add(capacity) > share.bytes() {
+                if sent.saturating_add(capacity) > reservation.bytes() {
                     end.reserve(
-                        share,
+                        reservation,
                         sent.saturating_add(capacity).next_multiple_of(SHARE_STEP_BYTES),
                     )
                     .await;
@@ -471,8 +477,8 @@ impl Gateway {
             bytes.extend_from_slice(&data);
         }
         // Redaction and the guest each make a copy of the body.
-        end.reserve(share, bytes.len().saturating_mul(2)).await;
-        self.secrets.blank_body(&mut bytes, !head.status.is_success());
+        end.reserve(reservation, bytes.len().saturating_mul(2)).await;
+        self.secrets.redact_body(&mut bytes, !head.status.is_success());
         Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
     }
 }

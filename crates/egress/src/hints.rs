@@ -25,14 +25,14 @@ const TOKEN_HEADERS: [(&str, &str); 4] = [
 
 /// Rate-limit hints of one response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hints {
+pub struct RateLimitHints {
     /// Time that the provider asks to wait.
     pub delay: Option<Duration>,
     /// Remaining requests, and the time until the reset.
     pub left: Option<(u64, Duration)>,
 }
 
-impl Hints {
+impl RateLimitHints {
     /// Parses the hints in the headers of a response that arrived at `now`.
     pub fn of(headers: &[(String, String)], now: Timestamp) -> Self {
         // Fast path: most responses have no hints.
@@ -128,10 +128,10 @@ fn parse_date(text: &str) -> Option<i64> {
 mod tests {
     use super::*;
 
-    fn hints(headers: &[(&str, &str)]) -> Hints {
+    fn hints(headers: &[(&str, &str)]) -> RateLimitHints {
         let headers: Vec<_> =
             headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Hints::of(&headers, Timestamp::from_millis(784_111_770_000))
+        RateLimitHints::of(&headers, Timestamp::from_millis(784_111_770_000))
     }
 
     #[test]

@@ -39,24 +39,24 @@
 #![warn(unreachable_pub)]
 
 mod address;
+mod admission;
 mod allow;
+mod concurrency;
 mod credentials;
 mod dial;
 mod explain;
 mod gateway;
 mod hints;
-mod limit;
-mod throttle;
 
 use std::time::Duration;
 
+pub use admission::{Permit, QueueId, Refusals};
 pub use allow::{AllowList, is_loopback};
+pub use concurrency::LimitFeedback;
 pub use credentials::{Credential, Secrets, is_distinct};
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, https, is_host_header};
-pub use hints::Hints;
-pub use limit::Taken;
-pub use throttle::{Admitted, Queue, Refusals};
+pub use hints::RateLimitHints;
 
 /// HTTP request that an adapter asks the host to send; unchecked input.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ pub struct HttpResponse {
 
 /// Reason why an exchange has no response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum TransportErrorKind {
     /// The host's name did not resolve.
     NameResolution,
     /// The connection failed or broke.
@@ -106,7 +106,7 @@ pub enum Fault {
 #[error("{message}")]
 pub struct TransportError {
     /// Reason, for code.
-    pub fault: Fault,
+    pub fault: TransportErrorKind,
     /// Text for plugins and clients, without hosts, addresses, paths and secrets.
     pub message: String,
     /// Text for the operator if it differs: with hosts and files, without secrets.
@@ -117,7 +117,7 @@ pub struct TransportError {
 
 impl TransportError {
     /// Returns an error of a request that was not sent.
-    pub fn new(fault: Fault, message: impl Into<String>) -> Self {
+    pub fn new(fault: TransportErrorKind, message: impl Into<String>) -> Self {
         Self { fault, message: message.into(), detail: None, sent: false }
     }
 
@@ -138,7 +138,7 @@ impl TransportError {
 
 /// Limits of the exchanges of one plugin.
 #[derive(Clone, Debug)]
-pub struct Bounds {
+pub struct ExchangeLimits {
     /// Maximum number of exchanges in flight.
     pub concurrency: usize,
     /// Maximum number of exchanges started per minute; unlimited if absent.

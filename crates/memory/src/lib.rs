@@ -40,7 +40,7 @@ mod pool;
 use std::sync::Arc;
 
 pub use config::{Budget, MemoryConfig};
-pub use pool::{Pool, Share};
+pub use pool::{Pool, Reservation};
 
 /// Name of a plugin or tenant that shares a pool.
 pub type Holder = Arc<str>;

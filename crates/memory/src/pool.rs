@@ -52,7 +52,7 @@ struct HolderState {
 }
 
 struct Waiter {
-    share: u64,
+    reservation: u64,
     /// Bytes that the share holds already.
     held: i64,
     /// Bytes that the share waits for.
@@ -61,7 +61,7 @@ struct Waiter {
 }
 
 /// Bytes reserved from a [`Pool`], released on drop.
-pub struct Share {
+pub struct Reservation {
     pool: Pool,
     holder: Holder,
     id: u64,
@@ -93,23 +93,23 @@ impl Pool {
     }
 
     /// Returns a share that holds no bytes yet.
-    pub fn share(&self, holder: &Holder) -> Share {
+    pub fn reservation(&self, holder: &Holder) -> Reservation {
         let mut state = self.lock();
         state.next_id = state.next_id.wrapping_add(1);
-        Share { pool: self.clone(), holder: holder.clone(), id: state.next_id, bytes: 0 }
+        Reservation { pool: self.clone(), holder: holder.clone(), id: state.next_id, bytes: 0 }
     }
 
     /// Reserves a share of `bytes`; waits until the pool has room.
-    pub async fn take(&self, holder: &Holder, bytes: usize) -> Share {
-        let mut share = self.share(holder);
-        share.cover(bytes).await;
-        share
+    pub async fn reserve(&self, holder: &Holder, bytes: usize) -> Reservation {
+        let mut reservation = self.reservation(holder);
+        reservation.grow_to(bytes).await;
+        reservation
     }
 
     /// Reserves a share of `bytes`, or returns `None` if the pool has no room now.
-    pub fn try_take(&self, holder: &Holder, bytes: usize) -> Option<Share> {
-        let mut share = self.share(holder);
-        share.try_cover(bytes).then_some(share)
+    pub fn try_reserve(&self, holder: &Holder, bytes: usize) -> Option<Reservation> {
+        let mut reservation = self.reservation(holder);
+        reservation.try_grow_to(bytes).then_some(reservation)
     }
 
     /// Returns true if a share waits for bytes.
@@ -123,20 +123,20 @@ impl Pool {
 
     /// Releases bytes of a share and, if the share is then `empty`, its roles. Grants the bytes to
     /// waiting shares.
-    fn release(&self, holder: &Holder, share: u64, bytes: i64, empty: bool) {
+    fn release(&self, holder: &Holder, reservation: u64, bytes: i64, empty: bool) {
         let mut state = self.lock();
-        let counted = if state.oversized == Some(share) { 0 } else { bytes };
+        let counted = if state.oversized == Some(reservation) { 0 } else { bytes };
         state.free = state.free.saturating_add(counted);
         if let Some(found) = state.holders.get_mut(holder) {
             found.held = found.held.saturating_sub(counted);
-            if empty && found.priority == Some(share) {
+            if empty && found.priority == Some(reservation) {
                 found.priority = None;
             }
             if found.held == 0 && found.priority.is_none() && found.queue.is_empty() {
                 state.holders.remove(holder);
             }
         }
-        if empty && state.oversized == Some(share) {
+        if empty && state.oversized == Some(reservation) {
             state.oversized = None;
         }
         let granted = state.grant_waiting(self.0.overdraft);
@@ -155,12 +155,12 @@ impl State {
     fn grant(
         &mut self,
         holder: &Holder,
-        (share, share_held): (u64, i64),
+        (reservation, share_held): (u64, i64),
         bytes: i64,
         overdraft: i64,
         may_take_priority: bool,
     ) -> bool {
-        if self.oversized == Some(share) {
+        if self.oversized == Some(reservation) {
             return true;
         }
         let free = self.free.saturating_sub(bytes);
@@ -170,14 +170,14 @@ impl State {
         let Some(found) = self.holders.get_mut(holder) else { return false };
         let held = found.held.saturating_add(bytes);
         if held > free {
-            if !may_take_priority || *found.priority.get_or_insert(share) != share {
+            if !may_take_priority || *found.priority.get_or_insert(reservation) != reservation {
                 return false;
             }
             if free < -overdraft {
                 if self.oversized.is_some() {
                     return false;
                 }
-                self.oversized = Some(share);
+                self.oversized = Some(reservation);
                 found.held = found.held.saturating_sub(share_held);
                 self.free = self.free.saturating_add(share_held);
                 return true;
@@ -200,12 +200,12 @@ impl State {
             let Some(holder) = self.waiting.pop_front() else { break };
             loop {
                 let next = self.holders.get(&holder).and_then(|found| found.queue.front());
-                let Some((share, bytes)) =
-                    next.map(|waiter| ((waiter.share, waiter.held), waiter.bytes))
+                let Some((reservation, bytes)) =
+                    next.map(|waiter| ((waiter.reservation, waiter.held), waiter.bytes))
                 else {
                     break;
                 };
-                if !self.grant(&holder, share, bytes, overdraft, true) {
+                if !self.grant(&holder, reservation, bytes, overdraft, true) {
                     break;
                 }
                 let waiter =
@@ -220,7 +220,7 @@ impl State {
     }
 }
 
-impl Share {
+impl Reservation {
     /// Returns the number of bytes that the share holds.
     pub fn bytes(&self) -> usize {
         usize::try_from(self.bytes).unwrap_or(0)
@@ -229,17 +229,17 @@ impl Share {
     /// Grows the share to `bytes` and returns true, or returns false if the pool has no room now.
     ///
     /// A share that is large enough does not change.
-    pub fn try_cover(&mut self, bytes: usize) -> bool {
+    pub fn try_grow_to(&mut self, bytes: usize) -> bool {
         self.try_grow(bytes, false).is_ok()
     }
 
     /// Grows the share to `bytes`; waits until the pool has room. A larger share does not change.
-    pub async fn cover(&mut self, bytes: usize) {
+    pub async fn grow_to(&mut self, bytes: usize) {
         let Err(waiting) = self.try_grow(bytes, true) else { return };
         let Some((more, granted)) = waiting else { return };
-        let mut waiting = Waiting { share: self, bytes: more, granted };
+        let mut waiting = Waiting { reservation: self, bytes: more, granted };
         if (&mut waiting.granted).await.is_ok() {
-            waiting.share.bytes = waiting.share.bytes.saturating_add(more);
+            waiting.reservation.bytes = waiting.reservation.bytes.saturating_add(more);
         }
         waiting.bytes = 0;
     }
@@ -248,7 +248,7 @@ impl Share {
     ///
     /// A share that still holds bytes keeps its roles: a second oversized share beside it would
     /// exceed the pool further.
-    pub fn settle(&mut self, bytes: usize) {
+    pub fn shrink_to(&mut self, bytes: usize) {
         let kept = signed(bytes).min(self.bytes);
         self.pool.release(&self.holder, self.id, self.bytes.saturating_sub(kept), kept == 0);
         self.bytes = kept;
@@ -287,7 +287,8 @@ impl Share {
             return Err(None);
         }
         let (sender, granted) = oneshot::channel();
-        let waiter = Waiter { share: self.id, held: self.bytes, bytes: more, granted: sender };
+        let waiter =
+            Waiter { reservation: self.id, held: self.bytes, bytes: more, granted: sender };
         if let Some(found) = state.holders.get_mut(&self.holder) {
             if has_priority || found.priority == Some(self.id) {
                 found.queue.push_front(waiter);
@@ -303,7 +304,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.pool.release(&self.holder, self.id, self.bytes, true);
     }
@@ -311,7 +312,7 @@ impl Drop for Share {
 
 /// Queued request of a share, removed from the queue on drop.
 struct Waiting<'a> {
-    share: &'a mut Share,
+    reservation: &'a mut Reservation,
     bytes: i64,
     granted: oneshot::Receiver<()>,
 }
@@ -321,12 +322,12 @@ impl Drop for Waiting<'_> {
         if self.bytes == 0 {
             return;
         }
-        let Share { pool, holder, id, .. } = &*self.share;
+        let Reservation { pool, holder, id, .. } = &*self.reservation;
         let mut state = pool.lock();
         let mut was_queued = false;
         if let Some(found) = state.holders.get_mut(holder) {
             let before = found.queue.len();
-            found.queue.retain(|waiter| waiter.share != *id);
+            found.queue.retain(|waiter| waiter.reservation != *id);
             was_queued = found.queue.len() < before;
             if found.queue.is_empty() {
                 state.waiting.retain(|waiting| waiting != holder);
@@ -363,13 +364,14 @@ mod tests {
     async fn holder_leaves_as_much_free_as_it_holds_and_new_holder_finds_room() {
         let pool = pool();
         let whole = free(&pool);
-        let held: Vec<_> = std::iter::from_fn(|| pool.try_take(&holder("stuck"), 100)).collect();
+        let held: Vec<_> = std::iter::from_fn(|| pool.try_reserve(&holder("stuck"), 100)).collect();
         assert_eq!(held.len(), 5);
-        let others: Vec<_> = std::iter::from_fn(|| pool.try_take(&holder("next"), 100)).collect();
+        let others: Vec<_> =
+            std::iter::from_fn(|| pool.try_reserve(&holder("next"), 100)).collect();
         assert_eq!(others.len(), 2);
         // Rule 3: one item may be larger than the pool.
-        let oversized = pool.take(&holder("large"), 5000).now_or_never().unwrap();
-        assert!(pool.take(&holder("larger"), 5000).now_or_never().is_none());
+        let oversized = pool.reserve(&holder("large"), 5000).now_or_never().unwrap();
+        assert!(pool.reserve(&holder("larger"), 5000).now_or_never().is_none());
         drop((held, others, oversized));
         assert_eq!(free(&pool), whole);
         assert!(pool.lock().holders.is_empty() && pool.lock().waiting.is_empty());
@@ -378,20 +380,21 @@ mod tests {
     #[tokio::test]
     async fn small_holders_fit_into_the_overdraft_and_only_one_item_exceeds_the_pool() {
         let pool = Pool::new(4000);
-        let hog = pool.take(&holder("hog"), 3000).await;
-        let small: Vec<_> =
-            (0..90).map(|name| pool.take(&holder(&name.to_string()), 10).now_or_never()).collect();
+        let hog = pool.reserve(&holder("hog"), 3000).await;
+        let small: Vec<_> = (0..90)
+            .map(|name| pool.reserve(&holder(&name.to_string()), 10).now_or_never())
+            .collect();
         assert!(small.iter().all(Option::is_some));
-        let oversized = pool.take(&holder("first"), 2000).now_or_never();
+        let oversized = pool.reserve(&holder("first"), 2000).now_or_never();
         assert!(oversized.is_some());
         assert!(
-            pool.take(&holder("second"), 2000).now_or_never().is_none(),
+            pool.reserve(&holder("second"), 2000).now_or_never().is_none(),
             "a second item exceeds the pool"
         );
         // The oversized share leaves the rest of the pool unchanged.
-        assert!(pool.take(&holder("small"), 10).now_or_never().is_some());
+        assert!(pool.reserve(&holder("small"), 10).now_or_never().is_some());
         drop(oversized);
-        assert!(pool.take(&holder("second"), 2000).now_or_never().is_some());
+        assert!(pool.reserve(&holder("second"), 2000).now_or_never().is_some());
         drop((hog, small));
     }
 
@@ -399,11 +402,11 @@ mod tests {
     async fn large_request_is_granted_before_later_requests() {
         let pool = pool();
         let one = holder("one");
-        let first = pool.take(&one, 300).await;
+        let first = pool.reserve(&one, 300).await;
         // The large share becomes the priority share and does not wait; the next one must.
-        let large = pool.take(&one, 450).now_or_never().unwrap();
-        let mut second = Box::pin(pool.take(&one, 450));
-        let mut third = Box::pin(pool.take(&one, 1));
+        let large = pool.reserve(&one, 450).now_or_never().unwrap();
+        let mut second = Box::pin(pool.reserve(&one, 450));
+        let mut third = Box::pin(pool.reserve(&one, 1));
         assert!((&mut second).now_or_never().is_none() && (&mut third).now_or_never().is_none());
         drop(first);
         drop(large);
@@ -419,12 +422,12 @@ mod tests {
             .map(|number| {
                 let pool = pool.clone();
                 tokio::spawn(async move {
-                    let mut share = pool.share(&holder(&(number % 4).to_string()));
+                    let mut reservation = pool.reservation(&holder(&(number % 4).to_string()));
                     for size in 1..=20 {
-                        share.cover(size * 50).await;
+                        reservation.grow_to(size * 50).await;
                         tokio::task::yield_now().await;
                     }
-                    share.settle(10);
+                    reservation.shrink_to(10);
                     tokio::task::yield_now().await;
                 })
             })
@@ -441,37 +444,37 @@ mod tests {
             steps in prop::collection::vec((0_usize..7, 0_usize..3, 1_usize..400), 1..200)
         ) {
             let pool = Pool::new(1000);
-            let mut shares: Vec<Share> = Vec::new();
+            let mut shares: Vec<Reservation> = Vec::new();
             let mut largest = 0;
             for (action, name, bytes) in steps {
                 match action {
                     0..3 => {
                         let name = holder(&name.to_string());
-                        shares.extend(pool.take(&name, bytes).now_or_never());
+                        shares.extend(pool.reserve(&name, bytes).now_or_never());
                     }
-                    3 => shares.extend(pool.try_take(&holder(&name.to_string()), bytes)),
+                    3 => shares.extend(pool.try_reserve(&holder(&name.to_string()), bytes)),
                     4 => {
-                        if let Some(share) = shares.get_mut(name) {
+                        if let Some(reservation) = shares.get_mut(name) {
                             // A request that has to wait is dropped at once.
-                            share.cover(bytes).now_or_never();
+                            reservation.grow_to(bytes).now_or_never();
                         }
                     }
                     5 => {
-                        if let Some(share) = shares.get_mut(name) {
-                            share.settle(bytes);
+                        if let Some(reservation) = shares.get_mut(name) {
+                            reservation.shrink_to(bytes);
                         }
                     }
                     _ if name < shares.len() => drop(shares.remove(name)),
                     _ => {}
                 }
                 largest = largest.max(bytes);
-                let held: usize = shares.iter().map(Share::bytes).sum();
+                let held: usize = shares.iter().map(Reservation::bytes).sum();
                 prop_assert!(held <= 1000 + largest, "{held}");
                 let oversized = pool.lock().oversized;
                 let counted: usize = shares
                     .iter()
-                    .filter(|share| oversized != Some(share.id))
-                    .map(Share::bytes)
+                    .filter(|reservation| oversized != Some(reservation.id))
+                    .map(Reservation::bytes)
                     .sum();
                 prop_assert!(counted <= 1000, "{counted}");
                 prop_assert_eq!(free(&pool), 750 - i64::try_from(counted).unwrap());

@@ -92,7 +92,7 @@ pub enum CallError {
         "Plugin `{plugin}` blocked in `{function}` past its deadline; \
          a plugin must not sleep or wait for a clock."
     )]
-    Asleep {
+    DeadlineExceeded {
         /// Name of the plugin.
         plugin: String,
         /// Function of the contract that was called.
@@ -212,7 +212,7 @@ impl CallError {
     /// Returns the stable error code of the API.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Cpu { .. } | Self::Asleep { .. } => ErrorCode::PluginTimeout,
+            Self::Cpu { .. } | Self::DeadlineExceeded { .. } => ErrorCode::PluginTimeout,
             Self::Memory { .. }
             | Self::Table { .. }
             | Self::Handles { .. }

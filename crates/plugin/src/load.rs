@@ -1,4 +1,4 @@
-//! Loading of a plugin from its TOML file: read, verify, compile, link, describe, check, configure.
+//! LoaderConfig of a plugin from its TOML file: read, verify, compile, link, describe, check, configure.
 //!
 //! Components come from third parties, so every step distrusts its input:
 //! - The signature, the serial and the pinned digest are verified before any code is compiled.
@@ -21,7 +21,7 @@ use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_domain::units::{Size, Span};
-use batchwright_egress::{AllowList, Bounds, Gateway, Resolver, Shared, is_host_header};
+use batchwright_egress::{AllowList, ExchangeLimits, Gateway, Resolver, Shared, is_host_header};
 use batchwright_memory::Memory;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -41,8 +41,10 @@ use crate::package::schema;
 use crate::package::signature::TrustedKeys;
 use crate::package::trust::Trust;
 use crate::plugin::{Plugin, PluginFacts, PluginRuntime, explain};
-use crate::sandbox::engine::Flavour;
-use crate::sandbox::instance::{self, Asleep, Instance, OutOfTime, State, Template, in_time};
+use crate::sandbox::engine::EngineKind;
+use crate::sandbox::instance::{
+    self, CpuTimeExceeded, DeadlineExceeded, Instance, State, Template, in_time,
+};
 use crate::sandbox::instances::Instances;
 use crate::sandbox::log::PluginLog;
 
@@ -54,7 +56,7 @@ const MAX_CONCURRENT_LOADS: usize = 8;
 
 /// Options for loading plugins, set by the operator.
 #[derive(Clone)]
-pub struct Loading {
+pub struct LoaderConfig {
     /// Folder of compiled components.
     pub cache: PathBuf,
     /// Time limit of one compilation.
@@ -116,7 +118,7 @@ pub struct Inspected {
 }
 
 impl Runtime {
-    fn start(flavour: Flavour) -> Result<Self, String> {
+    fn start(flavour: EngineKind) -> Result<Self, String> {
         let engine = crate::sandbox::engine::start(flavour)?;
         let linker = instance::linker(&engine, flavour).map_err(|error| format!("{error:#}"))?;
         Ok(Self { engine, linker })
@@ -125,12 +127,12 @@ impl Runtime {
 
 impl Loader {
     /// Starts the engine and opens the cache and the state files.
-    pub fn new(loading: Loading, clock: Clock) -> Result<Self, LoadError> {
+    pub fn new(loading: LoaderConfig, clock: Clock) -> Result<Self, LoadError> {
         let failed = |message: String| LoadError::Component {
             component: PathBuf::from("wasmtime"),
             message,
         };
-        let Loading {
+        let LoaderConfig {
             cache,
             compile_timeout,
             compile_memory,
@@ -144,7 +146,7 @@ impl Loader {
             Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
         let (concurrent, permits) = (OnceLock::new(), Semaphore::new(MAX_CONCURRENT_LOADS));
         Ok(Self {
-            plain: Runtime::start(Flavour::Plain).map_err(failed)?,
+            plain: Runtime::start(EngineKind::Plain).map_err(failed)?,
             concurrent,
             compiler,
             trust: Trust::open(trusted_keys, serials).map_err(failed)?,
@@ -290,7 +292,7 @@ impl Loader {
         };
         check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
-        let flavour = Flavour::of(&bytes);
+        let flavour = EngineKind::of(&bytes);
         let Runtime { engine, linker } = self.runtime(flavour).map_err(failed)?;
         let component =
             self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
@@ -311,8 +313,8 @@ impl Loader {
             // Any other failure means that the types of the exports differ from the contract.
             let is_runtime_failure = refused.is_some()
                 || found.is::<wasmtime::Trap>()
-                || found.is::<OutOfTime>()
-                || found.is::<Asleep>()
+                || found.is::<CpuTimeExceeded>()
+                || found.is::<DeadlineExceeded>()
                 // The instance pool is exhausted, which is no fault of the component.
                 || found.is::<wasmtime::PoolConcurrencyLimitError>();
             failed(if is_runtime_failure {
@@ -347,8 +349,8 @@ impl Loader {
     }
 
     /// Returns the runtime of a flavor, which is started on first use.
-    fn runtime(&self, flavour: Flavour) -> Result<Runtime, String> {
-        if flavour == Flavour::Plain {
+    fn runtime(&self, flavour: EngineKind) -> Result<Runtime, String> {
+        if flavour == EngineKind::Plain {
             return Ok(self.plain.clone());
         }
         if let Some(runtime) = self.concurrent.get() {
@@ -605,8 +607,8 @@ fn urls_in(value: &Value) -> Vec<Url> {
     }
 }
 
-fn bounds(limits: &Limits) -> Bounds {
-    Bounds {
+fn bounds(limits: &Limits) -> ExchangeLimits {
+    ExchangeLimits {
         concurrency: limits.max_in_flight.get(),
         requests_per_minute: limits.requests_per_minute,
         connect_timeout: limits.connect_timeout.duration(),

@@ -33,15 +33,17 @@ use wasmtime::{Engine, Trap};
 
 use crate::contract::answer::check_step;
 use crate::contract::types::{
-    BatchContext, Classification, Description, Judgement, Kind, Line, Outcome, Request, Step,
-    Violation,
+    BatchContext, Classification, Description, Kind, Line, Outcome, Request, Step,
+    ValidationReport, Violation,
 };
 use crate::error::CallError;
 use crate::package::manifest::{Isolation, Limits};
 use crate::package::routing::Routing;
-use crate::package::trust::Signed;
+use crate::package::trust::VerifiedSignature;
 use crate::sandbox::engine::GUEST_STACK_BYTES;
-use crate::sandbox::instance::{Asleep, Instance, OutOfTime, Refused, Template, in_time};
+use crate::sandbox::instance::{
+    CpuTimeExceeded, DeadlineExceeded, Instance, Refused, Template, in_time,
+};
 use crate::sandbox::instances::{IdleInstances, Instances};
 use crate::sandbox::log::{PluginLog, RecentOutput};
 
@@ -54,7 +56,7 @@ const BYTES_PER_CPU_UNIT: usize = 1 << 20;
 const MAX_VIOLATION_BYTES: usize = 256 << 10;
 
 /// Bytes at the beginning of a response body that `classify` receives.
-pub const BEGINNING: usize = 4 << 10;
+pub const CLASSIFY_BODY_BYTES: usize = 4 << 10;
 
 /// Shortest interval between calls of `classify` for responses whose class the host knows.
 const CLASSIFY_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
@@ -97,7 +99,7 @@ pub(crate) struct PluginFacts {
     /// SHA-256 of the component, in hexadecimal.
     pub sha256: String,
     /// Signature, if the server requires signatures.
-    pub signed: Option<Signed>,
+    pub signed: Option<VerifiedSignature>,
     /// Limits of calls and exchanges.
     pub limits: Limits,
     /// What the plugin serves.
@@ -136,7 +138,7 @@ impl Plugin {
         tenant: &TenantId,
         batch: BatchContext,
         lines: Vec<Line>,
-    ) -> Result<Judgement, CallError> {
+    ) -> Result<ValidationReport, CallError> {
         const FUNCTION: &str = "validate";
         let bytes: usize = lines.iter().map(|line| line.text.len()).sum();
         let units =
@@ -149,7 +151,7 @@ impl Plugin {
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.validate(&mut lease.instance.store, batch, lines);
         let called = in_time(&self.facts.limits, units, &waited, call).await;
-        let mut violations: Vec<Violation> = self.settle(lease, FUNCTION, called)?;
+        let mut violations: Vec<Violation> = self.end_lease(lease, FUNCTION, called)?;
         // Bounded without an await after the call, so that few lists of a guest's full size exist
         // at a time. A guest may return violations in any order.
         violations.sort_by_key(|violation| violation.line);
@@ -176,7 +178,7 @@ impl Plugin {
             bytes = bytes.saturating_add(violation.message.len()).saturating_add(100);
             kept.push(violation);
         }
-        Ok(Judgement { violations: kept, unlisted })
+        Ok(ValidationReport { violations: kept, unlisted })
     }
 
     /// Returns the first step of a request. A call that runs out of memory on a used instance is
@@ -196,7 +198,7 @@ impl Plugin {
             let waited = lease.instance.waited.clone();
             let call = lease.instance.exports.begin(&mut lease.instance.store, request);
             let called = in_time(&self.facts.limits, 1, &waited, call).await;
-            match self.settle(lease, "begin", called) {
+            match self.end_lease(lease, "begin", called) {
                 Err(CallError::Memory { .. }) if was_used && !needs_new => needs_new = true,
                 step => return self.check_step(step?, "begin"),
             }
@@ -220,7 +222,7 @@ impl Plugin {
         let waited = lease.instance.waited.clone();
         let call = lease.instance.exports.resume(&mut lease.instance.store, state, outcome);
         let called = in_time(&self.facts.limits, 1, &waited, call).await;
-        let step = self.settle(lease, "resume", called)?;
+        let step = self.end_lease(lease, "resume", called)?;
         self.check_step(step, "resume")
     }
 
@@ -238,8 +240,11 @@ impl Plugin {
         tenant: &TenantId,
         response: &HttpResponse,
     ) -> Result<Classification, CallError> {
-        let beginning =
-            response.body.get(..response.body.len().min(BEGINNING)).unwrap_or_default().to_vec();
+        let beginning = response
+            .body
+            .get(..response.body.len().min(CLASSIFY_BODY_BYTES))
+            .unwrap_or_default()
+            .to_vec();
         let pool = self.pool(tenant);
         let mut lease = self.lease(&pool, 1, beginning.len()).await?;
         let waited = lease.instance.waited.clone();
@@ -251,7 +256,7 @@ impl Plugin {
             beginning,
         );
         let called = in_time(&self.facts.limits, 1, &waited, call).await;
-        self.settle(lease, "classify", called)
+        self.end_lease(lease, "classify", called)
     }
 
     fn is_sample_due(&self) -> bool {
@@ -330,7 +335,7 @@ impl Plugin {
     }
 
     /// Returns the signature, if the server requires signatures.
-    pub fn signature(&self) -> Option<&Signed> {
+    pub fn signature(&self) -> Option<&VerifiedSignature> {
         self.facts.signed.as_ref()
     }
 
@@ -455,7 +460,7 @@ impl Plugin {
     }
 
     /// Ends a lease. The instance returns to its pool after success and is dropped after an error.
-    fn settle<T>(
+    fn end_lease<T>(
         &self,
         lease: Lease,
         function: &'static str,
@@ -508,11 +513,11 @@ pub(crate) fn explain(
     output: &RecentOutput,
 ) -> CallError {
     let plugin = plugin.to_owned();
-    if error.is::<OutOfTime>() {
+    if error.is::<CpuTimeExceeded>() {
         return CallError::Cpu { plugin, function, limit: limits.call_timeout.to_string() };
     }
-    if error.is::<Asleep>() {
-        return CallError::Asleep { plugin, function };
+    if error.is::<DeadlineExceeded>() {
+        return CallError::DeadlineExceeded { plugin, function };
     }
     match refused {
         Some(Refused::Memory) => {

@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use batchwright_batch::{Engine, NewFile, Request, Service};
+use batchwright_batch::{Engine, NewBatchRequest, NewFile, Service};
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{BatchId, FileId, TenantId};
 use batchwright_domain::settings::Value;
@@ -327,7 +327,7 @@ async fn create_or_resume(
     };
     // The record is written before the batch, so that a folder with a batch always has a record.
     saved.write(&paths.state)?;
-    let request = Request {
+    let request = NewBatchRequest {
         input_file_id: file.id,
         endpoint,
         completion_window: COMPLETION_WINDOW.into(),

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use batchwright_batch::{Engine, NewFile, Request, Service};
+use batchwright_batch::{Engine, NewBatchRequest, NewFile, Service};
 use batchwright_domain::ids::{BatchId, FileId, TenantId};
 use batchwright_domain::settings::Given;
 use batchwright_store::{BatchRecord, FileRecord};
@@ -187,7 +187,7 @@ impl TestServer {
 
     /// Creates a batch of a file and returns the batch id.
     async fn create_of(&self, file: &FileRecord, output_lifetime: Option<Duration>) -> BatchId {
-        let request = Request {
+        let request = NewBatchRequest {
             input_file_id: file.id.clone(),
             endpoint: CHAT.into(),
             completion_window: "24h".into(),

@@ -1,6 +1,6 @@
 //! JSON objects for plugins, and for the reasons why requests wait.
 
-use batchwright_batch::{Outage, OutageKey};
+use batchwright_batch::{BreakerKey, Outage};
 use batchwright_domain::ids::TenantId;
 use batchwright_plugin::Entry;
 use batchwright_plugin::types::Kind;
@@ -78,8 +78,8 @@ pub(super) struct OperatorOutage {
     waiting_requests: u64,
 }
 
-impl From<&(OutageKey, Outage)> for OperatorOutage {
-    fn from((key, outage): &(OutageKey, Outage)) -> Self {
+impl From<&(BreakerKey, Outage)> for OperatorOutage {
+    fn from((key, outage): &(BreakerKey, Outage)) -> Self {
         Self {
             plugin: key.plugin.clone(),
             tenant: key.tenant.to_string(),
@@ -94,7 +94,7 @@ impl From<&(OutageKey, Outage)> for OperatorOutage {
 
 impl OperatorPlugin {
     /// Creates the object, with those of `outages` that belong to the plugin.
-    pub(crate) fn new(entry: &Entry, outages: &[(OutageKey, Outage)]) -> Self {
+    pub(crate) fn new(entry: &Entry, outages: &[(BreakerKey, Outage)]) -> Self {
         let own = outages.iter().filter(|(key, _)| key.plugin == entry.name);
         let mut plugin = Plugin::from(entry);
         plugin.error.clone_from(&entry.error);
@@ -145,7 +145,7 @@ pub(crate) struct Plugin {
 
 impl Plugin {
     /// Adds the outage that a tenant sees, if there is one.
-    pub(crate) fn with_outage(self, outages: &[(OutageKey, Outage)], tenant: &TenantId) -> Self {
+    pub(crate) fn with_outage(self, outages: &[(BreakerKey, Outage)], tenant: &TenantId) -> Self {
         let found =
             outages.iter().find(|(key, _)| key.plugin == self.name && key.tenant == *tenant);
         Self { waiting: found.map(|(_, outage)| Waiting::from(outage)), ..self }

@@ -1,6 +1,6 @@
 //! Line reader for an input file that buffers one chunk at a time.
 //!
-//! A line that is longer than [`HELD`] is not buffered. The reader returns its byte range, and the
+//! A line that is longer than [`MAX_BUFFERED_LINE_BYTES`] is not buffered. The reader returns its byte range, and the
 //! caller reads the line when memory is reserved for it.
 
 use std::ops::Range;
@@ -17,7 +17,7 @@ use futures_util::stream::BoxStream;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Maximum size of a line that is buffered, in bytes.
-pub(crate) const HELD: usize = 128 << 10;
+pub(crate) const MAX_BUFFERED_LINE_BYTES: usize = 128 << 10;
 
 /// Line of the input that is not blank.
 ///
@@ -25,7 +25,7 @@ pub(crate) const HELD: usize = 128 << 10;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum InputLine {
     /// Buffered line without its line end and without a byte order mark.
-    Whole {
+    FileValidation {
         /// Line number.
         number: u64,
         /// Offset of the line in the file, in bytes.
@@ -95,7 +95,7 @@ impl Input {
         }
         let range = from.bytes.min(bytes)..bytes;
         let stream = read_in_chunks(objects, key.clone(), range, chunk).await?;
-        let mut lines = Lines::new(stream, max_line_bytes, HELD);
+        let mut lines = Lines::new(stream, max_line_bytes, MAX_BUFFERED_LINE_BYTES);
         lines.number = from.lines;
         lines.offset = from.bytes;
         Ok(Self { objects: objects.clone(), key, lines })
@@ -261,7 +261,7 @@ impl Lines {
                 range: began..began.saturating_add(bytes.len() as u64),
             });
         }
-        (!is_blank(&bytes)).then_some(InputLine::Whole { number, at: began, bytes })
+        (!is_blank(&bytes)).then_some(InputLine::FileValidation { number, at: began, bytes })
     }
 }
 
@@ -293,7 +293,7 @@ mod tests {
             let shown =
                 |number: u64, bytes: &[u8]| format!("{number}:{}", String::from_utf8_lossy(bytes));
             found.push(match line {
-                InputLine::Whole { number, at, bytes } => {
+                InputLine::FileValidation { number, at, bytes } => {
                     let at = usize::try_from(at).unwrap();
                     assert_eq!(file[at..at + bytes.len()], bytes);
                     shown(number, &bytes)

@@ -4,103 +4,115 @@
 //! classification by the adapter overrides it, because the adapter knows the errors of its
 //! provider.
 
-use batchwright_egress::{Fault, Hints, HttpResponse, Taken, TransportError};
-use batchwright_plugin::types::{Classification, Outcome, Standing};
+use batchwright_egress::{
+    HttpResponse, LimitFeedback, RateLimitHints, TransportError, TransportErrorKind,
+};
+use batchwright_plugin::types::{Classification, Outcome, ResponseClass};
 
-use crate::schedule::breaker::Kind;
+use crate::schedule::breaker::FailureKind;
 
 /// Number of bytes at the beginning of a body that are searched for an error.
-pub(crate) use batchwright_plugin::BEGINNING;
+pub(crate) use batchwright_plugin::CLASSIFY_BODY_BYTES;
 
 /// Verdict about the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Said {
+pub(crate) enum ProviderSignal {
     /// The provider accepted the request. The response concerns only this request.
     Answered,
     /// The provider refused the request for now and has not executed it.
-    Busy,
+    RateLimited,
     /// The provider sent a transient error that concerns only this request.
-    Passing,
+    TransientError,
     /// The provider is failing.
-    Trouble(Kind),
+    Failure(FailureKind),
     /// The request may have reached the provider, but no response arrived.
-    Unanswered,
+    NoResponse,
     /// The request was not sent, because the adapter asked for something that is not allowed.
     NotSent,
 }
 
 /// Verdict and rate limit hints of an exchange.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Weighed {
+pub(crate) struct Assessment {
     /// Verdict about the provider.
-    pub said: Said,
+    pub signal: ProviderSignal,
     /// Delay and remaining requests that the provider reports.
-    pub hints: Hints,
+    pub hints: RateLimitHints,
 }
 
-impl Weighed {
+impl Assessment {
     /// Derives the verdict from an outcome, and from the classification of the adapter if any.
-    pub(crate) fn of(outcome: &Outcome, hints: Hints, classified: Option<Classification>) -> Self {
-        let mut weighed = match outcome {
-            Outcome::Error(error) => Self { said: of_error(error), hints },
-            Outcome::Response(response) => Self { said: of_response(response, &hints), hints },
-            Outcome::Elapsed => Self { said: Said::Answered, hints },
+    pub(crate) fn of(
+        outcome: &Outcome,
+        hints: RateLimitHints,
+        classified: Option<Classification>,
+    ) -> Self {
+        let mut assessment = match outcome {
+            Outcome::Error(error) => Self { signal: of_error(error), hints },
+            Outcome::Response(response) => Self { signal: of_response(response, &hints), hints },
+            Outcome::Elapsed => Self { signal: ProviderSignal::Answered, hints },
         };
-        let Some(known) = classified else { return weighed };
+        let Some(known) = classified else { return assessment };
         if let Some(standing) = known.standing {
-            weighed.said = match standing {
-                Standing::Answered => Said::Answered,
-                Standing::Busy => Said::Busy,
-                Standing::Unauthorized => Said::Trouble(Kind::Unauthorized),
-                Standing::Forbidden => Said::Trouble(Kind::Forbidden),
-                Standing::Quota => Said::Trouble(Kind::Quota),
-                Standing::Failed => Said::Trouble(Kind::Failed),
-                Standing::Passing => Said::Passing,
+            assessment.signal = match standing {
+                ResponseClass::Answered => ProviderSignal::Answered,
+                ResponseClass::Busy => ProviderSignal::RateLimited,
+                ResponseClass::Unauthorized => ProviderSignal::Failure(FailureKind::Unauthorized),
+                ResponseClass::Forbidden => ProviderSignal::Failure(FailureKind::Forbidden),
+                ResponseClass::Quota => ProviderSignal::Failure(FailureKind::Quota),
+                ResponseClass::Failed => ProviderSignal::Failure(FailureKind::Failed),
+                ResponseClass::Passing => ProviderSignal::TransientError,
             };
         }
-        weighed.hints.delay = known.delay.or(weighed.hints.delay);
-        weighed.hints.left = known.left.or(weighed.hints.left);
-        weighed
+        assessment.hints.delay = known.delay.or(assessment.hints.delay);
+        assessment.hints.left = known.left.or(assessment.hints.left);
+        assessment
     }
 
     /// Converts the verdict to evidence about the concurrency limit of the provider.
-    pub(crate) fn taken(&self) -> Taken {
-        match self.said {
-            Said::Busy => Taken::Refused(self.hints.delay),
-            Said::Answered => Taken::Accepted,
+    pub(crate) fn limit_feedback(&self) -> LimitFeedback {
+        match self.signal {
+            ProviderSignal::RateLimited => LimitFeedback::Refused(self.hints.delay),
+            ProviderSignal::Answered => LimitFeedback::Accepted,
             // A failing server gives no evidence of capacity.
-            Said::Passing | Said::Trouble(_) | Said::Unanswered | Said::NotSent => Taken::Unknown,
+            ProviderSignal::TransientError
+            | ProviderSignal::Failure(_)
+            | ProviderSignal::NoResponse
+            | ProviderSignal::NotSent => LimitFeedback::Unknown,
         }
     }
 }
 
-fn of_error(error: &TransportError) -> Said {
+fn of_error(error: &TransportError) -> ProviderSignal {
     match error.fault {
-        _ if error.sent => Said::Unanswered,
-        Fault::NameResolution | Fault::Connection | Fault::Tls | Fault::Timeout => {
-            Said::Trouble(Kind::Unreachable)
-        }
-        Fault::Protocol | Fault::TooLarge | Fault::NotAllowed => Said::NotSent,
+        _ if error.sent => ProviderSignal::NoResponse,
+        TransportErrorKind::NameResolution
+        | TransportErrorKind::Connection
+        | TransportErrorKind::Tls
+        | TransportErrorKind::Timeout => ProviderSignal::Failure(FailureKind::Unreachable),
+        TransportErrorKind::Protocol
+        | TransportErrorKind::TooLarge
+        | TransportErrorKind::NotAllowed => ProviderSignal::NotSent,
     }
 }
 
-fn of_response(response: &HttpResponse, hints: &Hints) -> Said {
+fn of_response(response: &HttpResponse, hints: &RateLimitHints) -> ProviderSignal {
     match response.status {
-        401 => Said::Trouble(Kind::Unauthorized),
-        403 => Said::Trouble(Kind::Forbidden),
-        402 => Said::Trouble(Kind::Quota),
-        429 if is_quota_exhausted(&response.body) => Said::Trouble(Kind::Quota),
-        429 | 529 => Said::Busy,
-        503 if hints.delay.is_some() => Said::Busy,
-        409 | 425 => Said::Passing,
-        408 | 500..=599 => Said::Trouble(Kind::Failed),
-        _ => Said::Answered,
+        401 => ProviderSignal::Failure(FailureKind::Unauthorized),
+        403 => ProviderSignal::Failure(FailureKind::Forbidden),
+        402 => ProviderSignal::Failure(FailureKind::Quota),
+        429 if is_quota_exhausted(&response.body) => ProviderSignal::Failure(FailureKind::Quota),
+        429 | 529 => ProviderSignal::RateLimited,
+        503 if hints.delay.is_some() => ProviderSignal::RateLimited,
+        409 | 425 => ProviderSignal::TransientError,
+        408 | 500..=599 => ProviderSignal::Failure(FailureKind::Failed),
+        _ => ProviderSignal::Answered,
     }
 }
 
 /// Returns true if a 429 reports an exhausted quota, in the error codes of OpenAI.
 fn is_quota_exhausted(body: &[u8]) -> bool {
-    let beginning = body.get(..body.len().min(BEGINNING)).unwrap_or_default();
+    let beginning = body.get(..body.len().min(CLASSIFY_BODY_BYTES)).unwrap_or_default();
     [&b"insufficient_quota"[..], b"billing_hard_limit_reached"]
         .iter()
         .any(|code| memchr::memmem::find(beginning, code).is_some())
@@ -112,32 +124,37 @@ mod tests {
 
     use super::*;
 
-    fn said(status: u16, delay: Option<u64>, body: &str) -> Said {
+    fn signal(status: u16, delay: Option<u64>, body: &str) -> ProviderSignal {
         let response = HttpResponse { status, headers: Vec::new(), body: body.into() };
-        let hints = Hints { delay: delay.map(Duration::from_secs), left: None };
-        Weighed::of(&Outcome::Response(response), hints, None).said
+        let hints = RateLimitHints { delay: delay.map(Duration::from_secs), left: None };
+        Assessment::of(&Outcome::Response(response), hints, None).signal
     }
 
     #[test]
     fn status_determines_the_verdict() {
         for (status, delay, body, expected) in [
-            (200, None, "{}", Said::Answered),
-            (400, None, "{}", Said::Answered),
-            (404, None, "model_not_found", Said::Answered),
-            (401, None, "{}", Said::Trouble(Kind::Unauthorized)),
-            (403, None, "{}", Said::Trouble(Kind::Forbidden)),
-            (402, None, "{}", Said::Trouble(Kind::Quota)),
-            (429, None, "{}", Said::Busy),
-            (429, None, r#"{"error":{"code":"insufficient_quota"}}"#, Said::Trouble(Kind::Quota)),
-            (503, Some(1), "", Said::Busy),
-            (503, None, "", Said::Trouble(Kind::Failed)),
-            (529, None, "", Said::Busy),
-            (500, None, "", Said::Trouble(Kind::Failed)),
-            (409, None, "", Said::Passing),
-            (425, None, "", Said::Passing),
-            (408, None, "", Said::Trouble(Kind::Failed)),
+            (200, None, "{}", ProviderSignal::Answered),
+            (400, None, "{}", ProviderSignal::Answered),
+            (404, None, "model_not_found", ProviderSignal::Answered),
+            (401, None, "{}", ProviderSignal::Failure(FailureKind::Unauthorized)),
+            (403, None, "{}", ProviderSignal::Failure(FailureKind::Forbidden)),
+            (402, None, "{}", ProviderSignal::Failure(FailureKind::Quota)),
+            (429, None, "{}", ProviderSignal::RateLimited),
+            (
+                429,
+                None,
+                r#"{"error":{"code":"insufficient_quota"}}"#,
+                ProviderSignal::Failure(FailureKind::Quota),
+            ),
+            (503, Some(1), "", ProviderSignal::RateLimited),
+            (503, None, "", ProviderSignal::Failure(FailureKind::Failed)),
+            (529, None, "", ProviderSignal::RateLimited),
+            (500, None, "", ProviderSignal::Failure(FailureKind::Failed)),
+            (409, None, "", ProviderSignal::TransientError),
+            (425, None, "", ProviderSignal::TransientError),
+            (408, None, "", ProviderSignal::Failure(FailureKind::Failed)),
         ] {
-            assert_eq!(said(status, delay, body), expected, "{status} {body}");
+            assert_eq!(signal(status, delay, body), expected, "{status} {body}");
         }
     }
 
@@ -146,26 +163,33 @@ mod tests {
         let error = |fault, sent| {
             let mut error = TransportError::new(fault, "x");
             error.sent = sent;
-            Weighed::of(&Outcome::Error(error), Hints::default(), None).said
+            Assessment::of(&Outcome::Error(error), RateLimitHints::default(), None).signal
         };
-        assert_eq!(error(Fault::Connection, false), Said::Trouble(Kind::Unreachable));
-        assert_eq!(error(Fault::Connection, true), Said::Unanswered);
-        assert_eq!(error(Fault::Timeout, true), Said::Unanswered);
-        assert_eq!(error(Fault::NotAllowed, false), Said::NotSent);
-        assert_eq!(error(Fault::Protocol, false), Said::NotSent);
+        assert_eq!(
+            error(TransportErrorKind::Connection, false),
+            ProviderSignal::Failure(FailureKind::Unreachable)
+        );
+        assert_eq!(error(TransportErrorKind::Connection, true), ProviderSignal::NoResponse);
+        assert_eq!(error(TransportErrorKind::Timeout, true), ProviderSignal::NoResponse);
+        assert_eq!(error(TransportErrorKind::NotAllowed, false), ProviderSignal::NotSent);
+        assert_eq!(error(TransportErrorKind::Protocol, false), ProviderSignal::NotSent);
     }
 
     #[test]
     fn adapter_classification_overrides_the_status() {
         let response = HttpResponse { status: 200, headers: Vec::new(), body: Vec::new() };
         let known = Classification {
-            standing: Some(Standing::Busy),
+            standing: Some(ResponseClass::Busy),
             delay: Some(Duration::from_secs(2)),
             left: Some((0, Duration::from_secs(2))),
         };
-        let weighed = Weighed::of(&Outcome::Response(response), Hints::default(), Some(known));
-        assert_eq!(weighed.said, Said::Busy);
-        assert_eq!(weighed.taken(), Taken::Refused(Some(Duration::from_secs(2))));
-        assert_eq!(weighed.hints.left, Some((0, Duration::from_secs(2))));
+        let assessment =
+            Assessment::of(&Outcome::Response(response), RateLimitHints::default(), Some(known));
+        assert_eq!(assessment.signal, ProviderSignal::RateLimited);
+        assert_eq!(
+            assessment.limit_feedback(),
+            LimitFeedback::Refused(Some(Duration::from_secs(2)))
+        );
+        assert_eq!(assessment.hints.left, Some((0, Duration::from_secs(2))));
     }
 }

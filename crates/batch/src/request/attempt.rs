@@ -9,7 +9,7 @@
 //!   request, so nothing was charged. The request is retried for as long as its batch may wait, and
 //!   the attempt does not count. If other lines succeed meanwhile and the breaker finds the line at
 //!   fault, the line fails.
-//! - *Answered*: the provider has sent a response. A transient error is retried until
+//! - *FinalAnswer*: the provider has sent a response. A transient error is retried until
 //!   `max_attempts` attempts have failed. Any other response is the result.
 //! - *Ambiguous*: the request may have reached the provider, but no response arrived, for example
 //!   after a reset connection. The request may have been charged. The attempt counts, and
@@ -42,20 +42,22 @@ use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::text::truncate_for_message;
-use batchwright_egress::{Admitted, Queue, refusal_pause};
-use batchwright_memory::Share;
+use batchwright_egress::{Permit, QueueId, refusal_pause};
+use batchwright_memory::Reservation;
 use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
 use batchwright_plugin::{CallError, Plugin, Registry, Route};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::request::assessment::Said;
-use crate::request::exchange::{Exchange, Sent};
+use crate::request::assessment::ProviderSignal;
+use crate::request::exchange::{Exchange, ExchangeSummary};
 use crate::request::jobs::Jobs;
-use crate::schedule::breaker::{Breaker, Gate as Breakers, Kind, Trouble, Verdict};
-use crate::schedule::breakers::{MODEL, Outages};
+use crate::schedule::breaker::{
+    Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
+};
+use crate::schedule::breakers::{Breakers, MODEL};
 use crate::schedule::gate::Gate;
-use crate::schedule::retry_queue::Tries;
+use crate::schedule::retry_queue::RetryState;
 use crate::schedule::stop::Stop;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
@@ -86,7 +88,7 @@ pub(crate) struct Context {
     /// Jobs of the requests at their providers.
     pub jobs: Jobs,
     /// Registry of all circuit breakers.
-    pub outages: Arc<Outages>,
+    pub breaker_registry: Arc<Breakers>,
     /// Circuit breakers of the plugins that served the models at validation, by plugin name.
     pub breakers: Vec<(String, Arc<Breaker>)>,
     /// Clock of the server.
@@ -100,7 +102,7 @@ pub(crate) struct Context {
     /// Gate that is closed while results cannot be written.
     pub gate: Gate,
     /// Queue in which the requests of the batch wait for their provider.
-    pub queue: Queue,
+    pub queue: QueueId,
 }
 
 /// Request of a batch, as read from its line.
@@ -121,21 +123,21 @@ pub(crate) struct Line<'a> {
 }
 
 /// Final answer to a request.
-pub(crate) struct Answered {
+pub(crate) struct FinalAnswer {
     /// Response or failure.
     pub answer: Answer,
     /// Plugin that gave the answer, or `None` if the host gave it.
     pub by: Option<Arc<Plugin>>,
     /// Memory that covers the answer.
-    pub share: Option<Share>,
+    pub reservation: Option<Reservation>,
 }
 
 /// Outcome of an attempt.
-pub(crate) enum Ended {
+pub(crate) enum AttemptOutcome {
     /// The request has its final answer.
-    Answered(Answered),
+    Answered(FinalAnswer),
     /// The request is retried at this time.
-    Back(Timestamp, Tries),
+    Retry(Timestamp, RetryState),
     /// The batch was stopped before the request was sent.
     Stopped,
 }
@@ -156,42 +158,53 @@ enum StepOutcome {
 
 impl Context {
     /// Makes one attempt at a request.
-    pub(crate) async fn attempt(&self, line: Line<'_>, mut tries: Tries) -> Ended {
-        tries.waits = false;
+    pub(crate) async fn attempt(
+        &self,
+        line: Line<'_>,
+        mut retry_state: RetryState,
+    ) -> AttemptOutcome {
+        retry_state.waits = false;
         // Looked up at each attempt, because the operator may have fixed the plugin meanwhile.
         let plugins = self.registry.current();
         let route = plugins.route(&self.tenant, line.model);
         let Some(Route { plugin, model }) =
             route.filter(|route| route.plugin.handles(self.endpoint))
         else {
-            return self.missing_plugin(line, tries);
+            return self.missing_plugin(line, retry_state);
         };
         let known = self
             .breakers
             .iter()
             .find(|(name, _)| *name == plugin.name())
             .map(|(_, breaker)| breaker.clone());
-        let breaker =
-            known.unwrap_or_else(|| self.outages.of(plugin.name(), &self.tenant, self.endpoint));
+        let breaker = known.unwrap_or_else(|| {
+            self.breaker_registry.of(plugin.name(), &self.tenant, self.endpoint)
+        });
         if plugin.routing().paused {
             let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
             return self.blocked_by_plugin(
                 &breaker,
                 line,
-                tries,
+                retry_state,
                 "The provider is paused by the operator.",
                 &detail,
             );
         }
         let (gate, probe) = breaker.enter(self.clock.now(), identity(&plugin));
         match gate {
-            Breakers::Go | Breakers::Probe => {}
-            Breakers::Wait(until) => return Ended::Back(until, Tries { waits: true, ..tries }),
-            Breakers::GiveUp(answer) => {
-                return Ended::Answered(Answered { answer, by: Some(plugin), share: None });
+            BreakerDecision::Allow | BreakerDecision::Probe => {}
+            BreakerDecision::Wait(until) => {
+                return AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state });
+            }
+            BreakerDecision::GiveUp(answer) => {
+                return AttemptOutcome::Answered(FinalAnswer {
+                    answer,
+                    by: Some(plugin),
+                    reservation: None,
+                });
             }
         }
-        let mut exchange = Exchange::new(&plugin, tries.refusals);
+        let mut exchange = Exchange::new(&plugin, retry_state.refusals);
         let request = || Request {
             id: line.id.to_owned(),
             custom_id: line.custom_id.to_owned(),
@@ -199,7 +212,7 @@ impl Context {
             model: model.clone(),
             body: line.body.to_owned(),
             created_at: self.created_at,
-            attempt: tries.answered.saturating_add(1),
+            attempt: retry_state.answered.saturating_add(1),
         };
         let may_send = || {
             // A plugin may have been paused, disabled or changed while the request waited for its
@@ -210,10 +223,12 @@ impl Context {
             {
                 return false;
             }
-            let go = || matches!(breaker.check(self.clock.now(), identity(&plugin)), Breakers::Go);
-            probe.is_some() || breaker.is_calm() || go()
+            let is_allowed = || {
+                matches!(breaker.check(self.clock.now(), identity(&plugin)), BreakerDecision::Allow)
+            };
+            probe.is_some() || breaker.is_healthy() || is_allowed()
         };
-        match self.jobs.of(line.number, &plugin, tries.has_job).await {
+        match self.jobs.of(line.number, &plugin, retry_state.has_job).await {
             Ok(job) => {
                 exchange.job_is_kept = job.is_some();
                 exchange.job = job;
@@ -229,64 +244,71 @@ impl Context {
                     %error,
                     "job state read failed"
                 );
-                return Ended::Back(self.clock.now().after(DEFER_THRESHOLD), tries);
+                return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
             }
         }
         let outcome = self.run_steps(&mut exchange, line, &request, may_send).await;
-        tries.refusals = exchange.refusals;
+        retry_state.refusals = exchange.refusals;
         let sent = exchange.last.take();
         let duration =
             exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
         let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
-        let share = exchange.share;
-        let answered =
-            |answer, share| Ended::Answered(Answered { answer, by: Some(plugin.clone()), share });
+        let reservation = exchange.reservation;
+        let answered = |answer, reservation| {
+            AttemptOutcome::Answered(FinalAnswer { answer, by: Some(plugin.clone()), reservation })
+        };
         let outcome = match outcome {
             Ok(outcome) => outcome,
-            Err(error) => return answered(failure(error.code(), error.to_string()), Some(share)),
+            Err(error) => {
+                return answered(failure(error.code(), error.to_string()), Some(reservation));
+            }
         };
         let (retry, answer) = match outcome {
-            StepOutcome::Stopped => return Ended::Stopped,
-            StepOutcome::Postponed(until) => return Ended::Back(until, tries),
+            StepOutcome::Stopped => return AttemptOutcome::Stopped,
+            StepOutcome::Postponed(until) => return AttemptOutcome::Retry(until, retry_state),
             StepOutcome::Polling(until) => {
-                return Ended::Back(until, Tries { has_job: true, ..tries });
+                return AttemptOutcome::Retry(until, RetryState { has_job: true, ..retry_state });
             }
             StepOutcome::Done(answer) => (None, answer),
             StepOutcome::Retry(after, otherwise) => (Some(after), otherwise),
         };
-        let mut said = sent.as_ref().map_or(Said::Answered, |sent| sent.weighed.said);
+        let mut signal =
+            sent.as_ref().map_or(ProviderSignal::Answered, |sent| sent.assessment.signal);
         match &exchange_job {
             // The poll has failed and not the job. A repeated poll costs nothing, while a line that
             // the breaker holds back without its job would submit and pay for a second one.
             Some(state)
-                if matches!(said, Said::Trouble(_))
-                    || retry.is_some() && said != Said::Answered =>
+                if matches!(signal, ProviderSignal::Failure(_))
+                    || retry.is_some() && signal != ProviderSignal::Answered =>
             {
-                if said == Said::Unanswered {
-                    said = Said::Passing;
+                if signal == ProviderSignal::NoResponse {
+                    signal = ProviderSignal::TransientError;
                 }
                 if !job_is_kept {
                     self.jobs.insist(line.number, &plugin, state, &self.clock, &self.leave).await;
                 }
-                tries.has_job = true;
+                retry_state.has_job = true;
             }
             // The adapter asks for a new job.
             Some(_) if retry.is_some() => {
-                tries.has_job = false;
+                retry_state.has_job = false;
                 self.jobs.forget(line.number).await;
             }
             _ => {}
         }
-        let delay = retry.flatten().max(sent.as_ref().and_then(|sent| sent.weighed.hints.delay));
+        let delay = retry.flatten().max(sent.as_ref().and_then(|sent| sent.assessment.hints.delay));
         let trouble = |kind| self.describe_trouble(kind, &answer, sent.as_ref());
-        match (said, retry) {
+        match (signal, retry) {
             (
-                Said::Trouble(
-                    kind @ (Kind::Unauthorized | Kind::Forbidden | Kind::Quota | Kind::Unreachable),
+                ProviderSignal::Failure(
+                    kind @ (FailureKind::Unauthorized
+                    | FailureKind::Forbidden
+                    | FailureKind::Quota
+                    | FailureKind::Unreachable),
                 ),
                 _,
             ) => {
-                let refused_at = tries.refused_at.replace(breaker.passes());
+                let refused_at = retry_state.refused_at.replace(breaker.successes());
                 let trouble = trouble(kind);
                 let verdict = self.record_failure(
                     &breaker,
@@ -296,14 +318,16 @@ impl Context {
                     trouble,
                     probe.is_some(),
                 );
-                tries.in_vain = breaker.tries(line.mark);
+                retry_state.outage_failures = breaker.failed_attempts(line.mark);
                 match verdict {
-                    Verdict::Hold(until) => Ended::Back(until, tries),
-                    Verdict::Wait(until) => Ended::Back(until, Tries { waits: true, ..tries }),
-                    Verdict::Own => answered(answer, Some(share)),
+                    FailureVerdict::Hold(until) => AttemptOutcome::Retry(until, retry_state),
+                    FailureVerdict::Wait(until) => {
+                        AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state })
+                    }
+                    FailureVerdict::LineAtFault => answered(answer, Some(reservation)),
                 }
             }
-            (Said::Busy, Some(_)) => {
+            (ProviderSignal::RateLimited, Some(_)) => {
                 self.record_success(&breaker, &plugin);
                 tracing::debug!(
                     tenant = %self.tenant,
@@ -314,44 +338,56 @@ impl Context {
                     "request refused by the provider"
                 );
                 let pause =
-                    refusal_pause(tries.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
-                Ended::Back(self.clock.now().after(pause.max(delay.unwrap_or_default())), tries)
+                    refusal_pause(retry_state.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
+                AttemptOutcome::Retry(
+                    self.clock.now().after(pause.max(delay.unwrap_or_default())),
+                    retry_state,
+                )
             }
-            (Said::Trouble(_) | Said::Unanswered, Some(_)) => {
-                if said == Said::Unanswered {
-                    tries.unanswered = tries.unanswered.saturating_add(1);
+            (ProviderSignal::Failure(_) | ProviderSignal::NoResponse, Some(_)) => {
+                if signal == ProviderSignal::NoResponse {
+                    retry_state.unanswered = retry_state.unanswered.saturating_add(1);
                 } else {
-                    tries.answered = tries.answered.saturating_add(1);
+                    retry_state.answered = retry_state.answered.saturating_add(1);
                 }
                 let verdict = self.record_failure(
                     &breaker,
                     line,
                     &plugin,
                     None,
-                    trouble(Kind::Failed),
+                    trouble(FailureKind::Failed),
                     probe.is_some(),
                 );
-                tries.in_vain = breaker.tries(line.mark);
+                retry_state.outage_failures = breaker.failed_attempts(line.mark);
                 let waits = match verdict {
-                    Verdict::Wait(until) => Some(until),
-                    Verdict::Hold(_) | Verdict::Own => None,
+                    FailureVerdict::Wait(until) => Some(until),
+                    FailureVerdict::Hold(_) | FailureVerdict::LineAtFault => None,
                 };
-                self.retry(tries, duration, delay, waits).unwrap_or_else(|| answered(answer, None))
+                self.retry(retry_state, duration, delay, waits)
+                    .unwrap_or_else(|| answered(answer, None))
             }
-            (Said::Passing | Said::Answered | Said::NotSent, Some(_)) => {
-                if said != Said::NotSent {
+            (
+                ProviderSignal::TransientError | ProviderSignal::Answered | ProviderSignal::NotSent,
+                Some(_),
+            ) => {
+                if signal != ProviderSignal::NotSent {
                     self.record_success(&breaker, &plugin);
                 }
-                tries.answered = tries.answered.saturating_add(1);
-                self.retry(tries, duration, delay, None).unwrap_or_else(|| answered(answer, None))
+                retry_state.answered = retry_state.answered.saturating_add(1);
+                self.retry(retry_state, duration, delay, None)
+                    .unwrap_or_else(|| answered(answer, None))
             }
             (_, None) => {
-                if !matches!(said, Said::NotSent | Said::Unanswered | Said::Trouble(_))
-                    && sent.is_some()
+                if !matches!(
+                    signal,
+                    ProviderSignal::NotSent
+                        | ProviderSignal::NoResponse
+                        | ProviderSignal::Failure(_)
+                ) && sent.is_some()
                 {
                     self.record_success(&breaker, &plugin);
                 }
-                answered(answer, Some(share))
+                answered(answer, Some(reservation))
             }
         }
     }
@@ -361,17 +397,18 @@ impl Context {
     /// The backoff is at least the `delay` of the provider, and lasts at least until `waits`.
     fn retry(
         &self,
-        mut tries: Tries,
+        mut retry_state: RetryState,
         duration: Duration,
         delay: Option<Duration>,
         waits: Option<Timestamp>,
-    ) -> Option<Ended> {
-        let attempts = tries.answered.saturating_add(tries.unanswered);
+    ) -> Option<AttemptOutcome> {
+        let attempts = retry_state.answered.saturating_add(retry_state.unanswered);
         let pause = self.backoff(attempts).max(delay.unwrap_or_default());
-        tries.spent = tries.spent.saturating_add(duration).saturating_add(pause);
+        retry_state.spent = retry_state.spent.saturating_add(duration).saturating_add(pause);
         let is_exhausted = attempts as usize >= self.config.execution.max_attempts.get()
-            || tries.unanswered as usize >= self.config.execution.max_unanswered_attempts.get()
-            || tries.spent > self.config.execution.max_retry_time.duration();
+            || retry_state.unanswered as usize
+                >= self.config.execution.max_unanswered_attempts.get()
+            || retry_state.spent > self.config.execution.max_retry_time.duration();
         let at = self.clock.now().after(pause);
         tracing::debug!(
             tenant = %self.tenant,
@@ -381,7 +418,8 @@ impl Context {
             is_exhausted,
             "attempt failed"
         );
-        (!is_exhausted).then(|| Ended::Back(waits.map_or(at, |until| until.max(at)), tries))
+        (!is_exhausted)
+            .then(|| AttemptOutcome::Retry(waits.map_or(at, |until| until.max(at)), retry_state))
     }
 
     /// Runs the steps of the adapter until an answer, a retry or a long wait.
@@ -396,7 +434,7 @@ impl Context {
         // The permit comes before the memory: a request that waits for a permit must not hold
         // memory that requests in flight need.
         match self.admit(plugin).await {
-            Admission::Admitted(place) => exchange.place = Some(place),
+            Admission::Permit(place) => exchange.place = Some(place),
             Admission::Stopped => return Ok(StepOutcome::Stopped),
             Admission::Postponed(until) => return Ok(StepOutcome::Postponed(until)),
         }
@@ -406,7 +444,7 @@ impl Context {
         }
         tokio::select! {
             biased;
-            () = exchange.share.cover(plugin.gateway().expected()) => {}
+            () = exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()) => {}
             () = self.stop.asked() => return Ok(StepOutcome::Stopped),
         }
         let mut step = match exchange.job.take() {
@@ -421,7 +459,7 @@ impl Context {
         for _ in 0..plugin.limits().max_steps.get() {
             step = match step {
                 Step::Done(answer) => {
-                    exchange.told_answer(&answer, line.id);
+                    exchange.record_answer(&answer, line.id);
                     return Ok(StepOutcome::Done(answer));
                 }
                 Step::Retry { after_milliseconds, otherwise } => {
@@ -445,7 +483,7 @@ impl Context {
                     }
                     // The wait ends early only if the batch is stopped and its grace period ends.
                     exchange.place = None;
-                    exchange.share.settle(state.len());
+                    exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(pause).await;
                     while exchange.place.is_none() {
                         match plugin.gateway().admit(self.queue).await {
@@ -453,7 +491,7 @@ impl Context {
                             Err(until) => tokio::time::sleep_until(until).await,
                         }
                     }
-                    exchange.share.cover(plugin.gateway().expected()).await;
+                    exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
                     let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
                     exchange.job = Some(state);
                     step
@@ -484,9 +522,9 @@ impl Context {
                         return Admission::Postponed(self.clock.now().after(left));
                     }
                 };
-                plugin.gateway().until_rate_permits().await;
+                plugin.gateway().rate_limit_ready().await;
                 if self.gate.is_open() {
-                    return Admission::Admitted(admitted);
+                    return Admission::Permit(admitted);
                 }
                 // No request is sent while its result could not be written.
                 drop(admitted);
@@ -506,7 +544,7 @@ impl Context {
 
     /// Records a success of the provider and logs the end of an outage.
     fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
-        if let Some(outage) = breaker.passed() {
+        if let Some(outage) = breaker.record_success() {
             tracing::warn!(
                 tenant = %self.tenant,
                 batch = %self.batch,
@@ -516,7 +554,7 @@ impl Context {
                 error = outage.trouble.detail,
                 "breaker closed"
             );
-            self.outages.tell();
+            self.breaker_registry.notify();
         }
     }
 
@@ -527,11 +565,11 @@ impl Context {
         line: Line<'_>,
         plugin: &Plugin,
         refused_at: Option<u64>,
-        trouble: Trouble,
+        trouble: ProviderFailure,
         probe: bool,
-    ) -> Verdict {
+    ) -> FailureVerdict {
         let detail = trouble.detail.clone();
-        let (verdict, opened) = breaker.failed(
+        let (verdict, opened) = breaker.record_failure(
             self.clock.now(),
             line.mark,
             identity(plugin),
@@ -563,7 +601,12 @@ impl Context {
     }
 
     /// Describes a failure of the provider, for the client and for the operator.
-    fn describe_trouble(&self, kind: Kind, answer: &Answer, sent: Option<&Sent>) -> Trouble {
+    fn describe_trouble(
+        &self,
+        kind: FailureKind,
+        answer: &Answer,
+        sent: Option<&ExchangeSummary>,
+    ) -> ProviderFailure {
         let status = match answer {
             Answer::Response(response) => Some(response.status),
             Answer::Failure(_) => None,
@@ -573,37 +616,37 @@ impl Context {
             None => format!("{what}."),
         };
         let message = match (kind, answer) {
-            (Kind::Unauthorized, _) => {
+            (FailureKind::Unauthorized, _) => {
                 with_status("The provider does not accept the operator's credential")
             }
-            (Kind::Forbidden, _) => {
+            (FailureKind::Forbidden, _) => {
                 with_status("The provider denies this request to the operator's credential")
             }
-            (Kind::Quota, _) => {
+            (FailureKind::Quota, _) => {
                 with_status("The provider says that the account's quota is used up")
             }
             (_, Answer::Failure(failure)) => failure.message.clone(),
             (_, Answer::Response(_)) => with_status("The provider answers with an error"),
         };
         let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
-        Trouble { kind, message, detail, answer: without_long_body(answer) }
+        ProviderFailure { kind, message, detail, answer: without_long_body(answer) }
     }
 
     /// Defers a line whose model has no plugin any more.
     ///
     /// A plugin served the model when the batch was validated, and the plugin may return.
-    fn missing_plugin(&self, line: Line<'_>, tries: Tries) -> Ended {
+    fn missing_plugin(&self, line: Line<'_>, retry_state: RetryState) -> AttemptOutcome {
         let model = truncate_for_message(line.model);
         let message = format!("No plugin serves the model '{model}' any more.");
         let plugins = self.registry.current();
         let gone =
             self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
         let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
-        let breaker = self.outages.of(&name, &self.tenant, self.endpoint);
-        let ended = self.blocked_by_plugin(&breaker, line, tries, &message, &message);
+        let breaker = self.breaker_registry.of(&name, &self.tenant, self.endpoint);
+        let ended = self.blocked_by_plugin(&breaker, line, retry_state, &message, &message);
         // Another batch may have opened the breaker, so this batch is registered as waiting too.
-        if !breaker.holds(&self.batch) {
-            breaker.rests(&self.batch, 1);
+        if !breaker.has_waiting(&self.batch) {
+            breaker.add_waiting(&self.batch, 1);
         }
         ended
     }
@@ -615,21 +658,21 @@ impl Context {
         &self,
         breaker: &Breaker,
         line: Line<'_>,
-        tries: Tries,
+        retry_state: RetryState,
         message: &str,
         detail: &str,
-    ) -> Ended {
+    ) -> AttemptOutcome {
         let now = self.clock.now();
-        if let Breakers::GiveUp(answer) = breaker.check(now, 0) {
-            return Ended::Answered(Answered { answer, by: None, share: None });
+        if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
+            return AttemptOutcome::Answered(FinalAnswer { answer, by: None, reservation: None });
         }
-        let trouble = Trouble {
-            kind: Kind::Plugin,
+        let trouble = ProviderFailure {
+            kind: FailureKind::Plugin,
             message: message.to_owned(),
             detail: detail.to_owned(),
             answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
         };
-        let (_, opened) = breaker.failed(now, line.mark, 0, None, trouble, true);
+        let (_, opened) = breaker.record_failure(now, line.mark, 0, None, trouble, true);
         if opened {
             tracing::warn!(
                 tenant = %self.tenant,
@@ -639,7 +682,10 @@ impl Context {
                 "breaker opened"
             );
         }
-        Ended::Back(now.after(PLUGIN_POLL_INTERVAL), Tries { waits: true, ..tries })
+        AttemptOutcome::Retry(
+            now.after(PLUGIN_POLL_INTERVAL),
+            RetryState { waits: true, ..retry_state },
+        )
     }
 
     /// Returns an exponential backoff with jitter.
@@ -657,7 +703,7 @@ impl Context {
 /// Outcome of the wait for a permit.
 enum Admission {
     /// The request may be sent with this permit.
-    Admitted(Admitted),
+    Permit(Permit),
     /// The batch was stopped.
     Stopped,
     /// The request is tried again at this time.

@@ -6,17 +6,17 @@
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
-use batchwright_egress::{Admitted, Hints, HttpRequest, HttpResponse, Refusals};
-use batchwright_memory::Share;
+use batchwright_egress::{HttpRequest, HttpResponse, Permit, RateLimitHints, Refusals};
+use batchwright_memory::Reservation;
 use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use batchwright_plugin::{CallError, Plugin};
 
-use crate::request::assessment::{BEGINNING, Said, Weighed};
+use crate::request::assessment::{Assessment, CLASSIFY_BODY_BYTES, ProviderSignal};
 
 /// Summary of the last exchange of an attempt.
-pub(crate) struct Sent {
+pub(crate) struct ExchangeSummary {
     /// Verdict about the provider.
-    pub weighed: Weighed,
+    pub assessment: Assessment,
     /// Error for the operator, if there was no response.
     pub detail: Option<String>,
 }
@@ -26,11 +26,11 @@ pub(crate) struct Exchange<'a> {
     /// Plugin that adapts the provider.
     pub plugin: &'a Plugin,
     /// Permit of the provider, or `None` while the attempt waits.
-    pub place: Option<Admitted>,
+    pub place: Option<Permit>,
     /// Memory that the attempt has reserved.
-    pub share: Share,
+    pub reservation: Reservation,
     /// Summary of the last exchange.
-    pub last: Option<Sent>,
+    pub last: Option<ExchangeSummary>,
     /// Time of the first send. Waits before it do not count against the request.
     pub sent_at: Option<Timestamp>,
     /// State of a job at the provider, as the adapter wrote it.
@@ -44,9 +44,9 @@ pub(crate) struct Exchange<'a> {
 /// Returns true if the classification of the adapter may change the verdict.
 ///
 /// Some providers send an error with status 200. Such a response is short.
-fn may_be_error(response: &HttpResponse, weighed: &Weighed) -> bool {
-    weighed.said != Said::Answered
-        || (response.body.len() < BEGINNING
+fn may_be_error(response: &HttpResponse, assessment: &Assessment) -> bool {
+    assessment.signal != ProviderSignal::Answered
+        || (response.body.len() < CLASSIFY_BODY_BYTES
             && memchr::memmem::find(&response.body, b"\"error\"").is_some())
 }
 
@@ -56,7 +56,7 @@ impl<'a> Exchange<'a> {
         Self {
             plugin,
             place: None,
-            share: plugin.gateway().share(),
+            reservation: plugin.gateway().reservation(),
             last: None,
             sent_at: None,
             job: None,
@@ -76,7 +76,7 @@ impl<'a> Exchange<'a> {
         let step = self.plugin.begin(tenant, &request).await?;
         let Err(bytes) = self.try_reserve(&step, 0) else { return Ok(step) };
         drop(step);
-        self.share.cover(bytes).await;
+        self.reservation.grow_to(bytes).await;
         let step = self.plugin.begin(tenant, &request).await?;
         self.try_reserve(&step, 0).map_err(|_| self.not_deterministic("begin"))?;
         Ok(step)
@@ -93,7 +93,7 @@ impl<'a> Exchange<'a> {
             Step::Done(Answer::Failure(_)) | Step::Wait { .. } | Step::Retry { .. } => 0,
         };
         let bytes = retained.saturating_add(step_bytes);
-        if self.share.try_cover(bytes) { Ok(()) } else { Err(bytes) }
+        if self.reservation.try_grow_to(bytes) { Ok(()) } else { Err(bytes) }
     }
 
     /// Performs an exchange and records the verdict about the provider.
@@ -105,33 +105,35 @@ impl<'a> Exchange<'a> {
     ) -> Outcome {
         let gateway = self.plugin.gateway();
         let Some(place) = &mut self.place else { return Outcome::Elapsed };
-        place.begins();
+        place.start();
         self.sent_at.get_or_insert_with(|| clock.now());
-        let outcome = match gateway.send(tenant, request, &mut self.share).await {
+        let outcome = match gateway.send(tenant, request, &mut self.reservation).await {
             Ok(response) => {
-                gateway.brought(response.body.len());
+                gateway.record_response_size(response.body.len());
                 Outcome::Response(response)
             }
             Err(error) => Outcome::Error(error),
         };
         let (hints, detail) = match &outcome {
-            Outcome::Response(response) => (Hints::of(&response.headers, clock.now()), None),
-            Outcome::Error(error) => (Hints::default(), Some(error.detail().to_owned())),
-            Outcome::Elapsed => (Hints::default(), None),
+            Outcome::Response(response) => {
+                (RateLimitHints::of(&response.headers, clock.now()), None)
+            }
+            Outcome::Error(error) => (RateLimitHints::default(), Some(error.detail().to_owned())),
+            Outcome::Elapsed => (RateLimitHints::default(), None),
         };
-        let mut weighed = Weighed::of(&outcome, hints, None);
+        let mut assessment = Assessment::of(&outcome, hints, None);
         if let Outcome::Response(response) = &outcome
-            && let Ok(Some(known)) = self.classify(tenant, response, &weighed).await
+            && let Ok(Some(known)) = self.classify(tenant, response, &assessment).await
         {
-            weighed = Weighed::of(&outcome, hints, Some(known));
+            assessment = Assessment::of(&outcome, hints, Some(known));
         }
         if let Some(place) = &mut self.place {
-            place.ended(weighed.taken(), &mut self.refusals);
-            if let Some(left) = weighed.hints.left {
-                gateway.told(place, left);
+            place.finish(assessment.limit_feedback(), &mut self.refusals);
+            if let Some(left) = assessment.hints.left {
+                gateway.update_remaining(place, left);
             }
         }
-        self.last = Some(Sent { weighed, detail });
+        self.last = Some(ExchangeSummary { assessment, detail });
         outcome
     }
 
@@ -142,9 +144,9 @@ impl<'a> Exchange<'a> {
         &self,
         tenant: &TenantId,
         response: &HttpResponse,
-        weighed: &Weighed,
+        assessment: &Assessment,
     ) -> Result<Option<Classification>, CallError> {
-        let may_be_error = may_be_error(response, weighed);
+        let may_be_error = may_be_error(response, assessment);
         if !self.plugin.classifies(may_be_error) {
             return Ok(None);
         }
@@ -167,16 +169,16 @@ impl<'a> Exchange<'a> {
         let step = self.plugin.resume(tenant, state, outcome).await?;
         let Err(bytes) = self.try_reserve(&step, retained) else { return Ok(step) };
         drop(step);
-        self.share.cover(bytes).await;
+        self.reservation.grow_to(bytes).await;
         let step = self.plugin.resume(tenant, state, outcome).await?;
         self.try_reserve(&step, retained).map_err(|_| self.not_deterministic("resume"))?;
         Ok(step)
     }
 
     /// Records the size of an answer and logs the request id of the provider.
-    pub(crate) fn told_answer(&self, answer: &Answer, id: &str) {
+    pub(crate) fn record_answer(&self, answer: &Answer, id: &str) {
         let Answer::Response(response) = answer else { return };
-        self.plugin.gateway().brought(response.body.len());
+        self.plugin.gateway().record_response_size(response.body.len());
         let Response { status, request_id, .. } = response;
         if let Some(provider_request_id) = request_id {
             tracing::debug!(

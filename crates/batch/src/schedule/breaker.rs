@@ -4,7 +4,7 @@
 //! out of quota. Without a breaker, each line of a batch would spend all its attempts on a failure
 //! that is not the fault of the line.
 //!
-//! **Fault of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
+//! **TransportErrorKind of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
 //! 403 while other requests succeed. So each failure adds to a suspicion score, and any success
 //! resets the score. The failed line is held for a moment and tried again. If a refused line is
 //! refused again although other lines have succeeded in between, the refusal is the fault of the
@@ -56,9 +56,9 @@ const MAX_FORBIDDEN_ATTEMPTS: u32 = 5;
 /// Maximum number of entries in each collection of a breaker.
 const MAX_TRACKED_ENTRIES: usize = 1024;
 
-/// Kind of provider failure.
+/// FailureKind of provider failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FailureKind {
     /// The request was not sent: DNS, connection or TLS failed.
     Unreachable,
     /// The provider refused the credential.
@@ -73,7 +73,7 @@ pub enum Kind {
     Plugin,
 }
 
-impl Kind {
+impl FailureKind {
     /// Returns true if the failure may be the fault of the line.
     fn may_be_fault_of_line(self) -> bool {
         matches!(self, Self::Unauthorized | Self::Forbidden | Self::Quota)
@@ -87,44 +87,44 @@ impl Kind {
 
 /// Failure of a provider.
 #[derive(Clone, Debug)]
-pub struct Trouble {
-    /// Kind of the failure.
-    pub kind: Kind,
+pub struct ProviderFailure {
+    /// FailureKind of the failure.
+    pub kind: FailureKind,
     /// Cause for the client: one sentence without hosts, addresses or paths.
     pub message: String,
     /// Cause for the operator, in full.
     pub detail: String,
-    /// Answer for a line that has waited longer than [`Pauses::give_up_after`].
+    /// Answer for a line that has waited longer than [`ProbePauses::give_up_after`].
     pub answer: Answer,
 }
 
 /// Decision about a line before it is sent.
 #[derive(Debug)]
-pub(crate) enum Gate {
+pub(crate) enum BreakerDecision {
     /// The line may be sent.
-    Go,
+    Allow,
     /// The line may be sent as the half-open probe.
     Probe,
     /// The line must wait until this time.
     Wait(Timestamp),
-    /// The outage has exceeded [`Pauses::give_up_after`]. The line ends with this answer.
+    /// The outage has exceeded [`ProbePauses::give_up_after`]. The line ends with this answer.
     GiveUp(Answer),
 }
 
 /// Decision about a line that failed.
 #[derive(Debug)]
-pub(crate) enum Verdict {
+pub(crate) enum FailureVerdict {
     /// The fault is undecided. The line is tried again at this time.
     Hold(Timestamp),
     /// The breaker is open. The line waits until this time.
     Wait(Timestamp),
     /// The failure is the fault of the line, which ends with an error.
-    Own,
+    LineAtFault,
 }
 
-/// Pauses between probes.
+/// ProbePauses between probes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Pauses {
+pub(crate) struct ProbePauses {
     /// First pause.
     pub first: Duration,
     /// Upper limit of a pause.
@@ -137,22 +137,22 @@ pub(crate) struct Pauses {
 #[derive(Clone, Debug)]
 pub struct Outage {
     /// Latest failure.
-    pub trouble: Trouble,
+    pub trouble: ProviderFailure,
     /// Time of the first failure after the last success.
     pub since: Timestamp,
     /// Time of the next probe.
     pub next_probe: Timestamp,
-    /// Number of waiting requests in resting batches.
+    /// Number of waiting requests in waiting_by_batch batches.
     pub waiting: u64,
 }
 
 /// Circuit breaker of a plugin, tenant and endpoint.
 pub(crate) struct Breaker {
-    pauses: Pauses,
+    pauses: ProbePauses,
     /// Successes since the breaker was created.
-    passes: AtomicU64,
+    successes: AtomicU64,
     /// True if the breaker is closed and there is no suspicion. Read for every line.
-    calm: AtomicBool,
+    healthy: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -166,12 +166,12 @@ struct State {
     open: Option<Open>,
     /// Failed attempts of each line since then.
     attempts: HashMap<u64, u32>,
-    /// Waiting requests of each resting batch.
-    resting: HashMap<BatchId, u64>,
+    /// Waiting requests of each waiting_by_batch batch.
+    waiting_by_batch: HashMap<BatchId, u64>,
 }
 
 struct Open {
-    trouble: Trouble,
+    trouble: ProviderFailure,
     pause: Duration,
     next: Timestamp,
     probing: bool,
@@ -192,11 +192,11 @@ impl Drop for Probe {
 
 impl Breaker {
     /// Creates a closed breaker.
-    pub(crate) fn new(pauses: Pauses) -> Self {
+    pub(crate) fn new(pauses: ProbePauses) -> Self {
         Self {
             pauses,
-            passes: AtomicU64::new(0),
-            calm: AtomicBool::new(true),
+            successes: AtomicU64::new(0),
+            healthy: AtomicBool::new(true),
             state: Mutex::default(),
         }
     }
@@ -206,53 +206,57 @@ impl Breaker {
     }
 
     /// Returns true if the breaker is closed and there is no suspicion.
-    pub(crate) fn is_calm(&self) -> bool {
-        self.calm.load(Ordering::Relaxed)
+    pub(crate) fn is_healthy(&self) -> bool {
+        self.healthy.load(Ordering::Relaxed)
     }
 
     /// Decides whether this plugin may send a line now.
-    pub(crate) fn check(&self, now: Timestamp, plugin: usize) -> Gate {
-        if self.is_calm() {
-            return Gate::Go;
+    pub(crate) fn check(&self, now: Timestamp, plugin: usize) -> BreakerDecision {
+        if self.is_healthy() {
+            return BreakerDecision::Allow;
         }
-        self.lock().gate(now, plugin, self.pauses)
+        self.lock().decide(now, plugin, self.pauses)
     }
 
-    /// Decides like [`Self::check`] and reserves the probe if the decision is [`Gate::Probe`].
-    pub(crate) fn enter(self: &Arc<Self>, now: Timestamp, plugin: usize) -> (Gate, Option<Probe>) {
-        if self.is_calm() {
-            return (Gate::Go, None);
+    /// Decides like [`Self::check`] and reserves the probe if the decision is [`BreakerDecision::Probe`].
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        now: Timestamp,
+        plugin: usize,
+    ) -> (BreakerDecision, Option<Probe>) {
+        if self.is_healthy() {
+            return (BreakerDecision::Allow, None);
         }
         let mut state = self.lock();
-        let gate = state.gate(now, plugin, self.pauses);
-        if matches!(gate, Gate::Probe)
+        let decision = state.decide(now, plugin, self.pauses);
+        if matches!(decision, BreakerDecision::Probe)
             && let Some(open) = &mut state.open
         {
             open.probing = true;
             drop(state);
-            return (gate, Some(Probe(self.clone())));
+            return (decision, Some(Probe(self.clone())));
         }
-        (gate, None)
+        (decision, None)
     }
 
     /// Returns the number of failed attempts of a line.
-    pub(crate) fn tries(&self, line: u64) -> u32 {
-        if self.is_calm() { 0 } else { self.lock().attempts.get(&line).copied().unwrap_or(0) }
+    pub(crate) fn failed_attempts(&self, line: u64) -> u32 {
+        if self.is_healthy() { 0 } else { self.lock().attempts.get(&line).copied().unwrap_or(0) }
     }
 
     /// Returns the number of successes so far. A refused line stores this number.
-    pub(crate) fn passes(&self) -> u64 {
-        self.passes.load(Ordering::Relaxed)
+    pub(crate) fn successes(&self) -> u64 {
+        self.successes.load(Ordering::Relaxed)
     }
 
     /// Records a success and returns the outage that the success has ended, if any.
-    pub(crate) fn passed(&self) -> Option<Outage> {
-        self.passes.fetch_add(1, Ordering::Relaxed);
-        if self.is_calm() {
+    pub(crate) fn record_success(&self) -> Option<Outage> {
+        self.successes.fetch_add(1, Ordering::Relaxed);
+        if self.is_healthy() {
             return None;
         }
         // A request that was in flight when its plugin was paused does not end the pause.
-        if self.lock().open.as_ref().is_some_and(|open| open.trouble.kind == Kind::Plugin) {
+        if self.lock().open.as_ref().is_some_and(|open| open.trouble.kind == FailureKind::Plugin) {
             return None;
         }
         self.close()
@@ -263,29 +267,31 @@ impl Breaker {
         let mut state = self.lock();
         let ended = state.outage();
         *state = State::default();
-        self.calm.store(true, Ordering::Relaxed);
+        self.healthy.store(true, Ordering::Relaxed);
         ended
     }
 
     /// Records a failed line and decides about the line.
     ///
-    /// `refused_at` is the value of [`Self::passes`] when the line was refused before. The second
+    /// `refused_at` is the value of [`Self::successes`] when the line was refused before. The second
     /// value is true if this failure has opened the breaker.
-    pub(crate) fn failed(
+    pub(crate) fn record_failure(
         &self,
         now: Timestamp,
         line: u64,
         plugin: usize,
         refused_at: Option<u64>,
-        trouble: Trouble,
+        trouble: ProviderFailure,
         probe: bool,
-    ) -> (Verdict, bool) {
-        let passes = self.passes();
-        if trouble.kind.may_be_fault_of_line() && refused_at.is_some_and(|before| passes > before) {
-            return (Verdict::Own, false);
+    ) -> (FailureVerdict, bool) {
+        let successes = self.successes();
+        if trouble.kind.may_be_fault_of_line()
+            && refused_at.is_some_and(|before| successes > before)
+        {
+            return (FailureVerdict::LineAtFault, false);
         }
         let mut state = self.lock();
-        self.calm.store(false, Ordering::Relaxed);
+        self.healthy.store(false, Ordering::Relaxed);
         state.since.get_or_insert(now);
         let is_new =
             state.failed_lines.len() < MAX_TRACKED_ENTRIES && state.failed_lines.insert(line);
@@ -303,72 +309,74 @@ impl Breaker {
                 open.trouble = trouble;
             }
             let (kind, next) = (open.trouble.kind, open.next);
-            if kind == Kind::Forbidden
+            if kind == FailureKind::Forbidden
                 && is_only_line
-                && passes > 0
+                && successes > 0
                 && attempts >= MAX_FORBIDDEN_ATTEMPTS
             {
                 *state = State::default();
-                self.calm.store(true, Ordering::Relaxed);
-                return (Verdict::Own, false);
+                self.healthy.store(true, Ordering::Relaxed);
+                return (FailureVerdict::LineAtFault, false);
             }
-            return (Verdict::Wait(next), false);
+            return (FailureVerdict::Wait(next), false);
         }
-        if is_new || trouble.kind != Kind::Failed {
+        if is_new || trouble.kind != FailureKind::Failed {
             state.suspicion = state.suspicion.saturating_add(trouble.kind.weight());
         }
-        if state.suspicion < OPEN_THRESHOLD && trouble.kind != Kind::Plugin {
+        if state.suspicion < OPEN_THRESHOLD && trouble.kind != FailureKind::Plugin {
             return (
-                Verdict::Hold(now.after(HOLD_DURATION.min(self.pauses.first.saturating_mul(2)))),
+                FailureVerdict::Hold(
+                    now.after(HOLD_DURATION.min(self.pauses.first.saturating_mul(2))),
+                ),
                 false,
             );
         }
         let next = now.after(jittered(self.pauses.first));
         state.open = Some(Open { trouble, pause: self.pauses.first, next, probing: false, plugin });
-        (Verdict::Wait(next), true)
+        (FailureVerdict::Wait(next), true)
     }
 
     /// Returns the outage if the breaker is open.
     pub(crate) fn outage(&self) -> Option<Outage> {
-        if self.is_calm() { None } else { self.lock().outage() }
+        if self.is_healthy() { None } else { self.lock().outage() }
     }
 
-    /// Registers a resting batch and the number of its waiting requests.
-    pub(crate) fn rests(&self, batch: &BatchId, requests: u64) {
+    /// Registers a waiting_by_batch batch and the number of its waiting requests.
+    pub(crate) fn add_waiting(&self, batch: &BatchId, requests: u64) {
         let mut state = self.lock();
-        if state.open.is_some() && state.resting.len() < MAX_TRACKED_ENTRIES {
-            state.resting.insert(batch.clone(), requests);
+        if state.open.is_some() && state.waiting_by_batch.len() < MAX_TRACKED_ENTRIES {
+            state.waiting_by_batch.insert(batch.clone(), requests);
         }
     }
 
-    /// Returns true if a batch is registered as resting.
-    pub(crate) fn holds(&self, batch: &BatchId) -> bool {
-        !self.is_calm() && self.lock().resting.contains_key(batch)
+    /// Returns true if a batch is registered as waiting_by_batch.
+    pub(crate) fn has_waiting(&self, batch: &BatchId) -> bool {
+        !self.is_healthy() && self.lock().waiting_by_batch.contains_key(batch)
     }
 
-    /// Removes a batch from the resting batches.
-    pub(crate) fn wakes(&self, batch: &BatchId) {
-        if !self.is_calm() {
-            self.lock().resting.remove(batch);
+    /// Removes a batch from the waiting_by_batch batches.
+    pub(crate) fn remove_waiting(&self, batch: &BatchId) {
+        if !self.is_healthy() {
+            self.lock().waiting_by_batch.remove(batch);
         }
     }
 }
 
 impl State {
     /// Decides whether a line may be sent now.
-    fn gate(&self, now: Timestamp, plugin: usize, pauses: Pauses) -> Gate {
-        let Some(open) = &self.open else { return Gate::Go };
+    fn decide(&self, now: Timestamp, plugin: usize, pauses: ProbePauses) -> BreakerDecision {
+        let Some(open) = &self.open else { return BreakerDecision::Allow };
         let waited = self.since.map_or(Duration::ZERO, |since| since.until(now));
         if pauses.give_up_after.is_some_and(|longest| waited > longest) {
-            return Gate::GiveUp(open.trouble.answer.clone());
+            return BreakerDecision::GiveUp(open.trouble.answer.clone());
         }
         if open.probing {
-            return Gate::Wait(open.next.max(now.after(PROBE_WAIT)));
+            return BreakerDecision::Wait(open.next.max(now.after(PROBE_WAIT)));
         }
         if open.next > now && open.plugin == plugin {
-            return Gate::Wait(open.next);
+            return BreakerDecision::Wait(open.next);
         }
-        Gate::Probe
+        BreakerDecision::Probe
     }
 
     fn outage(&self) -> Option<Outage> {
@@ -377,7 +385,7 @@ impl State {
             trouble: open.trouble.clone(),
             since: self.since.unwrap_or(open.next),
             next_probe: open.next,
-            waiting: self.resting.values().fold(0, |sum, more| sum.saturating_add(*more)),
+            waiting: self.waiting_by_batch.values().fold(0, |sum, more| sum.saturating_add(*more)),
         })
     }
 }
@@ -393,15 +401,20 @@ mod tests {
 
     use super::*;
 
-    const PAUSES: Pauses = Pauses {
+    const PAUSES: ProbePauses = ProbePauses {
         first: Duration::from_secs(1),
         longest: Duration::from_secs(60),
         give_up_after: None,
     };
 
-    fn trouble(kind: Kind) -> Trouble {
+    fn trouble(kind: FailureKind) -> ProviderFailure {
         let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
-        Trouble { kind, message: "refused".into(), detail: "refused by 192.0.2.1".into(), answer }
+        ProviderFailure {
+            kind,
+            message: "refused".into(),
+            detail: "refused by 192.0.2.1".into(),
+            answer,
+        }
     }
 
     fn at(seconds: i64) -> Timestamp {
@@ -412,23 +425,28 @@ mod tests {
         breaker: &Breaker,
         now: i64,
         line: u64,
-        kind: Kind,
+        kind: FailureKind,
         refused_at: Option<u64>,
-    ) -> Verdict {
-        breaker.failed(at(now), line, 1, refused_at, trouble(kind), false).0
+    ) -> FailureVerdict {
+        breaker.record_failure(at(now), line, 1, refused_at, trouble(kind), false).0
     }
 
     /// Sends a line as a probe as soon as possible and returns the seconds until then.
-    fn probe(breaker: &Arc<Breaker>, now: i64, line: u64, kind: Kind) -> (i64, Verdict) {
+    fn probe(
+        breaker: &Arc<Breaker>,
+        now: i64,
+        line: u64,
+        kind: FailureKind,
+    ) -> (i64, FailureVerdict) {
         for second in now..now + 100 {
-            if let (Gate::Probe, Some(_guard)) = breaker.enter(at(second), 1) {
+            if let (BreakerDecision::Probe, Some(_guard)) = breaker.enter(at(second), 1) {
                 assert!(
-                    matches!(breaker.check(at(second), 1), Gate::Wait(_)),
+                    matches!(breaker.check(at(second), 1), BreakerDecision::Wait(_)),
                     "one probe at a time"
                 );
                 return (
                     second - now,
-                    breaker.failed(at(second), line, 1, None, trouble(kind), true).0,
+                    breaker.record_failure(at(second), line, 1, None, trouble(kind), true).0,
                 );
             }
         }
@@ -438,16 +456,22 @@ mod tests {
     #[test]
     fn first_refusal_holds_the_line_and_second_refusal_opens_the_breaker() {
         let breaker = Arc::new(Breaker::new(PAUSES));
-        assert!(matches!(fail(&breaker, 0, 1, Kind::Unauthorized, None), Verdict::Hold(_)));
-        assert!(matches!(breaker.check(at(0), 1), Gate::Go), "other lines are sent");
-        assert!(matches!(fail(&breaker, 0, 2, Kind::Unauthorized, None), Verdict::Wait(_)));
-        assert!(matches!(breaker.check(at(0), 1), Gate::Wait(_)));
+        assert!(matches!(
+            fail(&breaker, 0, 1, FailureKind::Unauthorized, None),
+            FailureVerdict::Hold(_)
+        ));
+        assert!(matches!(breaker.check(at(0), 1), BreakerDecision::Allow), "other lines are sent");
+        assert!(matches!(
+            fail(&breaker, 0, 2, FailureKind::Unauthorized, None),
+            FailureVerdict::Wait(_)
+        ));
+        assert!(matches!(breaker.check(at(0), 1), BreakerDecision::Wait(_)));
         // A reloaded plugin, which may have a new key, is probed at once.
-        assert!(matches!(breaker.check(at(0), 2), Gate::Probe));
+        assert!(matches!(breaker.check(at(0), 2), BreakerDecision::Probe));
         let pauses: Vec<i64> = (0..8)
             .scan(0, |now, line| {
-                let (waited, verdict) = probe(&breaker, *now, 10 + line, Kind::Unauthorized);
-                assert!(matches!(verdict, Verdict::Wait(_)));
+                let (waited, verdict) = probe(&breaker, *now, 10 + line, FailureKind::Unauthorized);
+                assert!(matches!(verdict, FailureVerdict::Wait(_)));
                 *now += waited;
                 Some(waited)
             })
@@ -457,31 +481,37 @@ mod tests {
                 && pauses.iter().all(|pause| *pause <= 60)
         );
         assert!(*pauses.last().unwrap() >= 48, "{pauses:?}");
-        let ended = breaker.passed().unwrap();
+        let ended = breaker.record_success().unwrap();
         assert_eq!(ended.trouble.detail, "refused by 192.0.2.1");
-        assert!(breaker.is_calm() && breaker.outage().is_none());
+        assert!(breaker.is_healthy() && breaker.outage().is_none());
     }
 
     #[test]
     fn line_refused_while_others_succeed_is_at_fault() {
         let breaker = Arc::new(Breaker::new(PAUSES));
-        breaker.passed();
-        let before = breaker.passes();
-        assert!(matches!(fail(&breaker, 0, 1, Kind::Forbidden, None), Verdict::Hold(_)));
-        breaker.passed();
-        assert!(matches!(fail(&breaker, 1, 1, Kind::Forbidden, Some(before)), Verdict::Own));
-        assert!(breaker.is_calm());
+        breaker.record_success();
+        let before = breaker.successes();
+        assert!(matches!(
+            fail(&breaker, 0, 1, FailureKind::Forbidden, None),
+            FailureVerdict::Hold(_)
+        ));
+        breaker.record_success();
+        assert!(matches!(
+            fail(&breaker, 1, 1, FailureKind::Forbidden, Some(before)),
+            FailureVerdict::LineAtFault
+        ));
+        assert!(breaker.is_healthy());
         // Without another failed line, a forbidden line fails after a few attempts. A refused key
         // waits.
-        for (kind, ends) in [(Kind::Forbidden, true), (Kind::Unauthorized, false)] {
-            let before = breaker.passes();
+        for (kind, ends) in [(FailureKind::Forbidden, true), (FailureKind::Unauthorized, false)] {
+            let before = breaker.successes();
             fail(&breaker, 0, 1, kind, None);
-            assert!(matches!(fail(&breaker, 1, 1, kind, Some(before)), Verdict::Wait(_)));
+            assert!(matches!(fail(&breaker, 1, 1, kind, Some(before)), FailureVerdict::Wait(_)));
             let mut now = 1;
             let at_fault = (0..20).any(|_| {
                 let (waited, verdict) = probe(&breaker, now, 1, kind);
                 now += waited;
-                matches!(verdict, Verdict::Own)
+                matches!(verdict, FailureVerdict::LineAtFault)
             });
             assert_eq!(at_fault, ends);
             breaker.close();
@@ -492,42 +522,51 @@ mod tests {
     fn server_errors_open_the_breaker_after_five_different_lines() {
         let breaker = Arc::new(Breaker::new(PAUSES));
         for _ in 0..20 {
-            assert!(matches!(fail(&breaker, 0, 1, Kind::Failed, None), Verdict::Hold(_)));
+            assert!(matches!(
+                fail(&breaker, 0, 1, FailureKind::Failed, None),
+                FailureVerdict::Hold(_)
+            ));
         }
         for line in 2..5 {
-            assert!(matches!(fail(&breaker, 0, line, Kind::Failed, None), Verdict::Hold(_)));
+            assert!(matches!(
+                fail(&breaker, 0, line, FailureKind::Failed, None),
+                FailureVerdict::Hold(_)
+            ));
         }
-        breaker.passed();
+        breaker.record_success();
         for line in 1..5 {
-            assert!(matches!(fail(&breaker, 0, line, Kind::Failed, None), Verdict::Hold(_)));
+            assert!(matches!(
+                fail(&breaker, 0, line, FailureKind::Failed, None),
+                FailureVerdict::Hold(_)
+            ));
         }
-        assert!(matches!(fail(&breaker, 0, 5, Kind::Failed, None), Verdict::Wait(_)));
-        assert_eq!(breaker.tries(1), 1);
-        assert_eq!(breaker.tries(9), 0);
+        assert!(matches!(fail(&breaker, 0, 5, FailureKind::Failed, None), FailureVerdict::Wait(_)));
+        assert_eq!(breaker.failed_attempts(1), 1);
+        assert_eq!(breaker.failed_attempts(9), 0);
     }
 
     #[test]
     fn lines_fail_after_max_outage() {
-        let breaker = Arc::new(Breaker::new(Pauses {
+        let breaker = Arc::new(Breaker::new(ProbePauses {
             give_up_after: Some(Duration::from_secs(10)),
             ..PAUSES
         }));
-        fail(&breaker, 0, 1, Kind::Unreachable, None);
-        fail(&breaker, 0, 2, Kind::Unreachable, None);
-        assert!(matches!(breaker.check(at(9), 1), Gate::Probe));
-        assert!(matches!(breaker.check(at(11), 1), Gate::GiveUp(_)));
+        fail(&breaker, 0, 1, FailureKind::Unreachable, None);
+        fail(&breaker, 0, 2, FailureKind::Unreachable, None);
+        assert!(matches!(breaker.check(at(9), 1), BreakerDecision::Probe));
+        assert!(matches!(breaker.check(at(11), 1), BreakerDecision::GiveUp(_)));
     }
 
     #[test]
     fn dropped_probe_allows_the_next_probe() {
         let breaker = Arc::new(Breaker::new(PAUSES));
-        fail(&breaker, 0, 1, Kind::Unreachable, None);
-        fail(&breaker, 0, 2, Kind::Unreachable, None);
+        fail(&breaker, 0, 1, FailureKind::Unreachable, None);
+        fail(&breaker, 0, 2, FailureKind::Unreachable, None);
         drop(breaker.enter(at(5), 1));
-        assert!(matches!(breaker.enter(at(5), 1), (Gate::Probe, Some(_))));
-        breaker.rests(&"batch_1".into(), 7);
+        assert!(matches!(breaker.enter(at(5), 1), (BreakerDecision::Probe, Some(_))));
+        breaker.add_waiting(&"batch_1".into(), 7);
         assert_eq!(breaker.outage().unwrap().waiting, 7);
-        breaker.wakes(&"batch_1".into());
+        breaker.remove_waiting(&"batch_1".into());
         assert_eq!(breaker.outage().unwrap().waiting, 0);
     }
 }

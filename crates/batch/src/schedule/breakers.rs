@@ -11,9 +11,9 @@ use batchwright_store::{Claim, Lane, WaitCause};
 use tokio::sync::watch;
 
 use crate::config::ExecutionConfig;
-use crate::schedule::breaker::{Breaker, Kind, Outage, Pauses};
+use crate::schedule::breaker::{Breaker, FailureKind, Outage, ProbePauses};
 
-/// Prefix of [`Key::plugin`] for a model that no plugin serves.
+/// Prefix of [`BreakerKey::plugin`] for a model that no plugin serves.
 pub(crate) const MODEL: &str = "model ";
 
 /// Name shared by all unserved models beyond [`MAX_BREAKERS`].
@@ -22,9 +22,9 @@ const OVERFLOW_MODEL: &str = "…";
 /// Number of breakers from which unused breakers are evicted.
 const MAX_BREAKERS: usize = 1024;
 
-/// Key of a breaker.
+/// BreakerKey of a breaker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
+pub struct BreakerKey {
     /// Name of the plugin, or `model ` and the name of a model that no plugin serves.
     pub plugin: String,
     /// Name of the tenant.
@@ -34,18 +34,18 @@ pub struct Key {
 }
 
 /// Circuit breakers of a server.
-pub(crate) struct Outages {
-    pauses: Pauses,
-    breakers: Mutex<HashMap<Key, Arc<Breaker>>>,
+pub(crate) struct Breakers {
+    pauses: ProbePauses,
+    breakers: Mutex<HashMap<BreakerKey, Arc<Breaker>>>,
     changed: watch::Sender<u64>,
 }
 
-impl Outages {
+impl Breakers {
     /// Creates an empty registry with the pauses from the settings.
     pub(crate) fn new(settings: &ExecutionConfig) -> Self {
         let give_up_after =
             Some(settings.max_outage.duration()).filter(|longest| !longest.is_zero());
-        let pauses = Pauses {
+        let pauses = ProbePauses {
             first: settings.outage_backoff.duration(),
             longest: settings.max_outage_backoff.duration(),
             give_up_after,
@@ -55,13 +55,13 @@ impl Outages {
 
     /// Returns the breaker of a plugin, tenant and endpoint, and creates it if necessary.
     pub(crate) fn of(&self, plugin: &str, tenant: &TenantId, endpoint: Endpoint) -> Arc<Breaker> {
-        let mut key = Key { plugin: plugin.to_owned(), tenant: tenant.clone(), endpoint };
+        let mut key = BreakerKey { plugin: plugin.to_owned(), tenant: tenant.clone(), endpoint };
         let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = breakers.get(&key) {
             return found.clone();
         }
         if breakers.len() >= MAX_BREAKERS {
-            breakers.retain(|_, breaker| Arc::strong_count(breaker) > 1 || !breaker.is_calm());
+            breakers.retain(|_, breaker| Arc::strong_count(breaker) > 1 || !breaker.is_healthy());
             // Clients choose model names, so models beyond the limit share one breaker.
             if breakers.len() >= MAX_BREAKERS && plugin.starts_with(MODEL) {
                 key.plugin = format!("{MODEL}{OVERFLOW_MODEL}");
@@ -77,7 +77,7 @@ impl Outages {
     }
 
     /// Returns the outages of all open breakers, sorted by plugin and tenant.
-    pub(crate) fn list(&self) -> Vec<(Key, Outage)> {
+    pub(crate) fn list(&self) -> Vec<(BreakerKey, Outage)> {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut found: Vec<_> = breakers
             .iter()
@@ -94,11 +94,11 @@ impl Outages {
     pub(crate) fn of_batch(&self, claim: &Claim, endpoint: Endpoint) -> Vec<Arc<Breaker>> {
         let Lane::Execute(plugins) = &claim.lane else { return Vec::new() };
         // The outage of an unserved model concerns only the batches that request the model.
-        let own = |key: &Key, breaker: &Breaker| {
+        let own = |key: &BreakerKey, breaker: &Breaker| {
             plugins.contains(&key.plugin)
-                || (key.plugin.starts_with(MODEL) && breaker.holds(&claim.batch_id))
+                || (key.plugin.starts_with(MODEL) && breaker.has_waiting(&claim.batch_id))
         };
-        let of = |key: &Key| key.tenant == claim.tenant && key.endpoint == endpoint;
+        let of = |key: &BreakerKey| key.tenant == claim.tenant && key.endpoint == endpoint;
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         let found = breakers.iter().filter(|(key, breaker)| of(key) && own(key, breaker));
         found.map(|(_, breaker)| breaker.clone()).collect()
@@ -135,7 +135,7 @@ impl Outages {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         for (key, breaker) in &*breakers {
             let outage = breaker.outage();
-            if outage.is_none_or(|outage| outage.trouble.kind != Kind::Plugin) {
+            if outage.is_none_or(|outage| outage.trouble.kind != FailureKind::Plugin) {
                 continue;
             }
             let is_served = match key.plugin.strip_prefix(MODEL) {
@@ -160,7 +160,7 @@ impl Outages {
     }
 
     /// Notifies waiting batches that an outage has ended or that plugins have changed.
-    pub(crate) fn tell(&self) {
+    pub(crate) fn notify(&self) {
         self.changed.send_modify(|number| *number = number.wrapping_add(1));
     }
 
@@ -176,22 +176,29 @@ mod tests {
     use batchwright_plugin::types::{Answer, Failure};
 
     use super::*;
-    use crate::schedule::breaker::Trouble;
+    use crate::schedule::breaker::ProviderFailure;
 
     #[test]
     fn unserved_models_share_one_breaker_beyond_the_limit() {
-        let outages = Outages::new(&ExecutionConfig::read(&mut Given::default()).unwrap());
+        let outages = Breakers::new(&ExecutionConfig::read(&mut Given::default()).unwrap());
         for number in 0..MAX_BREAKERS * 3 {
             let breaker =
                 outages.of(&format!("{MODEL}{number}"), &"t".into(), Endpoint::ChatCompletions);
             let answer = Answer::Failure(Failure { code: "x".into(), message: "x".into() });
-            let trouble = Trouble {
-                kind: Kind::Plugin,
+            let trouble = ProviderFailure {
+                kind: FailureKind::Plugin,
                 message: "gone".into(),
                 detail: "gone".into(),
                 answer,
             };
-            breaker.failed(Timestamp::from_millis(0), number as u64, 0, None, trouble, true);
+            breaker.record_failure(
+                Timestamp::from_millis(0),
+                number as u64,
+                0,
+                None,
+                trouble,
+                true,
+            );
         }
         assert_eq!(outages.list().len(), MAX_BREAKERS + 1);
         // The shared breaker closes on any change, because its models are unknown.

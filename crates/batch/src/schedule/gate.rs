@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// Gate that is open while no [`Closed`] guard exists.
+/// Gate that is open while no [`GateGuard`] guard exists.
 #[derive(Clone)]
 pub(crate) struct Gate(Arc<watch::Sender<usize>>);
 
 /// Guard that keeps a gate closed until the guard is dropped.
-pub(crate) struct Closed(Gate);
+pub(crate) struct GateGuard(Gate);
 
 impl Default for Gate {
     fn default() -> Self {
@@ -35,13 +35,13 @@ impl Gate {
     }
 
     /// Closes the gate until the returned guard is dropped.
-    pub(crate) fn close(&self) -> Closed {
+    pub(crate) fn close(&self) -> GateGuard {
         self.0.send_modify(|closed| *closed = closed.saturating_add(1));
-        Closed(self.clone())
+        GateGuard(self.clone())
     }
 }
 
-impl Drop for Closed {
+impl Drop for GateGuard {
     fn drop(&mut self) {
         self.0.0.send_modify(|closed| *closed = closed.saturating_sub(1));
     }

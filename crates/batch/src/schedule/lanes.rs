@@ -105,7 +105,7 @@ pub(crate) struct Place {
 }
 
 /// Guard that counts a batch as active until the guard is dropped.
-pub(crate) struct WorkedOn {
+pub(crate) struct ActiveGuard {
     lanes: Arc<Lanes>,
     plugins: Plugins,
 }
@@ -223,7 +223,7 @@ impl Lanes {
     /// Counts an executing batch as active until the returned guard is dropped.
     ///
     /// Returns `None` for the other lanes, which have no limit on active batches.
-    pub(crate) fn work_on(self: &Arc<Self>, lane: &Lane) -> Option<WorkedOn> {
+    pub(crate) fn work_on(self: &Arc<Self>, lane: &Lane) -> Option<ActiveGuard> {
         let Lane::Execute(plugins) = lane else { return None };
         let mut state = self.lock();
         state.all_active = state.all_active.saturating_add(1);
@@ -231,7 +231,7 @@ impl Lanes {
             let number = state.active.entry(name.clone()).or_default();
             *number = number.saturating_add(1);
         }
-        Some(WorkedOn { lanes: self.clone(), plugins: plugins.clone() })
+        Some(ActiveGuard { lanes: self.clone(), plugins: plugins.clone() })
     }
 
     /// Waits for the next turn of an active batch.
@@ -326,7 +326,7 @@ impl State {
 
 impl Place {
     /// Starts the stint when the first line is found. Later calls have no effect.
-    pub(crate) fn begins(&mut self) {
+    pub(crate) fn start(&mut self) {
         self.started_at.get_or_insert_with(Instant::now);
     }
 
@@ -368,7 +368,7 @@ impl Drop for Place {
     }
 }
 
-impl Drop for WorkedOn {
+impl Drop for ActiveGuard {
     fn drop(&mut self) {
         let mut state = self.lanes.lock();
         state.all_active = state.all_active.saturating_sub(1);

@@ -9,7 +9,7 @@ use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_store::Claim;
 
 use crate::formats::input::Position;
-use crate::schedule::retry_queue::Deferred;
+use crate::schedule::retry_queue::RetryQueue;
 
 /// Maximum number of saved positions. Batches beyond this limit read their input from the start.
 const MAX_POSITIONS: usize = 10_000;
@@ -23,25 +23,25 @@ const IDLE_WAIT: std::time::Duration = std::time::Duration::from_secs(3600);
 
 /// Saved state of resting batches. A batch without saved state reads its input from the start.
 #[derive(Default)]
-pub(crate) struct Rests {
-    /// End of the earliest rest.
+pub(crate) struct Parked {
+    /// BatchEnd of the earliest rest.
     next: Mutex<Option<Timestamp>>,
-    kept: Mutex<HashMap<(TenantId, BatchId), Kept>>,
+    kept: Mutex<HashMap<(TenantId, BatchId), Checkpoint>>,
 }
 
 /// State from which a batch continues.
 #[derive(Default)]
-pub(crate) struct Kept {
+pub(crate) struct Checkpoint {
     /// Position in the input. Each line before it has a result or is a deferred line.
     pub position: Position,
     /// Lines that are due for another attempt.
-    pub deferred: Arc<Deferred>,
+    pub deferred: Arc<RetryQueue>,
     /// Number of lines read so far. Lines from the position up to this number may be deferred
     /// lines.
     pub read_before: u64,
 }
 
-impl Rests {
+impl Parked {
     /// Waits until a rest ends.
     pub(crate) async fn next_end(&self, clock: &Clock) {
         let next = *self.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,7 +62,7 @@ impl Rests {
     }
 
     /// Removes and returns the saved state of a claimed batch, or the start of the input.
-    pub(crate) fn take(&self, claim: &Claim) -> Kept {
+    pub(crate) fn take(&self, claim: &Claim) -> Checkpoint {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.remove(&key(claim)).unwrap_or_default()
     }
@@ -70,7 +70,7 @@ impl Rests {
     /// Saves the state of a batch that has no requests in flight.
     ///
     /// If there is no room for the deferred lines, the position moves back to the first of them.
-    pub(crate) fn save(&self, claim: &Claim, state: Kept) {
+    pub(crate) fn save(&self, claim: &Claim, state: Checkpoint) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = kept.values().map(|kept| kept.deferred.len()).sum();
         let has_room = all.saturating_add(state.deferred.len()) <= MAX_DEFERRED_LINES;
@@ -78,9 +78,9 @@ impl Rests {
             state
         } else {
             let first = state.deferred.first();
-            Kept {
+            Checkpoint {
                 position: first.map_or(state.position, |first| first.min(state.position)),
-                ..Kept::default()
+                ..Checkpoint::default()
             }
         };
         if kept.len() < MAX_POSITIONS {

@@ -1,4 +1,4 @@
-//! Deferred lines: the retry queue of a batch.
+//! RetryQueue lines: the retry queue of a batch.
 //!
 //! The queue holds the position, the due time and the retry state of each line. The text of a line
 //! is read again from the input when the line is due.
@@ -20,7 +20,7 @@ const MAX_LINES: usize = 1024;
 
 /// Retry state of a line between its attempts.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Tries {
+pub(crate) struct RetryState {
     /// Attempts that ended with a transient error.
     pub answered: u32,
     /// Attempts that may have reached the provider but got no response.
@@ -32,14 +32,14 @@ pub(crate) struct Tries {
     /// Number of successes of the breaker when the provider last refused the line.
     pub refused_at: Option<u64>,
     /// Failed attempts during an outage. Lines with fewer failed attempts go first.
-    pub in_vain: u32,
+    pub outage_failures: u32,
     /// True if the line waits for the end of an outage instead of a backoff.
     pub waits: bool,
     /// True if the provider works on a job of the line and the job state is in the store.
     pub has_job: bool,
 }
 
-/// Deferred line.
+/// RetryQueue line.
 ///
 /// Entries are ordered by due time, then by failed attempts, then by line number.
 #[derive(Clone, Debug)]
@@ -51,13 +51,13 @@ pub(crate) struct Entry {
     /// Byte range of the line in the input file.
     pub range: Range<u64>,
     /// Retry state.
-    pub tries: Tries,
+    pub retry_state: RetryState,
 }
 
 impl Entry {
     /// Returns the sort key.
     fn order(&self) -> (Timestamp, u32, u64) {
-        (self.at, self.tries.in_vain, self.number)
+        (self.at, self.retry_state.outage_failures, self.number)
     }
 }
 
@@ -83,13 +83,13 @@ impl Ord for Entry {
 
 /// Retry queue of a batch.
 #[derive(Default)]
-pub(crate) struct Deferred {
+pub(crate) struct RetryQueue {
     entries: Mutex<BinaryHeap<Reverse<Entry>>>,
     /// Notified when a line was added.
     added: Notify,
 }
 
-impl Deferred {
+impl RetryQueue {
     fn lock(&self) -> MutexGuard<'_, BinaryHeap<Reverse<Entry>>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -112,7 +112,7 @@ impl Deferred {
     pub(crate) fn due(&self, now: Timestamp, include_failed: bool) -> Option<Entry> {
         let mut entries = self.lock();
         let Reverse(first) = entries.peek()?;
-        if first.at > now || (first.tries.in_vain > 0 && !include_failed) {
+        if first.at > now || (first.retry_state.outage_failures > 0 && !include_failed) {
             return None;
         }
         entries.pop().map(|Reverse(entry)| entry)
@@ -122,7 +122,7 @@ impl Deferred {
     pub(crate) fn wake(&self, now: Timestamp) {
         let mut entries = self.lock();
         let mut all = std::mem::take(&mut *entries).into_vec();
-        for Reverse(entry) in all.iter_mut().filter(|Reverse(entry)| entry.tries.waits) {
+        for Reverse(entry) in all.iter_mut().filter(|Reverse(entry)| entry.retry_state.waits) {
             entry.at = entry.at.min(now);
         }
         *entries = all.into();

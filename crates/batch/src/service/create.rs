@@ -17,7 +17,7 @@ use crate::service::Service;
 
 /// Parameters of a new batch.
 #[derive(Debug)]
-pub struct Request {
+pub struct NewBatchRequest {
     /// Id of the uploaded input file.
     pub input_file_id: FileId,
     /// Path of the API endpoint, with or without the prefix `/v1`.
@@ -32,7 +32,7 @@ pub struct Request {
     pub idempotency_key: Option<String>,
 }
 
-impl Request {
+impl NewBatchRequest {
     /// Returns a digest of all parameters except the idempotency key.
     fn fingerprint(&self, endpoint: Endpoint) -> [u8; 32] {
         let lifetime = self.output_lifetime.map(|lifetime| lifetime.as_millis().to_string());
@@ -94,7 +94,7 @@ impl Service {
     pub async fn create(
         &self,
         tenant: &TenantId,
-        request: Request,
+        request: NewBatchRequest,
     ) -> Result<BatchRecord, CreateError> {
         let Some(endpoint) = Endpoint::parse(&request.endpoint) else {
             return Err(CreateError::Endpoint(truncate_for_message(&request.endpoint)));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use batchwright_domain::ids::{FileId, ObjectKey, TenantId};
 use batchwright_domain::units::Size;
-use batchwright_memory::Share;
+use batchwright_memory::Reservation;
 use batchwright_store::{FileQuery, FileRecord, Paged, StoreError};
 use bytes::Bytes;
 use tokio::runtime::Handle;
@@ -45,7 +45,7 @@ pub struct Upload {
     object: PendingObject,
     writer: RegisteredWriter,
     /// Memory of the writer's buffer.
-    share: Share,
+    reservation: Reservation,
 }
 
 /// Registered object of an upload. Dropped without a record, the object is left to the janitor.
@@ -81,8 +81,8 @@ impl Service {
         // The writer is created on a separate task. If the client disconnects now, the writer is
         // dropped and leaves no unknown file.
         let writer = tokio::spawn(creating).await.unwrap_or(Err(StoreError::Closed))?;
-        let share = self.memory.clients.share(&tenant.as_str().into());
-        Ok(Upload { object, writer, share })
+        let reservation = self.memory.clients.reservation(&tenant.as_str().into());
+        Ok(Upload { object, writer, reservation })
     }
 
     /// Returns a file, or `None` if it is unknown, deleted or expired.
@@ -144,14 +144,14 @@ impl Upload {
         if self.writer.written().saturating_add(bytes.len() as u64) > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
-        self.share.cover(service.objects.part_size().target).await;
+        self.reservation.grow_to(service.objects.part_size().target).await;
         Ok(self.writer.write(bytes).await?)
     }
 
     /// Writes the buffer and releases its memory if possible, so that an idle upload holds little.
     pub async fn flush(&mut self) -> Result<(), UploadError> {
         if self.writer.flush_if_possible().await? {
-            self.share.settle(0);
+            self.reservation.shrink_to(0);
         }
         Ok(())
     }
@@ -170,9 +170,9 @@ impl Upload {
             self.writer.abort().await;
             return Err(UploadError::Empty);
         }
-        let Self { mut object, writer, share } = self;
+        let Self { mut object, writer, reservation } = self;
         let bytes = writer.finish().await?;
-        drop(share);
+        drop(reservation);
         let service = object.service.clone();
         let created_at = service.clock.now();
         let by_default = (new.purpose == "batch")

@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::engine::{Parts, Shared};
 use crate::schedule::breaker::Outage;
-use crate::schedule::breakers::{Key, Outages};
+use crate::schedule::breakers::{BreakerKey, Breakers};
 use crate::schedule::running::Running;
 use crate::schedule::stop::Reason;
 
@@ -33,7 +33,7 @@ pub struct Service {
     config: Arc<Config>,
     memory: Memory,
     running: Arc<Running>,
-    breakers: Arc<Outages>,
+    breakers: Arc<Breakers>,
     work_available: Arc<Notify>,
     cleanup_needed: Arc<Notify>,
 }
@@ -48,7 +48,7 @@ pub struct BatchPlugins {
 }
 
 impl Service {
-    pub(crate) fn new(parts: &Parts, shared: &Shared, breakers: Arc<Outages>) -> Self {
+    pub(crate) fn new(parts: &Parts, shared: &Shared, breakers: Arc<Breakers>) -> Self {
         Self {
             store: parts.store.clone(),
             objects: parts.objects.clone(),
@@ -99,7 +99,7 @@ impl Service {
     }
 
     /// Returns all open circuit breakers with their keys.
-    pub fn outages(&self) -> Vec<(Key, Outage)> {
+    pub fn outages(&self) -> Vec<(BreakerKey, Outage)> {
         self.breakers.list()
     }
 

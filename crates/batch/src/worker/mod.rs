@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
-use batchwright_egress::Queue;
+use batchwright_egress::QueueId;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
 use batchwright_store::{Objects, Result, Store};
@@ -23,10 +23,10 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::engine::{Parts, Shared};
 use crate::schedule::backoff::{Backoff, Backoffs};
-use crate::schedule::breakers::Outages;
+use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
 use crate::schedule::lanes::{Lanes, Next};
-use crate::schedule::parked::Rests;
+use crate::schedule::parked::Parked;
 use crate::schedule::running::Running;
 
 /// Duration of a lease without renewal.
@@ -44,10 +44,10 @@ pub(crate) struct Worker {
     config: Arc<Config>,
     memory: Memory,
     running: Arc<Running>,
-    breakers: Arc<Outages>,
-    /// Closed while results cannot be written.
+    breakers: Arc<Breakers>,
+    /// GateGuard while results cannot be written.
     gate: Gate,
-    rests: Rests,
+    parked: Parked,
     /// Backoffs of batches whose processing failed.
     backoffs: Backoffs,
     next_queue_number: AtomicU64,
@@ -62,7 +62,7 @@ impl Worker {
     pub(crate) fn new(
         parts: &Parts,
         shared: &Shared,
-        breakers: Arc<Outages>,
+        breakers: Arc<Breakers>,
         tasks: TaskTracker,
     ) -> Self {
         Self {
@@ -75,7 +75,7 @@ impl Worker {
             running: shared.running.clone(),
             breakers,
             gate: Gate::default(),
-            rests: Rests::default(),
+            parked: Parked::default(),
             backoffs: Backoffs::default(),
             next_queue_number: AtomicU64::new(0),
             work_available: shared.work_available.clone(),
@@ -86,7 +86,7 @@ impl Worker {
     }
 
     /// Returns a queue number that is unique in this process.
-    fn next_queue(&self) -> Queue {
+    fn next_queue(&self) -> QueueId {
         self.next_queue_number.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -106,7 +106,7 @@ impl Worker {
                         tokio::select! {
                             () = self.work_available.notified() => {}
                             () = self.clock.sleep(POLL_INTERVAL) => {}
-                            () = self.rests.next_end(&self.clock) => {}
+                            () = self.parked.next_end(&self.clock) => {}
                         }
                     };
                     self.closing.run_until_cancelled(hint).await;
@@ -147,7 +147,7 @@ impl Worker {
             tokio::select! {
                 _ = plugins.changed() => {
                     self.breakers.plugins_changed(&self.registry.current());
-                    self.breakers.tell();
+                    self.breakers.notify();
                 }
                 _ = outages.changed() => {
                     if let Err(error) = self.store.end_backoff(self.clock.now()).await {

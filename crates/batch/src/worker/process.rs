@@ -16,9 +16,9 @@ use super::{LEASE_DURATION, Worker};
 use crate::schedule::backoff::Backoff;
 use crate::schedule::lanes::{Lanes, Place};
 use crate::schedule::stop::{Reason, Stop};
-use crate::worker::execute::Executed;
-use crate::worker::finalize::End;
-use crate::worker::validate::Verdict;
+use crate::worker::execute::ExecutionOutcome;
+use crate::worker::finalize::BatchEnd;
+use crate::worker::validate::FileVerdict;
 
 /// Interval between renewals of a lease.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
@@ -132,25 +132,29 @@ impl Worker {
             let stopped = match (batch.status, stop.reason()) {
                 // Finalizing started before and all results are recorded. If some lines have no
                 // result, the batch had expired.
-                (Status::Finalizing, _) => Ok(Executed::Stopped(Reason::Expired)),
-                (_, Some(reason)) => Ok(Executed::Stopped(reason)),
+                (Status::Finalizing, _) => Ok(ExecutionOutcome::Stopped(Reason::Expired)),
+                (_, Some(reason)) => Ok(ExecutionOutcome::Stopped(reason)),
                 (_, None) => self.execute(claim, &batch, stop, lanes, &mut place).await,
             };
             let complete = self.has_all_results(claim).await?;
             let end = match stopped {
-                Ok(Executed::Stopped(Reason::Shutdown)) => {
+                Ok(ExecutionOutcome::Stopped(Reason::Shutdown)) => {
                     return self.store.release(claim, Release::KeepPosition).await;
                 }
-                Ok(Executed::Stopped(Reason::ClaimLost)) => return Err(StoreError::Fenced),
-                Ok(Executed::Stopped(Reason::Cancelled)) => End::Stopped(Reason::Cancelled),
+                Ok(ExecutionOutcome::Stopped(Reason::ClaimLost)) => return Err(StoreError::Fenced),
+                Ok(ExecutionOutcome::Stopped(Reason::Cancelled)) => {
+                    BatchEnd::Stopped(Reason::Cancelled)
+                }
                 // A batch with all results is complete, even if its window has ended.
-                Ok(_) if complete => End::Complete,
-                Ok(Executed::Stopped(reason)) => End::Stopped(reason),
-                Ok(Executed::TurnOver) => {
+                Ok(_) if complete => BatchEnd::Complete,
+                Ok(ExecutionOutcome::Stopped(reason)) => BatchEnd::Stopped(reason),
+                Ok(ExecutionOutcome::TurnOver) => {
                     return self.store.release(claim, Release::Requeue(self.clock.now())).await;
                 }
-                Ok(Executed::Rests(until)) => return self.let_rest(claim, &batch, until).await,
-                Ok(Executed::All) => return Err(StoreError::Incomplete),
+                Ok(ExecutionOutcome::Parked(until)) => {
+                    return self.park(claim, &batch, until).await;
+                }
+                Ok(ExecutionOutcome::All) => return Err(StoreError::Incomplete),
                 Err(StoreError::Missing(cause)) => {
                     tracing::error!(
                         tenant = %claim.tenant,
@@ -162,8 +166,8 @@ impl Worker {
                         Some(Reason::Shutdown) => {
                             return self.store.release(claim, Release::KeepPosition).await;
                         }
-                        _ if complete => End::Complete,
-                        _ => End::InputLost,
+                        _ if complete => BatchEnd::Complete,
+                        _ => BatchEnd::InputLost,
                     }
                 }
                 Err(error) => return Err(error),
@@ -178,7 +182,7 @@ impl Worker {
             && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?
         {
             if ended.status.is_final() {
-                self.rests.forget(claim);
+                self.parked.forget(claim);
             }
             let counts = ended.counts;
             tracing::info!(
@@ -213,7 +217,7 @@ impl Worker {
         &self,
         claim: &Claim,
         batch: &BatchRecord,
-        end: End,
+        end: BatchEnd,
     ) -> Result<()> {
         let too_late = async {
             self.closing.cancelled().await;
@@ -226,12 +230,12 @@ impl Worker {
     }
 
     /// Releases a batch to rest until a time.
-    async fn let_rest(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
+    async fn park(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
         let endpoint = batch.new.endpoint;
         let waits_for = self.breakers.wait_cause(claim, endpoint, self.clock.now(), until);
         self.count_waiting(claim, endpoint).await?;
         self.store.release(claim, Release::Backoff(until, waits_for)).await?;
-        self.rests.until(until);
+        self.parked.until(until);
         self.work_available.notify_one();
         Ok(())
     }
@@ -243,7 +247,7 @@ impl Worker {
             counts.total.saturating_sub(counts.completed).saturating_sub(counts.failed)
         });
         for breaker in self.breakers.of_batch(claim, endpoint) {
-            breaker.rests(&claim.batch_id, left);
+            breaker.add_waiting(&claim.batch_id, left);
         }
         Ok(())
     }
@@ -266,18 +270,18 @@ impl Worker {
         let verdict = match verdict {
             // Required plugins or the input have not become available in time.
             Err(StoreError::NotReady(cause)) if must_end => {
-                Verdict::Bad(vec![not_validated(claim, &cause)], Vec::new())
+                FileVerdict::Rejected(vec![not_validated(claim, &cause)], Vec::new())
             }
             Err(error) if must_end && self.retries_exhausted(claim) => {
-                Verdict::Bad(vec![not_validated(claim, &error.to_string())], Vec::new())
+                FileVerdict::Rejected(vec![not_validated(claim, &error.to_string())], Vec::new())
             }
             verdict => verdict?,
         };
         match verdict {
-            Verdict::Good(found) => {
+            FileVerdict::Accepted(found) => {
                 self.store.start_execution(claim, found, self.clock.now()).await
             }
-            Verdict::Bad(errors, judged_by) => {
+            FileVerdict::Rejected(errors, judged_by) => {
                 self.store.fail(claim, errors, judged_by, self.clock.now()).await
             }
         }

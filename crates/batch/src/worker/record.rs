@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use batchwright_memory::Share;
+use batchwright_memory::Reservation;
 use batchwright_plugin::Plugin;
 use batchwright_store::{Claim, Result, ResultRow, StoreError};
 use tokio::sync::mpsc;
@@ -12,7 +12,7 @@ use crate::schedule::backoff::Backoff;
 use crate::worker::Worker;
 
 /// Maximum number of results in one write. Further results wait in the channel.
-pub(crate) const GROUP: usize = 1024;
+pub(crate) const MAX_GROUP_ROWS: usize = 1024;
 
 /// Maximum number of plugins kept in memory because the store already has their records.
 const MAX_KNOWN_PLUGINS: usize = 64;
@@ -22,7 +22,7 @@ const MAX_KNOWN_PLUGINS: usize = 64;
 const GROUP_DELAY: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// Result to be written, with the plugin that answered and the memory reserved for the result.
-pub(crate) type Recorded = (ResultRow, By, Option<Share>);
+pub(crate) type Recorded = (ResultRow, By, Option<Reservation>);
 
 /// Plugin that answered, or `None` if the host created the result.
 type By = Option<Arc<Plugin>>;
@@ -39,17 +39,17 @@ impl Worker {
     ) -> Result<()> {
         let mut group = Vec::new();
         let mut known: Vec<Arc<Plugin>> = Vec::new();
-        while results.recv_many(&mut group, GROUP).await > 0 {
-            if group.len() < GROUP && !results.is_closed() {
+        while results.recv_many(&mut group, MAX_GROUP_ROWS).await > 0 {
+            if group.len() < MAX_GROUP_ROWS && !results.is_closed() {
                 tokio::time::sleep(GROUP_DELAY).await;
                 while let Ok(more) = results.try_recv() {
                     group.push(more);
                 }
             }
             let (mut rows, mut memory, mut new) = (Vec::new(), Vec::new(), Vec::new());
-            for (row, by, share) in group.drain(..) {
+            for (row, by, reservation) in group.drain(..) {
                 rows.push(row);
-                memory.push(share);
+                memory.push(reservation);
                 // The list is short: one plugin for each model, and one more after each change.
                 if let Some(by) = by.filter(|by| !known.iter().any(|known| Arc::ptr_eq(known, by)))
                 {

@@ -11,8 +11,8 @@ use tokio::sync::Semaphore;
 
 use crate::formats::input::{Input, InputLine, Position};
 use crate::formats::line::RequestLine;
-use crate::schedule::parked::Kept;
-use crate::schedule::retry_queue::{Deferred, Entry, Tries};
+use crate::schedule::parked::Checkpoint;
+use crate::schedule::retry_queue::{Entry, RetryQueue, RetryState};
 
 /// Number of recorded lines that are loaded from the store at a time.
 const RECORDED_PAGE_SIZE: usize = 2000;
@@ -24,17 +24,17 @@ pub(crate) struct Candidate {
     /// Offset of the line in the input file, in bytes.
     pub at: u64,
     /// Content of the line, or its range in the file.
-    pub held: Held,
+    pub held: LineContent,
     /// Model that the line names, or `None` if the line is not parsed yet.
     pub model: Option<String>,
     /// Retry state.
-    pub tries: Tries,
+    pub retry_state: RetryState,
 }
 
 /// Content of a line, or its range in the file.
-pub(crate) enum Held {
+pub(crate) enum LineContent {
     /// Content of the line.
-    Here(Bytes),
+    Loaded(Bytes),
     /// Byte range of the line in the input file.
     InFile(Range<u64>),
 }
@@ -43,8 +43,8 @@ impl Candidate {
     /// Returns the size of the line, in bytes.
     pub(crate) fn size(&self) -> usize {
         match &self.held {
-            Held::Here(bytes) => bytes.len(),
-            Held::InFile(range) => {
+            LineContent::Loaded(bytes) => bytes.len(),
+            LineContent::InFile(range) => {
                 usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)
             }
         }
@@ -53,8 +53,8 @@ impl Candidate {
     /// Returns the byte range of the line in the input file.
     pub(crate) fn range(&self) -> Range<u64> {
         match &self.held {
-            Held::Here(bytes) => self.at..self.at.saturating_add(bytes.len() as u64),
-            Held::InFile(range) => range.clone(),
+            LineContent::Loaded(bytes) => self.at..self.at.saturating_add(bytes.len() as u64),
+            LineContent::InFile(range) => range.clone(),
         }
     }
 
@@ -65,13 +65,13 @@ impl Candidate {
 }
 
 /// Reader of the unfinished lines of a batch.
-pub(crate) struct LinesToDo<'a> {
+pub(crate) struct UnfinishedLines<'a> {
     input: Input,
     recorded: RecordedLines<'a>,
     /// Permits for requests in flight.
     pub window: Arc<Semaphore>,
-    /// Deferred lines.
-    pub deferred: Arc<Deferred>,
+    /// RetryQueue lines.
+    pub deferred: Arc<RetryQueue>,
     next: Option<Candidate>,
     /// Number of lines that an earlier execution has read. Only these may already be deferred.
     read_before: u64,
@@ -84,13 +84,13 @@ pub(crate) struct LinesToDo<'a> {
     first_skipped: Option<Position>,
 }
 
-impl<'a> LinesToDo<'a> {
+impl<'a> UnfinishedLines<'a> {
     /// Creates a reader that continues from a saved state. `window` is the number of permits.
     pub(crate) fn new(
         store: &'a dyn Store,
         claim: &'a Claim,
         input: Input,
-        from: Kept,
+        from: Checkpoint,
         window: usize,
         has_many_plugins: bool,
     ) -> Self {
@@ -130,13 +130,13 @@ impl<'a> LinesToDo<'a> {
     async fn find_next(&mut self, now: Timestamp, calm: bool) -> Result<Option<Candidate>> {
         let is_held = self.held_until.is_some_and(|until| until > now);
         if let Some(entry) = self.deferred.due(now, calm || self.input_ended) {
-            let (number, at, tries) = (entry.number, entry.range.start, entry.tries);
+            let (number, at, retry_state) = (entry.number, entry.range.start, entry.retry_state);
             return Ok(Some(Candidate {
                 number,
                 at,
-                held: Held::InFile(entry.range),
+                held: LineContent::InFile(entry.range),
                 model: None,
-                tries,
+                retry_state,
             }));
         }
         if is_held {
@@ -149,9 +149,11 @@ impl<'a> LinesToDo<'a> {
                     self.input_ended = true;
                     break;
                 }
-                Some(InputLine::Whole { number, at, bytes }) => (number, at, Held::Here(bytes)),
+                Some(InputLine::FileValidation { number, at, bytes }) => {
+                    (number, at, LineContent::Loaded(bytes))
+                }
                 Some(InputLine::Large { number, range }) => {
-                    (number, range.start, Held::InFile(range))
+                    (number, range.start, LineContent::InFile(range))
                 }
                 Some(InputLine::TooLong { .. }) => continue,
             };
@@ -161,13 +163,19 @@ impl<'a> LinesToDo<'a> {
                 continue;
             }
             let model = match &held {
-                Held::Here(bytes) if self.has_many_plugins => {
+                LineContent::Loaded(bytes) if self.has_many_plugins => {
                     std::str::from_utf8(bytes).ok().and_then(|text| RequestLine::parse(text).model)
                 }
-                Held::Here(_) | Held::InFile(_) => None,
+                LineContent::Loaded(_) | LineContent::InFile(_) => None,
             };
             let model = model.map(std::borrow::Cow::into_owned);
-            return Ok(Some(Candidate { number, at, held, model, tries: Tries::default() }));
+            return Ok(Some(Candidate {
+                number,
+                at,
+                held,
+                model,
+                retry_state: RetryState::default(),
+            }));
         }
         Ok(None)
     }
@@ -181,8 +189,8 @@ impl<'a> LinesToDo<'a> {
     pub(crate) async fn read(&mut self, candidate: &Candidate) -> Result<Option<Bytes>> {
         match &candidate.held {
             // Copied, because the line shares the memory of a much larger chunk.
-            Held::Here(bytes) => Ok(Some(Bytes::copy_from_slice(bytes))),
-            Held::InFile(range) => self.input.large(range.clone()).await,
+            LineContent::Loaded(bytes) => Ok(Some(Bytes::copy_from_slice(bytes))),
+            LineContent::InFile(range) => self.input.large(range.clone()).await,
         }
     }
 
@@ -192,15 +200,15 @@ impl<'a> LinesToDo<'a> {
     /// deferred.
     pub(crate) fn is_behind_untried(&mut self, failed_attempts: u32) -> bool {
         let Some(line) = &self.next else { return false };
-        if failed_attempts == 0 || line.tries.in_vain > 0 || self.input_ended {
+        if failed_attempts == 0 || line.retry_state.outage_failures > 0 || self.input_ended {
             return false;
         }
-        let tries = Tries { in_vain: failed_attempts, ..line.tries };
+        let retry_state = RetryState { outage_failures: failed_attempts, ..line.retry_state };
         let entry = Entry {
             at: Timestamp::from_millis(0),
             number: line.number,
             range: line.range(),
-            tries,
+            retry_state,
         };
         if self.deferred.add(entry).is_err() {
             return false;
@@ -210,7 +218,7 @@ impl<'a> LinesToDo<'a> {
     }
 
     /// Skips the next line, which is found when the input is read again.
-    pub(crate) fn pass_over(&mut self) {
+    pub(crate) fn skip(&mut self) {
         if let Some(candidate) = self.next.take() {
             self.record_skipped(candidate.position());
         }
@@ -227,7 +235,7 @@ impl<'a> LinesToDo<'a> {
     }
 
     /// Returns true if lines were skipped.
-    pub(crate) fn has_passed_over(&self) -> bool {
+    pub(crate) fn has_skipped(&self) -> bool {
         self.first_skipped.is_some()
     }
 
@@ -237,9 +245,9 @@ impl<'a> LinesToDo<'a> {
     }
 
     /// Returns the state from which a later execution can continue.
-    pub(crate) fn kept(&self) -> Kept {
+    pub(crate) fn checkpoint(&self) -> Checkpoint {
         let read_before = self.read_before.max(self.input.position().lines);
-        Kept { position: self.position(), deferred: self.deferred.clone(), read_before }
+        Checkpoint { position: self.position(), deferred: self.deferred.clone(), read_before }
     }
 
     /// Returns the position from which a later execution can continue.

@@ -318,7 +318,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::sandbox::engine::{Flavour, compiler, start};
+    use crate::sandbox::engine::{EngineKind, compiler, start};
 
     const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";
 
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn cache_loads_stored_code_and_rejects_damaged_or_writable_files() {
         let (_folder, cache) = open();
-        for flavour in [Flavour::Plain, Flavour::Concurrent] {
+        for flavour in [EngineKind::Plain, EngineKind::Concurrent] {
             let engine = start(flavour).unwrap();
             let path = cache.path(&engine, &"0".repeat(64));
             assert!(cache.load(&engine, &path).is_none());
@@ -410,7 +410,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("file"), "x").unwrap();
         let mut cache = Cache::open(&folder.path().join("file/cache"));
-        let engine = start(Flavour::Plain).unwrap();
+        let engine = start(EngineKind::Plain).unwrap();
         for in_memory in [false, true] {
             if in_memory {
                 cache = Cache { folder: None, _temporary: None };
@@ -418,7 +418,8 @@ mod tests {
             let path = cache.path(&engine, &"0".repeat(64));
             let output = cache.output().unwrap();
             assert_eq!(matches!(output, Output::InMemory(_)), in_memory);
-            let compiled = compiler(Flavour::Plain).unwrap().precompile_component(EMPTY).unwrap();
+            let compiled =
+                compiler(EngineKind::Plain).unwrap().precompile_component(EMPTY).unwrap();
             output.writer().unwrap().write_all(&compiled).unwrap();
             cache.store(&engine, output, &path).unwrap();
             assert_eq!(cache.load(&engine, &path).is_some(), !in_memory);

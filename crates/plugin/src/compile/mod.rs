@@ -51,8 +51,8 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use crate::compile::cache::Cache;
-use crate::package::files::MOST_COMPONENT;
-use crate::sandbox::engine::{self, Flavour};
+use crate::package::files::MAX_COMPONENT_BYTES;
+use crate::sandbox::engine::{self, EngineKind};
 
 /// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";
@@ -93,9 +93,9 @@ type InFlight = Shared<BoxFuture<'static, Result<Component, String>>>;
 
 /// Error of a compilation, with its message.
 enum Failure {
-    /// Fault of the component. The failure is cached.
+    /// TransportErrorKind of the component. The failure is cached.
     Component(String),
-    /// Fault of the host, such as a full disk. The next caller tries again.
+    /// TransportErrorKind of the host, such as a full disk. The next caller tries again.
     Host(String),
 }
 
@@ -123,7 +123,7 @@ impl Compiler {
     pub async fn component(
         &self,
         engine: &Engine,
-        flavour: Flavour,
+        flavour: EngineKind,
         sha256: &str,
         bytes: &Arc<Vec<u8>>,
     ) -> Result<Arc<Component>, String> {
@@ -146,7 +146,7 @@ impl Compiler {
     async fn load(
         &self,
         engine: &Engine,
-        flavour: Flavour,
+        flavour: EngineKind,
         sha256: &str,
         bytes: &Arc<Vec<u8>>,
         path: PathBuf,
@@ -184,7 +184,7 @@ impl Inner {
     async fn compile(
         self: Arc<Self>,
         engine: Engine,
-        flavour: Flavour,
+        flavour: EngineKind,
         sha256: String,
         bytes: Arc<Vec<u8>>,
         path: PathBuf,
@@ -206,7 +206,7 @@ impl Inner {
     async fn compile_to_cache(
         self: &Arc<Self>,
         engine: &Engine,
-        flavour: Flavour,
+        flavour: EngineKind,
         bytes: &[u8],
         path: &Path,
     ) -> Result<Component, Failure> {
@@ -250,7 +250,7 @@ impl Inner {
     /// Runs the compiler process with the component as input and `output` as output.
     async fn run(
         &self,
-        flavour: Flavour,
+        flavour: EngineKind,
         bytes: &[u8],
         output: std::fs::File,
     ) -> Result<(), Failure> {
@@ -268,7 +268,7 @@ impl Inner {
             "--parent",
             &std::process::id().to_string(),
         ]);
-        if flavour == Flavour::Concurrent {
+        if flavour == EngineKind::Concurrent {
             command.arg("--concurrent");
         }
         command.stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);
@@ -414,9 +414,9 @@ impl Process {
         self.confine().map_err(|error| {
             (EXIT_HOST_ERROR, format!("the limits of the compiler cannot be set: {error}"))
         })?;
-        let flavour = if self.concurrent { Flavour::Concurrent } else { Flavour::Plain };
+        let flavour = if self.concurrent { EngineKind::Concurrent } else { EngineKind::Plain };
         let mut bytes = Vec::new();
-        let read = std::io::stdin().lock().take(MOST_COMPONENT).read_to_end(&mut bytes);
+        let read = std::io::stdin().lock().take(MAX_COMPONENT_BYTES).read_to_end(&mut bytes);
         read.map_err(|error| {
             let code = if error.kind() == std::io::ErrorKind::OutOfMemory {
                 EXIT_OUT_OF_MEMORY

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use batchwright_egress::{Fault, HttpResponse, TransportError};
+use batchwright_egress::{HttpResponse, TransportError, TransportErrorKind};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -65,7 +65,7 @@ struct Exchange {
     #[serde(default)]
     request: Value,
     response: Option<CaseResponse>,
-    /// Fault as named in the contract, such as `timeout`.
+    /// TransportErrorKind as named in the contract, such as `timeout`.
     error: Option<String>,
     #[serde(default)]
     elapsed: bool,
@@ -84,7 +84,7 @@ impl Exchange {
                 }))
             }
             (None, Some(name), false) => {
-                let named = |fault: &&Fault| {
+                let named = |fault: &&TransportErrorKind| {
                     format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""))
                 };
                 let fault = *FAULTS

@@ -1,7 +1,7 @@
 //! Inputs of the conformance checks: valid, odd and hostile.
 
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_egress::Fault;
+use batchwright_egress::TransportErrorKind;
 
 /// Endpoints of the API, each with a valid body.
 pub(crate) const ENDPOINTS: [(Endpoint, &str); 5] = [
@@ -59,14 +59,14 @@ pub(crate) const ODD_RESPONSE_BODIES: [&[u8]; 20] = [
 ];
 
 /// All faults of an exchange.
-pub(crate) const FAULTS: [Fault; 7] = [
-    Fault::NameResolution,
-    Fault::Connection,
-    Fault::Tls,
-    Fault::Timeout,
-    Fault::Protocol,
-    Fault::TooLarge,
-    Fault::NotAllowed,
+pub(crate) const FAULTS: [TransportErrorKind; 7] = [
+    TransportErrorKind::NameResolution,
+    TransportErrorKind::Connection,
+    TransportErrorKind::Tls,
+    TransportErrorKind::Timeout,
+    TransportErrorKind::Protocol,
+    TransportErrorKind::TooLarge,
+    TransportErrorKind::NotAllowed,
 ];
 
 /// Lines of an input file, valid and invalid.

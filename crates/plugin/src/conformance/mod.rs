@@ -27,7 +27,7 @@ use batchwright_egress::{HttpResponse, TransportError};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::contract::types::{
-    Answer, BatchContext, Judgement, Kind, Line, Outcome, Request, Step, Violation,
+    Answer, BatchContext, Kind, Line, Outcome, Request, Step, ValidationReport, Violation,
 };
 use crate::error::CallError;
 use crate::plugin::Plugin;
@@ -155,7 +155,7 @@ impl Report {
     /// Counts consecutive timeouts. A call of an aborted plugin does not reset the count.
     fn count_timeout<T>(&mut self, called: &Result<T, CallError>) {
         match called {
-            Err(CallError::Cpu { .. } | CallError::Asleep { .. }) => {
+            Err(CallError::Cpu { .. } | CallError::DeadlineExceeded { .. }) => {
                 self.consecutive_timeouts = self.consecutive_timeouts.saturating_add(1)
             }
             _ if self.is_aborted() => {}
@@ -165,7 +165,7 @@ impl Report {
 
     /// Returns the result of a skipped call.
     fn skipped<T>(plugin: &Plugin, function: &'static str) -> Result<T, CallError> {
-        Err(CallError::Asleep { plugin: plugin.name().to_owned(), function })
+        Err(CallError::DeadlineExceeded { plugin: plugin.name().to_owned(), function })
     }
 
     /// Checks that no call blocked, because a blocked call holds an instance and its memory.
@@ -246,7 +246,7 @@ impl Report {
         let found = plugin.validate(&tenant.into(), batch.clone(), lines.to_vec()).await;
         self.validate.record(start, plugin);
         self.count_timeout(&found);
-        found.map(|Judgement { mut violations, .. }| {
+        found.map(|ValidationReport { mut violations, .. }| {
             // The order of the violations does not matter.
             violations.sort_by(|one, other| {
                 (one.line, &one.code, &one.param, &one.message).cmp(&(

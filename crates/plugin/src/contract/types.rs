@@ -23,7 +23,7 @@ impl std::fmt::Display for Kind {
 
 /// Secret that a plugin asks the host to add to its exchanges.
 #[derive(Clone, Debug)]
-pub struct CredentialNeed {
+pub struct CredentialRequest {
     /// Key of the secret in the `[credentials]` table of the plugin's TOML file.
     pub name: String,
     /// Name of the request header that carries the secret.
@@ -46,7 +46,7 @@ pub struct Description {
     /// Endpoints that the plugin handles; empty means all.
     pub endpoints: Vec<String>,
     /// Secrets that the plugin asks for.
-    pub credentials: Vec<CredentialNeed>,
+    pub credentials: Vec<CredentialRequest>,
     /// JSON Schema of the plugin's settings.
     pub settings_schema: Value,
 }
@@ -88,7 +88,7 @@ pub struct Violation {
 
 /// Violations that a validator reported in one call.
 #[derive(Debug, Default)]
-pub struct Judgement {
+pub struct ValidationReport {
     /// Violations, ordered by line.
     pub violations: Vec<Violation>,
     /// Number of further violations, which were dropped to bound memory.
@@ -190,7 +190,7 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Classification {
     /// Class of the response; `None` leaves the classification to the host.
-    pub standing: Option<Standing>,
+    pub standing: Option<ResponseClass>,
     /// Delay that the provider asks for.
     pub delay: Option<std::time::Duration>,
     /// Number of requests that the provider still accepts, and the time until that number resets.
@@ -199,7 +199,7 @@ pub struct Classification {
 
 /// Class of a provider's response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum ResponseClass {
     /// The provider accepted the request. The response is final, even if it reports an error.
     Answered,
     /// The provider refused the request for now, without side effects.

@@ -11,7 +11,7 @@ use crate::package::manifest::{Manifest, Source};
 use crate::package::read::{read_bounded, read_text, sha256};
 
 /// Maximum size of a component, in bytes.
-pub const MOST_COMPONENT: u64 = 64 << 20;
+pub const MAX_COMPONENT_BYTES: u64 = 64 << 20;
 
 /// Contents of a component file.
 pub struct ComponentFile {
@@ -24,10 +24,10 @@ pub struct ComponentFile {
 }
 
 impl ComponentFile {
-    /// Reads a component of at most [`MOST_COMPONENT`] bytes.
+    /// Reads a component of at most [`MAX_COMPONENT_BYTES`] bytes.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
-        let bytes = read_bounded(path, MOST_COMPONENT).map_err(unreadable)?;
+        let bytes = read_bounded(path, MAX_COMPONENT_BYTES).map_err(unreadable)?;
         let sha256 = sha256(&bytes);
         Ok(Self { path: path.to_owned(), bytes: Arc::new(bytes), sha256 })
     }

@@ -48,7 +48,7 @@ pub(crate) struct Trust {
 }
 
 /// Verified signature of a loaded plugin, kept so that it can be verified again.
-pub struct Signed {
+pub struct VerifiedSignature {
     /// Fingerprint and comment of the key.
     pub by: String,
     serial: u64,
@@ -72,7 +72,11 @@ impl Trust {
 
     /// Verifies the signature and the serial of the files. Returns None if no signature is
     /// required.
-    pub(crate) fn verify(&self, name: &str, files: &Files) -> Result<Option<Signed>, LoadError> {
+    pub(crate) fn verify(
+        &self,
+        name: &str,
+        files: &Files,
+    ) -> Result<Option<VerifiedSignature>, LoadError> {
         let Some(keys) = &self.keys else { return Ok(None) };
         let refused = |message| LoadError::Signature { file: files.file.clone(), message };
         let statement = statement(name, &files.text, &files.component.sha256);
@@ -81,11 +85,11 @@ impl Trust {
         let (serial, signature) =
             (files.manifest.serial, files.signature.clone().unwrap_or_default());
         self.serials.check(name, serial).map_err(refused)?;
-        Ok(Some(Signed { by, serial, statement, signature }))
+        Ok(Some(VerifiedSignature { by, serial, statement, signature }))
     }
 
     /// Stores the serial of a loaded plugin. Files with a lower serial are refused afterwards.
-    pub(crate) fn record_loaded(&self, name: &str, signed: Option<&Signed>) {
+    pub(crate) fn record_loaded(&self, name: &str, signed: Option<&VerifiedSignature>) {
         if let Some(signed) = signed {
             self.serials.raise(name, signed.serial);
         }

@@ -27,14 +27,14 @@ pub(crate) const GUEST_STACK_BYTES: usize = 512 << 10;
 /// Kind of engine. A call costs a third more in an engine with asynchronous functions, so only
 /// components that need such functions run in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flavour {
+pub enum EngineKind {
     /// Engine of components without asynchronous functions.
     Plain,
     /// Engine of components that import WASI 0.3, whose functions are asynchronous.
     Concurrent,
 }
 
-impl Flavour {
+impl EngineKind {
     /// Returns the kind of engine that a component needs.
     ///
     /// Names of imports occur verbatim in the bytes of a component. A false match costs only speed.
@@ -51,7 +51,7 @@ impl Flavour {
 }
 
 /// Builds an engine and starts its epoch thread, which ends with the engine.
-pub(crate) fn start(flavour: Flavour) -> Result<Engine, String> {
+pub(crate) fn start(flavour: EngineKind) -> Result<Engine, String> {
     let engine = Engine::new(&config(flavour, true)).or_else(|error| {
         // Without enough address space for the pool (a strict `ulimit -v`), each instance is
         // allocated on demand, which is slower.
@@ -80,14 +80,14 @@ pub(crate) fn start(flavour: Flavour) -> Result<Engine, String> {
 }
 
 /// Builds an engine that only compiles. The compiled code runs in the engine of [`start`].
-pub(crate) fn compiler(flavour: Flavour) -> Result<Engine, String> {
+pub(crate) fn compiler(flavour: EngineKind) -> Result<Engine, String> {
     Engine::new(&config(flavour, false))
         .map_err(|error| format!("the compiler does not start: {error:#}"))
 }
 
-fn config(flavour: Flavour, pooled: bool) -> Config {
+fn config(flavour: EngineKind, pooled: bool) -> Config {
     let mut config = Config::new();
-    config.concurrency_support(flavour == Flavour::Concurrent);
+    config.concurrency_support(flavour == EngineKind::Concurrent);
     config.wasm_component_model(true);
     config.epoch_interruption(true);
     config.max_wasm_stack(GUEST_STACK_BYTES);
@@ -125,16 +125,16 @@ mod tests {
     #[test]
     fn flavour_is_concurrent_only_for_imports_of_wasi_0_3() {
         for (bytes, flavour) in [
-            (&b"..wasi:cli/stdout@0.3.0.."[..], Flavour::Concurrent),
+            (&b"..wasi:cli/stdout@0.3.0.."[..], EngineKind::Concurrent),
             (
                 b"wasi:cli/stdout@0.2.6 wasi:clocks/monotonic-clock@0.3.0-rc-2026-01-01",
-                Flavour::Concurrent,
+                EngineKind::Concurrent,
             ),
-            (b"wasi:cli/stdout@0.2.3", Flavour::Plain),
-            (b"wasi: see batchwright:plugin/logging@0.3.0", Flavour::Plain),
-            (b"wasi:", Flavour::Plain),
+            (b"wasi:cli/stdout@0.2.3", EngineKind::Plain),
+            (b"wasi: see batchwright:plugin/logging@0.3.0", EngineKind::Plain),
+            (b"wasi:", EngineKind::Plain),
         ] {
-            assert_eq!(Flavour::of(bytes), flavour, "{}", String::from_utf8_lossy(bytes));
+            assert_eq!(EngineKind::of(bytes), flavour, "{}", String::from_utf8_lossy(bytes));
         }
     }
 }

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use batchwright_memory::{Holder, Share};
+use batchwright_memory::{Holder, Reservation};
 use tokio::time::Instant;
 use wasmtime::component::{HasSelf, InstancePre};
 use wasmtime::{
@@ -39,7 +39,7 @@ use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use crate::contract::bindings::v0_1::{self, Exports, logging};
 use crate::package::manifest::Limits;
-use crate::sandbox::engine::{EPOCH_INTERVAL, Flavour};
+use crate::sandbox::engine::{EPOCH_INTERVAL, EngineKind};
 use crate::sandbox::instances::{HOST_OVERHEAD_BYTES, Instances};
 use crate::sandbox::log::{PluginLog, RecentOutput};
 use crate::sandbox::wasi::EmptyWorld;
@@ -47,13 +47,13 @@ use crate::sandbox::wasi::EmptyWorld;
 /// Error of a call that used up its CPU time.
 #[derive(Debug, thiserror::Error)]
 #[error("out of CPU time")]
-pub(crate) struct OutOfTime;
+pub(crate) struct CpuTimeExceeded;
 
 /// Error of a call that exceeded its deadline on the wall clock, for example because the guest
 /// sleeps.
 #[derive(Debug, thiserror::Error)]
 #[error("asleep")]
-pub(crate) struct Asleep;
+pub(crate) struct DeadlineExceeded;
 
 /// Time on the wall clock that a call gets beyond a multiple of its CPU time. Guests do no I/O, but
 /// a language runtime may sleep for a moment.
@@ -106,7 +106,7 @@ async fn count_wait(waited: &MemoryWait, wait: impl Future<Output = ()>) {
 /// Runs a call with a deadline on the wall clock, derived from its CPU time. The time in which the
 /// call waits for memory extends the deadline.
 ///
-/// An instance whose call fails with [`Asleep`] must not be used again.
+/// An instance whose call fails with [`DeadlineExceeded`] must not be used again.
 pub(crate) async fn in_time<T>(
     limits: &Limits,
     units: u32,
@@ -127,7 +127,7 @@ pub(crate) async fn in_time<T>(
         let excused = waited.total().saturating_sub(waited_before);
         let left = timeout.saturating_add(excused).saturating_sub(begun.elapsed());
         if left.is_zero() {
-            return Err(wasmtime::Error::new(Asleep));
+            return Err(wasmtime::Error::new(DeadlineExceeded));
         }
         if let Ok(done) = tokio::time::timeout(left, &mut call).await {
             return done;
@@ -152,7 +152,7 @@ pub(crate) struct State {
 pub(crate) struct MemoryLimit {
     limit: usize,
     used: usize,
-    share: Share,
+    reservation: Reservation,
     instances: Arc<Instances>,
     waited: Arc<MemoryWait>,
     table_elements: usize,
@@ -183,8 +183,8 @@ impl ResourceLimiterAsync for MemoryLimit {
             return Ok(false);
         }
         let held = HOST_OVERHEAD_BYTES.saturating_add(used);
-        if !self.share.try_cover(held) {
-            count_wait(&self.waited, self.instances.cover(&mut self.share, held)).await;
+        if !self.reservation.try_grow_to(held) {
+            count_wait(&self.waited, self.instances.grow_to(&mut self.reservation, held)).await;
         }
         self.used = used;
         Ok(true)
@@ -240,11 +240,11 @@ impl logging::Host for State {
 /// Creates the linker with all imports that plugins may have: WASI as an empty world, and the log.
 pub(crate) fn linker(
     engine: &Engine,
-    flavour: Flavour,
+    flavour: EngineKind,
 ) -> wasmtime::Result<wasmtime::component::Linker<State>> {
     let mut linker = wasmtime::component::Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
-    if flavour == Flavour::Concurrent {
+    if flavour == EngineKind::Concurrent {
         wasmtime_wasi::p3::add_to_linker(&mut linker)?;
     }
     logging::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
@@ -318,7 +318,7 @@ impl Instance {
         let memory = MemoryLimit {
             limit: limits.max_memory.in_memory(),
             used: 0,
-            share: instances.share(holder).await,
+            reservation: instances.reservation(holder).await,
             instances: instances.clone(),
             waited: waited.clone(),
             table_elements,
@@ -425,6 +425,6 @@ fn on_tick(mut store: StoreContextMut<State>) -> wasmtime::Result<UpdateDeadline
             state.ticks_left = left;
             Ok(UpdateDeadline::Yield(1))
         }
-        None => Err(wasmtime::Error::new(OutOfTime)),
+        None => Err(wasmtime::Error::new(CpuTimeExceeded)),
     }
 }

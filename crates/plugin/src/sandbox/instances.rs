@@ -16,7 +16,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use batchwright_memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Reservation};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -71,19 +71,19 @@ impl Instances {
     }
 
     /// Reserves memory for a new instance: [`HOST_OVERHEAD_BYTES`]. Waits until the pool has room.
-    pub(crate) async fn share(&self, holder: &Holder) -> Share {
-        let mut share = self.memory.share(holder);
-        self.cover(&mut share, HOST_OVERHEAD_BYTES).await;
-        share
+    pub(crate) async fn reservation(&self, holder: &Holder) -> Reservation {
+        let mut reservation = self.memory.reservation(holder);
+        self.grow_to(&mut reservation, HOST_OVERHEAD_BYTES).await;
+        reservation
     }
 
     /// Grows a share to `bytes`. Evicts idle instances, and waits, until the pool has room.
-    pub(crate) async fn cover(&self, share: &mut Share, bytes: usize) {
-        while !share.try_cover(bytes) {
+    pub(crate) async fn grow_to(&self, reservation: &mut Reservation, bytes: usize) {
+        while !reservation.try_grow_to(bytes) {
             if self.evict(Duration::ZERO) {
                 continue;
             }
-            let mut waiting = std::pin::pin!(share.cover(bytes));
+            let mut waiting = std::pin::pin!(reservation.grow_to(bytes));
             loop {
                 tokio::select! {
                     () = &mut waiting => return,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use batchwright_plugin::types::Kind;
 use batchwright_plugin::{
-    ComponentFile, Inspected, MOST_COMPONENT, plugin_name, read_secret, sha256,
+    ComponentFile, Inspected, MAX_COMPONENT_BYTES, plugin_name, read_secret, sha256,
 };
 use bytes::Bytes;
 use clap::Args;
@@ -156,10 +156,10 @@ impl Pull {
         };
         // The layer is always fetched from this registry; its `urls` are ignored.
         let layer = component_layer(&manifest)?;
-        if u64::try_from(layer.size).map_or(true, |size| size > MOST_COMPONENT) {
-            return Err(format!("its component is larger than {MOST_COMPONENT} bytes"));
+        if u64::try_from(layer.size).map_or(true, |size| size > MAX_COMPONENT_BYTES) {
+            return Err(format!("its component is larger than {MAX_COMPONENT_BYTES} bytes"));
         }
-        let max_bytes = usize::try_from(MOST_COMPONENT).unwrap_or(usize::MAX);
+        let max_bytes = usize::try_from(MAX_COMPONENT_BYTES).unwrap_or(usize::MAX);
         Ok((registry.blob(&layer.digest, max_bytes).await?, digest))
     }
 

@@ -17,12 +17,12 @@
 //! state are kept, in [`deferred`](crate::schedule::retry_queue), and the line is read again. If there is no
 //! room for more deferred lines, the request waits in its task and keeps its permit.
 //!
-//! **Outages.** While the breakers of all plugins are open, nothing is read. If only some are open,
+//! **Breakers.** While the breakers of all plugins are open, nothing is read. If only some are open,
 //! the lines of these plugins are skipped and read again later, so that the lines of the other
 //! plugins continue. While a breaker has suspicion, untried lines go before lines that have failed:
 //! a line with a fault of its own must not delay the others.
 //!
-//! **Rest.** If nothing is in flight and no line is due within [`MIN_REST`], the batch is released
+//! **Rest.** If nothing is in flight and no line is due within [`MIN_PARK_DURATION`], the batch is released
 //! to the store and rests. Its position and its deferred lines are kept; see
 //! [`rests`](crate::schedule::parked).
 //!
@@ -49,16 +49,16 @@ use tokio_util::task::TaskTracker;
 use crate::formats::input::Input;
 use crate::formats::line::{RequestLine, with_model};
 use crate::formats::result_line::{request_id, row};
-use crate::request::attempt::{Answered, Context, Ended, Line};
+use crate::request::attempt::{AttemptOutcome, Context, FinalAnswer, Line};
 use crate::request::jobs::Jobs;
-use crate::schedule::breaker::{Breaker, Gate};
+use crate::schedule::breaker::{Breaker, BreakerDecision};
 use crate::schedule::lanes::{Lanes, Place, Plugins};
-use crate::schedule::parked::Kept;
-use crate::schedule::retry_queue::{Deferred, Entry};
+use crate::schedule::parked::Checkpoint;
+use crate::schedule::retry_queue::{Entry, RetryQueue};
 use crate::schedule::stop::{Reason, Stop};
 use crate::worker::Worker;
-use crate::worker::record::{GROUP, Recorded};
-use crate::worker::unfinished_lines::LinesToDo;
+use crate::worker::record::{MAX_GROUP_ROWS, Recorded};
+use crate::worker::unfinished_lines::UnfinishedLines;
 
 /// Size of the chunks in which the input is read.
 const READ_CHUNK_BYTES: u64 = 128 << 10;
@@ -70,11 +70,11 @@ const TASK_OVERHEAD_BYTES: usize = 8 << 10;
 const ROW_OVERHEAD_BYTES: usize = 512;
 
 /// Minimum idle time for which a batch is released to the store.
-const MIN_REST: Duration = Duration::from_secs(2);
+const MIN_PARK_DURATION: Duration = Duration::from_secs(2);
 
 /// Outcome of an execution.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Executed {
+pub(crate) enum ExecutionOutcome {
     /// Every line has a result.
     All,
     /// The batch was stopped for this reason.
@@ -82,14 +82,14 @@ pub(crate) enum Executed {
     /// The turn has ended, and nothing is in flight.
     TurnOver,
     /// No request can be sent before this time, and nothing is in flight.
-    Rests(Timestamp),
+    Parked(Timestamp),
 }
 
 /// Reason why no more lines are taken for now.
 #[derive(Debug)]
 enum Pause {
     /// Every line has been taken and has a result.
-    End,
+    BatchEnd,
     /// The batch was stopped.
     Stopped,
     /// The turn has ended.
@@ -97,7 +97,7 @@ enum Pause {
     /// No line is due before this time, or before another line is deferred if there is no time.
     Idle(Option<Timestamp>),
     /// The batch rests until this time.
-    Rests(Timestamp),
+    Parked(Timestamp),
 }
 
 /// Plugin that serves lines of the batch, with its circuit breaker.
@@ -117,7 +117,7 @@ impl Worker {
         stop: &Arc<Stop>,
         lanes: &Arc<Lanes>,
         place: &mut Option<Place>,
-    ) -> Result<Executed> {
+    ) -> Result<ExecutionOutcome> {
         let plugins = match &claim.lane {
             Lane::Execute(plugins) => plugins.clone(),
             Lane::Validate | Lane::Finish => Plugins::new(),
@@ -128,7 +128,7 @@ impl Worker {
         });
         let targets: Vec<Target> = targets.collect();
         for target in &targets {
-            target.breaker.wakes(&claim.batch_id);
+            target.breaker.remove_waiting(&claim.batch_id);
         }
         let context = Arc::new(Context {
             tenant: claim.tenant.clone(),
@@ -138,7 +138,7 @@ impl Worker {
             created_at: u64::try_from(batch.new.created_at.as_seconds()).unwrap_or(0),
             registry: self.registry.clone(),
             jobs: Jobs::of_batch(&self.store, claim).await?,
-            outages: self.breakers.clone(),
+            breaker_registry: self.breakers.clone(),
             breakers: targets
                 .iter()
                 .map(|target| (target.plugin.to_string(), target.breaker.clone()))
@@ -150,7 +150,7 @@ impl Worker {
             gate: self.gate.clone(),
             queue: self.next_queue(),
         });
-        let (results, to_record) = mpsc::channel(GROUP);
+        let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, to_record);
         let working = async {
             let kill = CancellationToken::new();
@@ -173,10 +173,10 @@ impl Worker {
         // Answers are recorded even if the input cannot be read to its end.
         let ((), taken) = tokio::try_join!(recording, async { Ok(working.await) })?;
         Ok(match (taken?, stop.reason()) {
-            (_, Some(reason)) => Executed::Stopped(reason),
-            (Pause::TurnOver, None) => Executed::TurnOver,
-            (Pause::Rests(until), None) => Executed::Rests(until),
-            (Pause::End | Pause::Stopped | Pause::Idle(_), None) => Executed::All,
+            (_, Some(reason)) => ExecutionOutcome::Stopped(reason),
+            (Pause::TurnOver, None) => ExecutionOutcome::TurnOver,
+            (Pause::Parked(until), None) => ExecutionOutcome::Parked(until),
+            (Pause::BatchEnd | Pause::Stopped | Pause::Idle(_), None) => ExecutionOutcome::All,
         })
     }
 
@@ -192,7 +192,7 @@ impl Worker {
         (lanes, plugins): (&Arc<Lanes>, &Plugins),
         place: &mut Option<Place>,
     ) -> Result<Pause> {
-        let mut lines = self.open_lines(claim, self.rests.take(claim), plugins.len() > 1).await?;
+        let mut lines = self.open_lines(claim, self.parked.take(claim), plugins.len() > 1).await?;
         lines.deferred.wake(self.clock.now());
         let mut changes = self.breakers.changes();
         loop {
@@ -215,7 +215,7 @@ impl Worker {
             }
             let left = async {
                 work.tasks.wait().await;
-                // Deferred lines exist only in this process, so the batch waits for its next turn.
+                // RetryQueue lines exist only in this process, so the batch waits for its next turn.
                 if lines.deferred.next().is_some() && !work.context.leave.is_cancelled() {
                     std::future::pending::<()>().await;
                 }
@@ -232,7 +232,7 @@ impl Worker {
                 () = left => {
                     // An evicted batch may have dropped lines, so it is read from the start.
                     if !work.context.leave.is_cancelled() {
-                        self.rests.save(claim, lines.kept());
+                        self.parked.save(claim, lines.checkpoint());
                     }
                     return Ok(Pause::TurnOver);
                 }
@@ -253,9 +253,9 @@ impl Worker {
     async fn open_lines<'a>(
         &'a self,
         claim: &'a Claim,
-        from: Kept,
+        from: Checkpoint,
         many: bool,
-    ) -> Result<LinesToDo<'a>> {
+    ) -> Result<UnfinishedLines<'a>> {
         let window = self
             .config
             .execution
@@ -263,7 +263,7 @@ impl Worker {
             .get()
             .min(Semaphore::MAX_PERMITS);
         let input: Input = self.open_input_at(claim, READ_CHUNK_BYTES, from.position).await?;
-        Ok(LinesToDo::new(&*self.store, claim, input, from, window, many))
+        Ok(UnfinishedLines::new(&*self.store, claim, input, from, window, many))
     }
 
     /// Waits until there may be a line to take, and returns `None` then.
@@ -273,7 +273,7 @@ impl Worker {
         &'a self,
         claim: &'a Claim,
         work: &Work<'_>,
-        lines: &mut LinesToDo<'a>,
+        lines: &mut UnfinishedLines<'a>,
         due: Option<Timestamp>,
         changes: &mut tokio::sync::watch::Receiver<u64>,
     ) -> Result<Option<Pause>> {
@@ -281,20 +281,20 @@ impl Worker {
             self.count_waiting(claim, work.context.endpoint).await?;
         }
         if work.tasks.is_empty() {
-            if lines.is_at_end() && !lines.has_passed_over() {
-                return Ok(Some(Pause::End));
+            if lines.is_at_end() && !lines.has_skipped() {
+                return Ok(Some(Pause::BatchEnd));
             }
             let due = due
                 .or_else(|| work.next_probe(self.clock.now()))
                 .unwrap_or_else(|| self.clock.now());
-            if self.clock.now().until(due) > MIN_REST {
-                self.rests.save(claim, lines.kept());
-                return Ok(Some(Pause::Rests(due)));
+            if self.clock.now().until(due) > MIN_PARK_DURATION {
+                self.parked.save(claim, lines.checkpoint());
+                return Ok(Some(Pause::Parked(due)));
             }
             if lines.is_at_end() {
                 // The skipped lines are read again.
                 self.clock.sleep_until(due).await;
-                let from = lines.kept();
+                let from = lines.checkpoint();
                 *lines = self.open_lines(claim, from, work.targets.len() > 1).await?;
                 return Ok(None);
             }
@@ -331,7 +331,7 @@ impl Worker {
         &self,
         batch: &BatchRecord,
         work: &Work<'_>,
-        lines: &mut LinesToDo<'_>,
+        lines: &mut UnfinishedLines<'_>,
         place: &mut Place,
     ) -> Result<Pause> {
         let stop = &work.context.stop;
@@ -345,22 +345,23 @@ impl Worker {
                 lines.held_until = Some(until);
                 return Ok(Pause::Idle(Some(until)));
             }
-            let Some(line) = lines.peek(now, work.is_calm()).await? else {
+            let Some(line) = lines.peek(now, work.is_healthy()).await? else {
                 return Ok(Pause::Idle(lines.due()));
             };
-            place.begins();
+            place.start();
             if place.is_over() {
                 return Ok(Pause::TurnOver);
             }
             let size = line.size();
             let holder = match work.target(line.model.as_deref()) {
-                Some(target) if !target.breaker.is_calm() => {
+                Some(target) if !target.breaker.is_healthy() => {
                     if work.waits_until(target, now).is_some() {
                         // Lines of other plugins must not wait for this line.
-                        lines.pass_over();
+                        lines.skip();
                         continue;
                     }
-                    let failed_attempts = target.breaker.tries(mark(&batch.new.id, line.number));
+                    let failed_attempts =
+                        target.breaker.failed_attempts(mark(&batch.new.id, line.number));
                     if lines.is_behind_untried(failed_attempts) {
                         continue;
                     }
@@ -374,7 +375,10 @@ impl Worker {
                 let slot = lines.window.clone().acquire_owned().await.ok();
                 (
                     slot,
-                    self.memory.lines.take(&holder, size.saturating_add(TASK_OVERHEAD_BYTES)).await,
+                    self.memory
+                        .lines
+                        .reserve(&holder, size.saturating_add(TASK_OVERHEAD_BYTES))
+                        .await,
                 )
             };
             let permits = tokio::select! {
@@ -394,7 +398,7 @@ impl Worker {
                     at: now,
                     number: candidate.number,
                     range: candidate.range(),
-                    tries: candidate.tries,
+                    retry_state: candidate.retry_state,
                 },
                 bytes,
             };
@@ -444,13 +448,13 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Returns true if all breakers are closed and without suspicion.
-    fn is_calm(&self) -> bool {
-        self.targets.iter().all(|target| target.breaker.is_calm())
+    fn is_healthy(&self) -> bool {
+        self.targets.iter().all(|target| target.breaker.is_healthy())
     }
 
     /// Returns the time before which no line can be sent, or `None` if some line can be sent now.
     fn blocked_until(&self, now: Timestamp) -> Option<Timestamp> {
-        if self.targets.iter().any(|target| target.breaker.is_calm()) {
+        if self.targets.iter().any(|target| target.breaker.is_healthy()) {
             return None;
         }
         let waits = self
@@ -468,12 +472,12 @@ impl Work<'_> {
 
     /// Returns the time until which lines of a plugin wait, or `None` if a line can be sent now.
     fn waits_until(&self, target: &Target, now: Timestamp) -> Option<Timestamp> {
-        if target.breaker.is_calm() {
+        if target.breaker.is_healthy() {
             return None;
         }
         match target.breaker.check(now, self.context.registry.current().identity(&target.plugin)) {
-            Gate::Wait(until) => Some(until),
-            Gate::Go | Gate::Probe | Gate::GiveUp(_) => None,
+            BreakerDecision::Wait(until) => Some(until),
+            BreakerDecision::Allow | BreakerDecision::Probe | BreakerDecision::GiveUp(_) => None,
         }
     }
 
@@ -490,7 +494,7 @@ impl Work<'_> {
 /// Request in flight.
 struct Task {
     context: Arc<Context>,
-    deferred: Arc<Deferred>,
+    deferred: Arc<RetryQueue>,
     batch: BatchId,
     entry: Entry,
     bytes: Bytes,
@@ -504,7 +508,7 @@ impl Task {
         loop {
             // Boxed, because the future is large and its wrappers would move it.
             let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
-            let (at, tries) = match attempt.await {
+            let (at, retry_state) = match attempt.await {
                 Err(_) => {
                     return Some((
                         panic_row(&self.batch, self.entry.number, &self.bytes),
@@ -512,12 +516,12 @@ impl Task {
                         None,
                     ));
                 }
-                Ok(Attempt::Recorded(recorded)) => return Some(recorded),
-                Ok(Attempt::Stopped) => return None,
-                Ok(Attempt::Retry(at, tries)) => (at, tries),
+                Ok(TaskOutcome::Recorded(recorded)) => return Some(recorded),
+                Ok(TaskOutcome::Stopped) => return None,
+                Ok(TaskOutcome::Retry(at, retry_state)) => (at, retry_state),
             };
             self.entry.at = at;
-            self.entry.tries = tries;
+            self.entry.retry_state = retry_state;
             // If there is no room for more deferred lines, the request waits in this task.
             match self.deferred.add(self.entry) {
                 Ok(()) => return None,
@@ -531,7 +535,7 @@ impl Task {
     }
 
     /// Makes one attempt at the request.
-    async fn attempt(&self) -> Attempt {
+    async fn attempt(&self) -> TaskOutcome {
         let (batch, number) = (&self.batch, self.entry.number);
         let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
         let custom_id = line.custom_id.as_deref().unwrap_or_default();
@@ -550,31 +554,31 @@ impl Task {
                 .into();
             let failure =
                 Answer::Failure(Failure { code: ErrorCode::InvalidRequest.into(), message });
-            return Attempt::Recorded((row(batch, number, custom_id, &failure), None, None));
+            return TaskOutcome::Recorded((row(batch, number, custom_id, &failure), None, None));
         };
         let id = request_id(batch, number);
         let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
-        match self.context.attempt(line, self.entry.tries).await {
-            Ended::Stopped => Attempt::Stopped,
-            Ended::Back(at, tries) => Attempt::Retry(at, tries),
-            Ended::Answered(Answered { answer, by, mut share }) => {
+        match self.context.attempt(line, self.entry.retry_state).await {
+            AttemptOutcome::Stopped => TaskOutcome::Stopped,
+            AttemptOutcome::Retry(at, retry_state) => TaskOutcome::Retry(at, retry_state),
+            AttemptOutcome::Answered(FinalAnswer { answer, by, mut reservation }) => {
                 let row = row(batch, number, custom_id, &answer);
                 drop(answer);
-                if let Some(share) = &mut share {
-                    share.settle(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
+                if let Some(reservation) = &mut reservation {
+                    reservation.shrink_to(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
                 }
-                Attempt::Recorded((row, by, share))
+                TaskOutcome::Recorded((row, by, reservation))
             }
         }
     }
 }
 
 /// Outcome of one attempt at a request.
-enum Attempt {
+enum TaskOutcome {
     /// The request has a result.
     Recorded(Recorded),
     /// The request is retried at this time.
-    Retry(Timestamp, crate::schedule::retry_queue::Tries),
+    Retry(Timestamp, crate::schedule::retry_queue::RetryState),
     /// The batch was stopped before the request was sent.
     Stopped,
 }

@@ -26,7 +26,7 @@
 use batchwright_domain::ids::ObjectKey;
 use batchwright_domain::status::Status;
 use batchwright_domain::units::Span;
-use batchwright_memory::{Holder, Share};
+use batchwright_memory::{Holder, Reservation};
 use batchwright_store::{
     BatchRecord, Claim, FileRecord, Finish, Result, ResultKind, ResultRow, StoreError,
 };
@@ -50,7 +50,7 @@ const LINE_COPIES: usize = 3;
 
 /// Outcome with which a batch ends.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum End {
+pub(crate) enum BatchEnd {
     /// Every line has a result.
     Complete,
     /// The batch was stopped. Lines without a result are reported with the reason.
@@ -75,7 +75,7 @@ struct Rows<'a> {
     ended: bool,
     /// Memory that every batch needs, in bytes.
     reserved: usize,
-    share: Share,
+    reservation: Reservation,
 }
 
 impl<'a> Rows<'a> {
@@ -84,7 +84,7 @@ impl<'a> Rows<'a> {
         // A page, a chunk of the input, and a part of each file.
         let reserved =
             worker.objects.part_size().target.saturating_add(PAGE_BYTES).saturating_mul(2);
-        let share = worker.memory.finalizing.take(&holder, reserved).await;
+        let reservation = worker.memory.finalizing.reserve(&holder, reserved).await;
         Self {
             worker,
             claim,
@@ -92,7 +92,7 @@ impl<'a> Rows<'a> {
             after: 0,
             ended: false,
             reserved,
-            share,
+            reservation,
         }
     }
 
@@ -122,9 +122,9 @@ impl<'a> Rows<'a> {
     /// Releases the current reservation before a wait, because others may wait for the same memory.
     async fn reserve(&mut self, size: usize) {
         let bytes = self.reserved.saturating_add(size.saturating_mul(LINE_COPIES));
-        if bytes > self.share.bytes() {
-            self.share.settle(0);
-            self.share.cover(bytes).await;
+        if bytes > self.reservation.bytes() {
+            self.reservation.shrink_to(0);
+            self.reservation.grow_to(bytes).await;
         }
     }
 }
@@ -135,20 +135,20 @@ impl Worker {
         &self,
         claim: &Claim,
         batch: &BatchRecord,
-        end: End,
+        end: BatchEnd,
     ) -> Result<()> {
         self.store.start_finalizing(claim, self.clock.now()).await?;
         match self.write_files(claim, batch, end).await {
             // A client cancelled the batch while it was being finalized as expired.
             Err(StoreError::CancelledFirst) => {
-                self.write_files(claim, batch, End::Stopped(Reason::Cancelled)).await
+                self.write_files(claim, batch, BatchEnd::Stopped(Reason::Cancelled)).await
             }
             written => written,
         }
     }
 
     /// Writes both files and commits the end of the batch.
-    async fn write_files(&self, claim: &Claim, batch: &BatchRecord, end: End) -> Result<()> {
+    async fn write_files(&self, claim: &Claim, batch: &BatchRecord, end: BatchEnd) -> Result<()> {
         let file = |kind| ResultFile {
             worker: self,
             key: ObjectKey { tenant: claim.tenant.clone(), file: file_id(&claim.batch_id, kind) },
@@ -157,9 +157,9 @@ impl Worker {
         let (mut output, mut error) = (file("output"), file("error"));
         let mut errors = Vec::new();
         let lost = match end {
-            End::Complete => None,
-            End::InputLost => Some("the object is missing".to_owned()),
-            End::Stopped(reason) => {
+            BatchEnd::Complete => None,
+            BatchEnd::InputLost => Some("the object is missing".to_owned()),
+            BatchEnd::Stopped(reason) => {
                 match self.copy_with_unexecuted(claim, batch, reason, &mut output, &mut error).await
                 {
                     // The input is lost. The recorded results are still delivered.
@@ -175,15 +175,17 @@ impl Worker {
             errors.push(lost_input(claim, &batch.new.input_file_id, cause));
             (output, error) = (file("output"), file("error"));
         }
-        if lost.is_some() || matches!(end, End::Complete) {
+        if lost.is_some() || matches!(end, BatchEnd::Complete) {
             self.copy_results(claim, &mut output, &mut error).await?;
         }
         let at = self.clock.now();
         let status = match end {
-            End::Complete | End::Stopped(Reason::Shutdown | Reason::ClaimLost) => Status::Completed,
-            End::Stopped(Reason::Cancelled) => Status::Cancelled,
-            End::Stopped(Reason::Expired) => Status::Expired,
-            End::InputLost => Status::Failed,
+            BatchEnd::Complete | BatchEnd::Stopped(Reason::Shutdown | Reason::ClaimLost) => {
+                Status::Completed
+            }
+            BatchEnd::Stopped(Reason::Cancelled) => Status::Cancelled,
+            BatchEnd::Stopped(Reason::Expired) => Status::Expired,
+            BatchEnd::InputLost => Status::Failed,
         };
         let record = |kind: &str, bytes: Option<u64>, by_default: Span| {
             let by_default = Some(by_default.duration()).filter(|lifetime| !lifetime.is_zero());
@@ -279,7 +281,7 @@ impl Worker {
         let mut rows = Rows::new(self, claim).await;
         while let Some(line) = input.next().await.map_err(unreadable)? {
             let (number, whole, range) = match line {
-                InputLine::Whole { number, bytes, .. } => (number, Some(bytes), None),
+                InputLine::FileValidation { number, bytes, .. } => (number, Some(bytes), None),
                 InputLine::Large { number, range } => (number, None, Some(range)),
                 InputLine::TooLong { .. } => continue,
             };

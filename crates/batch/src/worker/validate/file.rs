@@ -12,7 +12,7 @@ use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
 use batchwright_store::{BatchError, PluginVersion, Validated};
 
-use crate::worker::validate::{Judged, MODEL_NOT_FOUND, Verdict, violation};
+use crate::worker::validate::{FileVerdict, MODEL_NOT_FOUND, ValidatedChunk, violation};
 
 /// Maximum number of available models that an error lists.
 const MAX_LISTED_MODELS: usize = 20;
@@ -24,7 +24,7 @@ const MAX_ERROR_BYTES: usize = 256 << 10;
 const ERROR_OVERHEAD_BYTES: usize = 100;
 
 /// Result of the chunks that have been added so far.
-pub(crate) struct Whole {
+pub(crate) struct FileValidation {
     /// Number of requests.
     pub total: u64,
     max_requests: u64,
@@ -41,7 +41,7 @@ pub(crate) struct Whole {
     unlisted: u64,
 }
 
-impl Whole {
+impl FileValidation {
     /// Creates an empty result with limits on the listed errors and on the requests.
     pub(crate) fn new(max_errors: usize, max_requests: u64) -> Self {
         Self {
@@ -58,7 +58,7 @@ impl Whole {
     }
 
     /// Adds the result of the next chunk.
-    pub(crate) fn add(&mut self, mut chunk: Judged) {
+    pub(crate) fn add(&mut self, mut chunk: ValidatedChunk) {
         self.providers.append(&mut chunk.providers);
         self.unlisted = self.unlisted.saturating_add(chunk.unlisted);
         let mut violations = chunk.violations;
@@ -131,7 +131,7 @@ impl Whole {
     }
 
     /// Finishes the validation. `judged_by` lists the validators that took part.
-    pub(crate) fn verdict(mut self, judged_by: Vec<PluginVersion>) -> Verdict {
+    pub(crate) fn verdict(mut self, judged_by: Vec<PluginVersion>) -> FileVerdict {
         let of_file = |code: ErrorCode, message: String| BatchError {
             code: code.into(),
             message,
@@ -163,9 +163,9 @@ impl Whole {
         }
         if self.errors.is_empty() {
             let (model, plugins) = (self.model.flatten(), self.providers);
-            Verdict::Good(Validated { total: self.total, model, plugins, judged_by })
+            FileVerdict::Accepted(Validated { total: self.total, model, plugins, judged_by })
         } else {
-            Verdict::Bad(self.errors, judged_by)
+            FileVerdict::Rejected(self.errors, judged_by)
         }
     }
 }

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{FileId, ObjectKey, TenantId};
-use batchwright_memory::{Holder, Pool, Share};
-use batchwright_plugin::types::{BatchContext, Judgement, Line, Violation};
+use batchwright_memory::{Holder, Pool, Reservation};
+use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
 use batchwright_store::{
     BatchError, BatchRecord, Claim, PluginVersion, Result, StoreError, Validated,
@@ -28,7 +28,7 @@ use crate::formats::line::{RequestLine, string, with_model};
 use crate::formats::not_json;
 use crate::request::served_by::served_by;
 use crate::worker::Worker;
-use crate::worker::validate::file::Whole;
+use crate::worker::validate::file::FileValidation;
 
 /// Maximum number of lines in a chunk.
 const MAX_CHUNK_LINES: usize = 1000;
@@ -59,11 +59,11 @@ const FORMAT_SAMPLE_BYTES: u64 = 16 << 10;
 const MAX_CHUNK_VIOLATIONS: usize = 1000;
 
 /// Outcome of a validation.
-pub(crate) enum Verdict {
+pub(crate) enum FileVerdict {
     /// The file is valid.
-    Good(Validated),
+    Accepted(Validated),
     /// The file is invalid, with its errors and the validators that took part.
-    Bad(Vec<BatchError>, Vec<PluginVersion>),
+    Rejected(Vec<BatchError>, Vec<PluginVersion>),
 }
 
 /// Validator of a chunk.
@@ -79,7 +79,7 @@ struct ChunkValidator {
 }
 
 /// Validated chunk.
-pub(crate) struct Judged {
+pub(crate) struct ValidatedChunk {
     /// Lines of the chunk, in order.
     pub requests: Vec<Known>,
     /// Errors of the lines, in line order.
@@ -103,10 +103,10 @@ pub(crate) struct Known {
 
 impl Worker {
     /// Validates the input file of a batch.
-    pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<Verdict> {
+    pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<FileVerdict> {
         let (tenant, file_id) = (&claim.tenant, &batch.new.input_file_id);
         let Some(file) = self.store.input_file(claim).await? else {
-            return Ok(Verdict::Bad(
+            return Ok(FileVerdict::Rejected(
                 vec![input_file_error(format!(
                     "Cannot find file {file_id}, or the organization does not have access to it."
                 ))],
@@ -114,7 +114,7 @@ impl Worker {
             ));
         };
         if file.purpose != "batch" {
-            return Ok(Verdict::Bad(
+            return Ok(FileVerdict::Rejected(
                 vec![input_file_error(format!(
                     "The file {file_id} has the purpose '{}'; \
                      an input file must be uploaded with the purpose 'batch'.",
@@ -131,7 +131,7 @@ impl Worker {
             true => Some(
                 self.memory
                     .custom_ids
-                    .take(&holder, usize::try_from(hashes).unwrap_or(usize::MAX))
+                    .reserve(&holder, usize::try_from(hashes).unwrap_or(usize::MAX))
                     .await,
             ),
             false => None,
@@ -143,7 +143,10 @@ impl Worker {
         let input = match opened.await {
             Ok(input) => input,
             Err(StoreError::Missing(cause)) => {
-                return Ok(Verdict::Bad(vec![lost_input(claim, file_id, &cause)], Vec::new()));
+                return Ok(FileVerdict::Rejected(
+                    vec![lost_input(claim, file_id, &cause)],
+                    Vec::new(),
+                ));
             }
             Err(error) => return Err(error),
         };
@@ -154,7 +157,7 @@ impl Worker {
                 param: None,
                 line: Some(1),
             };
-            return Ok(Verdict::Bad(vec![error], Vec::new()));
+            return Ok(FileVerdict::Rejected(vec![error], Vec::new()));
         }
         let mut chunks =
             Chunks { input, next_large: None, memory: self.memory.validation.clone(), holder };
@@ -187,7 +190,7 @@ impl Worker {
         });
         let chunks = stream::iter(first.map(Ok)).chain(rest);
         let validated = chunks
-            .map(|chunk: Result<(Vec<InputLine>, Share)>| {
+            .map(|chunk: Result<(Vec<InputLine>, Reservation)>| {
                 let validator = validator.clone();
                 async move {
                     let (chunk, memory) = chunk?;
@@ -202,14 +205,16 @@ impl Worker {
             })
             .buffered(threads.saturating_mul(2));
         let mut validated = std::pin::pin!(validated);
-        let mut whole = Whole::new(
+        let mut whole = FileValidation::new(
             self.config.batch.max_reported_errors.get(),
             *self.config.batch.max_requests_per_file,
         );
         while let Some(chunk) = validated.next().await {
             match chunk? {
                 Ok(Ok(chunk)) => whole.add(chunk),
-                Ok(Err(error)) => return Ok(Verdict::Bad(vec![plugin_error(&error)], judged_by)),
+                Ok(Err(error)) => {
+                    return Ok(FileVerdict::Rejected(vec![plugin_error(&error)], judged_by));
+                }
                 Err(_) => return Err(StoreError::Closed),
             }
             if whole.total > *self.config.batch.max_requests_per_file {
@@ -255,7 +260,7 @@ pub(crate) fn lost_input(claim: &Claim, file: &FileId, cause: &str) -> BatchErro
 /// Returns the model that the first request names.
 fn first_model(chunk: &[InputLine]) -> Option<String> {
     match chunk.first()? {
-        InputLine::Whole { bytes, .. } => {
+        InputLine::FileValidation { bytes, .. } => {
             RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from)
         }
         InputLine::Large { .. } | InputLine::TooLong { .. } => None,
@@ -274,40 +279,40 @@ struct Chunks {
 impl Chunks {
     /// Returns the next chunk, or `None` at the end of the file. A large line is a chunk of its
     /// own.
-    async fn next(&mut self) -> Result<Option<(Vec<InputLine>, Share)>> {
+    async fn next(&mut self) -> Result<Option<(Vec<InputLine>, Reservation)>> {
         if let Some((number, range)) = self.next_large.take()
             && let Some(chunk) = self.read_large(number, range).await?
         {
             return Ok(Some(chunk));
         }
         let reserved = CHUNK_BYTES.saturating_mul(COPIES_PER_CHUNK);
-        let mut share = self.memory.take(&self.holder, reserved).await;
+        let mut reservation = self.memory.reserve(&self.holder, reserved).await;
         let mut chunk = Vec::new();
         let mut bytes = 0_usize;
         while chunk.len() < MAX_CHUNK_LINES && bytes < CHUNK_BYTES {
             match self.input.next().await? {
                 None => break,
                 Some(InputLine::Large { number, range }) if chunk.is_empty() => {
-                    drop(share);
+                    drop(reservation);
                     if let Some(chunk) = self.read_large(number, range).await? {
                         return Ok(Some(chunk));
                     }
-                    share = self.memory.take(&self.holder, reserved).await;
+                    reservation = self.memory.reserve(&self.holder, reserved).await;
                 }
                 Some(InputLine::Large { number, range }) => {
                     self.next_large = Some((number, range));
                     break;
                 }
                 Some(line) => {
-                    if let InputLine::Whole { bytes: text, .. } = &line {
+                    if let InputLine::FileValidation { bytes: text, .. } = &line {
                         bytes = bytes.saturating_add(text.len());
                     }
                     chunk.push(line);
                 }
             }
         }
-        share.settle(bytes.saturating_mul(COPIES_PER_CHUNK));
-        Ok((!chunk.is_empty()).then_some((chunk, share)))
+        reservation.shrink_to(bytes.saturating_mul(COPIES_PER_CHUNK));
+        Ok((!chunk.is_empty()).then_some((chunk, reservation)))
     }
 
     /// Reads a large line as a chunk, or returns `None` if the line is blank.
@@ -315,23 +320,31 @@ impl Chunks {
         &mut self,
         number: u64,
         range: Range<u64>,
-    ) -> Result<Option<(Vec<InputLine>, Share)>> {
+    ) -> Result<Option<(Vec<InputLine>, Reservation)>> {
         let size = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
-        let share = self.memory.take(&self.holder, size.saturating_mul(COPIES_PER_CHUNK)).await;
+        let reservation =
+            self.memory.reserve(&self.holder, size.saturating_mul(COPIES_PER_CHUNK)).await;
         let bytes = self.input.large(range.clone()).await?;
-        Ok(bytes.map(|bytes| (vec![InputLine::Whole { number, at: range.start, bytes }], share)))
+        Ok(bytes.map(|bytes| {
+            (vec![InputLine::FileValidation { number, at: range.start, bytes }], reservation)
+        }))
     }
 }
 
 impl ChunkValidator {
     /// Validates a chunk with the rules of the host and with all validators.
-    async fn validate(&self, chunk: Vec<InputLine>) -> std::result::Result<Judged, CallError> {
+    async fn validate(
+        &self,
+        chunk: Vec<InputLine>,
+    ) -> std::result::Result<ValidatedChunk, CallError> {
         let mut violations = Vec::new();
         let mut requests = Vec::with_capacity(chunk.len());
         let mut lines = Vec::with_capacity(chunk.len());
         for line in chunk {
             let (number, text) = match line {
-                InputLine::Whole { number, bytes, .. } => (number, String::from_utf8(bytes.into())),
+                InputLine::FileValidation { number, bytes, .. } => {
+                    (number, String::from_utf8(bytes.into()))
+                }
                 InputLine::Large { number, .. } | InputLine::TooLong { number } => {
                     requests.push(Known { line: number, custom_id: None, model: None });
                     violations.push(violation(
@@ -362,7 +375,7 @@ impl ChunkValidator {
             }
         }
         let mut unlisted = 0_u64;
-        let mut add = |judgement: Judgement| {
+        let mut add = |judgement: ValidationReport| {
             violations.extend(judgement.violations);
             unlisted = unlisted.saturating_add(judgement.unlisted);
         };
@@ -377,7 +390,7 @@ impl ChunkValidator {
         unlisted = unlisted.saturating_add(excess as u64);
         violations.sort_by_key(|violation| violation.line);
         violations.truncate(MAX_CHUNK_VIOLATIONS);
-        Ok(Judged { requests, violations, unlisted, providers })
+        Ok(ValidatedChunk { requests, violations, unlisted, providers })
     }
 
     /// Parses a line and normalizes its text for the rules.

@@ -1,6 +1,6 @@
 //! Bindings that are generated from `wit/v0.1`, with conversions to and from the domain types.
 
-use batchwright_egress::{Fault, HttpRequest, HttpResponse, TransportError};
+use batchwright_egress::{HttpRequest, HttpResponse, TransportError, TransportErrorKind};
 use wasmtime::Store;
 
 use crate::contract::types;
@@ -70,7 +70,7 @@ macro_rules! described {
                 credentials: description
                     .credentials
                     .into_iter()
-                    .map(|need| types::CredentialNeed {
+                    .map(|need| types::CredentialRequest {
                         name: need.name,
                         header: need.header,
                         prefix: need.prefix,
@@ -190,13 +190,13 @@ impl From<classification::Classification> for types::Classification {
     fn from(from: classification::Classification) -> Self {
         use classification::Standing;
         let standing = from.standing.map(|standing| match standing {
-            Standing::Answered => types::Standing::Answered,
-            Standing::Busy => types::Standing::Busy,
-            Standing::Unauthorized => types::Standing::Unauthorized,
-            Standing::Forbidden => types::Standing::Forbidden,
-            Standing::Quota => types::Standing::Quota,
-            Standing::Failed => types::Standing::Failed,
-            Standing::Passing => types::Standing::Passing,
+            Standing::Answered => types::ResponseClass::Answered,
+            Standing::Busy => types::ResponseClass::Busy,
+            Standing::Unauthorized => types::ResponseClass::Unauthorized,
+            Standing::Forbidden => types::ResponseClass::Forbidden,
+            Standing::Quota => types::ResponseClass::Quota,
+            Standing::Failed => types::ResponseClass::Failed,
+            Standing::Passing => types::ResponseClass::Passing,
         });
         let span = std::time::Duration::from_millis;
         Self {
@@ -281,13 +281,13 @@ impl From<types::Outcome> for inference::Outcome {
             }),
             types::Outcome::Error(error) => Self::Error(inference::TransportError {
                 fault: match error.fault {
-                    Fault::NameResolution => inference::TransportFault::NameResolution,
-                    Fault::Connection => inference::TransportFault::Connection,
-                    Fault::Tls => inference::TransportFault::Tls,
-                    Fault::Timeout => inference::TransportFault::Timeout,
-                    Fault::Protocol => inference::TransportFault::Protocol,
-                    Fault::TooLarge => inference::TransportFault::TooLarge,
-                    Fault::NotAllowed => inference::TransportFault::NotAllowed,
+                    TransportErrorKind::NameResolution => inference::TransportFault::NameResolution,
+                    TransportErrorKind::Connection => inference::TransportFault::Connection,
+                    TransportErrorKind::Tls => inference::TransportFault::Tls,
+                    TransportErrorKind::Timeout => inference::TransportFault::Timeout,
+                    TransportErrorKind::Protocol => inference::TransportFault::Protocol,
+                    TransportErrorKind::TooLarge => inference::TransportFault::TooLarge,
+                    TransportErrorKind::NotAllowed => inference::TransportFault::NotAllowed,
                 },
                 message: error.message,
             }),
@@ -310,13 +310,13 @@ impl From<inference::Outcome> for types::Outcome {
             }),
             inference::Outcome::Error(error) => Self::Error(TransportError::new(
                 match error.fault {
-                    inference::TransportFault::NameResolution => Fault::NameResolution,
-                    inference::TransportFault::Connection => Fault::Connection,
-                    inference::TransportFault::Tls => Fault::Tls,
-                    inference::TransportFault::Timeout => Fault::Timeout,
-                    inference::TransportFault::Protocol => Fault::Protocol,
-                    inference::TransportFault::TooLarge => Fault::TooLarge,
-                    inference::TransportFault::NotAllowed => Fault::NotAllowed,
+                    inference::TransportFault::NameResolution => TransportErrorKind::NameResolution,
+                    inference::TransportFault::Connection => TransportErrorKind::Connection,
+                    inference::TransportFault::Tls => TransportErrorKind::Tls,
+                    inference::TransportFault::Timeout => TransportErrorKind::Timeout,
+                    inference::TransportFault::Protocol => TransportErrorKind::Protocol,
+                    inference::TransportFault::TooLarge => TransportErrorKind::TooLarge,
+                    inference::TransportFault::NotAllowed => TransportErrorKind::NotAllowed,
                 },
                 error.message,
             )),

@@ -30,7 +30,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::connections::{Connection, RequestGuard};
-use super::pace::MIN_BYTES_PER_SECOND;
+use super::data_rate::MIN_BYTES_PER_SECOND;
 
 /// Maximum size of a chunk that is passed to the HTTP library, in bytes.
 const CHUNK_BYTES: usize = 16 << 10;

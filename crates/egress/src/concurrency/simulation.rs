@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Limit, Next, Taken};
+use super::{Limit, LimitFeedback, Next};
 
 /// Behavior of a simulated provider; times in seconds.
 #[derive(Clone, Copy)]
@@ -57,15 +57,15 @@ impl Model {
             }
         };
         match self.provider {
-            Provider::Random(share) => {
-                if rng.f64() < share {
+            Provider::Random(reservation) => {
+                if rng.f64() < reservation {
                     Err(None)
                 } else {
                     Ok(())
                 }
             }
-            Provider::Rate(rate, share) => {
-                if rng.f64() < share {
+            Provider::Rate(rate, reservation) => {
+                if rng.f64() < reservation {
                     return Err(None);
                 }
                 bucket(rate)
@@ -209,7 +209,8 @@ fn run(
             }
             Event::Ends { host, line, accepted, asked } => {
                 let asked = (asked > 0.0).then(|| Duration::from_secs_f64(asked));
-                let taken = if accepted { Taken::Accepted } else { Taken::Refused(asked) };
+                let taken =
+                    if accepted { LimitFeedback::Accepted } else { LimitFeedback::Refused(asked) };
                 let in_flight = hosts[host].in_flight;
                 let held =
                     hosts[host].limit.ended(instant(now), began[line].unwrap(), taken, in_flight);

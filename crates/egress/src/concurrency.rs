@@ -81,7 +81,7 @@ const SLOW_START_INTERVAL: Duration = Duration::from_micros(2500);
 
 /// Outcome of a request, as evidence about the provider's limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum LimitFeedback {
     /// The provider responded, with success or an error.
     Accepted,
     /// The provider refused the request for now, with the wait that it asks for.
@@ -125,7 +125,7 @@ impl Counts {
         self.refused = self.refused.saturating_add(u32::from(refused));
     }
 
-    fn share(self) -> f64 {
+    fn reservation(self) -> f64 {
         f64::from(self.refused) / f64::from(self.outcomes.max(1))
     }
 }
@@ -170,7 +170,7 @@ pub(crate) struct Limit {
     rounds_at_ceiling: f64,
     /// True after an outage, which is no evidence about the current limit: the limit then doubles.
     recovering: bool,
-    /// Share of refusals that is random.
+    /// Reservation of refusals that is random.
     random_share: f64,
     /// CUSUM sum: log-likelihood ratio of more refusals than the random share.
     evidence_of_change: f64,
@@ -319,7 +319,7 @@ impl Limit {
     /// Records the remaining requests that a response to the exchange `answered` reported. The
     /// report does not include exchanges that started later, so the remainder shrinks by their
     /// number.
-    pub(crate) fn told(&mut self, remaining: u64, until: Instant, answered: Began) {
+    pub(crate) fn update_remaining(&mut self, remaining: u64, until: Instant, answered: Began) {
         // Responses may arrive out of order.
         if self.reported_by.is_some_and(|last| last > answered.number) {
             return;
@@ -335,15 +335,15 @@ impl Limit {
         &mut self,
         now: Instant,
         began: Began,
-        taken: Taken,
+        taken: LimitFeedback,
         in_flight: usize,
     ) -> Option<Instant> {
         let took = now.saturating_duration_since(began.at).as_secs_f64();
         self.assume_accepted(now);
         let uncounted = self.take_undecided(began);
         match taken {
-            Taken::Unknown | Taken::RefusedAlone => None,
-            Taken::Accepted => {
+            LimitFeedback::Unknown | LimitFeedback::RefusedAlone => None,
+            LimitFeedback::Accepted => {
                 let known = self.usual_seconds.unwrap_or(took);
                 self.usual_seconds = Some(known + (took - known) / 16.0);
                 self.slow_start = (self.slow_start + 1.0).min(self.max);
@@ -352,7 +352,7 @@ impl Limit {
                 }
                 None
             }
-            Taken::Refused(asked) => {
+            LimitFeedback::Refused(asked) => {
                 self.refusal_seconds += (took - self.refusal_seconds) / 4.0;
                 if began.epoch == self.epoch {
                     self.on_refused(now, asked, in_flight);
@@ -441,8 +441,9 @@ impl Limit {
             let outcomes =
                 self.suspected.outcomes.max(self.suspected.refused.saturating_add(accepted));
             let all = Counts { outcomes, ..self.suspected };
-            let share = if self.has_grown { all.share() } else { self.suspected.share() };
-            self.lower(now, self.suspected, share, in_flight);
+            let reservation =
+                if self.has_grown { all.reservation() } else { self.suspected.reservation() };
+            self.lower(now, self.suspected, reservation, in_flight);
         }
     }
 
@@ -475,7 +476,7 @@ impl Limit {
             // No change: the refusals since then are random.
             let weight = f64::from(self.suspected.outcomes.min(RANDOM_SHARE_WINDOW))
                 / f64::from(RANDOM_SHARE_WINDOW);
-            self.random_share += (self.suspected.share() - self.random_share) * weight;
+            self.random_share += (self.suspected.reservation() - self.random_share) * weight;
             self.evidence_of_change = 0.0;
             self.suspected = Counts::default();
         }
@@ -483,11 +484,11 @@ impl Limit {
 
     /// Lowers the limit further, or ends the test, after a refusal during a test.
     fn decide(&mut self, now: Instant, test: Test, in_flight: usize) {
-        let share = test.now.share();
-        let worse = test.now.refused >= 3 && share > test.first.share() + 0.15;
-        let hopeless = test.now.refused >= 3 && share > MAX_RANDOM_SHARE;
+        let reservation = test.now.reservation();
+        let worse = test.now.refused >= 3 && reservation > test.first.reservation() + 0.15;
+        let hopeless = test.now.refused >= 3 && reservation > MAX_RANDOM_SHARE;
         if worse || hopeless {
-            self.lower(now, test.now, share, in_flight);
+            self.lower(now, test.now, reservation, in_flight);
         } else if test.is_over() {
             self.end_test(test);
         }
@@ -503,9 +504,9 @@ impl Limit {
             outcomes: test.first.outcomes.saturating_add(test.now.outcomes),
             refused: test.first.refused.saturating_add(test.now.refused),
         };
-        let random = test.evidence > 0.0 && all.share() <= MAX_RANDOM_SHARE;
+        let random = test.evidence > 0.0 && all.reservation() <= MAX_RANDOM_SHARE;
         if random {
-            self.random_share = self.random_share.max(all.share());
+            self.random_share = self.random_share.max(all.reservation());
             self.limit = self.limit.max(test.before);
             self.ceiling = None;
         } else {
@@ -516,10 +517,10 @@ impl Limit {
     }
 
     /// Lowers the limit and starts a test.
-    fn lower(&mut self, now: Instant, first: Counts, share: f64, in_flight: usize) {
+    fn lower(&mut self, now: Instant, first: Counts, reservation: f64, in_flight: usize) {
         let in_use = f64::from(u32::try_from(in_flight).unwrap_or(u32::MAX)).max(1.0);
         let before = if self.limit < 1.0 { self.limit } else { self.limit.min(in_use) };
-        let factor = ((1.0 - share) * 0.85).max(0.5);
+        let factor = ((1.0 - reservation) * 0.85).max(0.5);
         let floor = self.usual_seconds.unwrap_or(0.1).max(0.001) / MAX_GAP.as_secs_f64();
         let to = (before * factor).max(floor.min(1.0));
         // Consecutive lowerings keep the limit before the first one.
@@ -561,10 +562,11 @@ impl Test {
     /// Returns the expected shares of refusals at the lower limit: if refusals are random, and if
     /// they are those of a limit.
     fn hypotheses(&self, known: f64) -> (f64, f64) {
-        let share = self.first.share().clamp(0.03, 0.95);
-        let limited =
-            (1.0 - (1.0 - share) / self.lowered_to.max(0.01)).max(known).clamp(0.01, share * 0.9);
-        (share, limited)
+        let reservation = self.first.reservation().clamp(0.03, 0.95);
+        let limited = (1.0 - (1.0 - reservation) / self.lowered_to.max(0.01))
+            .max(known)
+            .clamp(0.01, reservation * 0.9);
+        (reservation, limited)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Throttle: decides which waiting exchange may start next, within the operator's limit and within
+//! AdmissionQueue: decides which waiting exchange may start next, within the operator's limit and within
 //! the limit that [`limit`](super::limit) estimates.
 //!
 //! **Fair share.** A queue is one batch. A free permit goes to the queue with the fewest exchanges
@@ -6,7 +6,7 @@
 //! equally many exchanges in flight take turns. So a batch of one line does not wait behind the
 //! thousands of lines of other batches.
 //!
-//! **Permits.** [`Admitted`] is a permit for one exchange in flight, and dropping it releases the
+//! **Permits.** [`Permit`] is a permit for one exchange in flight, and dropping it releases the
 //! permit. The release itself admits the next request. A request that is canceled while it waits
 //! leaves its queue, and a permit that was already granted to that request is released.
 //!
@@ -37,10 +37,10 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::limit::{Began, Limit, Next, Taken};
+use super::concurrency::{Began, Limit, LimitFeedback, Next};
 
 /// Key of a queue: requests of one batch have the same key.
-pub type Queue = u64;
+pub type QueueId = u64;
 
 /// Multiple of the usual time after which an exchange no longer counts against the estimated limit.
 const HANG_FACTOR: u32 = 8;
@@ -51,7 +51,7 @@ const MIN_HANG_TIME: Duration = Duration::from_secs(5);
 const MAX_QUEUE_WAIT: Duration = Duration::from_secs(5);
 
 /// Admission control for the exchanges of one plugin.
-pub(crate) struct Throttle(Arc<Inner>);
+pub(crate) struct AdmissionQueue(Arc<Inner>);
 
 struct Inner {
     /// Operator's limit.
@@ -69,7 +69,7 @@ struct State {
     /// Start of each exchange in flight by number, oldest first.
     started_at: BTreeMap<u64, Instant>,
     /// Permits that refused exchanges hold, with the time of their release.
-    held: BinaryHeap<Reverse<(Instant, Queue)>>,
+    held: BinaryHeap<Reverse<(Instant, QueueId)>>,
     /// Number of requests accepted.
     accepted: u64,
     /// Time of the scheduled wake-up.
@@ -77,16 +77,16 @@ struct State {
 }
 
 struct QueueState {
-    key: Queue,
+    key: QueueId,
     in_flight: usize,
-    waiting: VecDeque<(u64, oneshot::Sender<Admitted>)>,
+    waiting: VecDeque<(u64, oneshot::Sender<Permit>)>,
 }
 
 /// Permit for one exchange in flight; dropping it releases the permit.
-pub struct Admitted {
+pub struct Permit {
     /// Absent once the permit is released.
     throttle: Option<Arc<Inner>>,
-    queue: Queue,
+    queue: QueueId,
     number: u64,
     began: Began,
     /// Time until which the permit is held after the drop.
@@ -102,7 +102,7 @@ pub struct Refusals {
     accepted: u64,
 }
 
-impl Throttle {
+impl AdmissionQueue {
     /// Returns a throttle that never exceeds `max` exchanges in flight.
     pub(crate) fn new(max: usize) -> Self {
         let max = max.max(1);
@@ -121,7 +121,7 @@ impl Throttle {
 
     /// Waits for a permit for one more exchange. The error is the end of a pause that is too long
     /// to wait for in memory.
-    pub(crate) async fn admit(&self, queue: Queue) -> Result<Admitted, Instant> {
+    pub(crate) async fn admit(&self, queue: QueueId) -> Result<Permit, Instant> {
         loop {
             let (number, granted) = {
                 let mut state = self.0.lock();
@@ -155,10 +155,10 @@ impl Throttle {
     }
 
     /// Records the remaining requests that the response to an exchange reported.
-    pub(crate) fn told(&self, admitted: &Admitted, remaining: u64, reset: Duration) {
+    pub(crate) fn update_remaining(&self, admitted: &Permit, remaining: u64, reset: Duration) {
         let mut state = self.0.lock();
         let Some(until) = Instant::now().checked_add(reset) else { return };
-        state.limit.told(remaining, until, admitted.began);
+        state.limit.update_remaining(remaining, until, admitted.began);
     }
 
     /// Returns the estimated limit of exchanges in flight; below one, a rate.
@@ -280,7 +280,7 @@ impl State {
     }
 
     /// Takes a permit for an exchange of a queue.
-    fn grant(&mut self, throttle: &Arc<Inner>, queue: Queue, now: Instant) -> Admitted {
+    fn grant(&mut self, throttle: &Arc<Inner>, queue: QueueId, now: Instant) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
@@ -288,11 +288,11 @@ impl State {
         let began = self.limit.begin(now);
         let found = self.queue(queue);
         found.in_flight = found.in_flight.saturating_add(1);
-        Admitted { throttle: Some(throttle.clone()), queue, number, began, held: None }
+        Permit { throttle: Some(throttle.clone()), queue, number, began, held: None }
     }
 
     /// Returns the state of a queue; creates it if necessary.
-    fn queue(&mut self, key: Queue) -> &mut QueueState {
+    fn queue(&mut self, key: QueueId) -> &mut QueueState {
         let index = self.queues.iter().position(|queue| queue.key == key).unwrap_or_else(|| {
             self.queues.push(QueueState { key, in_flight: 0, waiting: VecDeque::new() });
             self.queues.len().saturating_sub(1)
@@ -312,13 +312,13 @@ impl State {
     }
 
     /// Removes an exchange in flight and releases its permit.
-    fn end_exchange(&mut self, queue: Queue, number: u64) {
+    fn end_exchange(&mut self, queue: QueueId, number: u64) {
         self.started_at.remove(&number);
         self.release(queue);
     }
 
     /// Releases one permit of a queue.
-    fn release(&mut self, queue: Queue) {
+    fn release(&mut self, queue: QueueId) {
         self.in_flight = self.in_flight.saturating_sub(1);
         let index = self.queues.iter().position(|found| found.key == queue);
         if let Some(index) = index
@@ -334,32 +334,32 @@ impl State {
     }
 }
 
-impl Admitted {
+impl Permit {
     /// Restarts the exchange's clock, when the request is actually sent.
-    pub fn begins(&mut self) {
+    pub fn start(&mut self) {
         self.began.at = Instant::now();
     }
 
     /// Records the outcome of the request; `refusals` belongs to that request.
-    pub fn ended(&mut self, taken: Taken, refusals: &mut Refusals) {
+    pub fn finish(&mut self, taken: LimitFeedback, refusals: &mut Refusals) {
         let Some(throttle) = &self.throttle else { return };
         let now = Instant::now();
         let mut state = throttle.lock();
         let taken = match taken {
-            Taken::Refused(asked) => {
+            LimitFeedback::Refused(asked) => {
                 let alone = refusals.number >= 2 && state.accepted > refusals.accepted;
                 *refusals = Refusals {
                     number: refusals.number.saturating_add(1),
                     accepted: state.accepted,
                 };
-                if alone { Taken::RefusedAlone } else { Taken::Refused(asked) }
+                if alone { LimitFeedback::RefusedAlone } else { LimitFeedback::Refused(asked) }
             }
-            Taken::Accepted => {
+            LimitFeedback::Accepted => {
                 state.accepted = state.accepted.wrapping_add(1);
                 refusals.number = 0;
                 taken
             }
-            Taken::RefusedAlone | Taken::Unknown => taken,
+            LimitFeedback::RefusedAlone | LimitFeedback::Unknown => taken,
         };
         let in_flight = state.in_flight;
         self.held = state.limit.ended(now, self.began, taken, in_flight);
@@ -371,7 +371,7 @@ impl Admitted {
     }
 }
 
-impl Drop for Admitted {
+impl Drop for Permit {
     fn drop(&mut self) {
         let Some(throttle) = self.throttle.take() else { return };
         {
@@ -391,7 +391,7 @@ impl Drop for Admitted {
 /// Position in a queue; dropping it leaves the queue, unless its number is zero.
 struct Waiter<'a> {
     throttle: &'a Arc<Inner>,
-    queue: Queue,
+    queue: QueueId,
     number: u64,
 }
 
@@ -418,19 +418,21 @@ mod tests {
 
     use super::*;
 
-    fn admit_all(throttle: &Throttle) -> Vec<Admitted> {
+    fn admit_all(throttle: &AdmissionQueue) -> Vec<Permit> {
         std::iter::from_fn(|| throttle.admit(1).now_or_never()?.ok()).collect()
     }
 
-    fn end(mut admitted: Admitted, taken: Taken) {
-        admitted.ended(taken, &mut Refusals::default());
+    fn end(mut admitted: Permit, taken: LimitFeedback) {
+        admitted.finish(taken, &mut Refusals::default());
     }
 
     /// Returns a throttle whose slow start is complete.
-    fn open(max: usize) -> Throttle {
-        let throttle = Throttle::new(max);
+    fn open(max: usize) -> AdmissionQueue {
+        let throttle = AdmissionQueue::new(max);
         for _ in 0..max {
-            admit_all(&throttle).into_iter().for_each(|admitted| end(admitted, Taken::Accepted));
+            admit_all(&throttle)
+                .into_iter()
+                .for_each(|admitted| end(admitted, LimitFeedback::Accepted));
         }
         throttle
     }
@@ -471,7 +473,7 @@ mod tests {
         while throttle.limit() > 1.0 {
             let mut state = throttle.0.lock();
             let exchange = state.limit.begin(began);
-            state.limit.ended(began, exchange, Taken::Refused(None), 1);
+            state.limit.ended(began, exchange, LimitFeedback::Refused(None), 1);
         }
         let later = Instant::now().checked_add(MIN_HANG_TIME * 2).unwrap();
         let hanging = throttle.admit(1).await.unwrap();
@@ -494,13 +496,13 @@ mod tests {
     async fn throttle_respects_reported_remaining_requests() {
         let throttle = open(8);
         let first = throttle.admit(1).await.unwrap();
-        throttle.told(&first, 2, Duration::from_millis(400));
+        throttle.update_remaining(&first, 2, Duration::from_millis(400));
         drop(first);
         let started = Instant::now();
         for _ in 0..2 {
-            end(throttle.admit(1).now_or_never().unwrap().unwrap(), Taken::Accepted);
+            end(throttle.admit(1).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
         }
-        end(throttle.admit(1).await.unwrap(), Taken::Accepted);
+        end(throttle.admit(1).await.unwrap(), LimitFeedback::Accepted);
         assert!(started.elapsed() >= Duration::from_millis(300));
     }
 
@@ -511,8 +513,10 @@ mod tests {
         let mut in_flight = admit_all(&throttle);
         assert!((&mut waiting).now_or_never().is_none());
         for admitted in &mut in_flight {
-            admitted
-                .ended(Taken::Refused(Some(Duration::from_secs(3600))), &mut Refusals::default());
+            admitted.finish(
+                LimitFeedback::Refused(Some(Duration::from_secs(3600))),
+                &mut Refusals::default(),
+            );
         }
         let until = waiting.await.err().unwrap();
         let left = until.saturating_duration_since(Instant::now());
@@ -525,9 +529,9 @@ mod tests {
         let throttle = open(8);
         let mut refusals = Refusals::default();
         for _ in 0..100 {
-            end(throttle.admit(1).await.unwrap(), Taken::Accepted);
+            end(throttle.admit(1).await.unwrap(), LimitFeedback::Accepted);
             let mut alone = throttle.admit(1).await.unwrap();
-            alone.ended(Taken::Refused(Some(Duration::from_secs(60))), &mut refusals);
+            alone.finish(LimitFeedback::Refused(Some(Duration::from_secs(60))), &mut refusals);
             drop(alone);
         }
         assert_eq!(throttle.0.lock().limit.closed_until(Instant::now()), None);

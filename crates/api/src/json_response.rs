@@ -30,7 +30,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use batchwright_memory::{Holder, Pool, Share};
+use batchwright_memory::{Holder, Pool, Reservation};
 use futures_util::stream;
 use serde::Serialize;
 
@@ -52,7 +52,7 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes with a reservation that is released when the client has read the bytes.
 struct ReservedBytes {
     bytes: Bytes,
-    _share: Option<Share>,
+    _reservation: Option<Reservation>,
 }
 
 impl AsRef<[u8]> for ReservedBytes {
@@ -62,16 +62,20 @@ impl AsRef<[u8]> for ReservedBytes {
 }
 
 /// Attaches a reservation to bytes. The reservation is released when the bytes are dropped.
-pub(crate) fn with_reservation(bytes: Bytes, share: Option<Share>) -> Bytes {
-    match share {
+pub(crate) fn with_reservation(bytes: Bytes, reservation: Option<Reservation>) -> Bytes {
+    match reservation {
         None => bytes,
-        share => Bytes::from_owner(ReservedBytes { bytes, _share: share }),
+        reservation => Bytes::from_owner(ReservedBytes { bytes, _reservation: reservation }),
     }
 }
 
 /// Reserves memory for a response before it is built. Fails with 503 if there is none in time.
-pub(crate) async fn reserve(pool: &Pool, holder: &Holder, bytes: usize) -> Result<Share, ApiError> {
-    tokio::time::timeout(MEMORY_TIMEOUT, pool.take(holder, bytes))
+pub(crate) async fn reserve(
+    pool: &Pool,
+    holder: &Holder,
+    bytes: usize,
+) -> Result<Reservation, ApiError> {
+    tokio::time::timeout(MEMORY_TIMEOUT, pool.reserve(holder, bytes))
         .await
         .map_err(|_| ApiError::overloaded())
 }
@@ -79,14 +83,14 @@ pub(crate) async fn reserve(pool: &Pool, holder: &Holder, bytes: usize) -> Resul
 /// Returns an object as a JSON response, which holds its reservation until the client has read it.
 pub(crate) fn object_response<T: Serialize>(
     value: &T,
-    mut share: Option<Share>,
+    mut reservation: Option<Reservation>,
 ) -> Result<Response, ApiError> {
     let bytes = serde_json::to_vec(value).map_err(ApiError::internal)?;
-    if let Some(share) = &mut share {
+    if let Some(reservation) = &mut reservation {
         // The caller may have reserved for the largest possible object.
-        share.settle(bytes.len());
+        reservation.shrink_to(bytes.len());
     }
-    Ok(json(Body::from(with_reservation(bytes.into(), share))))
+    Ok(json(Body::from(with_reservation(bytes.into(), reservation))))
 }
 
 fn json(body: Body) -> Response {
@@ -153,26 +157,27 @@ where
         if remainder.ended {
             return Ok(None);
         }
-        let (items, share) = match first {
+        let (items, reservation) = match first {
             Some(first) => first,
             None => remainder.read().await?,
         };
         let json = remainder.write(&items)?;
-        Ok::<_, ApiError>(Some((with_reservation(json.into(), share), (None, remainder))))
+        Ok::<_, ApiError>(Some((with_reservation(json.into(), reservation), (None, remainder))))
     });
     Ok(Some(json(Body::from_stream(chunks))))
 }
 
 impl<F> Remainder<F> {
     /// Reads the entries of the next chunk, with a reservation if there is memory for one.
-    async fn read<T, Reading>(&mut self) -> Result<(Vec<T>, Option<Share>), ApiError>
+    async fn read<T, Reading>(&mut self) -> Result<(Vec<T>, Option<Reservation>), ApiError>
     where
         T: Identified,
         F: Fn(Option<String>, usize, usize) -> Reading,
         Reading: Future<Output = Result<Entries<T>, ApiError>>,
     {
-        let share = self.pool.try_take(&self.holder, CHUNK_BYTES.saturating_mul(COPIES_PER_ENTRY));
-        let bytes = if share.is_some() { CHUNK_BYTES } else { UNRESERVED_BYTES };
+        let reservation =
+            self.pool.try_reserve(&self.holder, CHUNK_BYTES.saturating_mul(COPIES_PER_ENTRY));
+        let bytes = if reservation.is_some() { CHUNK_BYTES } else { UNRESERVED_BYTES };
         let Some((items, has_more)) = (self.page)(self.last_id.clone(), self.limit, bytes).await?
         else {
             // The last entry of the previous chunk was deleted.
@@ -182,7 +187,7 @@ impl<F> Remainder<F> {
         self.last_id =
             items.last().map(|item| item.id().to_owned()).or_else(|| self.last_id.take());
         self.has_more = has_more;
-        Ok((items, share))
+        Ok((items, reservation))
     }
 
     /// Returns entries as JSON, with the start of the list before the first entry and its end after
