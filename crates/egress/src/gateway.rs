@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::clients::Clients;
 use arc_swap::ArcSwapOption;
 use batchwright_domain::ids::TenantId;
 use batchwright_memory::{Holder, Pool, Reservation};
@@ -14,28 +15,16 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::builderstates::WantsSchemes;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::admission::{AdmissionQueue, Permit, QueueId};
-use super::dial::{Dialer, Resolver};
+use super::dial::Resolver;
 use super::explain::explain;
 use super::{
     AllowList, ExchangeLimits, HttpRequest, HttpResponse, Secrets, TransportError,
     TransportErrorKind,
 };
-
-/// Time after which an unused connection is closed.
-const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Interval of HTTP/2 pings.
-const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// Timeout of an HTTP/2 ping.
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Headers that belong to the connection or to the host; a plugin's values are dropped.
 const HOST_HEADERS: [HeaderName; 11] = [
@@ -67,7 +56,7 @@ const MIN_EXCHANGE_BYTES: usize = 8 << 10;
 const SHARE_STEP_BYTES: usize = 64 << 10;
 
 /// Maximum read buffer of a connection.
-const READ_BUFFER_BYTES: usize = 64 << 10;
+pub(crate) const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// Minimum interval between two warnings about failed exchanges of one plugin.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
@@ -84,17 +73,17 @@ pub struct Shared {
 /// Gateway of one plugin: its allow-list, secrets and limits, and a connection pool per tenant.
 pub struct Gateway {
     plugin: Holder,
-    allow: Arc<AllowList>,
+    pub(super) allow: Arc<AllowList>,
     secrets: Secrets,
-    bounds: ExchangeLimits,
+    pub(super) bounds: ExchangeLimits,
     throttle: AdmissionQueue,
     /// Lock for first-come order, and the limiter of the operator's rate.
     rate: Option<(tokio::sync::Mutex<()>, DefaultDirectRateLimiter)>,
     exchanges: Pool,
-    resolver: Resolver,
+    pub(super) resolver: Resolver,
     /// Recent size of a response; the estimate for the memory to reserve before an exchange.
     expected_bytes: AtomicUsize,
-    clients: Mutex<HashMap<TenantId, Arc<Clients>>>,
+    pub(super) clients: Mutex<HashMap<TenantId, Arc<Clients>>>,
     /// Last URL that passed the checks; an adapter mostly uses one URL.
     last_checked: ArcSwapOption<Checked>,
     last_warned: Mutex<Option<Instant>>,
@@ -105,13 +94,6 @@ struct Checked {
     text: String,
     uri: Uri,
     headers: Vec<(HeaderName, HeaderValue)>,
-}
-
-/// Connection pools of one tenant. The TLS pool is created at its first use, because reading the
-/// system's certificates is slow.
-struct Clients {
-    plain: Client<Dialer, Full<Bytes>>,
-    tls: OnceLock<Client<HttpsConnector<Dialer>, Full<Bytes>>>,
 }
 
 /// Deadline of an exchange. The time that the exchange waits for memory is not the fault of the
@@ -339,26 +321,6 @@ impl Gateway {
         Ok(prepared)
     }
 
-    fn clients(&self, tenant: &TenantId) -> Arc<Clients> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = clients.get(tenant) {
-            return found.clone();
-        }
-        let dialer = self.dialer();
-        let plain = client(dialer);
-        let created = Arc::new(Clients { plain, tls: OnceLock::new() });
-        clients.insert(tenant.clone(), created.clone());
-        created
-    }
-
-    fn dialer(&self) -> Dialer {
-        Dialer {
-            allow: self.allow.clone(),
-            resolver: self.resolver.clone(),
-            connect_timeout: self.bounds.connect_timeout,
-        }
-    }
-
     /// Sends a request and receives its response. `sent` is the size of the request body, which
     /// counts toward `share` until the response is complete.
     async fn exchange(
@@ -388,23 +350,6 @@ impl Gateway {
             )
             .after_sending()),
         }
-    }
-
-    async fn tls_client(
-        &self,
-        clients: &Arc<Clients>,
-    ) -> Result<Client<HttpsConnector<Dialer>, Full<Bytes>>, TransportError> {
-        if let Some(client) = clients.tls.get() {
-            return Ok(client.clone());
-        }
-        let dialer = self.dialer();
-        let created = tokio::task::spawn_blocking(move || {
-            client(https().https_only().enable_all_versions().wrap_connector(dialer))
-        });
-        let created = created.await.map_err(|error| {
-            TransportError::new(TransportErrorKind::Tls, format!("TLS cannot be set up: {error}."))
-        })?;
-        Ok(clients.tls.get_or_init(|| created).clone())
     }
 
     async fn receive(
@@ -491,37 +436,10 @@ fn is_encoded(coding: &HeaderValue) -> bool {
         .any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
 }
 
-/// Returns a TLS connector with the system's root certificates, so that an operator's own authority
-/// is trusted. Without system roots, as in some containers, it uses Mozilla's roots.
-pub fn https() -> HttpsConnectorBuilder<WantsSchemes> {
-    match HttpsConnectorBuilder::new().with_native_roots() {
-        Ok(builder) => builder,
-        Err(_) => HttpsConnectorBuilder::new().with_webpki_roots(),
-    }
-}
-
 /// Returns the quota of `per_minute` exchanges, with a burst of one second's share.
 fn quota(per_minute: NonZeroU32) -> Quota {
     let burst = NonZeroU32::new(per_minute.get() / 60).unwrap_or(NonZeroU32::MIN);
     Quota::per_minute(per_minute).allow_burst(burst)
-}
-
-fn client<C>(connector: C) -> Client<C, Full<Bytes>>
-where
-    C: hyper_util::client::legacy::connect::Connect + Clone,
-{
-    let mut builder = Client::builder(TokioExecutor::new());
-    builder.pool_idle_timeout(IDLE_CONNECTION_TIMEOUT).pool_timer(TokioTimer::new());
-    builder.http1_max_buf_size(READ_BUFFER_BYTES);
-    // A load balancer may drop a long exchange silently; a ping detects that.
-    builder
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .http2_keep_alive_timeout(PING_TIMEOUT)
-        .http2_keep_alive_while_idle(true);
-    let window = u32::try_from(READ_BUFFER_BYTES).unwrap_or(u32::MAX);
-    builder.http2_initial_stream_window_size(window.saturating_mul(4));
-    builder.http2_initial_connection_window_size(window.saturating_mul(16));
-    builder.build(connector)
 }
 
 #[cfg(test)]

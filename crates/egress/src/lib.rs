@@ -41,6 +41,7 @@
 mod address;
 mod admission;
 mod allow;
+mod clients;
 mod concurrency;
 mod credentials;
 mod dial;
@@ -52,10 +53,11 @@ use std::time::Duration;
 
 pub use admission::{Permit, QueueId, Refusals};
 pub use allow::{AllowList, is_loopback};
+pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{Credential, Secrets, is_distinct};
 pub use dial::Resolver;
-pub use gateway::{Gateway, Shared, https, is_host_header};
+pub use gateway::{Gateway, Shared, is_host_header};
 pub use hints::RateLimitHints;
 
 /// HTTP request that an adapter asks the host to send; unchecked input.

@@ -14,7 +14,7 @@ use super::failures::Failures;
 use super::file::utc_time;
 use super::place::{Target, check};
 use super::progress::Progress;
-use super::run::endpoint_of_first_line;
+use super::run::create::endpoint_of_first_line;
 use super::terminal::{errln, one_line, outln};
 use crate::clock::Clock;
 

@@ -9,7 +9,6 @@ mod place;
 mod plugin;
 mod progress;
 mod run;
-mod run_state;
 mod serve;
 mod terminal;
 

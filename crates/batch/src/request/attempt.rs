@@ -37,39 +37,30 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::request::steps::StepOutcome;
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_domain::text::truncate_for_message;
-use batchwright_egress::{Permit, QueueId, refusal_pause};
+use batchwright_egress::{QueueId, refusal_pause};
 use batchwright_memory::Reservation;
-use batchwright_plugin::types::{Answer, Failure, Outcome, Request, Response, Step};
-use batchwright_plugin::{CallError, Plugin, Registry, Route};
+use batchwright_plugin::types::{Answer, Failure, Request};
+use batchwright_plugin::{Plugin, Registry, Route};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::request::assessment::ProviderSignal;
-use crate::request::exchange::{Exchange, ExchangeSummary};
+use crate::request::exchange::Exchange;
 use crate::request::jobs::Jobs;
-use crate::schedule::breaker::{
-    Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
-};
-use crate::schedule::breakers::{Breakers, MODEL};
+use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, FailureVerdict};
+use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
 use crate::schedule::retry_queue::RetryState;
 use crate::schedule::stop::Stop;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
 /// failed read of a job state.
-const DEFER_THRESHOLD: Duration = Duration::from_secs(5);
-
-/// Minimum wait for which the state of a job is written to the store.
-const STORE_JOB_THRESHOLD: Duration = Duration::from_secs(1);
-
-/// Interval at which a missing or paused plugin is looked up again. A change of the plugins
-/// triggers a lookup at once.
-const PLUGIN_POLL_INTERVAL: Duration = Duration::from_secs(30);
+pub(crate) const DEFER_THRESHOLD: Duration = Duration::from_secs(5);
 
 /// State that all requests of a batch share.
 pub(crate) struct Context {
@@ -140,20 +131,6 @@ pub(crate) enum AttemptOutcome {
     Retry(Timestamp, RetryState),
     /// The batch was stopped before the request was sent.
     Stopped,
-}
-
-/// Outcome of the steps of an adapter.
-enum StepOutcome {
-    /// The adapter returned an answer.
-    Done(Answer),
-    /// The adapter asks for a retry after this pause. The answer is used if no retry is left.
-    Retry(Option<Duration>, Answer),
-    /// The batch was stopped before the request was sent.
-    Stopped,
-    /// The request was not sent and is tried again at this time.
-    Postponed(Timestamp),
-    /// The provider works on a job, which is polled at this time.
-    Polling(Timestamp),
 }
 
 impl Context {
@@ -422,272 +399,6 @@ impl Context {
             .then(|| AttemptOutcome::Retry(waits.map_or(at, |until| until.max(at)), retry_state))
     }
 
-    /// Runs the steps of the adapter until an answer, a retry or a long wait.
-    async fn run_steps(
-        &self,
-        exchange: &mut Exchange<'_>,
-        line: Line<'_>,
-        request: &impl Fn() -> Request,
-        may_send: impl Fn() -> bool,
-    ) -> Result<StepOutcome, CallError> {
-        let plugin = exchange.plugin;
-        // The permit comes before the memory: a request that waits for a permit must not hold
-        // memory that requests in flight need.
-        match self.admit(plugin).await {
-            Admission::Permit(place) => exchange.place = Some(place),
-            Admission::Stopped => return Ok(StepOutcome::Stopped),
-            Admission::Postponed(until) => return Ok(StepOutcome::Postponed(until)),
-        }
-        // The plugin or its breaker may have changed during the wait.
-        if !may_send() {
-            return Ok(StepOutcome::Postponed(self.clock.now()));
-        }
-        tokio::select! {
-            biased;
-            () = exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()) => {}
-            () = self.stop.asked() => return Ok(StepOutcome::Stopped),
-        }
-        let mut step = match exchange.job.take() {
-            // The job was started before, so the adapter polls it.
-            Some(state) => {
-                let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
-                exchange.job = Some(state);
-                step
-            }
-            None => exchange.begin(&self.tenant, request).await?,
-        };
-        for _ in 0..plugin.limits().max_steps.get() {
-            step = match step {
-                Step::Done(answer) => {
-                    exchange.record_answer(&answer, line.id);
-                    return Ok(StepOutcome::Done(answer));
-                }
-                Step::Retry { after_milliseconds, otherwise } => {
-                    return Ok(StepOutcome::Retry(
-                        after_milliseconds.map(Duration::from_millis),
-                        otherwise,
-                    ));
-                }
-                Step::Send { request, state } => {
-                    let mut outcome = exchange.send(&self.tenant, request, &self.clock).await;
-                    exchange.resume(&self.tenant, &state, &mut outcome).await?
-                }
-                Step::Wait { milliseconds, state } => {
-                    let pause = Duration::from_millis(milliseconds);
-                    exchange.job_is_kept &= exchange.job.as_ref() == Some(&state);
-                    if pause >= STORE_JOB_THRESHOLD && !exchange.job_is_kept {
-                        exchange.job_is_kept = self.jobs.keep(line.number, plugin, &state).await;
-                    }
-                    if pause >= DEFER_THRESHOLD && exchange.job_is_kept {
-                        return Ok(StepOutcome::Polling(self.clock.now().after(pause)));
-                    }
-                    // The wait ends early only if the batch is stopped and its grace period ends.
-                    exchange.place = None;
-                    exchange.reservation.shrink_to(state.len());
-                    self.clock.sleep(pause).await;
-                    while exchange.place.is_none() {
-                        match plugin.gateway().admit(self.queue).await {
-                            Ok(place) => exchange.place = Some(place),
-                            Err(until) => tokio::time::sleep_until(until).await,
-                        }
-                    }
-                    exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
-                    let step = exchange.resume(&self.tenant, &state, &mut Outcome::Elapsed).await?;
-                    exchange.job = Some(state);
-                    step
-                }
-            };
-        }
-        Err(CallError::Contract {
-            plugin: plugin.name().to_owned(),
-            function: "resume",
-            message: format!(
-                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
-                plugin.limits().max_steps
-            ),
-        })
-    }
-
-    /// Waits for a permit of the provider, for its request rate, and for the gate.
-    async fn admit(&self, plugin: &Plugin) -> Admission {
-        if self.stop.reason().is_some() {
-            return Admission::Stopped;
-        }
-        let admitted = async {
-            loop {
-                let admitted = match plugin.gateway().admit(self.queue).await {
-                    Ok(admitted) => admitted,
-                    Err(until) => {
-                        let left = until.saturating_duration_since(tokio::time::Instant::now());
-                        return Admission::Postponed(self.clock.now().after(left));
-                    }
-                };
-                plugin.gateway().rate_limit_ready().await;
-                if self.gate.is_open() {
-                    return Admission::Permit(admitted);
-                }
-                // No request is sent while its result could not be written.
-                drop(admitted);
-                self.gate.open().await;
-            }
-        };
-        // Biased, because a request that is admitted at once need not register for a stop.
-        tokio::select! {
-            biased;
-            admission = admitted => admission,
-            () = self.leave.cancelled() => match self.stop.reason() {
-                Some(_) => Admission::Stopped,
-                None => Admission::Postponed(self.clock.now()),
-            },
-        }
-    }
-
-    /// Records a success of the provider and logs the end of an outage.
-    fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
-        if let Some(outage) = breaker.record_success() {
-            tracing::warn!(
-                tenant = %self.tenant,
-                batch = %self.batch,
-                plugin = plugin.name(),
-                endpoint = %self.endpoint,
-                duration_ms = milliseconds(outage.since.until(self.clock.now())),
-                error = outage.trouble.detail,
-                "breaker closed"
-            );
-            self.breaker_registry.notify();
-        }
-    }
-
-    /// Records a failure that may be the fault of the provider, and logs the start of an outage.
-    fn record_failure(
-        &self,
-        breaker: &Breaker,
-        line: Line<'_>,
-        plugin: &Plugin,
-        refused_at: Option<u64>,
-        trouble: ProviderFailure,
-        probe: bool,
-    ) -> FailureVerdict {
-        let detail = trouble.detail.clone();
-        let (verdict, opened) = breaker.record_failure(
-            self.clock.now(),
-            line.mark,
-            identity(plugin),
-            refused_at,
-            trouble,
-            probe,
-        );
-        if opened {
-            tracing::warn!(
-                tenant = %self.tenant,
-                batch = %self.batch,
-                plugin = plugin.name(),
-                endpoint = %self.endpoint,
-                error = detail,
-                "breaker opened"
-            );
-        } else {
-            tracing::debug!(
-                tenant = %self.tenant,
-                batch = %self.batch,
-                request = line.id,
-                plugin = plugin.name(),
-                ?verdict,
-                error = detail,
-                "request failed"
-            );
-        }
-        verdict
-    }
-
-    /// Describes a failure of the provider, for the client and for the operator.
-    fn describe_trouble(
-        &self,
-        kind: FailureKind,
-        answer: &Answer,
-        sent: Option<&ExchangeSummary>,
-    ) -> ProviderFailure {
-        let status = match answer {
-            Answer::Response(response) => Some(response.status),
-            Answer::Failure(_) => None,
-        };
-        let with_status = |what: &str| match status {
-            Some(status) => format!("{what} (status {status})."),
-            None => format!("{what}."),
-        };
-        let message = match (kind, answer) {
-            (FailureKind::Unauthorized, _) => {
-                with_status("The provider does not accept the operator's credential")
-            }
-            (FailureKind::Forbidden, _) => {
-                with_status("The provider denies this request to the operator's credential")
-            }
-            (FailureKind::Quota, _) => {
-                with_status("The provider says that the account's quota is used up")
-            }
-            (_, Answer::Failure(failure)) => failure.message.clone(),
-            (_, Answer::Response(_)) => with_status("The provider answers with an error"),
-        };
-        let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
-        ProviderFailure { kind, message, detail, answer: without_long_body(answer) }
-    }
-
-    /// Defers a line whose model has no plugin any more.
-    ///
-    /// A plugin served the model when the batch was validated, and the plugin may return.
-    fn missing_plugin(&self, line: Line<'_>, retry_state: RetryState) -> AttemptOutcome {
-        let model = truncate_for_message(line.model);
-        let message = format!("No plugin serves the model '{model}' any more.");
-        let plugins = self.registry.current();
-        let gone =
-            self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
-        let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
-        let breaker = self.breaker_registry.of(&name, &self.tenant, self.endpoint);
-        let ended = self.blocked_by_plugin(&breaker, line, retry_state, &message, &message);
-        // Another batch may have opened the breaker, so this batch is registered as waiting too.
-        if !breaker.has_waiting(&self.batch) {
-            breaker.add_waiting(&self.batch, 1);
-        }
-        ended
-    }
-
-    /// Opens the breaker of a missing or paused plugin and defers a line.
-    ///
-    /// `message` is the cause for the client, `detail` the cause for the operator.
-    fn blocked_by_plugin(
-        &self,
-        breaker: &Breaker,
-        line: Line<'_>,
-        retry_state: RetryState,
-        message: &str,
-        detail: &str,
-    ) -> AttemptOutcome {
-        let now = self.clock.now();
-        if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
-            return AttemptOutcome::Answered(FinalAnswer { answer, by: None, reservation: None });
-        }
-        let trouble = ProviderFailure {
-            kind: FailureKind::Plugin,
-            message: message.to_owned(),
-            detail: detail.to_owned(),
-            answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
-        };
-        let (_, opened) = breaker.record_failure(now, line.mark, 0, None, trouble, true);
-        if opened {
-            tracing::warn!(
-                tenant = %self.tenant,
-                batch = %self.batch,
-                endpoint = %self.endpoint,
-                error = detail,
-                "breaker opened"
-            );
-        }
-        AttemptOutcome::Retry(
-            now.after(PLUGIN_POLL_INTERVAL),
-            RetryState { waits: true, ..retry_state },
-        )
-    }
-
     /// Returns an exponential backoff with jitter.
     ///
     /// The jitter removes up to half of the pause, so that requests that failed together are not
@@ -700,41 +411,17 @@ impl Context {
     }
 }
 
-/// Outcome of the wait for a permit.
-enum Admission {
-    /// The request may be sent with this permit.
-    Permit(Permit),
-    /// The batch was stopped.
-    Stopped,
-    /// The request is tried again at this time.
-    Postponed(Timestamp),
-}
-
 /// Returns a number that differs between a plugin and an earlier plugin of the same name.
-fn identity(plugin: &Plugin) -> usize {
+pub(crate) fn identity(plugin: &Plugin) -> usize {
     std::ptr::from_ref(plugin) as usize
 }
 
 /// Converts a duration to milliseconds, for the log.
-fn milliseconds(duration: Duration) -> u64 {
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Creates an answer without a response of the provider.
-fn failure(code: ErrorCode, message: String) -> Answer {
+pub(crate) fn failure(code: ErrorCode, message: String) -> Answer {
     Answer::Failure(Failure { code: code.into(), message })
-}
-
-/// Copies an answer for waiting lines, and replaces a long body by a short message.
-fn without_long_body(answer: &Answer) -> Answer {
-    const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
-    match answer {
-        Answer::Response(Response { status, body, .. }) if body.len() > MAX_COPIED_BODY_BYTES => {
-            failure(
-                ErrorCode::ProviderError,
-                format!("The provider answered with status {status}."),
-            )
-        }
-        answer => answer.clone(),
-    }
 }

@@ -3,5 +3,7 @@
 pub(crate) mod assessment;
 pub(crate) mod attempt;
 pub(crate) mod exchange;
+mod failures;
 pub(crate) mod jobs;
 pub(crate) mod served_by;
+mod steps;

@@ -57,15 +57,15 @@ impl Model {
             }
         };
         match self.provider {
-            Provider::Random(reservation) => {
-                if rng.f64() < reservation {
+            Provider::Random(share) => {
+                if rng.f64() < share {
                     Err(None)
                 } else {
                     Ok(())
                 }
             }
-            Provider::Rate(rate, reservation) => {
-                if rng.f64() < reservation {
+            Provider::Rate(rate, share) => {
+                if rng.f64() < share {
                     return Err(None);
                 }
                 bucket(rate)

@@ -27,23 +27,26 @@
 //! caused is cached for some minutes, because each change in the plugin directory asks for all
 //! components again. A failure of the host, such as a full disk, is not cached.
 
+mod process;
+pub use process::Process;
+
 pub(crate) mod cache;
 #[cfg(target_os = "linux")]
 mod confinement;
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use crate::compile::process::EXIT_HOST_ERROR;
+use crate::compile::process::EXIT_INVALID_COMPONENT;
+use crate::compile::process::EXIT_OUT_OF_MEMORY;
 use batchwright_domain::units::{Size, Span};
-use clap::Args;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use rustix::process::nice;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::Semaphore;
@@ -51,8 +54,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use crate::compile::cache::Cache;
-use crate::package::files::MAX_COMPONENT_BYTES;
-use crate::sandbox::engine::{self, EngineKind};
+use crate::sandbox::engine::EngineKind;
 
 /// Hidden command that runs the compiler process.
 pub const COMMAND: &str = "compile-component";
@@ -61,7 +63,7 @@ pub const COMMAND: &str = "compile-component";
 const MAX_STDERR_BYTES: u64 = 4000;
 
 /// Prefix of a line on standard error that names a sandbox layer which this system lacks.
-const MISSING_LAYER_PREFIX: &str = "missing layer: ";
+pub(crate) const MISSING_LAYER_PREFIX: &str = "missing layer: ";
 
 /// Lifetime of a cached failure. A component is not compiled again before.
 const FAILURE_TTL: Duration = Duration::from_secs(300);
@@ -370,92 +372,4 @@ fn exec_hint(error: &str) -> &'static str {
 fn running_program() -> PathBuf {
     let linux = PathBuf::from("/proc/self/exe");
     if linux.exists() { linux } else { std::env::current_exe().unwrap_or(linux) }
-}
-
-/// Exit code: the compiler rejects the component.
-const EXIT_INVALID_COMPONENT: u8 = 1;
-
-/// Exit code: the process cannot set its limits, read its input or write its output.
-const EXIT_HOST_ERROR: u8 = 3;
-
-/// Exit code: the component itself does not fit into memory.
-const EXIT_OUT_OF_MEMORY: u8 = 4;
-
-/// Compiler process, with its arguments.
-#[derive(Args)]
-pub struct Process {
-    /// Memory limit, in bytes
-    #[arg(long)]
-    memory: u64,
-    /// CPU time limit, in seconds
-    #[arg(long)]
-    seconds: u64,
-    /// Id of the parent process
-    #[arg(long)]
-    parent: u32,
-    /// Selects the engine with asynchronous functions
-    #[arg(long)]
-    concurrent: bool,
-}
-
-impl Process {
-    /// Compiles the component on standard input and writes the code to standard output.
-    pub fn run(self) -> ExitCode {
-        match self.compile() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err((code, message)) => {
-                eprintln!("{message}");
-                ExitCode::from(code)
-            }
-        }
-    }
-
-    fn compile(self) -> Result<(), (u8, String)> {
-        self.confine().map_err(|error| {
-            (EXIT_HOST_ERROR, format!("the limits of the compiler cannot be set: {error}"))
-        })?;
-        let flavour = if self.concurrent { EngineKind::Concurrent } else { EngineKind::Plain };
-        let mut bytes = Vec::new();
-        let read = std::io::stdin().lock().take(MAX_COMPONENT_BYTES).read_to_end(&mut bytes);
-        read.map_err(|error| {
-            let code = if error.kind() == std::io::ErrorKind::OutOfMemory {
-                EXIT_OUT_OF_MEMORY
-            } else {
-                EXIT_HOST_ERROR
-            };
-            (code, format!("the component cannot be read: {error}"))
-        })?;
-        let compiler = engine::compiler(flavour).map_err(|message| (EXIT_HOST_ERROR, message))?;
-        let compiled = compiler
-            .precompile_component(&bytes)
-            .map_err(|error| (EXIT_INVALID_COMPONENT, format!("{error:#}")))?;
-        std::io::stdout().lock().write_all(&compiled).map_err(|error| {
-            (EXIT_HOST_ERROR, format!("its compiled code cannot be written: {error}"))
-        })
-    }
-
-    /// Sets the limits and enters the sandbox.
-    fn confine(&self) -> std::io::Result<()> {
-        #[cfg(target_os = "linux")]
-        {
-            use rustix::process::{Signal, getppid, set_parent_process_death_signal};
-            set_parent_process_death_signal(Some(Signal::KILL))?;
-            // A parent that ended before the call above sends no signal.
-            if getppid()
-                .is_none_or(|parent| parent.as_raw_nonzero().get().cast_unsigned() != self.parent)
-            {
-                return Err(std::io::Error::other("the parent process has ended"));
-            }
-        }
-        // Optional, as a system may forbid it.
-        nice(10).ok();
-        #[cfg(target_os = "linux")]
-        {
-            confinement::limit(self.memory, self.seconds)?;
-            for layer in confinement::enter() {
-                eprintln!("{MISSING_LAYER_PREFIX}{layer}");
-            }
-        }
-        Ok(())
-    }
 }

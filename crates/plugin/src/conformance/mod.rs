@@ -14,6 +14,9 @@
 //! **Blocking.** A call that waits for anything but the CPU holds an instance and its memory, so
 //! it is reported as a problem.
 
+mod adapter;
+mod validator;
+
 mod cases;
 mod inputs;
 mod mutations;
@@ -22,25 +25,19 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use batchwright_domain::endpoint::Endpoint;
-use batchwright_egress::{HttpResponse, TransportError};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::contract::types::{
-    Answer, BatchContext, Kind, Line, Outcome, Request, Step, ValidationReport, Violation,
+    BatchContext, Kind, Line, Outcome, Request, Step, ValidationReport, Violation,
 };
 use crate::error::CallError;
 use crate::plugin::Plugin;
-use inputs::{
-    ENDPOINTS, FAULTS, INPUT_LINES, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES,
-    OTHER_BODY,
-};
 
 /// Tenant of the first instance.
-const FIRST_TENANT: &str = "one";
+pub(crate) const FIRST_TENANT: &str = "one";
 
 /// Tenant of the second instance. A result must not depend on calls of the first instance.
-const SECOND_TENANT: &str = "two";
+pub(crate) const SECOND_TENANT: &str = "two";
 
 /// Result of one check.
 pub struct Check {
@@ -259,257 +256,9 @@ impl Report {
             violations
         })
     }
-
-    /// Runs the checks of an adapter.
-    async fn adapter(&mut self, plugin: &Plugin) {
-        let handled: Vec<_> =
-            ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(*endpoint)).collect();
-        if handled.is_empty() {
-            self.record(
-                "handles an endpoint",
-                Err("`describe` names no endpoint of the Batch API".into()),
-            );
-        }
-        for (endpoint, body) in &handled {
-            let endpoint = endpoint.as_str();
-            let good = request(endpoint, body);
-            let (first_step, same) = self.begin_twice(plugin, &good).await;
-            self.record(
-                format!("{endpoint}: `begin` returns the same step from every instance"),
-                same,
-            );
-            if let Some(Step::Send { request, .. }) = &first_step {
-                let sendable =
-                    plugin.gateway().check(request).map_err(|error| error.detail().to_owned());
-                self.record(
-                    format!("{endpoint}: the host accepts the adapter's request"),
-                    sendable,
-                );
-            }
-            // Now the second instance saw another request last. A plugin that keeps a request
-            // outside of the state fails the checks of `resume`.
-            let other = Request {
-                custom_id: "other".into(),
-                model: "other".into(),
-                ..request(endpoint, OTHER_BODY)
-            };
-            self.begin(plugin, SECOND_TENANT, &other).await.ok();
-            if let Some(Step::Send { state, .. } | Step::Wait { state, .. }) = first_step {
-                self.outcomes(plugin, endpoint, &state).await;
-            }
-            for (place, body) in ODD_BODIES.iter().enumerate() {
-                let (_, same) = self.begin_twice(plugin, &request(endpoint, body)).await;
-                self.record(format!("{endpoint}: odd body {}", place + 1), same);
-            }
-            let deep = format!(
-                r#"{{"model":"m","messages":[],"x":{}{}}}"#,
-                "[".repeat(5000),
-                "]".repeat(5000)
-            );
-            let (_, same) = self.begin_twice(plugin, &request(endpoint, &deep)).await;
-            self.record(format!("{endpoint}: a body nested 5,000 levels deep"), same);
-            let long = format!(
-                r#"{{"model":"m","input":"{0}","prompt":"{0}","messages":[]}}"#,
-                "x".repeat(1 << 20)
-            );
-            let (_, same) = self.begin_twice(plugin, &request(endpoint, &long)).await;
-            self.record(format!("{endpoint}: a body of 1 MiB"), same);
-        }
-        if plugin.handles(Endpoint::ChatCompletions) {
-            let robot = r#"{"model":"m","messages":[{"role":"robot","content":"x"}]}"#;
-            let step =
-                self.begin(plugin, FIRST_TENANT, &request("/v1/chat/completions", robot)).await;
-            let refused = match step {
-                Ok(Step::Done(Answer::Failure(_))) => Ok(()),
-                Ok(Step::Done(Answer::Response(response))) if response.status >= 400 => Ok(()),
-                Ok(_) => Err("a message with the role `robot` is not refused; the contract of \
-                              `begin` requires it"
-                    .into()),
-                Err(error) => Err(error.detail()),
-            };
-            self.record("refuses an unknown role before anything is sent", refused);
-        }
-        if plugin.classifies(true) {
-            self.classification(plugin).await;
-        }
-        let foreign = self.resume(plugin, SECOND_TENANT, b"not its own", Outcome::Elapsed).await;
-        self.record(
-            "`resume` handles a state that the plugin did not return",
-            foreign.map(drop).map_err(|error| error.detail()),
-        );
-    }
-
-    /// Begins a request on both instances, then again on the first, and compares the steps.
-    async fn begin_twice(
-        &mut self,
-        plugin: &Plugin,
-        request: &Request,
-    ) -> (Option<Step>, Result<(), String>) {
-        let first = self.begin(plugin, FIRST_TENANT, request).await;
-        let others = [
-            self.begin(plugin, SECOND_TENANT, request).await,
-            self.begin(plugin, FIRST_TENANT, request).await,
-        ];
-        let same = others.iter().try_for_each(|other| check_equal(&first, other));
-        (first.ok(), same)
-    }
-
-    /// Classifies odd responses on both instances and compares the results.
-    async fn classification(&mut self, plugin: &Plugin) {
-        for status in [200, 204, 400, 401, 403, 429, 500, 503, 599] {
-            let mut found = Ok(());
-            for body in ODD_RESPONSE_BODIES {
-                let headers = vec![("retry-after".to_owned(), "soon".to_owned())];
-                let response = HttpResponse { status, headers, body: body.to_vec() };
-                let (one, two) = (
-                    plugin.classify(&FIRST_TENANT.into(), &response).await,
-                    plugin.classify(&SECOND_TENANT.into(), &response).await,
-                );
-                found = found.and(check_equal(&one, &two));
-            }
-            self.record(
-                format!("`classify` returns the same result from every instance, status {status}"),
-                found,
-            );
-        }
-    }
-
-    /// Resumes with every outcome of an exchange on both instances and compares the steps.
-    async fn outcomes(&mut self, plugin: &Plugin, endpoint: &str, state: &[u8]) {
-        for status in
-            [200, 201, 204, 301, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 529, 599]
-        {
-            let mut found = Ok(());
-            for body in ODD_RESPONSE_BODIES {
-                let outcome = || {
-                    let headers = vec![
-                        ("content-type".to_owned(), "application/json".to_owned()),
-                        ("retry-after".to_owned(), "Wed, 21 Oct 2015 07:28:00 GMT".to_owned()),
-                    ];
-                    Outcome::Response(HttpResponse { status, headers, body: body.to_vec() })
-                };
-                let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
-                let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
-                found = found.and(check_equal(&one, &two)).map_err(|problem| {
-                    format!(
-                        "{problem}; the body was {}",
-                        String::from_utf8_lossy(body).escape_debug()
-                    )
-                });
-            }
-            self.record(format!("{endpoint}: responses with status {status}"), found);
-        }
-        for value in ODD_RETRY_AFTER_VALUES {
-            let outcome = || {
-                let headers = vec![("retry-after".to_owned(), value.to_owned())];
-                Outcome::Response(HttpResponse { status: 429, headers, body: b"{}".to_vec() })
-            };
-            let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
-            let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
-            let shown: String = value.chars().take(20).collect();
-            self.record(
-                format!("{endpoint}: 429 with retry-after {shown}"),
-                check_equal(&one, &two),
-            );
-        }
-        let deep =
-            format!(r#"{{"error":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000)).into_bytes();
-        for status in [200, 503] {
-            let response =
-                Outcome::Response(HttpResponse { status, headers: Vec::new(), body: deep.clone() });
-            let found = self.resume(plugin, FIRST_TENANT, state, response).await;
-            let found = found.map(drop).map_err(|error| error.detail());
-            self.record(
-                format!("{endpoint}: a response with status {status}, nested 10,000 levels deep"),
-                found,
-            );
-        }
-        let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1 << 20));
-        let headers = vec![("content-type".to_owned(), "application/json".to_owned())];
-        let long =
-            Outcome::Response(HttpResponse { status: 200, headers, body: long.into_bytes() });
-        let found = self.resume(plugin, FIRST_TENANT, state, long).await;
-        self.record(
-            format!("{endpoint}: a response of 1 MiB"),
-            found.map(drop).map_err(|error| error.detail()),
-        );
-        for fault in FAULTS {
-            let outcome = || Outcome::Error(TransportError::new(fault, "It did not work."));
-            let one = self.resume(plugin, FIRST_TENANT, state, outcome()).await;
-            let two = self.resume(plugin, SECOND_TENANT, state, outcome()).await;
-            self.record(
-                format!("{endpoint}: {fault:?} instead of a response"),
-                check_equal(&one, &two),
-            );
-        }
-    }
-
-    /// Runs the checks of a validator.
-    async fn validator(&mut self, plugin: &Plugin) {
-        let numbered = |texts: &[&str]| -> Vec<Line> {
-            (1..)
-                .zip(texts)
-                .map(|(number, text)| Line { number, text: (*text).to_owned() })
-                .collect()
-        };
-        let lines = numbered(&INPUT_LINES);
-        for (endpoint, _) in ENDPOINTS.iter().filter(|(endpoint, _)| plugin.handles(*endpoint)) {
-            let endpoint = endpoint.as_str();
-            let batch = context(endpoint);
-            let whole = self.validate(plugin, FIRST_TENANT, &batch, &lines).await;
-            let again = self.validate(plugin, SECOND_TENANT, &batch, &lines).await;
-            self.record(
-                format!("{endpoint}: `validate` returns the same violations from every instance"),
-                check_equal(&whole, &again),
-            );
-            let mut one_by_one = Ok(Vec::new());
-            for line in &lines {
-                let found =
-                    self.validate(plugin, FIRST_TENANT, &batch, std::slice::from_ref(line)).await;
-                one_by_one = one_by_one.and_then(|mut all: Vec<Violation>| {
-                    all.extend(found?);
-                    Ok(all)
-                });
-            }
-            self.record(
-                format!("{endpoint}: `validate` returns the same violations line by line"),
-                check_equal(&whole, &one_by_one),
-            );
-            let bare =
-                BatchContext { metadata: Vec::new(), first_model: None, ..context(endpoint) };
-            let found = self.validate(plugin, FIRST_TENANT, &bare, &lines).await;
-            let found = found.map(drop).map_err(|error| error.detail());
-            self.record(
-                format!("{endpoint}: a batch without metadata whose first line names no model"),
-                found,
-            );
-            let none = self.validate(plugin, FIRST_TENANT, &batch, &[]).await;
-            self.record(
-                format!("{endpoint}: no violations without lines"),
-                match none {
-                    Ok(found) if found.is_empty() => Ok(()),
-                    Ok(found) => Err(format!("found {found:?}")),
-                    Err(error) => Err(error.detail()),
-                },
-            );
-        }
-        let batch = context("/v1/chat/completions");
-        let long = format!(r#"{{"custom_id":"{}"}}"#, "x".repeat(1 << 20));
-        let deep =
-            format!(r#"{{"custom_id":"a","body":{}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
-        for (name, text) in
-            [("a line of 1 MiB", &long), ("a line nested 10,000 levels deep", &deep)]
-        {
-            let found = self.validate(plugin, FIRST_TENANT, &batch, &numbered(&[text])).await;
-            self.record(name, found.map(drop).map_err(|error| error.detail()));
-        }
-        let many: Vec<&str> = INPUT_LINES.iter().copied().cycle().take(1000).collect();
-        let found = self.validate(plugin, FIRST_TENANT, &batch, &numbered(&many)).await;
-        self.record("1,000 lines in one call", found.map(drop).map_err(|error| error.detail()));
-    }
 }
 
-fn request(endpoint: &str, body: &str) -> Request {
+pub(crate) fn request(endpoint: &str, body: &str) -> Request {
     Request {
         id: format!("batch_req_{}", "0".repeat(32)),
         custom_id: "case".into(),
@@ -521,7 +270,7 @@ fn request(endpoint: &str, body: &str) -> Request {
     }
 }
 
-fn context(endpoint: &str) -> BatchContext {
+pub(crate) fn context(endpoint: &str) -> BatchContext {
     let metadata = vec![("team".into(), "research".into())];
     BatchContext {
         id: format!("batch_{}", "0".repeat(32)),
@@ -532,7 +281,7 @@ fn context(endpoint: &str) -> BatchContext {
 }
 
 /// Checks that two instances returned equal results. A failed call is a problem too.
-fn check_equal<T: Debug>(
+pub(crate) fn check_equal<T: Debug>(
     one: &Result<T, CallError>,
     other: &Result<T, CallError>,
 ) -> Result<(), String> {

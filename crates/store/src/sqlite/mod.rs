@@ -1,5 +1,8 @@
 //! Store in SQLite in WAL mode: one connection writes, in groups; a few connections read.
 
+mod results;
+mod store;
+
 mod batches;
 mod connection;
 mod files;
@@ -12,23 +15,17 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
+use batchwright_domain::ids::ObjectKey;
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
-    Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
-    Store, StoreError, Validated, Waiting,
-};
+use super::{Result, StoreError};
 use crate::private;
 use connection::{Readers, Writer};
-use keys::BatchRow;
 
 /// Owner of all claims and registrations: the holder of the data folder's lock, since no other
 /// process can write to the database.
-const OWNER: &str = "holder of the folder's lock";
+pub(crate) const OWNER: &str = "holder of the folder's lock";
 
 /// Store in a SQLite database of a data folder.
 pub struct SqliteStore {
@@ -82,18 +79,6 @@ impl SqliteStore {
     }
 }
 
-/// Tables that a readiness probe reads.
-const TABLES: [&str; 8] = [
-    "tenants",
-    "files",
-    "batches",
-    "batch_errors",
-    "results",
-    "batch_plugins",
-    "jobs",
-    "pending_objects",
-];
-
 /// Creates the data folder if it does not exist and locks it for this process.
 fn lock_folder(folder: &Path) -> Result<File> {
     let failed =
@@ -140,7 +125,7 @@ fn migrate(connection: &mut Connection) -> std::result::Result<(), String> {
 }
 
 /// Returns the key of a tenant, or `None` if the database has no such tenant.
-fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
+pub(crate) fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
     let mut statement = connection
         .prepare_cached("SELECT key FROM tenants WHERE name = ?1")
         .map_err(database_error)?;
@@ -148,7 +133,7 @@ fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option<i64>> {
 }
 
 /// Returns the key of a tenant; inserts the tenant if the database has no such tenant.
-fn insert_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
+pub(crate) fn insert_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
     if let Some(key) = tenant_key(connection, tenant)? {
         return Ok(key);
     }
@@ -174,360 +159,11 @@ fn to_u64(number: i64) -> u64 {
 
 /// Converts an error of SQLite and records a reported corruption.
 #[expect(clippy::needless_pass_by_value, reason = "signature for map_err")]
-fn database_error(error: rusqlite::Error) -> StoreError {
+pub(crate) fn database_error(error: rusqlite::Error) -> StoreError {
     connection::record_corruption(&error);
     match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(error.to_string()),
         _ => StoreError::Database(error.to_string()),
-    }
-}
-
-#[async_trait]
-impl Store for SqliteStore {
-    async fn insert_file(&self, tenant: &TenantId, file: FileRecord) -> Result<()> {
-        let tenant = tenant.clone();
-        self.writer
-            .write(move |connection| {
-                files::insert(connection, insert_tenant(connection, tenant.as_str())?, &file)
-            })
-            .await
-    }
-
-    async fn file(
-        &self,
-        tenant: &TenantId,
-        id: &FileId,
-        now: Timestamp,
-    ) -> Result<Option<FileRecord>> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.readers
-            .read(move |connection| files::get(connection, tenant.as_str(), id.as_str(), now))
-            .await
-    }
-
-    async fn files(&self, tenant: &TenantId, query: FileQuery) -> Result<Paged<FileRecord>> {
-        let tenant = tenant.clone();
-        self.readers.read(move |connection| files::list(connection, tenant.as_str(), &query)).await
-    }
-
-    async fn delete_file(&self, tenant: &TenantId, id: &FileId, now: Timestamp) -> Result<bool> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.writer
-            .write(move |connection| files::delete(connection, tenant.as_str(), id.as_str(), now))
-            .await
-    }
-
-    async fn register_object(
-        &self,
-        key: &ObjectKey,
-        now: Timestamp,
-        until: Timestamp,
-    ) -> Result<()> {
-        let key = key.clone();
-        self.writer
-            .write(move |connection| {
-                let tenant = insert_tenant(connection, key.tenant.as_str())?;
-                let object = (tenant, key.file.as_str(), OWNER);
-                files::register_object(connection, object, now, until)
-            })
-            .await
-    }
-
-    async fn renew_object(&self, key: &ObjectKey, until: Timestamp) -> Result<()> {
-        match self.set_object_lease(key, until).await? {
-            true => Ok(()),
-            false => Err(StoreError::Unregistered),
-        }
-    }
-
-    async fn abandon_object(&self, key: &ObjectKey) -> Result<()> {
-        self.set_object_lease(key, Timestamp::from_millis(0)).await.map(drop)
-    }
-
-    async fn take_abandoned_objects(
-        &self,
-        now: Timestamp,
-        until: Timestamp,
-        limit: usize,
-    ) -> Result<Vec<ObjectKey>> {
-        self.writer
-            .write(move |connection| {
-                files::take_abandoned_objects(connection, OWNER, now, until, limit)
-            })
-            .await
-    }
-
-    async fn unregister_object(&self, key: &ObjectKey) -> Result<()> {
-        let key = key.clone();
-        self.writer
-            .write(move |connection| match tenant_key(connection, key.tenant.as_str())? {
-                Some(tenant) => files::unregister_object(connection, tenant, key.file.as_str()),
-                None => Ok(()),
-            })
-            .await
-    }
-
-    async fn removable_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
-        self.readers.read(move |connection| files::removable(connection, now, limit)).await
-    }
-
-    async fn mark_file_removed(&self, key: &ObjectKey) -> Result<()> {
-        let key = key.clone();
-        self.writer
-            .write(move |connection| {
-                files::mark_removed(connection, key.tenant.as_str(), key.file.as_str())
-            })
-            .await
-    }
-
-    async fn purge_tombstones(&self, gone_before: Timestamp, limit: usize) -> Result<bool> {
-        self.writer.write(move |connection| files::purge(connection, gone_before, limit)).await
-    }
-
-    async fn create_batch(
-        &self,
-        tenant: &TenantId,
-        new: NewBatch,
-        idempotency: Option<Idempotency>,
-    ) -> Result<Created> {
-        let tenant = tenant.clone();
-        self.writer
-            .write(move |connection| {
-                batches::create(
-                    connection,
-                    insert_tenant(connection, tenant.as_str())?,
-                    &new,
-                    idempotency.as_ref(),
-                )
-            })
-            .await
-    }
-
-    async fn batch(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchRecord>> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.readers
-            .read(move |connection| batches::get(connection, tenant.as_str(), id.as_str()))
-            .await
-    }
-
-    async fn batch_errors(&self, tenant: &TenantId, id: &BatchId) -> Result<Vec<BatchError>> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.readers
-            .read(move |connection| batches::all_errors(connection, tenant.as_str(), id.as_str()))
-            .await
-    }
-
-    async fn batches(
-        &self,
-        tenant: &TenantId,
-        after: Option<BatchId>,
-        limit: usize,
-        bytes: usize,
-    ) -> Result<Paged<BatchRecord>> {
-        let tenant = tenant.clone();
-        self.readers
-            .read(move |connection| {
-                batches::list(
-                    connection,
-                    tenant.as_str(),
-                    after.as_ref().map(BatchId::as_str),
-                    limit,
-                    bytes,
-                )
-            })
-            .await
-    }
-
-    async fn request_cancel(
-        &self,
-        tenant: &TenantId,
-        id: &BatchId,
-        now: Timestamp,
-    ) -> Result<Cancel> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.writer
-            .write(move |connection| {
-                batches::request_cancel(connection, tenant.as_str(), id.as_str(), now)
-            })
-            .await
-    }
-
-    async fn waiting(&self, now: Timestamp) -> Result<Vec<Waiting>> {
-        self.readers.read(move |connection| work::waiting(connection, OWNER, now)).await
-    }
-
-    async fn claim(
-        &self,
-        waiting: &Waiting,
-        now: Timestamp,
-        until: Timestamp,
-    ) -> Result<Option<Claim>> {
-        let row = BatchRow::of(&waiting.key);
-        self.writer.write(move |connection| work::claim(connection, OWNER, row, now, until)).await
-    }
-
-    async fn renew(&self, claim: &Claim, until: Timestamp) -> Result<Orders> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| work::renew(connection, &claim, until)).await
-    }
-
-    async fn release(&self, claim: &Claim, how: Release) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| work::release(connection, &claim, &how)).await
-    }
-
-    async fn end_backoff(&self, now: Timestamp) -> Result<()> {
-        self.writer.write(move |connection| work::end_backoff(connection, now)).await
-    }
-
-    async fn save_job(&self, claim: &Claim, line: u64, job: Job) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| jobs::save(connection, &claim, line, &job)).await
-    }
-
-    async fn job(&self, claim: &Claim, line: u64) -> Result<Option<Job>> {
-        let claim = claim.clone();
-        self.readers.read(move |connection| jobs::get(connection, &claim, line)).await
-    }
-
-    async fn delete_job(&self, claim: &Claim, line: u64) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| jobs::delete(connection, &claim, line)).await
-    }
-
-    async fn has_jobs(&self, claim: &Claim) -> Result<bool> {
-        let claim = claim.clone();
-        self.readers.read(move |connection| jobs::exist(connection, &claim)).await
-    }
-
-    async fn input_file(&self, claim: &Claim) -> Result<Option<FileRecord>> {
-        let claim = claim.clone();
-        self.readers.read(move |connection| files::input_of(connection, &claim)).await
-    }
-
-    async fn fail(
-        &self,
-        claim: &Claim,
-        errors: Vec<BatchError>,
-        by: Vec<PluginVersion>,
-        at: Timestamp,
-    ) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| work::fail(connection, &claim, &errors, &by, at)).await
-    }
-
-    async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()> {
-        let claim = claim.clone();
-        self.writer
-            .write(move |connection| work::start_execution(connection, &claim, &found, at))
-            .await
-    }
-
-    async fn insert_results(
-        &self,
-        claim: &Claim,
-        rows: Arc<Vec<ResultRow>>,
-        by: Vec<PluginVersion>,
-    ) -> Result<()> {
-        let claim = claim.clone();
-        self.writer
-            .write(move |connection| work::insert_results(connection, &claim, &rows, &by))
-            .await
-    }
-
-    async fn plugin_versions(
-        &self,
-        tenant: &TenantId,
-        id: &BatchId,
-    ) -> Result<Option<Vec<PluginVersion>>> {
-        let (tenant, id) = (tenant.clone(), id.clone());
-        self.readers
-            .read(move |connection| {
-                batches::plugin_versions(connection, tenant.as_str(), id.as_str())
-            })
-            .await
-    }
-
-    async fn recorded_lines(&self, claim: &Claim, after: u64, limit: usize) -> Result<Vec<u64>> {
-        let claim = claim.clone();
-        self.readers
-            .read(move |connection| work::recorded_lines(connection, &claim, after, limit))
-            .await
-    }
-
-    async fn start_finalizing(&self, claim: &Claim, at: Timestamp) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| work::start_finalizing(connection, &claim, at)).await
-    }
-
-    async fn results(&self, claim: &Claim, after: u64, bytes: usize) -> Result<Results> {
-        let claim = claim.clone();
-        self.readers.read(move |connection| work::results(connection, &claim, after, bytes)).await
-    }
-
-    async fn finish(&self, claim: &Claim, finish: Finish) -> Result<()> {
-        let claim = claim.clone();
-        self.writer.write(move |connection| work::finish(connection, &claim, &finish)).await
-    }
-
-    async fn discard_results(&self, limit: usize) -> Result<bool> {
-        self.writer.write(move |connection| work::discard_results(connection, limit)).await
-    }
-
-    async fn removable_batches(
-        &self,
-        ended_before: Timestamp,
-        limit: usize,
-    ) -> Result<Vec<BatchKey>> {
-        self.readers
-            .read(move |connection| batches::removable(connection, ended_before, limit))
-            .await
-    }
-
-    async fn delete_batches(&self, batches: Vec<BatchKey>) -> Result<()> {
-        self.writer.write(move |connection| batches::delete(connection, &batches)).await
-    }
-
-    async fn compact(&self) -> Result<bool> {
-        self.writer.write(connection::compact).await
-    }
-
-    async fn close(&self) {
-        self.readers.close().await;
-        self.writer.close().await;
-    }
-
-    async fn probe(&self, now: Timestamp) -> Result<()> {
-        let write = self.writer.write(move |connection| {
-            let sql = "INSERT OR REPLACE INTO probe (key, at) VALUES (1, ?1)";
-            connection.execute(sql, [now.as_millis()]).map(drop).map_err(database_error)
-        });
-        write.await?;
-        self.probe_read().await
-    }
-
-    async fn probe_read(&self) -> Result<()> {
-        self.readers
-            .read(|connection| {
-                if let Some(corruption) = connection::corruption() {
-                    return Err(StoreError::Database(corruption));
-                }
-                for table in TABLES {
-                    let mut statement = connection
-                        .prepare_cached(&format!("SELECT * FROM {table} LIMIT 1"))
-                        .map_err(database_error)?;
-                    statement
-                        .query([])
-                        .and_then(|mut rows| rows.next().map(drop))
-                        .map_err(database_error)?;
-                }
-                Ok(())
-            })
-            .await
-    }
-
-    async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
-        self.readers.read(move |connection| files::newest(connection, now, limit)).await
     }
 }
 

@@ -30,34 +30,32 @@
 //! flight get a grace period and are dropped after it. Every answer that has arrived is recorded,
 //! even if the input cannot be read to its end. A panic in one request costs only its own line.
 
-use std::panic::AssertUnwindSafe;
+mod in_flight;
+mod targets;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::worker::execute::in_flight::Task;
+use crate::worker::execute::in_flight::mark;
+use crate::worker::execute::targets::Target;
+use crate::worker::execute::targets::Work;
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::error_code::ErrorCode;
-use batchwright_domain::ids::BatchId;
 use batchwright_memory::Holder;
-use batchwright_plugin::types::{Answer, Failure};
-use batchwright_store::{BatchRecord, Claim, Lane, Result, ResultRow};
-use bytes::Bytes;
-use futures_util::FutureExt;
+use batchwright_store::{BatchRecord, Claim, Lane, Result};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::formats::input::Input;
-use crate::formats::line::{RequestLine, with_model};
-use crate::formats::result_line::{request_id, row};
-use crate::request::attempt::{AttemptOutcome, Context, FinalAnswer, Line};
+use crate::request::attempt::Context;
 use crate::request::jobs::Jobs;
-use crate::schedule::breaker::{Breaker, BreakerDecision};
 use crate::schedule::lanes::{Lanes, Place, Plugins};
 use crate::schedule::parked::Checkpoint;
-use crate::schedule::retry_queue::{Entry, RetryQueue};
+use crate::schedule::retry_queue::Entry;
 use crate::schedule::stop::{Reason, Stop};
 use crate::worker::Worker;
-use crate::worker::record::{MAX_GROUP_ROWS, Recorded};
+use crate::worker::record::MAX_GROUP_ROWS;
 use crate::worker::unfinished_lines::UnfinishedLines;
 
 /// Size of the chunks in which the input is read.
@@ -67,7 +65,7 @@ const READ_CHUNK_BYTES: u64 = 128 << 10;
 const TASK_OVERHEAD_BYTES: usize = 8 << 10;
 
 /// Memory of a result in addition to its payload.
-const ROW_OVERHEAD_BYTES: usize = 512;
+pub(crate) const ROW_OVERHEAD_BYTES: usize = 512;
 
 /// Minimum idle time for which a batch is released to the store.
 const MIN_PARK_DURATION: Duration = Duration::from_secs(2);
@@ -98,12 +96,6 @@ enum Pause {
     Idle(Option<Timestamp>),
     /// The batch rests until this time.
     Parked(Timestamp),
-}
-
-/// Plugin that serves lines of the batch, with its circuit breaker.
-struct Target {
-    plugin: Holder,
-    breaker: Arc<Breaker>,
 }
 
 impl Worker {
@@ -434,169 +426,4 @@ impl Worker {
         }
         tasks.wait().await;
     }
-}
-
-/// State that an execution shares with the requests that it spawns.
-struct Work<'a> {
-    context: Arc<Context>,
-    holder: Holder,
-    targets: Vec<Target>,
-    results: mpsc::Sender<Recorded>,
-    kill: &'a CancellationToken,
-    tasks: &'a TaskTracker,
-}
-
-impl Work<'_> {
-    /// Returns true if all breakers are closed and without suspicion.
-    fn is_healthy(&self) -> bool {
-        self.targets.iter().all(|target| target.breaker.is_healthy())
-    }
-
-    /// Returns the time before which no line can be sent, or `None` if some line can be sent now.
-    fn blocked_until(&self, now: Timestamp) -> Option<Timestamp> {
-        if self.targets.iter().any(|target| target.breaker.is_healthy()) {
-            return None;
-        }
-        let waits = self
-            .targets
-            .iter()
-            .map(|target| self.waits_until(target, now))
-            .collect::<Option<Vec<_>>>()?;
-        waits.into_iter().min()
-    }
-
-    /// Returns the time at which the first waiting plugin may be tried again.
-    fn next_probe(&self, now: Timestamp) -> Option<Timestamp> {
-        self.targets.iter().filter_map(|target| self.waits_until(target, now)).min()
-    }
-
-    /// Returns the time until which lines of a plugin wait, or `None` if a line can be sent now.
-    fn waits_until(&self, target: &Target, now: Timestamp) -> Option<Timestamp> {
-        if target.breaker.is_healthy() {
-            return None;
-        }
-        match target.breaker.check(now, self.context.registry.current().identity(&target.plugin)) {
-            BreakerDecision::Wait(until) => Some(until),
-            BreakerDecision::Allow | BreakerDecision::Probe | BreakerDecision::GiveUp(_) => None,
-        }
-    }
-
-    /// Returns the target of a line, or `None` if its model is unknown or has no target.
-    fn target(&self, model: Option<&str>) -> Option<&Target> {
-        if let [only] = self.targets.as_slice() {
-            return Some(only);
-        }
-        let route = self.context.registry.current().route(&self.context.tenant, model?)?;
-        self.targets.iter().find(|target| *target.plugin == *route.plugin.name())
-    }
-}
-
-/// Request in flight.
-struct Task {
-    context: Arc<Context>,
-    deferred: Arc<RetryQueue>,
-    batch: BatchId,
-    entry: Entry,
-    bytes: Bytes,
-}
-
-impl Task {
-    /// Runs a request to its result.
-    ///
-    /// Returns `None` if the request was deferred, or if the batch was stopped before it was sent.
-    async fn run(mut self) -> Option<Recorded> {
-        loop {
-            // Boxed, because the future is large and its wrappers would move it.
-            let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
-            let (at, retry_state) = match attempt.await {
-                Err(_) => {
-                    return Some((
-                        panic_row(&self.batch, self.entry.number, &self.bytes),
-                        None,
-                        None,
-                    ));
-                }
-                Ok(TaskOutcome::Recorded(recorded)) => return Some(recorded),
-                Ok(TaskOutcome::Stopped) => return None,
-                Ok(TaskOutcome::Retry(at, retry_state)) => (at, retry_state),
-            };
-            self.entry.at = at;
-            self.entry.retry_state = retry_state;
-            // If there is no room for more deferred lines, the request waits in this task.
-            match self.deferred.add(self.entry) {
-                Ok(()) => return None,
-                Err(entry) => self.entry = entry,
-            }
-            tokio::select! {
-                () = self.context.clock.sleep_until(at) => {}
-                () = self.context.leave.cancelled() => return None,
-            }
-        }
-    }
-
-    /// Makes one attempt at the request.
-    async fn attempt(&self) -> TaskOutcome {
-        let (batch, number) = (&self.batch, self.entry.number);
-        let line = std::str::from_utf8(&self.bytes).map(RequestLine::parse).unwrap_or_default();
-        let custom_id = line.custom_id.as_deref().unwrap_or_default();
-        // A moderation line may name no model. It gets the model that it was validated with.
-        let default = self.context.default_model.as_deref().filter(|_| line.model.is_none());
-        let with_default =
-            line.body.zip(default).map(|(body, model)| (with_model(body, model), model));
-        let (body, model) = match &with_default {
-            Some((body, model)) => (Some(body.as_str()), Some(*model)),
-            None => (line.body, line.model.as_deref()),
-        };
-        let (Some(body), Some(model)) = (body, model) else {
-            // Validation rejects such lines, so the file must have changed since then.
-            let message = "The input file has changed since it was validated; \
-                           upload it again and create a new batch."
-                .into();
-            let failure =
-                Answer::Failure(Failure { code: ErrorCode::InvalidRequest.into(), message });
-            return TaskOutcome::Recorded((row(batch, number, custom_id, &failure), None, None));
-        };
-        let id = request_id(batch, number);
-        let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
-        match self.context.attempt(line, self.entry.retry_state).await {
-            AttemptOutcome::Stopped => TaskOutcome::Stopped,
-            AttemptOutcome::Retry(at, retry_state) => TaskOutcome::Retry(at, retry_state),
-            AttemptOutcome::Answered(FinalAnswer { answer, by, mut reservation }) => {
-                let row = row(batch, number, custom_id, &answer);
-                drop(answer);
-                if let Some(reservation) = &mut reservation {
-                    reservation.shrink_to(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
-                }
-                TaskOutcome::Recorded((row, by, reservation))
-            }
-        }
-    }
-}
-
-/// Outcome of one attempt at a request.
-enum TaskOutcome {
-    /// The request has a result.
-    Recorded(Recorded),
-    /// The request is retried at this time.
-    Retry(Timestamp, crate::schedule::retry_queue::RetryState),
-    /// The batch was stopped before the request was sent.
-    Stopped,
-}
-
-/// Returns the hash by which breakers identify a line.
-pub(crate) fn mark(batch: &BatchId, number: u64) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (batch.as_str(), number).hash(&mut hasher);
-    hasher.finish()
-}
-
-/// Returns the result of a request whose task panicked.
-///
-/// A panic is a bug of the server. The line gets an error, and the batch continues.
-fn panic_row(batch: &BatchId, number: u64, bytes: &Bytes) -> ResultRow {
-    let line = std::str::from_utf8(bytes).map(RequestLine::parse).unwrap_or_default();
-    let message = "The server failed while it processed this request; see the server log.".into();
-    let failure = Failure { code: ErrorCode::InternalError.into(), message };
-    row(batch, number, line.custom_id.as_deref().unwrap_or_default(), &Answer::Failure(failure))
 }

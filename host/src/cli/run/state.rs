@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use super::path_text;
-use super::place::{FileDigest, Target, digest};
+use crate::cli::path_text;
+use crate::cli::place::{FileDigest, Target, digest};
 
 /// Name of the record in the state folder.
 const STATE_FILE_NAME: &str = "run.json";

@@ -28,43 +28,41 @@
 //! (SIGINT, SIGTERM or SIGHUP) lets requests in flight finish and stops the run with status 130; a
 //! second signal ends the process at once.
 
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+pub mod create;
+mod results;
+mod state;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use batchwright_batch::{Engine, NewBatchRequest, NewFile, Service};
-use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::{BatchId, FileId, TenantId};
+use crate::cli::run::create::COMPLETION_WINDOW;
+use crate::cli::run::create::create_or_resume;
+use crate::cli::run::results::content;
+use crate::cli::run::results::place_results;
+use crate::cli::run::results::report;
+use batchwright_batch::{Engine, Service};
+use batchwright_domain::ids::BatchId;
 use batchwright_domain::settings::Value;
-use batchwright_domain::status::Status;
-use batchwright_domain::text::hex;
 use batchwright_domain::units::Span;
 use batchwright_plugin::check_directory;
 use batchwright_store::{BatchRecord, Paged, umask};
-use bytes::Bytes;
 use clap::Args;
-use futures_util::{Stream, stream};
-use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
-use super::failures::Failures;
-use super::place::{Target, check};
-use super::progress::Progress;
-use super::run_state::{RunPaths, RunState, remove};
-use super::{Error, ProcessSignals, user_cache, warn_unknown_variables};
 use crate::assemble::Options;
-use crate::cli::terminal::{errln, one_line};
+use crate::cli::failures::Failures;
+use crate::cli::place::{Target, check};
+use crate::cli::progress::Progress;
+use crate::cli::run::state::{RunPaths, RunState, remove};
+use crate::cli::terminal::errln;
+use crate::cli::{Error, ProcessSignals, user_cache, warn_unknown_variables};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::{assemble, telemetry};
 
-/// Size of the chunks in which a result file is copied, in bytes.
-const READ_CHUNK_BYTES: u64 = 512 << 10;
-
 /// Tenant of every run.
-const TENANT: &str = "default";
+pub(crate) const TENANT: &str = "default";
 
 /// Interval between two updates of the progress display.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -80,9 +78,6 @@ const PROVIDER_UNAVAILABLE_STATUS: u8 = 6;
 /// The registry is off because the command prints the errors of plugins itself.
 const LOG_FILTER: &str =
     "info,batchwright_batch=warn,batchwright_plugin=warn,batchwright_plugin::registry=off";
-
-/// Completion window of a run, long enough to have no effect.
-const COMPLETION_WINDOW: &str = "99years";
 
 /// Arguments of `batchwright run`.
 #[derive(Args)]
@@ -216,41 +211,6 @@ fn setting<T: Value>(name: &'static str, text: &str) -> Result<T, ConfigError> {
     T::parse(text).map_err(|message| ConfigError::Value { setting: name, message })
 }
 
-/// Returns the `url` of the first line that has one.
-fn first_url(input: &Path) -> std::io::Result<Option<String>> {
-    #[derive(Deserialize)]
-    struct Url {
-        url: String,
-    }
-    // The search is bounded: a file without a `url` in its first 16 MiB fails validation.
-    let beginning = BufReader::new(std::fs::File::open(input)?.take(16 << 20));
-    for line in beginning.split(b'\n') {
-        let line = line?;
-        let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line);
-        if let Ok(Url { url }) = serde_json::from_slice(line) {
-            return Ok(Some(url));
-        }
-    }
-    Ok(None)
-}
-
-/// Returns the endpoint in the first `url` of an input file; fails if it is not a batch endpoint.
-pub fn endpoint_of_first_line(input: &Path) -> Result<Option<String>, Error> {
-    let failed = |error: std::io::Error| {
-        Error::Other(format!("failed to read {}: {error}", input.display()))
-    };
-    let Some(url) = first_url(input).map_err(failed)? else { return Ok(None) };
-    if Endpoint::parse(&url).is_some() {
-        return Ok(Some(url));
-    }
-    let endpoints = Endpoint::ALL.map(Endpoint::as_str).join(", ");
-    let input = input.display();
-    Err(Error::Other(format!(
-        "{input}: the first `url` is '{url}', which is not a batch endpoint ({endpoints}); \
-         correct it, or give --endpoint"
-    )))
-}
-
 /// Opens the state folder and the plugins; prints a warning for each plugin that is not loaded.
 async fn open(settings: Settings) -> Result<Arc<Engine>, Error> {
     // The state folder is removed at the end; serials must survive it.
@@ -265,136 +225,8 @@ async fn open(settings: Settings) -> Result<Arc<Engine>, Error> {
     Ok(engine)
 }
 
-/// Creates the batch, or finds the batch of an unfinished run; returns its id and record.
-async fn create_or_resume(
-    engine: &Engine,
-    paths: &RunPaths,
-    before: Option<RunState>,
-    endpoint: Option<String>,
-    partial: bool,
-) -> Result<(BatchId, RunState), Error> {
-    if let (Some(batch), Some(saved)) = (unfinished_batch(engine.service()).await?, before) {
-        if !partial {
-            saved.check(paths, endpoint.as_deref())?;
-            errln!("continuing an unfinished run");
-        }
-        return Ok((batch.new.id, saved));
-    }
-    if partial {
-        let message = format!("{} holds no unfinished run", paths.state.display());
-        return Err(Error::Usage(message));
-    }
-    let (parts, tenant) = (engine.parts(), TenantId::from(TENANT));
-    parts
-        .registry
-        .current()
-        .check_required(&parts.config.required_plugins, &tenant)
-        .map_err(Error::Required)?;
-    let failed = |error: std::io::Error| {
-        Error::Other(format!("failed to read {}: {error}", paths.input.display()))
-    };
-    let endpoint = match endpoint {
-        Some(endpoint) => endpoint,
-        None => {
-            endpoint_of_first_line(&paths.input)?.unwrap_or_else(|| "/v1/chat/completions".into())
-        }
-    };
-    let upload_failed =
-        |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", paths.input.display()));
-    let mut file = std::fs::File::open(&paths.input).map_err(failed)?;
-    let mut upload = engine.service().upload(&tenant).await?;
-    let (mut buffer, mut digest, mut size) = (vec![0; 1 << 20], Sha256::new(), 0_u64);
-    loop {
-        let read = file.read(&mut buffer).map_err(failed)?;
-        let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
-        digest.update(bytes);
-        size = size.saturating_add(read as u64);
-        upload.write(bytes).await.map_err(|error| upload_failed(&error))?;
-    }
-    let filename = paths
-        .input
-        .file_name()
-        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let new = NewFile { filename, purpose: "batch".into(), lifetime: None };
-    let file = upload.finish(new).await.map_err(|error| upload_failed(&error))?;
-    let saved = RunState {
-        input: paths.input.clone(),
-        bytes: size,
-        sha256: hex(&digest.finalize()),
-        endpoint: endpoint.clone(),
-        placed: Vec::new(),
-        finished: None,
-    };
-    // The record is written before the batch, so that a folder with a batch always has a record.
-    saved.write(&paths.state)?;
-    let request = NewBatchRequest {
-        input_file_id: file.id,
-        endpoint,
-        completion_window: COMPLETION_WINDOW.into(),
-        metadata: None,
-        output_lifetime: None,
-        idempotency_key: None,
-    };
-    let batch = engine
-        .service()
-        .create(&tenant, request)
-        .await
-        .map_err(|error| Error::Other(error.to_string()))?;
-    Ok((batch.new.id, saved))
-}
-
-/// Writes the result files to their paths, except for those that an earlier attempt placed.
-///
-/// A file without a line is not written.
-async fn place_results(
-    service: &Arc<Service>,
-    batch: &BatchRecord,
-    paths: &RunPaths,
-    saved: &mut RunState,
-    force: bool,
-) -> Result<(), Error> {
-    for (target, id) in
-        [(&paths.output, &batch.output_file_id), (&paths.errors, &batch.error_file_id)]
-    {
-        let Some(id) = id else { continue };
-        if target.path().is_none() {
-            target.write_through(content(service, id).await?).await?;
-            continue;
-        }
-        if saved.placed.iter().any(|written| target.matches(written)) {
-            continue;
-        }
-        let draft = target.draft(Some(&paths.state), content(service, id).await?).await?;
-        let overwrite = force || saved.placed.iter().any(|written| target.matches(written));
-        saved.placed.retain(|written| written.path != draft.digested.path);
-        saved.placed.push(draft.digested.clone());
-        saved.write(&paths.state)?;
-        target.place(draft, overwrite)?;
-    }
-    Ok(())
-}
-
-/// Streams the content of a result file in chunks.
-async fn content(
-    service: &Arc<Service>,
-    id: &FileId,
-) -> Result<impl Stream<Item = Result<Bytes, Error>> + use<>, Error> {
-    let (service, tenant, id) = (service.clone(), TenantId::from(TENANT), id.clone());
-    let size = service.content_size(&tenant, &id).await?;
-    Ok(stream::try_unfold(0, move |at: u64| {
-        let (service, tenant, id) = (service.clone(), tenant.clone(), id.clone());
-        async move {
-            if at >= size {
-                return Ok(None);
-            }
-            let next = at.saturating_add(READ_CHUNK_BYTES).min(size);
-            Ok(Some((service.content(&tenant, &id, at..next).await?, next)))
-        }
-    }))
-}
-
 /// Returns the batch in the state folder of an earlier run.
-async fn unfinished_batch(service: &Service) -> Result<Option<BatchRecord>, Error> {
+pub(crate) async fn unfinished_batch(service: &Service) -> Result<Option<BatchRecord>, Error> {
     Ok(match service.list(&TENANT.into(), None, 1, usize::MAX).await? {
         Paged::Page(page) => page.items.into_iter().next(),
         Paged::UnknownAfter => None,
@@ -467,47 +299,4 @@ async fn watch(engine: &Engine, id: &BatchId, max_outage: Duration) -> Result<Ru
             }
         }
     }
-}
-
-/// Prints the errors, counts and result files of a batch; returns the exit status.
-fn report(batch: &BatchRecord, failures: &Failures, output: &Target, errors: &Target) -> u8 {
-    let mut rejected = Failures::default();
-    batch.errors.iter().for_each(|error| rejected.add(&error.code));
-    let by_code = rejected.summary();
-    for error in &batch.errors {
-        let position = error.line.map(|line| format!("line {line}: ")).unwrap_or_default();
-        let param = error.param.as_ref().map(|param| format!(" ({param})")).unwrap_or_default();
-        errln!("{}", one_line(&format!("{position}{}{param}: {}", error.code, error.message)));
-    }
-    let counts = batch.counts;
-    match batch.status {
-        Status::Failed if counts.total == 0 => {
-            errln!("rejected ({by_code}): no request was sent; correct the input and run again")
-        }
-        status => {
-            let (completed, failed) = (counts.completed, counts.failed);
-            errln!(
-                "{}: {completed} of {} answered, {failed} failed",
-                status.as_str(),
-                counts.total
-            );
-            let by_code = failures.summary();
-            if !by_code.is_empty() {
-                errln!("failed: {by_code}");
-            }
-            for (what, id, target) in [
-                ("output", &batch.output_file_id, output),
-                ("errors", &batch.error_file_id, errors),
-            ] {
-                let path = target.given.display();
-                if id.is_some() {
-                    errln!("{what}: {path}");
-                } else if target.exists() {
-                    errln!("{what}: none; {path} is from an earlier run and stays as it is");
-                }
-            }
-        }
-    }
-    let every_line = batch.status == Status::Completed && counts.failed == 0;
-    u8::from(!every_line)
 }

@@ -1,0 +1,186 @@
+//! Failures of a provider: what they mean for the breaker, the line and the people involved.
+
+use crate::request::attempt::AttemptOutcome;
+use crate::request::attempt::Context;
+use crate::request::attempt::FinalAnswer;
+use crate::request::attempt::Line;
+use crate::request::attempt::failure;
+use crate::request::attempt::identity;
+use crate::request::attempt::milliseconds;
+use crate::request::exchange::ExchangeSummary;
+use crate::schedule::breaker::{
+    Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
+};
+use crate::schedule::breakers::MODEL;
+use crate::schedule::retry_queue::RetryState;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
+use batchwright_plugin::Plugin;
+use batchwright_plugin::types::{Answer, Response};
+use std::time::Duration;
+
+/// Interval at which a missing or paused plugin is looked up again. A change of the plugins
+/// triggers a lookup at once.
+const PLUGIN_POLL_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Copies an answer for waiting lines, and replaces a long body by a short message.
+fn without_long_body(answer: &Answer) -> Answer {
+    const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
+    match answer {
+        Answer::Response(Response { status, body, .. }) if body.len() > MAX_COPIED_BODY_BYTES => {
+            failure(
+                ErrorCode::ProviderError,
+                format!("The provider answered with status {status}."),
+            )
+        }
+        answer => answer.clone(),
+    }
+}
+
+impl Context {
+    /// Records a success of the provider and logs the end of an outage.
+    pub(super) fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
+        if let Some(outage) = breaker.record_success() {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                plugin = plugin.name(),
+                endpoint = %self.endpoint,
+                duration_ms = milliseconds(outage.since.until(self.clock.now())),
+                error = outage.trouble.detail,
+                "breaker closed"
+            );
+            self.breaker_registry.notify();
+        }
+    }
+
+    /// Records a failure that may be the fault of the provider, and logs the start of an outage.
+    pub(super) fn record_failure(
+        &self,
+        breaker: &Breaker,
+        line: Line<'_>,
+        plugin: &Plugin,
+        refused_at: Option<u64>,
+        trouble: ProviderFailure,
+        probe: bool,
+    ) -> FailureVerdict {
+        let detail = trouble.detail.clone();
+        let (verdict, opened) = breaker.record_failure(
+            self.clock.now(),
+            line.mark,
+            identity(plugin),
+            refused_at,
+            trouble,
+            probe,
+        );
+        if opened {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                plugin = plugin.name(),
+                endpoint = %self.endpoint,
+                error = detail,
+                "breaker opened"
+            );
+        } else {
+            tracing::debug!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                request = line.id,
+                plugin = plugin.name(),
+                ?verdict,
+                error = detail,
+                "request failed"
+            );
+        }
+        verdict
+    }
+
+    /// Describes a failure of the provider, for the client and for the operator.
+    pub(super) fn describe_trouble(
+        &self,
+        kind: FailureKind,
+        answer: &Answer,
+        sent: Option<&ExchangeSummary>,
+    ) -> ProviderFailure {
+        let status = match answer {
+            Answer::Response(response) => Some(response.status),
+            Answer::Failure(_) => None,
+        };
+        let with_status = |what: &str| match status {
+            Some(status) => format!("{what} (status {status})."),
+            None => format!("{what}."),
+        };
+        let message = match (kind, answer) {
+            (FailureKind::Unauthorized, _) => {
+                with_status("The provider does not accept the operator's credential")
+            }
+            (FailureKind::Forbidden, _) => {
+                with_status("The provider denies this request to the operator's credential")
+            }
+            (FailureKind::Quota, _) => {
+                with_status("The provider says that the account's quota is used up")
+            }
+            (_, Answer::Failure(failure)) => failure.message.clone(),
+            (_, Answer::Response(_)) => with_status("The provider answers with an error"),
+        };
+        let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
+        ProviderFailure { kind, message, detail, answer: without_long_body(answer) }
+    }
+
+    /// Defers a line whose model has no plugin any more.
+    ///
+    /// A plugin served the model when the batch was validated, and the plugin may return.
+    pub(super) fn missing_plugin(&self, line: Line<'_>, retry_state: RetryState) -> AttemptOutcome {
+        let model = truncate_for_message(line.model);
+        let message = format!("No plugin serves the model '{model}' any more.");
+        let plugins = self.registry.current();
+        let gone =
+            self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
+        let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
+        let breaker = self.breaker_registry.of(&name, &self.tenant, self.endpoint);
+        let ended = self.blocked_by_plugin(&breaker, line, retry_state, &message, &message);
+        // Another batch may have opened the breaker, so this batch is registered as waiting too.
+        if !breaker.has_waiting(&self.batch) {
+            breaker.add_waiting(&self.batch, 1);
+        }
+        ended
+    }
+
+    /// Opens the breaker of a missing or paused plugin and defers a line.
+    ///
+    /// `message` is the cause for the client, `detail` the cause for the operator.
+    pub(super) fn blocked_by_plugin(
+        &self,
+        breaker: &Breaker,
+        line: Line<'_>,
+        retry_state: RetryState,
+        message: &str,
+        detail: &str,
+    ) -> AttemptOutcome {
+        let now = self.clock.now();
+        if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
+            return AttemptOutcome::Answered(FinalAnswer { answer, by: None, reservation: None });
+        }
+        let trouble = ProviderFailure {
+            kind: FailureKind::Plugin,
+            message: message.to_owned(),
+            detail: detail.to_owned(),
+            answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
+        };
+        let (_, opened) = breaker.record_failure(now, line.mark, 0, None, trouble, true);
+        if opened {
+            tracing::warn!(
+                tenant = %self.tenant,
+                batch = %self.batch,
+                endpoint = %self.endpoint,
+                error = detail,
+                "breaker opened"
+            );
+        }
+        AttemptOutcome::Retry(
+            now.after(PLUGIN_POLL_INTERVAL),
+            RetryState { waits: true, ..retry_state },
+        )
+    }
+}
