@@ -4,6 +4,7 @@ mod crates;
 mod lines;
 mod links;
 mod names;
+mod rooms;
 mod words;
 
 use std::fs;
@@ -42,6 +43,7 @@ pub fn all() -> Result<()> {
     faults.extend(links::faults(&sources));
     faults.extend(words::faults(&sources));
     faults.extend(names::faults(&sources));
+    faults.extend(rooms::faults(&sources));
     if faults.is_empty() {
         return Ok(());
     }

@@ -10,7 +10,7 @@ use batchwright_store::{Objects, Result, Store, StoreError};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::engine::{Parts, Shared};
+use crate::parts::{Parts, Shared};
 
 /// Lifetime of a cached result.
 const CACHE_LIFETIME: Duration = Duration::from_secs(2);
@@ -22,7 +22,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// owners. If all of them are missing, the object store is faulty.
 const SAMPLED_FILES: usize = 5;
 
-/// Tenant that stands for all tenants that no plugin names.
+/// Tenant that represents all tenants that no plugin names.
 const DEFAULT_TENANT: &str = "default";
 
 /// Readiness of the server to validate, execute and store a new batch.

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::engine::{Parts, Shared};
+use crate::parts::{Parts, Shared};
 
 /// Interval between cleanups without a notification. File expiry sends no notification.
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(60);

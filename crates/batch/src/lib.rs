@@ -26,14 +26,16 @@ mod formats;
 mod health;
 mod janitor;
 mod objects;
+mod parts;
 mod request;
 mod schedule;
 mod service;
 mod worker;
 
 pub use config::{BatchConfig, Config, ExecutionConfig, RetentionConfig};
-pub use engine::{Engine, Parts};
+pub use engine::Engine;
 pub use health::{Health, Readiness};
+pub use parts::Parts;
 pub use schedule::breaker::Outage;
 pub use schedule::breakers::BreakerKey;
 pub use service::create::{CreateError, NewBatchRequest};

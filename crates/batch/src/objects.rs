@@ -47,7 +47,8 @@ impl RegisteredWriter {
         self.writer.write(bytes).await
     }
 
-    /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty then.
+    /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty
+    /// then.
     pub(crate) async fn flush_if_possible(&mut self) -> Result<bool> {
         self.writer.flush_if_possible().await
     }

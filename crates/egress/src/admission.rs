@@ -1,4 +1,4 @@
-//! AdmissionQueue: decides which waiting exchange may start next, within the operator's limit and within
+//! Admission: decides which waiting exchange may start next, within the operator's limit and within
 //! the limit that [`limit`](super::limit) estimates.
 //!
 //! **Fair share.** A queue is one batch. A free permit goes to the queue with the fewest exchanges

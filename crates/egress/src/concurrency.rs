@@ -132,7 +132,7 @@ pub(crate) struct Limit {
     rounds_at_ceiling: f64,
     /// True after an outage, which is no evidence about the current limit: the limit then doubles.
     recovering: bool,
-    /// Reservation of refusals that is random.
+    /// Share of refusals that is random.
     random_share: f64,
     /// CUSUM sum: log-likelihood ratio of more refusals than the random share.
     evidence_of_change: f64,

@@ -52,8 +52,8 @@ pub fn is_host_header(name: &HeaderName) -> bool {
 /// Minimum memory that an exchange reserves: its own state and the buffers of its connection.
 const MIN_EXCHANGE_BYTES: usize = 8 << 10;
 
-/// Granularity in which an exchange's memory share grows.
-const SHARE_STEP_BYTES: usize = 64 << 10;
+/// Granularity in which an exchange's memory reservation grows.
+const RESERVATION_STEP_BYTES: usize = 64 << 10;
 
 /// Maximum read buffer of a connection.
 pub(crate) const READ_BUFFER_BYTES: usize = 64 << 10;
@@ -101,7 +101,7 @@ struct Checked {
 struct Deadline(Instant);
 
 impl Deadline {
-    /// Grows `share` to `bytes`, and extends the deadline by the time that this takes.
+    /// Grows `reservation` to `bytes`, and extends the deadline by the time that this takes.
     async fn reserve(&mut self, reservation: &mut Reservation, bytes: usize) {
         if reservation.try_grow_to(bytes) {
             return;
@@ -145,7 +145,7 @@ impl Gateway {
         self.throttle.admit(queue).await
     }
 
-    /// Returns an empty share of the exchanges' memory pool.
+    /// Returns an empty reservation of the exchanges' memory pool.
     pub fn reservation(&self) -> Reservation {
         self.exchanges.reservation(&self.plugin)
     }
@@ -195,7 +195,7 @@ impl Gateway {
     }
 
     /// Performs an exchange, through all layers between a guest and the network. The response is
-    /// reserved in `share`; while the pool is full, receiving waits.
+    /// reserved in `reservation`; while the pool is full, receiving waits.
     pub async fn send(
         &self,
         tenant: &TenantId,
@@ -322,7 +322,7 @@ impl Gateway {
     }
 
     /// Sends a request and receives its response. `sent` is the size of the request body, which
-    /// counts toward `share` until the response is complete.
+    /// counts toward `reservation` until the response is complete.
     async fn exchange(
         &self,
         clients: &Arc<Clients>,
@@ -413,7 +413,7 @@ impl Gateway {
                 if sent.saturating_add(capacity) > reservation.bytes() {
                     end.reserve(
                         reservation,
-                        sent.saturating_add(capacity).next_multiple_of(SHARE_STEP_BYTES),
+                        sent.saturating_add(capacity).next_multiple_of(RESERVATION_STEP_BYTES),
                     )
                     .await;
                 }

@@ -1,7 +1,7 @@
 //! Line reader for an input file that buffers one chunk at a time.
 //!
-//! A line that is longer than [`MAX_BUFFERED_LINE_BYTES`] is not buffered. The reader returns its byte range, and the
-//! caller reads the line when memory is reserved for it.
+//! A line that is longer than [`MAX_BUFFERED_LINE_BYTES`] is not buffered. The reader returns its
+//! byte range, and the caller reads the line when memory is reserved for it.
 
 use std::ops::Range;
 use std::sync::Arc;

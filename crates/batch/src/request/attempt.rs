@@ -9,7 +9,7 @@
 //!   request, so nothing was charged. The request is retried for as long as its batch may wait, and
 //!   the attempt does not count. If other lines succeed meanwhile and the breaker finds the line at
 //!   fault, the line fails.
-//! - *FinalAnswer*: the provider has sent a response. A transient error is retried until
+//! - *Answered*: the provider has sent a response. A transient error is retried until
 //!   `max_attempts` attempts have failed. Any other response is the result.
 //! - *Ambiguous*: the request may have reached the provider, but no response arrived, for example
 //!   after a reset connection. The request may have been charged. The attempt counts, and
@@ -26,13 +26,13 @@
 //! **Order.** A request first waits for a permit of its provider and only then reserves memory, so
 //! that a waiting request holds no memory that requests in flight need. Between attempts, nothing
 //! of a request is in memory except its position and its retry state; see
-//! [`deferred`](crate::schedule::retry_queue).
+//! [`retry_queue`](crate::schedule::retry_queue).
 //!
 //! **Memory.** Everything that a request adds to its line (the body from the adapter, a response,
-//! the answer) is covered by a share of the pool `exchanges`, from before the send until the commit
-//! of the result. If a result of the guest exceeds the share, the result is dropped, the share
-//! waits for room, and the call is repeated. A call is a pure function, so the repeated call
-//! returns the same result.
+//! the answer) is covered by a reservation in the pool `exchanges`, from before the send until the
+//! commit of the result. If a result of the guest exceeds it, the result is dropped, the
+//! reservation waits for room, and the call is repeated. A call is a pure function, so the repeated
+//! call returns the same result.
 
 use std::sync::Arc;
 use std::time::Duration;

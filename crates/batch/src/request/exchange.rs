@@ -1,8 +1,8 @@
 //! Exchanges of one attempt with a provider: the permit, the memory and the calls of the adapter.
 //!
-//! The memory share covers the body of the request, the response and the answer. If the output of
-//! the adapter exceeds the share, the output is dropped, the share waits for room, and the call is
-//! repeated. A call is a pure function, so a second output that is larger is an error.
+//! The memory reservation covers the body of the request, the response and the answer. If the
+//! output of the adapter exceeds it, the output is dropped, the reservation waits for room, and the
+//! call is repeated. A call is a pure function, so a second output that is larger is an error.
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
@@ -67,7 +67,7 @@ impl<'a> Exchange<'a> {
 
     /// Calls `begin` of the adapter and returns the first step.
     ///
-    /// If the step does not fit into the memory share, waits for room and repeats the call.
+    /// If the step does not fit into the reservation, waits for room and repeats the call.
     pub(crate) async fn begin(
         &mut self,
         tenant: &TenantId,
@@ -82,9 +82,9 @@ impl<'a> Exchange<'a> {
         Ok(step)
     }
 
-    /// Grows the share to cover a step and `retained` bytes, without a wait.
+    /// Grows the reservation to cover a step and `retained` bytes, without a wait.
     ///
-    /// The error is the required size of the share.
+    /// The error is the required size of the reservation.
     fn try_reserve(&mut self, step: &Step, retained: usize) -> Result<(), usize> {
         let step_bytes = match step {
             Step::Send { request, .. } => request.body.len(),
@@ -155,7 +155,7 @@ impl<'a> Exchange<'a> {
 
     /// Calls `resume` of the adapter with an outcome and returns the next step.
     ///
-    /// If the step does not fit into the memory share, waits for room and repeats the call.
+    /// If the step does not fit into the reservation, waits for room and repeats the call.
     pub(crate) async fn resume(
         &mut self,
         tenant: &TenantId,

@@ -4,7 +4,7 @@
 //! out of quota. Without a breaker, each line of a batch would spend all its attempts on a failure
 //! that is not the fault of the line.
 //!
-//! **TransportErrorKind of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
+//! **Fault of the line or of the provider.** A single refusal proves nothing: a flagged prompt gets
 //! 403 while other requests succeed. So each failure adds to a suspicion score, and any success
 //! resets the score. The failed line is held for a moment and tried again. If a refused line is
 //! refused again although other lines have succeeded in between, the refusal is the fault of the
@@ -56,7 +56,7 @@ const MAX_FORBIDDEN_ATTEMPTS: u32 = 5;
 /// Maximum number of entries in each collection of a breaker.
 const MAX_TRACKED_ENTRIES: usize = 1024;
 
-/// FailureKind of provider failure.
+/// Kind of provider failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The request was not sent: DNS, connection or TLS failed.
@@ -88,7 +88,7 @@ impl FailureKind {
 /// Failure of a provider.
 #[derive(Clone, Debug)]
 pub struct ProviderFailure {
-    /// FailureKind of the failure.
+    /// Kind of the failure.
     pub kind: FailureKind,
     /// Cause for the client: one sentence without hosts, addresses or paths.
     pub message: String,
@@ -122,7 +122,7 @@ pub(crate) enum FailureVerdict {
     LineAtFault,
 }
 
-/// ProbePauses between probes.
+/// Pauses between probes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProbePauses {
     /// First pause.
@@ -218,7 +218,8 @@ impl Breaker {
         self.lock().decide(now, plugin, self.pauses)
     }
 
-    /// Decides like [`Self::check`] and reserves the probe if the decision is [`BreakerDecision::Probe`].
+    /// Decides like [`Self::check`] and reserves the probe if the decision is
+    /// [`BreakerDecision::Probe`].
     pub(crate) fn enter(
         self: &Arc<Self>,
         now: Timestamp,
@@ -273,8 +274,8 @@ impl Breaker {
 
     /// Records a failed line and decides about the line.
     ///
-    /// `refused_at` is the value of [`Self::successes`] when the line was refused before. The second
-    /// value is true if this failure has opened the breaker.
+    /// `refused_at` is the value of [`Self::successes`] when the line was refused before. The
+    /// second value is true if this failure has opened the breaker.
     pub(crate) fn record_failure(
         &self,
         now: Timestamp,

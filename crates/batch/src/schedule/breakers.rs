@@ -22,7 +22,7 @@ const OVERFLOW_MODEL: &str = "…";
 /// Number of breakers from which unused breakers are evicted.
 const MAX_BREAKERS: usize = 1024;
 
-/// BreakerKey of a breaker.
+/// Key of a breaker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BreakerKey {
     /// Name of the plugin, or `model ` and the name of a model that no plugin serves.

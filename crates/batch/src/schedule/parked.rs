@@ -1,4 +1,4 @@
-//! Resting batches: released to the store until a wake-up time, because none of their requests can
+//! Parked batches: released to the store until a wake-up time, because none of their requests can
 //! be sent before. This module also keeps the position from which each batch continues.
 
 use std::collections::HashMap;
@@ -14,17 +14,17 @@ use crate::schedule::retry_queue::RetryQueue;
 /// Maximum number of saved positions. Batches beyond this limit read their input from the start.
 const MAX_POSITIONS: usize = 10_000;
 
-/// Maximum number of saved deferred lines of all resting batches together. Batches beyond this
+/// Maximum number of saved deferred lines of all parked batches together. Batches beyond this
 /// limit read these lines again and lose the count of their attempts.
 const MAX_DEFERRED_LINES: usize = 65_536;
 
-/// Wait while no rest has an end.
+/// Wait while no batch is parked.
 const IDLE_WAIT: std::time::Duration = std::time::Duration::from_secs(3600);
 
-/// Saved state of resting batches. A batch without saved state reads its input from the start.
+/// Saved state of parked batches. A batch without saved state reads its input from the start.
 #[derive(Default)]
 pub(crate) struct Parked {
-    /// BatchEnd of the earliest rest.
+    /// Earliest wake-up time.
     next: Mutex<Option<Timestamp>>,
     kept: Mutex<HashMap<(TenantId, BatchId), Checkpoint>>,
 }
@@ -42,8 +42,8 @@ pub(crate) struct Checkpoint {
 }
 
 impl Parked {
-    /// Waits until a rest ends.
-    pub(crate) async fn next_end(&self, clock: &Clock) {
+    /// Waits until a wake-up time.
+    pub(crate) async fn next_wake_up(&self, clock: &Clock) {
         let next = *self.next.lock().unwrap_or_else(PoisonError::into_inner);
         match next {
             Some(at) => clock.sleep_until(at).await,
@@ -55,8 +55,8 @@ impl Parked {
         }
     }
 
-    /// Registers the end of a rest.
-    pub(crate) fn until(&self, at: Timestamp) {
+    /// Registers a wake-up time.
+    pub(crate) fn wake_at(&self, at: Timestamp) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         *next = Some(next.map_or(at, |known| known.min(at)));
     }

@@ -1,4 +1,4 @@
-//! RetryQueue lines: the retry queue of a batch.
+//! Retry queue of a batch: deferred lines.
 //!
 //! The queue holds the position, the due time and the retry state of each line. The text of a line
 //! is read again from the input when the line is due.
@@ -39,7 +39,7 @@ pub(crate) struct RetryState {
     pub has_job: bool,
 }
 
-/// RetryQueue line.
+/// Deferred line.
 ///
 /// Entries are ordered by due time, then by failed attempts, then by line number.
 #[derive(Clone, Debug)]

@@ -63,7 +63,8 @@ impl Drop for PendingObject {
         runtime.spawn(async move {
             // An object whose registration cannot be ended now is removed after its lease.
             if let Err(error) = service.store.abandon_object(&key).await {
-                tracing::warn!(tenant = %key.tenant, file = %key.file, %error, "upload not abandoned");
+                let ObjectKey { tenant, file } = &key;
+                tracing::warn!(%tenant, %file, %error, "upload not abandoned");
             }
             service.cleanup_needed.notify_one();
         });

@@ -18,7 +18,7 @@ use batchwright_store::{
 use tokio::sync::Notify;
 
 use crate::config::Config;
-use crate::engine::{Parts, Shared};
+use crate::parts::{Parts, Shared};
 use crate::schedule::breaker::Outage;
 use crate::schedule::breakers::{BreakerKey, Breakers};
 use crate::schedule::running::Running;

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::engine::{Parts, Shared};
+use crate::parts::{Parts, Shared};
 use crate::schedule::backoff::{Backoff, Backoffs};
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
@@ -32,7 +32,7 @@ use crate::schedule::running::Running;
 /// Duration of a lease without renewal.
 const LEASE_DURATION: Duration = Duration::from_secs(30);
 
-/// Poll interval for batches whose lease or rest has ended, which sends no notification.
+/// Poll interval for batches whose lease or wait has ended, which sends no notification.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Worker of one process.
@@ -45,7 +45,7 @@ pub(crate) struct Worker {
     memory: Memory,
     running: Arc<Running>,
     breakers: Arc<Breakers>,
-    /// GateGuard while results cannot be written.
+    /// Closed while results cannot be written.
     gate: Gate,
     parked: Parked,
     /// Backoffs of batches whose processing failed.
@@ -106,7 +106,7 @@ impl Worker {
                         tokio::select! {
                             () = self.work_available.notified() => {}
                             () = self.clock.sleep(POLL_INTERVAL) => {}
-                            () = self.parked.next_end(&self.clock) => {}
+                            () = self.parked.next_wake_up(&self.clock) => {}
                         }
                     };
                     self.closing.run_until_cancelled(hint).await;
@@ -140,7 +140,7 @@ impl Worker {
         Ok(true)
     }
 
-    /// Wakes all resting batches whenever an outage ends or plugins change.
+    /// Wakes all parked batches whenever an outage ends or plugins change.
     pub(crate) async fn watch_changes(self: Arc<Self>) {
         let (mut plugins, mut outages) = (self.registry.changes(), self.breakers.changes());
         loop {
@@ -151,7 +151,7 @@ impl Worker {
                 }
                 _ = outages.changed() => {
                     if let Err(error) = self.store.end_backoff(self.clock.now()).await {
-                        tracing::warn!(%error, "wake of resting batches failed");
+                        tracing::warn!(%error, "wake of parked batches failed");
                     }
                     self.work_available.notify_one();
                 }

@@ -47,7 +47,7 @@ impl Worker {
                 tracing::warn!(%tenant, %batch, "batch claimed by another worker")
             }
             Err(error) => {
-                tracing::error!(%tenant, %batch, %error, "batch processing failed, will be retried");
+                tracing::error!(%tenant, %batch, %error, "batch failed, will be retried");
                 return self.release_after_backoff(&claim).await;
             }
             Ok(()) => {}
@@ -229,13 +229,13 @@ impl Worker {
         }
     }
 
-    /// Releases a batch to rest until a time.
+    /// Parks a batch until a time.
     async fn park(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
         let endpoint = batch.new.endpoint;
         let waits_for = self.breakers.wait_cause(claim, endpoint, self.clock.now(), until);
         self.count_waiting(claim, endpoint).await?;
         self.store.release(claim, Release::Backoff(until, waits_for)).await?;
-        self.parked.until(until);
+        self.parked.wake_at(until);
         self.work_available.notify_one();
         Ok(())
     }
@@ -263,7 +263,9 @@ impl Worker {
         // that the error file must report.
         let verdict = tokio::select! {
             biased;
-            () = stop.shutting_down() => return self.store.release(claim, Release::KeepPosition).await,
+            () = stop.shutting_down() => {
+                return self.store.release(claim, Release::KeepPosition).await;
+            }
             verdict = self.validate(claim, batch) => verdict,
         };
         let must_end = stop.reason().is_some();

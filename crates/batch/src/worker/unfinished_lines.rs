@@ -70,7 +70,7 @@ pub(crate) struct UnfinishedLines<'a> {
     recorded: RecordedLines<'a>,
     /// Permits for requests in flight.
     pub window: Arc<Semaphore>,
-    /// RetryQueue lines.
+    /// Retry queue of the batch.
     pub deferred: Arc<RetryQueue>,
     next: Option<Candidate>,
     /// Number of lines that an earlier execution has read. Only these may already be deferred.
@@ -117,19 +117,23 @@ impl<'a> UnfinishedLines<'a> {
 
     /// Returns the next line that can be taken now, without taking it.
     ///
-    /// If `calm` is false, some breaker has suspicion. Untried lines then go before lines that have
-    /// failed.
-    pub(crate) async fn peek(&mut self, now: Timestamp, calm: bool) -> Result<Option<&Candidate>> {
+    /// If `is_healthy` is false, some breaker has suspicion. Untried lines then go before lines
+    /// that have failed.
+    pub(crate) async fn peek(
+        &mut self,
+        now: Timestamp,
+        is_healthy: bool,
+    ) -> Result<Option<&Candidate>> {
         if self.next.is_none() {
-            self.next = self.find_next(now, calm).await?;
+            self.next = self.find_next(now, is_healthy).await?;
         }
         Ok(self.next.as_ref())
     }
 
     /// Finds the next deferred line that is due, or the next line of the input without a result.
-    async fn find_next(&mut self, now: Timestamp, calm: bool) -> Result<Option<Candidate>> {
+    async fn find_next(&mut self, now: Timestamp, is_healthy: bool) -> Result<Option<Candidate>> {
         let is_held = self.held_until.is_some_and(|until| until > now);
-        if let Some(entry) = self.deferred.due(now, calm || self.input_ended) {
+        if let Some(entry) = self.deferred.due(now, is_healthy || self.input_ended) {
             let (number, at, retry_state) = (entry.number, entry.range.start, entry.retry_state);
             return Ok(Some(Candidate {
                 number,

@@ -106,6 +106,7 @@ impl Cache {
     }
 
     /// Loads compiled code. Returns `None` if the file is missing, damaged or not trusted.
+    #[expect(clippy::disallowed_methods, reason = "becomes a time of the file system")]
     pub fn load(&self, engine: &Engine, path: &Path) -> Option<Component> {
         // Without a directory, `path` is relative to the working directory, which is not trusted.
         if self.folder.is_none() || !path.exists() {
@@ -331,15 +332,15 @@ mod tests {
     #[test]
     fn cache_loads_stored_code_and_rejects_damaged_or_writable_files() {
         let (_folder, cache) = open();
-        for flavour in [EngineKind::Plain, EngineKind::Concurrent] {
-            let engine = start(flavour).unwrap();
+        for engine_kind in [EngineKind::Plain, EngineKind::Concurrent] {
+            let engine = start(engine_kind).unwrap();
             let path = cache.path(&engine, &"0".repeat(64));
             assert!(cache.load(&engine, &path).is_none());
             let output = cache.output().unwrap();
             output
                 .writer()
                 .unwrap()
-                .write_all(&compiler(flavour).unwrap().precompile_component(EMPTY).unwrap())
+                .write_all(&compiler(engine_kind).unwrap().precompile_component(EMPTY).unwrap())
                 .unwrap();
             cache.store(&engine, output, &path).unwrap();
             assert!(cache.load(&engine, &path).is_some());
@@ -371,6 +372,7 @@ mod tests {
         for (name, hours) in ages {
             let path = cache.folder.as_ref().unwrap().join(name);
             std::fs::write(&path, [0; 100]).unwrap();
+            #[expect(clippy::disallowed_methods, reason = "a time of the file system")]
             let used = SystemTime::now() - Duration::from_secs(hours * 3600 + 60);
             std::fs::File::open(&path).unwrap().set_modified(used).unwrap();
         }

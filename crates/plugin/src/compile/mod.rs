@@ -95,9 +95,9 @@ type InFlight = Shared<BoxFuture<'static, Result<Component, String>>>;
 
 /// Error of a compilation, with its message.
 enum Failure {
-    /// TransportErrorKind of the component. The failure is cached.
+    /// Fault of the component. The failure is cached.
     Component(String),
-    /// TransportErrorKind of the host, such as a full disk. The next caller tries again.
+    /// Fault of the host, such as a full disk. The next caller tries again.
     Host(String),
 }
 
@@ -125,7 +125,7 @@ impl Compiler {
     pub async fn component(
         &self,
         engine: &Engine,
-        flavour: EngineKind,
+        engine_kind: EngineKind,
         sha256: &str,
         bytes: &Arc<Vec<u8>>,
     ) -> Result<Arc<Component>, String> {
@@ -134,7 +134,8 @@ impl Compiler {
         if let Some(component) = in_use().get(&path).and_then(Weak::upgrade) {
             return Ok(component);
         }
-        let component = Arc::new(self.load(engine, flavour, sha256, bytes, path.clone()).await?);
+        let component =
+            Arc::new(self.load(engine, engine_kind, sha256, bytes, path.clone()).await?);
         let mut in_use = in_use();
         in_use.retain(|_, component| component.strong_count() > 0);
         // Another task may have loaded the same component in the meantime.
@@ -148,7 +149,7 @@ impl Compiler {
     async fn load(
         &self,
         engine: &Engine,
-        flavour: EngineKind,
+        engine_kind: EngineKind,
         sha256: &str,
         bytes: &Arc<Vec<u8>>,
         path: PathBuf,
@@ -169,7 +170,7 @@ impl Compiler {
             let target = path.clone();
             let start = || {
                 let work = tokio::spawn(async move {
-                    inner.compile(engine, flavour, sha256, bytes, target).await
+                    inner.compile(engine, engine_kind, sha256, bytes, target).await
                 });
                 let flatten = |joined: Result<_, tokio::task::JoinError>| {
                     joined.unwrap_or_else(|error| Err(format!("the compiler failed: {error}")))
@@ -186,13 +187,13 @@ impl Inner {
     async fn compile(
         self: Arc<Self>,
         engine: Engine,
-        flavour: EngineKind,
+        engine_kind: EngineKind,
         sha256: String,
         bytes: Arc<Vec<u8>>,
         path: PathBuf,
     ) -> Result<Component, String> {
         let permit = self.permits.acquire().await;
-        let compiled = self.compile_to_cache(&engine, flavour, &bytes, &path).await;
+        let compiled = self.compile_to_cache(&engine, engine_kind, &bytes, &path).await;
         drop(permit);
         self.in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
         compiled.map_err(|failure| match failure {
@@ -208,7 +209,7 @@ impl Inner {
     async fn compile_to_cache(
         self: &Arc<Self>,
         engine: &Engine,
-        flavour: EngineKind,
+        engine_kind: EngineKind,
         bytes: &[u8],
         path: &Path,
     ) -> Result<Component, Failure> {
@@ -216,7 +217,7 @@ impl Inner {
             Failure::Host(format!("the file for its compiled code cannot be created: {error}"))
         };
         let output = self.cache.output().map_err(no_output)?;
-        self.run(flavour, bytes, output.writer().map_err(no_output)?).await?;
+        self.run(engine_kind, bytes, output.writer().map_err(no_output)?).await?;
         let (inner, engine, path) = (self.clone(), engine.clone(), path.to_owned());
         let stored =
             tokio::task::spawn_blocking(move || inner.cache.store(&engine, output, &path)).await;
@@ -252,7 +253,7 @@ impl Inner {
     /// Runs the compiler process with the component as input and `output` as output.
     async fn run(
         &self,
-        flavour: EngineKind,
+        engine_kind: EngineKind,
         bytes: &[u8],
         output: std::fs::File,
     ) -> Result<(), Failure> {
@@ -270,7 +271,7 @@ impl Inner {
             "--parent",
             &std::process::id().to_string(),
         ]);
-        if flavour == EngineKind::Concurrent {
+        if engine_kind == EngineKind::Concurrent {
             command.arg("--concurrent");
         }
         command.stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);

@@ -51,7 +51,7 @@ impl Process {
         self.confine().map_err(|error| {
             (EXIT_HOST_ERROR, format!("the limits of the compiler cannot be set: {error}"))
         })?;
-        let flavour = if self.concurrent { EngineKind::Concurrent } else { EngineKind::Plain };
+        let engine_kind = if self.concurrent { EngineKind::Concurrent } else { EngineKind::Plain };
         let mut bytes = Vec::new();
         let read = std::io::stdin().lock().take(MAX_COMPONENT_BYTES).read_to_end(&mut bytes);
         read.map_err(|error| {
@@ -62,7 +62,8 @@ impl Process {
             };
             (code, format!("the component cannot be read: {error}"))
         })?;
-        let compiler = engine::compiler(flavour).map_err(|message| (EXIT_HOST_ERROR, message))?;
+        let compiler =
+            engine::compiler(engine_kind).map_err(|message| (EXIT_HOST_ERROR, message))?;
         let compiled = compiler
             .precompile_component(&bytes)
             .map_err(|error| (EXIT_INVALID_COMPONENT, format!("{error:#}")))?;

@@ -35,7 +35,7 @@ pub(crate) fn check_step(step: Step) -> Result<Step, String> {
     }
 }
 
-/// ExchangeLimits an answer that is kept in memory until the next attempt: many requests wait at the same
+/// Bounds an answer that is kept in memory until the next attempt: many requests wait at the same
 /// time, and a wait can be long.
 fn bounded_for_retry(answer: Answer) -> Answer {
     match answer {

@@ -190,7 +190,7 @@ impl Registry {
         // The serving plugin needs a trusted signature of its own, also if its files changed.
         let mut serving = known
             .and_then(|known| known.serving.clone())
-            .filter(|plugin| self.loader.trust.is_still_trusted(plugin));
+            .filter(|plugin| self.loader.trust.is_still_trusted(plugin.name(), plugin.signature()));
         let _permit = self.loader.permit().await;
         let read = file.clone();
         // The fingerprint reads secrets, which may be files, so it is computed here too.

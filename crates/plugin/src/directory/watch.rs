@@ -66,6 +66,7 @@ struct DirectoryState {
 }
 
 impl DirectoryState {
+    #[expect(clippy::disallowed_methods, reason = "compared with times of the file system")]
     fn read(folder: &Path, others: &BTreeSet<PathBuf>) -> Self {
         let (mut hash, mut newest) = (DefaultHasher::new(), 0);
         let mut add = |path: &Path| {

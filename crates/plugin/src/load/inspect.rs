@@ -1,7 +1,7 @@
 //! Inspection of a component: its kind, its contract and its description.
 
-use crate::contract::bindings::v0_1;
 use crate::contract::types::{Description, Kind};
+use crate::contract::world;
 use crate::error::LoadError;
 use crate::load::Loader;
 use crate::load::MAX_MESSAGE_CHARS;
@@ -19,7 +19,7 @@ use batchwright_egress::is_host_header;
 use std::path::Path;
 use std::sync::Arc;
 use wasmtime::Engine;
-use wasmtime::component::{Component, InstancePre, Linker};
+use wasmtime::component::{Component, Linker};
 
 /// Engine and the linker with the host's interfaces.
 #[derive(Clone)]
@@ -49,9 +49,10 @@ pub struct Inspected {
 }
 
 impl Runtime {
-    pub(super) fn start(flavour: EngineKind) -> Result<Self, String> {
-        let engine = crate::sandbox::engine::start(flavour)?;
-        let linker = instance::linker(&engine, flavour).map_err(|error| format!("{error:#}"))?;
+    pub(super) fn start(engine_kind: EngineKind) -> Result<Self, String> {
+        let engine = crate::sandbox::engine::start(engine_kind)?;
+        let linker =
+            instance::linker(&engine, engine_kind).map_err(|error| format!("{error:#}"))?;
         Ok(Self { engine, linker })
     }
 }
@@ -64,71 +65,20 @@ fn template(
 ) -> Result<(Kind, Template), String> {
     let exports: Vec<String> =
         component.component_type().exports(engine).map(|(name, _)| name.to_owned()).collect();
-    let has = |interface: &str| exports.iter().any(|name| same_interface(name, interface));
-    let kind = match (has(v0_1::VALIDATION), has(v0_1::INFERENCE)) {
-        (true, false) => Kind::Validator,
-        (false, true) => Kind::Adapter,
-        (true, true) => {
-            return Err(
-                "exports both `validation` and `inference`; a plugin is one or the other".into()
-            );
-        }
-        (false, false) => {
-            return Err(format!(
-                "exports {}, where a plugin exports {} or {}; build it for the world `validator` \
-                 or `adapter` of batchwright:plugin@0.1.0",
-                list(&exports),
-                v0_1::VALIDATION,
-                v0_1::INFERENCE,
-            ));
-        }
-    };
-    if !has(v0_1::PLUGIN) {
-        return Err(format!("exports {}, but not {}", list(&exports), v0_1::PLUGIN));
-    }
+    let kind = world::kind_of(&exports)?;
     let linked = linker.instantiate_pre(component).map_err(|error| {
         format!(
             "imports an interface that the host does not provide: {error:#}; plugins may import \
              WASI 0.2 and 0.3 (as an empty world) and batchwright:plugin/logging"
         )
     })?;
-    let template = match kind {
-        Kind::Validator => v0_1::validator::ValidatorPre::new(linked).map(Template::Validator),
-        Kind::Adapter => adapter(linked, has(v0_1::CLASSIFICATION)),
-    };
-    let template = template.map_err(|error| {
+    let template = Template::new(linked, kind, &exports).map_err(|error| {
         format!(
             "an export does not match the contract: {error:#}. Rebuild it with the contract of \
              this version."
         )
     })?;
     Ok((kind, template))
-}
-
-fn adapter(linked: InstancePre<State>, classifies: bool) -> wasmtime::Result<Template> {
-    let adapter = v0_1::adapter::AdapterIndices::new(&linked)?;
-    let classifier =
-        classifies.then(|| v0_1::classifier::ClassifierIndices::new(&linked)).transpose()?;
-    Ok(Template::Adapter { linked, adapter, classifier })
-}
-
-fn list(names: &[String]) -> String {
-    if names.is_empty() { "nothing".into() } else { names.join(", ") }
-}
-
-/// Returns true if an interface has the known name and the same major and minor version.
-fn same_interface(name: &str, known: &str) -> bool {
-    let (Some((name, version)), Some((known, known_version))) =
-        (name.split_once('@'), known.split_once('@'))
-    else {
-        return false;
-    };
-    let minor_line = |version: &str| {
-        semver::Version::parse(version).ok().map(|version| (version.major, version.minor))
-    };
-    name == known
-        && minor_line(version).is_some()
-        && minor_line(version) == minor_line(known_version)
 }
 
 /// Checks that the bytes begin like a component. Errors name the common mistakes.
@@ -224,10 +174,10 @@ impl Loader {
         };
         check_header(&bytes).map_err(failed)?;
         let size = bytes.len();
-        let flavour = EngineKind::of(&bytes);
-        let Runtime { engine, linker } = self.runtime(flavour).map_err(failed)?;
+        let engine_kind = EngineKind::of(&bytes);
+        let Runtime { engine, linker } = self.runtime(engine_kind).map_err(failed)?;
         let component =
-            self.compiler.component(&engine, flavour, &sha256, &bytes).await.map_err(failed)?;
+            self.compiler.component(&engine, engine_kind, &sha256, &bytes).await.map_err(failed)?;
         drop(bytes);
         let imports: Vec<String> =
             component.component_type().imports(&engine).map(|(name, _)| name.to_owned()).collect();
@@ -268,7 +218,7 @@ impl Loader {
             .map_err(|message| failed(format!("`describe`: {message}")))?;
         Ok(Inspected {
             kind,
-            version: "0.1.0",
+            version: world::VERSION,
             description,
             imports,
             sha256,
@@ -281,14 +231,14 @@ impl Loader {
     }
 
     /// Returns the runtime of a flavor, which is started on first use.
-    fn runtime(&self, flavour: EngineKind) -> Result<Runtime, String> {
-        if flavour == EngineKind::Plain {
+    fn runtime(&self, engine_kind: EngineKind) -> Result<Runtime, String> {
+        if engine_kind == EngineKind::Plain {
             return Ok(self.plain.clone());
         }
         if let Some(runtime) = self.concurrent.get() {
             return Ok(runtime.clone());
         }
-        let runtime = Runtime::start(flavour)?;
+        let runtime = Runtime::start(engine_kind)?;
         Ok(self.concurrent.get_or_init(|| runtime).clone())
     }
 }

@@ -1,4 +1,4 @@
-//! LoaderConfig of a plugin from its TOML file: read, verify, compile, link, describe, check, configure.
+//! Loading of a plugin from its TOML file: read, verify, compile, link, describe, check, configure.
 //!
 //! Components come from third parties, so every step distrusts its input:
 //! - The signature, the serial and the pinned digest are verified before any code is compiled.

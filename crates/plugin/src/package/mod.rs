@@ -1,9 +1,8 @@
 //! Package of a plugin: what an operator puts into the plugin directory.
 //!
-//! A TOML file (`manifest`) names a component and its settings (`schema`), credentials and limits, and what it serves
-//! (`routing`).
-//! `files` reads each file once, `signature` and `trust` decide whether the package is loaded, and
-//! `serials` remembers which signed packages are too old.
+//! A TOML file (`manifest`) names a component and its settings (`schema`), credentials and limits,
+//! and what it serves (`routing`). `files` reads each file once, `signature` and `trust` decide
+//! whether the package is loaded, and `serials` remembers which signed packages are too old.
 
 pub(crate) mod credentials;
 pub(crate) mod files;

@@ -38,7 +38,6 @@ use crate::error::LoadError;
 use crate::package::files::Files;
 use crate::package::serials::Serials;
 use crate::package::signature::{TrustedKeys, statement};
-use crate::plugin::Plugin;
 
 /// Trusted keys, reloaded with the plugin directory, and the serials of loaded plugins.
 pub(crate) struct Trust {
@@ -96,11 +95,10 @@ impl Trust {
     }
 
     /// Returns true if a loaded plugin's signature is valid under the current keys.
-    pub(crate) fn is_still_trusted(&self, plugin: &Plugin) -> bool {
+    pub(crate) fn is_still_trusted(&self, name: &str, signed: Option<&VerifiedSignature>) -> bool {
         let Some(keys) = &self.keys else { return true };
-        let signed = plugin.signature();
         signed.is_some_and(|signed| {
-            keys.load().verify(&plugin.name(), &signed.statement, Some(&signed.signature)).is_ok()
+            keys.load().verify(name, &signed.statement, Some(&signed.signature)).is_ok()
         })
     }
 

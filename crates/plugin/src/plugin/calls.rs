@@ -7,7 +7,7 @@ use crate::contract::types::{
 use crate::error::CallError;
 use crate::plugin::CLASSIFY_BODY_BYTES;
 use crate::plugin::Plugin;
-use crate::sandbox::instance::{Template, in_time};
+use crate::sandbox::instance::in_time;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_egress::HttpResponse;
@@ -125,8 +125,7 @@ impl Plugin {
     /// that the host can classify: only a sample of those is classified, for the rate limits that
     /// the provider reports.
     pub fn classifies(&self, matters: bool) -> bool {
-        matches!(self.runtime.template, Template::Adapter { classifier: Some(_), .. })
-            && (matters || self.is_sample_due())
+        self.runtime.template.classifies() && (matters || self.is_sample_due())
     }
 
     /// Returns the adapter's classification of a response.

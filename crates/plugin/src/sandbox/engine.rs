@@ -51,15 +51,15 @@ impl EngineKind {
 }
 
 /// Builds an engine and starts its epoch thread, which ends with the engine.
-pub(crate) fn start(flavour: EngineKind) -> Result<Engine, String> {
-    let engine = Engine::new(&config(flavour, true)).or_else(|error| {
+pub(crate) fn start(engine_kind: EngineKind) -> Result<Engine, String> {
+    let engine = Engine::new(&config(engine_kind, true)).or_else(|error| {
         // Without enough address space for the pool (a strict `ulimit -v`), each instance is
         // allocated on demand, which is slower.
         tracing::warn!(
             error = format_args!("{error:#}"),
             "instance pool unavailable, plugins run without it"
         );
-        Engine::new(&config(flavour, false))
+        Engine::new(&config(engine_kind, false))
     });
     let engine =
         engine.map_err(|error| format!("the WebAssembly engine does not start: {error:#}"))?;
@@ -80,14 +80,14 @@ pub(crate) fn start(flavour: EngineKind) -> Result<Engine, String> {
 }
 
 /// Builds an engine that only compiles. The compiled code runs in the engine of [`start`].
-pub(crate) fn compiler(flavour: EngineKind) -> Result<Engine, String> {
-    Engine::new(&config(flavour, false))
+pub(crate) fn compiler(engine_kind: EngineKind) -> Result<Engine, String> {
+    Engine::new(&config(engine_kind, false))
         .map_err(|error| format!("the compiler does not start: {error:#}"))
 }
 
-fn config(flavour: EngineKind, pooled: bool) -> Config {
+fn config(engine_kind: EngineKind, pooled: bool) -> Config {
     let mut config = Config::new();
-    config.concurrency_support(flavour == EngineKind::Concurrent);
+    config.concurrency_support(engine_kind == EngineKind::Concurrent);
     config.wasm_component_model(true);
     config.epoch_interruption(true);
     config.max_wasm_stack(GUEST_STACK_BYTES);
@@ -123,8 +123,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flavour_is_concurrent_only_for_imports_of_wasi_0_3() {
-        for (bytes, flavour) in [
+    fn engine_kind_is_concurrent_only_for_imports_of_wasi_0_3() {
+        for (bytes, engine_kind) in [
             (&b"..wasi:cli/stdout@0.3.0.."[..], EngineKind::Concurrent),
             (
                 b"wasi:cli/stdout@0.2.6 wasi:clocks/monotonic-clock@0.3.0-rc-2026-01-01",
@@ -134,7 +134,7 @@ mod tests {
             (b"wasi: see batchwright:plugin/logging@0.3.0", EngineKind::Plain),
             (b"wasi:", EngineKind::Plain),
         ] {
-            assert_eq!(EngineKind::of(bytes), flavour, "{}", String::from_utf8_lossy(bytes));
+            assert_eq!(EngineKind::of(bytes), engine_kind, "{}", String::from_utf8_lossy(bytes));
         }
     }
 }

@@ -31,13 +31,12 @@ use std::time::Duration;
 
 use batchwright_memory::{Holder, Reservation};
 use tokio::time::Instant;
-use wasmtime::component::{HasSelf, InstancePre};
 use wasmtime::{
     Engine, PoolConcurrencyLimitError, ResourceLimiterAsync, Store, StoreContextMut, UpdateDeadline,
 };
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
-use crate::contract::bindings::v0_1::{self, Exports, logging};
+use crate::contract::world::{self, Exports, GuestLog};
 use crate::package::manifest::Limits;
 use crate::sandbox::engine::{EPOCH_INTERVAL, EngineKind};
 use crate::sandbox::instances::{HOST_OVERHEAD_BYTES, Instances};
@@ -52,7 +51,7 @@ pub(crate) struct CpuTimeExceeded;
 /// Error of a call that exceeded its deadline on the wall clock, for example because the guest
 /// sleeps.
 #[derive(Debug, thiserror::Error)]
-#[error("asleep")]
+#[error("deadline exceeded")]
 pub(crate) struct DeadlineExceeded;
 
 /// Time on the wall clock that a call gets beyond a multiple of its CPU time. Guests do no I/O, but
@@ -224,14 +223,8 @@ impl WasiView for State {
     }
 }
 
-impl logging::Host for State {
-    fn log(&mut self, level: logging::Level, message: String) {
-        let level = match level {
-            logging::Level::Error => tracing::Level::ERROR,
-            logging::Level::Warn => tracing::Level::WARN,
-            logging::Level::Info => tracing::Level::INFO,
-            logging::Level::Debug => tracing::Level::DEBUG,
-        };
+impl GuestLog for State {
+    fn write(&mut self, level: tracing::Level, message: String) {
         self.output.add(&message);
         self.log.write(level, &message);
     }
@@ -240,31 +233,19 @@ impl logging::Host for State {
 /// Creates the linker with all imports that plugins may have: WASI as an empty world, and the log.
 pub(crate) fn linker(
     engine: &Engine,
-    flavour: EngineKind,
+    engine_kind: EngineKind,
 ) -> wasmtime::Result<wasmtime::component::Linker<State>> {
     let mut linker = wasmtime::component::Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
-    if flavour == EngineKind::Concurrent {
+    if engine_kind == EngineKind::Concurrent {
         wasmtime_wasi::p3::add_to_linker(&mut linker)?;
     }
-    logging::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    world::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 
 /// Linked component, from which instances are created.
-pub(crate) enum Template {
-    /// Component of the world `validator`.
-    Validator(v0_1::validator::ValidatorPre<State>),
-    /// Component of the world `adapter`.
-    Adapter {
-        /// Component with its imports.
-        linked: InstancePre<State>,
-        /// Exports of the world.
-        adapter: v0_1::adapter::AdapterIndices,
-        /// Exports of the optional interface `classification`.
-        classifier: Option<v0_1::classifier::ClassifierIndices>,
-    },
-}
+pub(crate) type Template = world::Template<State>;
 
 /// Instance of a component, for one plugin and tenant.
 pub(crate) struct Instance {
@@ -333,25 +314,7 @@ impl Instance {
         store.set_max_component_handles(limits.max_handles.get() as usize);
         store.epoch_deadline_callback(on_tick);
         grant_cpu_time(&mut store, limits, 1);
-        let exports = match template {
-            Template::Validator(pre) => {
-                in_time(limits, 1, &waited, pre.instantiate_async(&mut store))
-                    .await
-                    .map(Exports::Validator)
-            }
-            Template::Adapter { linked, adapter, classifier } => {
-                in_time(limits, 1, &waited, linked.instantiate_async(&mut store)).await.and_then(
-                    |instance| {
-                        let exports = adapter.load(&mut store, &instance)?;
-                        let classifier = classifier
-                            .as_ref()
-                            .map(|known| known.load(&mut store, &instance))
-                            .transpose()?;
-                        Ok(Exports::Adapter(exports, classifier))
-                    },
-                )
-            }
-        };
+        let exports = in_time(limits, 1, &waited, template.instantiate(&mut store)).await;
         let refused = store.data().memory.refused;
         (
             exports.map(|exports| Self {

@@ -77,7 +77,7 @@ impl Instances {
         reservation
     }
 
-    /// Grows a share to `bytes`. Evicts idle instances, and waits, until the pool has room.
+    /// Grows a reservation to `bytes`. Evicts idle instances, and waits, until the pool has room.
     pub(crate) async fn grow_to(&self, reservation: &mut Reservation, bytes: usize) {
         while !reservation.try_grow_to(bytes) {
             if self.evict(Duration::ZERO) {

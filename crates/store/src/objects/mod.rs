@@ -38,11 +38,13 @@ pub trait Objects: Send + Sync {
     fn part_size(&self) -> PartSize;
     /// Starts to write an object; replaces an object of the same key when the upload is complete.
     async fn create(&self, key: &ObjectKey) -> Result<Box<dyn ObjectUpload>>;
-    /// Returns the size of an object in bytes; fails with [`StoreError::Missing`](crate::StoreError::Missing) if there is none.
+    /// Returns the size of an object in bytes; fails with
+    /// [`StoreError::Missing`](crate::StoreError::Missing) if there is none.
     async fn size(&self, key: &ObjectKey) -> Result<u64>;
     /// Reads a range of an object.
     ///
-    /// Fails with [`StoreError::Missing`](crate::StoreError::Missing) if the object is missing or shorter than the range.
+    /// Fails with [`StoreError::Missing`](crate::StoreError::Missing) if the object is missing or
+    /// shorter than the range.
     async fn read_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes>;
     /// Deletes an object; succeeds if the object does not exist.
     async fn delete(&self, key: &ObjectKey) -> Result<()>;
@@ -102,7 +104,8 @@ impl ObjectWriter {
         Ok(())
     }
 
-    /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty then.
+    /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty
+    /// then.
     pub async fn flush_if_possible(&mut self) -> Result<bool> {
         if !self.buffer.is_empty() && self.buffer.len() >= self.part_size.min {
             self.flush().await?;

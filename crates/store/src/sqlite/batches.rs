@@ -416,9 +416,10 @@ mod tests {
                 "INSERT INTO tenants VALUES (1, 't');
                  INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window,
                      created_at, expires_at, status, metadata)
-                 VALUES (1, 'good', '/v1/embeddings', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
-                        (1, 'state', '/v1/embeddings', 'f', '24h', 0, 1000, 'sleeping', NULL),
-                        (1, 'pairs', '/v1/embeddings', 'f', '24h', 0, 1000, 'completed', '[');",
+                 VALUES (1, 'good', 'e', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
+                        (1, 'state', 'e', 'f', '24h', 0, 1000, 'sleeping', NULL),
+                        (1, 'pairs', 'e', 'f', '24h', 0, 1000, 'completed', '[');
+                 UPDATE batches SET endpoint = '/v1/embeddings';",
             )
             .unwrap();
         assert!(

@@ -398,7 +398,7 @@ mod tests {
         let connection = open(&folder.path().join("db")).unwrap();
         connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
         let writer = Writer::start(connection).unwrap();
-        let (gate, open_gate) = std::sync::mpsc::channel::<()>();
+        let (gate, open_gate) = std::sync::mpsc::sync_channel::<()>(1);
         // The first write blocks the thread until the others are queued: all share one group.
         let first = writer.write(move |_| open_gate.recv().map_err(|_| StoreError::Closed));
         let others = async {

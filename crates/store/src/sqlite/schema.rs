@@ -240,9 +240,10 @@ mod tests {
              INSERT INTO batches
                  (tenant, id, endpoint, input_file_id, completion_window, created_at, expires_at,
                   status, owner, lease_until)
-             VALUES (1, 'batch_a', '/v1/embeddings', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
-                    (1, 'batch_b', '/v1/embeddings', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
-                    (1, 'batch_c', '/v1/embeddings', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
+             VALUES (1, 'batch_a', 'e', 'file-a', '24h', 20, 1000, 'in_progress', 'gone', 900),
+                    (1, 'batch_b', 'e', 'file-b', '24h', 20, 1000, 'validating', NULL, 0),
+                    (1, 'batch_c', 'e', 'file-a', '24h', 20, 1000, 'cancelling', NULL, 0);
+             UPDATE batches SET endpoint = '/v1/embeddings';
              INSERT INTO results VALUES (1, 1, 1, 0, x'78');",
         )
         .unwrap();
@@ -284,13 +285,14 @@ mod tests {
                  INSERT INTO batches
                      (tenant, id, endpoint, input_file_id, completion_window, created_at,
                       expires_at, status, lane, waits_since)
-                 VALUES (1, 'slow 1', '/v1/embeddings', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
-                        (1, 'slow 2', '/v1/embeddings', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
-                        (1, 'ended', '/v1/embeddings', 'f', '24h', 0, 500, 'completed', 'finish', 0),
-                        (1, 'new', '/v1/embeddings', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
-                        (1, 'both', '/v1/embeddings', 'f', '24h', 0, 1000, 'in_progress',
+                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
+                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
+                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
+                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
+                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress',
                          'execute fast slow', 0),
-                        (1, 'cancelled', '/v1/embeddings', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);",
+                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);
+                 UPDATE batches SET endpoint = '/v1/embeddings';",
             )
             .unwrap();
         let (now, until) = (Timestamp::from_millis(100), Timestamp::from_millis(2000));

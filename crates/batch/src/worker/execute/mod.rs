@@ -5,26 +5,27 @@
 //!
 //! **Window.** Lines are read from the input in order. Lines that already have a result are
 //! skipped, so an execution that starts again after a crash sends only the rest. A line is sent
-//! when three conditions hold: results can be written (see [`gate`](crate::schedule::gate)), the window has a
-//! permit (`max_concurrent_requests_per_batch`), and the memory pool `lines` has room for the line.
-//! The permit and the memory are held until the result is in the channel of the recorder. So a slow
-//! database slows the requests down, and results do not pile up in memory.
+//! when three conditions hold: results can be written (see [`gate`](crate::schedule::gate)), the
+//! window has a permit (`max_concurrent_requests_per_batch`), and the memory pool `lines` has room
+//! for the line. The permit and the memory are held until the result is in the channel of the
+//! recorder. So a slow database slows the requests down, and results do not pile up in memory.
 //!
 //! **Turns.** A batch takes lines only while it holds a place, one stint at a time; see
 //! [`lanes`](crate::schedule::lanes). Requests in flight need no place and continue between stints.
 //!
 //! **Retries.** A request without a final answer leaves the window. Only its position and its retry
-//! state are kept, in [`deferred`](crate::schedule::retry_queue), and the line is read again. If there is no
+//! state are kept, in the
+//! [retry queue](crate::schedule::retry_queue), and the line is read again. If there is no
 //! room for more deferred lines, the request waits in its task and keeps its permit.
 //!
-//! **Breakers.** While the breakers of all plugins are open, nothing is read. If only some are open,
+//! **Outages.** While the breakers of all plugins are open, nothing is read. If only some are open,
 //! the lines of these plugins are skipped and read again later, so that the lines of the other
 //! plugins continue. While a breaker has suspicion, untried lines go before lines that have failed:
 //! a line with a fault of its own must not delay the others.
 //!
-//! **Rest.** If nothing is in flight and no line is due within [`MIN_PARK_DURATION`], the batch is released
-//! to the store and rests. Its position and its deferred lines are kept; see
-//! [`rests`](crate::schedule::parked).
+//! **Parking.** If nothing is in flight and no line is due within [`MIN_PARK_DURATION`], the batch
+//! is released to the store until then. Its position and its deferred lines are kept; see
+//! [`parked`](crate::schedule::parked).
 //!
 //! **Stop.** After a cancellation, an expiry or a shutdown, no new request is sent. Requests in
 //! flight get a grace period and are dropped after it. Every answer that has arrived is recorded,
@@ -94,14 +95,14 @@ enum Pause {
     TurnOver,
     /// No line is due before this time, or before another line is deferred if there is no time.
     Idle(Option<Timestamp>),
-    /// The batch rests until this time.
+    /// The batch is parked until this time.
     Parked(Timestamp),
 }
 
 impl Worker {
     /// Executes all lines that have no result yet.
     ///
-    /// Returns early if the batch is stopped, its turn ends, or it has to rest.
+    /// Returns early if the batch is stopped, its turn ends, or no line is due for long.
     pub(super) async fn execute(
         &self,
         claim: &Claim,
@@ -174,8 +175,8 @@ impl Worker {
 
     /// Takes lines, one stint at a time.
     ///
-    /// Returns when all lines have a result, when the batch must rest or stop, or when its turn has
-    /// ended and nothing is in flight.
+    /// Returns when all lines have a result, when the batch must be parked or stopped, or when its
+    /// turn has ended and nothing is in flight.
     async fn take_lines(
         &self,
         claim: &Claim,
@@ -207,7 +208,7 @@ impl Worker {
             }
             let left = async {
                 work.tasks.wait().await;
-                // RetryQueue lines exist only in this process, so the batch waits for its next turn.
+                // Deferred lines exist only in this process, so the batch waits for its next turn.
                 if lines.deferred.next().is_some() && !work.context.leave.is_cancelled() {
                     std::future::pending::<()>().await;
                 }

@@ -1,7 +1,8 @@
 //! Validation of an input file: the rules of the host and all validators check chunks in parallel.
 //!
 //! A line is parsed and normalized once, before any rule sees it; see
-//! [`envelope`](crate::formats::envelope). Rules that concern several lines are in [`whole`](crate::worker::validate::file).
+//! [`envelope`](crate::formats::envelope). Rules that concern several lines are in
+//! [`whole`](crate::worker::validate::file).
 
 mod chunk_validator;
 mod chunks;

@@ -1,10 +1,11 @@
 //! Bindings that are generated from `wit/v0.1`, with conversions to and from the domain types.
 
 use batchwright_egress::{HttpRequest, HttpResponse, TransportError, TransportErrorKind};
-use wasmtime::Store;
+use wasmtime::component::{HasData, InstancePre, Linker};
+use wasmtime::{Store, StoreContextMut};
 
 use crate::contract::types;
-use crate::sandbox::instance::State;
+use crate::contract::world::GuestLog;
 
 /// Interface that a component of the world `validator` exports.
 pub(crate) const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
@@ -46,7 +47,90 @@ use adapter::exports::batchwright::plugin::inference;
 use classifier::exports::batchwright::plugin::classification;
 use validator::exports::batchwright::plugin::validation;
 
-pub(crate) use validator::batchwright::plugin::logging;
+use validator::batchwright::plugin::logging;
+
+/// Linked component, from which instances are created.
+pub(crate) enum Template<T: 'static> {
+    /// Component of the world `validator`.
+    Validator(validator::ValidatorPre<T>),
+    /// Component of the world `adapter`.
+    Adapter {
+        /// Component with its imports.
+        linked: InstancePre<T>,
+        /// Exports of the world.
+        adapter: adapter::AdapterIndices,
+        /// Exports of the optional interface `classification`.
+        classifier: Option<classifier::ClassifierIndices>,
+    },
+}
+
+impl<T: Send + 'static> Template<T> {
+    /// Creates a template from a linked component of a kind.
+    pub(crate) fn new(
+        linked: InstancePre<T>,
+        kind: types::Kind,
+        classifies: bool,
+    ) -> wasmtime::Result<Self> {
+        if kind == types::Kind::Validator {
+            return validator::ValidatorPre::new(linked).map(Self::Validator);
+        }
+        let adapter = adapter::AdapterIndices::new(&linked)?;
+        let classifier =
+            classifies.then(|| classifier::ClassifierIndices::new(&linked)).transpose()?;
+        Ok(Self::Adapter { linked, adapter, classifier })
+    }
+
+    /// Creates an instance and returns its functions.
+    pub(crate) async fn instantiate(
+        &self,
+        mut store: StoreContextMut<'_, T>,
+    ) -> wasmtime::Result<Exports> {
+        match self {
+            Self::Validator(pre) => pre.instantiate_async(store).await.map(Exports::Validator),
+            Self::Adapter { linked, adapter, classifier } => {
+                let instance = linked.instantiate_async(&mut store).await?;
+                let exports = adapter.load(&mut store, &instance)?;
+                let classifier = classifier
+                    .as_ref()
+                    .map(|known| known.load(&mut store, &instance))
+                    .transpose()?;
+                Ok(Exports::Adapter(exports, classifier))
+            }
+        }
+    }
+
+    /// Returns true if the component exports `classification`.
+    pub(crate) fn classifies(&self) -> bool {
+        matches!(self, Self::Adapter { classifier: Some(_), .. })
+    }
+}
+
+/// Host side of the interface `logging`, which writes to the data of a store.
+struct Logging<'a, T>(&'a mut T);
+
+/// Type that names [`Logging`] for any lifetime.
+struct HasLogging<T>(std::marker::PhantomData<T>);
+
+impl<T: GuestLog> HasData for HasLogging<T> {
+    type Data<'a> = Logging<'a, T>;
+}
+
+impl<T: GuestLog> logging::Host for Logging<'_, T> {
+    fn log(&mut self, level: logging::Level, message: String) {
+        let level = match level {
+            logging::Level::Error => tracing::Level::ERROR,
+            logging::Level::Warn => tracing::Level::WARN,
+            logging::Level::Info => tracing::Level::INFO,
+            logging::Level::Debug => tracing::Level::DEBUG,
+        };
+        self.0.write(level, message);
+    }
+}
+
+/// Adds the interface `logging` to a linker.
+pub(crate) fn add_to_linker<T: GuestLog>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    logging::add_to_linker::<T, HasLogging<T>>(linker, |data| Logging(data))
+}
 
 /// Exported functions of an instance.
 pub(crate) enum Exports {
@@ -86,9 +170,9 @@ macro_rules! described {
 
 impl Exports {
     /// Calls `describe`. Returns the unchecked description, and its settings schema as text.
-    pub(crate) async fn describe(
+    pub(crate) async fn describe<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
     ) -> wasmtime::Result<(types::Description, String)> {
         Ok(match self {
             Self::Validator(guest) => {
@@ -101,9 +185,9 @@ impl Exports {
     }
 
     /// Calls `configure` with the settings as a JSON object.
-    pub(crate) async fn configure(
+    pub(crate) async fn configure<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
         settings: &String,
     ) -> wasmtime::Result<Result<(), String>> {
         match self {
@@ -117,9 +201,9 @@ impl Exports {
     }
 
     /// Calls `validate` of a validator.
-    pub(crate) async fn validate(
+    pub(crate) async fn validate<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
         batch: types::BatchContext,
         lines: Vec<types::Line>,
     ) -> wasmtime::Result<Vec<types::Violation>> {
@@ -136,9 +220,9 @@ impl Exports {
     }
 
     /// Calls `begin` of an adapter.
-    pub(crate) async fn begin(
+    pub(crate) async fn begin<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
         request: types::Request,
     ) -> wasmtime::Result<types::Step> {
         let Self::Adapter(guest, _) = self else { return Err(wrong_world("begin")) };
@@ -156,9 +240,9 @@ impl Exports {
 
     /// Calls `resume` of an adapter. `outcome` is unchanged after the call, and lost if the future
     /// is dropped before.
-    pub(crate) async fn resume(
+    pub(crate) async fn resume<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
         state: &[u8],
         outcome: &mut types::Outcome,
     ) -> wasmtime::Result<types::Step> {
@@ -173,9 +257,9 @@ impl Exports {
     }
 
     /// Calls `classify` of an adapter that exports it.
-    pub(crate) async fn classify(
+    pub(crate) async fn classify<T: Send + 'static>(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<T>,
         status: u16,
         headers: Vec<(String, String)>,
         beginning: Vec<u8>,

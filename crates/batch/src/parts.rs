@@ -1,0 +1,45 @@
+//! Parts that an engine is built from, and the state that its members share.
+
+use std::sync::Arc;
+
+use batchwright_domain::clock::Clock;
+use batchwright_memory::Memory;
+use batchwright_plugin::Registry;
+use batchwright_store::{Objects, Store};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::schedule::running::Running;
+
+/// Parts that the engine uses and that the composition root creates.
+#[derive(Clone)]
+pub struct Parts {
+    /// Database of files, batches and results.
+    pub store: Arc<dyn Store>,
+    /// Object store of file contents.
+    pub objects: Arc<dyn Objects>,
+    /// Plugins that serve now.
+    pub registry: Arc<Registry>,
+    /// Clock of the server.
+    pub clock: Clock,
+    /// Settings of batches.
+    pub config: Arc<Config>,
+    /// Memory pools of the server.
+    pub memory: Memory,
+}
+
+/// State that the parts of an engine share.
+#[derive(Clone, Default)]
+pub(crate) struct Shared {
+    /// Batches that this process works on.
+    pub running: Arc<Running>,
+    /// Notified when a batch may be ready to claim.
+    pub work_available: Arc<Notify>,
+    /// Notified when the janitor may have something to remove.
+    pub cleanup_needed: Arc<Notify>,
+    /// Cancelled when the server starts to drain and reports not ready.
+    pub draining: CancellationToken,
+    /// Cancelled when the server shuts down and starts no more work.
+    pub closing: CancellationToken,
+}

@@ -1,0 +1,70 @@
+//! Imports between the rooms of a crate: modules of one job each, whose arrows point one way.
+
+use super::Source;
+
+/// Room, and the rooms of the same crate that it may import.
+type Room = (&'static str, &'static [&'static str]);
+
+/// Crates that have rooms, each with its rooms, leaf first.
+const CRATES: [(&str, &[Room]); 2] = [
+    (
+        "batch",
+        &[
+            ("config", &[]),
+            ("formats", &[]),
+            ("objects", &[]),
+            ("schedule", &["config", "formats"]),
+            ("parts", &["config", "schedule"]),
+            ("request", &["config", "formats", "schedule"]),
+            ("service", &["config", "objects", "parts", "schedule"]),
+            ("health", &["config", "parts"]),
+            ("janitor", &["config", "parts"]),
+            ("worker", &["config", "formats", "objects", "parts", "request", "schedule"]),
+            ("engine", &["health", "janitor", "parts", "schedule", "service", "worker"]),
+        ],
+    ),
+    (
+        "plugin",
+        &[
+            ("config", &[]),
+            ("error", &[]),
+            ("contract", &["error"]),
+            ("package", &["contract", "error"]),
+            ("sandbox", &["contract", "package"]),
+            ("compile", &["package", "sandbox"]),
+            ("plugin", &["contract", "error", "package", "sandbox"]),
+            ("load", &["compile", "contract", "error", "package", "plugin", "sandbox"]),
+            ("directory", &["config", "contract", "error", "load", "package", "plugin"]),
+            ("conformance", &["contract", "error", "plugin"]),
+        ],
+    ),
+];
+
+/// Returns each import between rooms that the table does not allow.
+pub fn faults(sources: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (name, rooms) in CRATES {
+        let folder = format!("crates/{name}/src/");
+        for source in sources {
+            let Some(path) = source.path.strip_prefix(&folder) else { continue };
+            let room = path.split('/').next().unwrap_or_default().trim_end_matches(".rs");
+            if room == "lib" {
+                continue;
+            }
+            let Some((_, allowed)) = rooms.iter().find(|(known, _)| *known == room) else {
+                faults.push(format!("{}: `{room}` is not in the table of rooms", source.path));
+                continue;
+            };
+            for (number, line) in source.lines() {
+                let Some(import) = line.trim().strip_prefix("use crate::") else { continue };
+                let other = import.split([':', ';']).next().unwrap_or_default();
+                let is_room = rooms.iter().any(|(known, _)| *known == other);
+                if is_room && other != room && !allowed.contains(&other) {
+                    let path = &source.path;
+                    faults.push(format!("{path}:{number}: `{room}` must not import `{other}`"));
+                }
+            }
+        }
+    }
+    faults
+}
