@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use batchwright_domain::error_code::{ErrorCode, Place};
+use batchwright_plugin::reference::{self, Key};
 use clap::CommandFactory;
 
 use crate::cli::Cli;
@@ -59,6 +60,56 @@ fn settings_page() {
         writeln!(body, "| `{name}` | {default} | `--{flag}`, `{variable}` | {help} |").unwrap();
     }
     check("settings.md", "Settings", &body);
+}
+
+/// Appends a table of keys.
+fn add_keys(body: &mut String, keys: Vec<Key>) {
+    body.push_str("| key | type | default | meaning |\n|---|---|---|---|\n");
+    for Key { name, kind, default, meaning } in keys {
+        let (default, meaning) = (cell(&default), cell(meaning));
+        writeln!(body, "| `{name}` | {kind} | {default} | {meaning} |").unwrap();
+    }
+}
+
+#[test]
+fn plugin_file_page() {
+    let mut body = String::from(
+        "A plugin is a TOML file in the plugin directory.\nThe name of the file, without `.toml`, \
+         is the name of the plugin.\nA key that is not listed here is an error, and so is a limit \
+         under its old name.\n\n",
+    );
+    add_keys(&mut body, reference::manifest_keys());
+    body.push_str(
+        "\n## `[credentials]`\n\nA credential is the string `env:NAME` or `file:PATH`, or a table.\n\n",
+    );
+    add_keys(&mut body, reference::credential_keys());
+    body.push_str(
+        "\n## `[limits]`\n\nSizes have a unit (`16MiB`), and so do durations (`100ms`).\n\n",
+    );
+    add_keys(&mut body, reference::limit_keys());
+    check("plugin-file.md", "Plugin file", &body);
+}
+
+#[test]
+fn case_file_page() {
+    let mut body = String::from(
+        "A case is a recorded conversation with a plugin: a JSON file in the folder of \
+         `batchwright plugin test --cases`.\nAn expected object lists only the members that \
+         matter; the actual object may have more.\n\
+         [Write a plugin](../guides/write-a-plugin.md) has an example of each kind.\n",
+    );
+    for (title, keys) in [
+        ("Case of an adapter", reference::case_keys()),
+        ("`request`", reference::request_keys()),
+        ("Object of `exchanges`", reference::exchange_keys()),
+        ("`response`", reference::response_keys()),
+        ("Case of a validator", reference::validator_case_keys()),
+        ("`batch`", reference::batch_keys()),
+    ] {
+        write!(body, "\n## {title}\n\n").unwrap();
+        add_keys(&mut body, keys);
+    }
+    check("case-file.md", "Case file", &body);
 }
 
 #[test]

@@ -19,6 +19,11 @@ import urllib.request
 import openai
 import pytest
 
+# Fixtures of the tests with a hostile plugin.
+pytest_plugins = ["containment"]
+# Failed asserts of this module show their values, like those of a test.
+pytest.register_assert_rewrite("outages")
+
 ROOT = pathlib.Path(__file__).parents[2]
 HOST = ROOT / "dist/batchwright"
 PLUGINS = ROOT / "dist/plugins"
@@ -36,6 +41,7 @@ CHAT = "/v1/chat/completions"
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="random seed of the crash test and of schemathesis")
     parser.addoption("--kills", type=int, default=25, help="number of kills of the crash test")
+    parser.addoption("--long", action="store_true", help="run the long mode of tests that have one")
 
 
 @functools.cache
@@ -78,6 +84,11 @@ def jsonl(lines):
     return "".join(
         (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
     ).encode()
+
+
+def lines(path):
+    """Returns the parsed lines of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Process:
@@ -208,6 +219,12 @@ def leftovers(server):
     return {name for name in written if not name.startswith("probe")} - recorded | pending
 
 
+def plugin_states(server):
+    """Returns the plugins of a server by name, as a client sees them."""
+    with urllib.request.urlopen(server.url + "/v1/plugins") as answer:
+        return {plugin["name"]: plugin for plugin in json.load(answer)["data"]}
+
+
 def load_errors(server):
     """Returns the last error in the log of each plugin that does not load."""
     logged_error = re.compile(
@@ -216,6 +233,12 @@ def load_errors(server):
         re.M,
     )
     return dict(logged_error.findall(server.logged()))
+
+
+@pytest.fixture
+def long(request):
+    """Returns true if tests run in their long mode."""
+    return request.config.getoption("--long")
 
 
 @pytest.fixture

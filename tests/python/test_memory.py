@@ -165,6 +165,8 @@ def heads_of_half_a_megabyte(server):
     with closing([connect(server) for _ in range(1000)]) as clients:
         for client in clients:
             client.setblocking(False)
+            # The kernel must not hold the head for a server that has not read it.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
         sent = [0] * len(clients)
         for _ in range(100):
             for number, client in enumerate(clients):

@@ -12,7 +12,7 @@ from conftest import CHAT
 HERE = pathlib.Path(__file__).parent / "schemathesis"
 
 
-def test_openapi_document_matches_every_response(serve, tmp_path, request):
+def test_openapi_document_matches_every_response(serve, tmp_path, request, long):
     server = serve("--completion-windows", "24h,2h")
     answer = subprocess.run(
         [
@@ -26,7 +26,7 @@ def test_openapi_document_matches_every_response(serve, tmp_path, request):
             "--url",
             server.url + "/v1",
             "--max-examples",
-            "100",
+            "100" if long else "40",
             "--continue-on-failure",
             "--seed",
             str(request.config.getoption("--seed") or 1),

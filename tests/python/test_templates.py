@@ -152,7 +152,11 @@ def test_new_adapter_project_serves(serve, stub, tmp_path, lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_new_validator_project_rejects_lines(serve, tmp_path, lang):
+def test_new_validator_project_rejects_lines(serve, tmp_path, lang, long):
+    if lang == "python" and not long:
+        pytest.skip(
+            "a long mode: compiling takes a minute; test_examples has a validator in Python"
+        )
     project, name = make(tmp_path, "validator", lang)
     server = serve("--cache", TARGET / "examples-cache")
     shutil.copy(project / f"{name}.wasm", server.plugins)

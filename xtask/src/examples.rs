@@ -131,6 +131,9 @@ pub fn install(package: &str, version: &str, features: &str) -> Result<()> {
     let mut install = cargo();
     install.args(["install", "--locked", "--quiet", "--version", version, "--root"]);
     install.arg(cargo_tools()).arg("--no-default-features");
+    // The tools share what they depend on. Compiling them takes longer than they ever run.
+    install.arg("--target-dir").arg(cargo_tools().join("build"));
+    install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0");
     if !features.is_empty() {
         install.args(["--features", features]);
     }

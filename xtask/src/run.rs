@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
@@ -35,9 +37,11 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Prints the name of the next step.
+/// Prints the name of the next step, and the time since the first step in minutes and seconds.
 pub fn step(name: &str) {
-    eprintln!("\x1b[1m==> {name}\x1b[0m");
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let seconds = FIRST.get_or_init(Instant::now).elapsed().as_secs();
+    eprintln!("\x1b[1m==> {name}\x1b[0m ({}:{:02})", seconds / 60, seconds % 60);
 }
 
 /// Runs a command until it exits; fails if the command fails.

@@ -22,7 +22,9 @@ pub fn all() -> Result<()> {
     examples::all()?;
     check::all()?;
     unit(None)?;
-    run_e2e(None, &[], true)
+    run_e2e(None, &[], true)?;
+    step("passed");
+    Ok(())
 }
 
 /// Runs the unit tests, which need no build output.

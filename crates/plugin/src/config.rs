@@ -14,7 +14,7 @@ settings! {
         /// Folder of compiled plugins, which only the server may write to
         cache: Option<PathBuf> = "" (shown "DATA/cache"), "DIR";
         /// Maximum time to compile one plugin; a plugin that takes longer is rejected
-        compile_timeout: Positive<Span> = "1m", "TIME";
+        compile_timeout: Positive<Span> = "5m", "TIME";
         /// Maximum memory to compile one plugin; a plugin that needs more is rejected
         compile_memory: Positive<Size> = "4GiB", "SIZE";
         /// File of public keys in OpenSSH format, one per line; only plugins that are signed with

@@ -18,6 +18,7 @@ mod error;
 mod load;
 mod package;
 mod plugin;
+pub mod reference;
 mod sandbox;
 
 pub use config::{PluginsConfig, RequiredPlugins};

@@ -3,7 +3,7 @@
 //! The `custom_id` of a request names the attack and its argument. Attacks on CPU time, memory,
 //! the contract, egress and the log are in `begin` and `resume`. Attacks before the first
 //! request (loading, `describe`, instantiation) are components of their own, in `wat/`.
-//! `tests/python/test_containment.py` holds the expected error of each attack.
+//! `tests/python/test_containment.py` and `test_egress.py` hold the expected error of each attack.
 
 #![expect(clippy::panic, reason = "a trap is one of the attacks")]
 

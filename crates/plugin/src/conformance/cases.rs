@@ -6,107 +6,15 @@
 
 use std::path::Path;
 
-use batchwright_egress::{HttpResponse, TransportError, TransportErrorKind};
-use serde::Deserialize;
+use batchwright_egress::HttpResponse;
 use serde_json::Value;
 
-use super::inputs::FAULTS;
+use super::case_file::{AdapterCase, Case, CaseRequest, Exchange, ValidatorCase};
 use super::mutations;
 use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
 use crate::Plugin;
 use crate::contract::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 use crate::error::CallError;
-
-/// Recorded case: a JSON file of the author.
-enum Case {
-    Adapter(AdapterCase),
-    Validator(ValidatorCase),
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AdapterCase {
-    request: CaseRequest,
-    exchanges: Vec<Exchange>,
-    answer: Value,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ValidatorCase {
-    batch: CaseBatch,
-    lines: Vec<String>,
-    violations: Vec<Value>,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CaseRequest {
-    endpoint: String,
-    #[serde(default)]
-    model: Option<String>,
-    body: Value,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CaseBatch {
-    endpoint: String,
-    #[serde(default)]
-    metadata: std::collections::BTreeMap<String, String>,
-    #[serde(default)]
-    first_model: Option<String>,
-}
-
-/// Exchange of a case: the expected request and its outcome, or the end of a requested wait.
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Exchange {
-    #[serde(default)]
-    request: Value,
-    response: Option<CaseResponse>,
-    /// TransportErrorKind as named in the contract, such as `timeout`.
-    error: Option<String>,
-    #[serde(default)]
-    elapsed: bool,
-}
-
-impl Exchange {
-    fn outcome(self) -> Result<Outcome, String> {
-        match (self.response, self.error, self.elapsed) {
-            (Some(CaseResponse { status, headers, body }), None, false) => {
-                let body =
-                    body.as_str().map_or_else(|| body.to_string(), str::to_owned).into_bytes();
-                Ok(Outcome::Response(HttpResponse {
-                    status,
-                    headers: headers.into_iter().collect(),
-                    body,
-                }))
-            }
-            (None, Some(name), false) => {
-                let named = |fault: &&TransportErrorKind| {
-                    format!("{fault:?}").eq_ignore_ascii_case(&name.replace('-', ""))
-                };
-                let fault = *FAULTS
-                    .iter()
-                    .find(named)
-                    .ok_or_else(|| format!("`{name}` is not a fault of the contract"))?;
-                Ok(Outcome::Error(TransportError::new(fault, "It did not work.")))
-            }
-            (None, None, true) => Ok(Outcome::Elapsed),
-            _ => Err("must have exactly one of `response`, `error` and `elapsed`".into()),
-        }
-    }
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CaseResponse {
-    status: u16,
-    #[serde(default)]
-    headers: std::collections::BTreeMap<String, String>,
-    body: Value,
-}
 
 impl Report {
     /// Runs every case of a folder.

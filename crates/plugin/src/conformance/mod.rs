@@ -15,6 +15,7 @@
 //! it is reported as a problem.
 
 mod adapter;
+pub(crate) mod case_file;
 mod validator;
 
 mod cases;

@@ -3,7 +3,8 @@
 use crate::contract::types::Kind;
 use crate::error::LoadError;
 use crate::load::inspect::Inspected;
-use crate::package::manifest::{Limits, Manifest};
+use crate::package::limits::Limits;
+use crate::package::manifest::Manifest;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_egress::ExchangeLimits;
 use serde_json::Value;

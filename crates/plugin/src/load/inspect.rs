@@ -6,7 +6,7 @@ use crate::error::LoadError;
 use crate::load::Loader;
 use crate::load::MAX_MESSAGE_CHARS;
 use crate::package::files::ComponentFile;
-use crate::package::manifest::Limits;
+use crate::package::limits::Limits;
 use crate::package::schema;
 use crate::plugin::explain::explain;
 use crate::sandbox::engine::EngineKind;

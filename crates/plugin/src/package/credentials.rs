@@ -41,7 +41,7 @@ pub(crate) fn secrets(
             };
             return Err(key(&at, message));
         };
-        let Some(source) = Source::parse(&given.from) else { continue };
+        let Some(source) = Source::parse(&given.0.from) else { continue };
         let secret = match (source.read(), placeholder) {
             (Ok(secret), _) => secret,
             (Err(_), Some(placeholder)) => placeholder.to_owned(),
@@ -63,7 +63,7 @@ pub(crate) fn secrets(
             );
         }
         let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
-        let hosts = AllowList::new(file.display().to_string(), urls, &given.hosts)
+        let hosts = AllowList::new(file.display().to_string(), urls, &given.0.hosts)
             .map_err(|error| key(&at, error.to_string()))?;
         check_hosts(manifest, name, urls).map_err(|message| key(&at, message))?;
         credentials.push(Credential {
@@ -92,8 +92,10 @@ pub(crate) fn secrets(
 
 /// Checks that a credential has a host, and that no host would receive it over plain HTTP.
 fn check_hosts(manifest: &Manifest, name: &str, urls: &[Url]) -> Result<(), String> {
-    let given =
-        manifest.credentials.get(name).map(|given| (given.from.as_str(), given.hosts.as_slice()));
+    let given = manifest
+        .credentials
+        .get(name)
+        .map(|given| (given.0.from.as_str(), given.0.hosts.as_slice()));
     let (from, hosts) = given.unwrap_or_default();
     if urls.is_empty() && hosts.is_empty() {
         return Err(format!(

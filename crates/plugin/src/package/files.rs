@@ -89,7 +89,7 @@ impl Files {
         add(&self.component.sha256);
         add(self.signature.as_deref().unwrap_or_default());
         for given in self.manifest.credentials.values() {
-            let secret = Source::parse(&given.from).and_then(|source| source.read().ok());
+            let secret = Source::parse(&given.0.from).and_then(|source| source.read().ok());
             add(secret.as_deref().unwrap_or_default());
         }
         hex(&digest.finalize())
@@ -102,7 +102,7 @@ impl Files {
 pub(crate) fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
     let secrets =
-        manifest.credentials.values().filter_map(|given| match Source::parse(&given.from) {
+        manifest.credentials.values().filter_map(|given| match Source::parse(&given.0.from) {
             Some(Source::File(path)) => Some(path.to_owned()),
             _ => None,
         });

@@ -1,95 +1,98 @@
 //! Manifest of a plugin: its TOML file, parsed and checked.
 
 use std::collections::{BTreeMap, HashSet};
-use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use batchwright_domain::units::{Size, Span};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use crate::error::LoadError;
+use crate::package::limits::{Limits, MAX_MEMORY, MAX_TABLE_ELEMENTS};
 use crate::package::read::read_bounded;
+use crate::reference::keys;
 
-/// Parsed TOML file of a plugin.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Manifest {
-    /// File name of the component, relative to this file.
-    pub component: PathBuf,
-    /// False disables the plugin: it is not loaded.
-    #[serde(default = "enabled_by_default")]
-    pub enabled: bool,
-    /// Adapters: true sends no requests, so that batches wait.
-    #[serde(default)]
-    pub paused: bool,
-    /// Serial of the signature, which grows with each signature. A lower serial is refused.
-    #[serde(default)]
-    pub serial: u64,
-    /// Pinned SHA-256 digest of the component, in hexadecimal.
-    pub sha256: Option<String>,
-    /// Adapters: names and globs of the served models. A glob routes but is not listed.
-    #[serde(default)]
-    pub models: Vec<String>,
-    /// Adapters: model names of clients, each with the model name of the provider.
-    #[serde(default)]
-    pub aliases: BTreeMap<String, String>,
-    /// Adapters: default models of requests without a model, by endpoint. The API allows such
-    /// requests for moderations.
-    #[serde(default)]
-    pub default_models: BTreeMap<String, String>,
-    /// Adapters: allowed hosts in addition to the hosts of the settings' URLs.
-    #[serde(default)]
-    pub allow: Vec<String>,
-    /// Validators: position. Lower values run first; the name decides between equal values.
-    pub order: Option<i64>,
-    /// Validators: endpoints that the validator applies to; empty means all that it describes.
-    #[serde(default)]
-    pub endpoints: Vec<String>,
-    /// Tenants that the plugin serves; empty means all.
-    #[serde(default)]
-    pub tenants: Vec<String>,
-    /// Settings for the component's `configure`.
-    #[serde(default)]
-    pub settings: Map<String, Value>,
-    /// Credentials by the name that the component declares.
-    #[serde(default)]
-    pub credentials: BTreeMap<String, GivenCredential>,
-    /// True allows credentials over plain HTTP to other machines.
-    #[serde(default)]
-    pub allow_plain_http: bool,
-    /// Resource limits.
-    #[serde(default)]
-    pub limits: Limits,
+keys! {
+    /// Parsed TOML file of a plugin.
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Manifest, manifest_keys {
+        /// File name of the component, relative to this file.
+        pub component: PathBuf, "string", "required";
+        /// False disables the plugin: it is not loaded.
+        #[serde(default = "enabled_by_default")]
+        pub enabled: bool, "boolean", "`true`";
+        /// Adapters: true sends no requests, so that batches wait.
+        #[serde(default)]
+        pub paused: bool, "boolean", "`false`";
+        /// Serial of the signature, which grows with each signature. A lower serial is refused.
+        #[serde(default)]
+        pub serial: u64, "whole number", "0, unsigned";
+        /// Pinned SHA-256 digest of the component, in hexadecimal.
+        pub sha256: Option<String>, "string", "none";
+        /// Adapters: names and globs of the served models. A glob routes but is not listed.
+        #[serde(default)]
+        pub models: Vec<String>, "array of strings", "required for adapters";
+        /// Adapters: model names of clients, each with the model name of the provider.
+        #[serde(default)]
+        pub aliases: BTreeMap<String, String>, "table of strings", "none";
+        /// Adapters: default models of requests without a model, by endpoint. The API allows such
+        /// requests for moderations.
+        #[serde(default)]
+        pub default_models: BTreeMap<String, String>, "table of strings", "none";
+        /// Adapters: allowed hosts in addition to the hosts of the settings' URLs.
+        #[serde(default)]
+        pub allow: Vec<String>, "array of strings", "none";
+        /// Validators: position. Lower values run first; the name decides between equal values.
+        pub order: Option<i64>, "whole number", "100";
+        /// Validators: endpoints that the validator applies to; empty means all that it describes.
+        #[serde(default)]
+        pub endpoints: Vec<String>, "array of strings", "all";
+        /// Tenants that the plugin serves; empty means all.
+        #[serde(default)]
+        pub tenants: Vec<String>, "array of strings", "all";
+        /// Settings for the component's `configure`.
+        #[serde(default)]
+        pub settings: Map<String, Value>, "table", "the defaults of the component";
+        /// Credentials by the name that the component declares.
+        #[serde(default)]
+        pub credentials: BTreeMap<String, GivenCredential>, "table", "none";
+        /// True allows credentials over plain HTTP to other machines.
+        #[serde(default)]
+        pub allow_plain_http: bool, "boolean", "`false`";
+        /// Resource limits.
+        #[serde(default)]
+        pub limits: Limits, "table", "see below";
+    }
 }
 
 fn enabled_by_default() -> bool {
     true
 }
 
-/// Credential in the TOML file.
-///
-/// Either `"env:NAME"` or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
-#[derive(Debug)]
-pub struct GivenCredential {
-    /// Source of the secret: `env:NAME` or `file:PATH`.
-    pub from: String,
-    /// Hosts that receive the secret in addition to the hosts of the settings' URLs.
-    pub hosts: Vec<String>,
+keys! {
+    /// Credential in the TOML file.
+    ///
+    /// Either `"env:NAME"` or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct CredentialTable, credential_keys {
+        /// Source of the secret: `env:NAME`, or `file:PATH` relative to this file.
+        pub from: String, "string", "required";
+        /// Hosts that receive the secret in addition to the hosts of the settings' URLs.
+        #[serde(default)]
+        pub hosts: Vec<String>, "array of strings", "none";
+    }
 }
+
+/// Credential in the TOML file, as a string or as a table.
+#[derive(Debug)]
+pub struct GivenCredential(pub CredentialTable);
 
 impl<'de> Deserialize<'de> for GivenCredential {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Table {
-            from: String,
-            #[serde(default)]
-            hosts: Vec<String>,
-        }
         struct GivenVisitor;
         impl<'de> Visitor<'de> for GivenVisitor {
             type Value = GivenCredential;
@@ -99,97 +102,19 @@ impl<'de> Deserialize<'de> for GivenCredential {
             }
 
             fn visit_str<E: serde::de::Error>(self, from: &str) -> Result<Self::Value, E> {
-                Ok(GivenCredential { from: from.to_owned(), hosts: Vec::new() })
+                Ok(GivenCredential(CredentialTable { from: from.to_owned(), hosts: Vec::new() }))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-                let Table { from, hosts } = Table::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(GivenCredential { from, hosts })
+                CredentialTable::deserialize(MapAccessDeserializer::new(map)).map(GivenCredential)
             }
         }
         deserializer.deserialize_any(GivenVisitor)
     }
 }
 
-/// Reuse of an instance between calls.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum Isolation {
-    /// Instance for many calls of one tenant, one after the other.
-    #[default]
-    PerTenant,
-    /// Instance for one call.
-    PerCall,
-}
-
-/// Limits of a plugin. The `[limits]` table of the TOML file has the same names.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// Linear memory of an instance, as the sum of its memories. The default holds a line of 16 MiB
-    /// and a copy of it.
-    pub max_memory: Size,
-    /// CPU time of one call; for validators, CPU time per started 1,000 lines or MiB.
-    pub call_timeout: Span,
-    /// Size of the result of one call.
-    pub max_output: Size,
-    /// Elements of each table of an instance.
-    pub max_table_elements: NonZeroU32,
-    /// Open handles of an instance. A language runtime needs about a dozen for standard streams and
-    /// clocks.
-    pub max_handles: NonZeroU32,
-    /// Reuse of instances.
-    pub isolation: Isolation,
-    /// Calls after which an instance is replaced.
-    pub max_calls_per_instance: NonZeroU32,
-    /// Steps of one attempt. The limit ends an endless sequence of `resume` calls.
-    pub max_steps: NonZeroU32,
-    /// Duration of one wait that an adapter requests between polls of a provider.
-    pub max_wait: Span,
-    /// Exchanges in flight.
-    pub max_in_flight: NonZeroUsize,
-    /// Exchanges started per minute; None means no limit.
-    pub requests_per_minute: Option<NonZeroU32>,
-    /// Timeout of a connection attempt.
-    pub connect_timeout: Span,
-    /// Timeout until the head of a response. A model may need minutes before its first byte.
-    pub first_byte_timeout: Span,
-    /// Timeout of a whole exchange.
-    pub exchange_timeout: Span,
-    /// Size of a response body of a provider.
-    pub max_response_body: Size,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            max_memory: Size::mib(64),
-            call_timeout: Span::milliseconds(100),
-            max_output: Size::mib(16),
-            max_table_elements: NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN),
-            max_handles: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
-            isolation: Isolation::PerTenant,
-            max_calls_per_instance: NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN),
-            max_steps: NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN),
-            max_wait: Span::seconds(3600),
-            max_in_flight: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
-            requests_per_minute: None,
-            connect_timeout: Span::seconds(10),
-            first_byte_timeout: Span::seconds(600),
-            exchange_timeout: Span::seconds(900),
-            max_response_body: Size::mib(16),
-        }
-    }
-}
-
 /// Maximum size of a secret in a file, in bytes.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
-
-/// Maximum of `[limits] max_memory`: the size that one slot of the instance pool reserves.
-pub(crate) const MAX_MEMORY: Size = Size::mib(4096);
-
-/// Maximum of `[limits] max_table_elements`: the size that one slot of the instance pool reserves.
-pub(crate) const MAX_TABLE_ELEMENTS: usize = 100_000;
 
 impl Manifest {
     /// Parses and checks the text of `file`. Errors name the file and the key.
@@ -234,16 +159,16 @@ impl Manifest {
             return Err(invalid("aliases", message));
         }
         for given in manifest.credentials.values_mut() {
-            if let Some(path) = given.from.strip_prefix("file:").filter(|path| !path.is_empty()) {
+            if let Some(path) = given.0.from.strip_prefix("file:").filter(|path| !path.is_empty()) {
                 // A relative path is relative to this file.
                 let path = file.with_file_name("").join(path);
                 let path = std::path::absolute(&path).unwrap_or(path);
-                given.from = format!("file:{}", path.display());
+                given.0.from = format!("file:{}", path.display());
             }
         }
         for (name, given) in &manifest.credentials {
             // The value is omitted, because it may be a secret written here by mistake.
-            if Source::parse(&given.from).is_none() {
+            if Source::parse(&given.0.from).is_none() {
                 return Err(invalid(
                     &format!("credentials.{name}"),
                     "must be `env:NAME` or `file:PATH`; move the secret out of this file".into(),

@@ -6,6 +6,7 @@
 
 pub(crate) mod credentials;
 pub(crate) mod files;
+pub(crate) mod limits;
 pub(crate) mod manifest;
 pub(crate) mod read;
 pub(crate) mod routing;

@@ -1,7 +1,7 @@
 //! Errors of calls: which limit a call exceeded, or why it trapped.
 
 use crate::error::CallError;
-use crate::package::manifest::Limits;
+use crate::package::limits::Limits;
 use crate::plugin::Plugin;
 use crate::sandbox::engine::GUEST_STACK_BYTES;
 use crate::sandbox::instance::{CpuTimeExceeded, DeadlineExceeded, Refused};

@@ -34,7 +34,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use crate::contract::types::{Description, Kind};
-use crate::package::manifest::Limits;
+use crate::package::limits::Limits;
 use crate::package::routing::Routing;
 use crate::package::trust::VerifiedSignature;
 use crate::sandbox::instance::Template;

@@ -1,7 +1,7 @@
 //! Instances of a plugin by tenant: leases for calls, creation and return.
 
 use crate::error::CallError;
-use crate::package::manifest::Isolation;
+use crate::package::limits::Isolation;
 use crate::plugin::Plugin;
 use crate::sandbox::instance::{Instance, in_time};
 use crate::sandbox::instances::IdleInstances;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wasmtime::{Config, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use crate::package::manifest::{MAX_MEMORY, MAX_TABLE_ELEMENTS};
+use crate::package::limits::{MAX_MEMORY, MAX_TABLE_ELEMENTS};
 
 /// Interval of the epoch interrupts. At each interrupt a running guest is checked for its CPU time
 /// and yields to other tasks.

@@ -37,7 +37,7 @@ use wasmtime::{
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
 use crate::contract::world::{self, Exports, GuestLog};
-use crate::package::manifest::Limits;
+use crate::package::limits::Limits;
 use crate::sandbox::engine::{EPOCH_INTERVAL, EngineKind};
 use crate::sandbox::instances::{HOST_OVERHEAD_BYTES, Instances};
 use crate::sandbox::log::{PluginLog, RecentOutput};

@@ -1,28 +1,19 @@
-"""The command line: `run` without a server, `batch` with one, startup errors, full disks, shutdown.
+"""`run`, which needs no server: results, exit statuses, interrupted and finished runs.
 
-Attacks: kills at random moments, outputs that would overwrite a user's file, wrong settings, and a
-data folder on a disk without space.
+Attacks: kills at random moments, and outputs that would overwrite a user's file.
 """
 
 import json
 import os
+import pathlib
 import random
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
-import time
-import urllib.error
-import urllib.request
 
-import openai
 import pytest
-from conftest import HOST, PLUGINS, chat, jsonl, run_host, wait_for
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from conftest import HOST, PLUGINS, chat, jsonl, lines, run_host, wait_for
 
 
 def test_run_writes_results_and_a_summary(tmp_path):
@@ -209,6 +200,8 @@ def test_run_partial_writes_the_results_of_an_unfinished_run(tmp_path, stub):
 
 
 GOOD = jsonl([chat("a")])
+
+
 REJECTED = b'{"custom_id":"a"}\n'
 
 
@@ -345,44 +338,6 @@ def test_run_without_validator_is_refused(tmp_path, stub):
     assert not (tmp_path / "out.jsonl.batchwright").exists()
 
 
-def test_download_overwrites_no_file_and_reports_missing_errors(server, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
-    (tmp_path / "old.jsonl").write_text("old\n")
-
-    def batch(*arguments):
-        return run_host("batch", *arguments, "--url", server.url, cwd=tmp_path)
-
-    made = json.loads(batch("create", "in.jsonl", "--json").stdout)
-    server.ended(made["id"])
-    for arguments, message in [
-        (["-o", "old.jsonl"], "old.jsonl exists"),
-        (["-o", "x.jsonl", "-e", "x.jsonl"], "are the same file"),
-        (["-o", "."], "is a folder"),
-    ]:
-        done = batch("download", made["id"], *arguments)
-        assert done.returncode == 2 and message in done.stderr
-    assert (tmp_path / "old.jsonl").read_text() == "old\n" and not (tmp_path / "x.jsonl").exists()
-    done = batch("download", made["id"], "-o", "o.jsonl")
-    assert done.returncode == 1 and "name a path for it with --errors" in done.stderr
-    assert len(lines(tmp_path / "o.jsonl")) == 1
-    # A truncated download does not replace a complete file.
-    output = next(
-        (server.data / "objects/default/files").glob(
-            server.client.batches.retrieve(made["id"]).output_file_id
-        )
-    )
-    before = (tmp_path / "o.jsonl").read_bytes()
-    os.truncate(output, 10)
-    done = batch("download", made["id"], "-o", "o.jsonl", "--force")
-    assert done.returncode == 1 and "was interrupted" in done.stderr, done.stderr
-    assert (tmp_path / "o.jsonl").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "in.jsonl",
-        "o.jsonl",
-        "old.jsonl",
-    ]
-
-
 def test_run_refused_leaves_no_state(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a")]))
     command = ["run", "in.jsonl", "-o", "out.jsonl", "--plugins", PLUGINS]
@@ -408,214 +363,33 @@ def test_run_refused_keeps_a_folder_that_it_did_not_create(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_batch_commands_create_watch_list_and_download(server, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a"), chat("b", n=99)]))
-
-    def batch(*arguments):
-        return run_host("batch", *arguments, "--url", server.url, cwd=tmp_path)
-
-    created = batch("create", "in.jsonl", "--metadata", "team=x", "--json")
-    assert created.returncode == 0, created.stderr
-    created = json.loads(created.stdout)
-    assert created["metadata"] == {"team": "x"}
-    watched = batch("watch", created["id"])
-    assert watched.returncode == 1 and "completed  2/2 done, 1 failed" in watched.stdout
-    assert created["id"] in batch("list").stdout
-    assert json.loads(batch("get", created["id"], "--json").stdout)["status"] == "completed"
-    done = batch("download", created["id"], "-o", "o.jsonl", "-e", "e.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert [
-        line["custom_id"] for line in lines(tmp_path / "o.jsonl") + lines(tmp_path / "e.jsonl")
-    ] == ["a", "b"]
-    refused = batch("cancel", created["id"])
-    assert (
-        refused.returncode == 1
-        and refused.stderr == "error: Cannot cancel a batch with status 'completed'.\n"
+def test_run_accepts_non_utf8_paths_and_refuses_pipes_as_input(tmp_path):
+    folder = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    folder.mkdir()
+    (folder / "in.jsonl").write_bytes(jsonl([chat("a")]))
+    config = tmp_path / "config.toml"
+    config.write_text('[batch]\ncompletion_windows = ["1h", "24h"]\n')
+    ran = subprocess.run(
+        [
+            HOST,
+            "run",
+            folder / "in.jsonl",
+            "--output",
+            folder / "out.jsonl",
+            "--plugins",
+            PLUGINS,
+            "--config",
+            config,
+        ],
+        capture_output=True,
     )
-    again = batch("create", created["input_file_id"], "--watch")
-    assert "completed  2/2 done" in again.stdout
-    unreachable = run_host("batch", "list", "--url", "http://127.0.0.1:9")
-    assert unreachable.returncode == 1 and "is the server running" in unreachable.stderr
-
-
-def start(tmp_path, *arguments, env=None):
-    base = ["serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "data", "--plugins", PLUGINS]
-    return run_host(*base, *arguments, env=env, timeout=20)
-
-
-def test_startup_errors_name_the_cause_in_one_message(tmp_path, serve):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = run_host(
-            "serve", "--listen", f"127.0.0.1:{port}", "--data", tmp_path / "d", "--plugins", PLUGINS
-        )
-        assert done.returncode == 1 and f"failed to listen on 127.0.0.1:{port}" in done.stderr
-        assert "--listen" in done.stderr
-
-    (tmp_path / "c.toml").write_text('[batch]\nmax_file_size = "1GiB"\nmax_fil_size = "1GiB"\n')
-    done = start(tmp_path, "--config", tmp_path / "c.toml")
-    assert done.returncode == 3 and "line 3" in done.stderr and "max_fil_size" in done.stderr
-    done = start(tmp_path, "--config", tmp_path / "nothing.toml")
-    assert done.returncode == 3 and "nothing.toml" in done.stderr
-    done = start(tmp_path, env={"BATCHWRIGHT_MAX_ATTEMPTS": "many"})
-    assert done.returncode == 3 and "BATCHWRIGHT_MAX_ATTEMPTS: `many`" in done.stderr
-    done = start(tmp_path, "--log-filter", "=loud=")
-    assert done.returncode == 3 and "--log-filter" in done.stderr
-
-    (tmp_path / "file").write_text("")
-    done = run_host(
-        "serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "file", "--plugins", PLUGINS
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("f")] == [folder.name]
+    piped = subprocess.run(
+        [HOST, "run", "/dev/stdin", "--output", tmp_path / "piped.jsonl", "--plugins", PLUGINS],
+        input=jsonl([chat("a")]),
+        capture_output=True,
     )
-    assert done.returncode == 5 and "--data" in done.stderr
-
-    server = serve()
-    done = run_host("serve", "--listen", "127.0.0.1:0", "--data", server.data, "--plugins", PLUGINS)
-    assert done.returncode == 5 and "in use by another batchwright" in done.stderr
-    server.stop()
-    database = sqlite3.connect(server.data / "batchwright.db")
-    database.execute("PRAGMA user_version = 999")
-    database.close()
-    done = run_host("serve", "--listen", "127.0.0.1:0", "--data", server.data, "--plugins", PLUGINS)
-    assert done.returncode == 5 and "newer version" in done.stderr
-    for file in server.data.glob("batchwright.db*"):
-        file.unlink()
-    (server.data / "batchwright.db").write_bytes(b"this is no database" * 1000)
-    done = run_host("serve", "--listen", "127.0.0.1:0", "--data", server.data, "--plugins", PLUGINS)
-    assert done.returncode == 5 and "not a database" in done.stderr
-    assert "panicked" not in done.stderr
-
-
-def test_settings_are_read_from_environment_and_config_file(tmp_path, serve):
-    (tmp_path / "c.toml").write_text(
-        '[batch]\nmax_requests_per_file = 1\ncompletion_windows = ["24h", "1h"]\n'
-    )
-    server = serve("--config", tmp_path / "c.toml", env={"BATCHWRIGHT_MAX_REPORTED_ERRORS": "1"})
-    batch = server.client.batches.create(
-        input_file_id=server.upload([chat("a"), chat("b"), "x", "y"]).id,
-        endpoint="/v1/chat/completions",
-        completion_window="1h",
-    )
-    assert batch.expires_at == batch.created_at + 3600
-    batch = server.ended(batch.id)
-    assert [error.code for error in batch.errors.data] == [
-        "too_many_requests",
-        "invalid_json_line",
-        "too_many_errors",
-    ]
-
-
-# Number of requests whose answers exceed the small disk many times.
-FILLING_REQUESTS = 2000
-
-
-@pytest.fixture
-def full_disk(tmp_path, serve, stub):
-    """Starts a server with its data folder on a small disk, and a batch that fills the disk."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    data = tmp_path / "server/data"
-    data.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", data], check=True)
-    try:
-        server = serve(plugins={"p": stub.plugin(["m"])})
-        (data / "filler").write_bytes(b"x" * (8 << 20))
-        with pytest.raises(openai.InternalServerError) as refused:
-            server.upload(b"y" * (20 << 20))
-        assert refused.value.status_code == 507 and refused.value.code == "storage_full"
-        batch = server.create(
-            [chat(str(number), "!big 20000", model="m") for number in range(FILLING_REQUESTS)]
-        )
-        # The refused upload above is in the log, too.
-        retried = re.compile("will be retried.*disk is full")
-        wait_for(lambda: retried.search(server.logged()), what="the error in the log")
-        yield server, batch
-        assert "panicked" not in server.logged()
-    finally:
-        server.kill()
-        subprocess.run(["umount", "-l", data], check=True)
-
-
-def test_full_disk_is_reported_and_batch_continues_after_space_is_freed(full_disk):
-    server, batch = full_disk
-    assert server.client.batches.retrieve(batch.id).status in ("in_progress", "finalizing")
-    (server.data / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
-    batch = server.ended(batch.id)
-    output, errors = server.results(batch)
-    assert [line["custom_id"] for line in output] == [
-        str(number) for number in range(FILLING_REQUESTS)
-    ] and errors == []
-
-
-def test_full_disk_does_not_block_shutdown(full_disk):
-    server, _ = full_disk
-    assert server.stop() == 0
-
-
-def ready(server):
-    try:
-        with urllib.request.urlopen(server.url + "/health/ready") as answer:
-            return json.load(answer)["status"]
-    except urllib.error.HTTPError as error:
-        assert error.code == 503
-        return " ".join(json.load(error)["reasons"])
-
-
-def unchanged(number):
-    """Returns the number if it stays the same for a second."""
-    before = number()
-    time.sleep(1)
-    return before if number() == before else None
-
-
-def test_full_disk_stops_requests_and_few_are_sent_twice(full_disk, stub):
-    server, batch = full_disk
-    retrieve = server.client.batches.retrieve
-    # Without disk space no result can be committed, so no further request is sent.
-    sent = wait_for(lambda: unchanged(lambda: sum(stub.counts().values())), what="requests to stop")
-    committed = retrieve(batch.id).request_counts.completed
-    print(f"{sent} sent, {committed} committed")
-    # At most the requests that the memory budget holds were sent.
-    assert sent < FILLING_REQUESTS and sent - committed <= 800
-    # Readiness fails; files can still be read and deleted.
-    wait_for(lambda: "is full" in ready(server), what="readiness to fail")
-    with urllib.request.urlopen(server.url + "/health/serving") as answer:
-        assert answer.status == 200
-    files = list(server.client.files.list())
-    assert files and server.client.files.content(files[0].id).content
-    # After a kill and with free space, committed requests are not sent again.
-    server.kill()
-    (server.data / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=400m", server.data], check=True)
-    server.start()
-    ended = server.ended(batch.id)
-    assert ended.request_counts.completed == FILLING_REQUESTS
-    counts = stub.ask("/arrivals")
-    arrivals = sum(len(times) for times in counts.values())
-    print(f"{arrivals - FILLING_REQUESTS} of {FILLING_REQUESTS} sent twice")
-    assert arrivals - FILLING_REQUESTS <= sent - committed
-    wait_for(lambda: ready(server) == "ok", what="readiness")
-
-
-def test_shutdown_drains_on_first_signal_and_exits_on_second(serve, stub):
-    server = serve(plugins={"p": stub.plugin(["m"])})
-    server.create([chat(str(number), "!delay 300", model="m") for number in range(20)])
-    wait_for(lambda: sum(stub.counts().values()) > 0, what="a request in flight")
-    assert server.stop() == 0 and "stopped" in server.logged()
-    sent = sum(stub.counts().values())
-    server.start()
-    wait_for(
-        lambda: all(batch.status == "completed" for batch in server.client.batches.list()),
-        what="the end of all batches",
-    )
-    assert sum(stub.counts().values()) == 20 >= sent
-
-    server.create([chat(str(number), "!delay 60000", model="m") for number in range(20)])
-    wait_for(lambda: sum(stub.counts().values()) > 20, what="a request in flight")
-    server.child.send_signal(signal.SIGTERM)
-    # The log contains the first shutdown already.
-    wait_for(lambda: server.logged().count("shutting down") == 2, what="the shutdown")
-    server.child.send_signal(signal.SIGTERM)
-    assert server.child.wait(timeout=10) == 0
+    assert piped.returncode == 2 and b"save it to a file" in piped.stderr
+    assert not list(tmp_path.glob("*.batchwright"))
