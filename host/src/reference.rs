@@ -5,9 +5,12 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::{ErrorCode, Place};
+use batchwright_domain::settings::{Given, Section};
 use batchwright_plugin::reference::{self, Key};
 use clap::CommandFactory;
+use serde_json::Value;
 
 use crate::cli::Cli;
 use crate::config::Settings;
@@ -110,6 +113,97 @@ fn case_file_page() {
         add_keys(&mut body, keys);
     }
     check("case-file.md", "Case file", &body);
+}
+
+/// Returns the type of a JSON schema, in words.
+fn schema_type(schema: &Value) -> String {
+    if let Some(reference) = schema.get("$ref").and_then(Value::as_str) {
+        let name = reference.rsplit('/').next().unwrap();
+        return format!("[{name}](#{})", name.to_lowercase());
+    }
+    if let Some(any) = ["oneOf", "anyOf"].iter().find_map(|key| schema.get(*key)) {
+        let types: Vec<_> = any.as_array().unwrap().iter().map(schema_type).collect();
+        return types.join(" or ");
+    }
+    let name = match schema.get("type") {
+        Some(Value::String(name)) => name.clone(),
+        Some(Value::Array(names)) => {
+            let names: Vec<_> = names.iter().filter_map(Value::as_str).collect();
+            names.join(" or ")
+        }
+        _ => "any".into(),
+    };
+    match schema.get("items") {
+        Some(items) => format!("{name} of {}", schema_type(items)),
+        None => name,
+    }
+}
+
+/// Appends a table of parameters or properties: name, type, whether it is required, meaning.
+fn add_members<'a>(body: &mut String, members: impl Iterator<Item = (&'a str, &'a Value, bool)>) {
+    body.push_str("| name | type | required | meaning |\n|---|---|---|---|\n");
+    for (name, member, is_required) in members {
+        let schema = member.get("schema").unwrap_or(member);
+        let meaning = member.get("description").and_then(Value::as_str).unwrap_or_default();
+        let meaning = cell(&meaning.split_whitespace().collect::<Vec<_>>().join(" "));
+        let required = if is_required { "yes" } else { "no" };
+        writeln!(body, "| `{name}` | {} | {required} | {meaning} |", schema_type(schema)).unwrap();
+    }
+}
+
+#[test]
+fn api_page() {
+    let limits = BatchConfig::read(&mut Given::default()).unwrap();
+    let document = batchwright_api::openapi_document(&limits);
+    let mut body = String::from(
+        "The routes below `/v1`. A server describes them at `/openapi.json`, with its own limits.\n\
+         Errors have the form of [ErrorBody](#errorbody), with a [code](error-codes.md).\n",
+    );
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for (method, operation) in operations.as_object().unwrap() {
+            write!(body, "\n## `{} {path}`\n\n", method.to_uppercase()).unwrap();
+            for text in ["summary", "description"] {
+                if let Some(text) = operation.get(text).and_then(Value::as_str) {
+                    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+                    writeln!(body, "{}.\n", text.trim_end_matches('.')).unwrap();
+                }
+            }
+            if let Some(parameters) = operation.get("parameters").and_then(Value::as_array) {
+                let members = parameters.iter().map(|parameter| {
+                    let required = parameter["required"].as_bool().unwrap_or(false);
+                    (parameter["name"].as_str().unwrap(), parameter, required)
+                });
+                add_members(&mut body, members);
+                body.push('\n');
+            }
+            let schema = |content: &Value| {
+                let (kind, media) = content.as_object()?.iter().next()?;
+                Some(format!("{} (`{kind}`)", schema_type(&media["schema"])))
+            };
+            if let Some(sent) = operation.pointer("/requestBody/content").and_then(schema) {
+                writeln!(body, "Body: {sent}.").unwrap();
+            }
+            if let Some(returned) = operation.pointer("/responses/200/content").and_then(schema) {
+                writeln!(body, "Returns {returned}.").unwrap();
+            }
+        }
+    }
+    for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+        let Some(properties) = schema.get("properties").and_then(Value::as_object) else {
+            continue;
+        };
+        write!(body, "\n## {name}\n\n").unwrap();
+        if let Some(text) = schema.get("description").and_then(Value::as_str) {
+            writeln!(body, "{}\n", text.split_whitespace().collect::<Vec<_>>().join(" ")).unwrap();
+        }
+        let required: Vec<_> =
+            schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let members = properties
+            .iter()
+            .map(|(name, member)| (name.as_str(), member, required.contains(&name.as_str())));
+        add_members(&mut body, members);
+    }
+    check("api.md", "API", &body);
 }
 
 #[test]

@@ -52,6 +52,10 @@ def built(part):
     return TARGET / part
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quiet: measures time or memory, so nothing runs beside it")
+
+
 # Attacks and the error that contained each, printed in the terminal summary.
 CONTAINED = []
 

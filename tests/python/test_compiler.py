@@ -16,6 +16,8 @@ import pytest
 from conftest import CONTAINED, PLUGINS, built, chat, plugin_states, run_host, wait_for
 from containment import compilers_of
 
+pytestmark = pytest.mark.quiet
+
 
 def test_compiler_memory_is_limited(tmp_path):
     component = built("examples") / "policy-python.wasm"

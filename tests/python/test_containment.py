@@ -11,6 +11,8 @@ import pytest
 from conftest import CONTAINED, built, chat, wait_for
 from containment import assert_contained, run_cases
 
+pytestmark = pytest.mark.quiet
+
 
 def test_guest_fault_fails_only_its_own_request(hostile, bystander, stub):
     # Touching 96 MiB of memory is slow on a busy machine, hence the long timeout.

@@ -10,7 +10,10 @@ import random
 import time
 
 import openai
+import pytest
 from conftest import CHAT, Stub, chat, jsonl, leftovers, wait_for
+
+pytestmark = pytest.mark.quiet
 
 # Seconds that a request in flight at the kill may take to reach the provider.
 ARRIVAL_SLACK = 0.25

@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import urllib.parse
 
+import pytest
 from conftest import CONTAINED, PLUGINS, ROOT, run_host
 from containment import assert_contained, run_cases
+
+pytestmark = pytest.mark.quiet
 
 SECRET = "sk-Secret/of+the=0perator"
 

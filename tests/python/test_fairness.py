@@ -8,7 +8,10 @@ import socket
 import subprocess
 import time
 
+import pytest
 from conftest import CHAT, ROOT, Stub, chat, wait_for
+
+pytestmark = pytest.mark.quiet
 
 
 def counts(server, batch):

@@ -13,6 +13,8 @@ import openai
 import pytest
 from conftest import CHAT, ROOT, chat, jsonl, leftovers, wait_for
 
+pytestmark = pytest.mark.quiet
+
 LINES = 5
 
 

@@ -22,6 +22,8 @@ import openai
 import pytest
 from conftest import CHAT, chat, jsonl, leftovers, wait_for
 
+pytestmark = pytest.mark.quiet
+
 # memory_budget (64 MiB), instance_memory (128 MiB), and 128 MiB for uncounted memory.
 MAX_PEAK_MIB = 320
 

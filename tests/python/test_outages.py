@@ -13,6 +13,8 @@ import pytest
 from conftest import CHAT, HOST, Stub, chat, jsonl, run_host, wait_for
 from outages import SHORT_BACKOFFS, assert_all_answered, lines, wait_state
 
+pytestmark = pytest.mark.quiet
+
 
 def done(server, batch):
     counts = server.client.batches.retrieve(batch.id).request_counts

@@ -3,7 +3,10 @@
 import json
 import time
 
+import pytest
 from conftest import CHAT, chat, wait_for
+
+pytestmark = pytest.mark.quiet
 
 
 def peak(server):

@@ -58,8 +58,7 @@ fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()>
 }
 
 /// Returns a test run of the workspace's targets. The whole workspace is selected each time,
-/// because
-/// the features of dependencies, and so what is compiled, depend on the selected packages.
+/// because the features of dependencies, and so what is compiled, depend on the selected packages.
 fn rust(targets: &[&str]) -> Command {
     let mut tests = cargo();
     // Snapshots belong to this checkout, even if checkouts share compiled tests.
@@ -84,29 +83,38 @@ pub fn python_environment() -> Result<PathBuf> {
 }
 
 /// Runs the Python tests: official `openai` package, stub provider, real processes.
+///
+/// Tests that measure time or memory run alone. The others mostly wait, so two run at a time.
 fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
+    let environment = python_environment()?;
+    let pytest = |selection: &[&str]| {
+        let mut pytest = Command::new(&environment);
+        if all_built {
+            pytest.env("TEST_PLUGINS_BUILT", "1");
+        }
+        // -rs prints the skipped tests with their reasons.
+        pytest
+            .args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"])
+            .arg(root().join("tests/python"))
+            .args(selection)
+            .args(more)
+            .current_dir(root());
+        pytest
+    };
+    let Some(name) = name else {
+        step("end to end, Python, tests that run alone");
+        run(&mut pytest(&["-m", "quiet"]))?;
+        step("end to end, Python, two tests at a time");
+        return run(&mut pytest(&["-m", "not quiet", "--numprocesses", "2"]));
+    };
     step("end to end, Python");
-    let mut pytest = Command::new(python_environment()?);
-    if all_built {
-        pytest.env("TEST_PLUGINS_BUILT", "1");
-    }
-    // -rs prints the skipped tests with their reasons.
-    pytest
-        .args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"])
-        .arg(root().join("tests/python"))
-        .args(more)
-        .current_dir(root());
-    if let Some(name) = name {
-        pytest.args(["-k", name]);
-        // pytest exits with 5 if no test matches.
-        let status = pytest.status()?;
-        anyhow::ensure!(
-            matches!(status.code(), Some(0 | 5)),
-            "the Python tests failed with {status}"
-        );
-        return Ok(());
-    }
-    run(&mut pytest)
+    // pytest exits with 5 if no test matches.
+    let status = pytest(&["-k", name]).status()?;
+    anyhow::ensure!(
+        matches!(status.code(), Some(0 | 5)),
+        "the Python tests failed with {status}"
+    );
+    Ok(())
 }
 
 /// Runs the Node tests with the official `openai` package.

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::state::ApiState;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
@@ -17,6 +16,7 @@ use super::openapi::Errors;
 use super::params::{AnyJson, Params, QueryParams};
 use super::wire::{Batch, CreateBatch, List};
 use super::{App, Tenant};
+use crate::state::ApiState;
 
 /// Request header with the idempotency key; a parameter of the body has the same meaning.
 const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";

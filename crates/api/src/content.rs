@@ -4,7 +4,6 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::state::ApiState;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -20,6 +19,7 @@ use super::files::file_not_found;
 use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::{App, Tenant};
+use crate::state::ApiState;
 
 /// Chunk size of a download if memory can be reserved, in bytes.
 const DOWNLOAD_CHUNK_BYTES: usize = 256 << 10;

@@ -1,5 +1,5 @@
-//! HTTP API: routes, wire types, errors. Each handler parses its request, calls one function of
-//! `batch`, and builds the response.
+//! HTTP API: routes, wire types, errors. Each handler parses its request, calls the service, and
+//! builds the response; it decides nothing about a batch.
 //!
 //! Architecture invariant: only this module has wire types. No module below this one knows the
 //! JSON, the statuses or the headers of the API.
@@ -40,7 +40,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use batchwright_batch::Engine;
+use batchwright_batch::{BatchConfig, Engine};
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
@@ -48,6 +48,7 @@ use error::ApiError;
 pub use server::{serve, serve_admin};
 use state::ApiState;
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::openapi::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -82,9 +83,8 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
     }
 }
 
-/// Returns the router of the API, for a listener on `address`.
-pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
-    let app = ApiState::new(engine);
+/// Returns the routes below a prefix, and their description without limits.
+fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
     let api = OpenApiRouter::new()
         .routes(routes!(files::upload).layer(DefaultBodyLimit::disable()))
         .routes(routes!(files::list))
@@ -102,6 +102,18 @@ pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Rou
         OpenApiRouter::<Arc<ApiState>>::new().routes(routes!(models::get)).split_for_parts();
     description.merge(model);
     let api = api.route("/models/{*id}", get(models::get));
+    (api, description)
+}
+
+/// Returns the OpenAPI document of a server with these limits.
+pub fn openapi_document(limits: &BatchConfig) -> serde_json::Value {
+    openapi::document(routes().1, limits)
+}
+
+/// Returns the router of the API, for a listener on `address`.
+pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
+    let app = ApiState::new(engine);
+    let (api, description) = routes();
     let document = Json(openapi::document(description, &app.config.batch));
     let mut router = health_routes().route("/openapi.json", get(async move || document));
     for prefix in ROUTE_PREFIXES {

@@ -5,7 +5,6 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::state::ApiState;
 use axum::body::HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
@@ -23,6 +22,7 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 use super::json_response::{UNRESERVED_BYTES, reserve};
 use super::{MAX_JSON_BODY_BYTES, Tenant};
+use crate::state::ApiState;
 
 /// Valid lifetimes of a file, in seconds.
 const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;

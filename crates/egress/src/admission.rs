@@ -18,7 +18,7 @@
 //! against the estimated limit; it still counts against the operator's limit. Otherwise a single
 //! hung exchange would stop a plugin whose limit is one.
 //!
-//! **Long pauses.** If the provider asks for a pause of more than [`MAX_QUEUE_WAIT`], the throttle
+//! **Long pauses.** If the provider asks for a pause of more than [`MAX_QUEUE_WAIT`], the admission
 //! returns the end of the pause to all waiting requests: a request must not wait in memory for
 //! minutes. The batch then keeps the request's position in the input file instead.
 //!
@@ -85,7 +85,7 @@ struct QueueState {
 /// Permit for one exchange in flight; dropping it releases the permit.
 pub struct Permit {
     /// Absent once the permit is released.
-    throttle: Option<Arc<Inner>>,
+    admission: Option<Arc<Inner>>,
     queue: QueueId,
     number: u64,
     began: Began,
@@ -103,7 +103,7 @@ pub struct Refusals {
 }
 
 impl AdmissionQueue {
-    /// Returns a throttle that never exceeds `max` exchanges in flight.
+    /// Returns a admission that never exceeds `max` exchanges in flight.
     pub(crate) fn new(max: usize) -> Self {
         let max = max.max(1);
         let state = State {
@@ -144,7 +144,7 @@ impl AdmissionQueue {
                 }
                 (number, granted)
             };
-            let mut waiter = Waiter { throttle: &self.0, queue, number };
+            let mut waiter = Waiter { admission: &self.0, queue, number };
             let admitted = granted.await;
             waiter.number = 0;
             // A dropped sender means that a long pause has begun: check again.
@@ -199,9 +199,9 @@ impl Inner {
             };
             // The waiting request was canceled: release its permit immediately.
             if let Err(mut unused) = waiter.send(admitted)
-                && let Some(throttle) = unused.throttle.take()
+                && let Some(admission) = unused.admission.take()
             {
-                throttle.lock().end_exchange(unused.queue, unused.number);
+                admission.lock().end_exchange(unused.queue, unused.number);
             }
         }
     }
@@ -212,17 +212,17 @@ impl Inner {
             return;
         }
         state.wakeup_at = Some(at);
-        let throttle: Weak<Self> = Arc::downgrade(self);
+        let admission: Weak<Self> = Arc::downgrade(self);
         tokio::spawn(async move {
             tokio::time::sleep_until(at).await;
-            let Some(throttle) = throttle.upgrade() else { return };
+            let Some(admission) = admission.upgrade() else { return };
             {
-                let mut state = throttle.lock();
+                let mut state = admission.lock();
                 if state.wakeup_at.is_some_and(|wakeup_at| wakeup_at >= at) {
                     state.wakeup_at = None;
                 }
             }
-            throttle.admit_waiting();
+            admission.admit_waiting();
         });
     }
 }
@@ -280,7 +280,7 @@ impl State {
     }
 
     /// Takes a permit for an exchange of a queue.
-    fn grant(&mut self, throttle: &Arc<Inner>, queue: QueueId, now: Instant) -> Permit {
+    fn grant(&mut self, admission: &Arc<Inner>, queue: QueueId, now: Instant) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
@@ -288,7 +288,7 @@ impl State {
         let began = self.limit.begin(now);
         let found = self.queue(queue);
         found.in_flight = found.in_flight.saturating_add(1);
-        Permit { throttle: Some(throttle.clone()), queue, number, began, held: None }
+        Permit { admission: Some(admission.clone()), queue, number, began, held: None }
     }
 
     /// Returns the state of a queue; creates it if necessary.
@@ -341,11 +341,11 @@ impl Permit {
     }
 
     /// Records the outcome of the request; `refusals` belongs to that request.
-    pub fn finish(&mut self, taken: LimitFeedback, refusals: &mut Refusals) {
-        let Some(throttle) = &self.throttle else { return };
+    pub fn finish(&mut self, feedback: LimitFeedback, refusals: &mut Refusals) {
+        let Some(admission) = &self.admission else { return };
         let now = Instant::now();
-        let mut state = throttle.lock();
-        let taken = match taken {
+        let mut state = admission.lock();
+        let feedback = match feedback {
             LimitFeedback::Refused(asked) => {
                 let alone = refusals.number >= 2 && state.accepted > refusals.accepted;
                 *refusals = Refusals {
@@ -357,12 +357,12 @@ impl Permit {
             LimitFeedback::Accepted => {
                 state.accepted = state.accepted.wrapping_add(1);
                 refusals.number = 0;
-                taken
+                feedback
             }
-            LimitFeedback::RefusedAlone | LimitFeedback::Unknown => taken,
+            LimitFeedback::RefusedAlone | LimitFeedback::Unknown => feedback,
         };
         let in_flight = state.in_flight;
-        self.held = state.limit.ended(now, self.began, taken, in_flight);
+        self.held = state.limit.ended(now, self.began, feedback, in_flight);
         if state.long_pause(now).is_some() {
             for queue in &mut state.queues {
                 queue.waiting.clear();
@@ -373,9 +373,9 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let Some(throttle) = self.throttle.take() else { return };
+        let Some(admission) = self.admission.take() else { return };
         {
-            let mut state = throttle.lock();
+            let mut state = admission.lock();
             match self.held.filter(|until| *until > Instant::now()) {
                 Some(until) => {
                     state.started_at.remove(&self.number);
@@ -384,13 +384,13 @@ impl Drop for Permit {
                 None => state.end_exchange(self.queue, self.number),
             }
         }
-        throttle.admit_waiting();
+        admission.admit_waiting();
     }
 }
 
 /// Position in a queue; dropping it leaves the queue, unless its number is zero.
 struct Waiter<'a> {
-    throttle: &'a Arc<Inner>,
+    admission: &'a Arc<Inner>,
     queue: QueueId,
     number: u64,
 }
@@ -400,7 +400,7 @@ impl Drop for Waiter<'_> {
         if self.number == 0 {
             return;
         }
-        let mut state = self.throttle.lock();
+        let mut state = self.admission.lock();
         if let Some(index) = state.queues.iter().position(|queue| queue.key == self.queue)
             && let Some(queue) = state.queues.get_mut(index)
         {

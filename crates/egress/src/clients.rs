@@ -1,9 +1,8 @@
 //! HTTP clients of a gateway, one for each tenant, so that tenants share no connection.
 
-use super::dial::Dialer;
-use super::{TransportError, TransportErrorKind};
-use crate::gateway::Gateway;
-use crate::gateway::READ_BUFFER_BYTES;
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::time::Duration;
+
 use batchwright_domain::ids::TenantId;
 use bytes::Bytes;
 use http_body_util::Full;
@@ -11,8 +10,10 @@ use hyper_rustls::builderstates::WantsSchemes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use std::sync::{Arc, OnceLock, PoisonError};
-use std::time::Duration;
+
+use super::dial::Dialer;
+use super::{TransportError, TransportErrorKind};
+use crate::gateway::{Gateway, READ_BUFFER_BYTES};
 
 /// Time after which an unused connection is closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);

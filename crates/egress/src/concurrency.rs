@@ -34,9 +34,9 @@ mod hypothesis;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::concurrency::hypothesis::Counts;
-use crate::concurrency::hypothesis::Test;
 use tokio::time::Instant;
+
+use crate::concurrency::hypothesis::{Counts, Test};
 
 /// Evidence that raises an alarm: the log-likelihood ratio of a change against no change.
 const ALARM_EVIDENCE: f64 = 6.0;

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::clients::Clients;
 use arc_swap::ArcSwapOption;
 use batchwright_domain::ids::TenantId;
 use batchwright_memory::{Holder, Pool, Reservation};
@@ -25,6 +24,7 @@ use super::{
     AllowList, ExchangeLimits, HttpRequest, HttpResponse, Secrets, TransportError,
     TransportErrorKind,
 };
+use crate::clients::Clients;
 
 /// Headers that belong to the connection or to the host; a plugin's values are dropped.
 const HOST_HEADERS: [HeaderName; 11] = [
@@ -76,7 +76,7 @@ pub struct Gateway {
     pub(super) allow: Arc<AllowList>,
     secrets: Secrets,
     pub(super) bounds: ExchangeLimits,
-    throttle: AdmissionQueue,
+    admission: AdmissionQueue,
     /// Lock for first-come order, and the limiter of the operator's rate.
     rate: Option<(tokio::sync::Mutex<()>, DefaultDirectRateLimiter)>,
     exchanges: Pool,
@@ -125,7 +125,7 @@ impl Gateway {
             plugin: plugin.into(),
             allow: Arc::new(allow),
             secrets,
-            throttle: AdmissionQueue::new(bounds.concurrency),
+            admission: AdmissionQueue::new(bounds.concurrency),
             rate: bounds
                 .requests_per_minute
                 .map(|number| (tokio::sync::Mutex::default(), RateLimiter::direct(quota(number)))),
@@ -142,7 +142,7 @@ impl Gateway {
     /// Waits for a permit for one more exchange in flight. Each queue is first come, first served;
     /// queues share fairly. The error is the end of a long pause that the provider asked for.
     pub async fn admit(&self, queue: QueueId) -> Result<Permit, Instant> {
-        self.throttle.admit(queue).await
+        self.admission.admit(queue).await
     }
 
     /// Returns an empty reservation of the exchanges' memory pool.
@@ -186,12 +186,12 @@ impl Gateway {
 
     /// Returns the estimated concurrency limit of the provider; below one, a rate.
     pub fn limit(&self) -> f64 {
-        self.throttle.limit()
+        self.admission.limit()
     }
 
     /// Records how many requests the provider reports as remaining, and the time until the reset.
     pub fn update_remaining(&self, admitted: &Permit, (left, reset): (u64, Duration)) {
-        self.throttle.update_remaining(admitted, left, reset);
+        self.admission.update_remaining(admitted, left, reset);
     }
 
     /// Performs an exchange, through all layers between a guest and the network. The response is

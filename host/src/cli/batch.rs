@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Error;
-use super::client::{Client, Server};
+use super::client::{Client, Server, path_segment};
 use super::failures::Failures;
 use super::file::utc_time;
 use super::place::{Target, check};
@@ -110,7 +110,8 @@ impl Batch {
                 show(&client, &batch, as_json).await;
             }
             Action::List { limit, after } => {
-                let after = after.map(|id| format!("&after={id}")).unwrap_or_default();
+                let after =
+                    after.map(|id| format!("&after={}", path_segment(&id))).unwrap_or_default();
                 list(
                     &client,
                     &client.get(&format!("batches?limit={limit}{after}")).await?,
@@ -119,13 +120,20 @@ impl Batch {
                 .await;
             }
             Action::Get { id } => {
-                show(&client, &client.get(&format!("batches/{id}")).await?, as_json).await
+                show(
+                    &client,
+                    &client.get(&format!("batches/{}", path_segment(&id))).await?,
+                    as_json,
+                )
+                .await
             }
             Action::Watch { id } => return follow(&client, &id, as_json).await,
             Action::Cancel { id } => {
                 show(
                     &client,
-                    &client.post(&format!("batches/{id}/cancel"), &json!({})).await?,
+                    &client
+                        .post(&format!("batches/{}/cancel", path_segment(&id)), &json!({}))
+                        .await?,
                     as_json,
                 )
                 .await;
@@ -180,7 +188,7 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
     let mut progress = Progress::new();
     let mut last = (0, Instant::now());
     loop {
-        let batch = client.get(&format!("batches/{id}")).await?;
+        let batch = client.get(&format!("batches/{}", path_segment(&id))).await?;
         let (done, failed, total) = counts(&batch);
         let status = text(&batch, "status").to_owned();
         if done > last.0 {
@@ -205,7 +213,7 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
 
 /// Returns a message with the cause of a batch's wait; none if the batch does not wait.
 async fn waiting_message(client: &Client, id: &str) -> Option<String> {
-    let plugins = client.get(&format!("batches/{id}/plugins")).await.ok()?;
+    let plugins = client.get(&format!("batches/{}/plugins", path_segment(&id))).await.ok()?;
     let waiting = plugins.get("waiting").filter(|waiting| waiting.is_object())?;
     let next = waiting.get("next_attempt_at").and_then(Value::as_i64).unwrap_or(0);
     let left = next.saturating_sub(Clock::system().now().as_seconds());
@@ -227,7 +235,7 @@ async fn download(
         force,
         |_| false,
     )?;
-    let batch = client.get(&format!("batches/{id}")).await?;
+    let batch = client.get(&format!("batches/{}", path_segment(&id))).await?;
     let files = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
     let (mut found, mut complete) = (false, true);
     for (key, to) in files {
@@ -277,7 +285,8 @@ async fn input_file_names(
     for batch in batches {
         let id = text(batch, "input_file_id");
         if !names.contains_key(id) {
-            let file = client.get(&format!("files/{id}")).await.unwrap_or_default();
+            let file =
+                client.get(&format!("files/{}", path_segment(&id))).await.unwrap_or_default();
             names.insert(id.to_owned(), text(&file, "filename").to_owned());
         }
     }

@@ -14,6 +14,7 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client as HyperClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use url::Url;
@@ -120,7 +121,8 @@ impl Client {
         &self,
         id: &str,
     ) -> Result<impl Stream<Item = Result<Bytes, Error>>, Error> {
-        let request = self.request(Method::GET, &format!("files/{id}/content"), None, empty())?;
+        let path = format!("files/{}/content", path_segment(id));
+        let request = self.request(Method::GET, &path, None, empty())?;
         let response = self.send(request).await?;
         if !response.status().is_success() {
             return Err(response_error(response).await);
@@ -206,4 +208,12 @@ async fn response_error(response: Response<Incoming>) -> Error {
         Some(message) => Error::Other(message.to_owned()),
         None => Error::Other(format!("the server returned status {status}")),
     }
+}
+
+/// Characters of an id that are not part of a path segment.
+const ID_ESCAPE_SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
+
+/// Escapes an id for a path, so that no id names another resource.
+pub fn path_segment(id: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(id, ID_ESCAPE_SET)
 }

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::Error;
-use super::client::{Client, Server};
+use super::client::{Client, Server, path_segment};
 use super::terminal::{errln, one_line, outln};
 
 /// Arguments of `batchwright file`.
@@ -65,7 +65,7 @@ impl File {
 async fn delete(client: &Client, ids: &[String]) -> Result<ExitCode, Error> {
     let mut all_deleted = true;
     for id in ids {
-        match client.delete(&format!("files/{id}")).await {
+        match client.delete(&format!("files/{}", path_segment(&id))).await {
             Ok(_) => outln!("deleted {id}"),
             Err(error) => {
                 all_deleted = false;

@@ -37,7 +37,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::request::steps::StepOutcome;
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
@@ -52,6 +51,7 @@ use crate::config::Config;
 use crate::request::assessment::ProviderSignal;
 use crate::request::exchange::Exchange;
 use crate::request::jobs::Jobs;
+use crate::request::steps::StepOutcome;
 use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, FailureVerdict};
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;

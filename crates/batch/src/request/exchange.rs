@@ -26,7 +26,10 @@ pub(crate) struct Exchange<'a> {
     /// Plugin that adapts the provider.
     pub plugin: &'a Plugin,
     /// Permit of the provider, or `None` while the attempt waits.
-    pub place: Option<Permit>,
+    pub permit: Option<Permit>,
+    /// True if the next exchange need not wait for `requests_per_minute`, because the attempt has
+    /// waited for it with its permit.
+    pub has_rate_permit: bool,
     /// Memory that the attempt has reserved.
     pub reservation: Reservation,
     /// Summary of the last exchange.
@@ -55,7 +58,8 @@ impl<'a> Exchange<'a> {
     pub(crate) fn new(plugin: &'a Plugin, refusals: Refusals) -> Self {
         Self {
             plugin,
-            place: None,
+            permit: None,
+            has_rate_permit: false,
             reservation: plugin.gateway().reservation(),
             last: None,
             sent_at: None,
@@ -104,8 +108,11 @@ impl<'a> Exchange<'a> {
         clock: &Clock,
     ) -> Outcome {
         let gateway = self.plugin.gateway();
-        let Some(place) = &mut self.place else { return Outcome::Elapsed };
-        place.start();
+        if !std::mem::take(&mut self.has_rate_permit) {
+            gateway.rate_limit_ready().await;
+        }
+        let Some(permit) = &mut self.permit else { return Outcome::Elapsed };
+        permit.start();
         self.sent_at.get_or_insert_with(|| clock.now());
         let outcome = match gateway.send(tenant, request, &mut self.reservation).await {
             Ok(response) => {
@@ -127,10 +134,10 @@ impl<'a> Exchange<'a> {
         {
             assessment = Assessment::of(&outcome, hints, Some(known));
         }
-        if let Some(place) = &mut self.place {
-            place.finish(assessment.limit_feedback(), &mut self.refusals);
+        if let Some(permit) = &mut self.permit {
+            permit.finish(assessment.limit_feedback(), &mut self.refusals);
             if let Some(left) = assessment.hints.left {
-                gateway.update_remaining(place, left);
+                gateway.update_remaining(permit, left);
             }
         }
         self.last = Some(ExchangeSummary { assessment, detail });

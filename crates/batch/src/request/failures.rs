@@ -1,23 +1,21 @@
 //! Failures of a provider: what they mean for the breaker, the line and the people involved.
 
-use crate::request::attempt::AttemptOutcome;
-use crate::request::attempt::Context;
-use crate::request::attempt::FinalAnswer;
-use crate::request::attempt::Line;
-use crate::request::attempt::failure;
-use crate::request::attempt::identity;
-use crate::request::attempt::milliseconds;
+use std::time::Duration;
+
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
+use batchwright_plugin::Plugin;
+use batchwright_plugin::types::{Answer, Response};
+
+use crate::request::attempt::{
+    AttemptOutcome, Context, FinalAnswer, Line, failure, identity, milliseconds,
+};
 use crate::request::exchange::ExchangeSummary;
 use crate::schedule::breaker::{
     Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
 };
 use crate::schedule::breakers::MODEL;
 use crate::schedule::retry_queue::RetryState;
-use batchwright_domain::error_code::ErrorCode;
-use batchwright_domain::text::truncate_for_message;
-use batchwright_plugin::Plugin;
-use batchwright_plugin::types::{Answer, Response};
-use std::time::Duration;
 
 /// Interval at which a missing or paused plugin is looked up again. A change of the plugins
 /// triggers a lookup at once.

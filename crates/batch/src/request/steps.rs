@@ -1,14 +1,14 @@
 //! Steps of an adapter: waits for a permit, sends, polls, until there is an answer.
 
-use crate::request::attempt::Context;
-use crate::request::attempt::DEFER_THRESHOLD;
-use crate::request::attempt::Line;
-use crate::request::exchange::Exchange;
+use std::time::Duration;
+
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::Permit;
 use batchwright_plugin::types::{Answer, Outcome, Request, Step};
 use batchwright_plugin::{CallError, Plugin};
-use std::time::Duration;
+
+use crate::request::attempt::{Context, DEFER_THRESHOLD, Line};
+use crate::request::exchange::Exchange;
 
 /// Minimum wait for which the state of a job is written to the store.
 const STORE_JOB_THRESHOLD: Duration = Duration::from_secs(1);
@@ -50,7 +50,10 @@ impl Context {
         // The permit comes before the memory: a request that waits for a permit must not hold
         // memory that requests in flight need.
         match self.admit(plugin).await {
-            Admission::Permit(place) => exchange.place = Some(place),
+            Admission::Permit(permit) => {
+                exchange.permit = Some(permit);
+                exchange.has_rate_permit = true;
+            }
             Admission::Stopped => return Ok(StepOutcome::Stopped),
             Admission::Postponed(until) => return Ok(StepOutcome::Postponed(until)),
         }
@@ -98,12 +101,12 @@ impl Context {
                         return Ok(StepOutcome::Polling(self.clock.now().after(pause)));
                     }
                     // The wait ends early only if the batch is stopped and its grace period ends.
-                    exchange.place = None;
+                    exchange.permit = None;
                     exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(pause).await;
-                    while exchange.place.is_none() {
+                    while exchange.permit.is_none() {
                         match plugin.gateway().admit(self.queue).await {
-                            Ok(place) => exchange.place = Some(place),
+                            Ok(permit) => exchange.permit = Some(permit),
                             Err(until) => tokio::time::sleep_until(until).await,
                         }
                     }

@@ -4,35 +4,35 @@ use futures_util::FutureExt;
 
 use super::*;
 
-fn admit_all(throttle: &AdmissionQueue) -> Vec<Permit> {
-    std::iter::from_fn(|| throttle.admit(1).now_or_never()?.ok()).collect()
+fn admit_all(admission: &AdmissionQueue) -> Vec<Permit> {
+    std::iter::from_fn(|| admission.admit(1).now_or_never()?.ok()).collect()
 }
 
 fn end(mut admitted: Permit, taken: LimitFeedback) {
     admitted.finish(taken, &mut Refusals::default());
 }
 
-/// Returns a throttle whose slow start is complete.
+/// Returns a admission whose slow start is complete.
 fn open(max: usize) -> AdmissionQueue {
-    let throttle = AdmissionQueue::new(max);
+    let admission = AdmissionQueue::new(max);
     for _ in 0..max {
-        admit_all(&throttle)
+        admit_all(&admission)
             .into_iter()
             .for_each(|admitted| end(admitted, LimitFeedback::Accepted));
     }
-    throttle
+    admission
 }
 
 #[tokio::test]
 async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
-    let throttle = open(4);
-    let mut large = admit_all(&throttle);
+    let admission = open(4);
+    let mut large = admit_all(&admission);
     assert_eq!(large.len(), 4);
-    let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(throttle.admit(1))).collect();
+    let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(admission.admit(1))).collect();
     for one in &mut waiting {
         assert!(one.now_or_never().is_none());
     }
-    let mut small = Box::pin(throttle.admit(2));
+    let mut small = Box::pin(admission.admit(2));
     assert!((&mut small).now_or_never().is_none());
     large.pop();
     let small = small.await.unwrap();
@@ -40,28 +40,28 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
     drop(small);
     // Canceled requests leave no state.
     drop(waiting);
-    assert_eq!(throttle.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(), 0);
-    assert!(throttle.admit(3).now_or_never().is_some());
+    assert_eq!(admission.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(), 0);
+    assert!(admission.admit(3).now_or_never().is_some());
     large.clear();
-    assert_eq!(throttle.0.lock().queues.len(), 0);
-    assert_eq!(throttle.0.lock().in_flight, 0);
-    assert_eq!(throttle.0.lock().started_at.len(), 0);
+    assert_eq!(admission.0.lock().queues.len(), 0);
+    assert_eq!(admission.0.lock().in_flight, 0);
+    assert_eq!(admission.0.lock().started_at.len(), 0);
 }
 
 #[tokio::test]
 async fn hung_exchange_does_not_block_a_lowered_limit() {
-    let throttle = open(8);
+    let admission = open(8);
     let began = Instant::now();
     // Refusals lower the limit to one.
-    while throttle.limit() > 1.0 {
-        let mut state = throttle.0.lock();
+    while admission.limit() > 1.0 {
+        let mut state = admission.0.lock();
         let exchange = state.limit.begin(began);
         state.limit.ended(began, exchange, LimitFeedback::Refused(None), 1);
     }
     let later = Instant::now().checked_add(MIN_HANG_TIME * 2).unwrap();
-    let hanging = throttle.admit(1).await.unwrap();
+    let hanging = admission.admit(1).await.unwrap();
     {
-        let mut state = throttle.0.lock();
+        let mut state = admission.0.lock();
         let soon = Instant::now().checked_add(MIN_HANG_TIME / 2).unwrap();
         assert_eq!(state.next(soon, 8), Next::Later);
         assert!(
@@ -77,23 +77,23 @@ async fn hung_exchange_does_not_block_a_lowered_limit() {
 
 #[tokio::test]
 async fn throttle_respects_reported_remaining_requests() {
-    let throttle = open(8);
-    let first = throttle.admit(1).await.unwrap();
-    throttle.update_remaining(&first, 2, Duration::from_millis(400));
+    let admission = open(8);
+    let first = admission.admit(1).await.unwrap();
+    admission.update_remaining(&first, 2, Duration::from_millis(400));
     drop(first);
     let started = Instant::now();
     for _ in 0..2 {
-        end(throttle.admit(1).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
+        end(admission.admit(1).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
     }
-    end(throttle.admit(1).await.unwrap(), LimitFeedback::Accepted);
+    end(admission.admit(1).await.unwrap(), LimitFeedback::Accepted);
     assert!(started.elapsed() >= Duration::from_millis(300));
 }
 
 #[tokio::test]
 async fn admit_fails_during_a_long_pause() {
-    let throttle = open(4);
-    let mut waiting = Box::pin(throttle.admit(2));
-    let mut in_flight = admit_all(&throttle);
+    let admission = open(4);
+    let mut waiting = Box::pin(admission.admit(2));
+    let mut in_flight = admit_all(&admission);
     assert!((&mut waiting).now_or_never().is_none());
     for admitted in &mut in_flight {
         admitted.finish(
@@ -104,19 +104,19 @@ async fn admit_fails_during_a_long_pause() {
     let until = waiting.await.err().unwrap();
     let left = until.saturating_duration_since(Instant::now());
     assert!(left > MAX_QUEUE_WAIT && left <= Duration::from_secs(60), "{left:?}");
-    assert!(throttle.admit(3).await.is_err());
+    assert!(admission.admit(3).await.is_err());
 }
 
 #[tokio::test]
 async fn repeatedly_refused_request_does_not_slow_down_others() {
-    let throttle = open(8);
+    let admission = open(8);
     let mut refusals = Refusals::default();
     for _ in 0..100 {
-        end(throttle.admit(1).await.unwrap(), LimitFeedback::Accepted);
-        let mut alone = throttle.admit(1).await.unwrap();
+        end(admission.admit(1).await.unwrap(), LimitFeedback::Accepted);
+        let mut alone = admission.admit(1).await.unwrap();
         alone.finish(LimitFeedback::Refused(Some(Duration::from_secs(60))), &mut refusals);
         drop(alone);
     }
-    assert_eq!(throttle.0.lock().limit.closed_until(Instant::now()), None);
-    assert!(throttle.limit() >= 8.0, "{}", throttle.limit());
+    assert_eq!(admission.0.lock().limit.closed_until(Instant::now()), None);
+    assert!(admission.limit() >= 8.0, "{}", admission.limit());
 }

@@ -1,13 +1,12 @@
 //! Test of a raised or lowered limit: whether refusals depend on the concurrency.
 
-use crate::concurrency::Limit;
-use crate::concurrency::MAX_GAP;
-use crate::concurrency::MAX_PATIENCE_ROUNDS;
-use crate::concurrency::MAX_RANDOM_SHARE;
-use crate::concurrency::MIN_SHARE_INCREASE;
-use crate::concurrency::RANDOM_SHARE_WINDOW;
 use std::time::Duration;
+
 use tokio::time::Instant;
+
+use crate::concurrency::{
+    Limit, MAX_GAP, MAX_PATIENCE_ROUNDS, MAX_RANDOM_SHARE, MIN_SHARE_INCREASE, RANDOM_SHARE_WINDOW,
+};
 
 /// Evidence, for either hypothesis, that ends a test.
 const DECISION_EVIDENCE: f64 = 2.5;

@@ -41,9 +41,6 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::compile::process::EXIT_HOST_ERROR;
-use crate::compile::process::EXIT_INVALID_COMPONENT;
-use crate::compile::process::EXIT_OUT_OF_MEMORY;
 use batchwright_domain::units::{Size, Span};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
@@ -54,6 +51,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use crate::compile::cache::Cache;
+use crate::compile::process::{EXIT_HOST_ERROR, EXIT_INVALID_COMPONENT, EXIT_OUT_OF_MEMORY};
 use crate::sandbox::engine::EngineKind;
 
 /// Hidden command that runs the compiler process.

@@ -1,13 +1,15 @@
 //! Compiler process: compiles one component within the layers of its confinement.
 
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use clap::Args;
+use rustix::process::nice;
+
 use super::confinement;
 use crate::compile::MISSING_LAYER_PREFIX;
 use crate::package::files::MAX_COMPONENT_BYTES;
 use crate::sandbox::engine::{self, EngineKind};
-use clap::Args;
-use rustix::process::nice;
-use std::io::{Read, Write};
-use std::process::ExitCode;
 
 /// Exit code: the compiler rejects the component.
 pub(crate) const EXIT_INVALID_COMPONENT: u8 = 1;

@@ -1,17 +1,14 @@
 //! Checks of adapters.
 
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_egress::{HttpResponse, TransportError};
+
 use super::inputs::{
     ENDPOINTS, FAULTS, ODD_BODIES, ODD_RESPONSE_BODIES, ODD_RETRY_AFTER_VALUES, OTHER_BODY,
 };
-use crate::conformance::FIRST_TENANT;
-use crate::conformance::Report;
-use crate::conformance::SECOND_TENANT;
-use crate::conformance::check_equal;
-use crate::conformance::request;
+use crate::conformance::{FIRST_TENANT, Report, SECOND_TENANT, check_equal, request};
 use crate::contract::types::{Answer, Outcome, Request, Step};
 use crate::plugin::Plugin;
-use batchwright_domain::endpoint::Endpoint;
-use batchwright_egress::{HttpResponse, TransportError};
 
 impl Report {
     /// Runs the checks of an adapter.

@@ -10,8 +10,7 @@ use batchwright_egress::HttpResponse;
 use serde_json::Value;
 
 use super::case_file::{AdapterCase, Case, CaseRequest, Exchange, ValidatorCase};
-use super::mutations;
-use super::{FIRST_TENANT, Report, SECOND_TENANT, context, request, truncate};
+use super::{FIRST_TENANT, Report, SECOND_TENANT, context, mutations, request, truncate};
 use crate::Plugin;
 use crate::contract::types::{Answer, BatchContext, Kind, Line, Outcome, Step};
 use crate::error::CallError;

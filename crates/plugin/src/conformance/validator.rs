@@ -1,11 +1,7 @@
 //! Checks of validators.
 
 use super::inputs::{ENDPOINTS, INPUT_LINES};
-use crate::conformance::FIRST_TENANT;
-use crate::conformance::Report;
-use crate::conformance::SECOND_TENANT;
-use crate::conformance::check_equal;
-use crate::conformance::context;
+use crate::conformance::{FIRST_TENANT, Report, SECOND_TENANT, check_equal, context};
 use crate::contract::types::{BatchContext, Line, Violation};
 use crate::plugin::Plugin;
 

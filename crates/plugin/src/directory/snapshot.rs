@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::package::routing::names;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
 use globset::{Glob, GlobMatcher};
@@ -15,6 +14,7 @@ use globset::{Glob, GlobMatcher};
 use crate::config::RequiredPlugins;
 use crate::contract::types::Kind;
 use crate::directory::order::Order;
+use crate::package::routing::names;
 use crate::plugin::Plugin;
 
 /// TOML file of the directory and the state of its plugin.

@@ -1,15 +1,17 @@
 //! Checks of a manifest against its component, and what the gateway needs from it.
 
+use std::collections::BTreeMap;
+
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_egress::ExchangeLimits;
+use serde_json::Value;
+use url::Url;
+
 use crate::contract::types::Kind;
 use crate::error::LoadError;
 use crate::load::inspect::Inspected;
 use crate::package::limits::Limits;
 use crate::package::manifest::Manifest;
-use batchwright_domain::endpoint::Endpoint;
-use batchwright_egress::ExchangeLimits;
-use serde_json::Value;
-use std::collections::BTreeMap;
-use url::Url;
 
 /// Parses `default_models`, which only endpoints whose requests may name no model can have.
 pub(crate) fn default_models(

@@ -1,10 +1,17 @@
 //! Inspection of a component: its kind, its contract and its description.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use batchwright_domain::text::printable;
+use batchwright_egress::is_host_header;
+use wasmtime::Engine;
+use wasmtime::component::{Component, Linker};
+
 use crate::contract::types::{Description, Kind};
 use crate::contract::world;
 use crate::error::LoadError;
-use crate::load::Loader;
-use crate::load::MAX_MESSAGE_CHARS;
+use crate::load::{Loader, MAX_MESSAGE_CHARS};
 use crate::package::files::ComponentFile;
 use crate::package::limits::Limits;
 use crate::package::schema;
@@ -14,12 +21,6 @@ use crate::sandbox::instance::{
     self, CpuTimeExceeded, DeadlineExceeded, Instance, State, Template, in_time,
 };
 use crate::sandbox::log::PluginLog;
-use batchwright_domain::text::printable;
-use batchwright_egress::is_host_header;
-use std::path::Path;
-use std::sync::Arc;
-use wasmtime::Engine;
-use wasmtime::component::{Component, Linker};
 
 /// Engine and the linker with the host's interfaces.
 #[derive(Clone)]

@@ -1,18 +1,19 @@
 //! Calls of the functions of a plugin, with checks of the results.
 
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use batchwright_domain::ids::TenantId;
+use batchwright_domain::text::printable;
+use batchwright_egress::HttpResponse;
+
 use crate::contract::answer::check_step;
 use crate::contract::types::{
     BatchContext, Classification, Line, Outcome, Request, Step, ValidationReport, Violation,
 };
 use crate::error::CallError;
-use crate::plugin::CLASSIFY_BODY_BYTES;
-use crate::plugin::Plugin;
+use crate::plugin::{CLASSIFY_BODY_BYTES, Plugin};
 use crate::sandbox::instance::in_time;
-use batchwright_domain::ids::TenantId;
-use batchwright_domain::text::printable;
-use batchwright_egress::HttpResponse;
-use std::sync::PoisonError;
-use std::time::{Duration, Instant};
 
 /// Lines for which a validator gets the CPU time of one call.
 const LINES_PER_CPU_UNIT: usize = 1000;

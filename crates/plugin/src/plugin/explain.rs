@@ -1,13 +1,14 @@
 //! Errors of calls: which limit a call exceeded, or why it trapped.
 
+use batchwright_domain::text::printable;
+use wasmtime::Trap;
+
 use crate::error::CallError;
 use crate::package::limits::Limits;
 use crate::plugin::Plugin;
 use crate::sandbox::engine::GUEST_STACK_BYTES;
 use crate::sandbox::instance::{CpuTimeExceeded, DeadlineExceeded, Refused};
 use crate::sandbox::log::RecentOutput;
-use batchwright_domain::text::printable;
-use wasmtime::Trap;
 
 /// Converts the error of a call into the limit that the call exceeded, or into a trap.
 pub(crate) fn explain(

@@ -26,7 +26,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::plugin::pool::Pool;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::Gateway;
@@ -37,6 +36,7 @@ use crate::contract::types::{Description, Kind};
 use crate::package::limits::Limits;
 use crate::package::routing::Routing;
 use crate::package::trust::VerifiedSignature;
+use crate::plugin::pool::Pool;
 use crate::sandbox::instance::Template;
 use crate::sandbox::instances::Instances;
 use crate::sandbox::log::PluginLog;

@@ -1,15 +1,17 @@
 //! Instances of a plugin by tenant: leases for calls, creation and return.
 
+use std::sync::{Arc, PoisonError};
+
+use batchwright_domain::ids::TenantId;
+use batchwright_domain::text::printable;
+use batchwright_memory::Holder;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
 use crate::error::CallError;
 use crate::package::limits::Isolation;
 use crate::plugin::Plugin;
 use crate::sandbox::instance::{Instance, in_time};
 use crate::sandbox::instances::IdleInstances;
-use batchwright_domain::ids::TenantId;
-use batchwright_domain::text::printable;
-use batchwright_memory::Holder;
-use std::sync::{Arc, PoisonError};
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Instances of one plugin for one tenant. An instance never changes pools.
 pub(crate) struct Pool {

@@ -303,7 +303,11 @@ fn commit_group(
     }
     let mut next = Some(first);
     while let Some(job) = next {
-        execute("SAVEPOINT one")?;
+        if let Err(error) = execute("SAVEPOINT one") {
+            // The caller of this write learns of the failure too, and may try again.
+            replies.push(job(Err(error.clone())).1);
+            return Err(error);
+        }
         let (outcome, reply) = job(Ok(connection));
         replies.push(reply);
         if let Err(error) = outcome {
@@ -429,5 +433,22 @@ mod tests {
         assert!(matches!(lost.await, Err(StoreError::Full(_))));
         writer.write(insert(5)).await.unwrap();
         assert_eq!(writer.write(count).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn write_whose_savepoint_fails_reports_the_failure_and_not_a_closed_store() {
+        use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
+
+        let folder = tempfile::tempdir().unwrap();
+        let connection = open(&folder.path().join("db")).unwrap();
+        connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
+        let deny = |context: AuthContext<'_>| match context.action {
+            AuthAction::Savepoint { .. } => Authorization::Deny,
+            _ => Authorization::Allow,
+        };
+        connection.authorizer(Some(deny)).unwrap();
+        let writer = Writer::start(connection).unwrap();
+        let refused = writer.write(insert(1)).await;
+        assert!(matches!(refused, Err(StoreError::Database(_))), "{refused:?}");
     }
 }

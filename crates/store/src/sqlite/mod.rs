@@ -17,11 +17,11 @@ use std::sync::Arc;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::ObjectKey;
+use connection::{Readers, Writer};
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{Result, StoreError};
 use crate::private;
-use connection::{Readers, Writer};
 
 /// Owner of all claims and registrations: the holder of the data folder's lock, since no other
 /// process can write to the database.

@@ -1,12 +1,12 @@
 //! Results of requests until the files of their batch contain them.
 
+use batchwright_domain::usage::TokenUsage;
+use rusqlite::{Connection, OptionalExtension, params};
+
 use super::super::{Claim, PluginVersion, Result, ResultKind, ResultRow, Results};
 use super::keys::BatchRow;
 use super::{database_error, to_i64, to_u64};
-use crate::sqlite::work::insert_plugins;
-use crate::sqlite::work::update_claimed;
-use batchwright_domain::usage::TokenUsage;
-use rusqlite::{Connection, OptionalExtension, params};
+use crate::sqlite::work::{insert_plugins, update_claimed};
 
 /// Memory of a result row besides its payload, in bytes.
 const ROW_OVERHEAD_BYTES: usize = 64;

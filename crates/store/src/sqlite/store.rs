@@ -1,21 +1,19 @@
 //! Operations of the store: each one transaction, on the writer or on a reader.
 
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
+
 use super::keys::BatchRow;
 use super::{batches, connection, files, jobs, results, work};
-use crate::sqlite::OWNER;
-use crate::sqlite::SqliteStore;
-use crate::sqlite::database_error;
-use crate::sqlite::insert_tenant;
-use crate::sqlite::tenant_key;
+use crate::sqlite::{OWNER, SqliteStore, database_error, insert_tenant, tenant_key};
 use crate::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
     Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
     Store, StoreError, Validated, Waiting,
 };
-use async_trait::async_trait;
-use batchwright_domain::clock::Timestamp;
-use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
-use std::sync::Arc;
 
 /// Tables that a readiness probe reads.
 const TABLES: [&str; 8] = [

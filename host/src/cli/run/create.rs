@@ -1,18 +1,19 @@
 //! Creation of the batch of a run, or of the rest of an unfinished one.
 
-use crate::cli::Error;
-use crate::cli::run::TENANT;
-use crate::cli::run::state::{RunPaths, RunState};
-use crate::cli::run::unfinished_batch;
-use crate::cli::terminal::errln;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
 use batchwright_batch::{Engine, NewBatchRequest, NewFile};
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::text::hex;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+
+use crate::cli::Error;
+use crate::cli::run::state::{RunPaths, RunState};
+use crate::cli::run::{TENANT, unfinished_batch};
+use crate::cli::terminal::errln;
 
 /// Completion window of a run, long enough to have no effect.
 pub(crate) const COMPLETION_WINDOW: &str = "99years";

@@ -1,18 +1,20 @@
 //! Result files of a run, copied to their paths.
 
-use crate::cli::Error;
-use crate::cli::failures::Failures;
-use crate::cli::place::Target;
-use crate::cli::run::TENANT;
-use crate::cli::run::state::{RunPaths, RunState};
-use crate::cli::terminal::{errln, one_line};
+use std::sync::Arc;
+
 use batchwright_batch::Service;
 use batchwright_domain::ids::{FileId, TenantId};
 use batchwright_domain::status::Status;
 use batchwright_store::BatchRecord;
 use bytes::Bytes;
 use futures_util::{Stream, stream};
-use std::sync::Arc;
+
+use crate::cli::Error;
+use crate::cli::failures::Failures;
+use crate::cli::place::Target;
+use crate::cli::run::TENANT;
+use crate::cli::run::state::{RunPaths, RunState};
+use crate::cli::terminal::{errln, one_line};
 
 /// Size of the chunks in which a result file is copied, in bytes.
 const READ_CHUNK_BYTES: u64 = 512 << 10;

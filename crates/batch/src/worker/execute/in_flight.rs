@@ -1,11 +1,8 @@
 //! Request in flight: attempts until the request has a result or is deferred.
 
-use crate::formats::line::{RequestLine, with_model};
-use crate::formats::result_line::{request_id, row};
-use crate::request::attempt::{AttemptOutcome, Context, FinalAnswer, Line};
-use crate::schedule::retry_queue::{Entry, RetryQueue};
-use crate::worker::execute::ROW_OVERHEAD_BYTES;
-use crate::worker::record::Recorded;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::BatchId;
@@ -13,8 +10,13 @@ use batchwright_plugin::types::{Answer, Failure};
 use batchwright_store::ResultRow;
 use bytes::Bytes;
 use futures_util::FutureExt;
-use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+
+use crate::formats::line::{RequestLine, with_model};
+use crate::formats::result_line::{request_id, row};
+use crate::request::attempt::{AttemptOutcome, Context, FinalAnswer, Line};
+use crate::schedule::retry_queue::{Entry, RetryQueue};
+use crate::worker::execute::ROW_OVERHEAD_BYTES;
+use crate::worker::record::Recorded;
 
 /// Request in flight.
 pub(crate) struct Task {

@@ -37,10 +37,6 @@ mod targets;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::worker::execute::in_flight::Task;
-use crate::worker::execute::in_flight::mark;
-use crate::worker::execute::targets::Target;
-use crate::worker::execute::targets::Work;
 use batchwright_domain::clock::Timestamp;
 use batchwright_memory::Holder;
 use batchwright_store::{BatchRecord, Claim, Lane, Result};
@@ -56,6 +52,8 @@ use crate::schedule::parked::Checkpoint;
 use crate::schedule::retry_queue::Entry;
 use crate::schedule::stop::{Reason, Stop};
 use crate::worker::Worker;
+use crate::worker::execute::in_flight::{Task, mark};
+use crate::worker::execute::targets::{Target, Work};
 use crate::worker::record::MAX_GROUP_ROWS;
 use crate::worker::unfinished_lines::UnfinishedLines;
 

@@ -1,14 +1,16 @@
 //! Plugins that serve the lines of a batch, with their breakers.
 
-use crate::request::attempt::Context;
-use crate::schedule::breaker::{Breaker, BreakerDecision};
-use crate::worker::record::Recorded;
+use std::sync::Arc;
+
 use batchwright_domain::clock::Timestamp;
 use batchwright_memory::Holder;
-use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::request::attempt::Context;
+use crate::schedule::breaker::{Breaker, BreakerDecision};
+use crate::worker::record::Recorded;
 
 /// Plugin that serves lines of the batch, with its circuit breaker.
 pub(crate) struct Target {

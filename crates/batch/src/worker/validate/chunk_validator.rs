@@ -1,18 +1,20 @@
 //! Validation of one chunk: the rules of the host, and all validators.
 
-use crate::formats::envelope::Envelope;
-use crate::formats::input::InputLine;
-use crate::formats::line::{RequestLine, string, with_model};
-use crate::formats::not_json;
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::sync::Arc;
+
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
 use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
-use std::collections::{BTreeSet, HashSet};
-use std::hash::{BuildHasher, RandomState};
-use std::ops::Range;
-use std::sync::Arc;
+
+use crate::formats::envelope::Envelope;
+use crate::formats::input::InputLine;
+use crate::formats::line::{RequestLine, string, with_model};
+use crate::formats::not_json;
 
 /// Maximum number of violations that a chunk keeps.
 const MAX_CHUNK_VIOLATIONS: usize = 1000;

@@ -1,9 +1,11 @@
 //! Chunks of an input file, each with the memory that it has reserved.
 
-use crate::formats::input::{Input, InputLine};
+use std::ops::Range;
+
 use batchwright_memory::{Holder, Pool, Reservation};
 use batchwright_store::Result;
-use std::ops::Range;
+
+use crate::formats::input::{Input, InputLine};
 
 /// Maximum number of lines in a chunk.
 const MAX_CHUNK_LINES: usize = 1000;

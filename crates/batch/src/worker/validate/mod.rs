@@ -12,8 +12,6 @@ mod file;
 use std::hash::RandomState;
 use std::sync::Arc;
 
-use crate::worker::validate::chunk_validator::ChunkValidator;
-use crate::worker::validate::chunks::Chunks;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{FileId, ObjectKey};
 use batchwright_memory::{Holder, Reservation};
@@ -30,6 +28,8 @@ use crate::formats::line::RequestLine;
 use crate::formats::not_json;
 use crate::request::served_by::served_by;
 use crate::worker::Worker;
+use crate::worker::validate::chunk_validator::ChunkValidator;
+use crate::worker::validate::chunks::Chunks;
 use crate::worker::validate::file::FileValidation;
 
 /// Number of bytes that are read from the file at a time.

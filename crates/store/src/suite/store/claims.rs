@@ -1,0 +1,130 @@
+//! Claims, leases and fences.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::status::Status;
+
+use super::*;
+use crate::suite::Fixture;
+use crate::{Cancel, Job, Lane, Orders, Release, ResultKind, StoreError, WaitCause};
+
+pub(crate) async fn reopened_store_ends_the_registrations_and_claims_of_its_owner(
+    fixture: impl Fixture,
+) {
+    let store = fixture.open();
+    store.register_object(&key("a"), NOW, LEASE).await.unwrap();
+    create(&*store, "b").await;
+    let before = claim(&*store, &Lane::Validate).await;
+    store.close().await;
+    drop(store);
+    let store = fixture.open();
+    assert_eq!(store.take_abandoned_objects(NOW, LEASE, 9).await.unwrap(), [key("a")]);
+    let after = claim(&*store, &Lane::Validate).await;
+    assert!(after.fence > before.fence);
+}
+
+pub(crate) async fn claim_succeeds_once_and_returns_in_the_order_of_the_lane(
+    fixture: impl Fixture,
+) {
+    let store = fixture.open();
+    for id in ["a", "b"] {
+        create(&*store, id).await;
+    }
+    let first = claim(&*store, &Lane::Validate).await;
+    assert_eq!((first.batch_id.as_str(), first.tenant.as_str()), ("a", "t"));
+    // A batch that keeps its position is the next again; one that had its turn is the last.
+    store.release(&first, Release::KeepPosition).await.unwrap();
+    let again = claim(&*store, &Lane::Validate).await;
+    assert_eq!(again.batch_id, first.batch_id);
+    store.release(&again, Release::Requeue(NOW.after(Duration::from_secs(1)))).await.unwrap();
+    let later = NOW.after(Duration::from_secs(2));
+    let other = claim_at(&*store, &Lane::Validate, later).await.unwrap();
+    assert_eq!(other.batch_id.as_str(), "b");
+    store.start_execution(&other, validated(1), NOW).await.unwrap();
+    assert!(claim_at(&*store, &execution(), NOW).await.is_some());
+    // An expired batch waits in the finish lane and not for its provider.
+    let last = claim_at(&*store, &Lane::Validate, later).await.unwrap();
+    store.start_execution(&last, validated(1), NOW).await.unwrap();
+    assert!(claim_at(&*store, &Lane::Finish, later).await.is_none());
+    assert!(claim_at(&*store, &Lane::Finish, EXPIRY).await.is_some());
+    assert!(store.waiting(EXPIRY).await.unwrap().is_empty());
+}
+
+pub(crate) async fn expired_lease_is_not_taken_over_by_its_own_holder(fixture: impl Fixture) {
+    let store = fixture.open();
+    create(&*store, "b").await;
+    let held = claim(&*store, &Lane::Validate).await;
+    assert!(store.waiting(EXPIRY).await.unwrap().is_empty());
+    assert_eq!(store.renew(&held, EXPIRY).await.unwrap(), Orders::default());
+    store.release(&held, Release::KeepPosition).await.unwrap();
+    // A renewal that arrives late does not claim a released batch.
+    store.renew(&held, EXPIRY).await.unwrap();
+    assert!(claim_at(&*store, &Lane::Validate, NOW).await.is_some());
+}
+
+pub(crate) async fn stale_claim_changes_nothing(fixture: impl Fixture) {
+    let store = fixture.open();
+    let stale = executing(&*store, "b", 1).await;
+    store.release(&stale, Release::KeepPosition).await.unwrap();
+    let held = claim(&*store, &execution()).await;
+    let job = Job { plugin: "p".into(), state: b"state".to_vec() };
+    store.save_job(&held, 1, job.clone()).await.unwrap();
+    store.register_object(&key("out"), NOW, LEASE).await.unwrap();
+    let rows = Arc::new(vec![row(1, ResultKind::Completed, b"stale")]);
+    let stale_calls = [
+        store.renew(&stale, LEASE).await.map(drop),
+        store.release(&stale, Release::KeepPosition).await,
+        store.save_job(&stale, 1, Job { plugin: "p".into(), state: b"other".to_vec() }).await,
+        store.fail(&stale, Vec::new(), Vec::new(), NOW).await,
+        store.start_execution(&stale, validated(9), NOW).await,
+        store.insert_results(&stale, rows, vec![version("stale")]).await,
+        store.start_finalizing(&stale, NOW).await,
+        store.finish(&stale, finish(Status::Completed, Some(file("out")))).await,
+    ];
+    for (place, refused) in stale_calls.into_iter().enumerate() {
+        assert!(matches!(refused, Err(StoreError::Fenced)), "call {place}: {refused:?}");
+    }
+    store.delete_job(&stale, 1).await.ok();
+    assert_eq!(store.job(&held, 1).await.unwrap(), Some(job));
+    let found = batch(&*store, "b").await;
+    assert_eq!((found.status, found.counts.total), (Status::InProgress, 1));
+    assert_eq!(found.counts.completed, 0);
+    assert!(store.recorded_lines(&held, 0, 9).await.unwrap().is_empty());
+    assert!(store.file(&tenant(), &"out".into(), NOW).await.unwrap().is_none());
+    let versions = store.plugin_versions(&tenant(), &"b".into()).await.unwrap();
+    assert_eq!(versions, Some(vec![version("standard")]));
+    // The registration of the object is still there for the holder of the batch.
+    store.finish(&held, finish(Status::Completed, Some(file("out")))).await.unwrap();
+}
+
+pub(crate) async fn renewal_returns_the_order_to_cancel(fixture: impl Fixture) {
+    let store = fixture.open();
+    let held = executing(&*store, "b", 1).await;
+    assert_eq!(store.renew(&held, LEASE).await.unwrap(), Orders { cancel: false });
+    assert!(matches!(cancel(&*store, "b").await, Cancel::Accepted(_)));
+    assert_eq!(store.renew(&held, LEASE).await.unwrap(), Orders { cancel: true });
+}
+
+pub(crate) async fn backoff_delays_a_batch_until_it_ends_or_is_ended(fixture: impl Fixture) {
+    let store = fixture.open();
+    let held = executing(&*store, "b", 1).await;
+    let until = NOW.after(Duration::from_secs(60));
+    let cause = WaitCause { cause: "The provider is down.".into(), since: NOW, next: until };
+    let backoff = || Release::Backoff(until, Some(cause.clone()));
+    store.release(&held, backoff()).await.unwrap();
+    assert_eq!(batch(&*store, "b").await.waits_for, Some(cause.clone()));
+    assert!(claim_at(&*store, &execution(), NOW).await.is_none());
+    let held = claim_at(&*store, &execution(), until).await.unwrap();
+    store.release(&held, backoff()).await.unwrap();
+    store.end_backoff(NOW).await.unwrap();
+    let held = claim_at(&*store, &execution(), NOW).await.unwrap();
+    // A result shows that the wait is over.
+    let rows = Arc::new(vec![row(1, ResultKind::Completed, b"x")]);
+    store.insert_results(&held, rows, Vec::new()).await.unwrap();
+    assert_eq!(batch(&*store, "b").await.waits_for, None);
+    // A cancelled batch has no backoff.
+    store.release(&held, backoff()).await.unwrap();
+    cancel(&*store, "b").await;
+    assert!(claim_at(&*store, &Lane::Finish, NOW).await.is_some());
+}
