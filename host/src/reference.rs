@@ -8,7 +8,7 @@ use std::path::Path;
 use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::{ErrorCode, Place};
 use batchwright_domain::settings::{Given, Section};
-use batchwright_plugin::reference::{self, Key};
+use batchwright_plugin::file_keys::{self, Key};
 use clap::CommandFactory;
 use serde_json::Value;
 
@@ -81,15 +81,16 @@ fn plugin_file_page() {
          is the name of the plugin.\nA key that is not listed here is an error, and so is a limit \
          under its old name.\n\n",
     );
-    add_keys(&mut body, reference::manifest_keys());
+    add_keys(&mut body, file_keys::manifest_keys());
     body.push_str(
-        "\n## `[credentials]`\n\nA credential is the string `env:NAME` or `file:PATH`, or a table.\n\n",
+        "\n## `[credentials]`\n\n\
+         A credential is the string `env:NAME` or `file:PATH`, or a table.\n\n",
     );
-    add_keys(&mut body, reference::credential_keys());
+    add_keys(&mut body, file_keys::credential_keys());
     body.push_str(
         "\n## `[limits]`\n\nSizes have a unit (`16MiB`), and so do durations (`100ms`).\n\n",
     );
-    add_keys(&mut body, reference::limit_keys());
+    add_keys(&mut body, file_keys::limit_keys());
     check("plugin-file.md", "Plugin file", &body);
 }
 
@@ -102,12 +103,12 @@ fn case_file_page() {
          [Write a plugin](../guides/write-a-plugin.md) has an example of each kind.\n",
     );
     for (title, keys) in [
-        ("Case of an adapter", reference::case_keys()),
-        ("`request`", reference::request_keys()),
-        ("Object of `exchanges`", reference::exchange_keys()),
-        ("`response`", reference::response_keys()),
-        ("Case of a validator", reference::validator_case_keys()),
-        ("`batch`", reference::batch_keys()),
+        ("Case of an adapter", file_keys::case_keys()),
+        ("`request`", file_keys::request_keys()),
+        ("Object of `exchanges`", file_keys::exchange_keys()),
+        ("`response`", file_keys::response_keys()),
+        ("Case of a validator", file_keys::validator_case_keys()),
+        ("`batch`", file_keys::batch_keys()),
     ] {
         write!(body, "\n## {title}\n\n").unwrap();
         add_keys(&mut body, keys);
@@ -165,7 +166,9 @@ fn api_page() {
             for text in ["summary", "description"] {
                 if let Some(text) = operation.get(text).and_then(Value::as_str) {
                     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-                    writeln!(body, "{}.\n", text.trim_end_matches('.')).unwrap();
+                    // One sentence a line.
+                    let text = text.trim_end_matches('.').replace(". ", ".\n");
+                    writeln!(body, "{text}.\n").unwrap();
                 }
             }
             if let Some(parameters) = operation.get("parameters").and_then(Value::as_array) {

@@ -110,10 +110,7 @@ fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     step("end to end, Python");
     // pytest exits with 5 if no test matches.
     let status = pytest(&["-k", name]).status()?;
-    anyhow::ensure!(
-        matches!(status.code(), Some(0 | 5)),
-        "the Python tests failed with {status}"
-    );
+    anyhow::ensure!(matches!(status.code(), Some(0 | 5)), "the Python tests failed with {status}");
     Ok(())
 }
 

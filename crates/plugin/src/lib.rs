@@ -18,7 +18,7 @@ mod error;
 mod load;
 mod package;
 mod plugin;
-pub mod reference;
+mod reference;
 mod sandbox;
 
 pub use config::{PluginsConfig, RequiredPlugins};
@@ -36,3 +36,13 @@ pub use package::routing::Routing;
 pub use package::schema::add_defaults;
 pub use package::signature;
 pub use plugin::{CLASSIFY_BODY_BYTES, Plugin};
+
+/// Keys of the files that people write for a plugin, with their types, defaults and meanings.
+pub mod file_keys {
+    pub use crate::conformance::case_file::{
+        batch_keys, case_keys, exchange_keys, request_keys, response_keys, validator_case_keys,
+    };
+    pub use crate::package::limits::limit_keys;
+    pub use crate::package::manifest::{credential_keys, manifest_keys};
+    pub use crate::reference::Key;
+}

@@ -8,11 +8,6 @@ use std::num::{NonZeroU32, NonZeroUsize};
 
 use batchwright_domain::units::{Size, Span};
 
-pub use crate::conformance::case_file::{batch_keys, validator_case_keys};
-pub use crate::conformance::case_file::{case_keys, exchange_keys, request_keys, response_keys};
-pub use crate::package::limits::limit_keys;
-pub use crate::package::manifest::{credential_keys, manifest_keys};
-
 /// Key of a table or of an object.
 #[derive(Clone, Debug)]
 pub struct Key {

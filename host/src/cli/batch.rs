@@ -188,7 +188,7 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
     let mut progress = Progress::new();
     let mut last = (0, Instant::now());
     loop {
-        let batch = client.get(&format!("batches/{}", path_segment(&id))).await?;
+        let batch = client.get(&format!("batches/{}", path_segment(id))).await?;
         let (done, failed, total) = counts(&batch);
         let status = text(&batch, "status").to_owned();
         if done > last.0 {
@@ -213,7 +213,7 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
 
 /// Returns a message with the cause of a batch's wait; none if the batch does not wait.
 async fn waiting_message(client: &Client, id: &str) -> Option<String> {
-    let plugins = client.get(&format!("batches/{}/plugins", path_segment(&id))).await.ok()?;
+    let plugins = client.get(&format!("batches/{}/plugins", path_segment(id))).await.ok()?;
     let waiting = plugins.get("waiting").filter(|waiting| waiting.is_object())?;
     let next = waiting.get("next_attempt_at").and_then(Value::as_i64).unwrap_or(0);
     let left = next.saturating_sub(Clock::system().now().as_seconds());
@@ -235,7 +235,7 @@ async fn download(
         force,
         |_| false,
     )?;
-    let batch = client.get(&format!("batches/{}", path_segment(&id))).await?;
+    let batch = client.get(&format!("batches/{}", path_segment(id))).await?;
     let files = [("output_file_id", Some(&output)), ("error_file_id", errors.as_ref())];
     let (mut found, mut complete) = (false, true);
     for (key, to) in files {
@@ -285,8 +285,7 @@ async fn input_file_names(
     for batch in batches {
         let id = text(batch, "input_file_id");
         if !names.contains_key(id) {
-            let file =
-                client.get(&format!("files/{}", path_segment(&id))).await.unwrap_or_default();
+            let file = client.get(&format!("files/{}", path_segment(id))).await.unwrap_or_default();
             names.insert(id.to_owned(), text(&file, "filename").to_owned());
         }
     }

@@ -65,7 +65,7 @@ impl File {
 async fn delete(client: &Client, ids: &[String]) -> Result<ExitCode, Error> {
     let mut all_deleted = true;
     for id in ids {
-        match client.delete(&format!("files/{}", path_segment(&id))).await {
+        match client.delete(&format!("files/{}", path_segment(id))).await {
             Ok(_) => outln!("deleted {id}"),
             Err(error) => {
                 all_deleted = false;

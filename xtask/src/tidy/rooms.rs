@@ -28,14 +28,15 @@ const CRATES: [(&str, &[Room]); 2] = [
         &[
             ("config", &[]),
             ("error", &[]),
+            ("reference", &[]),
             ("contract", &["error"]),
-            ("package", &["contract", "error"]),
+            ("package", &["contract", "error", "reference"]),
             ("sandbox", &["contract", "package"]),
             ("compile", &["package", "sandbox"]),
             ("plugin", &["contract", "error", "package", "sandbox"]),
             ("load", &["compile", "contract", "error", "package", "plugin", "sandbox"]),
             ("directory", &["config", "contract", "error", "load", "package", "plugin"]),
-            ("conformance", &["contract", "error", "plugin"]),
+            ("conformance", &["contract", "error", "plugin", "reference"]),
         ],
     ),
 ];

@@ -42,6 +42,11 @@ impl Shown for Isolation {
     }
 }
 
+/// Returns a number that is at least 1.
+fn count(number: u32) -> NonZeroU32 {
+    NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN)
+}
+
 /// Declares the limits, each with its default.
 macro_rules! limits {
     (
@@ -79,25 +84,25 @@ limits! {
     #[derive(Clone, Debug, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct Limits {
-        /// Linear memory of an instance, as the sum of its memories. The default holds a line of 16 MiB
-        /// and a copy of it.
+        /// Linear memory of an instance, as the sum of its memories. The default holds a line of 16
+        /// MiB and a copy of it.
         pub max_memory: Size = Size::mib(64);
         /// CPU time of one call; for validators, CPU time per started 1,000 lines or MiB.
         pub call_timeout: Span = Span::milliseconds(100);
         /// Size of the result of one call.
         pub max_output: Size = Size::mib(16);
         /// Elements of each table of an instance.
-        pub max_table_elements: NonZeroU32 = NonZeroU32::new(50_000).unwrap_or(NonZeroU32::MIN);
-        /// Open handles of an instance. A language runtime needs about a dozen for standard streams and
-        /// clocks.
-        pub max_handles: NonZeroU32 = NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN);
-        /// Reuse of instances. `per-tenant`: calls of one tenant share instances. `per-call`: each call
-        /// has a new instance.
+        pub max_table_elements: NonZeroU32 = count(50_000);
+        /// Open handles of an instance. A language runtime needs about a dozen for standard streams
+        /// and clocks.
+        pub max_handles: NonZeroU32 = count(1000);
+        /// Reuse of instances. `per-tenant`: calls of one tenant share instances. `per-call`: each
+        /// call has a new instance.
         pub isolation: Isolation = Isolation::PerTenant;
         /// Calls after which an instance is replaced.
-        pub max_calls_per_instance: NonZeroU32 = NonZeroU32::new(100_000).unwrap_or(NonZeroU32::MIN);
+        pub max_calls_per_instance: NonZeroU32 = count(100_000);
         /// Steps of one attempt. The limit ends an endless sequence of `resume` calls.
-        pub max_steps: NonZeroU32 = NonZeroU32::new(1000).unwrap_or(NonZeroU32::MIN);
+        pub max_steps: NonZeroU32 = count(1000);
         /// Duration of one wait that an adapter requests between polls of a provider.
         pub max_wait: Span = Span::seconds(3600);
         /// Exchanges in flight.
