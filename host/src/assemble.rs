@@ -13,9 +13,9 @@ use batchwright_plugin::{Loader, LoaderConfig, Registry, check_directory};
 use batchwright_store::SqliteStore;
 use batchwright_store::objects::LocalObjects;
 
-use crate::cli::Error;
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
+use crate::error::Error;
 
 /// Parts that differ between the commands.
 pub struct Options {

@@ -4,6 +4,7 @@
 mod assemble;
 mod cli;
 mod config;
+mod error;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]

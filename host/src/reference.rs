@@ -235,7 +235,7 @@ fn command_line_page() {
         "The output of `--help` of every command. Exit statuses are the same for all of them.\n\n\
          | status | meaning |\n|---|---|\n",
     );
-    for (status, meaning) in crate::cli::EXIT_STATUSES {
+    for (status, meaning) in crate::error::EXIT_STATUSES {
         writeln!(body, "| {status} | {meaning} |").unwrap();
     }
     let mut command = Cli::command().bin_name("batchwright").max_term_width(100);

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::Error;
 use super::client::{Client, Server, path_segment};
 use super::failures::Failures;
 use super::file::utc_time;
@@ -17,6 +16,7 @@ use super::progress::Progress;
 use super::run::create::endpoint_of_first_line;
 use super::terminal::{errln, one_line, outln};
 use crate::clock::Clock;
+use crate::error::Error;
 
 /// Time without progress before the command requests the cause of a wait.
 const STALL_CHECK_DELAY: Duration = Duration::from_secs(1);

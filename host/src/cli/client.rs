@@ -19,7 +19,7 @@ use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use url::Url;
 
-use super::Error;
+use crate::error::Error;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 

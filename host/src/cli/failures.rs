@@ -8,8 +8,8 @@ use futures_util::{Stream, TryStreamExt};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Error;
 use super::terminal::one_line;
+use crate::error::Error;
 
 /// Maximum number of codes with a count of their own; other codes share one count.
 const MAX_CODES: usize = 20;
@@ -25,7 +25,7 @@ pub struct Failures {
 }
 
 #[derive(Deserialize)]
-struct Line {
+pub(crate) struct Line {
     response: Option<Response>,
     error: Option<ErrorCode>,
 }

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::Error;
 use super::client::{Client, Server, path_segment};
 use super::terminal::{errln, one_line, outln};
+use crate::error::Error;
 
 /// Arguments of `batchwright file`.
 #[derive(Args)]

@@ -15,13 +15,13 @@ mod terminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use batchwright_plugin::{LoadError, compile};
-use batchwright_store::StoreError;
+use batchwright_plugin::compile;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::terminal::errln;
-use crate::config::{ConfigError, unknown_variables};
+use crate::config::unknown_variables;
+use crate::error::Error;
 
 /// Version of the program with the commit of its build.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("BATCHWRIGHT_COMMIT"), ")");
@@ -54,56 +54,6 @@ enum Command {
     /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
-}
-
-/// Exit statuses with their meanings, as documented.
-#[cfg(test)]
-pub const EXIT_STATUSES: [(u8, &str); 8] = [
-    (0, "success"),
-    (1, "a request failed, or another failure"),
-    (2, "invalid arguments; nothing was changed"),
-    (3, "invalid setting"),
-    (4, "a plugin cannot be loaded, or a required plugin is missing"),
-    (5, "the data folder or its disk cannot be used"),
-    (6, "`run`: the provider is unavailable; the same command continues"),
-    (130, "`run`: stopped by a signal; the same command continues"),
-];
-
-/// Error of a command, with a message for the user and an exit code.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Invalid setting.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// Plugin that cannot be loaded.
-    #[error(transparent)]
-    Plugin(#[from] LoadError),
-    /// Failure of the data folder or its disk.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Required plugin that is not loaded.
-    #[error("{0}")]
-    Required(String),
-    /// Invalid arguments; the command changed nothing.
-    #[error("{0}")]
-    Usage(String),
-    /// Any other failure.
-    #[error("{0}")]
-    Other(String),
-}
-
-impl Error {
-    /// Returns the exit code: 1 for other failures, 2 for arguments (as clap does), 3 for settings,
-    /// 4 for plugins, 5 for the data folder or its disk.
-    fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_) => 3,
-            Self::Usage(_) => 2,
-            Self::Plugin(_) | Self::Required(_) => 4,
-            Self::Store(_) => 5,
-            Self::Other(_) => 1,
-        }
-    }
 }
 
 /// Parses the command line, runs the command and returns its exit code.

@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-use super::{Error, path_text};
+use super::path_text;
+use crate::error::Error;
 
 /// Path that results are written to.
 #[derive(Debug)]

@@ -15,10 +15,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Error, ProcessSignal, ProcessSignals, VERSION, warn_unknown_variables};
+use super::{ProcessSignal, ProcessSignals, VERSION, warn_unknown_variables};
 use crate::assemble::Options;
 use crate::cli::terminal::outln;
 use crate::config::{All, Settings, SettingsArgs};
+use crate::error::Error;
 use crate::{assemble, telemetry};
 
 /// Minimum time for clients to receive responses in flight, after all other work has ended.

@@ -2,6 +2,7 @@
 
 pub(crate) mod assessment;
 pub(crate) mod attempt;
+pub(crate) mod context;
 pub(crate) mod exchange;
 mod failures;
 pub(crate) mod jobs;

@@ -7,7 +7,7 @@ use batchwright_egress::Permit;
 use batchwright_plugin::types::{Answer, Outcome, Request, Step};
 use batchwright_plugin::{CallError, Plugin};
 
-use crate::request::attempt::{Context, DEFER_THRESHOLD, Line};
+use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
 
 /// Minimum wait for which the state of a job is written to the store.

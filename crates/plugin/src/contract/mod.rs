@@ -6,5 +6,6 @@
 
 pub(crate) mod answer;
 mod bindings;
+pub(crate) mod guest_log;
 pub mod types;
 pub(crate) mod world;

@@ -7,18 +7,13 @@ use wasmtime::component::{InstancePre, Linker};
 use wasmtime::{AsContextMut, Store};
 
 use crate::contract::bindings::v0_1;
+use crate::contract::guest_log::GuestLog;
 use crate::contract::types::Kind;
 
 pub(crate) use v0_1::Exports;
 
 /// Version of the contract that the host implements.
 pub(crate) const VERSION: &str = "0.1.0";
-
-/// Receiver of the log lines of a guest.
-pub(crate) trait GuestLog: Send + 'static {
-    /// Writes a log line of the guest.
-    fn write(&mut self, level: tracing::Level, message: String);
-}
 
 /// Linked component, from which instances are created.
 pub(crate) struct Template<T: 'static>(v0_1::Template<T>);

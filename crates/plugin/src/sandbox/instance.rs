@@ -36,7 +36,8 @@ use wasmtime::{
 };
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
-use crate::contract::world::{self, Exports, GuestLog};
+use crate::contract::guest_log::GuestLog;
+use crate::contract::world::{self, Exports};
 use crate::package::limits::Limits;
 use crate::sandbox::engine::{EPOCH_INTERVAL, EngineKind};
 use crate::sandbox::instances::{HOST_OVERHEAD_BYTES, Instances};

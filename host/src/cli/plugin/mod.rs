@@ -15,11 +15,12 @@ use batchwright_plugin::{Loader, Registry};
 use clap::{Args, Subcommand};
 
 use super::client::Client;
-use super::{Error, user_cache};
+use super::user_cache;
 use crate::assemble::Options;
 use crate::cli::terminal::write_output;
 use crate::clock::Clock;
 use crate::config::{LoaderSettings, Settings, SettingsArgs};
+use crate::error::Error;
 use crate::telemetry::LogFormat;
 use crate::{assemble, telemetry};
 

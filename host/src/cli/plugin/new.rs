@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
-use crate::cli::Error;
 use crate::cli::terminal::outln;
+use crate::error::Error;
 
 /// Arguments of `batchwright plugin new`.
 ///

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use clap::Args;
 use toml_edit::{DocumentMut, value};
 
-use crate::cli::Error;
 use crate::cli::terminal::errln;
 use crate::config::{PluginFolder, SettingsArgs};
+use crate::error::Error;
 
 /// Arguments of `batchwright plugin pause` and `resume`.
 #[derive(Args)]

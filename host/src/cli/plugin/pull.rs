@@ -16,8 +16,8 @@ use oci_client::manifest::{OciDescriptor, OciImageManifest, OciManifest};
 
 use super::registry::{Login, Registry};
 use super::{LoaderArgs, show};
-use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
+use crate::error::Error;
 
 /// Media types of a component layer: that of the CNCF "Wasm OCI Artifact layout", and older types.
 const COMPONENT_TYPES: [&str; 3] = [

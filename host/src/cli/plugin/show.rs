@@ -10,11 +10,11 @@ use batchwright_domain::units::Size;
 use batchwright_plugin::{Inspected, LoadError, Loader, Plugin, Registry};
 use serde_json::Value;
 
-use crate::cli::Error;
 use crate::cli::client::Client;
 use crate::cli::progress::Progress;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
+use crate::error::Error;
 
 /// Prints the plugins of a folder; returns failure if a plugin cannot be loaded.
 pub fn list(registry: &Registry) -> ExitCode {

@@ -10,9 +10,9 @@ use batchwright_plugin::{Files, plugin_name, read_secret, signature_file};
 use clap::Args;
 use ssh_key::PrivateKey;
 
-use crate::cli::Error;
 use crate::cli::terminal::{outln, write_output};
 use crate::clock::Clock;
+use crate::error::Error;
 
 /// Arguments of `batchwright plugin sign`.
 ///

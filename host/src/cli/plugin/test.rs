@@ -7,8 +7,8 @@ use batchwright_plugin::types::Kind;
 use batchwright_plugin::{Loader, Plugin, add_defaults, conformance};
 
 use super::show::size_text;
-use crate::cli::Error;
 use crate::cli::terminal::outln;
+use crate::error::Error;
 
 /// Runs the checks and prints each result; returns failure if a check fails.
 pub async fn test(

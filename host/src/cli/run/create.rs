@@ -10,10 +10,10 @@ use batchwright_domain::text::hex;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::cli::Error;
 use crate::cli::run::state::{RunPaths, RunState};
 use crate::cli::run::{TENANT, unfinished_batch};
 use crate::cli::terminal::errln;
+use crate::error::Error;
 
 /// Completion window of a run, long enough to have no effect.
 pub(crate) const COMPLETION_WINDOW: &str = "99years";

@@ -53,9 +53,10 @@ use crate::cli::run::create::{COMPLETION_WINDOW, create_or_resume};
 use crate::cli::run::results::{content, place_results, report};
 use crate::cli::run::state::{RunPaths, RunState, remove};
 use crate::cli::terminal::errln;
-use crate::cli::{Error, ProcessSignals, user_cache, warn_unknown_variables};
+use crate::cli::{ProcessSignals, user_cache, warn_unknown_variables};
 use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
+use crate::error::Error;
 use crate::{assemble, telemetry};
 
 /// Tenant of every run.

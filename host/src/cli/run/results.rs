@@ -9,12 +9,12 @@ use batchwright_store::BatchRecord;
 use bytes::Bytes;
 use futures_util::{Stream, stream};
 
-use crate::cli::Error;
 use crate::cli::failures::Failures;
 use crate::cli::place::Target;
 use crate::cli::run::TENANT;
 use crate::cli::run::state::{RunPaths, RunState};
 use crate::cli::terminal::{errln, one_line};
+use crate::error::Error;
 
 /// Size of the chunks in which a result file is copied, in bytes.
 const READ_CHUNK_BYTES: u64 = 512 << 10;

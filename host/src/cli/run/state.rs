@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Error;
 use crate::cli::path_text;
 use crate::cli::place::{FileDigest, Target, digest};
+use crate::error::Error;
 
 /// Name of the record in the state folder.
 const STATE_FILE_NAME: &str = "run.json";

@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::formats::input::Input;
-use crate::request::attempt::Context;
+use crate::request::context::Context;
 use crate::request::jobs::Jobs;
 use crate::schedule::lanes::{Lanes, Place, Plugins};
 use crate::schedule::parked::Checkpoint;

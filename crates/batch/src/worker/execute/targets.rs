@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::request::attempt::Context;
+use crate::request::context::Context;
 use crate::schedule::breaker::{Breaker, BreakerDecision};
 use crate::worker::record::Recorded;
 

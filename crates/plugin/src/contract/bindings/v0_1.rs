@@ -4,8 +4,8 @@ use batchwright_egress::{HttpRequest, HttpResponse, TransportError, TransportErr
 use wasmtime::component::{HasData, InstancePre, Linker};
 use wasmtime::{Store, StoreContextMut};
 
+use crate::contract::guest_log::GuestLog;
 use crate::contract::types;
-use crate::contract::world::GuestLog;
 
 /// Interface that a component of the world `validator` exports.
 pub(crate) const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
