@@ -24,7 +24,8 @@
 //!    that a client that sends it byte by byte gains no time. After a response, a connection may be
 //!    idle for `idle_timeout`. HTTP/2 frames that belong to no request extend no timeout.
 //!
-//! Slow bodies and slow readers are the concern of [`super::pace`] and [`super::streams`].
+//! Slow bodies and slow readers are the concern of [`super::data_rate`] and
+//! [`super::http2_streams`].
 
 use std::collections::HashMap;
 use std::net::IpAddr;

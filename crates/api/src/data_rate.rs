@@ -21,7 +21,7 @@
 //! - Responses: [`PacedStream`] applies the second rule to the writes to a connection. The stream
 //!   below [`PacedStream`] has a timeout for each write, which is the first rule.
 //! - Streams of HTTP/2: a client that reads no stream leaves its connection writable, so
-//!   [`super::streams`] monitors each stream.
+//!   [`super::http2_streams`] monitors each stream.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -2,8 +2,8 @@
 //!
 //! **Threat.** A client opens streams and never opens their flow-control windows. The responses
 //! then stay in memory. The connection stays writable, so the check of the connection's data rate
-//! ([`super::pace`]) cannot see it. Therefore a task monitors each stream: the client has to take a
-//! chunk within `client_timeout`, and [`MIN_BYTES_PER_SECOND`] on average.
+//! ([`super::data_rate`]) cannot see it. Therefore a task monitors each stream: the client has to
+//! take a chunk within `client_timeout`, and [`MIN_BYTES_PER_SECOND`] on average.
 //!
 //! **Chunks.** The HTTP library buffers a chunk until the client opens its window, so a chunk that
 //! was passed to the library is not sent yet. [`Chunk`] reports when the library drops it. The

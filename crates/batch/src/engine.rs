@@ -61,7 +61,12 @@ impl Engine {
 
     /// Starts to process batches, including those that a previous process left unfinished.
     pub fn start(&self) {
-        self.tasks.spawn(self.worker.clone().claim_batches());
+        let (janitor, worker) = (self.janitor.clone(), self.worker.clone());
+        self.tasks.spawn(async move {
+            // What an earlier process left behind is removed before a worker writes it again.
+            janitor.remove_all_abandoned_objects().await;
+            worker.claim_batches().await;
+        });
         self.tasks.spawn(self.worker.clone().watch_changes());
         self.tasks.spawn(self.janitor.clone().run());
     }

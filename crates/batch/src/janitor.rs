@@ -113,7 +113,7 @@ impl Janitor {
     /// Removes a part of the garbage and returns true if there may be more.
     async fn remove_some(&self, garbage: Garbage) -> Result<bool> {
         match garbage {
-            Garbage::AbandonedObjects => self.remove_abandoned_objects().await,
+            Garbage::AbandonedObjects => self.remove_abandoned_object().await,
             Garbage::Results => self.store.discard_results(STEP_ROWS).await,
             Garbage::Files => self.remove_files().await,
             Garbage::Tombstones => {
@@ -153,17 +153,37 @@ impl Janitor {
         Ok(more)
     }
 
-    /// Removes some objects whose registration has ended and returns true if there may be more.
-    async fn remove_abandoned_objects(&self) -> Result<bool> {
+    /// Removes all objects whose registration has ended.
+    pub(crate) async fn remove_all_abandoned_objects(&self) {
+        while !self.closing.is_cancelled() {
+            match self.remove_abandoned_object().await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "cleanup failed, will be retried");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Removes an object whose registration has ended and returns false if there is none.
+    ///
+    /// Each object is taken just before it is deleted, so that little time passes in which the
+    /// reservation of its removal could end.
+    async fn remove_abandoned_object(&self) -> Result<bool> {
         let now = self.clock.now();
         let until = now.after(REMOVAL_LEASE);
-        let abandoned = self.store.take_abandoned_objects(now, until, STEP_FILES).await?;
-        for key in &abandoned {
-            // The object goes first. While the registration exists, an interrupted removal is
-            // repeated.
-            self.objects.delete(key).await?;
+        let abandoned = self.store.take_abandoned_objects(now, until, 1).await?;
+        let Some(key) = abandoned.first() else { return Ok(false) };
+        // The object goes first. While the registration exists, an interrupted removal is repeated.
+        if let Err(error) = self.objects.delete(key).await {
+            // An object that cannot be deleted must block neither the others nor its next writer.
+            tracing::warn!(tenant = %key.tenant, file = %key.file, %error, "object not removed");
+            self.store.postpone_removal(key, until).await?;
+        } else {
             self.store.unregister_object(key).await?;
         }
-        Ok(abandoned.len() == STEP_FILES)
+        Ok(true)
     }
 }

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::ObjectKey;
-use batchwright_store::{ObjectWriter, Objects, Result, Store};
+use batchwright_store::{ObjectWriter, Objects, Result, Store, StoreError};
 
 /// Lease of the registration of an object that is being written.
 const OBJECT_LEASE: Duration = Duration::from_secs(600);
+
+/// Delay of a renewal after one that failed.
+const RENEWAL_RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// Writer of a registered object.
 pub(crate) struct RegisteredWriter {
@@ -41,10 +44,33 @@ impl RegisteredWriter {
     pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let now = self.clock.now();
         if now >= self.renew_at {
-            self.store.renew_object(&self.key, now.after(OBJECT_LEASE)).await?;
-            self.renew_at = now.after(OBJECT_LEASE / 2);
+            self.renew(now).await?;
         }
         self.writer.write(bytes).await
+    }
+
+    /// Renews the registration. A renewal that fails for a passing reason is tried again soon.
+    async fn renew(&mut self, now: Timestamp) -> Result<()> {
+        match self.store.renew_object(&self.key, now.after(OBJECT_LEASE)).await {
+            Ok(()) => self.renew_at = now.after(OBJECT_LEASE / 2),
+            Err(error @ (StoreError::Unregistered | StoreError::Closed)) => return Err(error),
+            Err(error) => {
+                let ObjectKey { tenant, file } = &self.key;
+                tracing::warn!(%tenant, %file, %error, "object renewal failed, will be retried");
+                self.renew_at = now.after(RENEWAL_RETRY_DELAY);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the number of bytes that complete the current part.
+    pub(crate) fn room(&self) -> usize {
+        self.writer.room()
+    }
+
+    /// Returns true if the buffer is empty.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.writer.is_flushed()
     }
 
     /// Writes the buffer if it is large enough for a part; returns true if the buffer is empty

@@ -1,5 +1,5 @@
 //! Admission: decides which waiting exchange may start next, within the operator's limit and within
-//! the limit that [`limit`](super::limit) estimates.
+//! the limit that [`concurrency`](super::concurrency) estimates.
 //!
 //! **Fair share.** A queue is one batch. A free permit goes to the queue with the fewest exchanges
 //! in flight among the queues that wait, and within a queue to the oldest request. Queues with
@@ -103,7 +103,7 @@ pub struct Refusals {
 }
 
 impl AdmissionQueue {
-    /// Returns a admission that never exceeds `max` exchanges in flight.
+    /// Returns an admission that never exceeds `max` exchanges in flight.
     pub(crate) fn new(max: usize) -> Self {
         let max = max.max(1);
         let state = State {

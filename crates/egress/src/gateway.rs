@@ -178,9 +178,14 @@ impl Gateway {
     pub async fn rate_limit_ready(&self) {
         let Some((turn, rate)) = &self.rate else { return };
         let _turn = turn.lock().await;
-        while let Err(not_until) = rate.check() {
-            tokio::time::sleep(not_until.wait_time_from(governor::clock::Clock::now(rate.clock())))
-                .await;
+        wait_for_rate(rate).await;
+    }
+
+    /// Waits like [`Self::rate_limit_ready`] for a further exchange of an attempt, which competes
+    /// with one new attempt at most: work that is paid for must not wait behind work that is not.
+    pub async fn rate_limit_ready_again(&self) {
+        if let Some((_, rate)) = &self.rate {
+            wait_for_rate(rate).await;
         }
     }
 
@@ -434,6 +439,14 @@ fn is_encoded(coding: &HeaderValue) -> bool {
     !["", "identity", "none", "utf-8", "utf8"]
         .iter()
         .any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
+}
+
+/// Waits until a rate permits one more exchange.
+async fn wait_for_rate(rate: &DefaultDirectRateLimiter) {
+    while let Err(not_until) = rate.check() {
+        let now = governor::clock::Clock::now(rate.clock());
+        tokio::time::sleep(not_until.wait_time_from(now)).await;
+    }
 }
 
 /// Returns the quota of `per_minute` exchanges, with a burst of one second's share.

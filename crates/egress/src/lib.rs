@@ -13,7 +13,7 @@
 //!
 //! **Layers.** An exchange passes them in this order, and each layer holds without the others.
 //!
-//! 1. `throttle`, `limit` and the operator's rate decide when the exchange may start.
+//! 1. `admission`, `concurrency` and the operator's rate decide when the exchange may start.
 //! 2. `gateway` parses and normalizes the URL, so that unusual notations of an address (`0x7f.1`,
 //!    fullwidth digits) become plain. `allow` compares scheme, host and port with the allow-list.
 //! 3. `gateway` drops the headers that belong to the host or to the connection, such as `Host`.

@@ -114,7 +114,9 @@ pub trait Store: Send + Sync {
         until: Timestamp,
         limit: usize,
     ) -> Result<Vec<ObjectKey>>;
-    /// Removes the registration of an object that was deleted.
+    /// Gives up the removal of an object until `until`: meanwhile it may be registered and written.
+    async fn postpone_removal(&self, key: &ObjectKey, until: Timestamp) -> Result<()>;
+    /// Removes the registration of an object whose removal was reserved and that was deleted.
     async fn unregister_object(&self, key: &ObjectKey) -> Result<()>;
     /// Returns deleted and expired files that no running batch reads.
     async fn removable_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>>;

@@ -85,7 +85,7 @@ impl Counts {
     }
 }
 
-/// StatusTimes at which a batch entered its statuses.
+/// Times at which a batch entered its statuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StatusTimes {
     /// Time of [`Status::InProgress`].
@@ -163,7 +163,7 @@ pub struct BatchRecord {
     pub output_file_id: Option<FileId>,
     /// Id of the file with the failed requests.
     pub error_file_id: Option<FileId>,
-    /// StatusTimes of the status changes.
+    /// Times of the status changes.
     pub times: StatusTimes,
     /// Request counts.
     pub counts: Counts,

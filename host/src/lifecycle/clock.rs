@@ -158,6 +158,28 @@ async fn unfinished_objects_of_a_killed_process_are_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn object_that_cannot_be_deleted_blocks_no_other() {
+    let mut server = TestServer::new("", "").await;
+    server.upload(b"kept", None).await;
+    let files = server.folder.path().join("data/objects").join(TENANT).join("files");
+    let (now, store) = (server.clock.now(), &server.engine().parts().store);
+    for name in ["file-blocked", "file-written"] {
+        let key = ObjectKey { tenant: TENANT.into(), file: name.into() };
+        store.register_object(&key, now, now.after(HOUR)).await.unwrap();
+    }
+    // A folder cannot be deleted like a file.
+    std::fs::create_dir(files.join("file-blocked")).unwrap();
+    std::fs::write(files.join("file-written"), "bytes").unwrap();
+    server.restart().await;
+    let is_removed = async || (!files.join("file-written").exists()).then_some(());
+    eventually("the other object to be removed", is_removed).await;
+    std::fs::remove_dir(files.join("file-blocked")).unwrap();
+    // The removal is repeated, and the server works meanwhile.
+    let ended = server.ended(&server.create(&[chat("a", "echo", "hi")]).await).await;
+    assert_eq!(ended.counts.completed, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn batch_is_removed_after_its_lifetime_and_its_files() {
     let server = TestServer::new("[retention]\nbatch_lifetime = \"10d\"", "").await;
     let file = server.upload(&jsonl(&[chat("a", "echo", "hi")]), None).await;

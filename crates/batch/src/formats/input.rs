@@ -25,7 +25,7 @@ pub(crate) const MAX_BUFFERED_LINE_BYTES: usize = 128 << 10;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum InputLine {
     /// Buffered line without its line end and without a byte order mark.
-    FileValidation {
+    Buffered {
         /// Line number.
         number: u64,
         /// Offset of the line in the file, in bytes.
@@ -261,7 +261,7 @@ impl Lines {
                 range: began..began.saturating_add(bytes.len() as u64),
             });
         }
-        (!is_blank(&bytes)).then_some(InputLine::FileValidation { number, at: began, bytes })
+        (!is_blank(&bytes)).then_some(InputLine::Buffered { number, at: began, bytes })
     }
 }
 
@@ -293,7 +293,7 @@ mod tests {
             let shown =
                 |number: u64, bytes: &[u8]| format!("{number}:{}", String::from_utf8_lossy(bytes));
             found.push(match line {
-                InputLine::FileValidation { number, at, bytes } => {
+                InputLine::Buffered { number, at, bytes } => {
                     let at = usize::try_from(at).unwrap();
                     assert_eq!(file[at..at + bytes.len()], bytes);
                     shown(number, &bytes)

@@ -109,7 +109,11 @@ impl<'a> Exchange<'a> {
     ) -> Outcome {
         let gateway = self.plugin.gateway();
         if !std::mem::take(&mut self.has_rate_permit) {
-            gateway.rate_limit_ready().await;
+            let asked_at = clock.now();
+            gateway.rate_limit_ready_again().await;
+            // The wait does not count against the request.
+            let waited = asked_at.until(clock.now());
+            self.sent_at = self.sent_at.map(|sent_at| sent_at.after(waited));
         }
         let Some(permit) = &mut self.permit else { return Outcome::Elapsed };
         permit.start();

@@ -142,7 +142,7 @@ pub struct Outage {
     pub since: Timestamp,
     /// Time of the next probe.
     pub next_probe: Timestamp,
-    /// Number of waiting requests in waiting_by_batch batches.
+    /// Number of waiting requests in parked batches.
     pub waiting: u64,
 }
 
@@ -166,7 +166,7 @@ struct State {
     open: Option<Open>,
     /// Failed attempts of each line since then.
     attempts: HashMap<u64, u32>,
-    /// Waiting requests of each waiting_by_batch batch.
+    /// Waiting requests of each parked batch.
     waiting_by_batch: HashMap<BatchId, u64>,
 }
 
@@ -342,7 +342,7 @@ impl Breaker {
         if self.is_healthy() { None } else { self.lock().outage() }
     }
 
-    /// Registers a waiting_by_batch batch and the number of its waiting requests.
+    /// Registers a parked batch and the number of its waiting requests.
     pub(crate) fn add_waiting(&self, batch: &BatchId, requests: u64) {
         let mut state = self.lock();
         if state.open.is_some() && state.waiting_by_batch.len() < MAX_TRACKED_ENTRIES {
@@ -350,12 +350,12 @@ impl Breaker {
         }
     }
 
-    /// Returns true if a batch is registered as waiting_by_batch.
+    /// Returns true if a batch is registered as parked.
     pub(crate) fn has_waiting(&self, batch: &BatchId) -> bool {
         !self.is_healthy() && self.lock().waiting_by_batch.contains_key(batch)
     }
 
-    /// Removes a batch from the waiting_by_batch batches.
+    /// Removes a batch from the parked batches.
     pub(crate) fn remove_waiting(&self, batch: &BatchId) {
         if !self.is_healthy() {
             self.lock().waiting_by_batch.remove(batch);

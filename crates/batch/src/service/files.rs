@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use crate::objects::RegisteredWriter;
+use crate::schedule::backoff::Backoff;
 use crate::service::Service;
 
 /// Metadata of an upload.
@@ -48,6 +49,9 @@ pub struct Upload {
     reservation: Reservation,
 }
 
+/// Maximum number of attempts to end the registration of an aborted upload: about 15 minutes.
+const MAX_ABANDON_ATTEMPTS: u32 = 180;
+
 /// Registered object of an upload. Dropped without a record, the object is left to the janitor.
 struct PendingObject {
     service: Arc<Service>,
@@ -61,10 +65,13 @@ impl Drop for PendingObject {
         let (false, Ok(runtime)) = (self.is_recorded, Handle::try_current()) else { return };
         let (service, key) = (self.service.clone(), self.key.clone());
         runtime.spawn(async move {
-            // An object whose registration cannot be ended now is removed after its lease.
-            if let Err(error) = service.store.abandon_object(&key).await {
-                let ObjectKey { tenant, file } = &key;
-                tracing::warn!(%tenant, %file, %error, "upload not abandoned");
+            let mut backoff = Backoff::default();
+            // An object whose registration cannot be ended is removed after its lease.
+            while let Err(error) = service.store.abandon_object(&key).await {
+                if matches!(error, StoreError::Closed) || backoff.pauses() >= MAX_ABANDON_ATTEMPTS {
+                    return;
+                }
+                tokio::time::sleep(backoff.pause()).await;
             }
             service.cleanup_needed.notify_one();
         });
@@ -138,15 +145,24 @@ impl Service {
 }
 
 impl Upload {
-    /// Writes bytes.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), UploadError> {
+    /// Writes bytes. Memory is held only while a part is incomplete.
+    pub async fn write(&mut self, mut bytes: &[u8]) -> Result<(), UploadError> {
         let service = &self.object.service;
         let limit = *service.config.batch.max_file_size;
         if self.writer.written().saturating_add(bytes.len() as u64) > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
-        self.reservation.grow_to(service.objects.part_size().target).await;
-        Ok(self.writer.write(bytes).await?)
+        let part_bytes = service.objects.part_size().target;
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(self.writer.room().min(bytes.len()));
+            self.reservation.grow_to(part_bytes).await;
+            self.writer.write(now).await?;
+            if self.writer.is_flushed() {
+                self.reservation.shrink_to(0);
+            }
+            bytes = later;
+        }
+        Ok(())
     }
 
     /// Writes the buffer and releases its memory if possible, so that an idle upload holds little.

@@ -177,6 +177,8 @@ impl Worker {
         let outcome = tokio::select! {
             outcome = processing => outcome,
             () = expiry => Ok(()),
+            // Whatever is in flight could not be recorded, and another worker writes the files.
+            () = stop.claim_lost() => Err(StoreError::Fenced),
         };
         if outcome.is_ok()
             && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?

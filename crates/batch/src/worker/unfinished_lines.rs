@@ -153,7 +153,7 @@ impl<'a> UnfinishedLines<'a> {
                     self.input_ended = true;
                     break;
                 }
-                Some(InputLine::FileValidation { number, at, bytes }) => {
+                Some(InputLine::Buffered { number, at, bytes }) => {
                     (number, at, LineContent::Loaded(bytes))
                 }
                 Some(InputLine::Large { number, range }) => {

@@ -12,7 +12,7 @@ fn end(mut admitted: Permit, taken: LimitFeedback) {
     admitted.finish(taken, &mut Refusals::default());
 }
 
-/// Returns a admission whose slow start is complete.
+/// Returns an admission whose slow start is complete.
 fn open(max: usize) -> AdmissionQueue {
     let admission = AdmissionQueue::new(max);
     for _ in 0..max {

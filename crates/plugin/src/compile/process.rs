@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use rustix::process::nice;
 
+#[cfg(target_os = "linux")]
 use super::confinement;
 use crate::compile::MISSING_LAYER_PREFIX;
 use crate::package::files::MAX_COMPONENT_BYTES;

@@ -19,7 +19,8 @@ pub(crate) fn default_models(
     key: &impl Fn(&str, String) -> LoadError,
 ) -> Result<BTreeMap<Endpoint, String>, LoadError> {
     let parse = |(path, model): (&String, &String)| {
-        let endpoint = Endpoint::parse(path).filter(|endpoint| endpoint.has_optional_model());
+        let known = Endpoint::ALL.into_iter().find(|endpoint| endpoint.as_str() == path);
+        let endpoint = known.filter(|endpoint| endpoint.has_optional_model());
         let endpoint = endpoint.ok_or_else(|| {
             let message = format!(
                 "`{path}` needs a model in every request; only {} does not",

@@ -178,6 +178,7 @@ impl Loader {
         }
         let inspected = self.inspect_with(component, &name, &manifest.limits).await?;
         check_kind(&manifest, &inspected, &key)?;
+        let default_models = default_models(&manifest, &key)?;
         // Collected before the defaults are added: only URLs of the operator allow a host.
         let urls: Vec<Url> = manifest.settings.values().flat_map(urls_in).collect();
         schema::add_defaults(&mut manifest.settings, &inspected.description.settings_schema);
@@ -192,7 +193,6 @@ impl Loader {
             .map_err(|error| key("allow", error.to_string()))?;
         allow.check_addresses(&urls).map_err(|error| key("settings", error))?;
         let gateway = Gateway::new(&name, allow, secrets, bounds(&manifest.limits), &self.shared);
-        let default_models = default_models(&manifest, &key)?;
         let facts = PluginFacts {
             name,
             kind: inspected.kind,

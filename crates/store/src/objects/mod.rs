@@ -82,8 +82,7 @@ impl ObjectWriter {
     /// Appends bytes, and writes each part that is full.
     pub async fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            let room = self.part_size.target.saturating_sub(self.buffer.len()).max(1);
-            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            let (now, later) = bytes.split_at(self.room().min(bytes.len()));
             if self.buffer.is_empty() && !later.is_empty() {
                 self.buffer.reserve(self.part_size.target);
             }
@@ -111,6 +110,16 @@ impl ObjectWriter {
             self.flush().await?;
         }
         Ok(self.buffer.is_empty())
+    }
+
+    /// Returns the number of bytes that complete the current part, at least 1.
+    pub fn room(&self) -> usize {
+        self.part_size.target.saturating_sub(self.buffer.len()).max(1)
+    }
+
+    /// Returns true if the buffer is empty.
+    pub fn is_flushed(&self) -> bool {
+        self.buffer.is_empty()
     }
 
     /// Returns the number of bytes written so far.

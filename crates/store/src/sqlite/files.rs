@@ -222,10 +222,13 @@ pub(super) fn register_object(
             "INSERT INTO pending_objects (tenant, id, owner, lease_until) VALUES (?1, ?2, ?3, ?5)
              ON CONFLICT (tenant, id) DO UPDATE
              SET owner = ?3, lease_until = ?5, removing = 0
-             WHERE NOT removing OR lease_until <= ?4",
+             WHERE NOT removing
+             OR lease_until <= CASE pending_objects.owner WHEN ?3 THEN ?6 ELSE ?4 END",
         )
         .and_then(|mut statement| {
-            statement.execute(params![tenant, id, owner, now.as_millis(), until.as_millis()])
+            let own_before = now.before(OWN_REGISTRATION_GRACE).as_millis();
+            let (now, until) = (now.as_millis(), until.as_millis());
+            statement.execute(params![tenant, id, owner, now, until, own_before])
         })
         .map_err(database_error)?;
     if registered == 0 { Err(StoreError::Unregistered) } else { Ok(()) }
@@ -251,8 +254,25 @@ pub(super) fn renew_object(
 /// Removes the registration of an object that was deleted.
 pub(super) fn unregister_object(connection: &Connection, tenant: i64, id: &str) -> Result<()> {
     connection
-        .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2")
+        .prepare_cached("DELETE FROM pending_objects WHERE tenant = ?1 AND id = ?2 AND removing")
         .and_then(|mut statement| statement.execute(params![tenant, id]))
+        .map_err(database_error)?;
+    Ok(())
+}
+
+/// Gives up the removal of an object until a time: meanwhile it may be written.
+pub(super) fn postpone_removal(
+    connection: &Connection,
+    tenant: i64,
+    id: &str,
+    until: Timestamp,
+) -> Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE pending_objects SET removing = 0, owner = '', lease_until = ?3
+             WHERE tenant = ?1 AND id = ?2 AND removing",
+        )
+        .and_then(|mut statement| statement.execute(params![tenant, id, until.as_millis()]))
         .map_err(database_error)?;
     Ok(())
 }

@@ -112,6 +112,18 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn postpone_removal(&self, key: &ObjectKey, until: Timestamp) -> Result<()> {
+        let key = key.clone();
+        self.writer
+            .write(move |connection| match tenant_key(connection, key.tenant.as_str())? {
+                Some(tenant) => {
+                    files::postpone_removal(connection, tenant, key.file.as_str(), until)
+                }
+                None => Ok(()),
+            })
+            .await
+    }
+
     async fn removable_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
         self.readers.read(move |connection| files::removable(connection, now, limit)).await
     }

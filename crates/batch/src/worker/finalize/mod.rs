@@ -281,7 +281,7 @@ impl Worker {
         let mut rows = Rows::new(self, claim).await;
         while let Some(line) = input.next().await.map_err(unreadable)? {
             let (number, whole, range) = match line {
-                InputLine::FileValidation { number, bytes, .. } => (number, Some(bytes), None),
+                InputLine::Buffered { number, bytes, .. } => (number, Some(bytes), None),
                 InputLine::Large { number, range } => (number, None, Some(range)),
                 InputLine::TooLong { .. } => continue,
             };

@@ -65,7 +65,7 @@ impl ChunkValidator {
         let mut lines = Vec::with_capacity(chunk.len());
         for line in chunk {
             let (number, text) = match line {
-                InputLine::FileValidation { number, bytes, .. } => {
+                InputLine::Buffered { number, bytes, .. } => {
                     (number, String::from_utf8(bytes.into()))
                 }
                 InputLine::Large { number, .. } | InputLine::TooLong { number } => {

@@ -54,7 +54,7 @@ impl Chunks {
                     break;
                 }
                 Some(line) => {
-                    if let InputLine::FileValidation { bytes: text, .. } = &line {
+                    if let InputLine::Buffered { bytes: text, .. } = &line {
                         bytes = bytes.saturating_add(text.len());
                     }
                     chunk.push(line);
@@ -76,7 +76,7 @@ impl Chunks {
             self.memory.reserve(&self.holder, size.saturating_mul(COPIES_PER_CHUNK)).await;
         let bytes = self.input.large(range.clone()).await?;
         Ok(bytes.map(|bytes| {
-            (vec![InputLine::FileValidation { number, at: range.start, bytes }], reservation)
+            (vec![InputLine::Buffered { number, at: range.start, bytes }], reservation)
         }))
     }
 }

@@ -214,7 +214,7 @@ pub(crate) fn lost_input(claim: &Claim, file: &FileId, cause: &str) -> BatchErro
 /// Returns the model that the first request names.
 fn first_model(chunk: &[InputLine]) -> Option<String> {
     match chunk.first()? {
-        InputLine::FileValidation { bytes, .. } => {
+        InputLine::Buffered { bytes, .. } => {
             RequestLine::parse(std::str::from_utf8(bytes).ok()?).model.map(String::from)
         }
         InputLine::Large { .. } | InputLine::TooLong { .. } => None,

@@ -102,10 +102,25 @@ pub(crate) async fn abandoned_object_is_taken_once_and_not_written_meanwhile(
     assert!(matches!(refused, Err(StoreError::Unregistered)));
     let refused = store.insert_file(&tenant(), file("a")).await;
     assert!(matches!(refused, Err(StoreError::Unregistered)));
+    // A clock that jumps past the reservation lets nobody write an object that is being removed.
+    let refused = store.register_object(&key("a"), LEASE, EXPIRY).await;
+    assert!(matches!(refused, Err(StoreError::Unregistered)));
     // A removal that does not end is repeated.
     assert_eq!(take(LEASE).await, [key("a")]);
-    store.unregister_object(&key("a")).await.unwrap();
+    // After a removal that failed, the object may be written, and is removed later otherwise.
+    store.postpone_removal(&key("a"), at(1_000_100)).await.unwrap();
+    assert!(take(NOW).await.is_empty());
+    assert_eq!(take(at(1_000_100)).await, [key("a")]);
+    store.postpone_removal(&key("a"), LEASE).await.unwrap();
     insert_file(&*store, file("a")).await;
+    store.unregister_object(&key("a")).await.unwrap();
+    store.register_object(&key("b"), NOW, LEASE).await.unwrap();
+    // Only a removal unregisters.
+    store.unregister_object(&key("b")).await.unwrap();
+    store.renew_object(&key("b"), LEASE).await.unwrap();
+    store.abandon_object(&key("b")).await.unwrap();
+    assert_eq!(take(NOW).await, [key("b")]);
+    store.unregister_object(&key("b")).await.unwrap();
     // The record of a committed object is not abandoned by a writer that learns of it too late.
     store.abandon_object(&key("a")).await.unwrap();
     assert!(take(EXPIRY).await.is_empty());
