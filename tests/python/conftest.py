@@ -5,6 +5,7 @@ The server under test is the built one (`dist/batchwright`), started as a proces
 
 import contextlib
 import functools
+import http.server
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 import urllib.request
 
@@ -210,6 +212,20 @@ class Server(Process):
 
     def models(self):
         return [model.id for model in self.client.models.list()]
+
+
+@contextlib.contextmanager
+def http_server(handler):
+    """Serves a request handler class on a free port, in threads; the server has a `url`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def leftovers(server):

@@ -9,12 +9,11 @@ import http.server
 import json
 import pathlib
 import shutil
-import threading
 import time
 import urllib.parse
 
 import pytest
-from conftest import CONTAINED, built, chat, wait_for
+from conftest import CONTAINED, built, chat, http_server, wait_for
 
 
 @pytest.fixture
@@ -91,12 +90,8 @@ def provider():
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with http_server(Handler) as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 
 import openai
 import pytest
-from conftest import TARGET, built, chat, wait_for
+from conftest import TARGET, built, chat, http_server, wait_for
 
 FAST = ["--retry-backoff", "10ms", "--cache", TARGET / "examples-cache"]
 
@@ -41,12 +41,9 @@ def provider():
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen = seen
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with http_server(Handler) as server:
+        server.seen = seen
+        yield server
 
 
 @pytest.fixture
@@ -94,13 +91,10 @@ def jobs():
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.created, server.submissions = created, 0
-    server.jobs_of = lambda prompt: sum(job["prompt"] == prompt for job in created.values())
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with http_server(Handler) as server:
+        server.created, server.submissions = created, 0
+        server.jobs_of = lambda prompt: sum(job["prompt"] == prompt for job in created.values())
+        yield server
 
 
 def succeeded(job):

@@ -5,10 +5,9 @@ Attacks: kills and refused polls while jobs run.
 
 import http.server
 import shutil
-import threading
 import time
 
-from conftest import built, chat, wait_for
+from conftest import built, chat, http_server, wait_for
 from outages import SHORT_BACKOFFS
 
 
@@ -65,9 +64,8 @@ def test_job_is_not_submitted_again_after_a_refused_poll(serve):
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Provider) as provider:
-        threading.Thread(target=provider.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{provider.server_port}"
+    with http_server(Provider) as provider:
+        url = provider.url
         server = serve(*SHORT_BACKOFFS, plugins={})
         shutil.copy(built("hostile") / "hostile.wasm", server.plugins)
         server.add_plugin(
@@ -75,6 +73,5 @@ def test_job_is_not_submitted_again_after_a_refused_poll(serve):
         )
         wait_for(lambda: "jobs" in server.models(), what="the plugin")
         batch = server.run([chat(f"job {url}/{job}", model="jobs") for job in range(2)])
-        provider.shutdown()
     assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 0)
     assert sorted(submitted) == ["/0", "/1"] and len(polled) > 4

@@ -12,10 +12,9 @@ import os
 import shutil
 import socket
 import subprocess
-import threading
 
 import pytest
-from conftest import PLUGINS, built, chat, run_host, wait_for
+from conftest import PLUGINS, built, chat, http_server, run_host, wait_for
 from conftest import plugin_states as states
 
 ECHO = PLUGINS / "inference-echo.wasm"
@@ -299,12 +298,10 @@ class RedirectingRegistry(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(answer):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RedirectingRegistry)
-    server.seen, server.answer = [], answer
-    server.address = f"127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with http_server(RedirectingRegistry) as server:
+        server.seen, server.answer = [], answer
+        server.address = f"127.0.0.1:{server.server_port}"
+        yield server
 
 
 def test_registry_password_is_sent_to_no_other_host(tmp_path):

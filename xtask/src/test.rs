@@ -42,11 +42,18 @@ pub fn reference(write: bool) -> Result<()> {
     run(tests.arg(REFERENCE_TESTS))
 }
 
-/// Builds and runs the end-to-end tests. Example plugins are built by the tests that use them.
+/// Builds and runs the end-to-end tests. With a name, example plugins are built by the tests that
+/// use them.
 pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
     needs::to_test()?;
     build::all()?;
-    run_e2e(name, pytest, false)
+    // Two Python tests run at a time, so neither may build what the other one needs.
+    let all = name.is_none();
+    if all {
+        hostile::all()?;
+        examples::all()?;
+    }
+    run_e2e(name, pytest, all)
 }
 
 fn run_e2e(name: Option<&str>, pytest: &[String], all_built: bool) -> Result<()> {

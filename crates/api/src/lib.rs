@@ -41,7 +41,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use batchwright_batch::{BatchConfig, Engine};
-use batchwright_domain::ids::TenantId;
+use batchwright_domain::ids::{DEFAULT_TENANT, TenantId};
 use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
 use error::ApiError;
@@ -71,7 +71,7 @@ struct Tenant(TenantId);
 
 impl Tenant {
     fn for_request(_: &Request) -> Self {
-        Self("default".into())
+        Self(DEFAULT_TENANT.into())
     }
 }
 
@@ -79,7 +79,7 @@ impl<S: Sync> FromRequestParts<S> for Tenant {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(_: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self("default".into()))
+        Ok(Self(DEFAULT_TENANT.into()))
     }
 }
 

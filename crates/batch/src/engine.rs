@@ -61,14 +61,15 @@ impl Engine {
 
     /// Starts to process batches, including those that a previous process left unfinished.
     pub fn start(&self) {
-        let (janitor, worker) = (self.janitor.clone(), self.worker.clone());
+        let (janitor, worker, tasks) =
+            (self.janitor.clone(), self.worker.clone(), self.tasks.clone());
         self.tasks.spawn(async move {
             // What an earlier process left behind is removed before a worker writes it again.
-            janitor.remove_all_abandoned_objects().await;
+            janitor.remove_abandoned_objects().await;
+            tasks.spawn(janitor.run());
             worker.claim_batches().await;
         });
         self.tasks.spawn(self.worker.clone().watch_changes());
-        self.tasks.spawn(self.janitor.clone().run());
     }
 
     /// Reports the server as not ready from now on, without stopping any work.

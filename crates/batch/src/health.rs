@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
+use batchwright_domain::ids::DEFAULT_TENANT;
 use batchwright_plugin::Registry;
 use batchwright_store::{Objects, Result, Store, StoreError};
 use tokio_util::sync::CancellationToken;
@@ -21,9 +22,6 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Number of newest files whose objects are checked. A few missing objects are the problem of their
 /// owners. If all of them are missing, the object store is faulty.
 const SAMPLED_FILES: usize = 5;
-
-/// Tenant that represents all tenants that no plugin names.
-const DEFAULT_TENANT: &str = "default";
 
 /// Readiness of the server to validate, execute and store a new batch.
 #[derive(Clone, Debug, Default)]

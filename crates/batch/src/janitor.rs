@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::objects::AbortedUploads;
 use crate::parts::{Parts, Shared};
 
 /// Interval between cleanups without a notification. File expiry sends no notification.
@@ -47,6 +48,7 @@ pub(crate) struct Janitor {
     objects: Arc<dyn Objects>,
     clock: Clock,
     config: Arc<Config>,
+    aborted_uploads: Arc<AbortedUploads>,
     cleanup_needed: Arc<Notify>,
     closing: CancellationToken,
 }
@@ -58,6 +60,7 @@ impl Janitor {
             objects: parts.objects.clone(),
             clock: parts.clock.clone(),
             config: parts.config.clone(),
+            aborted_uploads: shared.aborted_uploads.clone(),
             cleanup_needed: shared.cleanup_needed.clone(),
             closing: shared.closing.clone(),
         }
@@ -96,15 +99,24 @@ impl Janitor {
             if garbage == Garbage::Batches && !search {
                 continue;
             }
-            while !self.closing.is_cancelled() {
-                match self.remove_some(garbage).await {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(error) => {
-                        // The next cleanup tries again. Other kinds of garbage are removed now.
-                        tracing::warn!(%error, "cleanup failed, will be retried");
-                        break;
-                    }
+            self.remove_all(garbage).await;
+        }
+    }
+
+    /// Removes the objects that earlier processes left behind, before a worker writes them again.
+    pub(crate) async fn remove_abandoned_objects(&self) {
+        self.remove_all(Garbage::AbandonedObjects).await;
+    }
+
+    /// Removes all garbage of a kind. After an error, the next cleanup tries again.
+    async fn remove_all(&self, garbage: Garbage) {
+        while !self.closing.is_cancelled() {
+            match self.remove_some(garbage).await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "cleanup failed, will be retried");
+                    return;
                 }
             }
         }
@@ -153,36 +165,29 @@ impl Janitor {
         Ok(more)
     }
 
-    /// Removes all objects whose registration has ended.
-    pub(crate) async fn remove_all_abandoned_objects(&self) {
-        while !self.closing.is_cancelled() {
-            match self.remove_abandoned_object().await {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => {
-                    tracing::warn!(%error, "cleanup failed, will be retried");
-                    return;
-                }
-            }
-        }
-    }
-
     /// Removes an object whose registration has ended and returns false if there is none.
     ///
     /// Each object is taken just before it is deleted, so that little time passes in which the
     /// reservation of its removal could end.
     async fn remove_abandoned_object(&self) -> Result<bool> {
+        while let Some(key) = self.aborted_uploads.next() {
+            if let Err(error) = self.store.abandon_object(&key).await {
+                self.aborted_uploads.add(key);
+                return Err(error);
+            }
+        }
         let now = self.clock.now();
         let until = now.after(REMOVAL_LEASE);
-        let abandoned = self.store.take_abandoned_objects(now, until, 1).await?;
-        let Some(key) = abandoned.first() else { return Ok(false) };
+        let Some(key) = self.store.take_abandoned_object(now, until).await? else {
+            return Ok(false);
+        };
         // The object goes first. While the registration exists, an interrupted removal is repeated.
-        if let Err(error) = self.objects.delete(key).await {
+        if let Err(error) = self.objects.delete(&key).await {
             // An object that cannot be deleted must block neither the others nor its next writer.
             tracing::warn!(tenant = %key.tenant, file = %key.file, %error, "object not removed");
-            self.store.postpone_removal(key, until).await?;
+            self.store.postpone_removal(&key, until).await?;
         } else {
-            self.store.unregister_object(key).await?;
+            self.store.unregister_object(&key).await?;
         }
         Ok(true)
     }

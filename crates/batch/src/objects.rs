@@ -1,9 +1,10 @@
-//! Objects that are being written, under a registration that is renewed while bytes arrive.
+//! Objects that are being written, under a registration that is renewed while bytes arrive, and
+//! those that nobody writes any more.
 //!
 //! The registration tells the janitor of any process that the object has a writer; see
 //! [`Store::register_object`].
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
@@ -15,6 +16,29 @@ const OBJECT_LEASE: Duration = Duration::from_secs(600);
 
 /// Delay of a renewal after one that failed.
 const RENEWAL_RETRY_DELAY: Duration = Duration::from_secs(10);
+
+/// Maximum number of aborted uploads that wait for the janitor. The objects of further ones are
+/// removed after their lease.
+const MAX_ABORTED_UPLOADS: usize = 10_000;
+
+/// Objects of aborted uploads, whose registrations the janitor ends.
+#[derive(Default)]
+pub(crate) struct AbortedUploads(Mutex<Vec<ObjectKey>>);
+
+impl AbortedUploads {
+    /// Adds an object, unless there are too many.
+    pub(crate) fn add(&self, key: ObjectKey) {
+        let mut keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if keys.len() < MAX_ABORTED_UPLOADS {
+            keys.push(key);
+        }
+    }
+
+    /// Removes and returns an object.
+    pub(crate) fn next(&self) -> Option<ObjectKey> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+}
 
 /// Writer of a registered object.
 pub(crate) struct RegisteredWriter {

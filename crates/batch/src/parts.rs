@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::objects::AbortedUploads;
 use crate::schedule::running::Running;
 
 /// Parts that the engine uses and that the composition root creates.
@@ -36,6 +37,8 @@ pub(crate) struct Shared {
     pub running: Arc<Running>,
     /// Notified when a batch may be ready to claim.
     pub work_available: Arc<Notify>,
+    /// Objects of uploads that were aborted in this process.
+    pub aborted_uploads: Arc<AbortedUploads>,
     /// Notified when the janitor may have something to remove.
     pub cleanup_needed: Arc<Notify>,
     /// Cancelled when the server starts to drain and reports not ready.

@@ -53,6 +53,9 @@ id! {
     TenantId
 }
 
+/// Name of the tenant of requests that carry no key.
+pub const DEFAULT_TENANT: &str = "default";
+
 id! {
     /// Id of a batch, unique for its tenant.
     BatchId
@@ -70,10 +73,4 @@ pub struct ObjectKey {
     pub tenant: TenantId,
     /// File whose content the object is.
     pub file: FileId,
-}
-
-impl fmt::Display for ObjectKey {
-    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        write!(formatter, "{}/{}", self.tenant, self.file)
-    }
 }

@@ -103,17 +103,16 @@ pub trait Store: Send + Sync {
     async fn renew_object(&self, key: &ObjectKey, until: Timestamp) -> Result<()>;
     /// Ends a registration, so that the object is removed. An object that has a record stays.
     async fn abandon_object(&self, key: &ObjectKey) -> Result<()>;
-    /// Returns objects whose registration has ended, and reserves their removal until `until`.
+    /// Returns an object whose registration has ended, and reserves its removal until `until`.
     ///
     /// The registrations of this owner end only when they are abandoned, when the store is opened,
     /// or a day after their lease: a clock that jumps must not remove an object that is being
     /// written.
-    async fn take_abandoned_objects(
+    async fn take_abandoned_object(
         &self,
         now: Timestamp,
         until: Timestamp,
-        limit: usize,
-    ) -> Result<Vec<ObjectKey>>;
+    ) -> Result<Option<ObjectKey>>;
     /// Gives up the removal of an object until `until`: meanwhile it may be registered and written.
     async fn postpone_removal(&self, key: &ObjectKey, until: Timestamp) -> Result<()>;
     /// Removes the registration of an object whose removal was reserved and that was deleted.

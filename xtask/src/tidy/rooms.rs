@@ -14,11 +14,11 @@ const CRATES: [(&str, &[Room]); 2] = [
             ("formats", &[]),
             ("objects", &[]),
             ("schedule", &["config", "formats"]),
-            ("parts", &["config", "schedule"]),
+            ("parts", &["config", "objects", "schedule"]),
             ("request", &["config", "formats", "schedule"]),
             ("service", &["config", "objects", "parts", "schedule"]),
             ("health", &["config", "parts"]),
-            ("janitor", &["config", "parts"]),
+            ("janitor", &["config", "objects", "parts"]),
             ("worker", &["config", "formats", "objects", "parts", "request", "schedule"]),
             ("engine", &["health", "janitor", "parts", "schedule", "service", "worker"]),
         ],
@@ -57,12 +57,18 @@ pub fn faults(sources: &[Source]) -> Vec<String> {
                 continue;
             };
             for (number, line) in source.lines() {
-                let Some(import) = line.trim().strip_prefix("use crate::") else { continue };
-                let other = import.split([':', ';']).next().unwrap_or_default();
-                let is_room = rooms.iter().any(|(known, _)| *known == other);
-                if is_room && other != room && !allowed.contains(&other) {
-                    let path = &source.path;
-                    faults.push(format!("{path}:{number}: `{room}` must not import `{other}`"));
+                let path = &source.path;
+                if line.trim().starts_with("//") {
+                    continue;
+                }
+                for import in line.split("crate::").skip(1) {
+                    let end =
+                        import.find(|letter: char| !letter.is_alphanumeric() && letter != '_');
+                    let other = import.split_at(end.unwrap_or(import.len())).0;
+                    let is_room = rooms.iter().any(|(known, _)| *known == other);
+                    if is_room && other != room && !allowed.contains(&other) {
+                        faults.push(format!("{path}:{number}: `{room}` must not import `{other}`"));
+                    }
                 }
             }
         }

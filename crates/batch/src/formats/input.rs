@@ -94,7 +94,7 @@ impl Input {
             )));
         }
         let range = from.bytes.min(bytes)..bytes;
-        let stream = read_in_chunks(objects, key.clone(), range, chunk).await?;
+        let stream = read_in_chunks(objects.clone(), key.clone(), range, chunk);
         let mut lines = Lines::new(stream, max_line_bytes, MAX_BUFFERED_LINE_BYTES);
         lines.number = from.lines;
         lines.offset = from.bytes;

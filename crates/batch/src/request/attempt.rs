@@ -24,7 +24,8 @@
 //! job repeats the poll and not the job. If the state of a job cannot be read, the request waits.
 //!
 //! **Order.** A request first waits for a permit of its provider and only then reserves memory, so
-//! that a waiting request holds no memory that requests in flight need. Between attempts, nothing
+//! that a waiting request holds no memory that requests in flight need. A further exchange of the
+//! same attempt keeps both while it waits for `requests_per_minute`. Between attempts, nothing
 //! of a request is in memory except its position and its retry state; see
 //! [`retry_queue`](crate::schedule::retry_queue).
 //!

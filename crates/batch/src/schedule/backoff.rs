@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_store::Claim;
+use batchwright_store::{BatchKey, Claim};
 
 /// First pause.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -42,29 +41,27 @@ impl Backoff {
     }
 }
 
-/// Backoffs of batches whose processing failed, by tenant and batch id.
+/// Backoffs of batches whose processing failed.
 #[derive(Default)]
-pub(crate) struct Backoffs(Mutex<HashMap<(TenantId, BatchId), Backoff>>);
+pub(crate) struct Backoffs(Mutex<HashMap<BatchKey, Backoff>>);
 
 impl Backoffs {
-    fn lock(&self) -> MutexGuard<'_, HashMap<(TenantId, BatchId), Backoff>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<BatchKey, Backoff>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the next pause of a batch.
     pub(crate) fn pause(&self, claim: &Claim) -> Duration {
-        let key = (claim.tenant.clone(), claim.batch_id.clone());
-        self.lock().entry(key).or_default().pause()
+        self.lock().entry(claim.key.clone()).or_default().pause()
     }
 
     /// Returns the number of pauses of a batch since its last success.
     pub(crate) fn pauses(&self, claim: &Claim) -> u32 {
-        let key = (claim.tenant.clone(), claim.batch_id.clone());
-        self.lock().get(&key).map_or(0, Backoff::pauses)
+        self.lock().get(&claim.key).map_or(0, Backoff::pauses)
     }
 
     /// Resets the backoff of a batch after a success.
     pub(crate) fn reset(&self, claim: &Claim) {
-        self.lock().remove(&(claim.tenant.clone(), claim.batch_id.clone()));
+        self.lock().remove(&claim.key);
     }
 }

@@ -5,8 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use batchwright_domain::clock::{Clock, Timestamp};
-use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_store::Claim;
+use batchwright_store::{BatchKey, Claim};
 
 use crate::formats::input::Position;
 use crate::schedule::retry_queue::RetryQueue;
@@ -26,7 +25,7 @@ const IDLE_WAIT: std::time::Duration = std::time::Duration::from_secs(3600);
 pub(crate) struct Parked {
     /// Earliest wake-up time.
     next: Mutex<Option<Timestamp>>,
-    kept: Mutex<HashMap<(TenantId, BatchId), Checkpoint>>,
+    kept: Mutex<HashMap<BatchKey, Checkpoint>>,
 }
 
 /// State from which a batch continues.
@@ -64,7 +63,7 @@ impl Parked {
     /// Removes and returns the saved state of a claimed batch, or the start of the input.
     pub(crate) fn take(&self, claim: &Claim) -> Checkpoint {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.remove(&key(claim)).unwrap_or_default()
+        kept.remove(&claim.key).unwrap_or_default()
     }
 
     /// Saves the state of a batch that has no requests in flight.
@@ -84,16 +83,12 @@ impl Parked {
             }
         };
         if kept.len() < MAX_POSITIONS {
-            kept.insert(key(claim), state);
+            kept.insert(claim.key.clone(), state);
         }
     }
 
     /// Removes the saved state of a batch that has ended.
     pub(crate) fn forget(&self, claim: &Claim) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(claim));
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&claim.key);
     }
-}
-
-fn key(claim: &Claim) -> (TenantId, BatchId) {
-    (claim.tenant.clone(), claim.batch_id.clone())
 }

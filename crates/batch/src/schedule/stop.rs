@@ -11,8 +11,6 @@ pub(crate) enum Reason {
     Cancelled,
     /// The completion window has ended.
     Expired,
-    /// Another worker has claimed the batch. Nothing that this worker does can be recorded.
-    ClaimLost,
     /// The process shuts down. The next start continues the batch.
     Shutdown,
 }
@@ -23,7 +21,6 @@ pub(crate) struct Stop {
     reason: OnceLock<Reason>,
     token: CancellationToken,
     shutdown: CancellationToken,
-    claim_lost: CancellationToken,
 }
 
 impl Stop {
@@ -31,9 +28,6 @@ impl Stop {
     pub(crate) fn because(&self, reason: Reason) {
         if reason == Reason::Shutdown {
             self.shutdown.cancel();
-        }
-        if reason == Reason::ClaimLost {
-            self.claim_lost.cancel();
         }
         self.reason.get_or_init(|| reason);
         self.token.cancel();
@@ -47,11 +41,6 @@ impl Stop {
     /// Waits until the process shuts down, even if the stop had another reason before.
     pub(crate) async fn shutting_down(&self) {
         self.shutdown.cancelled().await;
-    }
-
-    /// Waits until the claim is lost, even if the stop had another reason before.
-    pub(crate) async fn claim_lost(&self) {
-        self.claim_lost.cancelled().await;
     }
 
     /// Returns a child token that a stop cancels and that can also be cancelled separately.

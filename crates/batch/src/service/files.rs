@@ -9,11 +9,9 @@ use batchwright_domain::units::Size;
 use batchwright_memory::Reservation;
 use batchwright_store::{FileQuery, FileRecord, Paged, StoreError};
 use bytes::Bytes;
-use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use crate::objects::RegisteredWriter;
-use crate::schedule::backoff::Backoff;
 use crate::service::Service;
 
 /// Metadata of an upload.
@@ -49,9 +47,6 @@ pub struct Upload {
     reservation: Reservation,
 }
 
-/// Maximum number of attempts to end the registration of an aborted upload: about 15 minutes.
-const MAX_ABANDON_ATTEMPTS: u32 = 180;
-
 /// Registered object of an upload. Dropped without a record, the object is left to the janitor.
 struct PendingObject {
     service: Arc<Service>,
@@ -61,20 +56,10 @@ struct PendingObject {
 
 impl Drop for PendingObject {
     fn drop(&mut self) {
-        // Without a runtime the process ends, and the next start removes the object.
-        let (false, Ok(runtime)) = (self.is_recorded, Handle::try_current()) else { return };
-        let (service, key) = (self.service.clone(), self.key.clone());
-        runtime.spawn(async move {
-            let mut backoff = Backoff::default();
-            // An object whose registration cannot be ended is removed after its lease.
-            while let Err(error) = service.store.abandon_object(&key).await {
-                if matches!(error, StoreError::Closed) || backoff.pauses() >= MAX_ABANDON_ATTEMPTS {
-                    return;
-                }
-                tokio::time::sleep(backoff.pause()).await;
-            }
-            service.cleanup_needed.notify_one();
-        });
+        if !self.is_recorded {
+            self.service.aborted_uploads.add(self.key.clone());
+            self.service.cleanup_needed.notify_one();
+        }
     }
 }
 
@@ -85,12 +70,15 @@ impl Service {
         let key = ObjectKey { tenant: tenant.clone(), file };
         let object = PendingObject { service: self.clone(), key: key.clone(), is_recorded: false };
         let (store, objects) = (self.store.clone(), self.objects.clone());
-        let creating = RegisteredWriter::create(store, objects, self.clock.clone(), key);
-        // The writer is created on a separate task. If the client disconnects now, the writer is
-        // dropped and leaves no unknown file.
-        let writer = tokio::spawn(creating).await.unwrap_or(Err(StoreError::Closed))?;
+        let clock = self.clock.clone();
         let reservation = self.memory.clients.reservation(&tenant.as_str().into());
-        Ok(Upload { object, writer, reservation })
+        // On a separate task: if the client disconnects now, the object is registered, and its
+        // upload is dropped and abandoned after that.
+        let creating = tokio::spawn(async move {
+            let writer = RegisteredWriter::create(store, objects, clock, key).await?;
+            Ok(Upload { object, writer, reservation })
+        });
+        creating.await.unwrap_or(Err(StoreError::Closed))
     }
 
     /// Returns a file, or `None` if it is unknown, deleted or expired.

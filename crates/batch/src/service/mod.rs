@@ -18,6 +18,7 @@ use batchwright_store::{
 use tokio::sync::Notify;
 
 use crate::config::Config;
+use crate::objects::AbortedUploads;
 use crate::parts::{Parts, Shared};
 use crate::schedule::breaker::Outage;
 use crate::schedule::breakers::{BreakerKey, Breakers};
@@ -35,6 +36,7 @@ pub struct Service {
     running: Arc<Running>,
     breakers: Arc<Breakers>,
     work_available: Arc<Notify>,
+    aborted_uploads: Arc<AbortedUploads>,
     cleanup_needed: Arc<Notify>,
 }
 
@@ -59,6 +61,7 @@ impl Service {
             running: shared.running.clone(),
             breakers,
             work_available: shared.work_available.clone(),
+            aborted_uploads: shared.aborted_uploads.clone(),
             cleanup_needed: shared.cleanup_needed.clone(),
         }
     }

@@ -33,10 +33,15 @@ impl Worker {
         if self.closing.is_cancelled() {
             stop.because(Reason::Shutdown);
         }
-        let _renewal =
+        let renewal =
             AbortOnDropHandle::new(tokio::spawn(self.clone().renew(claim.clone(), stop.clone())));
-        let outcome =
-            AssertUnwindSafe(self.process(&claim, &stop, lanes, place)).catch_unwind().await;
+        let processing = AssertUnwindSafe(self.process(&claim, &stop, lanes, place));
+        let outcome = tokio::select! {
+            biased;
+            outcome = processing.catch_unwind() => outcome,
+            // Another worker has the batch. What is in flight could not be recorded any more.
+            Ok(()) = renewal => Ok(Err(StoreError::Fenced)),
+        };
         // A batch that was released to another lane may have been claimed again already.
         self.running.remove(&claim, &stop);
         let outcome = outcome
@@ -73,7 +78,7 @@ impl Worker {
         self.work_available.notify_one();
     }
 
-    /// Renews the lease of a claim until the task is aborted, and carries out its orders.
+    /// Renews the lease of a claim and carries out its orders; returns when the claim is lost.
     async fn renew(self: Arc<Self>, claim: Claim, stop: Arc<Stop>) {
         loop {
             self.clock.sleep(RENEWAL_INTERVAL).await;
@@ -81,8 +86,7 @@ impl Worker {
             match self.store.renew(&claim, until).await {
                 Ok(orders) if orders.cancel => stop.because(Reason::Cancelled),
                 Ok(_) => {}
-                // Another worker has the batch, so requests of this one would be paid for twice.
-                Err(StoreError::Fenced) => return stop.because(Reason::ClaimLost),
+                Err(StoreError::Fenced) => return,
                 Err(error) => tracing::warn!(
                     tenant = %claim.tenant,
                     batch = %claim.batch_id,
@@ -141,7 +145,6 @@ impl Worker {
                 Ok(ExecutionOutcome::Stopped(Reason::Shutdown)) => {
                     return self.store.release(claim, Release::KeepPosition).await;
                 }
-                Ok(ExecutionOutcome::Stopped(Reason::ClaimLost)) => return Err(StoreError::Fenced),
                 Ok(ExecutionOutcome::Stopped(Reason::Cancelled)) => {
                     BatchEnd::Stopped(Reason::Cancelled)
                 }
@@ -177,8 +180,6 @@ impl Worker {
         let outcome = tokio::select! {
             outcome = processing => outcome,
             () = expiry => Ok(()),
-            // Whatever is in flight could not be recorded, and another worker writes the files.
-            () = stop.claim_lost() => Err(StoreError::Fenced),
         };
         if outcome.is_ok()
             && let Some(ended) = self.store.batch(&claim.tenant, &claim.batch_id).await?

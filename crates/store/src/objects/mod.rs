@@ -142,28 +142,24 @@ impl ObjectWriter {
     }
 }
 
-/// Streams a range of an object in chunks of up to `chunk_bytes`.
-///
-/// The range is cut at the end of the object.
-pub async fn read_in_chunks(
-    objects: &Arc<dyn Objects>,
+/// Streams a range of an object in chunks of up to `chunk_bytes`; the object must have the range.
+pub fn read_in_chunks(
+    objects: Arc<dyn Objects>,
     key: ObjectKey,
     range: Range<u64>,
     chunk_bytes: u64,
-) -> Result<BoxStream<'static, Result<Bytes>>> {
-    let end = range.end.min(objects.size(&key).await?);
-    let objects = objects.clone();
+) -> BoxStream<'static, Result<Bytes>> {
     // A stream of the object store itself has chunks of 8 KiB for a local file, each a thread
     // switch.
     let chunks = futures_util::stream::try_unfold(range.start, move |at| {
         let (objects, key) = (objects.clone(), key.clone());
         async move {
-            if at >= end {
+            if at >= range.end {
                 return Ok(None);
             }
-            let next = at.saturating_add(chunk_bytes.max(1)).min(end);
+            let next = at.saturating_add(chunk_bytes.max(1)).min(range.end);
             Ok(Some((objects.read_range(&key, at..next).await?, next)))
         }
     });
-    Ok(Box::pin(chunks))
+    Box::pin(chunks)
 }

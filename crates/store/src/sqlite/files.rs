@@ -277,15 +277,14 @@ pub(super) fn postpone_removal(
     Ok(())
 }
 
-/// Returns objects whose registration has ended, and reserves their removal.
-pub(super) fn take_abandoned_objects(
+/// Returns an object whose registration has ended, and reserves its removal.
+pub(super) fn take_abandoned_object(
     connection: &Connection,
     owner: &str,
     now: Timestamp,
     until: Timestamp,
-    limit: usize,
-) -> Result<Vec<ObjectKey>> {
-    let own_before = now.before(OWN_REGISTRATION_GRACE);
+) -> Result<Option<ObjectKey>> {
+    let own_before = now.before(OWN_REGISTRATION_GRACE).as_millis().max(0);
     let mut statement = connection
         .prepare_cached(
             "UPDATE pending_objects SET removing = 1, owner = ?1, lease_until = ?3
@@ -293,20 +292,15 @@ pub(super) fn take_abandoned_objects(
                  SELECT tenant, id FROM pending_objects
                  WHERE lease_until <=
                      CASE WHEN owner = ?1 AND NOT removing THEN ?4 ELSE ?2 END
-                 LIMIT ?5
+                 LIMIT 1
              )
              RETURNING (SELECT name FROM tenants WHERE tenants.key = tenant), id",
         )
         .map_err(database_error)?;
-    let values = params![
-        owner,
-        now.as_millis(),
-        until.as_millis(),
-        own_before.as_millis().max(0),
-        to_i64(limit as u64)
-    ];
-    let rows = statement.query_map(values, object_key).map_err(database_error)?;
-    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
+    statement
+        .query_row(params![owner, now.as_millis(), until.as_millis(), own_before], object_key)
+        .optional()
+        .map_err(database_error)
 }
 
 /// Turns a file into a tombstone after its object was deleted.

@@ -89,16 +89,13 @@ impl Store for SqliteStore {
         self.set_object_lease(key, Timestamp::from_millis(0)).await.map(drop)
     }
 
-    async fn take_abandoned_objects(
+    async fn take_abandoned_object(
         &self,
         now: Timestamp,
         until: Timestamp,
-        limit: usize,
-    ) -> Result<Vec<ObjectKey>> {
+    ) -> Result<Option<ObjectKey>> {
         self.writer
-            .write(move |connection| {
-                files::take_abandoned_objects(connection, OWNER, now, until, limit)
-            })
+            .write(move |connection| files::take_abandoned_object(connection, OWNER, now, until))
             .await
     }
 

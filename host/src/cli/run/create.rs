@@ -5,13 +5,13 @@ use std::path::Path;
 
 use batchwright_batch::{Engine, NewBatchRequest, NewFile};
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_domain::ids::{BatchId, DEFAULT_TENANT, TenantId};
 use batchwright_domain::text::hex;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::cli::run::state::{RunPaths, RunState};
-use crate::cli::run::{TENANT, unfinished_batch};
+use crate::cli::run::unfinished_batch;
 use crate::cli::terminal::errln;
 use crate::error::Error;
 
@@ -72,7 +72,7 @@ pub(crate) async fn create_or_resume(
         let message = format!("{} holds no unfinished run", paths.state.display());
         return Err(Error::Usage(message));
     }
-    let (parts, tenant) = (engine.parts(), TenantId::from(TENANT));
+    let (parts, tenant) = (engine.parts(), TenantId::from(DEFAULT_TENANT));
     parts
         .registry
         .current()

@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_batch::{Engine, Service};
-use batchwright_domain::ids::BatchId;
+use batchwright_domain::ids::{BatchId, DEFAULT_TENANT};
 use batchwright_domain::settings::Value;
 use batchwright_domain::units::Span;
 use batchwright_plugin::check_directory;
@@ -58,9 +58,6 @@ use crate::clock::Clock;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::error::Error;
 use crate::{assemble, telemetry};
-
-/// Tenant of every run.
-pub(crate) const TENANT: &str = "default";
 
 /// Interval between two updates of the progress display.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -168,7 +165,7 @@ impl Run {
             }
         };
         if self.partial {
-            service.cancel(&TENANT.into(), &id).await?;
+            service.cancel(&DEFAULT_TENANT.into(), &id).await?;
         }
         engine.start();
         let ended = watch(&engine, &id, max_outage).await?;
@@ -189,7 +186,7 @@ impl Run {
             );
             return Ok(ExitCode::from(status));
         }
-        batch.errors = service.errors(&TENANT.into(), &id).await?;
+        batch.errors = service.errors(&DEFAULT_TENANT.into(), &id).await?;
         place_results(service, &batch, &paths, &mut saved, self.force).await?;
         let failed = match &batch.error_file_id {
             Some(file) => Failures::read(content(service, file).await?).await?,
@@ -225,7 +222,7 @@ async fn open(settings: Settings) -> Result<Arc<Engine>, Error> {
 
 /// Returns the batch in the state folder of an earlier run.
 pub(crate) async fn unfinished_batch(service: &Service) -> Result<Option<BatchRecord>, Error> {
-    Ok(match service.list(&TENANT.into(), None, 1, usize::MAX).await? {
+    Ok(match service.list(&DEFAULT_TENANT.into(), None, 1, usize::MAX).await? {
         Paged::Page(page) => page.items.into_iter().next(),
         Paged::UnknownAfter => None,
     })
@@ -233,7 +230,7 @@ pub(crate) async fn unfinished_batch(service: &Service) -> Result<Option<BatchRe
 
 /// Returns the batch of this run; fails if it is no longer in the state folder.
 async fn get_batch(service: &Service, id: &BatchId) -> Result<BatchRecord, Error> {
-    let found = service.get(&TENANT.into(), id).await?;
+    let found = service.get(&DEFAULT_TENANT.into(), id).await?;
     found.ok_or_else(|| {
         Error::Other("the state folder holds no batch; delete the folder to start again".into())
     })
@@ -259,7 +256,7 @@ async fn watch(engine: &Engine, id: &BatchId, max_outage: Duration) -> Result<Ru
         let counts = batch.counts;
         let done = counts.completed.saturating_add(counts.failed);
         let now = engine.parts().clock.now();
-        let waiting = service.waits_for(&TENANT.into(), &batch);
+        let waiting = service.waits_for(&DEFAULT_TENANT.into(), &batch);
         let message = waiting.as_ref().map(|waiting| {
             Progress::waiting_message(&waiting.cause, now.until(waiting.next).as_secs())
         });

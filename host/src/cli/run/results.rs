@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use batchwright_batch::Service;
-use batchwright_domain::ids::{FileId, TenantId};
+use batchwright_domain::ids::{DEFAULT_TENANT, FileId, TenantId};
 use batchwright_domain::status::Status;
 use batchwright_store::BatchRecord;
 use bytes::Bytes;
@@ -11,7 +11,6 @@ use futures_util::{Stream, stream};
 
 use crate::cli::failures::Failures;
 use crate::cli::place::Target;
-use crate::cli::run::TENANT;
 use crate::cli::run::state::{RunPaths, RunState};
 use crate::cli::terminal::{errln, one_line};
 use crate::error::Error;
@@ -55,7 +54,7 @@ pub(crate) async fn content(
     service: &Arc<Service>,
     id: &FileId,
 ) -> Result<impl Stream<Item = Result<Bytes, Error>> + use<>, Error> {
-    let (service, tenant, id) = (service.clone(), TenantId::from(TENANT), id.clone());
+    let (service, tenant, id) = (service.clone(), TenantId::from(DEFAULT_TENANT), id.clone());
     let size = service.content_size(&tenant, &id).await?;
     Ok(stream::try_unfold(0, move |at: u64| {
         let (service, tenant, id) = (service.clone(), tenant.clone(), id.clone());

@@ -414,14 +414,12 @@ impl Worker {
             () = stop.asked() => {}
         }
         let grace = match stop.reason() {
-            Some(Reason::Shutdown) => self.config.execution.shutdown_grace.duration(),
-            // Answers could not be recorded.
-            Some(Reason::ClaimLost) => Duration::ZERO,
-            _ => self.config.execution.stop_grace.duration(),
+            Some(Reason::Shutdown) => self.config.execution.shutdown_grace,
+            _ => self.config.execution.stop_grace,
         };
         tokio::select! {
             () = tasks.wait() => return,
-            () = self.clock.sleep(grace) => kill.cancel(),
+            () = self.clock.sleep(grace.duration()) => kill.cancel(),
         }
         tasks.wait().await;
     }

@@ -180,9 +180,7 @@ impl Worker {
         }
         let at = self.clock.now();
         let status = match end {
-            BatchEnd::Complete | BatchEnd::Stopped(Reason::Shutdown | Reason::ClaimLost) => {
-                Status::Completed
-            }
+            BatchEnd::Complete | BatchEnd::Stopped(Reason::Shutdown) => Status::Completed,
             BatchEnd::Stopped(Reason::Cancelled) => Status::Cancelled,
             BatchEnd::Stopped(Reason::Expired) => Status::Expired,
             BatchEnd::InputLost => Status::Failed,
@@ -261,7 +259,7 @@ impl Worker {
                 "batch_expired",
                 "This request had no answer before the completion window expired.".to_owned(),
             ),
-            Reason::Cancelled | Reason::Shutdown | Reason::ClaimLost => (
+            Reason::Cancelled | Reason::Shutdown => (
                 "batch_cancelled",
                 "This request had no answer when the batch was cancelled.".to_owned(),
             ),
