@@ -23,13 +23,12 @@
 //! next holder always finds room.
 //! [`Pool`] has the exact rules.
 //!
-//! **No deadlock.** A share may grow in steps, and shares that wait for each other could wait
-//! forever.
-//! One share of each holder, the priority share, may therefore reserve all free bytes and, beyond
-//! the free bytes, a quarter of the pool that nothing else may use.
-//! One share of the whole pool, the oversized share, may exceed the pool.
-//! At least one share can always grow, so it completes and releases its bytes to the others.
-//! A pool is exceeded by at most one item: the largest line or response that the settings allow.
+//! **No deadlock.** A reservation may grow in steps, and reservations that wait for each other
+//! could wait forever. One reservation of each holder, the priority reservation, may therefore
+//! reserve all free bytes and, beyond the free bytes, a quarter of the pool that nothing else may
+//! use. One reservation of the whole pool, the oversized reservation, may exceed the pool. At least
+//! one reservation can always grow, so it completes and releases its bytes to the others. A pool is
+//! exceeded by at most one item: the largest line or response that the settings allow.
 
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]

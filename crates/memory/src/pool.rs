@@ -13,21 +13,21 @@ use super::Holder;
 ///
 /// A request for bytes is granted if one of these rules holds, tested in this order:
 /// 1. After the grant, the holder holds no more than the pool has free.
-/// 2. The share is the *priority share* of its holder, and the overdraft suffices.
-/// 3. The share is the priority share of its holder, and the pool has no *oversized share*.
-///    The share becomes the oversized share.
+/// 2. The reservation is the *priority reservation* of its holder, and the overdraft suffices.
+/// 3. The reservation is the priority reservation of its holder, and the pool has no *oversized
+///    reservation*. The reservation becomes the oversized reservation.
 ///
-/// A share becomes the priority share when rule 1 refuses its request, the request may wait, and
-/// the holder has no priority share yet.
-/// The share keeps both roles until it is dropped or shrunk to zero bytes.
-/// The bytes of the oversized share do not count against the pool, so that other holders continue
-/// as before: the oversized share may be held for hours.
+/// A reservation becomes the priority reservation when rule 1 refuses its request, the request may
+/// wait, and the holder has no priority reservation yet. The reservation keeps both roles until it
+/// is dropped or shrunk to zero bytes. The bytes of the oversized reservation do not count against
+/// the pool, so that other holders continue as before: the oversized reservation may be held for
+/// hours.
 #[derive(Clone)]
 pub struct Pool(Arc<Inner>);
 
 struct Inner {
     size: usize,
-    /// Limit of `State::free` below zero, for priority shares.
+    /// Limit of `State::free` below zero, for priority reservations.
     overdraft: i64,
     state: Mutex<State>,
 }
@@ -36,9 +36,9 @@ struct State {
     /// Free bytes; negative while the overdraft is in use.
     free: i64,
     holders: HashMap<Holder, HolderState>,
-    /// Holders with a waiting share, in the order in which grants are tried.
+    /// Holders with a waiting reservation, in the order in which grants are tried.
     waiting: VecDeque<Holder>,
-    /// Id of the oversized share.
+    /// Id of the oversized reservation.
     oversized: Option<u64>,
     next_id: u64,
 }
@@ -46,16 +46,16 @@ struct State {
 #[derive(Default)]
 struct HolderState {
     held: i64,
-    /// Id of the priority share.
+    /// Id of the priority reservation.
     priority: Option<u64>,
     queue: VecDeque<Waiter>,
 }
 
 struct Waiter {
     reservation: u64,
-    /// Bytes that the share holds already.
+    /// Bytes that the reservation holds already.
     held: i64,
-    /// Bytes that the share waits for.
+    /// Bytes that the reservation waits for.
     bytes: i64,
     granted: oneshot::Sender<()>,
 }
@@ -92,27 +92,27 @@ impl Pool {
         self.0.size
     }
 
-    /// Returns a share that holds no bytes yet.
+    /// Returns a reservation that holds no bytes yet.
     pub fn reservation(&self, holder: &Holder) -> Reservation {
         let mut state = self.lock();
         state.next_id = state.next_id.wrapping_add(1);
         Reservation { pool: self.clone(), holder: holder.clone(), id: state.next_id, bytes: 0 }
     }
 
-    /// Reserves a share of `bytes`; waits until the pool has room.
+    /// Reserves a reservation of `bytes`; waits until the pool has room.
     pub async fn reserve(&self, holder: &Holder, bytes: usize) -> Reservation {
         let mut reservation = self.reservation(holder);
         reservation.grow_to(bytes).await;
         reservation
     }
 
-    /// Reserves a share of `bytes`, or returns `None` if the pool has no room now.
+    /// Reserves a reservation of `bytes`, or returns `None` if the pool has no room now.
     pub fn try_reserve(&self, holder: &Holder, bytes: usize) -> Option<Reservation> {
         let mut reservation = self.reservation(holder);
         reservation.try_grow_to(bytes).then_some(reservation)
     }
 
-    /// Returns true if a share waits for bytes.
+    /// Returns true if a reservation waits for bytes.
     pub fn is_short(&self) -> bool {
         !self.lock().waiting.is_empty()
     }
@@ -121,8 +121,8 @@ impl Pool {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Releases bytes of a share and, if the share is then `empty`, its roles. Grants the bytes to
-    /// waiting shares.
+    /// Releases bytes of a reservation and, if the reservation is then `empty`, its roles. Grants
+    /// the bytes to waiting reservations.
     fn release(&self, holder: &Holder, reservation: u64, bytes: i64, empty: bool) {
         let mut state = self.lock();
         let counted = if state.oversized == Some(reservation) { 0 } else { bytes };
@@ -151,11 +151,11 @@ impl Pool {
 impl State {
     /// Grants a request by the rules of [`Pool`] and returns true, or returns false.
     ///
-    /// `share_held` is the number of bytes that the share holds already.
+    /// `already_held` is the number of bytes that the reservation holds already.
     fn grant(
         &mut self,
         holder: &Holder,
-        (reservation, share_held): (u64, i64),
+        (reservation, already_held): (u64, i64),
         bytes: i64,
         overdraft: i64,
         may_take_priority: bool,
@@ -178,8 +178,8 @@ impl State {
                     return false;
                 }
                 self.oversized = Some(reservation);
-                found.held = found.held.saturating_sub(share_held);
-                self.free = self.free.saturating_add(share_held);
+                found.held = found.held.saturating_sub(already_held);
+                self.free = self.free.saturating_add(already_held);
                 return true;
             }
         }
@@ -221,19 +221,21 @@ impl State {
 }
 
 impl Reservation {
-    /// Returns the number of bytes that the share holds.
+    /// Returns the number of bytes that the reservation holds.
     pub fn bytes(&self) -> usize {
         usize::try_from(self.bytes).unwrap_or(0)
     }
 
-    /// Grows the share to `bytes` and returns true, or returns false if the pool has no room now.
+    /// Grows the reservation to `bytes` and returns true, or returns false if the pool has no room
+    /// now.
     ///
-    /// A share that is large enough does not change.
+    /// A reservation that is large enough does not change.
     pub fn try_grow_to(&mut self, bytes: usize) -> bool {
         self.try_grow(bytes, false).is_ok()
     }
 
-    /// Grows the share to `bytes`; waits until the pool has room. A larger share does not change.
+    /// Grows the reservation to `bytes`; waits until the pool has room. A larger reservation does
+    /// not change.
     pub async fn grow_to(&mut self, bytes: usize) {
         let Err(waiting) = self.try_grow(bytes, true) else { return };
         let Some((more, granted)) = waiting else { return };
@@ -244,19 +246,20 @@ impl Reservation {
         waiting.bytes = 0;
     }
 
-    /// Shrinks the share to `bytes` and releases the rest.
+    /// Shrinks the reservation to `bytes` and releases the rest.
     ///
-    /// A share that still holds bytes keeps its roles: a second oversized share beside it would
-    /// exceed the pool further.
+    /// A reservation that still holds bytes keeps its roles: a second oversized reservation beside
+    /// it would exceed the pool further.
     pub fn shrink_to(&mut self, bytes: usize) {
         let kept = signed(bytes).min(self.bytes);
         self.pool.release(&self.holder, self.id, self.bytes.saturating_sub(kept), kept == 0);
         self.bytes = kept;
     }
 
-    /// Grows the share now, or joins the queue of its holder if `wait` is set.
+    /// Grows the reservation now, or joins the queue of its holder if `wait` is set.
     ///
-    /// The priority share joins at the front. An error without a channel means no room, not queued.
+    /// The priority reservation joins at the front. An error without a channel means no room, not
+    /// queued.
     fn try_grow(
         &mut self,
         bytes: usize,
@@ -310,7 +313,7 @@ impl Drop for Reservation {
     }
 }
 
-/// Queued request of a share, removed from the queue on drop.
+/// Queued request of a reservation, removed from the queue on drop.
 struct Waiting<'a> {
     reservation: &'a mut Reservation,
     bytes: i64,

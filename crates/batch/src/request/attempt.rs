@@ -35,42 +35,20 @@
 //! reservation waits for room, and the call is repeated. A call is a pure function, so the repeated
 //! call returns the same result.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use batchwright_domain::clock::Timestamp;
-use batchwright_domain::error_code::ErrorCode;
-use batchwright_egress::refusal_pause;
-use batchwright_memory::Reservation;
-use batchwright_plugin::types::{Answer, Failure, Request};
+use batchwright_plugin::types::Request;
 use batchwright_plugin::{Plugin, Route};
 
-use crate::request::assessment::ProviderSignal;
+use crate::request::conclusion::EndedSteps;
 use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
+use crate::request::outcome::{AttemptOutcome, FinalAnswer, failure, identity};
 use crate::request::steps::StepOutcome;
-use crate::schedule::breaker::{BreakerDecision, FailureKind, FailureVerdict};
+use crate::schedule::breaker::{Breaker, BreakerDecision, Probe};
 use crate::schedule::retry_queue::RetryState;
-
-/// Final answer to a request.
-pub(crate) struct FinalAnswer {
-    /// Response or failure.
-    pub answer: Answer,
-    /// Plugin that gave the answer, or `None` if the host gave it.
-    pub by: Option<Arc<Plugin>>,
-    /// Memory that covers the answer.
-    pub reservation: Option<Reservation>,
-}
-
-/// Outcome of an attempt.
-pub(crate) enum AttemptOutcome {
-    /// The request has its final answer.
-    Answered(FinalAnswer),
-    /// The request is retried at this time.
-    Retry(Timestamp, RetryState),
-    /// The batch was stopped before the request was sent.
-    Stopped,
-}
 
 impl Context {
     /// Makes one attempt at a request.
@@ -88,39 +66,15 @@ impl Context {
         else {
             return self.missing_plugin(line, retry_state);
         };
-        let known = self
-            .breakers
-            .iter()
-            .find(|(name, _)| *name == plugin.name())
-            .map(|(_, breaker)| breaker.clone());
-        let breaker = known.unwrap_or_else(|| {
-            self.breaker_registry.of(plugin.name(), &self.tenant, self.endpoint)
-        });
-        if plugin.routing().paused {
-            let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
-            return self.blocked_by_plugin(
-                &breaker,
-                line,
-                retry_state,
-                "The provider is paused by the operator.",
-                &detail,
-            );
-        }
-        let (gate, probe) = breaker.enter(self.clock.now(), identity(&plugin));
-        match gate {
-            BreakerDecision::Allow | BreakerDecision::Probe => {}
-            BreakerDecision::Wait(until) => {
-                return AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state });
-            }
-            BreakerDecision::GiveUp(answer) => {
-                return AttemptOutcome::Answered(FinalAnswer {
-                    answer,
-                    by: Some(plugin),
-                    reservation: None,
-                });
-            }
-        }
+        let breaker = self.breaker_of(&plugin);
+        let probe = match self.enter(&breaker, &plugin, line, retry_state) {
+            ControlFlow::Continue(probe) => probe,
+            ControlFlow::Break(outcome) => return outcome,
+        };
         let mut exchange = Exchange::new(&plugin, retry_state.refusals);
+        if !self.load_job(&mut exchange, line, retry_state.has_job).await {
+            return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
+        }
         let request = || Request {
             id: line.id.to_owned(),
             custom_id: line.custom_id.to_owned(),
@@ -144,39 +98,16 @@ impl Context {
             };
             probe.is_some() || breaker.is_healthy() || is_allowed()
         };
-        match self.jobs.of(line.number, &plugin, retry_state.has_job).await {
-            Ok(job) => {
-                exchange.job_is_kept = job.is_some();
-                exchange.job = job;
-            }
-            // A new job would be paid for twice.
-            Err(error) => {
-                tracing::error!(
-                    tenant = %self.tenant,
-                    batch = %self.batch,
-                    request = line.id,
-                    line = line.number,
-                    plugin = plugin.name(),
-                    %error,
-                    "job state read failed"
-                );
-                return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
-            }
-        }
         let outcome = self.run_steps(&mut exchange, line, &request, may_send).await;
         retry_state.refusals = exchange.refusals;
-        let sent = exchange.last.take();
-        let duration =
-            exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
-        let (exchange_job, job_is_kept) = (exchange.job.take(), exchange.job_is_kept);
-        let reservation = exchange.reservation;
-        let answered = |answer, reservation| {
-            AttemptOutcome::Answered(FinalAnswer { answer, by: Some(plugin.clone()), reservation })
-        };
         let outcome = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
-                return answered(failure(error.code(), error.to_string()), Some(reservation));
+                return AttemptOutcome::Answered(FinalAnswer {
+                    answer: failure(error.code(), error.to_string()),
+                    by: Some(plugin.clone()),
+                    reservation: Some(exchange.reservation),
+                });
             }
         };
         let (retry, answer) = match outcome {
@@ -188,179 +119,83 @@ impl Context {
             StepOutcome::Done(answer) => (None, answer),
             StepOutcome::Retry(after, otherwise) => (Some(after), otherwise),
         };
-        let mut signal =
-            sent.as_ref().map_or(ProviderSignal::Answered, |sent| sent.assessment.signal);
-        match &exchange_job {
-            // The poll has failed and not the job. A repeated poll costs nothing, while a line that
-            // the breaker holds back without its job would submit and pay for a second one.
-            Some(state)
-                if matches!(signal, ProviderSignal::Failure(_))
-                    || retry.is_some() && signal != ProviderSignal::Answered =>
-            {
-                if signal == ProviderSignal::NoResponse {
-                    signal = ProviderSignal::TransientError;
-                }
-                if !job_is_kept {
-                    self.jobs.insist(line.number, &plugin, state, &self.clock, &self.leave).await;
-                }
-                retry_state.has_job = true;
-            }
-            // The adapter asks for a new job.
-            Some(_) if retry.is_some() => {
-                retry_state.has_job = false;
-                self.jobs.forget(line.number).await;
-            }
-            _ => {}
+        let duration =
+            exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
+        let ended = EndedSteps {
+            line,
+            plugin: plugin.clone(),
+            breaker: &breaker,
+            is_probe: probe.is_some(),
+            sent: exchange.last,
+            duration,
+            job: exchange.job,
+            job_is_kept: exchange.job_is_kept,
+            reservation: exchange.reservation,
+            retry,
+            answer,
+        };
+        self.conclude(ended, retry_state).await
+    }
+
+    /// Returns the breaker of a plugin.
+    fn breaker_of(&self, plugin: &Plugin) -> Arc<Breaker> {
+        let known = self.breakers.iter().find(|(name, _)| *name == plugin.name());
+        known.map_or_else(
+            || self.breaker_registry.of(plugin.name(), &self.tenant, self.endpoint),
+            |(_, breaker)| breaker.clone(),
+        )
+    }
+
+    /// Decides whether the attempt may go on, and returns the guard of a half-open probe if it is
+    /// one; breaks with the outcome of the attempt otherwise.
+    fn enter(
+        &self,
+        breaker: &Arc<Breaker>,
+        plugin: &Arc<Plugin>,
+        line: Line<'_>,
+        retry_state: RetryState,
+    ) -> ControlFlow<AttemptOutcome, Option<Probe>> {
+        if plugin.routing().paused {
+            let message = "The provider is paused by the operator.";
+            let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
+            let outcome = self.blocked_by_plugin(breaker, line, retry_state, message, &detail);
+            return ControlFlow::Break(outcome);
         }
-        let delay = retry.flatten().max(sent.as_ref().and_then(|sent| sent.assessment.hints.delay));
-        let trouble = |kind| self.describe_trouble(kind, &answer, sent.as_ref());
-        match (signal, retry) {
-            (
-                ProviderSignal::Failure(
-                    kind @ (FailureKind::Unauthorized
-                    | FailureKind::Forbidden
-                    | FailureKind::Quota
-                    | FailureKind::Unreachable),
-                ),
-                _,
-            ) => {
-                let refused_at = retry_state.refused_at.replace(breaker.successes());
-                let trouble = trouble(kind);
-                let verdict = self.record_failure(
-                    &breaker,
-                    line,
-                    &plugin,
-                    refused_at,
-                    trouble,
-                    probe.is_some(),
-                );
-                retry_state.outage_failures = breaker.failed_attempts(line.mark);
-                match verdict {
-                    FailureVerdict::Hold(until) => AttemptOutcome::Retry(until, retry_state),
-                    FailureVerdict::Wait(until) => {
-                        AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state })
-                    }
-                    FailureVerdict::LineAtFault => answered(answer, Some(reservation)),
-                }
+        let (decision, probe) = breaker.enter(self.clock.now(), identity(plugin));
+        ControlFlow::Break(match decision {
+            BreakerDecision::Allow | BreakerDecision::Probe => return ControlFlow::Continue(probe),
+            BreakerDecision::Wait(until) => {
+                AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state })
             }
-            (ProviderSignal::RateLimited, Some(_)) => {
-                self.record_success(&breaker, &plugin);
-                tracing::debug!(
+            BreakerDecision::GiveUp(answer) => AttemptOutcome::Answered(FinalAnswer {
+                answer,
+                by: Some(plugin.clone()),
+                reservation: None,
+            }),
+        })
+    }
+
+    /// Loads the state of a job of the request, and returns false if it cannot be read: a new job
+    /// would be paid for twice.
+    async fn load_job(&self, exchange: &mut Exchange<'_>, line: Line<'_>, known: bool) -> bool {
+        match self.jobs.of(line.number, exchange.plugin, known).await {
+            Ok(job) => {
+                exchange.job_is_kept = job.is_some();
+                exchange.job = job;
+                true
+            }
+            Err(error) => {
+                tracing::error!(
                     tenant = %self.tenant,
                     batch = %self.batch,
                     request = line.id,
-                    plugin = plugin.name(),
-                    delay_ms = delay.map(milliseconds),
-                    "request refused by the provider"
+                    line = line.number,
+                    plugin = exchange.plugin.name(),
+                    %error,
+                    "job state read failed"
                 );
-                let pause =
-                    refusal_pause(retry_state.refusals.number).mul_f64(0.5 + fastrand::f64() / 2.0);
-                AttemptOutcome::Retry(
-                    self.clock.now().after(pause.max(delay.unwrap_or_default())),
-                    retry_state,
-                )
-            }
-            (ProviderSignal::Failure(_) | ProviderSignal::NoResponse, Some(_)) => {
-                if signal == ProviderSignal::NoResponse {
-                    retry_state.unanswered = retry_state.unanswered.saturating_add(1);
-                } else {
-                    retry_state.answered = retry_state.answered.saturating_add(1);
-                }
-                let verdict = self.record_failure(
-                    &breaker,
-                    line,
-                    &plugin,
-                    None,
-                    trouble(FailureKind::Failed),
-                    probe.is_some(),
-                );
-                retry_state.outage_failures = breaker.failed_attempts(line.mark);
-                let waits = match verdict {
-                    FailureVerdict::Wait(until) => Some(until),
-                    FailureVerdict::Hold(_) | FailureVerdict::LineAtFault => None,
-                };
-                self.retry(retry_state, duration, delay, waits)
-                    .unwrap_or_else(|| answered(answer, None))
-            }
-            (
-                ProviderSignal::TransientError | ProviderSignal::Answered | ProviderSignal::NotSent,
-                Some(_),
-            ) => {
-                if signal != ProviderSignal::NotSent {
-                    self.record_success(&breaker, &plugin);
-                }
-                retry_state.answered = retry_state.answered.saturating_add(1);
-                self.retry(retry_state, duration, delay, None)
-                    .unwrap_or_else(|| answered(answer, None))
-            }
-            (_, None) => {
-                if !matches!(
-                    signal,
-                    ProviderSignal::NotSent
-                        | ProviderSignal::NoResponse
-                        | ProviderSignal::Failure(_)
-                ) && sent.is_some()
-                {
-                    self.record_success(&breaker, &plugin);
-                }
-                answered(answer, Some(reservation))
+                false
             }
         }
     }
-
-    /// Returns the next attempt of a request, or `None` if no attempt is left.
-    ///
-    /// The backoff is at least the `delay` of the provider, and lasts at least until `waits`.
-    fn retry(
-        &self,
-        mut retry_state: RetryState,
-        duration: Duration,
-        delay: Option<Duration>,
-        waits: Option<Timestamp>,
-    ) -> Option<AttemptOutcome> {
-        let attempts = retry_state.answered.saturating_add(retry_state.unanswered);
-        let pause = self.backoff(attempts).max(delay.unwrap_or_default());
-        retry_state.spent = retry_state.spent.saturating_add(duration).saturating_add(pause);
-        let is_exhausted = attempts as usize >= self.config.execution.max_attempts.get()
-            || retry_state.unanswered as usize
-                >= self.config.execution.max_unanswered_attempts.get()
-            || retry_state.spent > self.config.execution.max_retry_time.duration();
-        let at = self.clock.now().after(pause);
-        tracing::debug!(
-            tenant = %self.tenant,
-            batch = %self.batch,
-            attempts,
-            delay_ms = milliseconds(pause),
-            is_exhausted,
-            "attempt failed"
-        );
-        (!is_exhausted)
-            .then(|| AttemptOutcome::Retry(waits.map_or(at, |until| until.max(at)), retry_state))
-    }
-
-    /// Returns an exponential backoff with jitter.
-    ///
-    /// The jitter removes up to half of the pause, so that requests that failed together are not
-    /// retried together.
-    fn backoff(&self, attempt: u32) -> Duration {
-        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1));
-        let max = self.config.execution.max_retry_backoff.duration();
-        let pause = self.config.execution.retry_backoff.duration().saturating_mul(doubled).min(max);
-        pause.mul_f64(0.5 + fastrand::f64() / 2.0)
-    }
-}
-
-/// Returns a number that differs between a plugin and an earlier plugin of the same name.
-pub(crate) fn identity(plugin: &Plugin) -> usize {
-    std::ptr::from_ref(plugin) as usize
-}
-
-/// Converts a duration to milliseconds, for the log.
-pub(crate) fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Creates an answer without a response of the provider.
-pub(crate) fn failure(code: ErrorCode, message: String) -> Answer {
-    Answer::Failure(Failure { code: code.into(), message })
 }

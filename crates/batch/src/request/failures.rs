@@ -7,9 +7,9 @@ use batchwright_domain::text::truncate_for_message;
 use batchwright_plugin::Plugin;
 use batchwright_plugin::types::{Answer, Response};
 
-use crate::request::attempt::{AttemptOutcome, FinalAnswer, failure, identity, milliseconds};
 use crate::request::context::{Context, Line};
 use crate::request::exchange::ExchangeSummary;
+use crate::request::outcome::{AttemptOutcome, FinalAnswer, failure, identity, milliseconds};
 use crate::schedule::breaker::{
     Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
 };

@@ -47,7 +47,7 @@ async fn small_holders_fit_into_the_overdraft_and_only_one_item_exceeds_the_pool
         pool.reserve(&holder("second"), 2000).now_or_never().is_none(),
         "a second item exceeds the pool"
     );
-    // The oversized share leaves the rest of the pool unchanged.
+    // The oversized reservation leaves the rest of the pool unchanged.
     assert!(pool.reserve(&holder("small"), 10).now_or_never().is_some());
     drop(oversized);
     assert!(pool.reserve(&holder("second"), 2000).now_or_never().is_some());
@@ -59,7 +59,7 @@ async fn large_request_is_granted_before_later_requests() {
     let pool = pool();
     let one = holder("one");
     let first = pool.reserve(&one, 300).await;
-    // The large share becomes the priority share and does not wait; the next one must.
+    // The large reservation becomes the priority reservation and does not wait; the next one must.
     let large = pool.reserve(&one, 450).now_or_never().unwrap();
     let mut second = Box::pin(pool.reserve(&one, 450));
     let mut third = Box::pin(pool.reserve(&one, 1));
@@ -72,7 +72,7 @@ async fn large_request_is_granted_before_later_requests() {
 }
 
 #[tokio::test]
-async fn shares_that_grow_in_steps_all_complete() {
+async fn reservations_that_grow_in_steps_all_complete() {
     let pool = Pool::new(1000);
     let tasks: Vec<_> = (0..40)
         .map(|number| {
@@ -100,34 +100,34 @@ proptest! {
         steps in prop::collection::vec((0_usize..7, 0_usize..3, 1_usize..400), 1..200)
     ) {
         let pool = Pool::new(1000);
-        let mut shares: Vec<Reservation> = Vec::new();
+        let mut reservations: Vec<Reservation> = Vec::new();
         let mut largest = 0;
         for (action, name, bytes) in steps {
             match action {
                 0..3 => {
                     let name = holder(&name.to_string());
-                    shares.extend(pool.reserve(&name, bytes).now_or_never());
+                    reservations.extend(pool.reserve(&name, bytes).now_or_never());
                 }
-                3 => shares.extend(pool.try_reserve(&holder(&name.to_string()), bytes)),
+                3 => reservations.extend(pool.try_reserve(&holder(&name.to_string()), bytes)),
                 4 => {
-                    if let Some(reservation) = shares.get_mut(name) {
+                    if let Some(reservation) = reservations.get_mut(name) {
                         // A request that has to wait is dropped at once.
                         reservation.grow_to(bytes).now_or_never();
                     }
                 }
                 5 => {
-                    if let Some(reservation) = shares.get_mut(name) {
+                    if let Some(reservation) = reservations.get_mut(name) {
                         reservation.shrink_to(bytes);
                     }
                 }
-                _ if name < shares.len() => drop(shares.remove(name)),
+                _ if name < reservations.len() => drop(reservations.remove(name)),
                 _ => {}
             }
             largest = largest.max(bytes);
-            let held: usize = shares.iter().map(Reservation::bytes).sum();
+            let held: usize = reservations.iter().map(Reservation::bytes).sum();
             prop_assert!(held <= 1000 + largest, "{held}");
             let oversized = pool.lock().oversized;
-            let counted: usize = shares
+            let counted: usize = reservations
                 .iter()
                 .filter(|reservation| oversized != Some(reservation.id))
                 .map(Reservation::bytes)
@@ -135,7 +135,7 @@ proptest! {
             prop_assert!(counted <= 1000, "{counted}");
             prop_assert_eq!(free(&pool), 750 - i64::try_from(counted).unwrap());
         }
-        drop(shares);
+        drop(reservations);
         prop_assert_eq!(free(&pool), 750);
         let state = pool.lock();
         prop_assert!(state.holders.is_empty() && state.waiting.is_empty());

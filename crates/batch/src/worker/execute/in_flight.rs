@@ -13,8 +13,8 @@ use futures_util::FutureExt;
 
 use crate::formats::line::{RequestLine, with_model};
 use crate::formats::result_line::{request_id, row};
-use crate::request::attempt::{AttemptOutcome, FinalAnswer};
 use crate::request::context::{Context, Line};
+use crate::request::outcome::{AttemptOutcome, FinalAnswer};
 use crate::schedule::retry_queue::{Entry, RetryQueue};
 use crate::worker::execute::ROW_OVERHEAD_BYTES;
 use crate::worker::record::Recorded;

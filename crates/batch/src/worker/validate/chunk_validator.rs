@@ -10,25 +10,27 @@ use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
 use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
+use batchwright_store::{BatchRecord, PluginVersion};
 
 use crate::formats::envelope::Envelope;
 use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, string, with_model};
 use crate::formats::not_json;
+use crate::request::served_by::served_by;
 
 /// Maximum number of violations that a chunk keeps.
 const MAX_CHUNK_VIOLATIONS: usize = 1000;
 
 /// Validator of a chunk.
 pub(crate) struct ChunkValidator {
-    pub(super) tenant: TenantId,
-    pub(super) batch: BatchContext,
-    pub(super) endpoint: Endpoint,
-    pub(super) validators: Vec<Arc<Plugin>>,
-    pub(super) plugins: Arc<Snapshot>,
-    pub(super) hashers: [RandomState; 2],
+    tenant: TenantId,
+    batch: BatchContext,
+    endpoint: Endpoint,
+    validators: Vec<Arc<Plugin>>,
+    plugins: Arc<Snapshot>,
+    hashers: [RandomState; 2],
     /// Model for requests that name no model.
-    pub(super) default_model: Option<String>,
+    default_model: Option<String>,
 }
 
 /// Validated chunk.
@@ -55,6 +57,35 @@ pub(crate) struct Known {
 }
 
 impl ChunkValidator {
+    /// Creates a validator of the chunks of a batch, with the plugins that serve now.
+    pub(super) fn new(
+        tenant: &TenantId,
+        batch: &BatchRecord,
+        plugins: Arc<Snapshot>,
+        first_model: Option<String>,
+    ) -> Self {
+        let endpoint = batch.new.endpoint;
+        Self {
+            tenant: tenant.clone(),
+            batch: BatchContext {
+                id: batch.new.id.to_string(),
+                endpoint: endpoint.as_str().to_owned(),
+                metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
+                first_model,
+            },
+            endpoint,
+            validators: plugins.validators(tenant, endpoint),
+            default_model: plugins.default_model(tenant, endpoint).map(str::to_owned),
+            plugins,
+            hashers: [RandomState::new(), RandomState::new()],
+        }
+    }
+
+    /// Returns the exact versions of the validators.
+    pub(super) fn plugin_versions(&self) -> Vec<PluginVersion> {
+        self.validators.iter().map(|plugin| served_by(plugin)).collect()
+    }
+
     /// Validates a chunk with the rules of the host and with all validators.
     pub(super) async fn validate(
         &self,

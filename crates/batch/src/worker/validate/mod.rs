@@ -9,24 +9,21 @@ mod chunks;
 
 mod file;
 
-use std::hash::RandomState;
 use std::sync::Arc;
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{FileId, ObjectKey};
 use batchwright_memory::{Holder, Reservation};
 use batchwright_plugin::CallError;
-use batchwright_plugin::types::BatchContext;
 use batchwright_store::{
     BatchError, BatchRecord, Claim, PluginVersion, Result, StoreError, Validated,
 };
-use futures_util::{StreamExt, stream};
+use futures_util::{Stream, StreamExt, stream};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::formats::input::{Input, InputLine};
 use crate::formats::line::RequestLine;
 use crate::formats::not_json;
-use crate::request::served_by::served_by;
 use crate::worker::Worker;
 use crate::worker::validate::chunk_validator::ChunkValidator;
 use crate::worker::validate::chunks::Chunks;
@@ -58,60 +55,34 @@ pub(crate) enum FileVerdict {
 impl Worker {
     /// Validates the input file of a batch.
     pub(super) async fn validate(&self, claim: &Claim, batch: &BatchRecord) -> Result<FileVerdict> {
+        let rejected = |error| Ok(FileVerdict::Rejected(vec![error], Vec::new()));
         let (tenant, file_id) = (&claim.tenant, &batch.new.input_file_id);
         let Some(file) = self.store.input_file(claim).await? else {
-            return Ok(FileVerdict::Rejected(
-                vec![input_file_error(format!(
-                    "Cannot find file {file_id}, or the organization does not have access to it."
-                ))],
-                Vec::new(),
-            ));
+            return rejected(input_file_error(format!(
+                "Cannot find file {file_id}, or the organization does not have access to it."
+            )));
         };
         if file.purpose != "batch" {
-            return Ok(FileVerdict::Rejected(
-                vec![input_file_error(format!(
-                    "The file {file_id} has the purpose '{}'; \
-                     an input file must be uploaded with the purpose 'batch'.",
-                    file.purpose
-                ))],
-                Vec::new(),
-            ));
+            return rejected(input_file_error(format!(
+                "The file {file_id} has the purpose '{}'; \
+                 an input file must be uploaded with the purpose 'batch'.",
+                file.purpose
+            )));
         }
         let holder: Holder = tenant.as_str().into();
-        let hashes = HASH_BYTES.saturating_mul(
-            (*self.config.batch.max_requests_per_file).min(file.bytes / MIN_LINE_BYTES),
-        );
-        let _hashes = match hashes > UNRESERVED_HASH_BYTES {
-            true => Some(
-                self.memory
-                    .custom_ids
-                    .reserve(&holder, usize::try_from(hashes).unwrap_or(usize::MAX))
-                    .await,
-            ),
-            false => None,
-        };
+        let _hashes = self.reserve_hashes(&holder, file.bytes).await;
         let key = ObjectKey { tenant: tenant.clone(), file: file_id.clone() };
         let max_line_bytes = self.config.batch.max_line_size.in_memory();
         let opened =
             Input::open(&self.objects, key.clone(), file.bytes, max_line_bytes, READ_CHUNK_BYTES);
         let input = match opened.await {
             Ok(input) => input,
-            Err(StoreError::Missing(cause)) => {
-                return Ok(FileVerdict::Rejected(
-                    vec![lost_input(claim, file_id, &cause)],
-                    Vec::new(),
-                ));
-            }
+            Err(StoreError::Missing(cause)) => return rejected(lost_input(claim, file_id, &cause)),
             Err(error) => return Err(error),
         };
         if let Some(message) = self.file_format_error(&key, file.bytes).await? {
-            let error = BatchError {
-                code: ErrorCode::InvalidJsonLine.into(),
-                message,
-                param: None,
-                line: Some(1),
-            };
-            return Ok(FileVerdict::Rejected(vec![error], Vec::new()));
+            let code = ErrorCode::InvalidJsonLine.into();
+            return rejected(BatchError { code, message, param: None, line: Some(1) });
         }
         let mut chunks =
             Chunks { input, next_large: None, memory: self.memory.validation.clone(), holder };
@@ -121,30 +92,33 @@ impl Worker {
         plugins
             .check_required(&self.config.required_plugins, tenant)
             .map_err(StoreError::NotReady)?;
-        let validators = plugins.validators(tenant, batch.new.endpoint);
-        let judged_by = validators.iter().map(|plugin| served_by(plugin)).collect();
-        let validator = Arc::new(ChunkValidator {
-            tenant: tenant.clone(),
-            batch: BatchContext {
-                id: batch.new.id.to_string(),
-                endpoint: batch.new.endpoint.as_str().to_owned(),
-                metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
-                first_model: first.as_ref().and_then(|(chunk, _)| first_model(chunk)),
-            },
-            endpoint: batch.new.endpoint,
-            validators,
-            default_model: plugins.default_model(tenant, batch.new.endpoint).map(str::to_owned),
-            plugins: plugins.clone(),
-            hashers: [RandomState::new(), RandomState::new()],
-        });
-        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let first_model = first.as_ref().and_then(|(chunk, _)| first_model(chunk));
+        let validator = ChunkValidator::new(tenant, batch, plugins.clone(), first_model);
+        let judged_by = validator.plugin_versions();
         // A chunk is read only after its memory is reserved.
         let rest = stream::try_unfold(chunks, async |mut chunks| {
             Ok(chunks.next().await?.map(|chunk| (chunk, chunks)))
         });
         let chunks = stream::iter(first.map(Ok)).chain(rest);
+        match self.validate_chunks(chunks, Arc::new(validator)).await? {
+            Ok(mut whole) => {
+                whole.explain_models(&plugins, tenant);
+                Ok(whole.verdict(judged_by))
+            }
+            Err(error) => Ok(FileVerdict::Rejected(vec![plugin_error(&error)], judged_by)),
+        }
+    }
+
+    /// Validates chunks in parallel and merges their results in order.
+    async fn validate_chunks(
+        &self,
+        chunks: impl Stream<Item = Result<(Vec<InputLine>, Reservation)>>,
+        validator: Arc<ChunkValidator>,
+    ) -> Result<std::result::Result<FileValidation, CallError>> {
+        let max_requests = *self.config.batch.max_requests_per_file;
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let validated = chunks
-            .map(|chunk: Result<(Vec<InputLine>, Reservation)>| {
+            .map(|chunk| {
                 let validator = validator.clone();
                 async move {
                     let (chunk, memory) = chunk?;
@@ -159,24 +133,30 @@ impl Worker {
             })
             .buffered(threads.saturating_mul(2));
         let mut validated = std::pin::pin!(validated);
-        let mut whole = FileValidation::new(
-            self.config.batch.max_reported_errors.get(),
-            *self.config.batch.max_requests_per_file,
-        );
+        let mut whole =
+            FileValidation::new(self.config.batch.max_reported_errors.get(), max_requests);
         while let Some(chunk) = validated.next().await {
             match chunk? {
                 Ok(Ok(chunk)) => whole.add(chunk),
-                Ok(Err(error)) => {
-                    return Ok(FileVerdict::Rejected(vec![plugin_error(&error)], judged_by));
-                }
+                Ok(Err(error)) => return Ok(Err(error)),
                 Err(_) => return Err(StoreError::Closed),
             }
-            if whole.total > *self.config.batch.max_requests_per_file {
+            if whole.total > max_requests {
                 break;
             }
         }
-        whole.explain_models(&plugins, tenant);
-        Ok(whole.verdict(judged_by))
+        Ok(Ok(whole))
+    }
+
+    /// Reserves memory for the hashes of the `custom_id`s of a file, unless they are few.
+    async fn reserve_hashes(&self, holder: &Holder, file_bytes: u64) -> Option<Reservation> {
+        let lines = (*self.config.batch.max_requests_per_file).min(file_bytes / MIN_LINE_BYTES);
+        let bytes = HASH_BYTES.saturating_mul(lines);
+        if bytes <= UNRESERVED_HASH_BYTES {
+            return None;
+        }
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        Some(self.memory.custom_ids.reserve(holder, bytes).await)
     }
 
     /// Returns an error message if the beginning of a file shows that it is not JSON Lines.
