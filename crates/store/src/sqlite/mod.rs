@@ -10,6 +10,7 @@ mod jobs;
 mod keys;
 mod schema;
 mod work;
+mod writer;
 
 use std::fs::File;
 use std::path::Path;
@@ -17,8 +18,9 @@ use std::sync::Arc;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::ObjectKey;
-use connection::{Readers, Writer};
+use connection::Readers;
 use rusqlite::{Connection, OptionalExtension};
+use writer::Writer;
 
 use super::{Result, StoreError};
 use crate::private;

@@ -345,7 +345,7 @@ impl Store for SqliteStore {
     }
 
     async fn compact(&self) -> Result<bool> {
-        self.writer.write(connection::compact).await
+        self.writer.compact().await
     }
 
     async fn close(&self) {
