@@ -49,6 +49,8 @@ macro_rules! error_codes {
 }
 
 error_codes! {
+    /// The call needs an admin key.
+    AdminKeyRequired = "admin_key_required" in Call;
     /// The batch was cancelled before this request was executed.
     BatchCancelled = "batch_cancelled" in Line;
     /// The batch's completion window ended before this request had a result; the message names what
@@ -60,6 +62,8 @@ error_codes! {
     DuplicateKey = "duplicate_key" in Batch;
     /// The file has no content, or no line with a request.
     EmptyFile = "empty_file" in Call Batch;
+    /// The project has as many files as it may; delete some.
+    FileLimitExceeded = "file_limit_exceeded" in Call;
     /// The upload is larger than the setting `max_file_size`.
     FileTooLarge = "file_too_large" in Call;
     /// The `Host` of the request is not a name of this server; see the setting `allowed_hosts`.
@@ -70,6 +74,8 @@ error_codes! {
     InputFileLost = "input_file_lost" in Batch;
     /// The server failed while it processed the request; its log has the cause.
     InternalError = "internal_error" in Line;
+    /// The API key is missing, wrong, revoked or expired.
+    InvalidApiKey = "invalid_api_key" in Call;
     /// The line is not valid JSON, or the file is in another format.
     InvalidJsonLine = "invalid_json_line" in Batch;
     /// The `method` of the line is not `POST`.
@@ -82,16 +88,24 @@ error_codes! {
     InvalidUrl = "invalid_url" in Batch;
     /// The parameter has the right type and a value that is not supported.
     InvalidValue = "invalid_value" in Call;
+    /// The last admin key cannot be deleted, because nobody could administer the server.
+    LastAdminKey = "last_admin_key" in Call;
     /// The line is longer than the setting `max_line_size`.
     LineTooLong = "line_too_long" in Batch;
     /// A parameter or a key of the line is missing.
     MissingRequiredParameter = "missing_required_parameter" in Call Batch;
+    /// The API key has no scope for the call; the message names the scope.
+    MissingScope = "missing_scope" in Call;
     /// No plugin serves the model for this endpoint.
     ModelNotFound = "model_not_found" in Call Batch Line;
+    /// The OpenAI API has this resource and this server does not.
+    NotServed = "not_served" in Call;
     /// The batch could not be validated because of a problem of the server; create it again.
     NotValidated = "not_validated" in Batch;
     /// The object has more properties than allowed.
     ObjectAboveMaxProperties = "object_above_max_properties" in Call;
+    /// The project has as many batches that have not ended as it may; try again later.
+    OpenBatchLimitExceeded = "open_batch_limit_exceeded" in Call;
     /// The request comes from a web page whose origin is not allowed; see the setting
     /// `cors_origins`.
     OriginNotAllowed = "origin_not_allowed" in Call;
@@ -105,6 +119,12 @@ error_codes! {
     PluginOutOfMemory = "plugin_out_of_memory" in Batch Line;
     /// The plugin exceeded its `call_timeout`.
     PluginTimeout = "plugin_timeout" in Batch Line;
+    /// The project is archived: nothing can be created in it.
+    ProjectArchived = "project_archived" in Call;
+    /// The call needs the key of a project and not an admin key.
+    ProjectKeyRequired = "project_key_required" in Call;
+    /// Another project has this name.
+    ProjectNameTaken = "project_name_taken" in Call;
     /// The provider answered with an error status and a body that is not an error object.
     ProviderError = "provider_error" in Line;
     /// The server is not ready: a required plugin or the storage is missing. Try again later.
@@ -113,6 +133,8 @@ error_codes! {
     ServerOverloaded = "server_overloaded" in Call;
     /// The disk of the server is full. Try again after its operator has freed space.
     StorageFull = "storage_full" in Call;
+    /// The files of the project would exceed their total size; delete some.
+    StorageLimitExceeded = "storage_limit_exceeded" in Call;
     /// The body requests a stream, which batches do not support.
     StreamingUnsupported = "streaming_unsupported" in Batch;
     /// The string is longer than allowed.

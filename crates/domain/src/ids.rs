@@ -1,4 +1,4 @@
-//! Identifiers of tenants, batches and files.
+//! Identifiers of projects, keys, batches and files.
 //!
 //! Each kind has a type of its own, so that two ids cannot be swapped. Any text is an id: a text
 //! that the server never gave out is the id of nothing.
@@ -49,12 +49,28 @@ macro_rules! id {
 }
 
 id! {
-    /// Name of a tenant.
+    /// Slug of a project, which is the tenant of files and batches. It never changes, and no later
+    /// project gets the slug of an archived one.
     TenantId
 }
 
-/// Name of the tenant of requests that carry no key.
+/// Tenant of clients of a server without keys, of `batchwright run`, and of readiness probes.
 pub const DEFAULT_TENANT: &str = "default";
+
+id! {
+    /// Id of a project in the API, such as `proj_8d0c…`.
+    ProjectId
+}
+
+id! {
+    /// Id of a service account, such as `svc_acct_8d0c…`.
+    ServiceAccountId
+}
+
+id! {
+    /// Id of an API key, such as `key_8d0c…`. The id is no secret.
+    KeyId
+}
 
 id! {
     /// Id of a batch, unique for its tenant.

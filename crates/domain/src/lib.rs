@@ -9,6 +9,7 @@ pub mod clock;
 pub mod endpoint;
 pub mod error_code;
 pub mod ids;
+pub mod limits;
 pub mod settings;
 pub mod status;
 pub mod text;
