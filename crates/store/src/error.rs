@@ -36,6 +36,9 @@ pub enum StoreError {
     /// Request without a result in a batch that is about to end; nothing was written.
     #[error("not every line has a result")]
     Incomplete,
+    /// Change that is refused; nothing was written.
+    #[error("{0}")]
+    Refused(crate::accounts::Refusal),
     /// Closed store.
     #[error("the server is shutting down")]
     Closed,

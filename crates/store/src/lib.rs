@@ -41,6 +41,7 @@
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
+pub mod accounts;
 mod error;
 pub mod objects;
 mod private;
@@ -53,6 +54,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub use accounts::Accounts;
+use accounts::StorageBounds;
 pub use error::{Result, StoreError};
 pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
@@ -72,9 +75,16 @@ use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 /// Each method is one transaction. Methods that take a [`Claim`] and change the batch fail with
 /// [`StoreError::Fenced`] if the batch was claimed again.
 #[async_trait]
-pub trait Store: Send + Sync {
+pub trait Store: Accounts {
     /// Inserts the record of a file and removes the registration of its object.
-    async fn insert_file(&self, tenant: &TenantId, file: FileRecord) -> Result<()>;
+    ///
+    /// Refused in an archived project, and if the project would exceed the bounds.
+    async fn insert_file(
+        &self,
+        tenant: &TenantId,
+        file: FileRecord,
+        bounds: StorageBounds,
+    ) -> Result<()>;
     /// Returns a file that is neither deleted nor expired.
     async fn file(
         &self,
@@ -128,11 +138,15 @@ pub trait Store: Send + Sync {
     async fn purge_tombstones(&self, gone_before: Timestamp, limit: usize) -> Result<bool>;
 
     /// Inserts a batch, at most one for each idempotency key, even under concurrent requests.
+    ///
+    /// Refused in an archived project, and if the project has `max_open` batches that have not
+    /// ended.
     async fn create_batch(
         &self,
         tenant: &TenantId,
         new: NewBatch,
         idempotency: Option<Idempotency>,
+        max_open: Option<u64>,
     ) -> Result<Created>;
     /// Returns a batch with its first errors.
     async fn batch(&self, tenant: &TenantId, id: &BatchId) -> Result<Option<BatchRecord>>;

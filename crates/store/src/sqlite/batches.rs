@@ -11,12 +11,13 @@ use batchwright_domain::usage::TokenUsage;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use super::super::accounts::Refusal;
 use super::super::{
-    BatchError, BatchKey, BatchRecord, Cancel, Counts, Created, FIRST_ERRORS, Idempotency,
-    NewBatch, Page, Paged, PluginVersion, Result, StatusTimes, StoreError, WaitCause,
+    BatchError, BatchKey, BatchRecord, Counts, Created, FIRST_ERRORS, Idempotency, NewBatch, Page,
+    Paged, PluginVersion, Result, StatusTimes, StoreError, WaitCause,
 };
 use super::keys::BatchRow;
-use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
+use super::{database_error, open_batches, tenant_key, timestamp, to_i64, to_u64};
 
 /// Columns that `from_row` reads.
 const COLUMNS: &str = "key, id, endpoint, input_file_id, completion_window, metadata, \
@@ -164,9 +165,16 @@ pub(super) fn create(
     tenant: i64,
     new: &NewBatch,
     idempotency: Option<&Idempotency>,
+    max_open: Option<u64>,
 ) -> Result<Created> {
     if insert(connection, tenant, new, idempotency)? {
-        return Ok(Created::New);
+        // The refusal undoes the insertion.
+        return match max_open {
+            Some(max) if open_batches::count(connection, tenant)? > max => {
+                Err(StoreError::Refused(Refusal::OpenBatches(max)))
+            }
+            _ => Ok(Created::New),
+        };
     }
     let key = idempotency.map(|idempotency| &idempotency.key);
     let sql = format!(
@@ -297,33 +305,6 @@ pub(super) fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-/// Sets a batch that has not ended to `Cancelling`.
-pub(super) fn request_cancel(
-    connection: &Connection,
-    tenant: &str,
-    id: &str,
-    now: Timestamp,
-) -> Result<Cancel> {
-    let Some(key) = tenant_key(connection, tenant)? else { return Ok(Cancel::Unknown) };
-    connection
-        .execute(
-            "UPDATE batches SET status = 'cancelling', cancelling_at = ?3,
-             waits_since = min(waits_since, ?3),
-             lane = CASE status WHEN 'validating' THEN lane ELSE 'finish' END
-             WHERE tenant = ?1 AND id = ?2
-             AND status IN ('validating', 'in_progress', 'finalizing')",
-            params![key, id, now.as_millis()],
-        )
-        .map_err(database_error)?;
-    Ok(match get(connection, tenant, id)? {
-        None => Cancel::Unknown,
-        Some(record) if matches!(record.status, Status::Cancelling | Status::Cancelled) => {
-            Cancel::Accepted(Box::new(record))
-        }
-        Some(record) => Cancel::TooLate(record.status),
-    })
-}
-
 /// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
 /// discarded.
 pub(super) fn removable(
@@ -413,12 +394,12 @@ mod tests {
         rusqlite::Connection::open(path)
             .unwrap()
             .execute_batch(
-                "INSERT INTO tenants VALUES (1, 't');
+                "INSERT INTO tenants (key, name, project_id, title) VALUES (9, 't', 'proj_t', 't');
                  INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window,
                      created_at, expires_at, status, metadata)
-                 VALUES (1, 'good', 'e', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
-                        (1, 'state', 'e', 'f', '24h', 0, 1000, 'sleeping', NULL),
-                        (1, 'pairs', 'e', 'f', '24h', 0, 1000, 'completed', '[');
+                 VALUES (9, 'good', 'e', 'f', '24h', 0, 1000, 'completed', '{\"a\":\"b\"}'),
+                        (9, 'state', 'e', 'f', '24h', 0, 1000, 'sleeping', NULL),
+                        (9, 'pairs', 'e', 'f', '24h', 0, 1000, 'completed', '[');
                  UPDATE batches SET endpoint = '/v1/embeddings';",
             )
             .unwrap();

@@ -53,6 +53,8 @@ pub(super) fn open(path: &Path) -> rusqlite::Result<Connection> {
     // A commit is on disk before the caller gets its reply.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    // A row that is replaced leaves the counts of its table, like a row that is deleted.
+    connection.pragma_update(None, "recursive_triggers", true)?;
     connection.pragma_update(None, "journal_size_limit", WAL_FILE_LIMIT_BYTES)?;
     // `Wal` runs the checkpoints.
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;

@@ -6,6 +6,7 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::ObjectKey;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
 
+use super::super::accounts::{Refusal, StorageBounds};
 use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result, StoreError};
 use super::keys::BatchRow;
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
@@ -70,6 +71,45 @@ pub(super) fn insert(connection: &Connection, tenant: i64, file: &FileRecord) ->
         ])
         .map_err(database_error)?;
     Ok(())
+}
+
+/// What a tenant is about to store in addition.
+#[derive(Default)]
+pub(super) struct Addition {
+    pub bytes: u64,
+    pub files: u64,
+}
+
+/// Refuses if what the tenant stores exceeds the bounds together with what is addition. Triggers of
+/// the schema count what is stored.
+pub(super) fn check_bounds(
+    connection: &Connection,
+    tenant: i64,
+    bounds: StorageBounds,
+    addition: Addition,
+) -> Result<()> {
+    let (bytes, files) = stored(connection, tenant)?;
+    let exceeds = |bound: Option<u64>, stored: u64, more: u64| {
+        bound.filter(|max| stored.saturating_add(more) > *max)
+    };
+    if let Some(max) = exceeds(bounds.bytes, bytes, addition.bytes) {
+        return Err(StoreError::Refused(Refusal::StoredBytes(max)));
+    }
+    match exceeds(bounds.files, files, addition.files) {
+        Some(max) => Err(StoreError::Refused(Refusal::StoredFiles(max))),
+        None => Ok(()),
+    }
+}
+
+/// Returns the total size and the number of the stored files of a tenant.
+pub(super) fn stored(connection: &Connection, tenant: i64) -> Result<(u64, u64)> {
+    let sql = "SELECT stored_bytes, stored_files FROM tenants WHERE key = ?1";
+    connection
+        .prepare_cached(sql)
+        .and_then(|mut statement| {
+            statement.query_row([tenant], |row| Ok((to_u64(row.get(0)?), to_u64(row.get(1)?))))
+        })
+        .map_err(database_error)
 }
 
 /// Returns a file that clients can see.

@@ -3,11 +3,13 @@
 mod results;
 mod store;
 
+mod accounts;
 mod batches;
 mod connection;
 mod files;
 mod jobs;
 mod keys;
+mod open_batches;
 mod schema;
 mod work;
 mod writer;
@@ -132,17 +134,6 @@ pub(crate) fn tenant_key(connection: &Connection, tenant: &str) -> Result<Option
         .prepare_cached("SELECT key FROM tenants WHERE name = ?1")
         .map_err(database_error)?;
     statement.query_row([tenant], |row| row.get(0)).optional().map_err(database_error)
-}
-
-/// Returns the key of a tenant; inserts the tenant if the database has no such tenant.
-pub(crate) fn insert_tenant(connection: &Connection, tenant: &str) -> Result<i64> {
-    if let Some(key) = tenant_key(connection, tenant)? {
-        return Ok(key);
-    }
-    connection
-        .execute("INSERT INTO tenants (name) VALUES (?1)", [tenant])
-        .map_err(database_error)?;
-    Ok(connection.last_insert_rowid())
 }
 
 fn timestamp(millis: i64) -> Timestamp {

@@ -200,6 +200,102 @@ UPDATE batches SET owner = NULL, lease_until = 0
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
+/// Makes tenants projects, and adds service accounts, API keys and the audit log.
+///
+/// `tenants.name` is the slug of a project, `tenants.title` its name.
+const MIGRATION_6: &str = "
+ALTER TABLE tenants ADD COLUMN project_id TEXT;
+ALTER TABLE tenants ADD COLUMN title TEXT NOT NULL DEFAULT '';
+ALTER TABLE tenants ADD COLUMN created_at INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE tenants ADD COLUMN archived_at INTEGER;
+INSERT OR IGNORE INTO tenants (name) VALUES ('default');
+UPDATE tenants SET project_id = 'proj_' || lower(hex(randomblob(16))), title = name,
+    created_at = unixepoch() * 1000;
+CREATE UNIQUE INDEX tenants_project ON tenants (project_id);
+CREATE UNIQUE INDEX tenants_title ON tenants (title COLLATE NOCASE) WHERE archived_at IS NULL;
+
+CREATE TABLE service_accounts (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (key),
+    id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    is_member INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    deleted_at INTEGER
+) STRICT;
+CREATE INDEX service_accounts_by_tenant ON service_accounts (tenant, key);
+
+-- Rows are never deleted, so that the past use of a key keeps its owner.
+CREATE TABLE api_keys (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- Null for an admin key.
+    tenant INTEGER REFERENCES tenants (key),
+    account INTEGER REFERENCES service_accounts (key),
+    id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    -- SHA-256 of the text of the key.
+    digest BLOB NOT NULL,
+    redacted TEXT NOT NULL,
+    -- Names, separated by spaces.
+    scopes TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER,
+    last_used_at INTEGER,
+    deleted_at INTEGER
+) STRICT;
+CREATE INDEX api_keys_by_tenant ON api_keys (tenant, key);
+CREATE INDEX api_keys_by_account ON api_keys (account);
+
+CREATE TABLE audit (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    at INTEGER NOT NULL,
+    event TEXT NOT NULL,
+    -- Id of the admin key; null for an operator at the data folder.
+    actor TEXT,
+    address TEXT,
+    -- Id of the project.
+    project TEXT,
+    resource TEXT NOT NULL,
+    -- A JSON object.
+    details TEXT NOT NULL
+) STRICT;
+CREATE INDEX audit_by_project ON audit (project, key);
+";
+
+/// Adds limits of projects, and counts what a project stores.
+///
+/// Triggers count, so that no operation on files can forget to.
+const MIGRATION_7: &str = "
+ALTER TABLE tenants ADD COLUMN max_stored_bytes INTEGER;
+ALTER TABLE tenants ADD COLUMN max_stored_files INTEGER;
+ALTER TABLE tenants ADD COLUMN max_open_batches INTEGER;
+ALTER TABLE tenants ADD COLUMN max_requests_per_batch INTEGER;
+-- Models that the project may use: a JSON object with `mode` and `model_ids`; null allows all.
+ALTER TABLE tenants ADD COLUMN models TEXT;
+ALTER TABLE tenants ADD COLUMN stored_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE tenants ADD COLUMN stored_files INTEGER NOT NULL DEFAULT 0;
+UPDATE tenants SET
+    stored_bytes = (SELECT coalesce(sum(bytes), 0) FROM files
+                    WHERE files.tenant = tenants.key AND NOT removed),
+    stored_files = (SELECT count(*) FROM files WHERE files.tenant = tenants.key AND NOT removed);
+CREATE TRIGGER file_stored AFTER INSERT ON files WHEN NOT NEW.removed BEGIN
+    UPDATE tenants SET stored_bytes = stored_bytes + NEW.bytes, stored_files = stored_files + 1
+    WHERE key = NEW.tenant;
+END;
+CREATE TRIGGER file_removed AFTER UPDATE OF removed ON files WHEN NEW.removed AND NOT OLD.removed
+BEGIN
+    UPDATE tenants SET stored_bytes = stored_bytes - NEW.bytes, stored_files = stored_files - 1
+    WHERE key = NEW.tenant;
+END;
+CREATE TRIGGER file_deleted AFTER DELETE ON files WHEN NOT OLD.removed BEGIN
+    UPDATE tenants SET stored_bytes = stored_bytes - OLD.bytes, stored_files = stored_files - 1
+    WHERE key = OLD.tenant;
+END;
+CREATE INDEX batches_open ON batches (tenant)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -208,6 +304,8 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_3),
         M::up(MIGRATION_4),
         M::up(MIGRATION_5),
+        M::up(MIGRATION_6),
+        M::up(MIGRATION_7),
     ])
 }
 
@@ -281,17 +379,17 @@ mod tests {
         let database = rusqlite::Connection::open(folder.path().join("batchwright.db")).unwrap();
         database
             .execute_batch(
-                "INSERT INTO tenants VALUES (1, 't');
+                "INSERT INTO tenants (key, name, project_id, title) VALUES (9, 't', 'proj_t', 't');
                  INSERT INTO batches
                      (tenant, id, endpoint, input_file_id, completion_window, created_at,
                       expires_at, status, lane, waits_since)
-                 VALUES (1, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
-                        (1, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
-                        (1, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
-                        (1, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
-                        (1, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress',
+                 VALUES (9, 'slow 1', 'e', 'f', '24h', 0, 1000, 'in_progress', 'execute slow', 3),
+                        (9, 'slow 2', 'e', 'f', '24h', 0, 500, 'in_progress', 'execute slow', 1),
+                        (9, 'ended', 'e', 'f', '24h', 0, 500, 'completed', 'finish', 0),
+                        (9, 'new', 'e', 'f', '24h', 0, 1000, 'validating', 'validate', 0),
+                        (9, 'both', 'e', 'f', '24h', 0, 1000, 'in_progress',
                          'execute fast slow', 0),
-                        (1, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);
+                        (9, 'cancelled', 'e', 'f', '24h', 0, 1000, 'cancelling', 'finish', 0);
                  UPDATE batches SET endpoint = '/v1/embeddings';",
             )
             .unwrap();

@@ -6,9 +6,12 @@ use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 
+use super::accounts::creating_tenant;
+use super::files::Addition;
 use super::keys::BatchRow;
-use super::{batches, connection, files, jobs, results, work};
-use crate::sqlite::{OWNER, SqliteStore, database_error, insert_tenant, tenant_key};
+use super::{batches, connection, files, jobs, open_batches, results, work};
+use crate::accounts::{Refusal, StorageBounds};
+use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
     Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
@@ -16,7 +19,7 @@ use crate::{
 };
 
 /// Tables that a readiness probe reads.
-const TABLES: [&str; 8] = [
+const TABLES: [&str; 11] = [
     "tenants",
     "files",
     "batches",
@@ -25,15 +28,25 @@ const TABLES: [&str; 8] = [
     "batch_plugins",
     "jobs",
     "pending_objects",
+    "service_accounts",
+    "api_keys",
+    "audit",
 ];
 
 #[async_trait]
 impl Store for SqliteStore {
-    async fn insert_file(&self, tenant: &TenantId, file: FileRecord) -> Result<()> {
+    async fn insert_file(
+        &self,
+        tenant: &TenantId,
+        file: FileRecord,
+        bounds: StorageBounds,
+    ) -> Result<()> {
         let tenant = tenant.clone();
         self.writer
             .write(move |connection| {
-                files::insert(connection, insert_tenant(connection, tenant.as_str())?, &file)
+                let tenant = creating_tenant(connection, &tenant)?;
+                files::insert(connection, tenant, &file)?;
+                files::check_bounds(connection, tenant, bounds, Addition::default())
             })
             .await
     }
@@ -71,7 +84,9 @@ impl Store for SqliteStore {
         let key = key.clone();
         self.writer
             .write(move |connection| {
-                let tenant = insert_tenant(connection, key.tenant.as_str())?;
+                let Some(tenant) = tenant_key(connection, key.tenant.as_str())? else {
+                    return Err(StoreError::Refused(Refusal::UnknownProject));
+                };
                 let object = (tenant, key.file.as_str(), OWNER);
                 files::register_object(connection, object, now, until)
             })
@@ -143,15 +158,17 @@ impl Store for SqliteStore {
         tenant: &TenantId,
         new: NewBatch,
         idempotency: Option<Idempotency>,
+        max_open: Option<u64>,
     ) -> Result<Created> {
         let tenant = tenant.clone();
         self.writer
             .write(move |connection| {
                 batches::create(
                     connection,
-                    insert_tenant(connection, tenant.as_str())?,
+                    creating_tenant(connection, &tenant)?,
                     &new,
                     idempotency.as_ref(),
+                    max_open,
                 )
             })
             .await
@@ -201,7 +218,7 @@ impl Store for SqliteStore {
         let (tenant, id) = (tenant.clone(), id.clone());
         self.writer
             .write(move |connection| {
-                batches::request_cancel(connection, tenant.as_str(), id.as_str(), now)
+                open_batches::request_cancel(connection, tenant.as_str(), id.as_str(), now)
             })
             .await
     }

@@ -53,6 +53,17 @@ macro_rules! store_suite {
             finished_batch_has_its_files_and_discards_its_results
             ended_batch_is_deleted_once_its_files_are_gone
             closed_store_refuses_writes
+            default_project_exists_and_projects_are_listed_by_page
+            slug_is_never_used_again_and_a_name_only_after_archiving
+            archived_project_creates_nothing_and_its_batches_are_cancelled
+            key_is_found_with_its_owner_until_it_or_its_account_is_deleted
+            keys_of_another_holder_are_unknown
+            last_admin_key_is_not_deleted
+            last_use_of_a_key_never_goes_back
+            each_change_has_one_entry_in_the_audit_log
+            limits_and_models_of_a_project_are_changed_one_by_one
+            concurrent_creations_with_room_for_one_create_one
+            stored_bytes_are_counted_until_their_object_is_removed
         }
     };
 }

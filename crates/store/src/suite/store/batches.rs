@@ -9,6 +9,7 @@ use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 
 use super::*;
+use crate::accounts::Refusal;
 use crate::suite::Fixture;
 use crate::{
     BatchError, Cancel, Created, Idempotency, Job, Lane, Order, Paged, ResultKind, ResultRow,
@@ -16,10 +17,10 @@ use crate::{
 };
 
 pub(crate) async fn foreign_ids_are_unknown(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     insert_file(&*store, file("file-in")).await;
     create(&*store, "b").await;
-    for other in ["other", "t2", ""] {
+    for other in ["other", "nobody", ""] {
         let (other, id): (TenantId, BatchId) = (other.into(), "b".into());
         let file: FileId = "file-in".into();
         assert!(store.batch(&other, &id).await.unwrap().is_none());
@@ -34,7 +35,11 @@ pub(crate) async fn foreign_ids_are_unknown(fixture: impl Fixture) {
         let page = store.files(&other, query(Some("file-in"), Order::OldestFirst, 9)).await;
         assert!(matches!(page.unwrap(), Paged::UnknownAfter));
         // A batch of the other tenant with this file has no input.
-        store.create_batch(&other, new_batch("theirs"), None).await.unwrap();
+        let created = store.create_batch(&other, new_batch("theirs"), None, None).await;
+        if other.as_str() != "other" {
+            assert_eq!(refusal(created), Refusal::UnknownProject);
+            continue;
+        }
         let held = claim_at(&*store, &Lane::Validate, NOW).await.unwrap();
         if held.tenant == other {
             assert!(store.input_file(&held).await.unwrap().is_none());
@@ -44,10 +49,10 @@ pub(crate) async fn foreign_ids_are_unknown(fixture: impl Fixture) {
 }
 
 pub(crate) async fn idempotency_key_creates_one_batch(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let create = async |tenant: &str, id, fingerprint| {
         let idempotency = Idempotency { key: "key".into(), fingerprint: [fingerprint; 32] };
-        store.create_batch(&tenant.into(), new_batch(id), Some(idempotency)).await.unwrap()
+        store.create_batch(&tenant.into(), new_batch(id), Some(idempotency), None).await.unwrap()
     };
     assert!(matches!(create("t", "one", 1).await, Created::New));
     match create("t", "two", 1).await {
@@ -61,7 +66,7 @@ pub(crate) async fn idempotency_key_creates_one_batch(fixture: impl Fixture) {
         tokio::spawn(async move {
             let idempotency = Idempotency { key: "same".into(), fingerprint: [0; 32] };
             let new = new_batch(&format!("c{number}"));
-            store.create_batch(&tenant(), new, Some(idempotency)).await.unwrap()
+            store.create_batch(&tenant(), new, Some(idempotency), None).await.unwrap()
         })
     });
     let mut created = 0;
@@ -72,7 +77,7 @@ pub(crate) async fn idempotency_key_creates_one_batch(fixture: impl Fixture) {
 }
 
 pub(crate) async fn batch_pages_end_at_a_number_and_at_a_size(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     for id in ["a", "b", "c"] {
         create(&*store, id).await;
     }
@@ -101,7 +106,7 @@ pub(crate) async fn batch_pages_end_at_a_number_and_at_a_size(fixture: impl Fixt
 pub(crate) async fn cancelled_batch_ends_as_cancelled_whatever_its_worker_says(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     create(&*store, "invalid").await;
     let held = claim(&*store, &Lane::Validate).await;
     cancel(&*store, "invalid").await;
@@ -132,7 +137,7 @@ pub(crate) async fn cancelled_batch_ends_as_cancelled_whatever_its_worker_says(
 }
 
 pub(crate) async fn line_keeps_its_first_result_and_counts_once(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 3).await;
     let first = vec![row(1, ResultKind::Completed, b"1"), row(3, ResultKind::Failed, b"3")];
     let again = vec![row(1, ResultKind::Failed, b"x"), row(2, ResultKind::Completed, b"2")];
@@ -156,7 +161,7 @@ pub(crate) async fn line_keeps_its_first_result_and_counts_once(fixture: impl Fi
 }
 
 pub(crate) async fn results_are_read_in_order_within_a_size(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 4).await;
     let payload = vec![b'x'; 1000];
     let rows = [4, 2, 1].map(|line| row(line, ResultKind::Completed, &payload)).to_vec();
@@ -175,7 +180,7 @@ pub(crate) async fn results_are_read_in_order_within_a_size(fixture: impl Fixtur
 }
 
 pub(crate) async fn saved_job_is_replaced_and_deleted(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 2).await;
     assert!(!store.has_jobs(&held).await.unwrap());
     let job = |state: &[u8]| Job { plugin: "p".into(), state: state.to_vec() };
@@ -190,7 +195,7 @@ pub(crate) async fn saved_job_is_replaced_and_deleted(fixture: impl Fixture) {
 }
 
 pub(crate) async fn finished_batch_has_its_files_and_discards_its_results(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 3).await;
     let rows = [1, 2, 3].map(|line| row(line, ResultKind::Completed, b"x")).to_vec();
     store.insert_results(&held, Arc::new(rows), Vec::new()).await.unwrap();
@@ -213,7 +218,7 @@ pub(crate) async fn finished_batch_has_its_files_and_discards_its_results(fixtur
 }
 
 pub(crate) async fn ended_batch_is_deleted_once_its_files_are_gone(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 0).await;
     store.register_object(&key("out"), NOW, LEASE).await.unwrap();
     store.finish(&held, finish(Status::Completed, Some(file("out")))).await.unwrap();
@@ -231,15 +236,15 @@ pub(crate) async fn ended_batch_is_deleted_once_its_files_are_gone(fixture: impl
 }
 
 pub(crate) async fn closed_store_refuses_writes(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     create(&*store, "b").await;
     store.probe(NOW).await.unwrap();
     store.probe_read().await.unwrap();
     store.close().await;
-    let refused = store.create_batch(&tenant(), new_batch("c"), None).await;
+    let refused = store.create_batch(&tenant(), new_batch("c"), None, None).await;
     assert!(matches!(refused, Err(StoreError::Closed)));
     assert!(matches!(store.probe(NOW).await, Err(StoreError::Closed)));
     drop(store);
-    let store = fixture.open();
+    let store = open(&fixture).await;
     assert_eq!(batch(&*store, "b").await.status, Status::Validating);
 }

@@ -12,13 +12,13 @@ use crate::{Cancel, Job, Lane, Orders, Release, ResultKind, StoreError, WaitCaus
 pub(crate) async fn reopened_store_ends_the_registrations_and_claims_of_its_owner(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     store.register_object(&key("a"), NOW, LEASE).await.unwrap();
     create(&*store, "b").await;
     let before = claim(&*store, &Lane::Validate).await;
     store.close().await;
     drop(store);
-    let store = fixture.open();
+    let store = open(&fixture).await;
     assert_eq!(store.take_abandoned_object(NOW, LEASE).await.unwrap(), Some(key("a")));
     let after = claim(&*store, &Lane::Validate).await;
     assert!(after.fence > before.fence);
@@ -27,7 +27,7 @@ pub(crate) async fn reopened_store_ends_the_registrations_and_claims_of_its_owne
 pub(crate) async fn claim_succeeds_once_and_returns_in_the_order_of_the_lane(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     for id in ["a", "b"] {
         create(&*store, id).await;
     }
@@ -52,7 +52,7 @@ pub(crate) async fn claim_succeeds_once_and_returns_in_the_order_of_the_lane(
 }
 
 pub(crate) async fn expired_lease_is_not_taken_over_by_its_own_holder(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     create(&*store, "b").await;
     let held = claim(&*store, &Lane::Validate).await;
     assert!(store.waiting(EXPIRY).await.unwrap().is_empty());
@@ -64,7 +64,7 @@ pub(crate) async fn expired_lease_is_not_taken_over_by_its_own_holder(fixture: i
 }
 
 pub(crate) async fn stale_claim_changes_nothing(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let stale = executing(&*store, "b", 1).await;
     store.release(&stale, Release::KeepPosition).await.unwrap();
     let held = claim(&*store, &execution()).await;
@@ -99,7 +99,7 @@ pub(crate) async fn stale_claim_changes_nothing(fixture: impl Fixture) {
 }
 
 pub(crate) async fn renewal_returns_the_order_to_cancel(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 1).await;
     assert_eq!(store.renew(&held, LEASE).await.unwrap(), Orders { cancel: false });
     assert!(matches!(cancel(&*store, "b").await, Cancel::Accepted(_)));
@@ -107,7 +107,7 @@ pub(crate) async fn renewal_returns_the_order_to_cancel(fixture: impl Fixture) {
 }
 
 pub(crate) async fn backoff_delays_a_batch_until_it_ends_or_is_ended(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let held = executing(&*store, "b", 1).await;
     let until = NOW.after(Duration::from_secs(60));
     let cause = WaitCause { cause: "The provider is down.".into(), since: NOW, next: until };

@@ -20,7 +20,7 @@ async fn listed(store: &dyn Store, query: FileQuery) -> (Vec<String>, bool) {
 pub(crate) async fn files_are_listed_in_order_and_pages_continue_after_an_id(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     for id in ["a", "b", "c"] {
         insert_file(&*store, file(id)).await;
     }
@@ -39,7 +39,7 @@ pub(crate) async fn files_are_listed_in_order_and_pages_continue_after_an_id(
 }
 
 pub(crate) async fn deleted_file_is_removable_once_no_batch_reads_it(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     insert_file(&*store, file("file-in")).await;
     create(&*store, "b").await;
     let delete = async || store.delete_file(&tenant(), &"file-in".into(), NOW).await.unwrap();
@@ -54,7 +54,7 @@ pub(crate) async fn deleted_file_is_removable_once_no_batch_reads_it(fixture: im
 pub(crate) async fn tombstone_keeps_the_place_of_a_removed_file_until_it_is_purged(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     for id in ["a", "b", "c"] {
         insert_file(&*store, file(id)).await;
     }
@@ -71,15 +71,15 @@ pub(crate) async fn tombstone_keeps_the_place_of_a_removed_file_until_it_is_purg
 }
 
 pub(crate) async fn object_without_registration_gets_no_record(fixture: impl Fixture) {
-    let store = fixture.open();
-    let refused = store.insert_file(&tenant(), file("a")).await;
+    let store = open(&fixture).await;
+    let refused = store.insert_file(&tenant(), file("a"), StorageBounds::default()).await;
     assert!(matches!(refused, Err(StoreError::Unregistered)));
     assert!(store.file(&tenant(), &"a".into(), NOW).await.unwrap().is_none());
     let refused = store.renew_object(&key("a"), LEASE).await;
     assert!(matches!(refused, Err(StoreError::Unregistered)));
     // The commit of a record consumes the registration.
     insert_file(&*store, file("a")).await;
-    let again = store.insert_file(&tenant(), file("a")).await;
+    let again = store.insert_file(&tenant(), file("a"), StorageBounds::default()).await;
     assert!(matches!(again, Err(StoreError::Unregistered)));
     assert_eq!(store.take_abandoned_object(EXPIRY, EXPIRY).await.unwrap(), None);
     // A batch ends with all of its files or not at all.
@@ -92,7 +92,7 @@ pub(crate) async fn object_without_registration_gets_no_record(fixture: impl Fix
 pub(crate) async fn abandoned_object_is_taken_once_and_not_written_meanwhile(
     fixture: impl Fixture,
 ) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     let take = async |now| store.take_abandoned_object(now, LEASE).await.unwrap();
     store.register_object(&key("a"), NOW, LEASE).await.unwrap();
     store.abandon_object(&key("a")).await.unwrap();
@@ -100,7 +100,7 @@ pub(crate) async fn abandoned_object_is_taken_once_and_not_written_meanwhile(
     assert_eq!(take(NOW).await, None);
     let refused = store.register_object(&key("a"), NOW, LEASE).await;
     assert!(matches!(refused, Err(StoreError::Unregistered)));
-    let refused = store.insert_file(&tenant(), file("a")).await;
+    let refused = store.insert_file(&tenant(), file("a"), StorageBounds::default()).await;
     assert!(matches!(refused, Err(StoreError::Unregistered)));
     // A clock that jumps past the reservation lets nobody write an object that is being removed.
     let refused = store.register_object(&key("a"), LEASE, EXPIRY).await;
@@ -127,12 +127,12 @@ pub(crate) async fn abandoned_object_is_taken_once_and_not_written_meanwhile(
 }
 
 pub(crate) async fn registration_in_time_keeps_its_object(fixture: impl Fixture) {
-    let store = fixture.open();
+    let store = open(&fixture).await;
     store.register_object(&key("a"), NOW, at(1_000_100)).await.unwrap();
     store.renew_object(&key("a"), LEASE).await.unwrap();
     // Even a clock that jumps past the lease removes no object of its own writer.
     assert_eq!(store.take_abandoned_object(LEASE, EXPIRY).await.unwrap(), None);
-    store.insert_file(&tenant(), file("a")).await.unwrap();
+    store.insert_file(&tenant(), file("a"), StorageBounds::default()).await.unwrap();
     store.register_object(&key("lost"), NOW, LEASE).await.unwrap();
     let days_later = LEASE.after(Duration::from_secs(2 * 86_400));
     let taken = store.take_abandoned_object(days_later, days_later).await.unwrap();

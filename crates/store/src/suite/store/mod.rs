@@ -1,25 +1,32 @@
 //! Suite of stores.
 
+mod accounts;
 mod batches;
 mod claims;
 mod files;
+mod limits;
 
+pub(crate) use accounts::*;
 pub(crate) use batches::*;
 pub(crate) use claims::*;
 pub(crate) use files::*;
+pub(crate) use limits::*;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::{ObjectKey, TenantId};
+use batchwright_domain::ids::{ObjectKey, ProjectId, TenantId};
 use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 
+use crate::accounts::{Actor, NewProject, Refusal, StorageBounds};
+use crate::suite::Fixture;
 use crate::{
     BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish, Lane, NewBatch, Order,
-    PluginVersion, ResultKind, ResultRow, Store, Validated,
+    PluginVersion, ResultKind, ResultRow, Store, StoreError, Validated,
 };
 
 /// Start of every test.
@@ -33,6 +40,34 @@ const EXPIRY: Timestamp = at(80_000_000);
 
 const fn at(millis: i64) -> Timestamp {
     Timestamp::from_millis(millis)
+}
+
+/// Opens the store with two projects: `t`, which [`tenant`] returns, and `other`.
+async fn open(fixture: &impl Fixture) -> Arc<dyn Store> {
+    let store = fixture.open();
+    for slug in [tenant(), "other".into()] {
+        let new = NewProject { id: project(&slug), name: slug.to_string(), slug };
+        if store.project(&new.id).await.unwrap().is_none() {
+            store.create_project(new, operator()).await.unwrap();
+        }
+    }
+    store
+}
+
+/// Returns the id of the project with a slug.
+fn project(slug: &TenantId) -> ProjectId {
+    format!("proj_{slug}").into()
+}
+
+fn operator() -> Actor {
+    Actor { key: None, address: None, at: NOW }
+}
+
+fn refusal<T: std::fmt::Debug>(outcome: crate::Result<T>) -> Refusal {
+    match outcome {
+        Err(StoreError::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    }
 }
 
 fn tenant() -> TenantId {
@@ -60,7 +95,7 @@ fn query(after: Option<&str>, order: Order, limit: usize) -> FileQuery {
 
 async fn insert_file(store: &dyn Store, file: FileRecord) {
     store.register_object(&key(file.id.as_str()), NOW, LEASE).await.unwrap();
-    store.insert_file(&tenant(), file).await.unwrap();
+    store.insert_file(&tenant(), file, StorageBounds::default()).await.unwrap();
 }
 
 fn new_batch(id: &str) -> NewBatch {
@@ -77,7 +112,7 @@ fn new_batch(id: &str) -> NewBatch {
 }
 
 async fn create(store: &dyn Store, id: &str) {
-    let created = store.create_batch(&tenant(), new_batch(id), None).await.unwrap();
+    let created = store.create_batch(&tenant(), new_batch(id), None, None).await.unwrap();
     assert!(matches!(created, Created::New));
 }
 

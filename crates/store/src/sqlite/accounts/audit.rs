@@ -1,0 +1,87 @@
+//! Audit log.
+
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::ProjectId;
+use rusqlite::types::Value;
+use rusqlite::{Connection, Row, params};
+use serde_json::Value as Json;
+use uuid::Uuid;
+
+use super::super::timestamp;
+use super::{Listing, execute, list};
+use crate::accounts::{Actor, AuditEntry, AuditQuery, ListQuery};
+use crate::{Order, Paged, Result};
+
+/// Writes an entry about a change, in the transaction of the change.
+pub(super) fn record(
+    connection: &Connection,
+    by: &Actor,
+    event: &str,
+    project: Option<&ProjectId>,
+    resource: &str,
+    details: &Json,
+) -> Result<()> {
+    let sql = "INSERT INTO audit (id, at, event, actor, address, project, resource, details)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+    let row = params![
+        format!("audit_log-{}", Uuid::new_v4().simple()),
+        by.at.as_millis(),
+        event,
+        by.key.as_ref().map(|key| key.as_str()),
+        by.address,
+        project.map(ProjectId::as_str),
+        resource,
+        details.to_string(),
+    ];
+    execute(connection, sql, row).map(drop)
+}
+
+fn from_row(row: &Row<'_>) -> rusqlite::Result<AuditEntry> {
+    let project = row.get::<_, Option<String>>(5)?;
+    let name = row.get::<_, Option<String>>(6)?.unwrap_or_default();
+    Ok(AuditEntry {
+        id: row.get(0)?,
+        at: timestamp(row.get(1)?),
+        event: row.get(2)?,
+        key: row.get::<_, Option<String>>(3)?.map(Into::into),
+        address: row.get(4)?,
+        project: project.map(|id| (id.into(), name)),
+        resource: row.get(7)?,
+        details: row.get(8)?,
+    })
+}
+
+pub(super) fn page(connection: &Connection, query: &AuditQuery) -> Result<Paged<AuditEntry>> {
+    let (mut condition, mut values) = ("TRUE".to_owned(), Vec::new());
+    for (column, wanted) in [
+        ("audit.event", &query.events),
+        ("audit.project", &query.projects),
+        ("audit.actor", &query.actors),
+        ("audit.resource", &query.resources),
+    ] {
+        if !wanted.is_empty() {
+            let marks = vec!["?"; wanted.len()].join(", ");
+            condition.push_str(&format!(" AND {column} IN ({marks})"));
+            values.extend(wanted.iter().cloned().map(Value::from));
+        }
+    }
+    for (compare, time) in [(">=", query.from), ("<", query.before)] {
+        if let Some(time) = time {
+            condition.push_str(&format!(" AND audit.at {compare} ?"));
+            values.push(Value::from(Timestamp::as_millis(time)));
+        }
+    }
+    let listing = Listing {
+        columns: "audit.id, audit.at, event, actor, address, audit.project, tenants.title, \
+                  resource, details",
+        from: "audit LEFT JOIN tenants ON tenants.project_id = audit.project",
+        condition,
+        visible: "TRUE",
+        key: "audit.key",
+        id: "audit.id",
+        values,
+    };
+    let query =
+        ListQuery { after: query.after.clone(), limit: query.limit, order: Order::NewestFirst };
+    list(connection, listing, &query, from_row)
+}
