@@ -1,10 +1,11 @@
 //! Admission: decides which waiting exchange may start next, within the operator's limit and within
 //! the limit that [`concurrency`](super::concurrency) estimates.
 //!
-//! **Fair share.** A queue is one batch. A free permit goes to the queue with the fewest exchanges
-//! in flight among the queues that wait, and within a queue to the oldest request. Queues with
-//! equally many exchanges in flight take turns. So a batch of one line does not wait behind the
-//! thousands of lines of other batches.
+//! **Fair share.** A queue is one batch of one tenant. A free permit goes to the tenant with the
+//! fewest exchanges in flight among those that wait, then to the queue of the tenant with the
+//! fewest, and within a queue to the oldest request. Queues that are equal take turns. So a tenant
+//! with one batch does not wait behind the many batches of another, and a batch of one line does
+//! not wait behind the thousands of lines of other batches.
 //!
 //! **Permits.** [`Permit`] is a permit for one exchange in flight, and dropping it releases the
 //! permit. The release itself admits the next request. A request that is canceled while it waits
@@ -30,17 +31,24 @@
 //! an event. A timer task checks the queues again at the earliest of these times.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use batchwright_domain::ids::TenantId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::concurrency::{Began, Limit, LimitFeedback, Next};
 
 /// Key of a queue: requests of one batch have the same key.
-pub type QueueId = u64;
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct QueueId {
+    /// Tenant of the batch.
+    pub tenant: TenantId,
+    /// Number of the batch in this process.
+    pub batch: u64,
+}
 
 /// Multiple of the usual time after which an exchange no longer counts against the estimated limit.
 const HANG_FACTOR: u32 = 8;
@@ -62,6 +70,8 @@ struct Inner {
 struct State {
     limit: Limit,
     in_flight: usize,
+    /// Exchanges in flight of each tenant that has some.
+    tenants: HashMap<TenantId, usize>,
     /// Queues with waiting requests or exchanges in flight, in round-robin order.
     queues: Vec<QueueState>,
     /// Last number of a waiting request or of an exchange.
@@ -109,6 +119,7 @@ impl AdmissionQueue {
         let state = State {
             limit: Limit::new(max),
             in_flight: 0,
+            tenants: HashMap::new(),
             queues: Vec::new(),
             last_number: 0,
             started_at: BTreeMap::new(),
@@ -130,7 +141,7 @@ impl AdmissionQueue {
                 let is_first = state.queues.iter().all(|queue| queue.waiting.is_empty());
                 let next = if is_first { state.next(now, self.0.max) } else { Next::Later };
                 if next == Next::Now {
-                    return Ok(state.grant(&self.0, queue, now));
+                    return Ok(state.grant(&self.0, &queue, now));
                 }
                 if let Some(until) = state.long_pause(now) {
                     return Err(until);
@@ -138,13 +149,13 @@ impl AdmissionQueue {
                 state.last_number = state.last_number.wrapping_add(1);
                 let number = state.last_number;
                 let (sender, granted) = oneshot::channel();
-                state.queue(queue).waiting.push_back((number, sender));
+                state.queue(&queue).waiting.push_back((number, sender));
                 if let Some(at) = state.next_wakeup(next, self.0.max) {
                     self.0.schedule_wakeup(&mut state, at);
                 }
                 (number, granted)
             };
-            let mut waiter = Waiter { admission: &self.0, queue, number };
+            let mut waiter = Waiter { admission: &self.0, queue: &queue, number };
             let admitted = granted.await;
             waiter.number = 0;
             // A dropped sender means that a long pause has begun: check again.
@@ -189,19 +200,15 @@ impl Inner {
                     }
                     return;
                 }
-                let waiting = state.queues.iter_mut().filter(|queue| !queue.waiting.is_empty());
-                let Some(queue) = waiting.min_by_key(|queue| queue.in_flight) else { return };
-                let (key, Some((_, waiter))) = (queue.key, queue.waiting.pop_front()) else {
-                    return;
-                };
-                let admitted = state.grant(self, key, now);
+                let Some((key, waiter)) = state.take_next() else { return };
+                let admitted = state.grant(self, &key, now);
                 (waiter, admitted)
             };
             // The waiting request was canceled: release its permit immediately.
             if let Err(mut unused) = waiter.send(admitted)
                 && let Some(admission) = unused.admission.take()
             {
-                admission.lock().end_exchange(unused.queue, unused.number);
+                admission.lock().end_exchange(&unused.queue, unused.number);
             }
         }
     }
@@ -279,8 +286,18 @@ impl State {
         }
     }
 
+    /// Removes the waiting request that is admitted next, and returns its queue.
+    fn take_next(&mut self) -> Option<(QueueId, oneshot::Sender<Permit>)> {
+        let tenants = &self.tenants;
+        let of_tenant = |queue: &QueueState| tenants.get(&queue.key.tenant).copied().unwrap_or(0);
+        let waiting = self.queues.iter_mut().filter(|queue| !queue.waiting.is_empty());
+        let queue = waiting.min_by_key(|queue| (of_tenant(queue), queue.in_flight))?;
+        let (_, waiter) = queue.waiting.pop_front()?;
+        Some((queue.key.clone(), waiter))
+    }
+
     /// Takes a permit for an exchange of a queue.
-    fn grant(&mut self, admission: &Arc<Inner>, queue: QueueId, now: Instant) -> Permit {
+    fn grant(&mut self, admission: &Arc<Inner>, queue: &QueueId, now: Instant) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
@@ -288,13 +305,20 @@ impl State {
         let began = self.limit.begin(now);
         let found = self.queue(queue);
         found.in_flight = found.in_flight.saturating_add(1);
+        let of_tenant = self.tenants.entry(queue.tenant.clone()).or_default();
+        *of_tenant = of_tenant.saturating_add(1);
+        let queue = queue.clone();
         Permit { admission: Some(admission.clone()), queue, number, began, held: None }
     }
 
     /// Returns the state of a queue; creates it if necessary.
-    fn queue(&mut self, key: QueueId) -> &mut QueueState {
-        let index = self.queues.iter().position(|queue| queue.key == key).unwrap_or_else(|| {
-            self.queues.push(QueueState { key, in_flight: 0, waiting: VecDeque::new() });
+    fn queue(&mut self, key: &QueueId) -> &mut QueueState {
+        let index = self.queues.iter().position(|queue| queue.key == *key).unwrap_or_else(|| {
+            self.queues.push(QueueState {
+                key: key.clone(),
+                in_flight: 0,
+                waiting: VecDeque::new(),
+            });
             self.queues.len().saturating_sub(1)
         });
         #[expect(clippy::indexing_slicing, reason = "the index was found or just pushed")]
@@ -303,24 +327,29 @@ impl State {
 
     /// Releases the held permits whose time has passed.
     fn release_expired_holds(&mut self, now: Instant) {
-        while let Some(Reverse((until, queue))) = self.held.peek().copied()
-            && until <= now
-        {
-            self.held.pop();
-            self.release(queue);
+        while self.held.peek().is_some_and(|Reverse((until, _))| *until <= now) {
+            if let Some(Reverse((_, queue))) = self.held.pop() {
+                self.release(&queue);
+            }
         }
     }
 
     /// Removes an exchange in flight and releases its permit.
-    fn end_exchange(&mut self, queue: QueueId, number: u64) {
+    fn end_exchange(&mut self, queue: &QueueId, number: u64) {
         self.started_at.remove(&number);
         self.release(queue);
     }
 
     /// Releases one permit of a queue.
-    fn release(&mut self, queue: QueueId) {
+    fn release(&mut self, queue: &QueueId) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        let index = self.queues.iter().position(|found| found.key == queue);
+        if let Some(of_tenant) = self.tenants.get_mut(&queue.tenant) {
+            *of_tenant = of_tenant.saturating_sub(1);
+            if *of_tenant == 0 {
+                self.tenants.remove(&queue.tenant);
+            }
+        }
+        let index = self.queues.iter().position(|found| found.key == *queue);
         if let Some(index) = index
             && let Some(found) = self.queues.get_mut(index)
         {
@@ -379,9 +408,9 @@ impl Drop for Permit {
             match self.held.filter(|until| *until > Instant::now()) {
                 Some(until) => {
                     state.started_at.remove(&self.number);
-                    state.held.push(Reverse((until, self.queue)));
+                    state.held.push(Reverse((until, self.queue.clone())));
                 }
-                None => state.end_exchange(self.queue, self.number),
+                None => state.end_exchange(&self.queue, self.number),
             }
         }
         admission.admit_waiting();
@@ -391,7 +420,7 @@ impl Drop for Permit {
 /// Position in a queue; dropping it leaves the queue, unless its number is zero.
 struct Waiter<'a> {
     admission: &'a Arc<Inner>,
-    queue: QueueId,
+    queue: &'a QueueId,
     number: u64,
 }
 
@@ -401,7 +430,7 @@ impl Drop for Waiter<'_> {
             return;
         }
         let mut state = self.admission.lock();
-        if let Some(index) = state.queues.iter().position(|queue| queue.key == self.queue)
+        if let Some(index) = state.queues.iter().position(|queue| queue.key == *self.queue)
             && let Some(queue) = state.queues.get_mut(index)
         {
             queue.waiting.retain(|(number, _)| *number != self.number);

@@ -4,8 +4,12 @@ use futures_util::FutureExt;
 
 use super::*;
 
+fn batch(number: u64) -> QueueId {
+    QueueId { tenant: "t".into(), batch: number }
+}
+
 fn admit_all(admission: &AdmissionQueue) -> Vec<Permit> {
-    std::iter::from_fn(|| admission.admit(1).now_or_never()?.ok()).collect()
+    std::iter::from_fn(|| admission.admit(batch(1)).now_or_never()?.ok()).collect()
 }
 
 fn end(mut admitted: Permit, taken: LimitFeedback) {
@@ -28,11 +32,11 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
     let admission = open(4);
     let mut large = admit_all(&admission);
     assert_eq!(large.len(), 4);
-    let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(admission.admit(1))).collect();
+    let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(admission.admit(batch(1)))).collect();
     for one in &mut waiting {
         assert!(one.now_or_never().is_none());
     }
-    let mut small = Box::pin(admission.admit(2));
+    let mut small = Box::pin(admission.admit(batch(2)));
     assert!((&mut small).now_or_never().is_none());
     large.pop();
     let small = small.await.unwrap();
@@ -41,11 +45,48 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
     // Canceled requests leave no state.
     drop(waiting);
     assert_eq!(admission.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(), 0);
-    assert!(admission.admit(3).now_or_never().is_some());
+    assert!(admission.admit(batch(3)).now_or_never().is_some());
     large.clear();
     assert_eq!(admission.0.lock().queues.len(), 0);
     assert_eq!(admission.0.lock().in_flight, 0);
     assert_eq!(admission.0.lock().started_at.len(), 0);
+}
+
+#[tokio::test]
+async fn permits_are_shared_by_tenant_before_they_are_shared_by_batch() {
+    let admission = open(8);
+    let of = |tenant: &str, batch| QueueId { tenant: tenant.into(), batch };
+    // Nine batches of one tenant hold and await everything, and then another tenant comes.
+    let mut greedy = Vec::new();
+    let mut waiting: Vec<_> = (0..90_u64)
+        .map(|number| Box::pin(admission.admit(of("greedy", number % 9))))
+        .filter_map(|mut one| match (&mut one).now_or_never() {
+            Some(permit) => {
+                greedy.push(permit.unwrap());
+                None
+            }
+            None => Some(one),
+        })
+        .collect();
+    assert_eq!((greedy.len(), waiting.len()), (8, 82));
+    let mut modest: Vec<_> = (0..20).map(|_| Box::pin(admission.admit(of("modest", 10)))).collect();
+    assert!(modest.iter_mut().all(|one| one.now_or_never().is_none()));
+    let mut held = Vec::new();
+    for freed in 1..=4 {
+        greedy.pop();
+        let granted = modest.iter_mut().find_map(|one| one.now_or_never());
+        held.push(granted.expect("a freed permit goes to the modest tenant").unwrap());
+        drop(modest.remove(0));
+        assert_eq!(held.len(), freed);
+    }
+    // Both tenants have four now, and take turns from here on.
+    greedy.pop();
+    assert!(modest.iter_mut().all(|one| one.now_or_never().is_none()));
+    greedy.extend(waiting.iter_mut().find_map(|one| one.now_or_never()?.ok()));
+    assert_eq!(greedy.len(), 4);
+    drop((waiting, modest, held, greedy));
+    let state = admission.0.lock();
+    assert!(state.queues.is_empty() && state.tenants.is_empty() && state.in_flight == 0);
 }
 
 #[tokio::test]
@@ -59,7 +100,7 @@ async fn hung_exchange_does_not_block_a_lowered_limit() {
         state.limit.ended(began, exchange, LimitFeedback::Refused(None), 1);
     }
     let later = Instant::now().checked_add(MIN_HANG_TIME * 2).unwrap();
-    let hanging = admission.admit(1).await.unwrap();
+    let hanging = admission.admit(batch(1)).await.unwrap();
     {
         let mut state = admission.0.lock();
         let soon = Instant::now().checked_add(MIN_HANG_TIME / 2).unwrap();
@@ -78,21 +119,21 @@ async fn hung_exchange_does_not_block_a_lowered_limit() {
 #[tokio::test]
 async fn throttle_respects_reported_remaining_requests() {
     let admission = open(8);
-    let first = admission.admit(1).await.unwrap();
+    let first = admission.admit(batch(1)).await.unwrap();
     admission.update_remaining(&first, 2, Duration::from_millis(400));
     drop(first);
     let started = Instant::now();
     for _ in 0..2 {
-        end(admission.admit(1).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
+        end(admission.admit(batch(1)).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
     }
-    end(admission.admit(1).await.unwrap(), LimitFeedback::Accepted);
+    end(admission.admit(batch(1)).await.unwrap(), LimitFeedback::Accepted);
     assert!(started.elapsed() >= Duration::from_millis(300));
 }
 
 #[tokio::test]
 async fn admit_fails_during_a_long_pause() {
     let admission = open(4);
-    let mut waiting = Box::pin(admission.admit(2));
+    let mut waiting = Box::pin(admission.admit(batch(2)));
     let mut in_flight = admit_all(&admission);
     assert!((&mut waiting).now_or_never().is_none());
     for admitted in &mut in_flight {
@@ -104,7 +145,7 @@ async fn admit_fails_during_a_long_pause() {
     let until = waiting.await.err().unwrap();
     let left = until.saturating_duration_since(Instant::now());
     assert!(left > MAX_QUEUE_WAIT && left <= Duration::from_secs(60), "{left:?}");
-    assert!(admission.admit(3).await.is_err());
+    assert!(admission.admit(batch(3)).await.is_err());
 }
 
 #[tokio::test]
@@ -112,8 +153,8 @@ async fn repeatedly_refused_request_does_not_slow_down_others() {
     let admission = open(8);
     let mut refusals = Refusals::default();
     for _ in 0..100 {
-        end(admission.admit(1).await.unwrap(), LimitFeedback::Accepted);
-        let mut alone = admission.admit(1).await.unwrap();
+        end(admission.admit(batch(1)).await.unwrap(), LimitFeedback::Accepted);
+        let mut alone = admission.admit(batch(1)).await.unwrap();
         alone.finish(LimitFeedback::Refused(Some(Duration::from_secs(60))), &mut refusals);
         drop(alone);
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::ModelRule;
 use globset::{Glob, GlobMatcher};
 
 use crate::config::RequiredPlugins;
@@ -123,6 +124,18 @@ impl Snapshot {
                 .find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
             Some(Route { plugin: plugin.clone(), model: model.to_owned() })
         })
+    }
+
+    /// Returns the route of a model that the rule of the tenant allows.
+    pub fn allowed_route(&self, tenant: &TenantId, model: &str, rule: &ModelRule) -> Option<Route> {
+        self.route(tenant, model).filter(|route| rule.allows(model, &route.model))
+    }
+
+    /// Returns the listed models that the rule of the tenant allows.
+    pub fn allowed_models(&self, tenant: &TenantId, rule: &ModelRule) -> Vec<(&str, &Plugin)> {
+        let mut models = self.models(tenant);
+        models.retain(|(model, _)| self.allowed_route(tenant, model, rule).is_some());
+        models
     }
 
     /// Returns the default model of requests to an endpoint.
