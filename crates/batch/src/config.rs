@@ -7,6 +7,7 @@ use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Size, Span};
 use batchwright_plugin::RequiredPlugins;
+use batchwright_tenancy::TenantDefaults;
 
 /// Everything that batches are configured by.
 #[derive(Clone, Debug)]
@@ -17,6 +18,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// Concurrency, retries and waiting.
     pub execution: ExecutionConfig,
+    /// Limits of projects without a value of their own.
+    pub tenant_defaults: TenantDefaults,
     /// Plugins without which no batch is created.
     pub required_plugins: RequiredPlugins,
 }

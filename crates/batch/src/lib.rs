@@ -27,6 +27,7 @@ mod health;
 mod janitor;
 mod objects;
 mod parts;
+mod policy;
 mod request;
 mod schedule;
 mod service;

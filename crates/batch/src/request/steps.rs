@@ -105,7 +105,7 @@ impl Context {
                     exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(pause).await;
                     while exchange.permit.is_none() {
-                        match plugin.gateway().admit(self.queue).await {
+                        match plugin.gateway().admit(self.queue.clone()).await {
                             Ok(permit) => exchange.permit = Some(permit),
                             Err(until) => tokio::time::sleep_until(until).await,
                         }
@@ -134,7 +134,7 @@ impl Context {
         }
         let admitted = async {
             loop {
-                let admitted = match plugin.gateway().admit(self.queue).await {
+                let admitted = match plugin.gateway().admit(self.queue.clone()).await {
                     Ok(admitted) => admitted,
                     Err(until) => {
                         let left = until.saturating_duration_since(tokio::time::Instant::now());

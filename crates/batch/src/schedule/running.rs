@@ -50,6 +50,15 @@ impl Running {
         found.is_some()
     }
 
+    /// Stops all batches of a tenant.
+    pub(crate) fn stop_tenant(&self, tenant: &TenantId, reason: Reason) {
+        for ((of_tenant, _), running) in self.lock().iter() {
+            if of_tenant == tenant {
+                running.stop.because(reason);
+            }
+        }
+    }
+
     /// Stops all batches.
     pub(crate) fn stop_all(&self, reason: Reason) {
         for running in self.lock().values() {

@@ -112,6 +112,7 @@ impl Service {
             tracing::warn!(%tenant, %error, "batch creation refused");
             return Err(CreateError::NotReady);
         }
+        let policy = self.policy(tenant).await?;
         let fingerprint = request.fingerprint(endpoint);
         let idempotency = request.idempotency_key.map(|key| Idempotency { key, fingerprint });
         let created_at = self.clock.now();
@@ -125,8 +126,9 @@ impl Service {
             expires_at: created_at.after(window),
             output_lifetime: request.output_lifetime,
         };
+        let max_open = policy.limits.max_open_batches;
         let key = idempotency.as_ref().map(|idempotency| idempotency.key.clone());
-        match self.store.create_batch(tenant, new.clone(), idempotency).await? {
+        match self.store.create_batch(tenant, new.clone(), idempotency, max_open).await? {
             Created::New => self.work_available.notify_one(),
             Created::Existing(batch) => return Ok(*batch),
             Created::Conflict => return Err(CreateError::Conflict(key.unwrap_or_default())),

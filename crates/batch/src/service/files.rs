@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use crate::objects::RegisteredWriter;
 use crate::service::Service;
+use crate::service::uploading::UploadingBytes;
 
 /// Metadata of an upload.
 #[derive(Debug)]
@@ -34,6 +35,12 @@ pub enum UploadError {
     /// The file exceeds `max_file_size`.
     #[error("The file is larger than {0} (max_file_size); split it into several.")]
     TooLarge(Size),
+    /// The project would exceed `max_stored_bytes`.
+    #[error(
+        "The files of the project would exceed its limit of stored bytes; delete files, or ask the \
+         administrator for more."
+    )]
+    NoRoom,
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -45,6 +52,8 @@ pub struct Upload {
     writer: RegisteredWriter,
     /// Memory of the writer's buffer.
     reservation: Reservation,
+    /// Bytes that count toward the limit of the project until the record exists.
+    counted: UploadingBytes,
 }
 
 /// Registered object of an upload. Dropped without a record, the object is left to the janitor.
@@ -66,6 +75,7 @@ impl Drop for PendingObject {
 impl Service {
     /// Starts an upload: registers the object and opens its writer.
     pub async fn upload(self: &Arc<Self>, tenant: &TenantId) -> batchwright_store::Result<Upload> {
+        let counted = self.begin_upload(tenant).await?;
         let file = format!("file-{}", Uuid::new_v4().simple()).into();
         let key = ObjectKey { tenant: tenant.clone(), file };
         let object = PendingObject { service: self.clone(), key: key.clone(), is_recorded: false };
@@ -76,7 +86,7 @@ impl Service {
         // upload is dropped and abandoned after that.
         let creating = tokio::spawn(async move {
             let writer = RegisteredWriter::create(store, objects, clock, key).await?;
-            Ok(Upload { object, writer, reservation })
+            Ok(Upload { object, writer, reservation, counted })
         });
         creating.await.unwrap_or(Err(StoreError::Closed))
     }
@@ -140,6 +150,9 @@ impl Upload {
         if self.writer.written().saturating_add(bytes.len() as u64) > limit.bytes() {
             return Err(UploadError::TooLarge(limit));
         }
+        if !self.counted.add(bytes.len() as u64) {
+            return Err(UploadError::NoRoom);
+        }
         let part_bytes = service.objects.part_size().target;
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(self.writer.room().min(bytes.len()));
@@ -175,7 +188,7 @@ impl Upload {
             self.writer.abort().await;
             return Err(UploadError::Empty);
         }
-        let Self { mut object, writer, reservation } = self;
+        let Self { mut object, writer, reservation, counted: _counted } = self;
         let bytes = writer.finish().await?;
         drop(reservation);
         let service = object.service.clone();
@@ -190,7 +203,9 @@ impl Upload {
             filename: new.filename,
             purpose: new.purpose,
         };
-        service.store.insert_file(&object.key.tenant, file.clone()).await?;
+        let tenant = &object.key.tenant;
+        let bounds = service.policy(tenant).await?.storage();
+        service.store.insert_file(tenant, file.clone(), bounds).await?;
         object.is_recorded = true;
         Ok(file)
     }

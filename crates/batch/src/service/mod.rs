@@ -3,14 +3,17 @@
 
 pub(crate) mod create;
 pub(crate) mod files;
+pub(crate) mod uploading;
 
 use std::sync::Arc;
 
 use batchwright_domain::clock::Clock;
-use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_domain::ids::{BatchId, ProjectId, TenantId};
+use batchwright_domain::limits::{Limits, ModelRule};
 use batchwright_domain::status::Status;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
+use batchwright_store::accounts::{Actor, ProjectRecord};
 use batchwright_store::{
     BatchError, BatchRecord, Cancel, Objects, Paged, PluginVersion, Result, Store, StoreError,
     WaitCause,
@@ -20,10 +23,12 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::objects::AbortedUploads;
 use crate::parts::{Parts, Shared};
+use crate::policy::Policy;
 use crate::schedule::breaker::Outage;
 use crate::schedule::breakers::{BreakerKey, Breakers};
 use crate::schedule::running::Running;
 use crate::schedule::stop::Reason;
+use crate::service::uploading::{Uploading, UploadingBytes};
 
 /// Batches and files of all tenants, as clients see them.
 pub struct Service {
@@ -37,6 +42,7 @@ pub struct Service {
     breakers: Arc<Breakers>,
     work_available: Arc<Notify>,
     aborted_uploads: Arc<AbortedUploads>,
+    uploading: Arc<Uploading>,
     cleanup_needed: Arc<Notify>,
 }
 
@@ -62,6 +68,7 @@ impl Service {
             breakers,
             work_available: shared.work_available.clone(),
             aborted_uploads: shared.aborted_uploads.clone(),
+            uploading: Arc::default(),
             cleanup_needed: shared.cleanup_needed.clone(),
         }
     }
@@ -134,5 +141,45 @@ impl Service {
             Ok(found)
         });
         cancelling.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Returns the policy of a tenant.
+    pub(crate) async fn policy(&self, tenant: &TenantId) -> Result<Policy> {
+        Policy::read(&*self.store, &self.config.tenant_defaults, tenant).await
+    }
+
+    /// Begins to count an upload. Fails if the project has reached a bound, before the content is
+    /// read.
+    pub(crate) async fn begin_upload(&self, tenant: &TenantId) -> Result<UploadingBytes> {
+        let bounds = self.policy(tenant).await?.storage();
+        let room = self.store.storage_room(tenant, bounds).await?;
+        Ok(self.uploading.begin(tenant.clone(), room))
+    }
+
+    /// Returns which models a tenant may use.
+    pub async fn models(&self, tenant: &TenantId) -> Result<ModelRule> {
+        Ok(self.policy(tenant).await?.models)
+    }
+
+    /// Returns the limits that hold for a project, given its own.
+    pub fn limits(&self, own: Limits) -> Limits {
+        self.config.tenant_defaults.fill(own)
+    }
+
+    /// Archives a project, and stops its batches at once. The archiving continues if its caller is
+    /// dropped.
+    pub async fn archive_project(
+        self: &Arc<Self>,
+        id: &ProjectId,
+        by: Actor,
+    ) -> Result<ProjectRecord> {
+        let (service, id) = (self.clone(), id.clone());
+        let archiving = tokio::spawn(async move {
+            let project = service.store.archive_project(&id, by).await?;
+            service.running.stop_tenant(&project.slug, Reason::Cancelled);
+            service.work_available.notify_one();
+            Ok(project)
+        });
+        archiving.await.unwrap_or(Err(StoreError::Closed))
     }
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
+use batchwright_domain::ids::TenantId;
 use batchwright_egress::QueueId;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
@@ -85,9 +86,10 @@ impl Worker {
         }
     }
 
-    /// Returns a queue number that is unique in this process.
-    fn next_queue(&self) -> QueueId {
-        self.next_queue_number.fetch_add(1, Ordering::Relaxed)
+    /// Returns the queue of a batch that begins to execute, unique in this process.
+    fn next_queue(&self, tenant: &TenantId) -> QueueId {
+        let batch = self.next_queue_number.fetch_add(1, Ordering::Relaxed);
+        QueueId { tenant: tenant.clone(), batch }
     }
 
     /// Claims and processes batches until the server closes.

@@ -139,7 +139,7 @@ impl Worker {
             stop: stop.clone(),
             leave: stop.child(),
             gate: self.gate.clone(),
-            queue: self.next_queue(),
+            queue: self.next_queue(&claim.tenant),
         });
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, to_record);

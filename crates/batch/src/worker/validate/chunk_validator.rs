@@ -8,6 +8,7 @@ use std::sync::Arc;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::ModelRule;
 use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
 use batchwright_store::{BatchRecord, PluginVersion};
@@ -28,6 +29,7 @@ pub(crate) struct ChunkValidator {
     endpoint: Endpoint,
     validators: Vec<Arc<Plugin>>,
     plugins: Arc<Snapshot>,
+    models: Arc<ModelRule>,
     hashers: [RandomState; 2],
     /// Model for requests that name no model.
     default_model: Option<String>,
@@ -62,6 +64,7 @@ impl ChunkValidator {
         tenant: &TenantId,
         batch: &BatchRecord,
         plugins: Arc<Snapshot>,
+        models: Arc<ModelRule>,
         first_model: Option<String>,
     ) -> Self {
         let endpoint = batch.new.endpoint;
@@ -77,6 +80,7 @@ impl ChunkValidator {
             validators: plugins.validators(tenant, endpoint),
             default_model: plugins.default_model(tenant, endpoint).map(str::to_owned),
             plugins,
+            models,
             hashers: [RandomState::new(), RandomState::new()],
         }
     }
@@ -236,7 +240,9 @@ impl ChunkValidator {
             match &request.model {
                 Some(_) if other_endpoint.contains(&request.line) => {}
                 Some(model) => {
-                    let route = self.plugins.route(&self.tenant, model);
+                    // A model that the project may not use looks like an unknown one.
+                    let route = self.plugins.allowed_route(&self.tenant, model, &self.models);
+                    let is_routed = route.is_some();
                     if let Some(route) = route.filter(|route| route.plugin.handles(self.endpoint)) {
                         if !providers.contains(route.plugin.name()) {
                             providers.insert(route.plugin.name().to_owned());
@@ -247,7 +253,7 @@ impl ChunkValidator {
                             "The provided model '{shown}' is not supported by the Batch API: \
                              it does not exist or is not supported"
                         );
-                        if self.plugins.route(&self.tenant, model).is_some() {
+                        if is_routed {
                             message.push_str(&format!(" for {}", self.batch.endpoint));
                         }
                         violations.push(violation(

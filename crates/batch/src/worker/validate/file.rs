@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::ModelRule;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
@@ -103,13 +104,18 @@ impl FileValidation {
     }
 
     /// Adds the available models to the first error about an unknown model.
-    pub(crate) fn explain_models(&mut self, plugins: &Snapshot, tenant: &TenantId) {
+    pub(crate) fn explain_models(
+        &mut self,
+        plugins: &Snapshot,
+        tenant: &TenantId,
+        rule: &ModelRule,
+    ) {
         let Some(error) =
             self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND.as_str())
         else {
             return;
         };
-        let models = plugins.models(tenant);
+        let models = plugins.allowed_models(tenant, rule);
         let listed: Vec<String> = models
             .iter()
             .take(MAX_LISTED_MODELS)
@@ -141,8 +147,8 @@ impl FileValidation {
         };
         if self.total > self.max_requests {
             let message = format!(
-                "The input file has more than {} requests (max_requests_per_file); \
-                 split it into several files.",
+                "The input file has more than {} requests (max_requests_per_batch of the \
+                 project, or max_requests_per_file of the server); split it into several files.",
                 self.max_requests
             );
             self.errors.insert(0, of_file(ErrorCode::TooManyRequests, message));

@@ -24,6 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::formats::input::{Input, InputLine};
 use crate::formats::line::RequestLine;
 use crate::formats::not_json;
+use crate::policy::Policy;
 use crate::worker::Worker;
 use crate::worker::validate::chunk_validator::ChunkValidator;
 use crate::worker::validate::chunks::Chunks;
@@ -93,16 +94,22 @@ impl Worker {
             .check_required(&self.config.required_plugins, tenant)
             .map_err(StoreError::NotReady)?;
         let first_model = first.as_ref().and_then(|(chunk, _)| first_model(chunk));
-        let validator = ChunkValidator::new(tenant, batch, plugins.clone(), first_model);
+        let policy = Policy::read(&*self.store, &self.config.tenant_defaults, tenant).await?;
+        let max_requests = policy.limits.max_requests_per_batch;
+        let models = Arc::new(policy.models);
+        let validator =
+            ChunkValidator::new(tenant, batch, plugins.clone(), models.clone(), first_model);
         let judged_by = validator.plugin_versions();
         // A chunk is read only after its memory is reserved.
         let rest = stream::try_unfold(chunks, async |mut chunks| {
             Ok(chunks.next().await?.map(|chunk| (chunk, chunks)))
         });
         let chunks = stream::iter(first.map(Ok)).chain(rest);
-        match self.validate_chunks(chunks, Arc::new(validator)).await? {
+        let max_requests =
+            max_requests.unwrap_or(u64::MAX).min(*self.config.batch.max_requests_per_file);
+        match self.validate_chunks(chunks, Arc::new(validator), max_requests).await? {
             Ok(mut whole) => {
-                whole.explain_models(&plugins, tenant);
+                whole.explain_models(&plugins, tenant, &models);
                 Ok(whole.verdict(judged_by))
             }
             Err(error) => Ok(FileVerdict::Rejected(vec![plugin_error(&error)], judged_by)),
@@ -114,8 +121,8 @@ impl Worker {
         &self,
         chunks: impl Stream<Item = Result<(Vec<InputLine>, Reservation)>>,
         validator: Arc<ChunkValidator>,
+        max_requests: u64,
     ) -> Result<std::result::Result<FileValidation, CallError>> {
-        let max_requests = *self.config.batch.max_requests_per_file;
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let validated = chunks
             .map(|chunk| {

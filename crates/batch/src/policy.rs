@@ -1,0 +1,33 @@
+//! Policy of a tenant: what its project may use, with the defaults of the server.
+
+use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_store::accounts::StorageBounds;
+use batchwright_store::{Result, Store};
+use batchwright_tenancy::TenantDefaults;
+
+/// Policy of a tenant at one moment.
+pub(crate) struct Policy {
+    /// Limits that hold.
+    pub limits: Limits,
+    /// Models that the tenant may use.
+    pub models: ModelRule,
+}
+
+impl Policy {
+    /// Reads the policy of a tenant.
+    pub(crate) async fn read(
+        store: &dyn Store,
+        defaults: &TenantDefaults,
+        tenant: &TenantId,
+    ) -> Result<Self> {
+        let stored = store.policy(tenant).await?;
+        Ok(Self { limits: defaults.fill(stored.limits), models: stored.models })
+    }
+
+    /// Returns the bounds of the stored files.
+    pub(crate) fn storage(&self) -> StorageBounds {
+        let Limits { max_stored_bytes, max_stored_files, .. } = self.limits;
+        StorageBounds { bytes: max_stored_bytes, files: max_stored_files }
+    }
+}
