@@ -10,12 +10,14 @@ use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{BatchRecord, Cancel, Paged, StoreError};
 
+use super::App;
 use super::error::ApiError;
 use super::json_response::{object_response, reserve, stream_list};
 use super::openapi::Errors;
-use super::params::{AnyJson, Params, QueryParams};
+use super::params::{AnyJson, Params};
+use super::query_params::QueryParams;
 use super::wire::{Batch, CreateBatch, List};
-use super::{App, Tenant};
+use crate::auth::{CancelBatches, CreateBatches, ReadBatches, Tenant};
 use crate::state::ApiState;
 
 /// Request header with the idempotency key; a parameter of the body has the same meaning.
@@ -44,7 +46,7 @@ const BATCH_ERRORS_BYTES: usize = 1 << 20;
 )]
 pub(crate) async fn create(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<CreateBatches>,
     headers: HeaderMap,
     mut params: Params,
 ) -> Result<Response, ApiError> {
@@ -64,7 +66,7 @@ pub(crate) async fn create(
         return Err(ApiError::invalid("input_file_id", ErrorCode::StringAboveMaxLength, message));
     }
     let batch = create_detached(app.clone(), tenant.0.clone(), request).await?;
-    batch_response(&app, &tenant, batch).await
+    batch_response(&app, &tenant.0, batch).await
 }
 
 /// Creates a batch on a separate task, so that a client that disconnects does not interrupt it.
@@ -80,15 +82,15 @@ async fn create_detached(
 /// Returns a batch with all of its errors. If there are many, their memory is reserved first.
 async fn batch_response(
     app: &ApiState,
-    tenant: &Tenant,
+    tenant: &TenantId,
     mut batch: BatchRecord,
 ) -> Result<Response, ApiError> {
     if !batch.has_more_errors() {
         return object_response(&Batch::from(batch), None);
     }
     let pool = &app.memory.clients;
-    let reservation = reserve(pool, &tenant.0.as_str().into(), BATCH_ERRORS_BYTES).await?;
-    batch.errors = app.service.errors(&tenant.0, &batch.new.id).await?;
+    let reservation = reserve(pool, &tenant.as_str().into(), BATCH_ERRORS_BYTES).await?;
+    batch.errors = app.service.errors(tenant, &batch.new.id).await?;
     object_response(&Batch::from(batch), Some(reservation))
 }
 
@@ -123,11 +125,11 @@ fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<St
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub(crate) async fn get(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<ReadBatches>,
     Path(id): Path<BatchId>,
 ) -> Result<Response, ApiError> {
     match app.service.get(&tenant.0, &id).await? {
-        Some(batch) => batch_response(&app, &tenant, batch).await,
+        Some(batch) => batch_response(&app, &tenant.0, batch).await,
         None => Err(batch_not_found(id.as_str())),
     }
 }
@@ -140,8 +142,8 @@ pub(crate) async fn get(
 ), responses((status = 200, body = List<Batch>, description = "Page of batches"), Errors))]
 pub(crate) async fn list(
     State(app): App,
-    tenant: Tenant,
-    mut query: QueryParams,
+    tenant: Tenant<ReadBatches>,
+    query: QueryParams,
 ) -> Result<Response, ApiError> {
     let limit = query.limit(1..=app.config.batch.max_batches_per_page.get() as u64, 20)?;
     let after = query.text("after");
@@ -171,12 +173,12 @@ pub(crate) async fn list(
     responses((status = 200, body = Batch, description = "The batch"), Errors))]
 pub(crate) async fn cancel(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<CancelBatches>,
     Path(id): Path<BatchId>,
     _: AnyJson,
 ) -> Result<Response, ApiError> {
     match app.service.cancel(&tenant.0, &id).await? {
-        Cancel::Accepted(batch) => batch_response(&app, &tenant, *batch).await,
+        Cancel::Accepted(batch) => batch_response(&app, &tenant.0, *batch).await,
         Cancel::TooLate(status) => Err(ApiError::conflict(format!(
             "Cannot cancel a batch with status '{}'.",
             status.as_str()

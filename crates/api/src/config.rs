@@ -1,5 +1,7 @@
 //! Settings of the HTTP side.
 
+use std::path::PathBuf;
+
 use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Span};
@@ -20,6 +22,10 @@ settings! {
         /// Maximum number of connections per client address; 0 is no limit, because clients
         /// behind a proxy share an address
         max_connections_per_address: usize = "0", "N";
+        /// PEM file with the certificate chain for TLS; it is read again when it changes
+        tls_certificate: Option<PathBuf> = "" (shown "none, HTTP without TLS"), "FILE";
+        /// PEM file with the private key of `tls_certificate`
+        tls_key: Option<PathBuf> = "" (shown "none"), "FILE";
         /// Host names of this server that clients may use in URLs, separated by commas;
         /// `*.example.com` allows every subdomain; IP addresses and localhost are always allowed
         allowed_hosts: HostNames = "" (shown "any; on a loopback address: none"), "LIST";

@@ -14,11 +14,12 @@ use batchwright_store::StoreError;
 use bytes::Bytes;
 use futures_util::Stream;
 
+use super::App;
 use super::error::ApiError;
 use super::files::file_not_found;
 use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
-use super::{App, Tenant};
+use crate::auth::{ReadFiles, Tenant};
 use crate::state::ApiState;
 
 /// Chunk size of a download if memory can be reserved, in bytes.
@@ -40,7 +41,7 @@ const DOWNLOAD_CHUNK_BYTES: usize = 256 << 10;
     ))]
 pub(crate) async fn download(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<ReadFiles>,
     Path(id): Path<FileId>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {

@@ -15,14 +15,17 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::io::AsyncRead;
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::App;
 use super::error::ApiError;
 use super::json_response::{UNRESERVED_BYTES, reserve};
-use super::{App, Tenant};
+use crate::auth::holder;
 
 /// Memory of one decoder, in bytes: a window of 32 KiB, tables and buffers.
 const DECODER_BYTES: usize = 64 << 10;
 
 /// Middleware that decompresses a request body according to its `Content-Encoding`.
+///
+/// Runs after authentication, because the decoder's memory is reserved for the tenant.
 pub(crate) async fn decompress(State(app): App, request: Request, next: Next) -> Response {
     let encodings: Vec<String> = request
         .headers()
@@ -47,9 +50,9 @@ pub(crate) async fn decompress(State(app): App, request: Request, next: Next) ->
         let error = ApiError::client_error(StatusCode::UNSUPPORTED_MEDIA_TYPE, message);
         return error.with_code(ErrorCode::UnsupportedContentEncoding).into_response();
     }
-    let tenant = Tenant::for_request(&request);
+    let holder = holder(request.extensions());
     let pool = &app.memory.clients;
-    let reservation = match reserve(pool, &tenant.0.as_str().into(), DECODER_BYTES).await {
+    let reservation = match reserve(pool, &holder, DECODER_BYTES).await {
         Ok(reservation) => reservation,
         Err(error) => return error.into_response(),
     };

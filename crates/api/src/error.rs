@@ -6,12 +6,16 @@ use axum::response::{IntoResponse, Response};
 use batchwright_batch::{CreateError, UploadError};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::StoreError;
+use batchwright_store::accounts::Refusal;
 
 use super::data_rate::BodyTooSlow;
 use super::wire;
 
 /// Response header that overrides the automatic retries of the SDKs.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// Value of `Retry-After` for a project at its limit of open batches, in seconds.
+const OPEN_BATCH_RETRY_SECONDS: u32 = 60;
 
 /// Error of a request: status, error object and retry headers.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +67,60 @@ impl ApiError {
     /// Returns a 404.
     pub(crate) fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    /// Returns a 401, which the SDKs raise as an authentication error.
+    pub(crate) fn unauthenticated(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+            .with_code(ErrorCode::InvalidApiKey)
+    }
+
+    /// Returns a 403.
+    pub(crate) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message)
+    }
+
+    /// Returns the 403 of a client that wants to create something in an archived project.
+    pub(crate) fn project_archived() -> Self {
+        Self::forbidden(
+            "The project of this API key is archived: its data can be read and deleted, and \
+             nothing can be created.",
+        )
+        .with_code(ErrorCode::ProjectArchived)
+    }
+
+    /// Returns the error of a client whose project allows no more.
+    fn refused(refusal: Refusal) -> Self {
+        let (code, message) = match refusal {
+            Refusal::Archived => return Self::project_archived(),
+            Refusal::StoredBytes(limit) => (
+                ErrorCode::StorageLimitExceeded,
+                format!(
+                    "The files of the project would exceed its limit of {limit} bytes; delete \
+                     files, or ask the administrator for more."
+                ),
+            ),
+            Refusal::StoredFiles(limit) => (
+                ErrorCode::FileLimitExceeded,
+                format!(
+                    "The project has reached its limit of {limit} files; delete files, or ask the \
+                     administrator for more."
+                ),
+            ),
+            Refusal::OpenBatches(limit) => {
+                let message = format!(
+                    "The project has reached its limit of {limit} batches that have not ended; \
+                     try again when one has ended."
+                );
+                return Self {
+                    retry_after: Some(OPEN_BATCH_RETRY_SECONDS),
+                    code: Some(ErrorCode::OpenBatchLimitExceeded),
+                    ..Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
+                };
+            }
+            refusal => return Self::not_found(format!("The request was refused: {refusal}.")),
+        };
+        Self::bad_request(message).with_code(code)
     }
 
     /// Sets the error code.
@@ -148,6 +206,7 @@ impl From<StoreError> for ApiError {
                     ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
                 }
             }
+            StoreError::Refused(refusal) => Self::refused(refusal),
             StoreError::Closed => {
                 Self::unavailable("The server is shutting down; try again in a moment.")
             }
@@ -189,6 +248,9 @@ impl From<UploadError> for ApiError {
             UploadError::TooLarge(_) => {
                 Self::too_large(message).with_param("file").with_code(ErrorCode::FileTooLarge)
             }
+            UploadError::NoRoom => {
+                Self::bad_request(message).with_code(ErrorCode::StorageLimitExceeded)
+            }
             UploadError::Store(error) => error.into(),
         }
     }
@@ -208,6 +270,10 @@ impl IntoResponse for ApiError {
         if let Some(retry) = self.should_retry {
             let value = HeaderValue::from_static(if retry { "true" } else { "false" });
             response.headers_mut().insert(SHOULD_RETRY, value);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let value = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
         }
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));

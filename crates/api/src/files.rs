@@ -12,14 +12,16 @@ use batchwright_domain::ids::FileId;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{FileQuery, Order, Paged};
 
+use super::App;
 use super::batches::unknown_after;
 use super::error::ApiError;
 use super::json_response::stream_list;
 use super::multipart::{Form, Part};
 use super::openapi::Errors;
-use super::params::{Params, QueryParams, check_anchor, check_lifetime, missing_parameter};
+use super::params::{Params, check_anchor, check_lifetime, missing_parameter};
+use super::query_params::QueryParams;
 use super::wire::{Deleted, Direction, File, List, UploadForm};
-use super::{App, Tenant};
+use crate::auth::{DeleteFiles, ReadFiles, Tenant, UploadFiles};
 
 /// Purposes that an upload may have. The server itself uses `batch_output` for result files.
 const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];
@@ -34,7 +36,7 @@ const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub(crate) async fn upload(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<UploadFiles>,
     request: Request,
 ) -> Result<Json<File>, ApiError> {
     let mut form = Form::read(request)?;
@@ -159,7 +161,7 @@ impl Parts {
     responses((status = 200, body = File, description = "The file"), Errors))]
 pub(crate) async fn get(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<ReadFiles>,
     Path(id): Path<FileId>,
 ) -> Result<Json<File>, ApiError> {
     match app.service.file(&tenant.0, &id).await? {
@@ -179,21 +181,11 @@ pub(crate) async fn get(
 ), responses((status = 200, body = List<File>, description = "Page of files"), Errors))]
 pub(crate) async fn list(
     State(app): App,
-    tenant: Tenant,
-    mut query: QueryParams,
+    tenant: Tenant<ReadFiles>,
+    query: QueryParams,
 ) -> Result<Response, ApiError> {
     let after = query.text("after");
-    let order = match query.text("order").as_deref() {
-        None | Some("desc") => Order::NewestFirst,
-        Some("asc") => Order::OldestFirst,
-        Some(_) => {
-            return Err(ApiError::invalid(
-                "order",
-                ErrorCode::InvalidValue,
-                "Invalid 'order'. Supported values are: 'asc', 'desc'.",
-            ));
-        }
-    };
+    let order = query.order(Order::NewestFirst)?;
     let max = app.config.batch.max_files_per_page.get() as u64;
     let limit = query.limit(1..=max, max)?;
     let (purpose, now) = (query.text("purpose"), app.clock.now());
@@ -227,7 +219,7 @@ const BYTES_PER_ENTRY: usize = 700;
     responses((status = 200, body = Deleted, description = "The file is deleted"), Errors))]
 pub(crate) async fn delete(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<DeleteFiles>,
     Path(id): Path<FileId>,
 ) -> Result<Json<Deleted>, ApiError> {
     if app.service.delete_file(&tenant.0, &id).await? {

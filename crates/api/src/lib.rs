@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
+mod auth;
 mod batches;
 mod config;
 mod connections;
@@ -22,31 +23,36 @@ mod json_response;
 mod models;
 mod multipart;
 mod openapi;
+mod organization;
 mod origin_guard;
 mod params;
 mod path;
 mod plugins;
+mod query_params;
 mod server;
 mod state;
+mod tls;
 mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Request};
-use axum::http::request::Parts;
+pub use auth::Authenticator;
+use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use batchwright_batch::{BatchConfig, Engine};
-use batchwright_domain::ids::{DEFAULT_TENANT, TenantId};
 use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
 use error::ApiError;
+pub use organization::OperatorApi;
+use organization::Organization;
 pub use server::{serve, serve_admin};
 use state::ApiState;
+pub use tls::{Tls, TlsError};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::openapi::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
@@ -66,23 +72,6 @@ const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 type App = axum::extract::State<Arc<ApiState>>;
 
-/// Tenant of a request. The only tenant is `default`, because requests carry no API keys yet.
-struct Tenant(TenantId);
-
-impl Tenant {
-    fn for_request(_: &Request) -> Self {
-        Self(DEFAULT_TENANT.into())
-    }
-}
-
-impl<S: Sync> FromRequestParts<S> for Tenant {
-    type Rejection = std::convert::Infallible;
-
-    async fn from_request_parts(_: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self(DEFAULT_TENANT.into()))
-    }
-}
-
 /// Returns the routes below a prefix, and their description without limits.
 fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
     let api = OpenApiRouter::new()
@@ -101,6 +90,7 @@ fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
     let (_, model) =
         OpenApiRouter::<Arc<ApiState>>::new().routes(routes!(models::get)).split_for_parts();
     description.merge(model);
+    description.merge(organization::routes().1);
     let api = api.route("/models/{*id}", get(models::get));
     (api, description)
 }
@@ -111,19 +101,39 @@ pub fn openapi_document(limits: &BatchConfig) -> serde_json::Value {
 }
 
 /// Returns the router of the API, for a listener on `address`.
-pub fn router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
+///
+/// `authenticator` decides who sends a request.
+pub fn router(
+    engine: &Engine,
+    authenticator: &Arc<Authenticator>,
+    settings: &ApiConfig,
+    address: SocketAddr,
+) -> Router {
     let app = ApiState::new(engine);
+    let parts = engine.parts();
+    let administration = Organization::of_server(
+        parts.store.clone(),
+        parts.clock.clone(),
+        parts.memory.clone(),
+        engine.service().clone(),
+        authenticator.clone(),
+    );
     let (api, description) = routes();
     let document = Json(openapi::document(description, &app.config.batch));
     let mut router = health_routes().route("/openapi.json", get(async move || document));
+    let below_prefix: Router<Arc<ApiState>> = api
+        .with_state(app.clone())
+        .merge(organization::routes().0.with_state(administration))
+        .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
+        .layer(middleware::from_fn_with_state(authenticator.clone(), auth::identify))
+        .with_state(());
     for prefix in ROUTE_PREFIXES {
-        router = router.nest(prefix, api.clone());
+        router = router.nest(prefix, below_prefix.clone());
     }
     let router = router
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY_BYTES))
-        .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
         .layer(middleware::from_fn_with_state(
             OriginPolicy::new(settings, address),
             origin_guard::guard,

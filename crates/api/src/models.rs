@@ -5,18 +5,23 @@ use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_plugin::Plugin;
 
+use super::App;
 use super::error::ApiError;
 use super::openapi::Errors;
 use super::wire::{List, Model};
-use super::{App, Tenant};
+use crate::auth::{ReadModels, Tenant};
 
 /// Lists the models that a request can name
 #[utoipa::path(get, path = "/models", tag = "Models",
     responses((status = 200, body = List<Model>, description = "All models"), Errors))]
-pub(crate) async fn list(State(app): App, tenant: Tenant) -> Json<List<Model>> {
+pub(crate) async fn list(
+    State(app): App,
+    tenant: Tenant<ReadModels>,
+) -> Result<Json<List<Model>>, ApiError> {
     let plugins = app.registry.current();
-    let models = plugins.models(&tenant.0);
-    Json(List::new(models.into_iter().map(|(name, plugin)| model(name, plugin)).collect(), false))
+    let rule = app.service.models(&tenant.0).await?;
+    let models = plugins.allowed_models(&tenant.0, &rule).into_iter();
+    Ok(Json(List::new(models.map(|(name, plugin)| model(name, plugin)).collect(), false)))
 }
 
 /// Returns a model
@@ -25,10 +30,11 @@ pub(crate) async fn list(State(app): App, tenant: Tenant) -> Json<List<Model>> {
     responses((status = 200, body = Model, description = "The model"), Errors))]
 pub(crate) async fn get(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<ReadModels>,
     Path(id): Path<String>,
 ) -> Result<Json<Model>, ApiError> {
-    match app.registry.current().route(&tenant.0, &id) {
+    let rule = app.service.models(&tenant.0).await?;
+    match app.registry.current().allowed_route(&tenant.0, &id, &rule) {
         Some(route) => Ok(Json(model(&id, &route.plugin))),
         None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
             .with_param("model")

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use batchwright_batch::BatchConfig;
 use batchwright_domain::endpoint::Endpoint;
+use batchwright_tenancy::Scopes;
 use serde_json::{Value, json};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
     ContentBuilder, HeaderBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder,
     ResponsesBuilder, ServerBuilder,
@@ -38,7 +40,8 @@ impl IntoResponses for Errors {
 /// Returns the complete document: adds the servers, the error object and the limits to `generated`.
 pub(crate) fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value {
     generated.info.title = "Batchwright".into();
-    generated.info.description = Some("The OpenAI Batch API: files, batches, models.".into());
+    let description = "The OpenAI Batch API (files, batches, models), projects and their keys.";
+    generated.info.description = Some(description.into());
     generated.servers = Some(
         ROUTE_PREFIXES.iter().map(|prefix| ServerBuilder::new().url(*prefix).build()).collect(),
     );
@@ -47,6 +50,9 @@ pub(crate) fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value 
     ErrorBody::schemas(&mut schemas);
     schemas.push((ErrorBody::name().into(), ErrorBody::schema()));
     components.schemas.extend(schemas);
+    let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+    components.add_security_scheme("key", SecurityScheme::Http(bearer));
+    generated.security = Some(vec![SecurityRequirement::new("key", Vec::<String>::new())]);
     let mut document = serde_json::to_value(&generated).unwrap_or_default();
     for (pointer, value) in [
         (
@@ -69,6 +75,7 @@ pub(crate) fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value 
             "/components/schemas/CreateBatch/properties/metadata/propertyNames",
             json!({"type": "string", "maxLength": settings.max_metadata_key}),
         ),
+        ("/components/schemas/KeyScope", json!({"type": "string", "enum": Scopes::all().names()})),
         (
             "/components/schemas/UploadForm/dependentRequired",
             json!({

@@ -1,7 +1,7 @@
 //! Protection from foreign web pages.
 //!
 //! **Threat.** A browser on this machine, or inside the network, sends requests on behalf of pages
-//! of other sites. The API has no keys, so the server would treat each as a request of the user.
+//! of other sites. Without keys, the server would treat each as a request of the user.
 //!
 //! - Cross-site requests: a page submits a form, or calls `fetch` with a content type that needs no
 //!   preflight request. The browser sends these without asking the server. The page cannot read the

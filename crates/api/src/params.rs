@@ -1,31 +1,33 @@
 //! Parameters of a request, from a JSON body or a query. Each error names its parameter.
 
-use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::HttpBody;
-use axum::extract::{FromRequest, FromRequestParts, Query, Request};
-use axum::http::request::Parts;
+use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
-use batchwright_memory::Reservation;
+use batchwright_memory::{Memory, Reservation};
 use batchwright_store::Metadata;
 use bytes::BytesMut;
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
+use super::MAX_JSON_BODY_BYTES;
 use super::error::ApiError;
 use super::json_response::{UNRESERVED_BYTES, reserve};
-use super::{MAX_JSON_BODY_BYTES, Tenant};
+use crate::auth::holder;
 use crate::state::ApiState;
 
 /// Valid lifetimes of a file, in seconds.
 const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;
+
+/// Valid values of a limit of a project: every integer that JSON parsers agree on.
+const LIMIT_VALUES: RangeInclusive<u64> = 0..=1_000_000_000_000_000;
 
 /// Byte order mark, with which some editors and clients begin a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -40,11 +42,23 @@ pub(crate) struct Params {
 /// values.
 const BODY_MEMORY_BYTES: usize = 10 * MAX_JSON_BODY_BYTES;
 
-impl FromRequest<Arc<ApiState>> for Params {
+impl<S: HasMemory + Send + Sync> FromRequest<S> for Params {
     type Rejection = Response;
 
-    async fn from_request(request: Request, app: &Arc<ApiState>) -> Result<Self, Response> {
-        Self::read(request, app).await.map_err(IntoResponse::into_response)
+    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
+        Self::read(request, state.memory()).await.map_err(IntoResponse::into_response)
+    }
+}
+
+/// State of handlers that has the memory pools of the server.
+pub(crate) trait HasMemory {
+    /// Returns the memory pools.
+    fn memory(&self) -> &Memory;
+}
+
+impl HasMemory for Arc<ApiState> {
+    fn memory(&self) -> &Memory {
+        &self.memory
     }
 }
 
@@ -92,8 +106,8 @@ fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
 
 impl Params {
     /// Reads and parses the body of a request.
-    async fn read(request: Request, app: &ApiState) -> Result<Self, ApiError> {
-        let tenant = Tenant::for_request(&request);
+    async fn read(request: Request, memory: &Memory) -> Result<Self, ApiError> {
+        let holder = holder(request.extensions());
         check_json(request.headers())?;
         let mut body = request.into_body();
         let (mut bytes, mut reservation) = (BytesMut::new(), None);
@@ -113,9 +127,8 @@ impl Params {
                 )));
             }
             if reservation.is_none() && length > UNRESERVED_BYTES {
-                let pool = &app.memory.clients;
-                reservation =
-                    Some(reserve(pool, &tenant.0.as_str().into(), BODY_MEMORY_BYTES).await?);
+                let pool = &memory.clients;
+                reservation = Some(reserve(pool, &holder, BODY_MEMORY_BYTES).await?);
             }
             bytes.extend_from_slice(&data);
         }
@@ -164,6 +177,54 @@ impl Params {
     /// Removes a required string. Fails if it is absent or has another type.
     pub(crate) fn string(&mut self, name: &str) -> Result<String, ApiError> {
         self.optional_string(name)?.ok_or_else(|| missing_parameter(name))
+    }
+
+    /// Removes an optional integer. Fails if it is outside `range`.
+    pub(crate) fn optional_integer(
+        &mut self,
+        name: &str,
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<u64>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(value) if is_integer(&value) => as_integer(&value)
+                .filter(|number| range.contains(number))
+                .map(Some)
+                .ok_or_else(|| out_of_range(name, &range, &value.to_string())),
+            Some(other) => Err(wrong_type(name, "an integer", &other)),
+        }
+    }
+
+    /// Removes a limit to change: none if it is absent, and an inner none if it is null.
+    pub(crate) fn limit_change(&mut self, name: &str) -> Result<Option<Option<u64>>, ApiError> {
+        if self.values.get(name).is_some_and(Value::is_null) {
+            self.values.remove(name);
+            return Ok(Some(None));
+        }
+        Ok(self.optional_integer(name, LIMIT_VALUES)?.map(Some))
+    }
+
+    /// Removes an optional boolean. Fails if it has another type.
+    pub(crate) fn optional_boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(wrong_type(name, "a boolean", &other)),
+        }
+    }
+
+    /// Removes an optional array of strings. Fails if it has another type.
+    pub(crate) fn optional_strings(&mut self, name: &str) -> Result<Option<Vec<String>>, ApiError> {
+        let items = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Array(items)) => items,
+            Some(other) => return Err(wrong_type(name, "an array", &other)),
+        };
+        let text = |(index, item)| match item {
+            Value::String(text) => Ok(text),
+            other => Err(wrong_type(&format!("{name}[{index}]"), "a string", &other)),
+        };
+        items.into_iter().enumerate().map(text).collect::<Result<_, _>>().map(Some)
     }
 
     /// Removes an optional object of strings. Fails if it exceeds the limits in the settings.
@@ -307,7 +368,8 @@ pub(crate) fn check_lifetime(
         .ok_or_else(|| out_of_range(name, &FILE_LIFETIME_SECONDS, &truncate_for_message(text)))
 }
 
-fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
+/// Returns the 400 of a number outside its range.
+pub(crate) fn out_of_range(name: &str, range: &RangeInclusive<u64>, given: &str) -> ApiError {
     let (min, max) = (range.start(), range.end());
     let message = format!(
         "Invalid '{name}': expected an integer from {min} to {max}, but got '{given}' instead."
@@ -334,44 +396,5 @@ fn type_name(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
-    }
-}
-
-/// Parameters of the query of a URL. Unknown ones are ignored, because proxies and SDKs add some.
-pub(crate) struct QueryParams(HashMap<String, String>);
-
-impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        match Query::from_request_parts(parts, state).await {
-            Ok(Query(params)) => Ok(Self(params)),
-            Err(rejection) => {
-                Err(ApiError::bad_request(format!("The query could not be read: {rejection}.")))
-            }
-        }
-    }
-}
-
-impl QueryParams {
-    /// Removes a parameter. None if it is absent or empty: some clients send every parameter.
-    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
-        self.0.remove(name).filter(|value| !value.is_empty())
-    }
-
-    /// Removes the parameter `limit`. Fails if it is outside `range`.
-    pub(crate) fn limit(
-        &mut self,
-        range: RangeInclusive<u64>,
-        default: u64,
-    ) -> Result<usize, ApiError> {
-        let number = match self.text("limit") {
-            None => default,
-            Some(text) => match text.parse() {
-                Ok(number) if range.contains(&number) => number,
-                _ => return Err(out_of_range("limit", &range, &text)),
-            },
-        };
-        Ok(usize::try_from(number).unwrap_or(usize::MAX))
     }
 }

@@ -4,11 +4,12 @@ use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::ids::BatchId;
 
+use super::App;
 use super::batches::batch_not_found;
 use super::error::ApiError;
 use super::openapi::Errors;
 use super::wire::{BatchPlugins, Collection, OperatorPlugin, Plugin};
-use super::{App, Tenant};
+use crate::auth::{ReadBatches, ReadModels, Tenant};
 
 /// Lists the plugins, including those that do not load
 ///
@@ -19,13 +20,17 @@ use super::{App, Tenant};
         (status = 200, body = Collection<Plugin>, description = "All plugins, ordered by name"),
         Errors,
     ))]
-pub(crate) async fn list(State(app): App, tenant: Tenant) -> Json<Collection<Plugin>> {
+pub(crate) async fn list(
+    State(app): App,
+    tenant: Tenant<ReadModels>,
+) -> Result<Json<Collection<Plugin>>, ApiError> {
     let plugins = app.registry.current();
+    let rule = app.service.models(&tenant.0).await?;
     let outages = app.service.outages();
     let visible = plugins.entries.iter().filter(|entry| entry.is_shown_to(&tenant.0));
-    Json(Collection::new(
-        visible.map(|entry| Plugin::from(entry).with_outage(&outages, &tenant.0)).collect(),
-    ))
+    let shown =
+        |entry| Plugin::from(entry).with_outage(&outages, &tenant.0).with_rule(&rule, entry);
+    Ok(Json(Collection::new(visible.map(shown).collect())))
 }
 
 /// Lists the plugins for the operator, with full error messages and the outages of all tenants.
@@ -47,7 +52,7 @@ pub(crate) async fn list_for_operator(State(app): App) -> Json<Collection<Operat
     responses((status = 200, body = BatchPlugins, description = "Plugins of the batch"), Errors))]
 pub(crate) async fn of_batch(
     State(app): App,
-    tenant: Tenant,
+    tenant: Tenant<ReadBatches>,
     Path(id): Path<BatchId>,
 ) -> Result<Json<BatchPlugins>, ApiError> {
     let found = app.service.plugins(&tenant.0, &id).await?;

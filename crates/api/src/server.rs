@@ -20,16 +20,20 @@ use hyper_util::server::conn::auto::Builder;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use super::auth::ClientAddress;
 use super::config::ApiConfig;
 use super::connections::{Connection, Connections, IdleTimeouts, ResponseBody};
 use super::data_rate::PacedStream;
 use super::error::ApiError;
 use super::http2_streams::StreamBody;
 use super::path::normalized;
+use super::tls::Tls;
 
 /// Delay after a failed `accept`. The usual cause is a lack of file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -65,11 +69,13 @@ pub async fn serve(
     listener: TcpListener,
     router: Router,
     settings: &ApiConfig,
+    tls: Option<Arc<Tls>>,
     shutdown: impl Future<Output = ()>,
 ) {
     let connections =
         Connections::new(settings.max_connections.get(), settings.max_connections_per_address);
-    listen(listener, router, settings, connections, shutdown).await;
+    let port = Port { listener, tls };
+    listen(port, router, settings, connections, shutdown).await;
 }
 
 /// Serves the admin listener until `shutdown`. Its connections do not count toward those of the
@@ -80,11 +86,18 @@ pub async fn serve_admin(
     settings: &ApiConfig,
     shutdown: impl Future<Output = ()>,
 ) {
-    listen(listener, router, settings, Connections::new(MAX_ADMIN_CONNECTIONS, 0), shutdown).await;
+    let connections = Connections::new(MAX_ADMIN_CONNECTIONS, 0);
+    listen(Port { listener, tls: None }, router, settings, connections, shutdown).await;
+}
+
+/// Socket that accepts connections, and how they are encrypted.
+struct Port {
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
 }
 
 async fn listen(
-    listener: TcpListener,
+    Port { listener, tls }: Port,
     router: Router,
     settings: &ApiConfig,
     connections: Arc<Connections>,
@@ -118,8 +131,25 @@ async fn listen(
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(timeout));
         let stream = PacedStream::new(Box::pin(stream), connection.clone(), timeout);
-        let context = Context { router: router.clone(), connection, timeouts, timeout };
-        tasks.spawn(serve_connection(builder.clone(), stream, context, draining.clone()));
+        let address = ClientAddress(address.ip());
+        let context = Context { router: router.clone(), address, connection, timeouts, timeout };
+        let (builder, draining, tls) = (builder.clone(), draining.clone(), tls.clone());
+        tasks.spawn(async move {
+            let stream = match tls {
+                None => Either::Left(stream),
+                Some(tls) => {
+                    match draining.run_until_cancelled(encrypt(&tls, stream, &context)).await {
+                        Some(Ok(stream)) => Either::Right(stream),
+                        Some(Err(error)) => {
+                            tracing::debug!(%error, "TLS handshake failed");
+                            return;
+                        }
+                        None => return,
+                    }
+                }
+            };
+            serve_connection(builder, stream, context, draining).await;
+        });
     }
     drop(listener);
     draining.cancel();
@@ -155,15 +185,32 @@ fn builder(client_timeout: Duration) -> Builder<TokioExecutor> {
 #[derive(Clone)]
 struct Context {
     router: Router,
+    address: ClientAddress,
     connection: Arc<Connection>,
     timeouts: IdleTimeouts,
     /// Setting `client_timeout`.
     timeout: Duration,
 }
 
+/// Connection without encryption.
+type PlainStream = PacedStream<Pin<Box<TimeoutStream<TcpStream>>>>;
+
+/// Performs the TLS handshake, within the timeout for the head of a request.
+async fn encrypt(
+    tls: &Tls,
+    stream: PlainStream,
+    context: &Context,
+) -> std::io::Result<TlsStream<PlainStream>> {
+    let handshake = tokio::time::timeout(context.timeouts.head, tls.accept(stream));
+    tokio::select! {
+        handshake = handshake => handshake.map_err(std::io::Error::from)?,
+        () = context.connection.close.cancelled() => Err(std::io::ErrorKind::TimedOut.into()),
+    }
+}
+
 async fn serve_connection(
     builder: Builder<TokioExecutor>,
-    stream: PacedStream<Pin<Box<TimeoutStream<TcpStream>>>>,
+    stream: Either<PlainStream, TlsStream<PlainStream>>,
     context: Context,
     draining: CancellationToken,
 ) {
@@ -216,10 +263,11 @@ async fn close_grace_over(connection: &Connection) {
 }
 
 async fn respond(context: Context, request: Request<Incoming>) -> Result<Response, Infallible> {
-    let Context { router, connection, timeout, .. } = context;
+    let Context { router, address, connection, timeout, .. } = context;
     let is_multiplexed = request.version() == Version::HTTP_2;
     let guard = connection.begin_request(is_multiplexed);
     let mut request = request.map(Body::new);
+    request.extensions_mut().insert(address);
     if let Some(uri) = normalized(request.uri()) {
         *request.uri_mut() = uri;
     }

@@ -1,5 +1,7 @@
 //! JSON objects of the API. Every key is always present; an absent value is an explicit null.
 
+pub(crate) mod organization;
+pub(crate) mod organization_requests;
 mod plugins;
 
 use std::collections::BTreeMap;

@@ -2,6 +2,7 @@
 
 use batchwright_batch::{BreakerKey, Outage};
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::ModelRule;
 use batchwright_plugin::Entry;
 use batchwright_plugin::types::Kind;
 use batchwright_store::PluginVersion;
@@ -149,6 +150,15 @@ impl Plugin {
         let found =
             outages.iter().find(|(key, _)| key.plugin == self.name && key.tenant == *tenant);
         Self { waiting: found.map(|(_, outage)| Waiting::from(outage)), ..self }
+    }
+
+    /// Removes the models that the rule of a tenant does not allow.
+    pub(crate) fn with_rule(mut self, rule: &ModelRule, entry: &Entry) -> Self {
+        if let Some(plugin) = &entry.serving {
+            let aliases = &plugin.routing().aliases;
+            self.models.retain(|name| rule.allows(name, aliases.get(name).unwrap_or(name)));
+        }
+        self
     }
 }
 

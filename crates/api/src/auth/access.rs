@@ -1,0 +1,130 @@
+//! Access of a handler: the scope that it needs, and the tenant that it gets.
+
+use std::marker::PhantomData;
+
+use axum::extract::FromRequestParts;
+use axum::http::Extensions;
+use axum::http::request::Parts;
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::{KeyId, TenantId};
+use batchwright_memory::Holder;
+use batchwright_store::accounts::Actor;
+use batchwright_tenancy::{Principal, Scope};
+
+use super::ClientAddress;
+use crate::error::ApiError;
+
+/// Access of a handler to the data of a tenant.
+pub(crate) trait Access {
+    /// Scope that the key needs.
+    const SCOPE: Scope;
+    /// True if the handler creates something, which an archived project does not allow.
+    const CREATES: bool = false;
+}
+
+macro_rules! accesses {
+    ($($(#[doc = $doc:literal])+ $name:ident: $scope:ident $(, creates $creates:literal)?;)+) => {
+        $(
+            $(#[doc = $doc])+
+            pub(crate) enum $name {}
+
+            impl Access for $name {
+                const SCOPE: Scope = Scope::$scope;
+                $(const CREATES: bool = $creates;)?
+            }
+        )+
+    };
+}
+
+accesses! {
+    /// Reads batches.
+    ReadBatches: BatchRead;
+    /// Creates batches.
+    CreateBatches: BatchWrite, creates true;
+    /// Cancels batches.
+    CancelBatches: BatchWrite;
+    /// Reads files.
+    ReadFiles: FilesRead;
+    /// Uploads files.
+    UploadFiles: FilesWrite, creates true;
+    /// Deletes files.
+    DeleteFiles: FilesWrite;
+    /// Reads models and plugins.
+    ReadModels: ModelRead;
+}
+
+/// Tenant of a request whose key allows the access `A`.
+pub(crate) struct Tenant<A>(pub TenantId, PhantomData<A>);
+
+impl<S: Sync, A: Access> FromRequestParts<S> for Tenant<A> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        match principal(&parts.extensions)? {
+            Principal::Project(project) if !project.scopes.contains(A::SCOPE) => {
+                let scope = A::SCOPE.as_str();
+                Err(ApiError::forbidden(format!(
+                    "You have insufficient permissions for this operation. Missing scope: {scope}."
+                ))
+                .with_code(ErrorCode::MissingScope))
+            }
+            // This check saves the client an upload that the store would refuse.
+            Principal::Project(project) if A::CREATES && project.is_archived => {
+                Err(ApiError::project_archived())
+            }
+            Principal::Project(project) => Ok(Self(project.tenant.clone(), PhantomData)),
+            Principal::Admin(_) | Principal::Operator => Err(ApiError::forbidden(
+                "An admin key has no access to the data of projects; use the key of a project.",
+            )
+            .with_code(ErrorCode::ProjectKeyRequired)),
+        }
+    }
+}
+
+/// Administrator who sends a request.
+pub(crate) struct Admin {
+    key: Option<KeyId>,
+    address: Option<String>,
+}
+
+impl Admin {
+    /// Returns the administrator as the actor of a change, for the audit log.
+    pub(crate) fn actor(&self, at: Timestamp) -> Actor {
+        Actor { key: self.key.clone(), address: self.address.clone(), at }
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let address =
+            parts.extensions.get::<ClientAddress>().map(|ClientAddress(ip)| ip.to_string());
+        match principal(&parts.extensions)? {
+            Principal::Admin(key) => Ok(Self { key: Some(key.clone()), address }),
+            Principal::Operator => Ok(Self { key: None, address }),
+            Principal::Project(project) if project.key.is_none() => Err(ApiError::unauthenticated(
+                "This server has no keys. Create the first admin key with \
+                     'batchwright admin key create' while the server is stopped.",
+            )),
+            Principal::Project(_) => Err(ApiError::forbidden(
+                "You have insufficient permissions for this operation; use an admin key.",
+            )
+            .with_code(ErrorCode::AdminKeyRequired)),
+        }
+    }
+}
+
+/// Returns the principal that authentication put into a request.
+fn principal(extensions: &Extensions) -> Result<&Principal, ApiError> {
+    extensions.get().ok_or_else(|| ApiError::internal("a request was not authenticated"))
+}
+
+/// Returns the holder of memory that a request takes: the tenant, or the administration.
+pub(crate) fn holder(extensions: &Extensions) -> Holder {
+    match extensions.get::<Principal>() {
+        Some(Principal::Project(project)) => project.tenant.as_str().into(),
+        _ => "/administration".into(),
+    }
+}

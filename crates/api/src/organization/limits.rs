@@ -1,0 +1,140 @@
+//! `/organization/projects/{project}/limits`, which the OpenAI API does not have, and
+//! `/organization/projects/{project}/model_permissions`.
+
+use std::collections::BTreeSet;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::ProjectId;
+use batchwright_domain::limits::ModelRule;
+use batchwright_store::accounts::{LimitChanges, ProjectPolicy, ProjectUse};
+
+use super::{Administration, Organization, failed, project_not_found};
+use crate::auth::Admin;
+use crate::error::ApiError;
+use crate::openapi::Errors;
+use crate::params::{Params, missing_parameter};
+use crate::wire::organization::{
+    DeletedModelPermissions, ModelPermissionsObject, ProjectLimitsObject,
+};
+use crate::wire::organization_requests::{UpdateLimits, UpdateModelPermissions};
+
+/// Maximum number of models in a rule.
+const MAX_MODELS: usize = 1000;
+
+/// Returns the limits of a project, with the server's defaults, and what the project uses
+#[utoipa::path(get, path = "/organization/projects/{project}/limits", tag = "Organization",
+    params(("project" = String, Path, description = "Id of the project")),
+    responses((status = 200, body = ProjectLimitsObject, description = "The limits"), Errors))]
+pub(crate) async fn get(
+    State(organization): Administration,
+    _: Admin,
+    Path(id): Path<ProjectId>,
+) -> Result<Json<ProjectLimitsObject>, ApiError> {
+    let (policy, used) = policy(&organization, &id).await?;
+    let effective = match &organization.service {
+        Some(service) => service.limits(policy.limits),
+        None => policy.limits,
+    };
+    Ok(Json(ProjectLimitsObject::new(effective, policy.limits, used)))
+}
+
+/// Changes limits of a project
+///
+/// A limit that is null is the default of the server again. A limit below what is used deletes
+/// nothing: it refuses what is new.
+#[utoipa::path(post, path = "/organization/projects/{project}/limits", tag = "Organization",
+    params(("project" = String, Path, description = "Id of the project")),
+    request_body = UpdateLimits,
+    responses((status = 200, body = ProjectLimitsObject, description = "The limits"), Errors))]
+pub(crate) async fn update(
+    State(organization): Administration,
+    admin: Admin,
+    Path(id): Path<ProjectId>,
+    mut params: Params,
+) -> Result<Json<ProjectLimitsObject>, ApiError> {
+    let changes = LimitChanges {
+        max_stored_bytes: params.limit_change("max_stored_bytes")?,
+        max_stored_files: params.limit_change("max_stored_files")?,
+        max_open_batches: params.limit_change("max_open_batches")?,
+        max_requests_per_batch: params.limit_change("max_requests_per_batch")?,
+    };
+    params.reject_unknown()?;
+    let by = admin.actor(organization.clock.now());
+    let updated = organization.accounts.update_limits(&id, changes, by).await;
+    updated.map_err(|error| failed(error, id.as_str(), ""))?;
+    get(State(organization), admin, Path(id)).await
+}
+
+/// Returns the models that a project may use
+#[utoipa::path(get, path = "/organization/projects/{project}/model_permissions",
+    tag = "Organization",
+    params(("project" = String, Path, description = "Id of the project")),
+    responses((status = 200, body = ModelPermissionsObject, description = "The rule"), Errors))]
+pub(crate) async fn get_models(
+    State(organization): Administration,
+    _: Admin,
+    Path(id): Path<ProjectId>,
+) -> Result<Json<ModelPermissionsObject>, ApiError> {
+    let (policy, _) = policy(&organization, &id).await?;
+    Ok(Json(ModelPermissionsObject::new(&policy.models)))
+}
+
+/// Replaces the models that a project may use
+///
+/// A name is that of a request or that of the provider. A batch that was validated before is not
+/// affected.
+#[utoipa::path(post, path = "/organization/projects/{project}/model_permissions",
+    tag = "Organization",
+    params(("project" = String, Path, description = "Id of the project")),
+    request_body = UpdateModelPermissions,
+    responses((status = 200, body = ModelPermissionsObject, description = "The rule"), Errors))]
+pub(crate) async fn update_models(
+    State(organization): Administration,
+    admin: Admin,
+    Path(id): Path<ProjectId>,
+    mut params: Params,
+) -> Result<Json<ModelPermissionsObject>, ApiError> {
+    let mode = params.string("mode")?;
+    let names =
+        params.optional_strings("model_ids")?.ok_or_else(|| missing_parameter("model_ids"))?;
+    params.reject_unknown()?;
+    let models: BTreeSet<String> = names.into_iter().collect();
+    if models.len() > MAX_MODELS || models.iter().any(String::is_empty) {
+        let message = format!("Invalid 'model_ids': expected up to {MAX_MODELS} names of models.");
+        return Err(ApiError::invalid("model_ids", ErrorCode::InvalidValue, message));
+    }
+    let rule = ModelRule::from_parts(&mode, models).ok_or_else(|| {
+        let message = "Invalid 'mode'. Supported values are: 'allow_list', 'deny_list'.";
+        ApiError::invalid("mode", ErrorCode::InvalidValue, message)
+    })?;
+    let by = admin.actor(organization.clock.now());
+    let updated = organization.accounts.set_models(&id, rule.clone(), by).await;
+    updated.map_err(|error| failed(error, id.as_str(), ""))?;
+    Ok(Json(ModelPermissionsObject::new(&rule)))
+}
+
+/// Allows every model again
+#[utoipa::path(delete, path = "/organization/projects/{project}/model_permissions",
+    tag = "Organization",
+    params(("project" = String, Path, description = "Id of the project")),
+    responses((status = 200, body = DeletedModelPermissions, description = "Deleted"), Errors))]
+pub(crate) async fn delete_models(
+    State(organization): Administration,
+    admin: Admin,
+    Path(id): Path<ProjectId>,
+) -> Result<Json<DeletedModelPermissions>, ApiError> {
+    let by = admin.actor(organization.clock.now());
+    let updated = organization.accounts.set_models(&id, ModelRule::default(), by).await;
+    updated.map_err(|error| failed(error, id.as_str(), ""))?;
+    Ok(Json(DeletedModelPermissions::new()))
+}
+
+async fn policy(
+    organization: &Organization,
+    id: &ProjectId,
+) -> Result<(ProjectPolicy, ProjectUse), ApiError> {
+    let found = organization.accounts.policy_of(id).await?;
+    found.ok_or_else(|| project_not_found(id.as_str()))
+}

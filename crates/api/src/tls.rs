@@ -1,0 +1,180 @@
+//! TLS of the API's listener: certificate and key from PEM files, which are read again when they
+//! change.
+//!
+//! A renewed certificate takes effect without a restart. If the new files cannot be used, for
+//! example because the key is not written yet, the previous certificate stays in use.
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rustls::ServerConfig;
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{Accept, TlsAcceptor};
+use tokio_util::sync::CancellationToken;
+
+/// Interval between two checks whether a file has changed.
+const FILE_POLL_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Maximum number of bytes that a connection buffers before it encrypts and sends them.
+const MAX_BUFFER_BYTES: usize = 16 << 10;
+
+/// Maximum number of certificates in a file.
+const MAX_CERTIFICATES: usize = 100;
+
+/// Protocols that clients can choose, in the order of preference.
+const ALPN_PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// Reason why a certificate and its key cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// File that cannot be read or parsed; its path and the cause.
+    #[error("{path}: {cause}")]
+    File {
+        /// Path of the file.
+        path: String,
+        /// Cause, and what the file should contain.
+        cause: String,
+    },
+    /// Certificate and key that do not belong together, or are not supported.
+    #[error("the certificate and the key cannot be used together: {0}")]
+    Pair(rustls::Error),
+    /// Configuration that the library refuses.
+    #[error("TLS cannot be configured: {0}")]
+    Configuration(rustls::Error),
+}
+
+/// TLS of a listener.
+pub struct Tls {
+    acceptor: TlsAcceptor,
+    certificate: Arc<Certificate>,
+    files: [PathBuf; 2],
+    /// State of the files when they were read first.
+    seen: FileStates,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Tls {
+    /// Reads a certificate chain and its private key from PEM files.
+    pub fn open(certificate: &Path, key: &Path) -> Result<Self, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        let files = [certificate.to_owned(), key.to_owned()];
+        // A change between the two calls is found by the first poll.
+        let seen = state_of(&files);
+        let pair = read(certificate, key, &provider)?;
+        let current = Arc::new(Certificate(ArcSwap::from_pointee(pair)));
+        let mut config = ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(TlsError::Configuration)?
+            .with_no_client_auth()
+            .with_cert_resolver(current.clone());
+        config.alpn_protocols = ALPN_PROTOCOLS.map(<[u8]>::to_vec).to_vec();
+        Ok(Self {
+            acceptor: TlsAcceptor::from(Arc::new(config)),
+            certificate: current,
+            files,
+            seen,
+            provider,
+        })
+    }
+
+    /// Performs the handshake of a connection.
+    pub(crate) fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> Accept<S> {
+        // A client that reads slowly holds this much per connection.
+        self.acceptor.accept_with(stream, |connection| {
+            connection.set_buffer_limit(Some(MAX_BUFFER_BYTES));
+        })
+    }
+
+    /// Reads the files again when they change, until `closing`. A failed read is repeated.
+    pub async fn watch(self: Arc<Self>, closing: CancellationToken) {
+        let (mut in_use, mut reported) = (self.seen, None);
+        while closing.run_until_cancelled(tokio::time::sleep(FILE_POLL_INTERVAL)).await.is_some() {
+            let now = state_of(&self.files);
+            if now == in_use {
+                continue;
+            }
+            let tls = self.clone();
+            // Reading blocks.
+            let reading = tokio::task::spawn_blocking(move || {
+                let [certificate, key] = &tls.files;
+                read(certificate, key, &tls.provider)
+            });
+            match reading.await {
+                Ok(Ok(pair)) => {
+                    self.certificate.0.store(Arc::new(pair));
+                    in_use = now;
+                    tracing::info!("certificate replaced");
+                }
+                Ok(Err(error)) if reported != Some(now) => {
+                    reported = Some(now);
+                    tracing::warn!(%error, "certificate not replaced, previous one still in use");
+                }
+                Ok(Err(_)) => {}
+                Err(error) => tracing::warn!(%error, "certificate not read"),
+            }
+        }
+    }
+}
+
+/// Inode, modification time and size of two files; none for a file that is missing.
+type FileStates = [Option<(u64, i64, i64, u64)>; 2];
+
+/// Returns what changes when a file is written or replaced, also through a link.
+fn state_of([certificate, key]: &[PathBuf; 2]) -> FileStates {
+    let state = |path: &PathBuf| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.ino(), found.mtime(), found.mtime_nsec(), found.len()))
+    };
+    [state(certificate), state(key)]
+}
+
+/// Certificate that is in use.
+struct Certificate(ArcSwap<CertifiedKey>);
+
+impl fmt::Debug for Certificate {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("Certificate(…)")
+    }
+}
+
+impl ResolvesServerCert for Certificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load_full())
+    }
+}
+
+/// Reads a certificate chain and its key, and checks that they belong together.
+fn read(
+    certificate: &Path,
+    key: &Path,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, TlsError> {
+    let failed = |path: &Path, cause: String| {
+        let path = path.display().to_string();
+        TlsError::File { path, cause }
+    };
+    let no_chain = |cause: &dyn fmt::Display| {
+        failed(certificate, format!("{cause}; a PEM file with the certificate chain is expected"))
+    };
+    let chain = CertificateDer::pem_file_iter(certificate)
+        .map_err(|error| no_chain(&error))?
+        .take(MAX_CERTIFICATES)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| no_chain(&error))?;
+    if chain.is_empty() {
+        return Err(no_chain(&"the file has no certificate"));
+    }
+    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| {
+        failed(key, format!("{error}; a PEM file with a private key is expected"))
+    })?;
+    CertifiedKey::from_der(chain, private, provider).map_err(TlsError::Pair)
+}
