@@ -203,7 +203,12 @@ async fn response_error(response: Response<Incoming>) -> Error {
     let Ok(bytes) = read_body(response).await else {
         return Error::Other(format!("the server returned status {status}"));
     };
-    let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    response_error_of(status, &bytes)
+}
+
+/// Returns the error message of a body with an error status.
+pub fn response_error_of(status: StatusCode, body: &[u8]) -> Error {
+    let body: Value = serde_json::from_slice(body).unwrap_or_default();
     match body.pointer("/error/message").and_then(Value::as_str) {
         Some(message) => Error::Other(message.to_owned()),
         None => Error::Other(format!("the server returned status {status}")),

@@ -1,5 +1,6 @@
 //! Command line: the subcommands, their settings, exit codes and signals.
 
+mod admin;
 mod batch;
 mod client;
 mod failures;
@@ -43,10 +44,13 @@ enum Command {
     Serve(serve::Serve),
     /// Run one batch without a server
     #[command(mut_arg("listen", |arg| arg.hide(true)), mut_arg("data", |arg| arg.hide(true)))]
+    #[command(mut_args(run::hide_setting_of_servers))]
     Run(run::Run),
     /// Manage plugins
     #[command(subcommand)]
     Plugin(plugin::Plugin),
+    /// Manage projects and API keys
+    Admin(admin::Admin),
     /// Manage the batches of a server
     Batch(batch::Batch),
     /// List and delete the files of a server
@@ -75,6 +79,7 @@ pub fn main() -> ExitCode {
             Command::Serve(serve) => serve.run().await,
             Command::Run(run) => run.run().await,
             Command::Plugin(plugin) => plugin.run().await,
+            Command::Admin(admin) => admin.run().await,
             Command::Batch(batch) => batch.run().await,
             Command::File(file) => file.run().await,
             Command::Compile(process) => Ok(process.run()),

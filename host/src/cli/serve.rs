@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchwright_api as api;
+use batchwright_api::{Authenticator, Tls};
 use batchwright_batch::Engine;
 use batchwright_plugin::watch::watch;
 use batchwright_store::umask;
@@ -18,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::{ProcessSignal, ProcessSignals, VERSION, warn_unknown_variables};
 use crate::assemble::Options;
 use crate::cli::terminal::outln;
-use crate::config::{All, Settings, SettingsArgs};
+use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::error::Error;
 use crate::{assemble, telemetry};
 
@@ -30,6 +31,9 @@ const FINAL_RESPONSE_GRACE: Duration = Duration::from_secs(1);
 pub struct Serve {
     #[command(flatten)]
     settings: SettingsArgs<All>,
+    /// Serve without keys on an address that other machines can reach
+    #[arg(long)]
+    insecure: bool,
 }
 
 impl Serve {
@@ -43,27 +47,29 @@ impl Serve {
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
+        let tls = tls(&settings)?;
         let engine = assemble::engine(&settings, Options::of_server(&settings)).await?;
+        let authenticator = authenticator(&engine, &settings, self.insecure).await?;
         let _watcher = watch(&engine.parts().registry);
         let (listener, address) = bind(settings.server.listen, "--listen").await?;
         let admin = match settings.server.admin_listen {
             Some(address) => Some(bind(address, "--admin-listen").await?),
             None => None,
         };
-        if !address.ip().is_loopback() {
-            tracing::warn!(
-                %address,
-                "no authentication: every client that reaches this address can read and delete all \
-                 data; listen on loopback or restrict access to trusted clients"
-            );
-        }
         engine.start();
-        let app = api::router(&engine, &settings.api, address);
-        outln!("listening on http://{address}");
+        let app = api::router(&engine, &authenticator, &settings.api, address);
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        outln!("listening on {scheme}://{address}");
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
             outln!("health on http://{address}");
+            if !address.ip().is_loopback() {
+                tracing::warn!(
+                    %address,
+                    "admin listener without keys: restrict the address to operators"
+                );
+            }
             let (router, settings, token) = (
                 api::admin_router(&engine, &settings.api, address),
                 settings.clone(),
@@ -73,9 +79,13 @@ impl Serve {
                 api::serve_admin(listener, router, &settings.api, token.cancelled()).await
             });
         }
+        tasks.spawn(authenticator.run(shutdown.clone()));
+        if let Some(tls) = &tls {
+            tasks.spawn(tls.clone().watch(shutdown.clone()));
+        }
         let (api_settings, token) = (settings.clone(), shutdown.clone());
         tasks.spawn(async move {
-            api::serve(listener, app, &api_settings.api, token.cancelled()).await
+            api::serve(listener, app, &api_settings.api, tls, token.cancelled()).await
         });
         // The first readiness probe logs at once if the server is not ready.
         let health = engine.health().clone();
@@ -104,6 +114,56 @@ impl Serve {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Reads the certificate and the key, if the settings name them.
+fn tls(settings: &Settings) -> Result<Option<Arc<Tls>>, Error> {
+    let invalid = |setting, message| ConfigError::Value { setting, message };
+    match (&settings.api.tls_certificate, &settings.api.tls_key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => Tls::open(certificate, key)
+            .map(|tls| Some(Arc::new(tls)))
+            .map_err(|error| invalid("tls_certificate and tls_key", error.to_string()).into()),
+        (Some(_), None) => {
+            Err(invalid("tls_key", "is missing; TLS needs a certificate and its key".into()).into())
+        }
+        (None, Some(_)) => {
+            let message = "is missing; TLS needs a certificate and its key";
+            Err(invalid("tls_certificate", message.into()).into())
+        }
+    }
+}
+
+/// Creates the authenticator; fails if every client of another machine would have access.
+async fn authenticator(
+    engine: &Engine,
+    settings: &Settings,
+    insecure: bool,
+) -> Result<Arc<Authenticator>, Error> {
+    let parts = engine.parts();
+    let authenticator = Authenticator::load(parts.store.clone(), parts.clock.clone()).await?;
+    let address = settings.server.listen;
+    if address.ip().is_loopback() {
+        return Ok(authenticator);
+    }
+    if authenticator.has_no_keys() && !insecure {
+        let message = format!(
+            "there are no keys, and every client that reaches {address} could read and delete all \
+             data; create a key with `batchwright admin key create --data {} --name NAME`, listen \
+             on 127.0.0.1, or give --insecure",
+            settings.storage.data.display()
+        );
+        return Err(ConfigError::Value { setting: "listen", message }.into());
+    }
+    if authenticator.has_no_keys() {
+        tracing::warn!(
+            %address,
+            "no keys: every client that reaches this address can read and delete all data"
+        );
+    } else if settings.api.tls_certificate.is_none() {
+        tracing::warn!(%address, "no TLS: keys can be read on the network, unless a proxy has TLS");
+    }
+    Ok(authenticator)
 }
 
 /// Logs the version, the addresses, the folders and the main limits in one line.

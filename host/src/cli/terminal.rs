@@ -87,6 +87,15 @@ pub fn write_line(text: Arguments<'_>) {
     write_output(format_args!("{text}\n"));
 }
 
+/// Writes a line that exists nowhere else to standard output. Unlike [`write_line`], it fails also
+/// if the reader has closed the pipe.
+pub fn write_secret(secret: &str) -> std::io::Result<()> {
+    let mut output = std::io::stdout().lock();
+    output.write_all(escape_control_characters(secret).as_bytes())?;
+    output.write_all(b"\n")?;
+    output.flush()
+}
+
 /// Prints a formatted line to standard error: progress, warnings, errors.
 macro_rules! errln {
     ($($text:tt)+) => { $crate::cli::terminal::write_error(format_args!($($text)+)) };

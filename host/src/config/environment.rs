@@ -8,8 +8,8 @@ use super::Settings;
 const VARIABLE_PREFIX: &str = "BATCHWRIGHT_";
 
 /// Variables with the prefix that commands read and that are not settings.
-const COMMAND_VARIABLES: [&str; 3] =
-    ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY"];
+const COMMAND_VARIABLES: [&str; 4] =
+    ["BATCHWRIGHT_CONFIG", "BATCHWRIGHT_URL", "BATCHWRIGHT_API_KEY", "BATCHWRIGHT_ADMIN_KEY"];
 
 /// Variable that has the prefix and that neither a setting nor a command reads.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -19,6 +19,7 @@ use batchwright_domain::units::Span;
 use batchwright_domain::{settings, value_from_str};
 use batchwright_memory::MemoryConfig;
 use batchwright_plugin::PluginsConfig;
+use batchwright_tenancy::TenantDefaults;
 
 use crate::telemetry::{LogFilter, LogFormat};
 
@@ -106,6 +107,8 @@ pub struct Settings {
     pub batch: BatchConfig,
     /// Concurrency and retries.
     pub execution: ExecutionConfig,
+    /// Limits of projects.
+    pub tenant_defaults: TenantDefaults,
     /// Memory.
     pub memory: MemoryConfig,
 }
@@ -121,6 +124,7 @@ impl Settings {
             PluginsConfig::SETTINGS,
             BatchConfig::SETTINGS,
             ExecutionConfig::SETTINGS,
+            TenantDefaults::SETTINGS,
             MemoryConfig::SETTINGS,
         ];
         sections.into_iter().flatten()
@@ -141,6 +145,7 @@ impl Settings {
         let plugins = PluginsConfig::read(given);
         let batch = BatchConfig::read(given);
         let execution = ExecutionConfig::read(given);
+        let tenant_defaults = TenantDefaults::read(given);
         let memory = MemoryConfig::read(given);
         let errors = given.errors().to_vec();
         let settings = || {
@@ -152,6 +157,7 @@ impl Settings {
                 plugins: plugins?,
                 batch: batch?,
                 execution: execution?,
+                tenant_defaults: tenant_defaults?,
                 memory: memory?,
             })
         };
@@ -167,6 +173,7 @@ impl Settings {
             batch: self.batch.clone(),
             retention: self.retention.clone(),
             execution: self.execution.clone(),
+            tenant_defaults: self.tenant_defaults.clone(),
             required_plugins: self.plugins.required_plugins.clone(),
         }
     }

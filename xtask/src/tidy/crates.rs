@@ -6,15 +6,16 @@ use toml::Table;
 use super::Source;
 
 /// Each crate, and the crates of this repository that it may depend on.
-const ALLOWED: [(&str, &[&str]); 8] = [
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("batchwright-domain", &[]),
     ("batchwright-memory", &["domain"]),
+    ("batchwright-tenancy", &["domain"]),
     ("batchwright-egress", &["domain", "memory"]),
     ("batchwright-store", &["domain"]),
     ("batchwright-plugin", &["domain", "memory", "egress"]),
-    ("batchwright-batch", &["domain", "memory", "egress", "store", "plugin"]),
-    ("batchwright-api", &["domain", "memory", "store", "plugin", "batch"]),
-    ("batchwright", &["domain", "memory", "egress", "store", "plugin", "batch", "api"]),
+    ("batchwright-batch", &["domain", "memory", "tenancy", "egress", "store", "plugin"]),
+    ("batchwright-api", &["domain", "memory", "tenancy", "store", "plugin", "batch"]),
+    ("batchwright", &["domain", "memory", "tenancy", "egress", "store", "plugin", "batch", "api"]),
 ];
 
 /// Returns each dependency between crates that is not allowed.

@@ -97,22 +97,33 @@ fn unknown<'a>(quoted: &'a str, words: &BTreeSet<&str>, sources: &[Source]) -> V
     unknown.collect()
 }
 
-/// Returns the command if it has no help snapshot; `batch get | list` is two commands.
+/// Returns the command if it has no help snapshot; `batch get | list` is two commands, and
+/// `admin key` a group of commands.
 fn unknown_command<'a>(command: &'a str, sources: &[Source]) -> Option<&'a str> {
     let is_word = |word: &&str| word.chars().all(|letter| letter.is_ascii_lowercase());
     let words: Vec<&str> = command.split([' ', '|']).filter(|word| !word.is_empty()).collect();
     let known = |name: &str| {
         sources.iter().any(|source| source.path == format!("{HELP_SNAPSHOTS}{name}.snap"))
     };
+    let is_group = |name: &str| {
+        sources.iter().any(|source| source.path.starts_with(&format!("{HELP_SNAPSHOTS}{name}-")))
+    };
     let (first, more) = words.split_first()?;
     if !is_word(first) {
         return None;
     }
-    let has_subcommands =
-        sources.iter().any(|source| source.path.starts_with(&format!("{HELP_SNAPSHOTS}{first}-")));
-    if !has_subcommands {
+    if !is_group(first) {
         return (!known(first)).then_some(command);
     }
-    let more = more.iter().take_while(|word| is_word(word));
-    more.copied().any(|word| !known(&format!("{first}-{word}"))).then_some(command)
+    // Groups that the next word may be in, the deepest last.
+    let mut groups = vec![(*first).to_owned()];
+    for word in more.iter().take_while(|word| is_word(word)) {
+        let nested = |group: &String| format!("{group}-{word}");
+        if let Some(group) = groups.iter().map(nested).find(|name| is_group(name)) {
+            groups.push(group);
+        } else if !groups.iter().map(nested).any(|name| known(&name)) {
+            return Some(command);
+        }
+    }
+    None
 }

@@ -126,6 +126,11 @@ fn loader(settings: &Settings) -> Result<Loader, Error> {
     assemble::loader(settings, options)
 }
 
+/// Creates a client of a server, with the key of the environment. The admin address needs none.
+fn server(url: &str) -> Result<Client, Error> {
+    Client::new(url, std::env::var("BATCHWRIGHT_API_KEY").ok().filter(|key| !key.is_empty()))
+}
+
 impl Plugin {
     /// Runs the subcommand.
     pub async fn run(self) -> Result<ExitCode, Error> {
@@ -139,9 +144,7 @@ impl Plugin {
             telemetry::start(&filter, LogFormat::Text);
         }
         match self {
-            Self::List { server: Some(url), .. } => {
-                show::list_of_server(&Client::new(&url, None)?).await
-            }
+            Self::List { server: Some(url), .. } => show::list_of_server(&server(&url)?).await,
             Self::Pause(pause) => pause.run(true),
             Self::Resume(pause) => pause.run(false),
             Self::List { plugins, given, .. } => {
@@ -155,9 +158,7 @@ impl Plugin {
                 write_output(format_args!("{}", show::describe(&file, &inspected)));
                 Ok(ExitCode::SUCCESS)
             }
-            Self::Check { server: Some(url), .. } => {
-                show::list_of_server(&Client::new(&url, None)?).await
-            }
+            Self::Check { server: Some(url), .. } => show::list_of_server(&server(&url)?).await,
             Self::Check { path, given, .. } => {
                 let (configured, loader) = given.loader_with_plugins()?;
                 show::check(loader, &path.unwrap_or(configured)).await

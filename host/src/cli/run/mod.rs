@@ -39,10 +39,12 @@ use std::time::Duration;
 
 use batchwright_batch::{Engine, Service};
 use batchwright_domain::ids::{BatchId, DEFAULT_TENANT};
+use batchwright_domain::settings::Section;
 use batchwright_domain::settings::Value;
 use batchwright_domain::units::Span;
 use batchwright_plugin::check_directory;
 use batchwright_store::{BatchRecord, Paged, umask};
+use batchwright_tenancy::TenantDefaults;
 use clap::Args;
 
 use crate::assemble::Options;
@@ -99,6 +101,13 @@ pub struct Run {
     settings: SettingsArgs<All>,
 }
 
+/// Hides the flag of a setting that has no meaning without clients and tenants.
+pub fn hide_setting_of_servers(arg: clap::Arg) -> clap::Arg {
+    let is_of_servers = arg.get_id().as_str().starts_with("tls_")
+        || TenantDefaults::SETTINGS.iter().any(|setting| arg.get_id() == setting.name);
+    if is_of_servers { arg.hide(true) } else { arg }
+}
+
 impl Run {
     /// Runs or continues the batch; returns success only if every request succeeded.
     pub async fn run(self) -> Result<ExitCode, Error> {
@@ -119,6 +128,7 @@ impl Run {
         let max_outage =
             if own_outage || !max_outage.is_zero() { max_outage } else { DEFAULT_MAX_OUTAGE };
         settings.execution.max_outage = Span::seconds(0);
+        settings.tenant_defaults = TenantDefaults::default();
         let paths = RunPaths::resolve(&self.input, &self.output, self.errors)?;
         let mut before = RunState::read(&paths.state)?;
         if let Some(status) = before.as_ref().and_then(|saved| saved.finished) {

@@ -1,0 +1,272 @@
+//! `batchwright admin apply`: makes projects, limits and models equal to a TOML file.
+//!
+//! The file names what it decides, and nothing else changes: a project, a limit or a rule that the
+//! file does not name stays as it is. The whole file is checked before the first change, and the
+//! same file can be applied again after an interruption.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use batchwright_domain::limits::Limits;
+use batchwright_domain::units::Size;
+use batchwright_tenancy::project::{check_name, slug as slug_of};
+use clap::Args;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::text;
+use super::transport::Transport;
+use crate::cli::client::path_segment;
+use crate::cli::terminal::outln;
+use crate::error::Error;
+
+/// Maximum number of models in a rule.
+const MAX_MODELS: usize = 1000;
+
+/// Maximum value of a limit.
+const MAX_LIMIT: u64 = 1_000_000_000_000_000;
+
+#[derive(Args)]
+pub(super) struct Apply {
+    /// TOML file with a table per project, named by the project's slug
+    file: PathBuf,
+    /// Show the difference and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Content of the file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    projects: BTreeMap<String, Project>,
+}
+
+/// Project as the file wants it; what is absent stays as it is.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Project {
+    /// Name. A project that does not exist yet is created with this name, or with its slug.
+    name: Option<String>,
+    #[serde(default)]
+    limits: FileLimits,
+    models: Option<Models>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileLimits {
+    max_stored_bytes: Option<String>,
+    max_stored_files: Option<u64>,
+    max_open_batches: Option<u64>,
+    max_requests_per_batch: Option<u64>,
+}
+
+/// Models that a project may use.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Models {
+    Allow(Vec<String>),
+    Deny(Vec<String>),
+}
+
+/// Change that makes the server equal to the file.
+struct Change {
+    /// Description for people.
+    text: String,
+    /// Path below the project.
+    path: &'static str,
+    body: Value,
+}
+
+/// Changes of one project.
+struct Plan {
+    slug: String,
+    /// Id of the project; none if it does not exist yet.
+    id: Option<String>,
+    /// Name with which the project is created.
+    name: String,
+    changes: Vec<Change>,
+}
+
+impl Apply {
+    pub(super) async fn run(self, transport: &Transport) -> Result<(), Error> {
+        let plans = self.plan(transport).await?;
+        let is_equal = plans.iter().all(|plan| plan.id.is_some() && plan.changes.is_empty());
+        for plan in &plans {
+            if plan.id.is_none() {
+                outln!("{}: create the project \"{}\"", plan.slug, plan.name);
+            }
+            for change in &plan.changes {
+                outln!("{}: {}", plan.slug, change.text);
+            }
+        }
+        if is_equal {
+            outln!("nothing to change");
+        } else if self.dry_run {
+            outln!("not applied: --dry-run");
+        } else {
+            for plan in &plans {
+                plan.apply(transport).await?;
+            }
+            outln!("applied");
+        }
+        Ok(())
+    }
+
+    /// Compares the file with the server; changes nothing.
+    async fn plan(&self, transport: &Transport) -> Result<Vec<Plan>, Error> {
+        let wanted = self.read()?;
+        let existing = transport.list("organization/projects?include_archived=true", None).await?;
+        let mut plans = Vec::new();
+        for (slug, project) in wanted {
+            let failed = |cause: String| self.failed(&slug, &cause);
+            let found = existing.iter().find(|found| text(found, "/slug") == slug);
+            let name = project.name.clone().unwrap_or_else(|| slug.clone());
+            if found.is_some_and(|found| text(found, "/status") == "archived") {
+                return Err(failed("the project is archived; remove it from the file".into()));
+            }
+            if found.is_none() && slug_of(&name).as_str() != slug {
+                let own = slug_of(&name);
+                return Err(failed(format!(
+                    "a project with the name \"{name}\" gets the slug `{own}`; name the table \
+                     `projects.{own}`, or create the project without a name and rename it later"
+                )));
+            }
+            let id = found.map(|found| text(found, "/id"));
+            let current_name = found.map(|found| text(found, "/name"));
+            let changes = changes(transport, id.as_deref(), current_name, &project).await?;
+            plans.push(Plan { slug, id, name, changes });
+        }
+        Ok(plans)
+    }
+
+    /// Reads and checks the file.
+    fn read(&self) -> Result<BTreeMap<String, Project>, Error> {
+        let shown = self.file.display();
+        let content = std::fs::read_to_string(&self.file)
+            .map_err(|error| Error::Usage(format!("{shown}: {error}")))?;
+        let File { mut projects } = toml::from_str(&content)
+            .map_err(|error| Error::Usage(format!("{shown}: {error}\nnothing was applied")))?;
+        for (slug, project) in &mut projects {
+            if !is_slug(slug) {
+                let cause = "a slug has 1 to 63 lower-case letters, digits and hyphens";
+                return Err(self.failed(slug, cause));
+            }
+            if let Some(name) = &mut project.name {
+                *name = check_name(name)
+                    .map_err(|fault| self.failed(slug, &format!("the name: {fault}")))?
+                    .to_owned();
+            }
+            project.limits.values().map_err(|cause| self.failed(slug, &cause))?;
+            if let Some(Models::Allow(names) | Models::Deny(names)) = &project.models
+                && (names.len() > MAX_MODELS || names.iter().any(String::is_empty))
+            {
+                let cause = format!("models: expected up to {MAX_MODELS} names");
+                return Err(self.failed(slug, &cause));
+            }
+        }
+        Ok(projects)
+    }
+
+    fn failed(&self, slug: &str, cause: &str) -> Error {
+        let shown = self.file.display();
+        Error::Usage(format!("{shown}: projects.{slug}: {cause}; nothing was applied"))
+    }
+}
+
+impl Plan {
+    /// Makes the changes. A repeated run continues after an interruption.
+    async fn apply(&self, transport: &Transport) -> Result<(), Error> {
+        let id = match &self.id {
+            Some(id) => id.clone(),
+            None => {
+                let body = json!({"name": self.name});
+                let created = transport.post("organization/projects", &body).await?;
+                text(&created, "/id")
+            }
+        };
+        for change in &self.changes {
+            let path = format!("organization/projects/{}{}", path_segment(&id), change.path);
+            transport.post(&path, &change.body).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns true if a text has the form of a slug.
+fn is_slug(text: &str) -> bool {
+    let is_valid = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    (1..=63).contains(&text.len()) && text.bytes().all(is_valid)
+}
+
+impl FileLimits {
+    /// Returns the limits that the file names.
+    fn values(&self) -> Result<Map<String, Value>, String> {
+        let bytes = self.max_stored_bytes.as_deref().map(str::parse::<Size>).transpose();
+        let bytes = bytes.map_err(|error| format!("max_stored_bytes: {error}"))?;
+        let values = [
+            bytes.map(Size::bytes),
+            self.max_stored_files,
+            self.max_open_batches,
+            self.max_requests_per_batch,
+        ];
+        if values.iter().flatten().any(|value| *value > MAX_LIMIT) {
+            return Err(format!("a limit is at most {MAX_LIMIT}"));
+        }
+        let named = Limits::NAMES.into_iter().zip(values);
+        Ok(named.filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))).collect())
+    }
+}
+
+/// Returns what differs between the file and a project, which does not exist yet if `id` is none.
+async fn changes(
+    transport: &Transport,
+    id: Option<&str>,
+    current_name: Option<String>,
+    wanted: &Project,
+) -> Result<Vec<Change>, Error> {
+    let mut changes = Vec::new();
+    if let (Some(current), Some(name)) = (&current_name, &wanted.name)
+        && current != name
+    {
+        let text = format!("name \"{current}\" -> \"{name}\"");
+        changes.push(Change { text, path: "", body: json!({"name": name}) });
+    }
+    let current = async |part: &str| match id {
+        None => Ok(Value::Null),
+        Some(id) => {
+            transport.get(&format!("organization/projects/{}/{part}", path_segment(id))).await
+        }
+    };
+    let limits = current("limits").await?;
+    let is_own = |name: &str| {
+        limits.get("own").and_then(Value::as_array).is_some_and(|own| own.contains(&json!(name)))
+    };
+    for (name, value) in wanted.limits.values().map_err(Error::Usage)? {
+        let now = limits.get(&name).filter(|_| is_own(&name)).cloned().unwrap_or_default();
+        if now != value {
+            let shown = if now.is_null() { "default".to_owned() } else { now.to_string() };
+            let text = format!("{name} {shown} -> {value}");
+            let body = Value::Object(Map::from_iter([(name, value)]));
+            changes.push(Change { text, path: "/limits", body });
+        }
+    }
+    if let Some(models) = &wanted.models {
+        let (mode, names) = match models {
+            Models::Allow(names) => ("allow_list", names),
+            Models::Deny(names) => ("deny_list", names),
+        };
+        let mut names = names.clone();
+        names.sort();
+        names.dedup();
+        let now = current("model_permissions").await?;
+        let body = json!({"mode": mode, "model_ids": names});
+        let is_same = ["mode", "model_ids"].iter().all(|key| now.get(key) == body.get(key));
+        if !is_same {
+            let text = format!("models {mode} {}", names.join(", "));
+            changes.push(Change { text, path: "/model_permissions", body });
+        }
+    }
+    Ok(changes)
+}
