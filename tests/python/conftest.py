@@ -21,8 +21,8 @@ import urllib.request
 import openai
 import pytest
 
-# Fixtures of the tests with a hostile plugin.
-pytest_plugins = ["containment"]
+# Fixtures of the tests with a hostile plugin, and of those with several tenants.
+pytest_plugins = ["containment", "tenants"]
 # Failed asserts of this module show their values, like those of a test.
 pytest.register_assert_rewrite("outages")
 

@@ -201,12 +201,6 @@ def test_shutdown_answers_requests_until_exit(serve, stub):
     assert stub.counts()["hi"] == 1
 
 
-def test_public_listen_address_logs_a_warning(serve):
-    server = serve("--listen", "0.0.0.0:0")
-    assert "every client that reaches this address can read and delete all data" in server.logged()
-    assert "no authentication" not in serve(name="loopback").logged()
-
-
 def test_connections_per_address_are_limited(serve):
     server = serve("--max-connections-per-address", "3")
     host, port = server.url.removeprefix("http://").split(":")

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 40] = [
     "",
     "serve",
     "run",
@@ -19,6 +19,23 @@ const COMMANDS: [&str; 23] = [
     "plugin pull",
     "plugin sign",
     "plugin verify",
+    "admin",
+    "admin project create",
+    "admin project list",
+    "admin project rename",
+    "admin project archive",
+    "admin key create",
+    "admin key list",
+    "admin key revoke",
+    "admin key rotate",
+    "admin limits show",
+    "admin limits set",
+    "admin models show",
+    "admin models allow",
+    "admin models deny",
+    "admin models any",
+    "admin apply",
+    "admin log",
     "batch",
     "batch create",
     "batch list",
