@@ -1,37 +1,24 @@
 // Official Node SDK against a real server: batches, lists, errors, idempotency, cancellation.
 
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
 import { createReadStream, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { setTimeout as pause } from "node:timers/promises";
 import OpenAI, { BadRequestError, ConflictError, NotFoundError, toFile } from "openai";
+import { serve } from "./server.mjs";
 
-const dist = resolve(import.meta.dirname, "../../dist");
 const folder = mkdtempSync(join(tmpdir(), "batchwright-"));
 let server, client;
 
 before(async () => {
-  const arguments_ = ["serve", "--listen", "127.0.0.1:0"];
-  arguments_.push("--data", join(folder, "data"), "--plugins", join(dist, "plugins"));
-  const stdio = ["ignore", "pipe", "ignore"];
-  server = spawn(join(dist, "batchwright"), arguments_, { stdio });
-  const [line] = await Promise.race([
-    new Promise((listening) => {
-      server.stdout.once("data", (data) => listening(String(data).split("\n")));
-    }),
-    new Promise((_, failed) => {
-      server.once("exit", (code) => failed(new Error(`the server exited with code ${code}`)));
-    }),
-  ]);
-  const baseURL = `${line.replace("listening on ", "")}/v1`;
-  client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
+  server = await serve(join(folder, "data"));
+  client = new OpenAI({ baseURL: server.baseURL, apiKey: "none", maxRetries: 0 });
 });
 
 after(() => {
-  server.kill("SIGKILL");
+  server.kill();
   rmSync(folder, { recursive: true });
 });
 
