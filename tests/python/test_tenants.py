@@ -186,7 +186,7 @@ def test_expired_key_and_revoked_key_are_refused(tenants):
     admin = tenants.admin
     project, account, client = tenants.project("one")
     short = admin.projects.service_accounts.api_keys.create(
-        account.id, project_id=project.id, expires_in_seconds=2
+        account.id, project_id=project.id, expires_in_seconds=5
     )
     expiring = tenants.client(short.value)
     expiring.batches.list()
@@ -198,7 +198,7 @@ def test_expired_key_and_revoked_key_are_refused(tenants):
             return error.body["message"]
         return None
 
-    assert "has expired" in wait_for(lambda: refused(expiring), 10, "the end of the key")
+    assert "has expired" in wait_for(lambda: refused(expiring), 30, "the end of the key")
     client.batches.list()
     admin.projects.api_keys.delete(account.api_key.id, project_id=project.id)
     assert refused(client)
