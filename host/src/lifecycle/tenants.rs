@@ -1,11 +1,22 @@
 //! Tenant isolation in plugins: no tenant sees data of another, even if a plugin keeps the data.
 
+use batchwright_store::accounts::{Actor, NewProject};
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn plugin_that_keeps_data_returns_it_only_to_the_same_tenant() {
     let mut server = TestServer::new("", "").await;
     server.add_plugin("hostile", "target/hostile/hostile.wasm", "models = ['hostile']\n").await;
+    for tenant in ["one", "two"] {
+        let project = NewProject {
+            id: format!("proj_{tenant}").into(),
+            slug: tenant.into(),
+            name: tenant.into(),
+        };
+        let by = Actor { key: None, address: None, at: server.clock.now() };
+        server.engine().parts().store.create_project(project, by).await.unwrap();
+    }
     let mut kept = Vec::new();
     for (tenant, secret) in
         [("one", "the secret of one"), ("two", "the secret of two"), ("one", "another of one")]
