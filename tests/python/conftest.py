@@ -55,7 +55,9 @@ def built(part):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "quiet: measures time or memory, so nothing runs beside it")
+    config.addinivalue_line(
+        "markers", "quiet: measures, or uses up a resource, so nothing runs beside it"
+    )
 
 
 # Attacks and the error that contained each, printed in the terminal summary.

@@ -78,7 +78,14 @@ impl Writer {
         let (jobs, waiting) = mpsc::channel(WRITE_QUEUE_CAPACITY);
         std::thread::Builder::new()
             .name("store-writer".into())
-            .spawn(move || run(&connection, waiting))
+            .spawn(move || {
+                let closed = run(&connection, waiting);
+                // The last connection removes the log, so the caller waits for its end.
+                drop(connection);
+                if let Some(closed) = closed {
+                    closed.send(()).ok();
+                }
+            })
             .map_err(|error| {
                 StoreError::Database(format!("the writer thread did not start: {error}"))
             })?;
@@ -183,7 +190,8 @@ impl Wal {
     }
 }
 
-fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
+/// Runs jobs until the writer is closed or dropped; returns the sender to report the end to.
+fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) -> Option<oneshot::Sender<()>> {
     let mut wal = Wal::new(connection);
     let mut next = waiting.blocking_recv();
     while let Some(job) = next {
@@ -197,8 +205,7 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
             }
             Job::Close(closed) => {
                 connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).ok();
-                closed.send(()).ok();
-                return;
+                return Some(closed);
             }
         };
         wal.checkpoint_if_due(connection);
@@ -216,6 +223,7 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) {
         }
         next = after.or_else(|| waiting.blocking_recv());
     }
+    None
 }
 
 /// Runs a group of writes in one transaction, each in a savepoint, and commits.
@@ -353,5 +361,19 @@ mod tests {
         assert!(size() > 100_000_000);
         while writer.compact().await.unwrap() {}
         assert!(size() < 70 << 20, "{}", size());
+    }
+
+    #[tokio::test]
+    async fn closed_writer_leaves_no_log() {
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("db");
+            let connection = open(&path).unwrap();
+            connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
+            let writer = Writer::start(connection).unwrap();
+            writer.write(insert(1)).await.unwrap();
+            writer.close().await;
+            assert!(!folder.path().join("db-wal").exists());
+        }
     }
 }
