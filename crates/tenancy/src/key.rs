@@ -5,6 +5,7 @@
 use std::fmt;
 
 use batchwright_domain::ids::KeyId;
+use batchwright_domain::text::hex;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -116,14 +117,6 @@ pub fn redact(text: &str) -> String {
 
 fn key_id(digits: &str) -> KeyId {
     format!("key_{digits}").into()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

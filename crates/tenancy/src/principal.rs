@@ -90,7 +90,7 @@ pub fn authenticate(
         Some(project) => Principal::Project(ProjectPrincipal {
             tenant: project.tenant.clone(),
             key: Some(presented.id),
-            scopes: project.scopes.clone(),
+            scopes: project.scopes,
             is_archived: project.is_archived,
         }),
     })

@@ -1,7 +1,5 @@
 //! Scopes: permissions of a project's key.
 
-use std::collections::BTreeSet;
-
 macro_rules! scopes {
     ($($(#[doc = $doc:literal])+ $name:ident = $text:literal;)+) => {
         /// Permission of a key, with the name that OpenAI uses.
@@ -44,39 +42,46 @@ impl Scope {
     }
 }
 
-/// Set of scopes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scopes(BTreeSet<Scope>);
+/// Set of scopes, one bit each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scopes(u32);
+
+impl FromIterator<Scope> for Scopes {
+    fn from_iter<T: IntoIterator<Item = Scope>>(scopes: T) -> Self {
+        Self(scopes.into_iter().fold(0, |bits, scope| bits | 1 << scope as u32))
+    }
+}
 
 impl Scopes {
     /// Returns the set of all scopes, which a key has unless its creator names some.
     pub fn all() -> Self {
-        Self(Scope::ALL.iter().copied().collect())
+        Scope::ALL.iter().copied().collect()
     }
 
     /// Parses the names of scopes; fails with the first unknown name, or with an empty text if
     /// there is no name: a key without a scope could do nothing.
     pub fn parse<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Self, &'a str> {
-        let scopes: BTreeSet<Scope> = names
+        let scopes: Self = names
             .into_iter()
             .map(|name| Scope::parse(name).ok_or(name))
             .collect::<Result<_, _>>()?;
-        if scopes.is_empty() { Err("") } else { Ok(Self(scopes)) }
+        if scopes.0 == 0 { Err("") } else { Ok(scopes) }
     }
 
     /// Returns the set of the names that this version knows, of a key that the store has.
     pub fn from_stored(names: &[String]) -> Self {
-        Self(names.iter().filter_map(|name| Scope::parse(name)).collect())
+        names.iter().filter_map(|name| Scope::parse(name)).collect()
     }
 
     /// Returns true if the set has the scope.
-    pub fn contains(&self, scope: Scope) -> bool {
-        self.0.contains(&scope)
+    pub fn contains(self, scope: Scope) -> bool {
+        self.0 & 1 << scope as u32 != 0
     }
 
-    /// Returns the names, sorted.
-    pub fn names(&self) -> Vec<String> {
-        self.0.iter().map(|scope| scope.as_str().to_owned()).collect()
+    /// Returns the names, in the order of [`Scope::ALL`].
+    pub fn names(self) -> Vec<String> {
+        let scopes = Scope::ALL.iter().filter(|scope| self.contains(**scope));
+        scopes.map(|scope| scope.as_str().to_owned()).collect()
     }
 }
 

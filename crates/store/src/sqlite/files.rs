@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::ids::ObjectKey;
-use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter, types::Value};
+use batchwright_domain::ids::{FileId, ObjectKey};
+use rusqlite::{Connection, OptionalExtension, Row, params, types::Value};
 
 use super::super::accounts::{Refusal, StorageBounds};
-use super::super::{Claim, FileQuery, FileRecord, Order, Page, Paged, Result, StoreError};
+use super::super::{Claim, FileQuery, FileRecord, Page, Paged, Result, StoreError};
 use super::keys::BatchRow;
+use super::query::{self, Listing, Part};
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
 
 /// Columns that `from_row` reads, in order.
@@ -80,8 +81,8 @@ pub(super) struct Addition {
     pub files: u64,
 }
 
-/// Refuses if what the tenant stores exceeds the bounds together with what is addition. Triggers of
-/// the schema count what is stored.
+/// Refuses an addition with which the tenant would exceed the bounds. Triggers of the schema count
+/// what is stored.
 pub(super) fn check_bounds(
     connection: &Connection,
     tenant: i64,
@@ -156,37 +157,22 @@ pub(super) fn list(
             None => Paged::Page(Page { items: Vec::new(), has_more: false }),
         });
     };
-    let mut sql = format!("SELECT {COLUMNS} FROM files WHERE tenant = ? AND {LIVE}");
-    let mut values = vec![Value::from(tenant), Value::from(query.now.as_millis())];
+    let mut visible = (LIVE.to_owned(), vec![Value::from(query.now.as_millis())]);
     if let Some(purpose) = &query.purpose {
-        sql.push_str(" AND purpose = ?");
-        values.push(Value::from(purpose.clone()));
+        visible.0.push_str(" AND purpose = ?");
+        visible.1.push(Value::from(purpose.clone()));
     }
-    let (compare, direction) = match query.order {
-        Order::NewestFirst => ("<", "DESC"),
-        Order::OldestFirst => (">", "ASC"),
+    let listing = Listing {
+        columns: COLUMNS,
+        from: "files",
+        ever: ("tenant = ?".to_owned(), vec![Value::from(tenant)]),
+        visible,
+        key: "key",
+        id: "id",
     };
-    if let Some(after) = &query.after {
-        let found = connection
-            .query_row(
-                "SELECT key FROM files WHERE tenant = ?1 AND id = ?2",
-                params![tenant, after.as_str()],
-                |row| row.get(0),
-            )
-            .optional()
-            .map_err(database_error)?;
-        let Some(key) = found else { return Ok(Paged::UnknownAfter) };
-        sql.push_str(&format!(" AND key {compare} ?"));
-        values.push(Value::Integer(key));
-    }
-    sql.push_str(&format!(" ORDER BY key {direction} LIMIT ?"));
-    values.push(Value::from(to_i64(query.limit as u64).saturating_add(1)));
-    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
-    let rows = statement.query_map(params_from_iter(values), from_row).map_err(database_error)?;
-    let mut items = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
-    let has_more = items.len() > query.limit;
-    items.truncate(query.limit);
-    Ok(Paged::Page(Page { items, has_more }))
+    let after = query.after.as_ref().map(FileId::as_str);
+    let part = Part { after, limit: query.limit, order: query.order };
+    query::list(connection, listing, &part, from_row)
 }
 
 /// Returns the newest files that clients can see.

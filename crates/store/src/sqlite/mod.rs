@@ -10,6 +10,7 @@ mod files;
 mod jobs;
 mod keys;
 mod open_batches;
+mod query;
 mod schema;
 mod work;
 mod writer;
@@ -27,6 +28,9 @@ use writer::Writer;
 use super::{Result, StoreError};
 use crate::private;
 
+/// Name of the database in the data folder.
+const DATABASE_FILE: &str = "batchwright.db";
+
 /// Owner of all claims and registrations: the holder of the data folder's lock, since no other
 /// process can write to the database.
 pub(crate) const OWNER: &str = "holder of the folder's lock";
@@ -40,12 +44,17 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
+    /// Returns true if a folder has a database.
+    pub fn exists(folder: &Path) -> bool {
+        folder.join(DATABASE_FILE).exists()
+    }
+
     /// Opens the database of a data folder; creates and migrates the database as needed.
     ///
     /// Fails if another process uses the folder.
     pub fn open(folder: &Path) -> Result<Self> {
         let lock = lock_folder(folder)?;
-        let path = folder.join("batchwright.db");
+        let path = folder.join(DATABASE_FILE);
         let failed =
             |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
         let mut connection = connection::open(&path).map_err(|error| {

@@ -7,9 +7,9 @@ use rusqlite::{Connection, Row, params};
 use serde_json::Value as Json;
 use uuid::Uuid;
 
+use super::super::query::{Listing, Part, execute, list};
 use super::super::timestamp;
-use super::{Listing, execute, list};
-use crate::accounts::{Actor, AuditEntry, AuditQuery, ListQuery};
+use crate::accounts::{Actor, AuditEntry, AuditQuery};
 use crate::{Order, Paged, Result};
 
 /// Writes an entry about a change, in the transaction of the change.
@@ -75,13 +75,11 @@ pub(super) fn page(connection: &Connection, query: &AuditQuery) -> Result<Paged<
         columns: "audit.id, audit.at, event, actor, address, audit.project, tenants.title, \
                   resource, details",
         from: "audit LEFT JOIN tenants ON tenants.project_id = audit.project",
-        condition,
-        visible: "TRUE",
+        ever: (condition, values),
+        visible: ("TRUE".to_owned(), Vec::new()),
         key: "audit.key",
         id: "audit.id",
-        values,
     };
-    let query =
-        ListQuery { after: query.after.clone(), limit: query.limit, order: Order::NewestFirst };
-    list(connection, listing, &query, from_row)
+    let (after, limit) = (query.after.as_deref(), query.limit);
+    list(connection, listing, &Part { after, limit, order: Order::NewestFirst }, from_row)
 }

@@ -6,8 +6,9 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params};
 use serde_json::json;
 
+use super::super::query::{Listing, execute, find, list};
 use super::super::{database_error, timestamp};
-use super::{Listing, audit, execute, find, list, projects, refused, service_accounts};
+use super::{audit, projects, refused, service_accounts};
 use crate::accounts::{
     Actor, KeyChanges, KeyHolder, KeyOwner, KeyRecord, ListQuery, NewKey, Refusal,
     ServiceAccountRecord,
@@ -98,13 +99,12 @@ pub(super) fn page(
     let listing = Listing {
         columns: &columns(),
         from: TABLES,
-        condition: condition.to_owned(),
-        visible: "api_keys.deleted_at IS NULL",
+        ever: (condition.to_owned(), values),
+        visible: ("api_keys.deleted_at IS NULL".to_owned(), Vec::new()),
         key: "api_keys.key",
         id: "api_keys.id",
-        values,
     };
-    list(connection, listing, query, from_row)
+    list(connection, listing, &query.part(), from_row)
 }
 
 pub(super) fn create_for_project(

@@ -12,86 +12,17 @@ use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{KeyId, ProjectId, ServiceAccountId, TenantId};
 use batchwright_domain::limits::ModelRule;
-use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension, Params, Row, params_from_iter};
 
-use super::{SqliteStore, database_error, to_i64};
+use super::SqliteStore;
 use crate::accounts::{
     Accounts, Actor, AuditEntry, AuditQuery, KeyChanges, KeyHolder, KeyRecord, LimitChanges,
     ListQuery, NewKey, NewProject, NewServiceAccount, ProjectPolicy, ProjectRecord, ProjectUse,
     Refusal, ServiceAccountRecord, StorageBounds,
 };
-use crate::{Order, Page, Paged, Result, StoreError};
+use crate::{Paged, Result, StoreError};
 
 fn refused<T>(refusal: Refusal) -> Result<T> {
     Err(StoreError::Refused(refusal))
-}
-
-fn execute(connection: &Connection, sql: &str, params: impl Params) -> Result<usize> {
-    connection
-        .prepare_cached(sql)
-        .and_then(|mut statement| statement.execute(params))
-        .map_err(database_error)
-}
-
-fn find<T>(
-    connection: &Connection,
-    sql: &str,
-    params: impl Params,
-    from_row: impl FnOnce(&Row<'_>) -> rusqlite::Result<T>,
-) -> Result<Option<T>> {
-    connection
-        .prepare_cached(sql)
-        .and_then(|mut statement| statement.query_row(params, from_row).optional())
-        .map_err(database_error)
-}
-
-/// Rows that a list shows.
-struct Listing<'a> {
-    columns: &'a str,
-    /// Tables, joined.
-    from: &'a str,
-    /// Condition of every row that ever was in the list.
-    condition: String,
-    /// Further condition of the rows that are shown.
-    visible: &'a str,
-    /// Column by which the list is ordered.
-    key: &'a str,
-    /// Column of the ids after which a page can begin.
-    id: &'a str,
-    /// Values of `condition`.
-    values: Vec<Value>,
-}
-
-/// Returns a page of a list.
-fn list<T>(
-    connection: &Connection,
-    listing: Listing<'_>,
-    query: &ListQuery,
-    from_row: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
-) -> Result<Paged<T>> {
-    let Listing { columns, from, condition, visible, key, id, mut values } = listing;
-    let mut sql = format!("SELECT {columns} FROM {from} WHERE {condition} AND {visible}");
-    let (compare, direction) = match query.order {
-        Order::NewestFirst => ("<", "DESC"),
-        Order::OldestFirst => (">", "ASC"),
-    };
-    if let Some(after) = &query.after {
-        let cursor = format!("SELECT {key} FROM {from} WHERE {condition} AND {id} = ?");
-        let of_cursor = values.iter().cloned().chain([Value::from(after.clone())]);
-        let found = find(connection, &cursor, params_from_iter(of_cursor), |row| row.get(0))?;
-        let Some(found) = found else { return Ok(Paged::UnknownAfter) };
-        sql.push_str(&format!(" AND {key} {compare} ?"));
-        values.push(Value::Integer(found));
-    }
-    sql.push_str(&format!(" ORDER BY {key} {direction} LIMIT ?"));
-    values.push(Value::from(to_i64(query.limit as u64).saturating_add(1)));
-    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
-    let rows = statement.query_map(params_from_iter(values), from_row).map_err(database_error)?;
-    let mut items = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
-    let has_more = items.len() > query.limit;
-    items.truncate(query.limit);
-    Ok(Paged::Page(Page { items, has_more }))
 }
 
 #[async_trait]

@@ -6,9 +6,10 @@ use rusqlite::{Connection, Row, params};
 use serde_json::{Value, json};
 
 use super::super::files::Addition;
+use super::super::query::{execute, find};
 use super::super::{files, open_batches, tenant_key, to_i64, to_u64};
-use super::{audit, execute, find, projects};
-use crate::accounts::{Actor, LimitChanges, ProjectPolicy, ProjectUse, StorageBounds};
+use super::{audit, projects};
+use crate::accounts::{Actor, LimitChanges, ProjectPolicy, ProjectUse, Refusal, StorageBounds};
 use crate::{Result, StoreError};
 
 /// Columns that [`from_row`] reads.
@@ -68,10 +69,10 @@ pub(super) fn of_project(
     connection: &Connection,
     id: &ProjectId,
 ) -> Result<Option<(ProjectPolicy, ProjectUse)>> {
-    if projects::get(connection, id)?.is_none() {
-        return Ok(None);
-    }
-    let key = projects::row_key(connection, id)?;
+    let key = match projects::row_key(connection, id) {
+        Err(StoreError::Refused(Refusal::UnknownProject)) => return Ok(None),
+        found => found?,
+    };
     let (stored_bytes, stored_files) = files::stored(connection, key)?;
     let open_batches = open_batches::count(connection, key)?;
     let used = ProjectUse { stored_bytes, stored_files, open_batches };

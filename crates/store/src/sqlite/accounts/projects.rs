@@ -4,8 +4,9 @@ use batchwright_domain::ids::{ProjectId, TenantId};
 use rusqlite::{Connection, Row, params};
 use serde_json::json;
 
+use super::super::query::{Listing, execute, find, list};
 use super::super::{open_batches, timestamp};
-use super::{Listing, audit, execute, find, list, refused};
+use super::{audit, refused};
 use crate::accounts::{Actor, ListQuery, NewProject, ProjectRecord, Refusal};
 use crate::{Paged, Result};
 
@@ -33,19 +34,34 @@ pub(super) fn get(connection: &Connection, id: &ProjectId) -> Result<Option<Proj
 
 /// Returns the row key of a project.
 pub(super) fn row_key(connection: &Connection, id: &ProjectId) -> Result<i64> {
-    let sql = "SELECT key FROM tenants WHERE project_id = ?1";
-    match find(connection, sql, [id.as_str()], |row| row.get(0))? {
-        Some(key) => Ok(key),
+    match lookup(connection, "project_id", id.as_str())? {
+        Some((key, _)) => Ok(key),
         None => refused(Refusal::UnknownProject),
     }
 }
 
 /// Returns the row key of a project in which something may be created.
 pub(super) fn active_row_key(connection: &Connection, id: &ProjectId) -> Result<i64> {
-    match get(connection, id)? {
+    active(lookup(connection, "project_id", id.as_str())?)
+}
+
+/// Returns the row key of a tenant for something that is created; fails if the project is unknown
+/// or archived.
+pub(in super::super) fn creating_tenant(connection: &Connection, tenant: &TenantId) -> Result<i64> {
+    active(lookup(connection, "name", tenant.as_str())?)
+}
+
+/// Returns the row key of a project, and true if the project is archived.
+fn lookup(connection: &Connection, column: &str, value: &str) -> Result<Option<(i64, bool)>> {
+    let sql = format!("SELECT key, archived_at IS NOT NULL FROM tenants WHERE {column} = ?1");
+    find(connection, &sql, [value], |row| Ok((row.get(0)?, row.get(1)?)))
+}
+
+fn active(found: Option<(i64, bool)>) -> Result<i64> {
+    match found {
+        Some((key, false)) => Ok(key),
+        Some((_, true)) => refused(Refusal::Archived),
         None => refused(Refusal::UnknownProject),
-        Some(project) if project.archived_at.is_some() => refused(Refusal::Archived),
-        Some(_) => row_key(connection, id),
     }
 }
 
@@ -54,16 +70,16 @@ pub(super) fn page(
     query: &ListQuery,
     archived: bool,
 ) -> Result<Paged<ProjectRecord>> {
+    let visible = if archived { "TRUE" } else { "archived_at IS NULL" };
     let listing = Listing {
         columns: COLUMNS,
         from: "tenants",
-        condition: "project_id IS NOT NULL".to_owned(),
-        visible: if archived { "TRUE" } else { "archived_at IS NULL" },
+        ever: ("TRUE".to_owned(), Vec::new()),
+        visible: (visible.to_owned(), Vec::new()),
         key: "tenants.key",
         id: "project_id",
-        values: Vec::new(),
     };
-    list(connection, listing, query, from_row)
+    list(connection, listing, &query.part(), from_row)
 }
 
 pub(super) fn create(
@@ -137,7 +153,7 @@ fn free_slug(connection: &Connection, wanted: &TenantId) -> Result<String> {
         return Ok(wanted.to_string());
     }
     // Numbers are given out in order, so the number of similar slugs is a good first guess.
-    let similar = "SELECT count(*) FROM tenants WHERE name LIKE ?1 ESCAPE '!'";
+    let similar = "SELECT count(*) FROM tenants WHERE name LIKE ?1";
     let pattern = format!("{wanted}-%");
     let first: i64 = find(connection, similar, [pattern], |row| row.get(0))?.unwrap_or(0);
     let first = u64::try_from(first).unwrap_or(0).saturating_add(2);
@@ -148,18 +164,4 @@ fn free_slug(connection: &Connection, wanted: &TenantId) -> Result<String> {
         }
     }
     refused(Refusal::NameTaken)
-}
-
-/// Returns the tenant's row key for something that is created; fails if the project is unknown or
-/// archived.
-pub(in super::super) fn creating_tenant(connection: &Connection, tenant: &TenantId) -> Result<i64> {
-    let sql = "SELECT key, archived_at FROM tenants WHERE name = ?1";
-    let found = find(connection, sql, [tenant.as_str()], |row| {
-        Ok((row.get::<_, i64>(0)?, row.get::<_, Option<i64>>(1)?))
-    })?;
-    match found {
-        Some((key, None)) => Ok(key),
-        Some((_, Some(_))) => refused(Refusal::Archived),
-        None => refused(Refusal::UnknownProject),
-    }
 }

@@ -1,12 +1,12 @@
 //! Service accounts.
 
 use batchwright_domain::ids::{ProjectId, ServiceAccountId};
-use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params};
 use serde_json::json;
 
+use super::super::query::{Listing, execute, find, list};
 use super::super::timestamp;
-use super::{Listing, audit, execute, find, keys, list, projects, refused};
+use super::{audit, keys, projects, refused};
 use crate::accounts::{Actor, ListQuery, NewServiceAccount, Refusal, ServiceAccountRecord};
 use crate::{Paged, Result};
 
@@ -50,16 +50,16 @@ pub(super) fn page(
     project: &ProjectId,
     query: &ListQuery,
 ) -> Result<Paged<ServiceAccountRecord>> {
+    let tenant = projects::row_key(connection, project)?;
     let listing = Listing {
         columns: COLUMNS,
         from: "service_accounts",
-        condition: "tenant = ?".to_owned(),
-        visible: "deleted_at IS NULL",
+        ever: ("tenant = ?".to_owned(), vec![tenant.into()]),
+        visible: ("deleted_at IS NULL".to_owned(), Vec::new()),
         key: "service_accounts.key",
         id: "service_accounts.id",
-        values: vec![Value::from(projects::row_key(connection, project)?)],
     };
-    list(connection, listing, query, from_row)
+    list(connection, listing, &query.part(), from_row)
 }
 
 pub(super) fn create(
