@@ -236,6 +236,8 @@ def test_apply_makes_the_server_equal_to_a_file_and_touches_nothing_else(tenants
         (good + "[projects.Upper]\n", ["projects.Upper", "a slug has"]),
         (good.replace("1GiB", "1 GiBi"), ["max_stored_bytes"]),
         (good + "[projects.new]\nname = ''\n", ["projects.new", "it is empty"]),
+        (good.replace('"Acme"', '"UNTOUCHED"'), ["projects.acme-labs", "another project has"]),
+        (good + "[projects.acme]\n", ["projects.acme:", "another project has"]),
     ]:
         file.write_text(wrong.replace("max_open_batches = 5", "max_open_batches = 6"))
         done = apply()

@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::limits::MAX_LIMIT;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::{Memory, Reservation};
 use batchwright_store::Metadata;
@@ -25,9 +26,6 @@ use crate::state::ApiState;
 
 /// Valid lifetimes of a file, in seconds.
 const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;
-
-/// Valid values of a limit of a project: every integer that JSON parsers agree on.
-const LIMIT_VALUES: RangeInclusive<u64> = 0..=1_000_000_000_000_000;
 
 /// Byte order mark, with which some editors and clients begin a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -201,7 +199,7 @@ impl Params {
             self.values.remove(name);
             return Ok(Some(None));
         }
-        Ok(self.optional_integer(name, LIMIT_VALUES)?.map(Some))
+        Ok(self.optional_integer(name, 0..=MAX_LIMIT)?.map(Some))
     }
 
     /// Removes an optional boolean. Fails if it has another type.

@@ -34,18 +34,21 @@ impl QueryParams {
         found.map(|(_, value)| value.clone()).filter(|value| !value.is_empty())
     }
 
-    /// Returns true if a parameter has a value, as `name=…` or `name[]=…`.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        let is_named = |given: &str| given.strip_suffix("[]").unwrap_or(given) == name;
-        self.0.iter().any(|(given, value)| is_named(given) && !value.is_empty())
+    /// Returns the values of a parameter, as `name=…` or `name[]=…`, without empty ones.
+    fn values(&self, name: &str) -> impl Iterator<Item = &String> {
+        let is_named = move |given: &str| given.strip_suffix("[]").unwrap_or(given) == name;
+        let found = self.0.iter().filter(move |(given, _)| is_named(given));
+        found.map(|(_, value)| value).filter(|value| !value.is_empty())
     }
 
-    /// Returns the values of a parameter that can be repeated, as `name=…` or `name[]=…`. Fails if
-    /// there are more than `max`.
+    /// Returns true if a parameter has a value.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.values(name).next().is_some()
+    }
+
+    /// Returns the values of a parameter that can be repeated. Fails if there are more than `max`.
     pub(crate) fn texts(&self, name: &str, max: usize) -> Result<Vec<String>, ApiError> {
-        let is_named = |given: &str| given.strip_suffix("[]").unwrap_or(given) == name;
-        let found = self.0.iter().filter(|(given, value)| is_named(given) && !value.is_empty());
-        let values: Vec<_> = found.map(|(_, value)| value.clone()).collect();
+        let values: Vec<_> = self.values(name).cloned().collect();
         if values.len() > max {
             let message = format!("Invalid '{name}': expected at most {max} values.");
             return Err(ApiError::invalid(name, ErrorCode::InvalidValue, message));

@@ -2,6 +2,12 @@
 
 use std::collections::BTreeSet;
 
+/// Maximum value of a limit: every JSON parser reads an integer of this size exactly.
+pub const MAX_LIMIT: u64 = 1_000_000_000_000_000;
+
+/// Maximum number of models in a rule.
+pub const MAX_RULE_MODELS: usize = 1000;
+
 /// Limits of a project. None is no limit, or for the own limits of a project, no own value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {

@@ -7,7 +7,6 @@ use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::accounts::AuditQuery;
 
 use super::{Administration, DEFAULT_PAGE_ENTRIES, PAGE_ENTRIES, page};
-use crate::auth::Admin;
 use crate::error::ApiError;
 use crate::openapi::Errors;
 use crate::query_params::QueryParams;
@@ -34,7 +33,6 @@ const MAX_FILTER_VALUES: usize = 100;
 ), responses((status = 200, body = List<AuditLog>, description = "Page of entries"), Errors))]
 pub(crate) async fn list(
     State(organization): Administration,
-    _: Admin,
     query: QueryParams,
 ) -> Result<Json<List<AuditLog>>, ApiError> {
     for name in ["before", "actor_emails", "tenant_only"] {

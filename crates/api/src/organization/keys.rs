@@ -28,7 +28,7 @@ use crate::wire::organization_requests::{CreateAdminKey, CreateKey, UpdateKey};
 pub(super) const DEFAULT_KEY_NAME: &str = "Secret Key";
 
 /// New key for the store, and its complete text for the response.
-pub(super) struct IssuedFor {
+pub(super) struct Issued {
     pub new: NewKey,
     pub value: String,
 }
@@ -38,13 +38,13 @@ pub(super) fn issue(
     name: String,
     scopes: Vec<String>,
     expires_at: Option<Timestamp>,
-) -> Result<IssuedFor, ApiError> {
+) -> Result<Issued, ApiError> {
     let key = IssuedKey::new().map_err(|error| {
         ApiError::internal(format!("the operating system has no random bits: {error}"))
     })?;
     let digest = *key.digest.as_bytes();
     let new = NewKey { id: key.id, name, digest, redacted: key.redacted, scopes, expires_at };
-    Ok(IssuedFor { new, value: key.value })
+    Ok(Issued { new, value: key.value })
 }
 
 /// Creates a key of a service account
@@ -66,11 +66,11 @@ pub(crate) async fn create_for_account(
     let scopes = optional_scopes(&mut params)?.unwrap_or_else(Scopes::all);
     let expires_at = organization.expiry(&mut params)?;
     params.reject_unknown()?;
-    let IssuedFor { new, value } = issue(name, scopes.names(), expires_at)?;
+    let Issued { new, value } = issue(name, scopes.names(), expires_at)?;
     let now = organization.clock.now();
     let by = admin.actor(now);
     let created = organization.accounts.create_project_key(&project, &account, new.clone(), by);
-    created.await.map_err(|error| failed(error, project.as_str(), account.as_str()))?;
+    created.await.map_err(|error| failed(error, Some(&project), account.as_str()))?;
     Ok(Json(NewKeyObject::new(new, value, now)))
 }
 
@@ -86,7 +86,6 @@ pub(crate) async fn create_for_account(
 ), responses((status = 200, body = List<ProjectKey>, description = "Page of keys"), Errors))]
 pub(crate) async fn list(
     State(organization): Administration,
-    _: Admin,
     Path(project): Path<ProjectId>,
     query: QueryParams,
 ) -> Result<Json<List<ProjectKey>>, ApiError> {
@@ -116,7 +115,7 @@ pub(crate) async fn list(
     }
     let holder = KeyHolder::Project(project.clone());
     let found = organization.accounts.keys(&holder, part.clone()).await;
-    let found = found.map_err(|error| failed(error, project.as_str(), ""))?;
+    let found = found.map_err(|error| failed(error, Some(&project), ""))?;
     page(found, "API key", part.after.as_deref(), ProjectKey::from).map(Json)
 }
 
@@ -127,7 +126,6 @@ pub(crate) async fn list(
     responses((status = 200, body = ProjectKey, description = "The key"), Errors))]
 pub(crate) async fn get(
     State(organization): Administration,
-    _: Admin,
     Path((project, id)): Path<(ProjectId, KeyId)>,
 ) -> Result<Json<ProjectKey>, ApiError> {
     let found = organization.accounts.key_of(&KeyHolder::Project(project), &id).await?;
@@ -153,16 +151,14 @@ pub(crate) async fn update(
     let expires_at = organization.expiry(&mut params)?;
     params.reject_unknown()?;
     if scopes.is_none() && expires_at.is_none() {
-        return get(State(organization), admin, Path((project, id))).await;
+        return get(State(organization), Path((project, id))).await;
     }
     let changes = KeyChanges { expires_at, scopes };
     let by = admin.actor(organization.clock.now());
     let holder = KeyHolder::Project(project.clone());
     let updated = organization.accounts.update_key(&holder, &id, changes, by).await;
     organization.clear_key_cache();
-    updated
-        .map(|key| Json(key.into()))
-        .map_err(|error| failed(error, project.as_str(), id.as_str()))
+    updated.map(|key| Json(key.into())).map_err(|error| failed(error, Some(&project), id.as_str()))
 }
 
 /// Deletes a key of a project, which is refused from then on
@@ -180,7 +176,7 @@ pub(crate) async fn delete(
     let holder = KeyHolder::Project(project.clone());
     let deleted = organization.accounts.delete_key(&holder, &id, by).await;
     organization.clear_key_cache();
-    deleted.map_err(|error| failed(error, project.as_str(), id.as_str()))?;
+    deleted.map_err(|error| failed(error, Some(&project), id.as_str()))?;
     let object = "organization.project.api_key.deleted";
     Ok(Json(DeletedResource { id: id.to_string(), object, deleted: true }))
 }
@@ -199,7 +195,7 @@ pub(crate) async fn create_admin(
     let name = required_name(&mut params)?;
     let expires_at = organization.expiry(&mut params)?;
     params.reject_unknown()?;
-    let IssuedFor { new, value } = issue(name, Vec::new(), expires_at)?;
+    let Issued { new, value } = issue(name, Vec::new(), expires_at)?;
     let by = admin.actor(organization.clock.now());
     let key = organization.accounts.create_admin_key(new, by).await?;
     Ok(Json(NewAdminKeyObject::new(key, value)))
@@ -215,7 +211,6 @@ pub(crate) async fn create_admin(
 ), responses((status = 200, body = List<AdminKey>, description = "Page of keys"), Errors))]
 pub(crate) async fn list_admin(
     State(organization): Administration,
-    _: Admin,
     query: QueryParams,
 ) -> Result<Json<List<AdminKey>>, ApiError> {
     let part = list_query(&query)?;
@@ -230,7 +225,6 @@ pub(crate) async fn list_admin(
     responses((status = 200, body = AdminKey, description = "The key"), Errors))]
 pub(crate) async fn get_admin(
     State(organization): Administration,
-    _: Admin,
     Path(id): Path<KeyId>,
 ) -> Result<Json<AdminKey>, ApiError> {
     let found = organization.accounts.key_of(&KeyHolder::Organization, &id).await?;
@@ -251,7 +245,7 @@ pub(crate) async fn delete_admin(
     let by = admin.actor(organization.clock.now());
     let deleted = organization.accounts.delete_key(&KeyHolder::Organization, &id, by).await;
     organization.clear_key_cache();
-    deleted.map_err(|error| failed(error, "", id.as_str()))?;
+    deleted.map_err(|error| failed(error, None, id.as_str()))?;
     let object = "organization.admin_api_key.deleted";
     Ok(Json(DeletedResource { id: id.to_string(), object, deleted: true }))
 }

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::ProjectId;
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::{MAX_RULE_MODELS, ModelRule};
 use batchwright_store::accounts::{LimitChanges, ProjectPolicy, ProjectUse};
 
 use super::{Administration, Organization, failed, project_not_found};
@@ -20,16 +20,12 @@ use crate::wire::organization::{
 };
 use crate::wire::organization_requests::{UpdateLimits, UpdateModelPermissions};
 
-/// Maximum number of models in a rule.
-const MAX_MODELS: usize = 1000;
-
 /// Returns the limits of a project, with the server's defaults, and what the project uses
 #[utoipa::path(get, path = "/organization/projects/{project}/limits", tag = "Organization",
     params(("project" = String, Path, description = "Id of the project")),
     responses((status = 200, body = ProjectLimitsObject, description = "The limits"), Errors))]
 pub(crate) async fn get(
     State(organization): Administration,
-    _: Admin,
     Path(id): Path<ProjectId>,
 ) -> Result<Json<ProjectLimitsObject>, ApiError> {
     let (policy, used) = policy(&organization, &id).await?;
@@ -63,8 +59,8 @@ pub(crate) async fn update(
     params.reject_unknown()?;
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.update_limits(&id, changes, by).await;
-    updated.map_err(|error| failed(error, id.as_str(), ""))?;
-    get(State(organization), admin, Path(id)).await
+    updated.map_err(|error| failed(error, Some(&id), ""))?;
+    get(State(organization), Path(id)).await
 }
 
 /// Returns the models that a project may use
@@ -74,7 +70,6 @@ pub(crate) async fn update(
     responses((status = 200, body = ModelPermissionsObject, description = "The rule"), Errors))]
 pub(crate) async fn get_models(
     State(organization): Administration,
-    _: Admin,
     Path(id): Path<ProjectId>,
 ) -> Result<Json<ModelPermissionsObject>, ApiError> {
     let (policy, _) = policy(&organization, &id).await?;
@@ -101,8 +96,9 @@ pub(crate) async fn update_models(
         params.optional_strings("model_ids")?.ok_or_else(|| missing_parameter("model_ids"))?;
     params.reject_unknown()?;
     let models: BTreeSet<String> = names.into_iter().collect();
-    if models.len() > MAX_MODELS || models.iter().any(String::is_empty) {
-        let message = format!("Invalid 'model_ids': expected up to {MAX_MODELS} names of models.");
+    if models.len() > MAX_RULE_MODELS || models.iter().any(String::is_empty) {
+        let message =
+            format!("Invalid 'model_ids': expected up to {MAX_RULE_MODELS} names of models.");
         return Err(ApiError::invalid("model_ids", ErrorCode::InvalidValue, message));
     }
     let rule = ModelRule::from_parts(&mode, models).ok_or_else(|| {
@@ -111,7 +107,7 @@ pub(crate) async fn update_models(
     })?;
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.set_models(&id, rule.clone(), by).await;
-    updated.map_err(|error| failed(error, id.as_str(), ""))?;
+    updated.map_err(|error| failed(error, Some(&id), ""))?;
     Ok(Json(ModelPermissionsObject::new(&rule)))
 }
 
@@ -127,7 +123,7 @@ pub(crate) async fn delete_models(
 ) -> Result<Json<DeletedModelPermissions>, ApiError> {
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.set_models(&id, ModelRule::default(), by).await;
-    updated.map_err(|error| failed(error, id.as_str(), ""))?;
+    updated.map_err(|error| failed(error, Some(&id), ""))?;
     Ok(Json(DeletedModelPermissions::new()))
 }
 

@@ -23,6 +23,7 @@ use axum::{Extension, Router};
 use batchwright_batch::Service;
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::ProjectId;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::Memory;
 use batchwright_store::accounts::{ListQuery, Refusal};
@@ -240,8 +241,8 @@ fn page<R, T: Identified>(
 }
 
 /// Returns the error of an operation on a project, or on a resource of a project.
-fn failed(error: StoreError, project: &str, resource: &str) -> ApiError {
-    let shown = truncate_for_message;
+fn failed(error: StoreError, project: Option<&ProjectId>, resource: &str) -> ApiError {
+    let (shown, project) = (truncate_for_message, project.map_or("", ProjectId::as_str));
     match error {
         StoreError::Refused(Refusal::UnknownProject) => project_not_found(project),
         StoreError::Refused(Refusal::UnknownAccount) => account_not_found(resource),

@@ -36,7 +36,7 @@ pub(crate) async fn create(
     let new = NewProject { id: new_id("proj_").into(), slug: slug(&name), name };
     let by = admin.actor(organization.clock.now());
     let created = organization.accounts.create_project(new, by).await;
-    created.map(|project| Json(project.into())).map_err(|error| failed(error, "", ""))
+    created.map(|project| Json(project.into())).map_err(|error| failed(error, None, ""))
 }
 
 /// Returns a project
@@ -45,7 +45,6 @@ pub(crate) async fn create(
     responses((status = 200, body = Project, description = "The project"), Errors))]
 pub(crate) async fn get(
     State(organization): Administration,
-    _: Admin,
     Path(id): Path<ProjectId>,
 ) -> Result<Json<Project>, ApiError> {
     match organization.accounts.project(&id).await? {
@@ -63,7 +62,6 @@ pub(crate) async fn get(
 ), responses((status = 200, body = List<Project>, description = "Page of projects"), Errors))]
 pub(crate) async fn list(
     State(organization): Administration,
-    _: Admin,
     query: QueryParams,
 ) -> Result<Json<List<Project>>, ApiError> {
     let archived = query.boolean("include_archived")?.unwrap_or(false);
@@ -85,10 +83,10 @@ pub(crate) async fn update(
 ) -> Result<Json<Project>, ApiError> {
     let name = optional_name(&mut params)?;
     params.reject_unknown()?;
-    let Some(name) = name else { return get(State(organization), admin, Path(id)).await };
+    let Some(name) = name else { return get(State(organization), Path(id)).await };
     let by = admin.actor(organization.clock.now());
     let renamed = organization.accounts.rename_project(&id, name, by).await;
-    renamed.map(|project| Json(project.into())).map_err(|error| failed(error, id.as_str(), ""))
+    renamed.map(|project| Json(project.into())).map_err(|error| failed(error, Some(&id), ""))
 }
 
 /// Archives a project
@@ -112,5 +110,5 @@ pub(crate) async fn archive(
     organization.clear_key_cache();
     archived
         .map(|project: ProjectRecord| Json(project.into()))
-        .map_err(|error| failed(error, id.as_str(), ""))
+        .map_err(|error| failed(error, Some(&id), ""))
 }

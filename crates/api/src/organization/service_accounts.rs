@@ -7,7 +7,7 @@ use batchwright_domain::ids::{ProjectId, ServiceAccountId};
 use batchwright_store::accounts::NewServiceAccount;
 use batchwright_tenancy::Scopes;
 
-use super::keys::{DEFAULT_KEY_NAME, IssuedFor, issue};
+use super::keys::{DEFAULT_KEY_NAME, Issued, issue};
 use super::{
     Administration, account_not_found, failed, list_query, new_id, optional_name, page,
     required_name,
@@ -49,8 +49,8 @@ pub(crate) async fn create(
     let new = NewServiceAccount { id: new_id("svc_acct_").into(), name, is_member: !only };
     let now = organization.clock.now();
     let created = organization.accounts.create_account(&project, new, key, admin.actor(now)).await;
-    let account = created.map_err(|error| failed(error, project.as_str(), ""))?;
-    let key = issued.map(|IssuedFor { new, value }| NewKeyObject::new(new, value, now));
+    let account = created.map_err(|error| failed(error, Some(&project), ""))?;
+    let key = issued.map(|Issued { new, value }| NewKeyObject::new(new, value, now));
     Ok(Json(NewServiceAccountObject::new(account, key)))
 }
 
@@ -62,7 +62,6 @@ pub(crate) async fn create(
     responses((status = 200, body = ServiceAccount, description = "The account"), Errors))]
 pub(crate) async fn get(
     State(organization): Administration,
-    _: Admin,
     Path((project, id)): Path<(ProjectId, ServiceAccountId)>,
 ) -> Result<Json<ServiceAccount>, ApiError> {
     let found = organization.accounts.account(&project, &id).await?;
@@ -79,13 +78,12 @@ pub(crate) async fn get(
 ), responses((status = 200, body = List<ServiceAccount>, description = "Accounts"), Errors))]
 pub(crate) async fn list(
     State(organization): Administration,
-    _: Admin,
     Path(project): Path<ProjectId>,
     query: QueryParams,
 ) -> Result<Json<List<ServiceAccount>>, ApiError> {
     let part = list_query(&query)?;
     let found = organization.accounts.accounts(&project, part.clone()).await;
-    let found = found.map_err(|error| failed(error, project.as_str(), ""))?;
+    let found = found.map_err(|error| failed(error, Some(&project), ""))?;
     page(found, "service account", part.after.as_deref(), ServiceAccount::from).map(Json)
 }
 
@@ -110,13 +108,13 @@ pub(crate) async fn update(
     }
     params.reject_unknown()?;
     let Some(name) = name else {
-        return get(State(organization), admin, Path((project, id))).await;
+        return get(State(organization), Path((project, id))).await;
     };
     let by = admin.actor(organization.clock.now());
     let renamed = organization.accounts.rename_account(&project, &id, name, by).await;
     renamed
         .map(|account| Json(account.into()))
-        .map_err(|error| failed(error, project.as_str(), id.as_str()))
+        .map_err(|error| failed(error, Some(&project), id.as_str()))
 }
 
 /// Deletes a service account and its keys
@@ -133,7 +131,7 @@ pub(crate) async fn delete(
     let by = admin.actor(organization.clock.now());
     let deleted = organization.accounts.delete_account(&project, &id, by).await;
     organization.clear_key_cache();
-    deleted.map_err(|error| failed(error, project.as_str(), id.as_str()))?;
+    deleted.map_err(|error| failed(error, Some(&project), id.as_str()))?;
     let object = "organization.project.service_account.deleted";
     Ok(Json(DeletedResource { id: id.to_string(), object, deleted: true }))
 }

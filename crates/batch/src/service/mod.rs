@@ -13,7 +13,7 @@ use batchwright_domain::limits::{Limits, ModelRule};
 use batchwright_domain::status::Status;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
-use batchwright_store::accounts::{Actor, ProjectRecord};
+use batchwright_store::accounts::{Actor, ProjectRecord, StorageBounds};
 use batchwright_store::{
     BatchError, BatchRecord, Cancel, Objects, Paged, PluginVersion, Result, Store, StoreError,
     WaitCause,
@@ -152,7 +152,10 @@ impl Service {
     /// read.
     pub(crate) async fn begin_upload(&self, tenant: &TenantId) -> Result<UploadingBytes> {
         let bounds = self.policy(tenant).await?.storage();
-        let room = self.store.storage_room(tenant, bounds).await?;
+        let room = match bounds {
+            StorageBounds { bytes: None, files: None } => None,
+            bounds => self.store.storage_room(tenant, bounds).await?,
+        };
         Ok(self.uploading.begin(tenant.clone(), room))
     }
 

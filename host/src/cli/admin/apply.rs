@@ -4,10 +4,10 @@
 //! file does not name stays as it is. The whole file is checked before the first change, and the
 //! same file can be applied again after an interruption.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use batchwright_domain::limits::Limits;
+use batchwright_domain::limits::{Limits, MAX_LIMIT, MAX_RULE_MODELS};
 use batchwright_domain::units::Size;
 use batchwright_tenancy::project::{check_name, slug as slug_of};
 use clap::Args;
@@ -19,12 +19,6 @@ use super::transport::Transport;
 use crate::cli::client::path_segment;
 use crate::cli::terminal::outln;
 use crate::error::Error;
-
-/// Maximum number of models in a rule.
-const MAX_MODELS: usize = 1000;
-
-/// Maximum value of a limit.
-const MAX_LIMIT: u64 = 1_000_000_000_000_000;
 
 #[derive(Args)]
 pub(super) struct Apply {
@@ -118,7 +112,7 @@ impl Apply {
     async fn plan(&self, transport: &Transport) -> Result<Vec<Plan>, Error> {
         let wanted = self.read()?;
         let existing = transport.list("organization/projects?include_archived=true", None).await?;
-        let mut plans = Vec::new();
+        let (mut plans, mut names) = (Vec::new(), BTreeSet::new());
         for (slug, project) in wanted {
             let failed = |cause: String| self.failed(&slug, &cause);
             let found = existing.iter().find(|found| text(found, "/slug") == slug);
@@ -134,6 +128,12 @@ impl Apply {
                 )));
             }
             let id = found.map(|found| text(found, "/id"));
+            if (found.is_none() || project.name.is_some())
+                && (!names.insert(name.to_ascii_lowercase())
+                    || is_taken(&existing, id.as_deref(), &name))
+            {
+                return Err(failed(format!("another project has the name \"{name}\"")));
+            }
             let current_name = found.map(|found| text(found, "/name"));
             let changes = changes(transport, id.as_deref(), current_name, &project).await?;
             plans.push(Plan { slug, id, name, changes });
@@ -160,9 +160,9 @@ impl Apply {
             }
             project.limits.values().map_err(|cause| self.failed(slug, &cause))?;
             if let Some(Models::Allow(names) | Models::Deny(names)) = &project.models
-                && (names.len() > MAX_MODELS || names.iter().any(String::is_empty))
+                && (names.len() > MAX_RULE_MODELS || names.iter().any(String::is_empty))
             {
-                let cause = format!("models: expected up to {MAX_MODELS} names");
+                let cause = format!("models: expected up to {MAX_RULE_MODELS} names");
                 return Err(self.failed(slug, &cause));
             }
         }
@@ -194,6 +194,15 @@ impl Plan {
     }
 }
 
+/// Returns true if another project that is not archived has a name now.
+fn is_taken(existing: &[Value], own_id: Option<&str>, name: &str) -> bool {
+    existing.iter().any(|other| {
+        text(other, "/status") == "active"
+            && own_id != Some(&text(other, "/id"))
+            && text(other, "/name").eq_ignore_ascii_case(name)
+    })
+}
+
 /// Returns true if a text has the form of a slug.
 fn is_slug(text: &str) -> bool {
     let is_valid = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
@@ -205,17 +214,18 @@ impl FileLimits {
     fn values(&self) -> Result<Map<String, Value>, String> {
         let bytes = self.max_stored_bytes.as_deref().map(str::parse::<Size>).transpose();
         let bytes = bytes.map_err(|error| format!("max_stored_bytes: {error}"))?;
-        let values = [
-            bytes.map(Size::bytes),
-            self.max_stored_files,
-            self.max_open_batches,
-            self.max_requests_per_batch,
-        ];
-        if values.iter().flatten().any(|value| *value > MAX_LIMIT) {
-            return Err(format!("a limit is at most {MAX_LIMIT}"));
-        }
-        let named = Limits::NAMES.into_iter().zip(values);
-        Ok(named.filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))).collect())
+        let limits = Limits {
+            max_stored_bytes: bytes.map(Size::bytes),
+            max_stored_files: self.max_stored_files,
+            max_open_batches: self.max_open_batches,
+            max_requests_per_batch: self.max_requests_per_batch,
+        };
+        let named = limits.named().into_iter().filter_map(|(name, value)| Some((name, value?)));
+        let checked = named.map(|(name, value)| match value {
+            ..=MAX_LIMIT => Ok((name.to_owned(), json!(value))),
+            _ => Err(format!("{name}: a limit is at most {MAX_LIMIT}")),
+        });
+        checked.collect()
     }
 }
 

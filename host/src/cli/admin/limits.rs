@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use batchwright_domain::limits::Limits as LimitNames;
+use batchwright_domain::limits::Limits;
 use batchwright_domain::units::Size;
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
@@ -46,7 +46,7 @@ impl FromStr for Number {
 }
 
 #[derive(Subcommand)]
-pub(super) enum Limits {
+pub(super) enum LimitsCommand {
     /// Show the limits of a project, and what it uses
     Show {
         /// Id, slug or name of the project
@@ -71,7 +71,7 @@ pub(super) enum Limits {
     },
 }
 
-impl Limits {
+impl LimitsCommand {
     pub(super) async fn run(self, transport: &Transport, as_json: bool) -> Result<(), Error> {
         match self {
             Self::Show { project } => {
@@ -101,7 +101,7 @@ impl Limits {
                     number(max_open_batches),
                     number(max_requests_per_batch),
                 ];
-                let changes: Map<String, Value> = LimitNames::NAMES
+                let changes: Map<String, Value> = Limits::NAMES
                     .into_iter()
                     .zip(values)
                     .filter_map(|(name, value)| Some((name.to_owned(), value?)))
@@ -123,21 +123,25 @@ fn show(limits: &Value, as_json: bool) {
         outln!("{limits}");
         return;
     }
-    for name in LimitNames::NAMES {
+    for name in Limits::NAMES {
         let value = limits.get(name).and_then(Value::as_u64);
-        let value = value.map_or_else(|| "no limit".to_owned(), |value| value.to_string());
         let own = limits.get("own").and_then(Value::as_array);
         let is_own = own.is_some_and(|own| own.contains(&json!(name)));
         let used =
             name.strip_prefix("max_").and_then(|used| limits.pointer(&format!("/usage/{used}")));
         let used = used.map(|used| format!("  used {used}")).unwrap_or_default();
-        let origin = if is_own { "" } else { "  (default)" };
-        outln!("{name:<24} {value}{origin}{used}");
+        let value = match value {
+            Some(value) if is_own => value.to_string(),
+            Some(value) => format!("{value}  (default)"),
+            // A data folder does not say which defaults its server has.
+            None => "default of the server, if it has one".to_owned(),
+        };
+        outln!("{name:<24} {value}{used}");
     }
 }
 
 #[derive(Subcommand)]
-pub(super) enum Models {
+pub(super) enum ModelsCommand {
     /// Show the models that a project may use
     Show {
         /// Id, slug or name of the project
@@ -166,7 +170,7 @@ pub(super) enum Models {
     },
 }
 
-impl Models {
+impl ModelsCommand {
     pub(super) async fn run(self, transport: &Transport, as_json: bool) -> Result<(), Error> {
         let path = async |project: &str| {
             Ok::<_, Error>(format!("{}/model_permissions", path_of(transport, project).await?))

@@ -53,10 +53,10 @@ enum Action {
     Key(keys::Key),
     /// Show and change the limits of a project
     #[command(subcommand)]
-    Limits(limits::Limits),
+    Limits(limits::LimitsCommand),
     /// Show and change the models that a project may use
     #[command(subcommand)]
-    Models(limits::Models),
+    Models(limits::ModelsCommand),
     /// Make projects, limits and models equal to a file; what the file does not name stays
     Apply(apply::Apply),
     /// List the audit log: who changed what, newest first

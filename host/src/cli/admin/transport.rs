@@ -43,7 +43,7 @@ impl Transport {
             };
             return Ok(Self::Server(Box::new(Client::new(&target.url, Some(key))?)));
         };
-        if !data.join("batchwright.db").exists() {
+        if !SqliteStore::exists(data) {
             let shown = data.display();
             if !may_create {
                 return Err(Error::Usage(format!(
