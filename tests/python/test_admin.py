@@ -164,6 +164,11 @@ def test_admin_commands_work_with_a_server_and_with_its_data_folder(tenants, tmp
     key = admin("key", "create", "--project", "acme", "--name", "night").stdout.strip()
     client = tenants.client(key)
     client.batches.list()
+    for words in (("plugin", "list", "--server", server.url), ("batch", "list")):
+        done = run_host(*words, env={"BATCHWRIGHT_API_KEY": key, "BATCHWRIGHT_URL": server.url})
+        assert "API key" not in done.stderr
+        done = run_host(*words, env={"BATCHWRIGHT_API_KEY": "", "BATCHWRIGHT_URL": server.url})
+        assert done.returncode == 1 and "No API key provided" in done.stderr
     [listed] = admin("key", "list", "--project", "Acme").stdout.splitlines()
     key_id = listed.split()[0]
     rotated = admin("key", "rotate", key_id, "--project", "acme").stdout.strip()
