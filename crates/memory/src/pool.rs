@@ -99,14 +99,14 @@ impl Pool {
         Reservation { pool: self.clone(), holder: holder.clone(), id: state.next_id, bytes: 0 }
     }
 
-    /// Reserves a reservation of `bytes`; waits until the pool has room.
+    /// Creates a reservation of `bytes`; waits until the pool has room.
     pub async fn reserve(&self, holder: &Holder, bytes: usize) -> Reservation {
         let mut reservation = self.reservation(holder);
         reservation.grow_to(bytes).await;
         reservation
     }
 
-    /// Reserves a reservation of `bytes`, or returns `None` if the pool has no room now.
+    /// Creates a reservation of `bytes`, or returns `None` if the pool has no room now.
     pub fn try_reserve(&self, holder: &Holder, bytes: usize) -> Option<Reservation> {
         let mut reservation = self.reservation(holder);
         reservation.try_grow_to(bytes).then_some(reservation)
