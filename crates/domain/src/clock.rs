@@ -3,7 +3,11 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use chrono::{DateTime, Datelike, Months};
 use tokio::sync::watch;
+
+/// Length of a day.
+const MILLIS_PER_DAY: i64 = 86_400_000;
 
 /// Maximum time that a sleeping task goes without checking the clock.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
@@ -36,6 +40,31 @@ impl Timestamp {
     /// Returns the timestamp `span` earlier; saturates.
     pub fn before(self, span: Duration) -> Self {
         Self(self.0.saturating_sub(i64::try_from(span.as_millis()).unwrap_or(i64::MAX)))
+    }
+
+    /// Returns the beginning of the day, in UTC.
+    pub fn start_of_day(self) -> Self {
+        Self(self.0.saturating_sub(self.0.rem_euclid(MILLIS_PER_DAY)))
+    }
+
+    /// Returns the beginning of the next day, in UTC.
+    pub fn next_day(self) -> Self {
+        Self(self.start_of_day().0.saturating_add(MILLIS_PER_DAY))
+    }
+
+    /// Returns the number of the month since the year 0, in UTC.
+    pub fn month(self) -> i64 {
+        let date = DateTime::from_timestamp_millis(self.0).unwrap_or_default();
+        i64::from(date.year()).saturating_mul(12).saturating_add(i64::from(date.month0()))
+    }
+
+    /// Returns the beginning of the next month, in UTC.
+    pub fn next_month(self) -> Self {
+        let first = DateTime::from_timestamp_millis(self.0)
+            .and_then(|date| date.date_naive().with_day(1))
+            .and_then(|first| first.checked_add_months(Months::new(1)))
+            .and_then(|first| first.and_hms_opt(0, 0, 0));
+        first.map_or(self.next_day(), |first| Self(first.and_utc().timestamp_millis()))
     }
 
     /// Returns the time from `self` until `later`; zero if `later` is not later.

@@ -10,6 +10,7 @@ pub mod endpoint;
 pub mod error_code;
 pub mod ids;
 pub mod limits;
+pub mod money;
 pub mod settings;
 pub mod status;
 pub mod text;

@@ -1,40 +1,151 @@
 //! Limits of a project, and the models that it may use.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 /// Maximum value of a limit: every JSON parser reads an integer of this size exactly.
 pub const MAX_LIMIT: u64 = 1_000_000_000_000_000;
 
-/// Maximum number of models in a rule.
+/// Maximum weight of a project.
+pub const MAX_WEIGHT: u64 = 1000;
+
+/// Maximum number of models in a rule, and of models with limits.
 pub const MAX_RULE_MODELS: usize = 1000;
+
+/// Limit of a project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Limit {
+    /// Total size of the stored files, in bytes.
+    StoredBytes,
+    /// Number of stored files.
+    StoredFiles,
+    /// Number of batches that have not ended.
+    OpenBatches,
+    /// Number of requests in a batch.
+    RequestsPerBatch,
+    /// Number of requests in flight, over all plugins.
+    RequestsInFlight,
+    /// Weight of the project in the shares of providers.
+    Weight,
+}
+
+impl Limit {
+    /// All limits, in the order in which people see them.
+    pub const ALL: [Self; 6] = [
+        Self::StoredBytes,
+        Self::StoredFiles,
+        Self::OpenBatches,
+        Self::RequestsPerBatch,
+        Self::RequestsInFlight,
+        Self::Weight,
+    ];
+
+    /// Returns the name in the API, in files and in the database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::StoredBytes => "max_stored_bytes",
+            Self::StoredFiles => "max_stored_files",
+            Self::OpenBatches => "max_open_batches",
+            Self::RequestsPerBatch => "max_requests_per_batch",
+            Self::RequestsInFlight => "max_requests_in_flight",
+            Self::Weight => "weight",
+        }
+    }
+
+    /// Returns the valid values.
+    pub fn range(self) -> RangeInclusive<u64> {
+        match self {
+            Self::Weight => 1..=MAX_WEIGHT,
+            _ => 0..=MAX_LIMIT,
+        }
+    }
+}
 
 /// Limits of a project. None is no limit, or for the own limits of a project, no own value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Total size of the stored files, in bytes.
-    pub max_stored_bytes: Option<u64>,
-    /// Number of stored files.
-    pub max_stored_files: Option<u64>,
-    /// Number of batches that have not ended.
-    pub max_open_batches: Option<u64>,
-    /// Number of requests in a batch.
-    pub max_requests_per_batch: Option<u64>,
-}
+pub struct Limits([Option<u64>; Limit::ALL.len()]);
 
 impl Limits {
-    /// Names of the limits, as the API and the command line have them.
-    pub const NAMES: [&str; 4] =
-        ["max_stored_bytes", "max_stored_files", "max_open_batches", "max_requests_per_batch"];
+    /// Returns a limit.
+    pub fn get(&self, limit: Limit) -> Option<u64> {
+        self.0.get(limit as usize).copied().flatten()
+    }
 
-    /// Returns the limits with their names.
-    pub fn named(&self) -> [(&'static str, Option<u64>); 4] {
-        let [bytes, files, batches, requests] = Self::NAMES;
-        [
-            (bytes, self.max_stored_bytes),
-            (files, self.max_stored_files),
-            (batches, self.max_open_batches),
-            (requests, self.max_requests_per_batch),
-        ]
+    /// Returns the limits with another value.
+    #[must_use]
+    pub fn with(mut self, limit: Limit, value: Option<u64>) -> Self {
+        if let Some(found) = self.0.get_mut(limit as usize) {
+            *found = value;
+        }
+        self
+    }
+}
+
+/// Limits of a project for one model. None is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModelLimits {
+    /// Requests that begin in a minute.
+    pub requests_per_minute: Option<u64>,
+    /// Tokens of the requests that begin in a minute.
+    pub tokens_per_minute: Option<u64>,
+    /// Requests in a day (UTC).
+    pub requests_per_day: Option<u64>,
+    /// Input tokens of the requests that open batches have not finished.
+    pub enqueued_tokens: Option<u64>,
+}
+
+/// Limit of a project for one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ModelLimit {
+    /// Requests that begin in a minute.
+    RequestsPerMinute,
+    /// Tokens of the requests that begin in a minute.
+    TokensPerMinute,
+    /// Requests in a day.
+    RequestsPerDay,
+    /// Input tokens that open batches have not used.
+    EnqueuedTokens,
+}
+
+impl ModelLimit {
+    /// All limits of a model.
+    pub const ALL: [Self; 4] = [
+        Self::RequestsPerMinute,
+        Self::TokensPerMinute,
+        Self::RequestsPerDay,
+        Self::EnqueuedTokens,
+    ];
+
+    /// Returns the name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RequestsPerMinute => "max_requests_per_1_minute",
+            Self::TokensPerMinute => "max_tokens_per_1_minute",
+            Self::RequestsPerDay => "max_requests_per_1_day",
+            Self::EnqueuedTokens => "batch_1_day_max_input_tokens",
+        }
+    }
+}
+
+impl ModelLimits {
+    /// Returns a limit.
+    pub fn get(&self, limit: ModelLimit) -> Option<u64> {
+        match limit {
+            ModelLimit::RequestsPerMinute => self.requests_per_minute,
+            ModelLimit::TokensPerMinute => self.tokens_per_minute,
+            ModelLimit::RequestsPerDay => self.requests_per_day,
+            ModelLimit::EnqueuedTokens => self.enqueued_tokens,
+        }
+    }
+
+    /// Changes a limit.
+    pub fn set(&mut self, limit: ModelLimit, value: Option<u64>) {
+        *match limit {
+            ModelLimit::RequestsPerMinute => &mut self.requests_per_minute,
+            ModelLimit::TokensPerMinute => &mut self.tokens_per_minute,
+            ModelLimit::RequestsPerDay => &mut self.requests_per_day,
+            ModelLimit::EnqueuedTokens => &mut self.enqueued_tokens,
+        } = value;
     }
 }
 

@@ -1,9 +1,14 @@
 //! Projects, service accounts, keys and the audit log.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{KeyId, ProjectId, ServiceAccountId, TenantId};
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{Limit, Limits, ModelLimit, ModelLimits, ModelRule};
+use batchwright_domain::money::Money;
+use batchwright_domain::usage::{TokenUsage, UsageKind};
 
 use crate::{Paged, Result};
 
@@ -33,18 +38,11 @@ pub struct NewProject {
     pub name: String,
 }
 
-/// Changes of limits: the outer none leaves a value as it is, the inner none removes it.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LimitChanges {
-    /// Total size of the stored files, in bytes.
-    pub max_stored_bytes: Option<Option<u64>>,
-    /// Number of stored files.
-    pub max_stored_files: Option<Option<u64>>,
-    /// Number of batches that have not ended.
-    pub max_open_batches: Option<Option<u64>>,
-    /// Number of requests in a batch.
-    pub max_requests_per_batch: Option<Option<u64>>,
-}
+/// Changes of limits by limit; none removes the own value of the project.
+pub type LimitChanges = BTreeMap<Limit, Option<u64>>;
+
+/// Changes of the limits for a model; none removes the limit.
+pub type ModelLimitChanges = BTreeMap<ModelLimit, Option<u64>>;
 
 /// Policy of a project: limits and models.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,6 +51,10 @@ pub struct ProjectPolicy {
     pub limits: Limits,
     /// Models that the project may use.
     pub models: ModelRule,
+    /// Limits for models, by the name that the provider knows.
+    pub model_limits: BTreeMap<String, ModelLimits>,
+    /// Budget of a month in cents.
+    pub spend_limit: Option<u64>,
 }
 
 /// Usage of a project, by limit.
@@ -64,6 +66,96 @@ pub struct ProjectUse {
     pub stored_files: u64,
     /// Number of batches that have not ended.
     pub open_batches: u64,
+}
+
+/// What a tenant has used of its budget and of its limits per day.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Meters {
+    /// Money spent in this month (UTC).
+    pub spent: Money,
+    /// Requests of this day (UTC), by models with a limit per day.
+    pub requests_today: BTreeMap<String, u64>,
+}
+
+/// Counts of usage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UsageCounts {
+    /// Requests that a model answered.
+    pub requests: u64,
+    /// Tokens.
+    pub tokens: TokenUsage,
+    /// Cost of the input tokens that were not cached.
+    pub input_cost: Money,
+    /// Cost of the cached input tokens.
+    pub cached_input_cost: Money,
+    /// Cost of the output tokens.
+    pub output_cost: Money,
+    /// Requests whose model had no price, so that their cost is unknown.
+    pub unpriced: u64,
+}
+
+/// Selection and grouping of usage. An empty list selects everything.
+#[derive(Clone, Debug)]
+pub struct UsageQuery {
+    /// Kind of requests.
+    pub kind: Option<UsageKind>,
+    /// Beginning of the first bucket.
+    pub from: Timestamp,
+    /// End of the last bucket.
+    pub before: Timestamp,
+    /// Width of a bucket: whole minutes.
+    pub width: Duration,
+    /// Projects.
+    pub projects: Vec<ProjectId>,
+    /// Keys.
+    pub keys: Vec<KeyId>,
+    /// Models.
+    pub models: Vec<String>,
+    /// Requests of batches alone, or other requests alone.
+    pub is_batch: Option<bool>,
+    /// What the counts are grouped by.
+    pub group: UsageGroups,
+    /// Maximum number of rows.
+    pub max_rows: usize,
+}
+
+/// What counts of usage are grouped by, besides the bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UsageGroups {
+    /// Project.
+    pub project: bool,
+    /// Key.
+    pub key: bool,
+    /// Model.
+    pub model: bool,
+    /// Batch or not.
+    pub batch: bool,
+}
+
+/// Counts of a bucket and a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsageRow {
+    /// Beginning of the bucket.
+    pub start: Timestamp,
+    /// Project, if grouped by it.
+    pub project: Option<ProjectId>,
+    /// Key, if grouped by it and if there was one.
+    pub key: Option<KeyId>,
+    /// Model, if grouped by it.
+    pub model: Option<String>,
+    /// True for requests of batches, if grouped by it.
+    pub is_batch: Option<bool>,
+    /// Counts.
+    pub counts: UsageCounts,
+}
+
+/// Rows of usage, in the order of their buckets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsagePage {
+    /// Rows of complete buckets.
+    pub rows: Vec<UsageRow>,
+    /// False if there are buckets after those of the rows.
+    pub is_whole: bool,
 }
 
 /// Bounds of the stored files of a project; none is no bound.
@@ -260,6 +352,9 @@ pub enum Refusal {
     /// Number of batches that have not ended, with its limit.
     #[error("the project has reached its limit of {0} open batches")]
     OpenBatches(u64),
+    /// Number of models with limits, with its maximum.
+    #[error("the project has limits for {0} models already")]
+    ModelLimits(usize),
     /// Admin key without which nobody could administer the server.
     #[error("this is the last admin key")]
     LastAdminKey,
@@ -306,6 +401,29 @@ pub trait Accounts: Send + Sync {
     async fn update_limits(&self, id: &ProjectId, changes: LimitChanges, by: Actor) -> Result<()>;
     /// Replaces the models that a project may use.
     async fn set_models(&self, id: &ProjectId, models: ModelRule, by: Actor) -> Result<()>;
+
+    /// Changes the limits for a model, and returns them.
+    async fn update_model_limits(
+        &self,
+        id: &ProjectId,
+        model: &str,
+        changes: ModelLimitChanges,
+        by: Actor,
+    ) -> Result<ModelLimits>;
+    /// Replaces or removes the budget of a project; returns the budget before.
+    async fn set_spend_limit(
+        &self,
+        id: &ProjectId,
+        cents: Option<u64>,
+        by: Actor,
+    ) -> Result<Option<u64>>;
+    /// Returns what a tenant has used of its budget and of its limits per day.
+    async fn meters(&self, tenant: &TenantId, now: Timestamp) -> Result<Meters>;
+    /// Returns usage by bucket and group.
+    async fn usage(&self, query: UsageQuery) -> Result<UsagePage>;
+    /// Merges up to `limit` rows of usage before a time into hours; returns true if more may
+    /// remain.
+    async fn merge_usage(&self, before: Timestamp, limit: usize) -> Result<bool>;
 
     /// Creates a service account, with a key if one is given.
     async fn create_account(

@@ -60,10 +60,10 @@ pub use error::{Result, StoreError};
 pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
 pub use records::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Counts, Created, FIRST_ERRORS, FileQuery,
-    FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, Order, Orders, Page, Paged,
-    PluginVersion, Release, ResultKind, ResultRow, Results, StatusTimes, Validated, WaitCause,
-    Waiting,
+    BatchError, BatchKey, BatchRecord, Cancel, Charge, Claim, Counts, Created, FIRST_ERRORS,
+    FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, Order, Orders, Page,
+    Paged, PluginVersion, Release, ResultKind, ResultRow, Results, Started, StatusTimes,
+    TokenLimit, Validated, WaitCause, Waiting,
 };
 pub use sqlite::SqliteStore;
 
@@ -211,9 +211,20 @@ pub trait Store: Accounts {
     /// Changes `Validating` to `InProgress` and stores the results of validation.
     ///
     /// A batch in `Cancelling` keeps its status. The batch is released, to be claimed in its new
-    /// lane.
-    async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()>;
-    /// Inserts results, their counts and the plugins that served them, in one transaction.
+    /// lane. A batch that would exceed the enqueued tokens of its project waits if `may_wait`, and
+    /// if it could ever start; otherwise nothing changes.
+    async fn start_execution(
+        &self,
+        claim: &Claim,
+        found: Validated,
+        at: Timestamp,
+        may_wait: bool,
+    ) -> Result<Started>;
+    /// Starts a batch that waits in [`Lane::Admit`] if the limits of its project allow it now, or
+    /// if its window has ended; otherwise releases it until `retry_at`.
+    async fn admit(&self, claim: &Claim, at: Timestamp, retry_at: Timestamp) -> Result<()>;
+    /// Inserts results, their counts, their usage and the plugins that served them, in one
+    /// transaction.
     ///
     /// A line that has a result already keeps it.
     async fn insert_results(
@@ -221,6 +232,7 @@ pub trait Store: Accounts {
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
         by: Vec<PluginVersion>,
+        at: Timestamp,
     ) -> Result<()>;
     /// Returns the plugins that a batch used, in order of first use, or `None` if there is no such
     /// batch.

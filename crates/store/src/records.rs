@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::{BatchId, FileId, TenantId};
+use batchwright_domain::ids::{BatchId, FileId, KeyId, TenantId};
+use batchwright_domain::money::Price;
 use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 
@@ -126,6 +127,8 @@ pub struct NewBatch {
     pub expires_at: Timestamp,
     /// Lifetime of the result files, from their creation.
     pub output_lifetime: Option<Duration>,
+    /// Key that creates the batch; none without keys, and in batches that are read back.
+    pub api_key: Option<KeyId>,
 }
 
 /// Idempotency key of a creation, which lets a client retry the creation.
@@ -234,6 +237,8 @@ pub enum Lane {
     Validate,
     /// Execution of requests that go to these plugins.
     Execute(BTreeSet<String>),
+    /// Wait of a valid batch for the limits of its project.
+    Admit,
     /// Finalizing; no request is sent any more.
     Finish,
 }
@@ -284,6 +289,18 @@ pub struct ResultRow {
     pub payload: Vec<u8>,
     /// Token counts; zero in results that are read back.
     pub usage: TokenUsage,
+    /// What the request counts as in the usage of its project; none for a request that no model
+    /// answered, and in results that are read back.
+    pub charge: Option<Charge>,
+}
+
+/// Request in the usage of a project.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Charge {
+    /// Name of the model as its provider knows it.
+    pub model: Arc<str>,
+    /// Price at the time of the result; none if the model has no price.
+    pub price: Option<Price>,
 }
 
 /// Facts about a batch that passed validation.
@@ -295,8 +312,34 @@ pub struct Validated {
     pub model: Option<String>,
     /// Names of the plugins that the requests go to.
     pub plugins: BTreeSet<String>,
+    /// Estimated input tokens by model, as providers know the models.
+    pub tokens: BTreeMap<String, u64>,
     /// Validator plugins that accepted the requests.
     pub judged_by: Vec<PluginVersion>,
+}
+
+/// Outcome of the start of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Started {
+    /// The batch executes, or finishes if it was cancelled.
+    Started,
+    /// The batch waits until other batches of its tenant have ended.
+    Waits,
+    /// The batch exceeds a limit and has not changed.
+    OverLimit(TokenLimit),
+}
+
+/// Limit of enqueued tokens that a batch exceeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenLimit {
+    /// Name of the model as its provider knows it.
+    pub model: String,
+    /// Maximum number of enqueued input tokens.
+    pub limit: u64,
+    /// Tokens of other batches.
+    pub enqueued: u64,
+    /// Estimated tokens of the batch.
+    pub estimated: u64,
 }
 
 /// Exact version of a plugin that a batch used.

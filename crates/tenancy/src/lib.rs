@@ -16,11 +16,13 @@
 
 pub mod key;
 pub mod limits;
+pub mod prices;
 pub mod principal;
 pub mod project;
 pub mod scope;
 
 pub use key::{IssuedKey, KeyDigest, PresentedKey};
-pub use limits::TenantDefaults;
+pub use limits::{TenantDefaults, WhenOverLimit};
+pub use prices::{ModelPrice, Prices};
 pub use principal::{Denied, KeyFacts, Principal, ProjectPrincipal, authenticate};
 pub use scope::{Scope, Scopes};

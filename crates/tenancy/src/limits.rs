@@ -1,7 +1,8 @@
 //! Defaults of the server for the limits of projects.
 
-use batchwright_domain::limits::Limits;
+use batchwright_domain::limits::{Limit, Limits};
 use batchwright_domain::settings;
+use batchwright_domain::settings::Value;
 use batchwright_domain::units::{Count, Size};
 
 settings! {
@@ -15,6 +16,12 @@ settings! {
         max_open_batches: Option<Count> = "" (shown "no limit"), "N";
         /// Maximum number of requests in a batch of a project, at most `max_requests_per_file`
         max_requests_per_batch: Option<Count> = "" (shown "max_requests_per_file"), "N";
+        /// Maximum number of requests of a project in flight, over all plugins
+        max_requests_in_flight: Option<Count> = "" (shown "no limit"), "N";
+        /// What happens to a valid batch that would exceed `batch_1_day_max_input_tokens` of its
+        /// project: `fail` ends it with the error `token_limit_exceeded`, `wait` lets it wait until
+        /// other batches of the project have ended
+        when_over_limit: WhenOverLimit = "fail", "ACTION";
     }
 }
 
@@ -26,6 +33,8 @@ impl Default for TenantDefaults {
             max_stored_files: None,
             max_open_batches: None,
             max_requests_per_batch: None,
+            max_requests_in_flight: None,
+            when_over_limit: WhenOverLimit::Fail,
         }
     }
 }
@@ -33,16 +42,35 @@ impl Default for TenantDefaults {
 impl TenantDefaults {
     /// Returns the limits that hold for a project: its own values, else the defaults.
     pub fn fill(&self, own: Limits) -> Limits {
-        let or = |own: Option<u64>, default: Option<Count>| {
-            own.or_else(|| default.map(|count| count.get() as u64))
+        let count = |count: Option<Count>| count.map(|count| count.get() as u64);
+        let default = |limit| match limit {
+            Limit::StoredBytes => self.max_stored_bytes.map(Size::bytes),
+            Limit::StoredFiles => count(self.max_stored_files),
+            Limit::OpenBatches => count(self.max_open_batches),
+            Limit::RequestsPerBatch => count(self.max_requests_per_batch),
+            Limit::RequestsInFlight => count(self.max_requests_in_flight),
+            Limit::Weight => None,
         };
-        Limits {
-            max_stored_bytes: own
-                .max_stored_bytes
-                .or_else(|| self.max_stored_bytes.map(Size::bytes)),
-            max_stored_files: or(own.max_stored_files, self.max_stored_files),
-            max_open_batches: or(own.max_open_batches, self.max_open_batches),
-            max_requests_per_batch: or(own.max_requests_per_batch, self.max_requests_per_batch),
+        let fill = |limits: Limits, limit| limits.with(limit, own.get(limit).or(default(limit)));
+        Limit::ALL.into_iter().fold(own, fill)
+    }
+}
+
+/// What happens to a batch that would exceed the enqueued tokens of its project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenOverLimit {
+    /// The batch fails.
+    Fail,
+    /// The batch waits for its turn.
+    Wait,
+}
+
+impl Value for WhenOverLimit {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "fail" => Ok(Self::Fail),
+            "wait" => Ok(Self::Wait),
+            text => Err(format!("`{text}` is not an action; write `fail` or `wait`")),
         }
     }
 }
@@ -58,8 +86,14 @@ mod tests {
             max_stored_bytes: Some("1KiB".parse().unwrap()),
             ..TenantDefaults::default()
         };
-        let own = defaults.fill(Limits { max_open_batches: Some(9), ..Limits::default() });
-        assert_eq!((own.max_open_batches, own.max_stored_bytes), (Some(9), Some(1024)));
-        assert_eq!((own.max_stored_files, own.max_requests_per_batch), (None, None));
+        let own = defaults.fill(Limits::default().with(Limit::OpenBatches, Some(9)));
+        for (limit, expected) in [
+            (Limit::OpenBatches, Some(9)),
+            (Limit::StoredBytes, Some(1024)),
+            (Limit::StoredFiles, None),
+            (Limit::Weight, None),
+        ] {
+            assert_eq!(own.get(limit), expected, "{limit:?}");
+        }
     }
 }

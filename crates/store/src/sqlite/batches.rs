@@ -6,6 +6,7 @@ use std::time::Duration;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::KeyId;
 use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 use rusqlite::types::Type;
@@ -50,6 +51,7 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
             output_lifetime: row
                 .get::<_, Option<i64>>("output_lifetime")?
                 .map(|millis| Duration::from_millis(to_u64(millis))),
+            api_key: None,
         },
         status: Status::parse(&status).map_err(|error| damaged(row, "status", &error))?,
         model: row.get("model")?,
@@ -213,8 +215,9 @@ fn insert(
         .execute(
             "INSERT INTO batches (tenant, id, endpoint, input_file_id, completion_window, metadata,
              created_at, expires_at, output_lifetime, status, waits_since, idempotency_key,
-             fingerprint, input_file)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?7, ?10, ?11, (
+             fingerprint, api_key, input_file)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'validating', ?7, ?10, ?11,
+             (SELECT key FROM api_keys WHERE id = ?12), (
                  SELECT key FROM files WHERE tenant = ?1 AND id = ?4
                  AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?7)
              ))
@@ -230,7 +233,8 @@ fn insert(
                 new.expires_at.as_millis(),
                 lifetime,
                 key,
-                fingerprint
+                fingerprint,
+                new.api_key.as_ref().map(KeyId::as_str)
             ],
         )
         .map_err(database_error)?;
@@ -337,6 +341,7 @@ pub(super) fn delete(connection: &Connection, batches: &[BatchKey]) -> Result<()
     for BatchRow { tenant, batch } in batches.iter().map(BatchRow::of) {
         for sql in [
             "DELETE FROM batch_errors WHERE tenant = ?1 AND batch = ?2",
+            "DELETE FROM batch_tokens WHERE tenant = ?1 AND batch = ?2",
             "DELETE FROM batch_plugins WHERE tenant = ?1 AND batch = ?2",
             "DELETE FROM batches WHERE tenant = ?1 AND key = ?2",
         ] {

@@ -6,12 +6,15 @@ mod store;
 mod accounts;
 mod batches;
 mod connection;
+mod enqueued;
 mod files;
 mod jobs;
 mod keys;
 mod open_batches;
 mod query;
 mod schema;
+mod start;
+mod usage;
 mod work;
 mod writer;
 

@@ -1,11 +1,13 @@
 //! Results of requests until the files of their batch contain them.
 
+use batchwright_domain::clock::Timestamp;
 use batchwright_domain::usage::TokenUsage;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{Claim, PluginVersion, Result, ResultKind, ResultRow, Results};
 use super::keys::BatchRow;
 use super::{database_error, to_i64, to_u64};
+use crate::sqlite::usage::Charges;
 use crate::sqlite::work::{insert_plugins, update_claimed};
 
 /// Memory of a result row besides its payload, in bytes.
@@ -17,6 +19,7 @@ pub(super) fn insert_results(
     claim: &Claim,
     rows: &[ResultRow],
     by: &[PluginVersion],
+    at: Timestamp,
 ) -> Result<()> {
     let held = BatchRow::of(&claim.key);
     insert_plugins(connection, claim, by)?;
@@ -27,6 +30,7 @@ pub(super) fn insert_results(
         )
         .map_err(database_error)?;
     let (mut completed, mut failed, mut usage) = (0_u64, 0_u64, TokenUsage::default());
+    let mut charges = Charges::default();
     for row in rows {
         let kind = match row.kind {
             ResultKind::Completed => 0,
@@ -42,11 +46,12 @@ pub(super) fn insert_results(
             ResultKind::Completed => completed = completed.saturating_add(1),
             ResultKind::Failed => failed = failed.saturating_add(1),
         }
-        usage.input = usage.input.saturating_add(row.usage.input);
-        usage.cached_input = usage.cached_input.saturating_add(row.usage.cached_input);
-        usage.output = usage.output.saturating_add(row.usage.output);
-        usage.reasoning = usage.reasoning.saturating_add(row.usage.reasoning);
+        usage = usage.plus(row.usage);
+        if let Some(charge) = &row.charge {
+            charges.add(charge, row.usage);
+        }
     }
+    charges.record_batch(connection, held, at)?;
     // A guest can report any number of tokens, and SQLite turns an overflowing sum into a float.
     update_claimed(
         connection,
@@ -131,6 +136,7 @@ pub(super) fn results(
             },
             payload: row.get(3).map_err(database_error)?,
             usage: TokenUsage::default(),
+            charge: None,
         });
         // The next step would load one payload beyond the limit.
         if total_bytes == bytes {

@@ -296,6 +296,73 @@ CREATE INDEX batches_open ON batches (tenant)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
+/// Adds usage, budgets, limits of models, and the reservations of batches.
+///
+/// Usage is counted in the transaction that records the results.
+const MIGRATION_8: &str = "
+ALTER TABLE tenants ADD COLUMN max_requests_in_flight INTEGER;
+ALTER TABLE tenants ADD COLUMN weight INTEGER;
+-- Budget of a month in cents; null is no budget.
+ALTER TABLE tenants ADD COLUMN spend_limit INTEGER;
+-- Spent in the month `spent_month` (months since the year 0), in units of 10^-12 dollars.
+ALTER TABLE tenants ADD COLUMN spent INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE tenants ADD COLUMN spent_month INTEGER NOT NULL DEFAULT 0;
+
+-- Key that created the batch; null without keys.
+ALTER TABLE batches ADD COLUMN api_key INTEGER;
+-- What validation found, while the batch waits in the lane 'admit': a JSON object.
+ALTER TABLE batches ADD COLUMN admission TEXT;
+
+-- Usage by minute, or by hour once it is older than a week.
+CREATE TABLE usage (
+    -- Minutes since 1970.
+    minute INTEGER NOT NULL,
+    tenant INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    model TEXT NOT NULL,
+    -- 0 without a key.
+    api_key INTEGER NOT NULL,
+    is_batch INTEGER NOT NULL,
+    requests INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    cached_input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    -- In units of 10^-12 dollars.
+    input_cost INTEGER NOT NULL,
+    cached_input_cost INTEGER NOT NULL,
+    output_cost INTEGER NOT NULL,
+    -- Requests whose model had no price.
+    unpriced INTEGER NOT NULL,
+    PRIMARY KEY (tenant, minute, kind, model, api_key, is_batch)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX usage_by_minute ON usage (minute);
+
+-- Limits of a project for a model; null is no limit.
+CREATE TABLE model_limits (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (key),
+    model TEXT NOT NULL,
+    max_requests_per_1_minute INTEGER,
+    max_tokens_per_1_minute INTEGER,
+    max_requests_per_1_day INTEGER,
+    batch_1_day_max_input_tokens INTEGER,
+    UNIQUE (tenant, model)
+) STRICT;
+
+-- Input tokens of a batch by model: estimated by its validation, and used so far. They count as
+-- enqueued while the batch is open.
+CREATE TABLE batch_tokens (
+    tenant INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    estimated INTEGER NOT NULL,
+    used INTEGER NOT NULL DEFAULT 0,
+    -- 0 while the batch waits for a limit, in the lane 'admit'.
+    admitted INTEGER NOT NULL,
+    PRIMARY KEY (tenant, batch, model)
+) STRICT, WITHOUT ROWID;
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -306,6 +373,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_5),
         M::up(MIGRATION_6),
         M::up(MIGRATION_7),
+        M::up(MIGRATION_8),
     ])
 }
 

@@ -9,17 +9,17 @@ use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 use super::accounts::creating_tenant;
 use super::files::Addition;
 use super::keys::BatchRow;
-use super::{batches, connection, files, jobs, open_batches, results, work};
+use super::{batches, connection, files, jobs, open_batches, results, start, work};
 use crate::accounts::{Refusal, StorageBounds};
 use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
     Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
-    Store, StoreError, Validated, Waiting,
+    Started, Store, StoreError, Validated, Waiting,
 };
 
 /// Tables that a readiness probe reads.
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 14] = [
     "tenants",
     "files",
     "batches",
@@ -31,6 +31,9 @@ const TABLES: [&str; 11] = [
     "service_accounts",
     "api_keys",
     "audit",
+    "usage",
+    "model_limits",
+    "batch_tokens",
 ];
 
 #[async_trait]
@@ -287,11 +290,22 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| work::fail(connection, &claim, &errors, &by, at)).await
     }
 
-    async fn start_execution(&self, claim: &Claim, found: Validated, at: Timestamp) -> Result<()> {
+    async fn start_execution(
+        &self,
+        claim: &Claim,
+        found: Validated,
+        at: Timestamp,
+        may_wait: bool,
+    ) -> Result<Started> {
         let claim = claim.clone();
         self.writer
-            .write(move |connection| work::start_execution(connection, &claim, &found, at))
+            .write(move |connection| start::start(connection, &claim, &found, at, may_wait))
             .await
+    }
+
+    async fn admit(&self, claim: &Claim, at: Timestamp, retry_at: Timestamp) -> Result<()> {
+        let claim = claim.clone();
+        self.writer.write(move |connection| start::admit(connection, &claim, at, retry_at)).await
     }
 
     async fn insert_results(
@@ -299,10 +313,11 @@ impl Store for SqliteStore {
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
         by: Vec<PluginVersion>,
+        at: Timestamp,
     ) -> Result<()> {
         let claim = claim.clone();
         self.writer
-            .write(move |connection| results::insert_results(connection, &claim, &rows, &by))
+            .write(move |connection| results::insert_results(connection, &claim, &rows, &by, at))
             .await
     }
 

@@ -9,11 +9,10 @@ use batchwright_domain::status::Status;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
-    BatchError, Claim, Finish, Lane, Orders, PluginVersion, Release, Result, StoreError, Validated,
-    Waiting,
+    BatchError, Claim, Finish, Lane, Orders, PluginVersion, Release, Result, StoreError, Waiting,
 };
 use super::keys::BatchRow;
-use super::{database_error, files, timestamp, to_i64};
+use super::{database_error, enqueued, files, timestamp, to_i64};
 
 /// Ends the leases of an owner that is gone: its claims, and its registrations of objects.
 pub(super) fn end_leases(connection: &Connection, owner: &str) -> Result<()> {
@@ -120,6 +119,7 @@ pub(super) fn claim(
 fn parse_lane(text: &str) -> Lane {
     match (text, text.strip_prefix("execute ")) {
         ("validate", _) => Lane::Validate,
+        ("admit", _) => Lane::Admit,
         (_, Some(plugins)) => {
             Lane::Execute(plugins.split_whitespace().map(str::to_owned).collect())
         }
@@ -128,7 +128,7 @@ fn parse_lane(text: &str) -> Lane {
 }
 
 /// Formats the execution lane of these plugins for the database.
-fn execution_lane(plugins: &BTreeSet<String>) -> String {
+pub(super) fn execution_lane(plugins: &BTreeSet<String>) -> String {
     format!("execute {}", plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" "))
 }
 
@@ -244,6 +244,7 @@ pub(super) fn fail(
          status = CASE status WHEN 'cancelling' THEN 'cancelled' ELSE 'failed' END",
         &[&at.as_millis()],
     )?;
+    enqueued::give_back(connection, BatchRow::of(&claim.key), at)?;
     insert_errors(connection, claim, errors)
 }
 
@@ -272,25 +273,6 @@ fn insert_errors(connection: &Connection, claim: &Claim, errors: &[BatchError]) 
             .map_err(database_error)?;
     }
     Ok(())
-}
-
-/// Stores the results of validation and releases the batch into its next lane.
-pub(super) fn start_execution(
-    connection: &Connection,
-    claim: &Claim,
-    found: &Validated,
-    at: Timestamp,
-) -> Result<()> {
-    insert_plugins(connection, claim, &found.judged_by)?;
-    update_claimed(
-        connection,
-        claim,
-        "in_progress_at = coalesce(in_progress_at, ?4),
-         status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
-         lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END,
-         total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
-        &[&at.as_millis(), &to_i64(found.total), &found.model, &execution_lane(&found.plugins)],
-    )
 }
 
 /// Changes `InProgress` to `Finalizing`.
@@ -341,5 +323,6 @@ pub(super) fn finish(connection: &Connection, claim: &Claim, finish: &Finish) ->
          failed_at = CASE status WHEN 'failed' THEN ?4 END",
         &[&finish.at.as_millis()],
     )?;
+    enqueued::give_back(connection, held, finish.at)?;
     insert_errors(connection, claim, &finish.errors)
 }

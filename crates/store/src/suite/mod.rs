@@ -64,6 +64,13 @@ macro_rules! store_suite {
             limits_and_models_of_a_project_are_changed_one_by_one
             concurrent_creations_with_room_for_one_create_one
             stored_bytes_are_counted_until_their_object_is_removed
+            result_counts_once_in_usage_and_costs
+            usage_stays_when_its_key_is_deleted
+            money_is_counted_by_month_and_requests_by_day
+            old_usage_is_merged_into_hours
+            limits_of_models_and_budgets_are_changed
+            enqueued_tokens_are_reserved_until_their_batch_ends
+            batch_over_the_token_limit_waits_for_its_turn
         }
     };
 }

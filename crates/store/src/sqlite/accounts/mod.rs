@@ -11,13 +11,13 @@ pub(super) use projects::creating_tenant;
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{KeyId, ProjectId, ServiceAccountId, TenantId};
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::{ModelLimits, ModelRule};
 
-use super::SqliteStore;
+use super::{SqliteStore, usage};
 use crate::accounts::{
     Accounts, Actor, AuditEntry, AuditQuery, KeyChanges, KeyHolder, KeyRecord, LimitChanges,
-    ListQuery, NewKey, NewProject, NewServiceAccount, ProjectPolicy, ProjectRecord, ProjectUse,
-    Refusal, ServiceAccountRecord, StorageBounds,
+    ListQuery, Meters, ModelLimitChanges, NewKey, NewProject, NewServiceAccount, ProjectPolicy,
+    ProjectRecord, ProjectUse, Refusal, ServiceAccountRecord, StorageBounds, UsagePage, UsageQuery,
 };
 use crate::{Paged, Result, StoreError};
 
@@ -97,6 +97,46 @@ impl Accounts for SqliteStore {
         self.writer
             .write(move |connection| policies::set_models(connection, &id, &models, &by))
             .await
+    }
+
+    async fn update_model_limits(
+        &self,
+        id: &ProjectId,
+        model: &str,
+        changes: ModelLimitChanges,
+        by: Actor,
+    ) -> Result<ModelLimits> {
+        let (id, model) = (id.clone(), model.to_owned());
+        self.writer
+            .write(move |connection| {
+                policies::update_model_limits(connection, &id, &model, &changes, &by)
+            })
+            .await
+    }
+
+    async fn set_spend_limit(
+        &self,
+        id: &ProjectId,
+        cents: Option<u64>,
+        by: Actor,
+    ) -> Result<Option<u64>> {
+        let id = id.clone();
+        self.writer
+            .write(move |connection| policies::set_spend_limit(connection, &id, cents, &by))
+            .await
+    }
+
+    async fn meters(&self, tenant: &TenantId, now: Timestamp) -> Result<Meters> {
+        let tenant = tenant.clone();
+        self.readers.read(move |connection| usage::meters(connection, &tenant, now)).await
+    }
+
+    async fn usage(&self, query: UsageQuery) -> Result<UsagePage> {
+        self.readers.read(move |connection| usage::usage(connection, &query)).await
+    }
+
+    async fn merge_usage(&self, before: Timestamp, limit: usize) -> Result<bool> {
+        self.writer.write(move |connection| usage::merge(connection, before, limit)).await
     }
 
     async fn create_account(

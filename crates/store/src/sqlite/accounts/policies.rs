@@ -1,30 +1,31 @@
-//! Limits and models of projects.
+//! Limits, models and budgets of projects.
+
+use std::collections::BTreeMap;
 
 use batchwright_domain::ids::{ProjectId, TenantId};
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{
+    Limit, Limits, MAX_RULE_MODELS, ModelLimit, ModelLimits, ModelRule,
+};
 use rusqlite::{Connection, Row, params};
 use serde_json::{Value, json};
 
 use super::super::files::Addition;
 use super::super::query::{execute, find};
-use super::super::{files, open_batches, tenant_key, to_i64, to_u64};
+use super::super::{database_error, enqueued, files, open_batches, tenant_key, to_i64, to_u64};
 use super::{audit, projects};
-use crate::accounts::{Actor, LimitChanges, ProjectPolicy, ProjectUse, Refusal, StorageBounds};
+use crate::accounts::{
+    Actor, LimitChanges, ModelLimitChanges, ProjectPolicy, ProjectUse, Refusal, StorageBounds,
+};
 use crate::{Result, StoreError};
 
-/// Columns that [`from_row`] reads.
-const COLUMNS: &str =
-    "max_stored_bytes, max_stored_files, max_open_batches, max_requests_per_batch, models";
-
-fn from_row(row: &Row<'_>) -> rusqlite::Result<(Limits, Option<String>)> {
-    let number = |index| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(index)?.map(to_u64));
-    let limits = Limits {
-        max_stored_bytes: number(0)?,
-        max_stored_files: number(1)?,
-        max_open_batches: number(2)?,
-        max_requests_per_batch: number(3)?,
-    };
-    Ok((limits, row.get(4)?))
+fn from_row(row: &Row<'_>) -> rusqlite::Result<(Limits, Option<String>, Option<u64>)> {
+    let number =
+        |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(to_u64));
+    let mut limits = Limits::default();
+    for limit in Limit::ALL {
+        limits = limits.with(limit, number(limit.name())?);
+    }
+    Ok((limits, row.get("models")?, number("spend_limit")?))
 }
 
 /// Parses a stored rule. A damaged rule is an error: it must not allow more than it says.
@@ -46,11 +47,28 @@ pub(super) fn of_tenant(connection: &Connection, tenant: &TenantId) -> Result<Pr
 }
 
 fn of_key(connection: &Connection, key: i64) -> Result<ProjectPolicy> {
-    let sql = format!("SELECT {COLUMNS} FROM tenants WHERE key = ?1");
-    let found = find(connection, &sql, [key], from_row)?;
-    let (limits, text) = found.unwrap_or_default();
+    let names = Limit::ALL.map(Limit::name).join(", ");
+    let sql = format!("SELECT {names}, models, spend_limit FROM tenants WHERE key = ?1");
+    let (limits, text, spend_limit) = find(connection, &sql, [key], from_row)?.unwrap_or_default();
     let models = text.as_deref().map(models).transpose()?.unwrap_or_default();
-    Ok(ProjectPolicy { limits, models })
+    Ok(ProjectPolicy { limits, models, model_limits: model_limits(connection, key)?, spend_limit })
+}
+
+/// Returns the limits of a project for models.
+fn model_limits(connection: &Connection, key: i64) -> Result<BTreeMap<String, ModelLimits>> {
+    let names = ModelLimit::ALL.map(ModelLimit::name).join(", ");
+    let sql = format!("SELECT model, {names} FROM model_limits WHERE tenant = ?1");
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
+    let rows = statement
+        .query_map([key], |row| {
+            let mut limits = ModelLimits::default();
+            for limit in ModelLimit::ALL {
+                limits.set(limit, row.get::<_, Option<i64>>(limit.name())?.map(to_u64));
+            }
+            Ok((row.get(0)?, limits))
+        })
+        .map_err(database_error)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }
 
 /// Returns the bytes that a tenant can still store, or none without a bound.
@@ -87,17 +105,10 @@ pub(super) fn update_limits(
 ) -> Result<()> {
     let key = projects::active_row_key(connection, id)?;
     let mut details = serde_json::Map::new();
-    for (column, change) in [
-        ("max_stored_bytes", changes.max_stored_bytes),
-        ("max_stored_files", changes.max_stored_files),
-        ("max_open_batches", changes.max_open_batches),
-        ("max_requests_per_batch", changes.max_requests_per_batch),
-    ] {
-        if let Some(value) = change {
-            let sql = format!("UPDATE tenants SET {column} = ?2 WHERE key = ?1");
-            execute(connection, &sql, params![key, value.map(to_i64)])?;
-            details.insert(column.to_owned(), json!(value));
-        }
+    for (limit, value) in changes {
+        let sql = format!("UPDATE tenants SET {} = ?2 WHERE key = ?1", limit.name());
+        execute(connection, &sql, params![key, value.map(to_i64)])?;
+        details.insert(limit.name().to_owned(), json!(value));
     }
     if details.is_empty() {
         return Ok(());
@@ -119,4 +130,59 @@ pub(super) fn set_models(
     execute(connection, sql, params![key, details.to_string()])?;
     let event = "project.model_permissions.updated";
     audit::record(connection, by, event, Some(id), id.as_str(), &details)
+}
+
+pub(super) fn update_model_limits(
+    connection: &Connection,
+    id: &ProjectId,
+    model: &str,
+    changes: &ModelLimitChanges,
+    by: &Actor,
+) -> Result<ModelLimits> {
+    let key = projects::active_row_key(connection, id)?;
+    let insert = "INSERT INTO model_limits (tenant, model) VALUES (?1, ?2) ON CONFLICT DO NOTHING";
+    execute(connection, insert, params![key, model])?;
+    let mut details = serde_json::Map::from_iter([("model".to_owned(), json!(model))]);
+    for (limit, value) in changes {
+        let name = limit.name();
+        let sql = format!("UPDATE model_limits SET {name} = ?3 WHERE tenant = ?1 AND model = ?2");
+        execute(connection, &sql, params![key, model, value.map(to_i64)])?;
+        details.insert(name.to_owned(), json!(value));
+    }
+    let is_unlimited = ModelLimit::ALL.map(|limit| format!("{} IS NULL", limit.name()));
+    let delete = format!(
+        "DELETE FROM model_limits WHERE tenant = ?1 AND model = ?2 AND {}",
+        is_unlimited.join(" AND ")
+    );
+    execute(connection, &delete, params![key, model])?;
+    let mut all = model_limits(connection, key)?;
+    // The refusal undoes the change.
+    if all.len() > MAX_RULE_MODELS {
+        return Err(StoreError::Refused(Refusal::ModelLimits(MAX_RULE_MODELS)));
+    }
+    enqueued::wake(connection, key, by.at)?;
+    let details = Value::Object(details);
+    audit::record(connection, by, "rate_limit.updated", Some(id), id.as_str(), &details)?;
+    Ok(all.remove(model).unwrap_or_default())
+}
+
+pub(super) fn set_spend_limit(
+    connection: &Connection,
+    id: &ProjectId,
+    cents: Option<u64>,
+    by: &Actor,
+) -> Result<Option<u64>> {
+    let key = projects::active_row_key(connection, id)?;
+    let before = of_key(connection, key)?.spend_limit;
+    if before == cents {
+        return Ok(before);
+    }
+    let sql = "UPDATE tenants SET spend_limit = ?2 WHERE key = ?1";
+    execute(connection, sql, params![key, cents.map(to_i64)])?;
+    let (event, details) = match cents {
+        Some(cents) => ("project.spend_limit.updated", json!({"threshold_amount": cents})),
+        None => ("project.spend_limit.deleted", json!({})),
+    };
+    audit::record(connection, by, event, Some(id), id.as_str(), &details)?;
+    Ok(before)
 }

@@ -1,7 +1,7 @@
 //! Projects, service accounts, keys and the audit log.
 
 use batchwright_domain::ids::{KeyId, ServiceAccountId};
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::{Limit, ModelLimit, ModelRule};
 use batchwright_domain::status::Status;
 
 use super::*;
@@ -259,9 +259,14 @@ pub(crate) async fn each_change_has_one_entry_in_the_audit_log(fixture: impl Fix
     store.create_admin_key(new_key("key_2"), operator()).await.unwrap();
     store.create_admin_key(new_key("key_3"), operator()).await.unwrap();
     store.delete_key(&KeyHolder::Organization, &"key_2".into(), by(NOW)).await.unwrap();
-    for max_open_batches in [None, Some(None)] {
-        let changes = LimitChanges { max_open_batches, ..LimitChanges::default() };
+    for changes in [None, Some((Limit::OpenBatches, None))] {
+        let changes = LimitChanges::from_iter(changes);
         store.update_limits(&id, changes, by(NOW)).await.unwrap();
+    }
+    let per_day = [(ModelLimit::RequestsPerDay, Some(1))];
+    store.update_model_limits(&id, "m", per_day.into(), by(NOW)).await.unwrap();
+    for cents in [Some(1), Some(1), None] {
+        store.set_spend_limit(&id, cents, by(NOW)).await.unwrap();
     }
     store.set_models(&id, ModelRule::default(), by(NOW)).await.unwrap();
     store.archive_project(&id, by(NOW)).await.unwrap();
@@ -283,6 +288,9 @@ pub(crate) async fn each_change_has_one_entry_in_the_audit_log(fixture: impl Fix
             "tenant.admin_api_key.created",
             "tenant.admin_api_key.deleted",
             "project.limits.updated",
+            "rate_limit.updated",
+            "project.spend_limit.updated",
+            "project.spend_limit.deleted",
             "project.model_permissions.updated",
             "project.archived",
         ]

@@ -142,7 +142,7 @@ pub(crate) async fn line_keeps_its_first_result_and_counts_once(fixture: impl Fi
     let first = vec![row(1, ResultKind::Completed, b"1"), row(3, ResultKind::Failed, b"3")];
     let again = vec![row(1, ResultKind::Failed, b"x"), row(2, ResultKind::Completed, b"2")];
     for rows in [first, again] {
-        store.insert_results(&held, Arc::new(rows), vec![version("p")]).await.unwrap();
+        store.insert_results(&held, Arc::new(rows), vec![version("p")], NOW).await.unwrap();
     }
     let found = batch(&*store, "b").await;
     assert_eq!((found.counts.completed, found.counts.failed), (2, 1));
@@ -156,7 +156,7 @@ pub(crate) async fn line_keeps_its_first_result_and_counts_once(fixture: impl Fi
     // Sums of what guests report stop at the largest number.
     let usage = TokenUsage { input: u64::MAX, ..TokenUsage::default() };
     let huge = |line| ResultRow { usage, ..row(line, ResultKind::Completed, b"") };
-    store.insert_results(&held, Arc::new(vec![huge(8), huge(9)]), Vec::new()).await.unwrap();
+    store.insert_results(&held, Arc::new(vec![huge(8), huge(9)]), Vec::new(), NOW).await.unwrap();
     assert!(batch(&*store, "b").await.usage.input >= i64::MAX as u64);
 }
 
@@ -167,7 +167,7 @@ pub(crate) async fn results_are_read_in_order_within_a_size(fixture: impl Fixtur
     let rows = [4, 2, 1].map(|line| row(line, ResultKind::Completed, &payload)).to_vec();
     let large = row(3, ResultKind::Failed, &vec![b'y'; 5000]);
     let rows = rows.into_iter().chain([large]).collect();
-    store.insert_results(&held, Arc::new(rows), Vec::new()).await.unwrap();
+    store.insert_results(&held, Arc::new(rows), Vec::new(), NOW).await.unwrap();
     let page = store.results(&held, 0, 2500).await.unwrap();
     assert_eq!(page.rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2]);
     let page = store.results(&held, 2, 2500).await.unwrap();
@@ -198,7 +198,7 @@ pub(crate) async fn finished_batch_has_its_files_and_discards_its_results(fixtur
     let store = open(&fixture).await;
     let held = executing(&*store, "b", 3).await;
     let rows = [1, 2, 3].map(|line| row(line, ResultKind::Completed, b"x")).to_vec();
-    store.insert_results(&held, Arc::new(rows), Vec::new()).await.unwrap();
+    store.insert_results(&held, Arc::new(rows), Vec::new(), NOW).await.unwrap();
     store.start_finalizing(&held, NOW).await.unwrap();
     store.register_object(&key("out"), NOW, LEASE).await.unwrap();
     assert!(!store.discard_results(2).await.unwrap());

@@ -41,11 +41,11 @@ pub(crate) async fn claim_succeeds_once_and_returns_in_the_order_of_the_lane(
     let later = NOW.after(Duration::from_secs(2));
     let other = claim_at(&*store, &Lane::Validate, later).await.unwrap();
     assert_eq!(other.batch_id.as_str(), "b");
-    store.start_execution(&other, validated(1), NOW).await.unwrap();
+    store.start_execution(&other, validated(1), NOW, false).await.unwrap();
     assert!(claim_at(&*store, &execution(), NOW).await.is_some());
     // An expired batch waits in the finish lane and not for its provider.
     let last = claim_at(&*store, &Lane::Validate, later).await.unwrap();
-    store.start_execution(&last, validated(1), NOW).await.unwrap();
+    store.start_execution(&last, validated(1), NOW, false).await.unwrap();
     assert!(claim_at(&*store, &Lane::Finish, later).await.is_none());
     assert!(claim_at(&*store, &Lane::Finish, EXPIRY).await.is_some());
     assert!(store.waiting(EXPIRY).await.unwrap().is_empty());
@@ -77,8 +77,8 @@ pub(crate) async fn stale_claim_changes_nothing(fixture: impl Fixture) {
         store.release(&stale, Release::KeepPosition).await,
         store.save_job(&stale, 1, Job { plugin: "p".into(), state: b"other".to_vec() }).await,
         store.fail(&stale, Vec::new(), Vec::new(), NOW).await,
-        store.start_execution(&stale, validated(9), NOW).await,
-        store.insert_results(&stale, rows, vec![version("stale")]).await,
+        store.start_execution(&stale, validated(9), NOW, false).await.map(drop),
+        store.insert_results(&stale, rows, vec![version("stale")], NOW).await,
         store.start_finalizing(&stale, NOW).await,
         store.finish(&stale, finish(Status::Completed, Some(file("out")))).await,
     ];
@@ -121,7 +121,7 @@ pub(crate) async fn backoff_delays_a_batch_until_it_ends_or_is_ended(fixture: im
     let held = claim_at(&*store, &execution(), NOW).await.unwrap();
     // A result shows that the wait is over.
     let rows = Arc::new(vec![row(1, ResultKind::Completed, b"x")]);
-    store.insert_results(&held, rows, Vec::new()).await.unwrap();
+    store.insert_results(&held, rows, Vec::new(), NOW).await.unwrap();
     assert_eq!(batch(&*store, "b").await.waits_for, None);
     // A cancelled batch has no backoff.
     store.release(&held, backoff()).await.unwrap();

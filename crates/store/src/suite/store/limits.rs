@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{Limit, Limits, ModelRule};
 
 use crate::accounts::{LimitChanges, ProjectUse};
 
@@ -15,13 +15,15 @@ pub(crate) async fn limits_and_models_of_a_project_are_changed_one_by_one(fixtur
     let store = open(&fixture).await;
     let id = project(&tenant());
     let update = async |changes| store.update_limits(&id, changes, operator()).await.unwrap();
-    update(LimitChanges { max_open_batches: Some(Some(2)), ..LimitChanges::default() }).await;
-    update(LimitChanges { max_stored_files: Some(Some(0)), ..LimitChanges::default() }).await;
-    let limits =
-        Limits { max_open_batches: Some(2), max_stored_files: Some(0), ..Limits::default() };
+    update([(Limit::OpenBatches, Some(2))].into()).await;
+    update([(Limit::StoredFiles, Some(0)), (Limit::Weight, Some(7))].into()).await;
+    let limits = Limits::default()
+        .with(Limit::OpenBatches, Some(2))
+        .with(Limit::StoredFiles, Some(0))
+        .with(Limit::Weight, Some(7));
     assert_eq!(store.policy(&tenant()).await.unwrap().limits, limits);
-    update(LimitChanges { max_open_batches: Some(None), ..LimitChanges::default() }).await;
-    let limits = Limits { max_open_batches: None, ..limits };
+    update([(Limit::OpenBatches, None)].into()).await;
+    let limits = limits.with(Limit::OpenBatches, None);
     let policy = store.policy(&tenant()).await.unwrap();
     assert_eq!((policy.limits, policy.models), (limits, ModelRule::default()));
     assert_eq!(store.policy(&"other".into()).await.unwrap().limits, Limits::default());
@@ -99,7 +101,7 @@ pub(crate) async fn stored_bytes_are_counted_until_their_object_is_removed(fixtu
     // Results of batches count, and are never refused.
     let held = executing(&*store, "batch", 1).await;
     let rows = Arc::new(vec![row(1, ResultKind::Completed, b"x")]);
-    store.insert_results(&held, rows, Vec::new()).await.unwrap();
+    store.insert_results(&held, rows, Vec::new(), NOW).await.unwrap();
     store.start_finalizing(&held, NOW).await.unwrap();
     store.register_object(&key("out"), NOW, LEASE).await.unwrap();
     store.finish(&held, finish(Status::Completed, Some(file("out")))).await.unwrap();

@@ -5,14 +5,16 @@ mod batches;
 mod claims;
 mod files;
 mod limits;
+mod usage;
 
 pub(crate) use accounts::*;
 pub(crate) use batches::*;
 pub(crate) use claims::*;
 pub(crate) use files::*;
 pub(crate) use limits::*;
+pub(crate) use usage::*;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -108,6 +110,7 @@ fn new_batch(id: &str) -> NewBatch {
         created_at: NOW,
         expires_at: EXPIRY,
         output_lifetime: Some(Duration::from_secs(60)),
+        api_key: None,
     }
 }
 
@@ -143,7 +146,13 @@ fn execution() -> Lane {
 
 fn validated(total: u64) -> Validated {
     let plugins: BTreeSet<_> = ["fast".to_owned(), "slow".to_owned()].into();
-    Validated { total, model: Some("m".into()), plugins, judged_by: vec![version("standard")] }
+    Validated {
+        total,
+        model: Some("m".into()),
+        plugins,
+        tokens: BTreeMap::new(),
+        judged_by: vec![version("standard")],
+    }
 }
 
 fn version(name: &str) -> PluginVersion {
@@ -159,13 +168,13 @@ fn version(name: &str) -> PluginVersion {
 async fn executing(store: &dyn Store, id: &str, total: u64) -> Claim {
     create(store, id).await;
     let validating = claim(store, &Lane::Validate).await;
-    store.start_execution(&validating, validated(total), NOW).await.unwrap();
+    store.start_execution(&validating, validated(total), NOW, false).await.unwrap();
     claim(store, &execution()).await
 }
 
 fn row(line: u64, kind: ResultKind, payload: &[u8]) -> ResultRow {
     let usage = TokenUsage { input: 2, cached_input: 1, output: 3, reasoning: 1 };
-    ResultRow { line, kind, payload: payload.to_vec(), usage }
+    ResultRow { line, kind, payload: payload.to_vec(), usage, charge: None }
 }
 
 fn finish(status: Status, output: Option<FileRecord>) -> Finish {

@@ -1,0 +1,295 @@
+//! Usage of projects: counts by minute, money spent in a month, and input tokens of open batches.
+//!
+//! Usage is counted in the transaction that records a result, so it is exact across crashes.
+
+use std::collections::BTreeMap;
+
+use batchwright_domain::clock::Timestamp;
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::ids::TenantId;
+use batchwright_domain::money::Money;
+use batchwright_domain::usage::{TokenUsage, UsageKind};
+use rusqlite::types::Value;
+use rusqlite::{Connection, Row, params, params_from_iter};
+
+use super::super::accounts::{Meters, UsageCounts, UsagePage, UsageQuery, UsageRow};
+use super::super::{Charge, Result};
+use super::keys::BatchRow;
+use super::query::{execute, find};
+use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
+
+/// Length of a minute.
+const MILLIS_PER_MINUTE: i64 = 60_000;
+
+/// Minutes of an hour, to which old usage is merged.
+const MINUTES_PER_HOUR: i64 = 60;
+
+/// Maximum of a sum, so that two of them can be added.
+const MAX_SUM: u64 = i64::MAX as u64 / 2;
+
+/// Charges of a group of results, by model.
+#[derive(Default)]
+pub(super) struct Charges<'a>(BTreeMap<&'a str, UsageCounts>);
+
+impl<'a> Charges<'a> {
+    /// Adds a request.
+    pub(super) fn add(&mut self, charge: &'a Charge, usage: TokenUsage) {
+        let usage = usage.plausible();
+        let counts = self.0.entry(&charge.model).or_default();
+        counts.requests = counts.requests.saturating_add(1);
+        counts.tokens = counts.tokens.plus(usage);
+        let Some(price) = charge.price else {
+            counts.unpriced = counts.unpriced.saturating_add(1);
+            return;
+        };
+        let uncached = usage.input.saturating_sub(usage.cached_input);
+        counts.input_cost = counts.input_cost.plus(price.input.cost(uncached));
+        counts.cached_input_cost =
+            counts.cached_input_cost.plus(price.cached_input.cost(usage.cached_input));
+        counts.output_cost = counts.output_cost.plus(price.output.cost(usage.output));
+    }
+
+    /// Counts the charges of results of a batch.
+    pub(super) fn record_batch(
+        &self,
+        connection: &Connection,
+        held: BatchRow,
+        at: Timestamp,
+    ) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let sql = "SELECT endpoint, coalesce(api_key, 0) FROM batches
+            WHERE tenant = ?1 AND key = ?2";
+        let found = find(connection, sql, params![held.tenant, held.batch], |row| {
+            Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?))
+        })?;
+        let Some((endpoint, key)) = found else { return Ok(()) };
+        let kind = Endpoint::parse(&endpoint).map_or(UsageKind::Completions, UsageKind::of);
+        for (model, counts) in &self.0 {
+            let used = "UPDATE batch_tokens SET used = min(used + ?4, ?5)
+                WHERE tenant = ?1 AND batch = ?2 AND model = ?3";
+            let input = sum(counts.tokens.input);
+            execute(
+                connection,
+                used,
+                params![held.tenant, held.batch, model, input, sum(MAX_SUM)],
+            )?;
+            add(connection, held.tenant, (kind, model, key, true), counts, at)?;
+        }
+        Ok(())
+    }
+}
+
+/// Converts a sum to its value in the database.
+fn sum(number: u64) -> i64 {
+    to_i64(number.min(MAX_SUM))
+}
+
+/// Adds counts to the minute and to the money spent in the month.
+fn add(
+    connection: &Connection,
+    tenant: i64,
+    (kind, model, key, is_batch): (UsageKind, &str, i64, bool),
+    counts: &UsageCounts,
+    at: Timestamp,
+) -> Result<()> {
+    let costs = [counts.input_cost, counts.cached_input_cost, counts.output_cost];
+    let spent = costs.iter().fold(Money::default(), |sum, cost| sum.plus(*cost));
+    let [input_cost, cached_cost, output_cost] = costs.map(|cost| sum(cost.units()));
+    let upsert = "INSERT INTO usage (tenant, minute, kind, model, api_key, is_batch, requests,
+            input_tokens, cached_input_tokens, output_tokens, input_cost, cached_input_cost,
+            output_cost, unpriced)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
+        ON CONFLICT DO UPDATE SET
+            requests = min(requests + excluded.requests, ?15),
+            input_tokens = min(input_tokens + excluded.input_tokens, ?15),
+            cached_input_tokens = min(cached_input_tokens + excluded.cached_input_tokens, ?15),
+            output_tokens = min(output_tokens + excluded.output_tokens, ?15),
+            input_cost = min(input_cost + excluded.input_cost, ?15),
+            cached_input_cost = min(cached_input_cost + excluded.cached_input_cost, ?15),
+            output_cost = min(output_cost + excluded.output_cost, ?15),
+            unpriced = min(unpriced + excluded.unpriced, ?15)";
+    let values = params![
+        tenant,
+        at.as_millis().div_euclid(MILLIS_PER_MINUTE),
+        kind.as_str(),
+        model,
+        key,
+        is_batch,
+        sum(counts.requests),
+        sum(counts.tokens.input),
+        sum(counts.tokens.cached_input),
+        sum(counts.tokens.output),
+        input_cost,
+        cached_cost,
+        output_cost,
+        sum(counts.unpriced),
+        sum(MAX_SUM),
+    ];
+    execute(connection, upsert, values)?;
+    // A clock that goes back to the month before must not give the budget back.
+    let spend = "UPDATE tenants SET
+            spent = CASE WHEN spent_month >= ?2 THEN min(spent + ?3, ?4) ELSE ?3 END,
+            spent_month = max(spent_month, ?2)
+        WHERE key = ?1";
+    let values = params![tenant, at.month(), sum(spent.units()), sum(MAX_SUM)];
+    execute(connection, spend, values).map(drop)
+}
+
+/// Returns what a tenant has used of limits that are counted here.
+pub(super) fn meters(connection: &Connection, tenant: &TenantId, now: Timestamp) -> Result<Meters> {
+    let Some(key) = tenant_key(connection, tenant.as_str())? else { return Ok(Meters::default()) };
+    let spent = "SELECT CASE WHEN spent_month >= ?2 THEN spent ELSE 0 END FROM tenants
+        WHERE key = ?1";
+    let spent = find(connection, spent, params![key, now.month()], |row| row.get(0))?;
+    let today = "SELECT limits.model, sum(usage.requests) FROM model_limits AS limits
+        JOIN usage ON usage.tenant = limits.tenant AND usage.model = limits.model
+        WHERE limits.tenant = ?1 AND limits.max_requests_per_1_day IS NOT NULL
+        AND usage.minute >= ?2 GROUP BY limits.model";
+    let midnight = now.start_of_day().as_millis().div_euclid(MILLIS_PER_MINUTE);
+    let mut statement = connection.prepare_cached(today).map_err(database_error)?;
+    let rows = statement
+        .query_map(params![key, midnight], |row| Ok((row.get(0)?, to_u64(row.get(1)?))))
+        .map_err(database_error)?;
+    Ok(Meters {
+        spent: Money::from_units(spent.map_or(0, to_u64)),
+        requests_today: rows.collect::<rusqlite::Result<_>>().map_err(database_error)?,
+    })
+}
+
+/// Returns usage by bucket and group.
+pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<UsagePage> {
+    let width = i64::try_from(query.width.as_millis()).unwrap_or(i64::MAX);
+    let width = width.div_euclid(MILLIS_PER_MINUTE).max(1);
+    let minute = |at: Timestamp| at.as_millis().div_euclid(MILLIS_PER_MINUTE);
+    let mut condition = "minute >= ? AND minute < ?".to_owned();
+    let mut values = vec![
+        Value::from(width),
+        Value::from(width),
+        Value::from(minute(query.from)),
+        Value::from(minute(query.before)),
+    ];
+    let mut restrict = |text: String, more: Vec<Value>| {
+        condition.push_str(&format!(" AND {text}"));
+        values.extend(more);
+    };
+    if let Some(kind) = query.kind {
+        restrict("kind = ?".into(), vec![kind.as_str().to_owned().into()]);
+    }
+    if let Some(is_batch) = query.is_batch {
+        restrict("is_batch = ?".into(), vec![Value::from(i64::from(is_batch))]);
+    }
+    let projects = query.projects.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let keys = query.keys.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let subquery = |table: &str, id: &str| format!("(SELECT key FROM {table} WHERE {id} IN");
+    for (column, select, end, wanted) in [
+        ("tenant", subquery("tenants", "project_id"), ")", projects),
+        ("api_key", subquery("api_keys", "id"), ")", keys),
+        ("model", String::new(), "", query.models.clone()),
+    ] {
+        if !wanted.is_empty() {
+            let marks = vec!["?"; wanted.len()].join(", ");
+            let values = wanted.into_iter().map(Value::from).collect();
+            restrict(format!("{column} IN {select} ({marks}){end}"), values);
+        }
+    }
+    let group = query.group;
+    let column = |is_wanted: bool, column: &str| {
+        if is_wanted { column.to_owned() } else { "NULL".to_owned() }
+    };
+    let sql = format!(
+        "SELECT minute / ? * ? AS bucket, {}, {}, {}, {}, total(requests), total(input_tokens),
+             total(cached_input_tokens), total(output_tokens), total(input_cost),
+             total(cached_input_cost), total(output_cost), total(unpriced)
+         FROM usage WHERE {condition} GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ?",
+        column(group.project, "(SELECT project_id FROM tenants WHERE key = usage.tenant)"),
+        column(group.key, "(SELECT id FROM api_keys WHERE key = usage.api_key)"),
+        column(group.model, "model"),
+        column(group.batch, "is_batch"),
+    );
+    values.push(Value::from(to_i64((query.max_rows as u64).saturating_add(1))));
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
+    let rows = statement.query_map(params_from_iter(values), from_row).map_err(database_error)?;
+    let mut rows: Vec<UsageRow> = rows.collect::<rusqlite::Result<_>>().map_err(database_error)?;
+    let is_whole = rows.len() <= query.max_rows;
+    if !is_whole && let Some(last) = rows.last().map(|row| row.start) {
+        // The last bucket may lack groups.
+        rows.retain(|row| row.start < last);
+    }
+    Ok(UsagePage { rows, is_whole })
+}
+
+fn from_row(row: &Row<'_>) -> rusqlite::Result<UsageRow> {
+    // A sum of integers could overflow; a total is exact up to 2^53.
+    let total = |index| Ok::<_, rusqlite::Error>(row.get::<_, f64>(index)?.round() as u64);
+    let money = |index| total(index).map(Money::from_units);
+    Ok(UsageRow {
+        start: timestamp(row.get::<_, i64>(0)?.saturating_mul(MILLIS_PER_MINUTE)),
+        project: row.get::<_, Option<String>>(1)?.map(Into::into),
+        key: row.get::<_, Option<String>>(2)?.map(Into::into),
+        model: row.get(3)?,
+        is_batch: row.get(4)?,
+        counts: UsageCounts {
+            requests: total(5)?,
+            tokens: TokenUsage {
+                input: total(6)?,
+                cached_input: total(7)?,
+                output: total(8)?,
+                reasoning: 0,
+            },
+            input_cost: money(9)?,
+            cached_input_cost: money(10)?,
+            output_cost: money(11)?,
+            unpriced: total(12)?,
+        },
+    })
+}
+
+/// Merges up to `limit` rows of usage before a time into hours; returns true if more may remain.
+pub(super) fn merge(connection: &Connection, before: Timestamp, limit: usize) -> Result<bool> {
+    let before = before.as_millis().div_euclid(MILLIS_PER_MINUTE);
+    let sql = format!(
+        "SELECT tenant, minute, kind, model, api_key, is_batch FROM usage
+         WHERE minute < ?1 AND minute % {MINUTES_PER_HOUR} != 0 LIMIT ?2"
+    );
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
+    let limit = to_i64(limit as u64);
+    let rows = statement
+        .query_map(params![before, limit], |row| {
+            Ok((
+                row.get::<_, i64>(0)?,
+                row.get::<_, i64>(1)?,
+                row.get::<_, String>(2)?,
+                row.get::<_, String>(3)?,
+                row.get::<_, i64>(4)?,
+                row.get::<_, bool>(5)?,
+            ))
+        })
+        .map_err(database_error)?;
+    let found = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
+    for (tenant, minute, kind, model, key, is_batch) in &found {
+        let same = "tenant = ?1 AND minute = ?2 AND kind = ?3 AND model = ?4 AND api_key = ?5
+            AND is_batch = ?6";
+        let values = params![tenant, minute, kind, model, key, is_batch];
+        let merged = format!(
+            "INSERT INTO usage SELECT minute - minute % {MINUTES_PER_HOUR}, tenant, kind, model,
+                 api_key, is_batch, requests, input_tokens, cached_input_tokens, output_tokens,
+                 input_cost, cached_input_cost, output_cost, unpriced
+             FROM usage WHERE {same}
+             ON CONFLICT DO UPDATE SET
+                 requests = min(requests + excluded.requests, {MAX_SUM}),
+                 input_tokens = min(input_tokens + excluded.input_tokens, {MAX_SUM}),
+                 cached_input_tokens =
+                     min(cached_input_tokens + excluded.cached_input_tokens, {MAX_SUM}),
+                 output_tokens = min(output_tokens + excluded.output_tokens, {MAX_SUM}),
+                 input_cost = min(input_cost + excluded.input_cost, {MAX_SUM}),
+                 cached_input_cost = min(cached_input_cost + excluded.cached_input_cost, {MAX_SUM}),
+                 output_cost = min(output_cost + excluded.output_cost, {MAX_SUM}),
+                 unpriced = min(unpriced + excluded.unpriced, {MAX_SUM})"
+        );
+        execute(connection, &merged, values)?;
+        execute(connection, &format!("DELETE FROM usage WHERE {same}"), values)?;
+    }
+    Ok(to_i64(found.len() as u64) >= limit)
+}
