@@ -57,6 +57,7 @@ pub(crate) async fn create(
         metadata: params.metadata("metadata", &app.config.batch)?,
         output_lifetime: params.lifetime("output_expires_after")?,
         idempotency_key: idempotency_key(&headers, &mut params)?,
+        api_key: tenant.1.clone(),
     };
     params.reject_unknown()?;
     if request.input_file_id.as_str().len() > MAX_ID_BYTES {

@@ -10,7 +10,6 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::ErrorCode;
-use batchwright_domain::limits::MAX_LIMIT;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::{Memory, Reservation};
 use batchwright_store::Metadata;
@@ -194,12 +193,16 @@ impl Params {
     }
 
     /// Removes a limit to change: none if it is absent, and an inner none if it is null.
-    pub(crate) fn limit_change(&mut self, name: &str) -> Result<Option<Option<u64>>, ApiError> {
+    pub(crate) fn limit_change(
+        &mut self,
+        name: &str,
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<Option<u64>>, ApiError> {
         if self.values.get(name).is_some_and(Value::is_null) {
             self.values.remove(name);
             return Ok(Some(None));
         }
-        Ok(self.optional_integer(name, 0..=MAX_LIMIT)?.map(Some))
+        Ok(self.optional_integer(name, range)?.map(Some))
     }
 
     /// Removes an optional boolean. Fails if it has another type.

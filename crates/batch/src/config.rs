@@ -7,7 +7,7 @@ use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Size, Span};
 use batchwright_plugin::RequiredPlugins;
-use batchwright_tenancy::TenantDefaults;
+use batchwright_tenancy::{Prices, TenantDefaults};
 
 /// Everything that batches are configured by.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub struct Config {
     pub execution: ExecutionConfig,
     /// Limits of projects without a value of their own.
     pub tenant_defaults: TenantDefaults,
+    /// Prices of models.
+    pub prices: Prices,
     /// Plugins without which no batch is created.
     pub required_plugins: RequiredPlugins,
 }

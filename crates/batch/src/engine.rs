@@ -9,6 +9,7 @@ use crate::health::Health;
 use crate::janitor::Janitor;
 use crate::parts::{Parts, Shared};
 use crate::schedule::breakers::Breakers;
+use crate::schedule::quotas::Quotas;
 use crate::schedule::stop::Reason;
 use crate::service::Service;
 use crate::worker::Worker;
@@ -32,11 +33,13 @@ impl Engine {
     pub fn new(parts: Parts) -> Self {
         let shared = Shared::default();
         let breakers = Arc::new(Breakers::new(&parts.config.execution));
+        let prices = Arc::new(parts.config.prices.clone());
+        let quotas = Arc::new(Quotas::new(parts.store.clone(), parts.clock.clone(), prices));
         let tasks = TaskTracker::new();
         Self {
-            service: Arc::new(Service::new(&parts, &shared, breakers.clone())),
+            service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),
             health: Arc::new(Health::new(&parts, &shared)),
-            worker: Arc::new(Worker::new(&parts, &shared, breakers, tasks.clone())),
+            worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
             parts,
             shared,

@@ -16,7 +16,10 @@ use crate::parts::{Parts, Shared};
 /// Interval between cleanups without a notification. File expiry sends no notification.
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Interval between searches for old batches.
+/// Age from which usage is kept by hour and not by minute. A report by hour has up to a week.
+const USAGE_BY_MINUTE_AGE: Duration = Duration::from_secs(8 * 86_400);
+
+/// Interval between searches for old batches and old usage.
 const BATCH_SEARCH_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Lifetime of the tombstone of a removed file. Lists can use a tombstone as their start position.
@@ -39,6 +42,7 @@ enum Garbage {
     Files,
     Tombstones,
     Batches,
+    Usage,
     DiskSpace,
 }
 
@@ -94,9 +98,10 @@ impl Janitor {
             Garbage::Files,
             Garbage::Tombstones,
             Garbage::Batches,
+            Garbage::Usage,
             Garbage::DiskSpace,
         ] {
-            if garbage == Garbage::Batches && !search {
+            if matches!(garbage, Garbage::Batches | Garbage::Usage) && !search {
                 continue;
             }
             self.remove_all(garbage).await;
@@ -134,6 +139,10 @@ impl Janitor {
                     .await
             }
             Garbage::Batches => self.delete_old_batches().await,
+            Garbage::Usage => {
+                let before = self.clock.now().before(USAGE_BY_MINUTE_AGE);
+                self.store.merge_usage(before, STEP_FILES).await
+            }
             Garbage::DiskSpace => self.store.compact().await,
         }
     }

@@ -1,7 +1,9 @@
 //! Policy of a tenant: what its project may use, with the defaults of the server.
 
+use std::collections::BTreeMap;
+
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{Limit, Limits, ModelLimits, ModelRule};
 use batchwright_store::accounts::StorageBounds;
 use batchwright_store::{Result, Store};
 use batchwright_tenancy::TenantDefaults;
@@ -12,6 +14,8 @@ pub(crate) struct Policy {
     pub limits: Limits,
     /// Models that the tenant may use.
     pub models: ModelRule,
+    /// Limits for models.
+    pub model_limits: BTreeMap<String, ModelLimits>,
 }
 
 impl Policy {
@@ -22,12 +26,17 @@ impl Policy {
         tenant: &TenantId,
     ) -> Result<Self> {
         let stored = store.policy(tenant).await?;
-        Ok(Self { limits: defaults.fill(stored.limits), models: stored.models })
+        Ok(Self {
+            limits: defaults.fill(stored.limits),
+            models: stored.models,
+            model_limits: stored.model_limits,
+        })
     }
 
     /// Returns the bounds of the stored files.
     pub(crate) fn storage(&self) -> StorageBounds {
-        let Limits { max_stored_bytes, max_stored_files, .. } = self.limits;
-        StorageBounds { bytes: max_stored_bytes, files: max_stored_files }
+        let [bytes, files] =
+            [Limit::StoredBytes, Limit::StoredFiles].map(|limit| self.limits.get(limit));
+        StorageBounds { bytes, files }
     }
 }

@@ -56,6 +56,8 @@ error_codes! {
     /// The batch's completion window ended before this request had a result; the message names what
     /// it waited for.
     BatchExpired = "batch_expired" in Line;
+    /// The project has spent its budget of the month.
+    BillingHardLimitReached = "billing_hard_limit_reached" in Call;
     /// The `custom_id` of the line is already used by another line.
     DuplicateCustomId = "duplicate_custom_id" in Batch;
     /// A key occurs twice in an object that rules read.
@@ -127,6 +129,8 @@ error_codes! {
     ProjectNameTaken = "project_name_taken" in Call;
     /// The provider answered with an error status and a body that is not an error object.
     ProviderError = "provider_error" in Line;
+    /// The project has reached a limit per minute or per day; try again later.
+    RateLimitExceeded = "rate_limit_exceeded" in Call;
     /// The server is not ready: a required plugin or the storage is missing. Try again later.
     ServerNotReady = "server_not_ready" in Call;
     /// The server has no connection or memory left for this call. Try again in a moment.
@@ -139,6 +143,9 @@ error_codes! {
     StreamingUnsupported = "streaming_unsupported" in Batch;
     /// The string is longer than allowed.
     StringAboveMaxLength = "string_above_max_length" in Call;
+    /// The batch would exceed the enqueued tokens of its project for the model; try again when other
+    /// batches have ended.
+    TokenLimitExceeded = "token_limit_exceeded" in Batch;
     /// There are more errors than the setting `max_reported_errors`; the last entry counts the
     /// rest.
     TooManyErrors = "too_many_errors" in Batch;

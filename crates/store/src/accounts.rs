@@ -97,6 +97,8 @@ pub struct UsageCounts {
 /// Selection and grouping of usage. An empty list selects everything.
 #[derive(Clone, Debug)]
 pub struct UsageQuery {
+    /// Tenant whose usage alone may be seen; none sees all.
+    pub tenant: Option<TenantId>,
     /// Kind of requests.
     pub kind: Option<UsageKind>,
     /// Beginning of the first bucket.

@@ -19,6 +19,7 @@ pub mod limits;
 pub mod prices;
 pub mod principal;
 pub mod project;
+pub mod quota;
 pub mod scope;
 
 pub use key::{IssuedKey, KeyDigest, PresentedKey};

@@ -33,6 +33,8 @@ scopes! {
     FilesWrite = "api.files.write";
     /// List models and plugins.
     ModelRead = "api.model.read";
+    /// Read the usage and the costs of the project.
+    UsageRead = "api.usage.read";
 }
 
 impl Scope {

@@ -7,16 +7,18 @@ use std::path::Path;
 
 use batchwright_domain::settings::{Given, Setting};
 use batchwright_domain::text::nearest;
+use batchwright_tenancy::ModelPrice;
 use toml::de::DeTable;
 use toml::{Table, Value};
 
-use super::{ConfigError, RENAMED, Settings};
+use super::{ConfigError, RENAMED, Settings, prices};
 
 /// Size of a config file; a larger one is an error.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// Adds the settings of a config file to what was given, with the errors in it.
-pub fn read(path: &Path, given: &mut Given) -> Result<(), ConfigError> {
+/// Adds the settings of a config file to what was given, with the errors in it, and returns its
+/// prices.
+pub fn read(path: &Path, given: &mut Given) -> Result<Vec<ModelPrice>, ConfigError> {
     let failed = |source| ConfigError::Unreadable { path: path.to_owned(), source };
     let invalid = |message| ConfigError::Invalid { path: path.to_owned(), message };
     let mut text = String::new();
@@ -26,10 +28,16 @@ pub fn read(path: &Path, given: &mut Given) -> Result<(), ConfigError> {
         return Err(invalid("larger than 1MiB, which no config file is".into()));
     }
     let parsed = Parsed::new(&text).map_err(invalid)?;
+    let mut found = Vec::new();
     for (section, value) in &parsed.values {
-        parsed.add_section(section, value, path, given);
+        if section == prices::SECTION {
+            let origin = |entry: usize| parsed.origin(path, section, &entry.to_string());
+            found = prices::read(value, origin, given);
+        } else {
+            parsed.add_section(section, value, path, given);
+        }
     }
-    Ok(())
+    Ok(found)
 }
 
 /// TOML document and the line of each of its keys.
@@ -54,6 +62,10 @@ impl Parsed {
             for (key, _) in value.get_ref().as_table().into_iter().flatten() {
                 let key_name = key.get_ref().to_string();
                 lines.insert((name.clone(), key_name), line(key.span().start));
+            }
+            // Tables of an array, by their position.
+            for (index, entry) in value.get_ref().as_array().into_iter().flatten().enumerate() {
+                lines.insert((name.clone(), index.to_string()), line(entry.span().start));
             }
         }
         Ok(Self { values, lines })

@@ -8,6 +8,7 @@
 mod arguments;
 mod environment;
 mod file;
+mod prices;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use batchwright_domain::units::Span;
 use batchwright_domain::{settings, value_from_str};
 use batchwright_memory::MemoryConfig;
 use batchwright_plugin::PluginsConfig;
-use batchwright_tenancy::TenantDefaults;
+use batchwright_tenancy::{Prices, TenantDefaults};
 
 use crate::telemetry::{LogFilter, LogFormat};
 
@@ -109,6 +110,8 @@ pub struct Settings {
     pub execution: ExecutionConfig,
     /// Limits of projects.
     pub tenant_defaults: TenantDefaults,
+    /// Prices of models.
+    pub prices: Prices,
     /// Memory.
     pub memory: MemoryConfig,
 }
@@ -134,9 +137,7 @@ impl Settings {
     ///
     /// The error lists every invalid value of all sources.
     pub fn resolve(mut given: Given, file: Option<&Path>) -> Result<Self, ConfigError> {
-        if let Some(file) = file {
-            file::read(file, &mut given)?;
-        }
+        let prices = file.map(|file| file::read(file, &mut given)).transpose()?;
         let given = &mut given;
         let server = ServerConfig::read(given);
         let api = ApiConfig::read(given);
@@ -158,6 +159,7 @@ impl Settings {
                 batch: batch?,
                 execution: execution?,
                 tenant_defaults: tenant_defaults?,
+                prices: Prices::new(prices.unwrap_or_default()),
                 memory: memory?,
             })
         };
@@ -174,6 +176,7 @@ impl Settings {
             retention: self.retention.clone(),
             execution: self.execution.clone(),
             tenant_defaults: self.tenant_defaults.clone(),
+            prices: self.prices.clone(),
             required_plugins: self.plugins.required_plugins.clone(),
         }
     }

@@ -194,6 +194,7 @@ impl TestServer {
             metadata: None,
             output_lifetime,
             idempotency_key: None,
+            api_key: None,
         };
         self.service().create(&self.tenant(), request).await.unwrap().new.id
     }

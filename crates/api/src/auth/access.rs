@@ -54,8 +54,8 @@ accesses! {
     ReadModels: ModelRead;
 }
 
-/// Tenant of a request whose key allows the access `A`.
-pub(crate) struct Tenant<A>(pub TenantId, PhantomData<A>);
+/// Tenant of a request whose key allows the access `A`, and that key.
+pub(crate) struct Tenant<A>(pub TenantId, pub Option<KeyId>, PhantomData<A>);
 
 impl<S: Sync, A: Access> FromRequestParts<S> for Tenant<A> {
     type Rejection = ApiError;
@@ -63,21 +63,47 @@ impl<S: Sync, A: Access> FromRequestParts<S> for Tenant<A> {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         match principal(&parts.extensions)? {
             Principal::Project(project) if !project.scopes.contains(A::SCOPE) => {
-                let scope = A::SCOPE.as_str();
-                Err(ApiError::forbidden(format!(
-                    "You have insufficient permissions for this operation. Missing scope: {scope}."
-                ))
-                .with_code(ErrorCode::MissingScope))
+                Err(missing_scope(A::SCOPE))
             }
             // This check saves the client an upload that the store would refuse.
             Principal::Project(project) if A::CREATES && project.is_archived => {
                 Err(ApiError::project_archived())
             }
-            Principal::Project(project) => Ok(Self(project.tenant.clone(), PhantomData)),
+            Principal::Project(project) => {
+                Ok(Self(project.tenant.clone(), project.key.clone(), PhantomData))
+            }
             Principal::Admin(_) | Principal::Operator => Err(ApiError::forbidden(
                 "An admin key has no access to the data of projects; use the key of a project.",
             )
             .with_code(ErrorCode::ProjectKeyRequired)),
+        }
+    }
+}
+
+fn missing_scope(scope: Scope) -> ApiError {
+    let scope = scope.as_str();
+    ApiError::forbidden(format!(
+        "You have insufficient permissions for this operation. Missing scope: {scope}."
+    ))
+    .with_code(ErrorCode::MissingScope)
+}
+
+/// Reader of usage: an administrator, or a project whose key allows it.
+pub(crate) struct UsageReader {
+    /// Tenant whose usage the reader sees; none sees all.
+    pub tenant: Option<TenantId>,
+}
+
+impl<S: Sync> FromRequestParts<S> for UsageReader {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        match principal(&parts.extensions)? {
+            Principal::Admin(_) | Principal::Operator => Ok(Self { tenant: None }),
+            Principal::Project(project) if project.scopes.contains(Scope::UsageRead) => {
+                Ok(Self { tenant: Some(project.tenant.clone()) })
+            }
+            Principal::Project(_) => Err(missing_scope(Scope::UsageRead)),
         }
     }
 }

@@ -25,7 +25,7 @@ use batchwright_tenancy::{Denied, Principal};
 
 pub(crate) use access::{
     Admin, CancelBatches, CreateBatches, DeleteFiles, ReadBatches, ReadFiles, ReadModels, Tenant,
-    UploadFiles, holder,
+    UploadFiles, UsageReader, holder,
 };
 pub use authenticator::Authenticator;
 use authenticator::Rejected;

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::ProjectId;
-use batchwright_domain::limits::{MAX_RULE_MODELS, ModelRule};
+use batchwright_domain::limits::{Limit, MAX_RULE_MODELS, ModelRule};
 use batchwright_store::accounts::{LimitChanges, ProjectPolicy, ProjectUse};
 
 use super::{Administration, Organization, failed, project_not_found};
@@ -50,16 +50,17 @@ pub(crate) async fn update(
     Path(id): Path<ProjectId>,
     mut params: Params,
 ) -> Result<Json<ProjectLimitsObject>, ApiError> {
-    let changes = LimitChanges {
-        max_stored_bytes: params.limit_change("max_stored_bytes")?,
-        max_stored_files: params.limit_change("max_stored_files")?,
-        max_open_batches: params.limit_change("max_open_batches")?,
-        max_requests_per_batch: params.limit_change("max_requests_per_batch")?,
-    };
+    let mut changes = LimitChanges::new();
+    for limit in Limit::ALL {
+        if let Some(value) = params.limit_change(limit.name(), limit.range())? {
+            changes.insert(limit, value);
+        }
+    }
     params.reject_unknown()?;
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.update_limits(&id, changes, by).await;
     updated.map_err(|error| failed(error, Some(&id), ""))?;
+    organization.limits_changed().await;
     get(State(organization), Path(id)).await
 }
 
@@ -127,7 +128,7 @@ pub(crate) async fn delete_models(
     Ok(Json(DeletedModelPermissions::new()))
 }
 
-async fn policy(
+pub(super) async fn policy(
     organization: &Organization,
     id: &ProjectId,
 ) -> Result<(ProjectPolicy, ProjectUse), ApiError> {

@@ -8,7 +8,10 @@ mod audit_logs;
 mod keys;
 mod limits;
 mod projects;
+mod rate_limits;
 mod service_accounts;
+mod spend_limit;
+mod usage;
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -93,6 +96,13 @@ impl Organization {
         }
     }
 
+    /// Lets requests that wait for a limit try again. A failure delays them, and nothing is lost.
+    async fn limits_changed(&self) {
+        if let Some(service) = &self.service {
+            service.limits_changed().await;
+        }
+    }
+
     /// Returns the end of a key's lifetime, given the parameter `expires_in_seconds`.
     fn expiry(&self, params: &mut Params) -> Result<Option<Timestamp>, ApiError> {
         let seconds = params.optional_integer("expires_in_seconds", KEY_LIFETIME_SECONDS)?;
@@ -116,10 +126,19 @@ pub(crate) fn routes() -> (Router<Arc<Organization>>, OpenApi) {
         .routes(routes!(keys::get_admin, keys::delete_admin))
         .routes(routes!(limits::get, limits::update))
         .routes(routes!(limits::get_models, limits::update_models, limits::delete_models))
+        .routes(routes!(rate_limits::list))
+        .routes(routes!(rate_limits::update))
+        .routes(routes!(spend_limit::get, spend_limit::update, spend_limit::delete))
         .routes(routes!(audit_logs::list));
+    // The key of a project may read the usage of its own project.
+    let reports = OpenApiRouter::new()
+        .routes(routes!(usage::completions))
+        .routes(routes!(usage::embeddings))
+        .routes(routes!(usage::moderations))
+        .routes(routes!(usage::costs));
+    let api = api.layer(middleware::from_fn(require_admin)).merge(reports);
     let (api, description) = api.split_for_parts();
     let api = api
-        .layer(middleware::from_fn(require_admin))
         .route("/organization", any(not_served))
         .route("/organization/{*rest}", any(not_served))
         .route("/projects/{*rest}", any(not_served));
@@ -261,6 +280,9 @@ fn failed(error: StoreError, project: Option<&ProjectId>, resource: &str) -> Api
             ErrorCode::ProjectNameTaken,
             "Another project has this name; choose another name, or archive the other project.",
         ),
+        StoreError::Refused(Refusal::ModelLimits(max)) => ApiError::bad_request(format!(
+            "The project has limits for {max} models already; remove some first."
+        )),
         StoreError::Refused(Refusal::LastAdminKey) => ApiError::bad_request(
             "This is the last admin key; create another one before you delete it.",
         )

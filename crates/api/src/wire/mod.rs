@@ -1,8 +1,10 @@
 //! JSON objects of the API. Every key is always present; an absent value is an explicit null.
 
 pub(crate) mod organization;
+pub(crate) mod organization_money;
 pub(crate) mod organization_requests;
 mod plugins;
+pub(crate) mod usage;
 
 use std::collections::BTreeMap;
 

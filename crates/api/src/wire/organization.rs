@@ -1,7 +1,7 @@
 //! Objects of the administration, as in `openai.types.admin.organization` of the official SDK.
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{Limit, Limits, ModelRule};
 use batchwright_store::accounts::{
     AuditEntry, KeyOwner, KeyRecord, NewKey, ProjectRecord, ProjectUse, ServiceAccountRecord,
 };
@@ -363,6 +363,12 @@ pub(crate) struct ProjectLimitsObject {
     /// Number of requests in a batch; null is the server's `max_requests_per_file`.
     #[schema(required)]
     max_requests_per_batch: Option<u64>,
+    /// Number of requests in flight, over all plugins.
+    #[schema(required)]
+    max_requests_in_flight: Option<u64>,
+    /// Weight in the shares of providers; null is 1.
+    #[schema(required)]
+    weight: Option<u64>,
     /// Names of the limits that the project has a value of its own for.
     own: Vec<&'static str>,
     usage: LimitsUsage,
@@ -379,14 +385,16 @@ struct LimitsUsage {
 impl ProjectLimitsObject {
     /// Returns the limits that hold, given the own ones of the project, and what it uses.
     pub(crate) fn new(limits: Limits, own: Limits, used: ProjectUse) -> Self {
-        let own = own.named().into_iter().filter(|(_, value)| value.is_some());
+        let own = Limit::ALL.into_iter().filter(|limit| own.get(*limit).is_some());
         Self {
             object: "project.limits",
-            max_stored_bytes: limits.max_stored_bytes,
-            max_stored_files: limits.max_stored_files,
-            max_open_batches: limits.max_open_batches,
-            max_requests_per_batch: limits.max_requests_per_batch,
-            own: own.map(|(name, _)| name).collect(),
+            max_stored_bytes: limits.get(Limit::StoredBytes),
+            max_stored_files: limits.get(Limit::StoredFiles),
+            max_open_batches: limits.get(Limit::OpenBatches),
+            max_requests_per_batch: limits.get(Limit::RequestsPerBatch),
+            max_requests_in_flight: limits.get(Limit::RequestsInFlight),
+            weight: limits.get(Limit::Weight),
+            own: own.map(Limit::name).collect(),
             usage: LimitsUsage {
                 stored_bytes: used.stored_bytes,
                 stored_files: used.stored_files,

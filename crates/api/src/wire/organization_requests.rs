@@ -17,6 +17,39 @@ pub(crate) struct UpdateLimits {
     max_open_batches: Option<u64>,
     #[schema(maximum = 1000000000000000i64)]
     max_requests_per_batch: Option<u64>,
+    #[schema(maximum = 1000000000000000i64)]
+    max_requests_in_flight: Option<u64>,
+    #[schema(minimum = 1, maximum = 1000)]
+    weight: Option<u64>,
+}
+
+/// Body of `POST …/rate_limits/{rate_limit}`. An absent limit stays, and null removes it.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UpdateRateLimit {
+    #[schema(maximum = 1000000000000000i64)]
+    max_requests_per_1_minute: Option<u64>,
+    #[schema(maximum = 1000000000000000i64)]
+    max_tokens_per_1_minute: Option<u64>,
+    #[schema(maximum = 1000000000000000i64)]
+    max_requests_per_1_day: Option<u64>,
+    #[schema(maximum = 1000000000000000i64)]
+    batch_1_day_max_input_tokens: Option<u64>,
+}
+
+/// Body of `POST …/spend_limit`.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UpdateSpendLimit {
+    /// Budget of a month, in cents.
+    #[schema(maximum = 900000000)]
+    threshold_amount: u64,
+    #[schema(pattern = "^USD$")]
+    currency: String,
+    #[schema(pattern = "^month$")]
+    interval: String,
 }
 
 /// Body of `POST …/model_permissions`.

@@ -65,6 +65,7 @@ pub(crate) fn row(batch: &BatchId, line: u64, custom_id: &str, answer: &Answer) 
         kind,
         payload: one_line(payload).into_bytes(),
         usage: usage.map(tokens).unwrap_or_default(),
+        charge: None,
     }
 }
 

@@ -39,15 +39,17 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchwright_domain::clock::Timestamp;
 use batchwright_plugin::types::Request;
 use batchwright_plugin::{Plugin, Route};
 
 use crate::request::conclusion::EndedSteps;
 use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
-use crate::request::outcome::{AttemptOutcome, FinalAnswer, failure, identity};
+use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, failure, identity};
 use crate::request::steps::StepOutcome;
 use crate::schedule::breaker::{Breaker, BreakerDecision, Probe};
+use crate::schedule::quotas::QUOTA_RETRY_INTERVAL;
 use crate::schedule::retry_queue::RetryState;
 
 impl Context {
@@ -66,6 +68,13 @@ impl Context {
         else {
             return self.missing_plugin(line, retry_state);
         };
+        // A request that its project may not send yet does not wait for its provider. A job that
+        // the provider has begun is paid for, and continues.
+        if !retry_state.has_job
+            && let Some(until) = self.held_until(&model).await
+        {
+            return AttemptOutcome::Retry(until, retry_state);
+        }
         let breaker = self.breaker_of(&plugin);
         let probe = match self.enter(&breaker, &plugin, line, retry_state) {
             ControlFlow::Continue(probe) => probe,
@@ -98,7 +107,7 @@ impl Context {
             };
             probe.is_some() || breaker.is_healthy() || is_allowed()
         };
-        let outcome = self.run_steps(&mut exchange, line, &request, may_send).await;
+        let outcome = self.run_steps(&mut exchange, (line, &model), &request, may_send).await;
         retry_state.refusals = exchange.refusals;
         let outcome = match outcome {
             Ok(outcome) => outcome,
@@ -107,6 +116,7 @@ impl Context {
                     answer: failure(error.code(), error.to_string()),
                     by: Some(plugin.clone()),
                     reservation: Some(exchange.reservation),
+                    metered: None,
                 });
             }
         };
@@ -131,10 +141,20 @@ impl Context {
             job: exchange.job,
             job_is_kept: exchange.job_is_kept,
             reservation: exchange.reservation,
+            metered: exchange.hold.map(|hold| Metered { model: model.as_str().into(), hold }),
             retry,
             answer,
         };
         self.conclude(ended, retry_state).await
+    }
+
+    /// Returns the time before which the project may not send a request of a model.
+    async fn held_until(&self, model: &str) -> Option<Timestamp> {
+        if let Err(error) = self.quota.refresh().await {
+            tracing::error!(tenant = %self.tenant, %error, "limits not read");
+            return Some(self.clock.now().after(QUOTA_RETRY_INTERVAL));
+        }
+        self.quota.blocked(Some(model)).map(|blocked| blocked.until)
     }
 
     /// Returns the breaker of a plugin.
@@ -171,6 +191,7 @@ impl Context {
                 answer,
                 by: Some(plugin.clone()),
                 reservation: None,
+                metered: None,
             }),
         })
     }

@@ -15,6 +15,7 @@ use crate::request::jobs::Jobs;
 use crate::schedule::breaker::Breaker;
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
+use crate::schedule::quotas::TenantQuota;
 use crate::schedule::stop::Stop;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
@@ -53,6 +54,8 @@ pub(crate) struct Context {
     pub gate: Gate,
     /// Queue in which the requests of the batch wait for their provider.
     pub queue: QueueId,
+    /// Quota of the tenant.
+    pub quota: Arc<TenantQuota>,
 }
 
 /// Request of a batch, as read from its line.

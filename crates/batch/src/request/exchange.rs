@@ -12,6 +12,7 @@ use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Respon
 use batchwright_plugin::{CallError, Plugin};
 
 use crate::request::assessment::{Assessment, CLASSIFY_BODY_BYTES, ProviderSignal};
+use crate::schedule::quotas::Hold;
 
 /// Summary of the last exchange of an attempt.
 pub(crate) struct ExchangeSummary {
@@ -30,6 +31,8 @@ pub(crate) struct Exchange<'a> {
     /// True if the next exchange need not wait for `requests_per_minute`, because the attempt has
     /// waited for it with its permit.
     pub has_rate_permit: bool,
+    /// Reservation of what the project may send.
+    pub hold: Option<Hold>,
     /// Memory that the attempt has reserved.
     pub reservation: Reservation,
     /// Summary of the last exchange.
@@ -60,6 +63,7 @@ impl<'a> Exchange<'a> {
             plugin,
             permit: None,
             has_rate_permit: false,
+            hold: None,
             reservation: plugin.gateway().reservation(),
             last: None,
             sent_at: None,

@@ -157,7 +157,12 @@ impl Context {
     ) -> AttemptOutcome {
         let now = self.clock.now();
         if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
-            return AttemptOutcome::Answered(FinalAnswer { answer, by: None, reservation: None });
+            return AttemptOutcome::Answered(FinalAnswer {
+                answer,
+                by: None,
+                reservation: None,
+                metered: None,
+            });
         }
         let trouble = ProviderFailure {
             kind: FailureKind::Plugin,

@@ -9,6 +9,7 @@ use batchwright_memory::Reservation;
 use batchwright_plugin::Plugin;
 use batchwright_plugin::types::{Answer, Failure};
 
+use crate::schedule::quotas::Hold;
 use crate::schedule::retry_queue::RetryState;
 
 /// Final answer to a request.
@@ -19,6 +20,16 @@ pub(crate) struct FinalAnswer {
     pub by: Option<Arc<Plugin>>,
     /// Memory that covers the answer.
     pub reservation: Option<Reservation>,
+    /// Model that answered, with the quota; none if the request was not sent.
+    pub metered: Option<Metered>,
+}
+
+/// Model of a request, and what the request has reserved of the quota of its project.
+pub(crate) struct Metered {
+    /// Name of the model as its provider knows it.
+    pub model: Arc<str>,
+    /// Reservation.
+    pub hold: Hold,
 }
 
 /// Outcome of an attempt.

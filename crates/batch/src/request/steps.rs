@@ -42,7 +42,7 @@ impl Context {
     pub(super) async fn run_steps(
         &self,
         exchange: &mut Exchange<'_>,
-        line: Line<'_>,
+        (line, model): (Line<'_>, &str),
         request: &impl Fn() -> Request,
         may_send: impl Fn() -> bool,
     ) -> Result<StepOutcome, CallError> {
@@ -60,6 +60,16 @@ impl Context {
         // The plugin or its breaker may have changed during the wait.
         if !may_send() {
             return Ok(StepOutcome::Postponed(self.clock.now()));
+        }
+        // What the project may send is reserved last, so that a request that waits reserves nothing.
+        let has_begun = exchange.job.is_some();
+        let reserved = match has_begun {
+            true => Ok(self.quota.begun()),
+            false => self.quota.reserve(model, line.body.len()),
+        };
+        match reserved {
+            Ok(hold) => exchange.hold = Some(hold),
+            Err(blocked) => return Ok(StepOutcome::Postponed(blocked.until)),
         }
         tokio::select! {
             biased;

@@ -4,12 +4,12 @@
 //! With a limit per combination of plugins, each new combination would get extra capacity. Without
 //! turns, sixteen long batches would keep a short batch waiting for hours.
 //!
-//! **Lanes.** A lane is the queue of batches that need the same: validation, finishing, or
-//! execution with one set of plugins. Batches in different lanes do not compete unless the lanes
+//! **Lanes.** A lane is the queue of batches that need the same: validation, finishing, a limit of
+//! their project, or execution with one set of plugins. Batches in different lanes do not compete unless the lanes
 //! share a plugin. The store returns the oldest waiting batch of each lane.
 //!
 //! **Places.** A place is a permit to run. Validation and finishing have `max_concurrent_batches`
-//! places each. An executing batch holds one place of every plugin that its requests go to. Each
+//! places each; a batch that waits for a limit takes a place of finishing for a moment. An executing batch holds one place of every plugin that its requests go to. Each
 //! plugin has `max_concurrent_batches` places, and all plugins together have
 //! `max_executing_batches`. A plugin without an executing batch always gets a place, even beyond
 //! that total. Combinations of plugins have no places of their own.
@@ -171,7 +171,7 @@ impl Lanes {
             let Some(found) = waiting.get(index) else { continue };
             let (room, may_activate) = match &found.lane {
                 Lane::Validate => (state.validating < self.max, true),
-                Lane::Finish => (state.finishing < self.max, true),
+                Lane::Finish | Lane::Admit => (state.finishing < self.max, true),
                 Lane::Execute(plugins) => {
                     (state.has_room(plugins, &reserved, self), state.may_activate(plugins, self))
                 }
@@ -210,7 +210,7 @@ impl Lanes {
     fn enter(self: &Arc<Self>, state: &mut State, lane: Lane) -> Place {
         let plugins = match &lane {
             Lane::Execute(plugins) => Arc::new(plugins.clone()),
-            Lane::Validate | Lane::Finish => Arc::default(),
+            Lane::Validate | Lane::Finish | Lane::Admit => Arc::default(),
         };
         let turn = Arc::new(Turn { plugins, ..Turn::default() });
         state.change(&lane, |number| number.saturating_add(1));
@@ -308,7 +308,7 @@ impl State {
     fn change(&mut self, lane: &Lane, by: impl Fn(usize) -> usize) {
         match lane {
             Lane::Validate => self.validating = by(self.validating),
-            Lane::Finish => self.finishing = by(self.finishing),
+            Lane::Finish | Lane::Admit => self.finishing = by(self.finishing),
             Lane::Execute(plugins) => {
                 self.executing = by(self.executing);
                 for name in plugins {

@@ -7,6 +7,7 @@ pub(crate) mod breakers;
 pub(crate) mod gate;
 pub(crate) mod lanes;
 pub(crate) mod parked;
+pub(crate) mod quotas;
 pub(crate) mod retry_queue;
 pub(crate) mod running;
 pub(crate) mod stop;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::{FileId, TenantId};
+use batchwright_domain::ids::{FileId, KeyId, TenantId};
+use batchwright_domain::limits::Limit;
 use batchwright_domain::status::Status;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::TokenUsage;
@@ -30,6 +31,8 @@ pub struct NewBatchRequest {
     pub output_lifetime: Option<Duration>,
     /// Idempotency key. The same key with the same parameters returns the same batch.
     pub idempotency_key: Option<String>,
+    /// Key of the client, for the usage by key; none without keys.
+    pub api_key: Option<KeyId>,
 }
 
 impl NewBatchRequest {
@@ -125,8 +128,9 @@ impl Service {
             created_at,
             expires_at: created_at.after(window),
             output_lifetime: request.output_lifetime,
+            api_key: request.api_key,
         };
-        let max_open = policy.limits.max_open_batches;
+        let max_open = policy.limits.get(Limit::OpenBatches);
         let key = idempotency.as_ref().map(|idempotency| idempotency.key.clone());
         match self.store.create_batch(tenant, new.clone(), idempotency, max_open).await? {
             Created::New => self.work_available.notify_one(),

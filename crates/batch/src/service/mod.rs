@@ -5,6 +5,7 @@ pub(crate) mod create;
 pub(crate) mod files;
 pub(crate) mod uploading;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use batchwright_domain::clock::Clock;
@@ -26,6 +27,7 @@ use crate::parts::{Parts, Shared};
 use crate::policy::Policy;
 use crate::schedule::breaker::Outage;
 use crate::schedule::breakers::{BreakerKey, Breakers};
+use crate::schedule::quotas::Quotas;
 use crate::schedule::running::Running;
 use crate::schedule::stop::Reason;
 use crate::service::uploading::{Uploading, UploadingBytes};
@@ -40,6 +42,7 @@ pub struct Service {
     memory: Memory,
     running: Arc<Running>,
     breakers: Arc<Breakers>,
+    quotas: Arc<Quotas>,
     work_available: Arc<Notify>,
     aborted_uploads: Arc<AbortedUploads>,
     uploading: Arc<Uploading>,
@@ -56,7 +59,12 @@ pub struct BatchPlugins {
 }
 
 impl Service {
-    pub(crate) fn new(parts: &Parts, shared: &Shared, breakers: Arc<Breakers>) -> Self {
+    pub(crate) fn new(
+        parts: &Parts,
+        shared: &Shared,
+        breakers: Arc<Breakers>,
+        quotas: Arc<Quotas>,
+    ) -> Self {
         Self {
             store: parts.store.clone(),
             objects: parts.objects.clone(),
@@ -66,6 +74,7 @@ impl Service {
             memory: parts.memory.clone(),
             running: shared.running.clone(),
             breakers,
+            quotas,
             work_available: shared.work_available.clone(),
             aborted_uploads: shared.aborted_uploads.clone(),
             uploading: Arc::default(),
@@ -101,6 +110,10 @@ impl Service {
         match self.running.claim(tenant, &batch.new.id) {
             Some(claim) => {
                 let now = self.clock.now();
+                let limited = self.quotas.wait_cause(tenant, &self.registry, batch, now);
+                if limited.is_some() {
+                    return limited;
+                }
                 let next = batch.waits_for.as_ref().map_or(now, |known| known.next);
                 self.breakers.wait_cause(&claim, batch.new.endpoint, now, next)
             }
@@ -167,6 +180,27 @@ impl Service {
     /// Returns the limits that hold for a project, given its own.
     pub fn limits(&self, own: Limits) -> Limits {
         self.config.tenant_defaults.fill(own)
+    }
+
+    /// Lets batches that wait for a limit of their project try again.
+    pub async fn limits_changed(&self) {
+        self.quotas.expire();
+        if let Err(error) = self.store.end_backoff(self.clock.now()).await {
+            tracing::warn!(%error, "wake of parked batches failed");
+        }
+        self.work_available.notify_one();
+    }
+
+    /// Returns the names that providers know of the models that a tenant may use.
+    pub fn models_at_providers(&self, tenant: &TenantId) -> BTreeSet<String> {
+        let plugins = self.registry.current();
+        let models = plugins.allowed_models(tenant, &ModelRule::default());
+        models.iter().filter_map(|(model, _)| Some(plugins.route(tenant, model)?.model)).collect()
+    }
+
+    /// Returns the name that the provider knows of a model; none if no plugin serves the model.
+    pub fn model_at_provider(&self, tenant: &TenantId, model: &str) -> Option<String> {
+        Some(self.registry.current().route(tenant, model)?.model)
     }
 
     /// Archives a project, and stops its batches at once. The archiving continues if its caller is

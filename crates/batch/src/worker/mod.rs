@@ -28,6 +28,7 @@ use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
 use crate::schedule::lanes::{Lanes, Next};
 use crate::schedule::parked::Parked;
+use crate::schedule::quotas::Quotas;
 use crate::schedule::running::Running;
 
 /// Duration of a lease without renewal.
@@ -46,6 +47,7 @@ pub(crate) struct Worker {
     memory: Memory,
     running: Arc<Running>,
     breakers: Arc<Breakers>,
+    quotas: Arc<Quotas>,
     /// Closed while results cannot be written.
     gate: Gate,
     parked: Parked,
@@ -64,6 +66,7 @@ impl Worker {
         parts: &Parts,
         shared: &Shared,
         breakers: Arc<Breakers>,
+        quotas: Arc<Quotas>,
         tasks: TaskTracker,
     ) -> Self {
         Self {
@@ -75,6 +78,7 @@ impl Worker {
             memory: parts.memory.clone(),
             running: shared.running.clone(),
             breakers,
+            quotas,
             gate: Gate::default(),
             parked: Parked::default(),
             backoffs: Backoffs::default(),

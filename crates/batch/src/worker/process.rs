@@ -8,7 +8,12 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::status::Status;
-use batchwright_store::{BatchError, BatchRecord, Claim, Release, Result, StoreError};
+use batchwright_domain::text::truncate_for_message;
+use batchwright_store::{
+    BatchError, BatchRecord, Claim, Lane, Release, Result, Started, StoreError, TokenLimit,
+    WaitCause,
+};
+use batchwright_tenancy::WhenOverLimit;
 use futures_util::FutureExt;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -22,6 +27,10 @@ use crate::worker::validate::FileVerdict;
 
 /// Interval between renewals of a lease.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Interval between attempts to start a batch that waits for a limit of its project. The end of
+/// another batch leads to an attempt at once.
+const ADMIT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Consecutive failures after which a cancelled or expired batch ends without its unreadable data.
 const MAX_CONSECUTIVE_FAILURES: u32 = 20;
@@ -130,6 +139,10 @@ impl Worker {
             } else if self.clock.now() >= expires_at {
                 stop.because(Reason::Expired);
             }
+            if claim.lane == Lane::Admit {
+                let now = self.clock.now();
+                return self.store.admit(claim, now, now.after(ADMIT_INTERVAL)).await;
+            }
             if batch.times.in_progress_at.is_none() {
                 return self.validate_and_start(claim, &batch, stop).await;
             }
@@ -235,12 +248,25 @@ impl Worker {
     /// Parks a batch until a time.
     async fn park(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
         let endpoint = batch.new.endpoint;
-        let waits_for = self.breakers.wait_cause(claim, endpoint, self.clock.now(), until);
+        let waits_for = self.wait_cause(claim, batch, until);
         self.count_waiting(claim, endpoint).await?;
         self.store.release(claim, Release::Backoff(until, waits_for)).await?;
         self.parked.wake_at(until);
         self.work_available.notify_one();
         Ok(())
+    }
+
+    /// Returns why the requests of a batch wait until `next`.
+    pub(super) fn wait_cause(
+        &self,
+        claim: &Claim,
+        batch: &BatchRecord,
+        next: Timestamp,
+    ) -> Option<WaitCause> {
+        let now = self.clock.now();
+        self.quotas
+            .wait_cause(&claim.tenant, &self.registry, batch, now)
+            .or_else(|| self.breakers.wait_cause(claim, batch.new.endpoint, now, next))
     }
 
     /// Reports the number of unfinished requests of a batch to its breakers as waiting.
@@ -284,13 +310,33 @@ impl Worker {
         };
         match verdict {
             FileVerdict::Accepted(found) => {
-                self.store.start_execution(claim, found, self.clock.now()).await
+                let may_wait = self.config.tenant_defaults.when_over_limit == WhenOverLimit::Wait;
+                let (judged_by, now) = (found.judged_by.clone(), self.clock.now());
+                match self.store.start_execution(claim, found, now, may_wait).await? {
+                    Started::Started | Started::Waits => Ok(()),
+                    Started::OverLimit(limit) => {
+                        self.store.fail(claim, vec![over_limit(&limit)], judged_by, now).await
+                    }
+                }
             }
             FileVerdict::Rejected(errors, judged_by) => {
                 self.store.fail(claim, errors, judged_by, self.clock.now()).await
             }
         }
     }
+}
+
+/// Returns the error of a batch that exceeds the enqueued tokens of its project.
+fn over_limit(exceeded: &TokenLimit) -> BatchError {
+    let TokenLimit { model, limit, enqueued, estimated } = exceeded;
+    let model = truncate_for_message(model);
+    let message = format!(
+        "Enqueued token limit reached for {model}. Limit: {limit} enqueued tokens. This batch has \
+         about {estimated}, and batches in progress have {enqueued}. Please try again once some \
+         batches in progress have completed, or split the batch."
+    );
+    let code = ErrorCode::TokenLimitExceeded.into();
+    BatchError { code, message, param: None, line: None }
 }
 
 /// Returns the error of a batch that ended before validation, and logs the cause for the operator.

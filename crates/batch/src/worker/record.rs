@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::request::served_by::served_by;
 use crate::schedule::backoff::Backoff;
+use crate::schedule::quotas::Hold;
 use crate::worker::Worker;
 
 /// Maximum number of results in one write. Further results wait in the channel.
@@ -21,11 +22,24 @@ const MAX_KNOWN_PLUGINS: usize = 64;
 /// and no client waits for a single result.
 const GROUP_DELAY: std::time::Duration = std::time::Duration::from_millis(10);
 
-/// Result to be written, with the plugin that answered and the memory reserved for the result.
-pub(crate) type Recorded = (ResultRow, By, Option<Reservation>);
+/// Result to be written.
+pub(crate) struct Recorded {
+    /// Result.
+    pub row: ResultRow,
+    /// Plugin that answered, or `None` if the host created the result.
+    pub by: Option<Arc<Plugin>>,
+    /// Memory reserved for the result.
+    pub reservation: Option<Reservation>,
+    /// What the request has reserved of the quota of its project.
+    pub hold: Option<Hold>,
+}
 
-/// Plugin that answered, or `None` if the host created the result.
-type By = Option<Arc<Plugin>>;
+impl Recorded {
+    /// Creates the result of a request that no plugin answered.
+    pub(crate) fn of_host(row: ResultRow) -> Self {
+        Self { row, by: None, reservation: None, hold: None }
+    }
+}
 
 impl Worker {
     /// Writes results in groups until the channel closes.
@@ -47,7 +61,12 @@ impl Worker {
                 }
             }
             let (mut rows, mut memory, mut new) = (Vec::new(), Vec::new(), Vec::new());
-            for (row, by, reservation) in group.drain(..) {
+            let mut holds = Vec::new();
+            for Recorded { row, by, reservation, hold } in group.drain(..) {
+                // A request that no model answered gives its reservation back now.
+                if let Some((hold, charge)) = hold.zip(row.charge.as_ref()) {
+                    holds.push((hold, row.usage, charge.price));
+                }
                 rows.push(row);
                 memory.push(reservation);
                 // The list is short: one plugin for each model, and one more after each change.
@@ -64,7 +83,11 @@ impl Worker {
             let mut backoff = Backoff::default();
             let mut closed = None;
             loop {
-                match self.store.insert_results(claim, rows.clone(), new.clone()).await {
+                match self
+                    .store
+                    .insert_results(claim, rows.clone(), new.clone(), self.clock.now())
+                    .await
+                {
                     Ok(()) => break,
                     Err(error @ (StoreError::Fenced | StoreError::Closed)) => return Err(error),
                     // A process that shuts down does not wait for disk space.
@@ -84,6 +107,9 @@ impl Worker {
             }
             drop(closed);
             drop(memory);
+            for (hold, usage, price) in holds {
+                hold.record(usage, price);
+            }
         }
         Ok(())
     }

@@ -163,12 +163,14 @@ pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<Usage
     let width = i64::try_from(query.width.as_millis()).unwrap_or(i64::MAX);
     let width = width.div_euclid(MILLIS_PER_MINUTE).max(1);
     let minute = |at: Timestamp| at.as_millis().div_euclid(MILLIS_PER_MINUTE);
+    // A minute that has begun before the end belongs to the report.
+    let end = query.before.as_millis().saturating_add(MILLIS_PER_MINUTE).saturating_sub(1);
     let mut condition = "minute >= ? AND minute < ?".to_owned();
     let mut values = vec![
         Value::from(width),
         Value::from(width),
         Value::from(minute(query.from)),
-        Value::from(minute(query.before)),
+        Value::from(end.div_euclid(MILLIS_PER_MINUTE)),
     ];
     let mut restrict = |text: String, more: Vec<Value>| {
         condition.push_str(&format!(" AND {text}"));
@@ -176,6 +178,10 @@ pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<Usage
     };
     if let Some(kind) = query.kind {
         restrict("kind = ?".into(), vec![kind.as_str().to_owned().into()]);
+    }
+    if let Some(tenant) = &query.tenant {
+        let tenant = vec![tenant.to_string().into()];
+        restrict("tenant = (SELECT key FROM tenants WHERE name = ?)".into(), tenant);
     }
     if let Some(is_batch) = query.is_batch {
         restrict("is_batch = ?".into(), vec![Value::from(i64::from(is_batch))]);

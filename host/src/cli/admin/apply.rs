@@ -7,13 +7,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use batchwright_domain::limits::{Limits, MAX_LIMIT, MAX_RULE_MODELS};
+use batchwright_domain::limits::{Limit, MAX_LIMIT, MAX_RULE_MODELS, ModelLimit};
+use batchwright_domain::money::Money;
 use batchwright_domain::units::Size;
 use batchwright_tenancy::project::{check_name, slug as slug_of};
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::money::{self, Dollars};
 use super::text;
 use super::transport::Transport;
 use crate::cli::client::path_segment;
@@ -45,6 +47,11 @@ struct Project {
     #[serde(default)]
     limits: FileLimits,
     models: Option<Models>,
+    /// Budget of a month in dollars, such as "12.50".
+    monthly_budget: Option<String>,
+    /// Limits for models, by the names that their providers know.
+    #[serde(default)]
+    model_limits: BTreeMap<String, FileModelLimits>,
 }
 
 #[derive(Default, Deserialize)]
@@ -54,6 +61,18 @@ struct FileLimits {
     max_stored_files: Option<u64>,
     max_open_batches: Option<u64>,
     max_requests_per_batch: Option<u64>,
+    max_requests_in_flight: Option<u64>,
+    weight: Option<u64>,
+}
+
+/// Limits for a model.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileModelLimits {
+    max_requests_per_1_minute: Option<u64>,
+    max_tokens_per_1_minute: Option<u64>,
+    max_requests_per_1_day: Option<u64>,
+    batch_1_day_max_input_tokens: Option<u64>,
 }
 
 /// Models that a project may use.
@@ -64,12 +83,20 @@ enum Models {
     Deny(Vec<String>),
 }
 
+impl Project {
+    /// Returns the budget of a month.
+    fn budget(&self) -> Result<Option<Dollars>, String> {
+        let budget = self.monthly_budget.as_deref().map(str::parse).transpose();
+        budget.map_err(|error| format!("monthly_budget: {error}"))
+    }
+}
+
 /// Change that makes the server equal to the file.
 struct Change {
     /// Description for people.
     text: String,
     /// Path below the project.
-    path: &'static str,
+    path: String,
     body: Value,
 }
 
@@ -159,6 +186,17 @@ impl Apply {
                     .to_owned();
             }
             project.limits.values().map_err(|cause| self.failed(slug, &cause))?;
+            project.budget().map_err(|cause| self.failed(slug, &cause))?;
+            for (model, limits) in &project.model_limits {
+                let is_too_large = limits.values().any(|(_, value)| value > MAX_LIMIT);
+                if model.is_empty() || is_too_large {
+                    let cause = format!(
+                        "model_limits.\"{model}\": expected the name of a model, and limits up to \
+                         {MAX_LIMIT}"
+                    );
+                    return Err(self.failed(slug, &cause));
+                }
+            }
             if let Some(Models::Allow(names) | Models::Deny(names)) = &project.models
                 && (names.len() > MAX_RULE_MODELS || names.iter().any(String::is_empty))
             {
@@ -214,18 +252,35 @@ impl FileLimits {
     fn values(&self) -> Result<Map<String, Value>, String> {
         let bytes = self.max_stored_bytes.as_deref().map(str::parse::<Size>).transpose();
         let bytes = bytes.map_err(|error| format!("max_stored_bytes: {error}"))?;
-        let limits = Limits {
-            max_stored_bytes: bytes.map(Size::bytes),
-            max_stored_files: self.max_stored_files,
-            max_open_batches: self.max_open_batches,
-            max_requests_per_batch: self.max_requests_per_batch,
+        let value = |limit| match limit {
+            Limit::StoredBytes => bytes.map(Size::bytes),
+            Limit::StoredFiles => self.max_stored_files,
+            Limit::OpenBatches => self.max_open_batches,
+            Limit::RequestsPerBatch => self.max_requests_per_batch,
+            Limit::RequestsInFlight => self.max_requests_in_flight,
+            Limit::Weight => self.weight,
         };
-        let named = limits.named().into_iter().filter_map(|(name, value)| Some((name, value?)));
-        let checked = named.map(|(name, value)| match value {
-            ..=MAX_LIMIT => Ok((name.to_owned(), json!(value))),
-            _ => Err(format!("{name}: a limit is at most {MAX_LIMIT}")),
+        let named = Limit::ALL.into_iter().filter_map(|limit| Some((limit, value(limit)?)));
+        let checked = named.map(|(limit, value)| match limit.range() {
+            range if range.contains(&value) => Ok((limit.name().to_owned(), json!(value))),
+            range => {
+                Err(format!("{}: expected {} to {}", limit.name(), range.start(), range.end()))
+            }
         });
         checked.collect()
+    }
+}
+
+impl FileModelLimits {
+    /// Returns the limits that the file names.
+    fn values(&self) -> impl Iterator<Item = (ModelLimit, u64)> {
+        let value = |limit| match limit {
+            ModelLimit::RequestsPerMinute => self.max_requests_per_1_minute,
+            ModelLimit::TokensPerMinute => self.max_tokens_per_1_minute,
+            ModelLimit::RequestsPerDay => self.max_requests_per_1_day,
+            ModelLimit::EnqueuedTokens => self.batch_1_day_max_input_tokens,
+        };
+        ModelLimit::ALL.into_iter().filter_map(move |limit| Some((limit, value(limit)?)))
     }
 }
 
@@ -241,7 +296,7 @@ async fn changes(
         && current != name
     {
         let text = format!("name \"{current}\" -> \"{name}\"");
-        changes.push(Change { text, path: "", body: json!({"name": name}) });
+        changes.push(Change { text, path: String::new(), body: json!({"name": name}) });
     }
     let current = async |part: &str| match id {
         None => Ok(Value::Null),
@@ -259,7 +314,7 @@ async fn changes(
             let shown = if now.is_null() { "default".to_owned() } else { now.to_string() };
             let text = format!("{name} {shown} -> {value}");
             let body = Value::Object(Map::from_iter([(name, value)]));
-            changes.push(Change { text, path: "/limits", body });
+            changes.push(Change { text, path: "/limits".into(), body });
         }
     }
     if let Some(models) = &wanted.models {
@@ -275,7 +330,40 @@ async fn changes(
         let is_same = ["mode", "model_ids"].iter().all(|key| now.get(key) == body.get(key));
         if !is_same {
             let text = format!("models {mode} {}", names.join(", "));
-            changes.push(Change { text, path: "/model_permissions", body });
+            changes.push(Change { text, path: "/model_permissions".into(), body });
+        }
+    }
+    if let Some(budget) = wanted.budget().map_err(Error::Usage)? {
+        let now = current("spend_limit").await;
+        // A project without a budget has no such resource.
+        let now = now.ok().and_then(|now| now.get("threshold_amount").and_then(Value::as_u64));
+        if now != Some(budget.cents) {
+            let before = now.map_or("none".to_owned(), |now| Money::from_cents(now).to_string());
+            let text = format!("monthly_budget {before} -> {}", Money::from_cents(budget.cents));
+            changes.push(Change { text, path: "/spend_limit".into(), body: money::body(budget) });
+        }
+    }
+    if !wanted.model_limits.is_empty() {
+        let now = match id {
+            None => Vec::new(),
+            Some(id) => {
+                let path = format!("organization/projects/{}/rate_limits", path_segment(id));
+                transport.list(&path, None).await?
+            }
+        };
+        for (model, limits) in &wanted.model_limits {
+            let now = now.iter().find(|now| text(now, "/model") == *model);
+            for (limit, value) in limits.values() {
+                let name = limit.name();
+                let before = now.and_then(|now| now.get(name)).and_then(Value::as_u64);
+                if before == Some(value) {
+                    continue;
+                }
+                let before = before.map_or("none".to_owned(), |before| before.to_string());
+                let text = format!("{model}: {name} {before} -> {value}");
+                let path = format!("/rate_limits/{}", path_segment(&format!("rl-{model}")));
+                changes.push(Change { text, path, body: json!({name: value}) });
+            }
         }
     }
     Ok(changes)

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use batchwright_domain::limits::Limits;
+use batchwright_domain::limits::{Limit, ModelLimit};
 use batchwright_domain::units::Size;
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
@@ -10,22 +10,23 @@ use serde_json::{Map, Value, json};
 use super::projects::path_of;
 use super::text;
 use super::transport::Transport;
+use crate::cli::client::path_segment;
 use crate::cli::terminal::outln;
 use crate::error::Error;
 
-/// Value of a limit: a number, or the default of the server.
+/// Value of a limit: a number, or the default of the server, which is none for models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Limit<T> {
+pub(super) enum Given<T> {
     Default,
     Value(T),
 }
 
-impl<T: FromStr<Err = String>> FromStr for Limit<T> {
+impl<T: FromStr<Err = String>> FromStr for Given<T> {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "default" => Ok(Self::Default),
+            "default" | "none" => Ok(Self::Default),
             text => T::from_str(text).map(Self::Value),
         }
     }
@@ -58,16 +59,41 @@ pub(super) enum LimitsCommand {
         project: String,
         /// Total size of the stored files, such as 10GiB
         #[arg(long, value_name = "SIZE")]
-        max_stored_bytes: Option<Limit<Size>>,
+        max_stored_bytes: Option<Given<Size>>,
         /// Number of stored files
         #[arg(long, value_name = "N")]
-        max_stored_files: Option<Limit<Number>>,
+        max_stored_files: Option<Given<Number>>,
         /// Number of batches that have not ended
         #[arg(long, value_name = "N")]
-        max_open_batches: Option<Limit<Number>>,
+        max_open_batches: Option<Given<Number>>,
         /// Number of requests in a batch
         #[arg(long, value_name = "N")]
-        max_requests_per_batch: Option<Limit<Number>>,
+        max_requests_per_batch: Option<Given<Number>>,
+        /// Number of requests in flight, over all plugins
+        #[arg(long, value_name = "N")]
+        max_requests_in_flight: Option<Given<Number>>,
+        /// Weight in the shares of providers, from 1 to 1000; 1 by default
+        #[arg(long, value_name = "N")]
+        weight: Option<Given<Number>>,
+    },
+    /// Change limits of a project for a model; `none` removes a limit
+    Model {
+        /// Id, slug or name of the project
+        project: String,
+        /// Name of the model as its provider knows it
+        model: String,
+        /// Requests that begin within 60 seconds
+        #[arg(long, value_name = "N")]
+        requests_per_minute: Option<Given<Number>>,
+        /// Tokens of requests that begin within 60 seconds
+        #[arg(long, value_name = "N")]
+        tokens_per_minute: Option<Given<Number>>,
+        /// Requests of a day (UTC)
+        #[arg(long, value_name = "N")]
+        requests_per_day: Option<Given<Number>>,
+        /// Input tokens of batches that have not ended
+        #[arg(long, value_name = "N")]
+        enqueued_tokens: Option<Given<Number>>,
     },
 }
 
@@ -75,8 +101,7 @@ impl LimitsCommand {
     pub(super) async fn run(self, transport: &Transport, as_json: bool) -> Result<(), Error> {
         match self {
             Self::Show { project } => {
-                let path = path_of(transport, &project).await?;
-                show(&transport.get(&format!("{path}/limits")).await?, as_json);
+                show(transport, &project, as_json).await?;
             }
             Self::Set {
                 project,
@@ -84,46 +109,91 @@ impl LimitsCommand {
                 max_stored_files,
                 max_open_batches,
                 max_requests_per_batch,
+                max_requests_in_flight,
+                weight,
             } => {
-                let number = |limit: Option<Limit<Number>>| {
-                    limit.map(|limit| match limit {
-                        Limit::Default => Value::Null,
-                        Limit::Value(Number(number)) => json!(number),
-                    })
-                };
                 let bytes = max_stored_bytes.map(|limit| match limit {
-                    Limit::Default => Value::Null,
-                    Limit::Value(size) => json!(size.bytes()),
+                    Given::Default => Value::Null,
+                    Given::Value(size) => json!(size.bytes()),
                 });
-                let values = [
-                    bytes,
-                    number(max_stored_files),
-                    number(max_open_batches),
-                    number(max_requests_per_batch),
-                ];
-                let changes: Map<String, Value> = Limits::NAMES
-                    .into_iter()
-                    .zip(values)
-                    .filter_map(|(name, value)| Some((name.to_owned(), value?)))
-                    .collect();
-                if changes.is_empty() {
-                    return Err(Error::Usage("no limit is given; see --help".into()));
-                }
+                let changes = changes([
+                    (Limit::StoredBytes.name(), bytes),
+                    (Limit::StoredFiles.name(), number(max_stored_files)),
+                    (Limit::OpenBatches.name(), number(max_open_batches)),
+                    (Limit::RequestsPerBatch.name(), number(max_requests_per_batch)),
+                    (Limit::RequestsInFlight.name(), number(max_requests_in_flight)),
+                    (Limit::Weight.name(), number(weight)),
+                ])?;
                 let path = path_of(transport, &project).await?;
-                let path = format!("{path}/limits");
-                show(&transport.post(&path, &Value::Object(changes)).await?, as_json);
+                transport.post(&format!("{path}/limits"), &changes).await?;
+                show(transport, &project, as_json).await?;
+            }
+            Self::Model {
+                project,
+                model,
+                requests_per_minute,
+                tokens_per_minute,
+                requests_per_day,
+                enqueued_tokens,
+            } => {
+                let changes = changes([
+                    (ModelLimit::RequestsPerMinute.name(), number(requests_per_minute)),
+                    (ModelLimit::TokensPerMinute.name(), number(tokens_per_minute)),
+                    (ModelLimit::RequestsPerDay.name(), number(requests_per_day)),
+                    (ModelLimit::EnqueuedTokens.name(), number(enqueued_tokens)),
+                ])?;
+                let path = path_of(transport, &project).await?;
+                let path = format!("{path}/rate_limits/{}", path_segment(&format!("rl-{model}")));
+                transport.post(&path, &changes).await?;
+                show(transport, &project, as_json).await?;
             }
         }
         Ok(())
     }
 }
 
-fn show(limits: &Value, as_json: bool) {
+fn number(limit: Option<Given<Number>>) -> Option<Value> {
+    limit.map(|limit| match limit {
+        Given::Default => Value::Null,
+        Given::Value(Number(number)) => json!(number),
+    })
+}
+
+/// Returns the body of the limits that are given.
+fn changes<const N: usize>(values: [(&str, Option<Value>); N]) -> Result<Value, Error> {
+    let given = values.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    let changes: Map<String, Value> = given.collect();
+    match changes.is_empty() {
+        true => Err(Error::Usage("no limit is given; see --help".into())),
+        false => Ok(Value::Object(changes)),
+    }
+}
+
+/// Shows the limits of a project, and those for models.
+async fn show(transport: &Transport, project: &str, as_json: bool) -> Result<(), Error> {
+    let path = path_of(transport, project).await?;
+    let limits = transport.get(&format!("{path}/limits")).await?;
+    let models = transport.list(&format!("{path}/rate_limits"), None).await?;
     if as_json {
         outln!("{limits}");
-        return;
+    } else {
+        show_limits(&limits);
     }
-    for name in Limits::NAMES {
+    for model in models {
+        let limited = ModelLimit::ALL.map(ModelLimit::name).into_iter();
+        let limited = limited.filter_map(|name| Some((name, model.get(name)?.as_u64()?)));
+        let limited: Vec<_> = limited.map(|(name, value)| format!("{name} {value}")).collect();
+        match (as_json, limited.is_empty()) {
+            (true, _) => outln!("{model}"),
+            (false, true) => {}
+            (false, false) => outln!("{}: {}", text(&model, "/model"), limited.join(", ")),
+        }
+    }
+    Ok(())
+}
+
+fn show_limits(limits: &Value) {
+    for name in Limit::ALL.map(Limit::name) {
         let value = limits.get(name).and_then(Value::as_u64);
         let own = limits.get("own").and_then(Value::as_array);
         let is_own = own.is_some_and(|own| own.contains(&json!(name)));

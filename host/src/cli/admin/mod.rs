@@ -3,6 +3,7 @@
 mod apply;
 mod keys;
 mod limits;
+mod money;
 mod projects;
 mod transport;
 
@@ -57,6 +58,11 @@ enum Action {
     /// Show and change the models that a project may use
     #[command(subcommand)]
     Models(limits::ModelsCommand),
+    /// Show and change the budget of a project
+    #[command(subcommand)]
+    Budget(money::Budget),
+    /// Show usage and costs
+    Usage(money::UsageReport),
     /// Make projects, limits and models equal to a file; what the file does not name stays
     Apply(apply::Apply),
     /// List the audit log: who changed what, newest first
@@ -77,6 +83,8 @@ impl Admin {
             Action::Key(key) => key.run(&transport, self.target.json).await,
             Action::Limits(limits) => limits.run(&transport, self.target.json).await,
             Action::Models(models) => models.run(&transport, self.target.json).await,
+            Action::Budget(budget) => budget.run(&transport, self.target.json).await,
+            Action::Usage(report) => report.run(&transport, self.target.json).await,
             Action::Apply(apply) => apply.run(&transport).await,
             Action::Log { limit } => log(&transport, limit, self.target.json).await,
         };

@@ -122,6 +122,7 @@ pub(crate) async fn create_or_resume(
         metadata: None,
         output_lifetime: None,
         idempotency_key: None,
+        api_key: None,
     };
     let batch = engine
         .service()

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::BatchId;
+use batchwright_domain::usage::TokenUsage;
 use batchwright_plugin::types::{Answer, Failure};
-use batchwright_store::ResultRow;
+use batchwright_store::{Charge, ResultKind, ResultRow};
 use bytes::Bytes;
 use futures_util::FutureExt;
 
@@ -38,11 +39,8 @@ impl Task {
             let attempt = AssertUnwindSafe(Box::pin(self.attempt())).catch_unwind();
             let (at, retry_state) = match attempt.await {
                 Err(_) => {
-                    return Some((
-                        panic_row(&self.batch, self.entry.number, &self.bytes),
-                        None,
-                        None,
-                    ));
+                    let row = panic_row(&self.batch, self.entry.number, &self.bytes);
+                    return Some(Recorded::of_host(row));
                 }
                 Ok(TaskOutcome::Recorded(recorded)) => return Some(recorded),
                 Ok(TaskOutcome::Stopped) => return None,
@@ -82,20 +80,29 @@ impl Task {
                 .into();
             let failure =
                 Answer::Failure(Failure { code: ErrorCode::InvalidRequest.into(), message });
-            return TaskOutcome::Recorded((row(batch, number, custom_id, &failure), None, None));
+            let row = row(batch, number, custom_id, &failure);
+            return TaskOutcome::Recorded(Recorded::of_host(row));
         };
         let id = request_id(batch, number);
         let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
         match self.context.attempt(line, self.entry.retry_state).await {
             AttemptOutcome::Stopped => TaskOutcome::Stopped,
             AttemptOutcome::Retry(at, retry_state) => TaskOutcome::Retry(at, retry_state),
-            AttemptOutcome::Answered(FinalAnswer { answer, by, mut reservation }) => {
-                let row = row(batch, number, custom_id, &answer);
+            AttemptOutcome::Answered(FinalAnswer { answer, by, mut reservation, metered }) => {
+                let mut row = row(batch, number, custom_id, &answer);
                 drop(answer);
                 if let Some(reservation) = &mut reservation {
                     reservation.shrink_to(row.payload.len().saturating_add(ROW_OVERHEAD_BYTES));
                 }
-                TaskOutcome::Recorded((row, by, reservation))
+                // A refused request names a model that may not exist.
+                let is_charged =
+                    row.kind == ResultKind::Completed || row.usage != TokenUsage::default();
+                let (model, hold) = metered.map(|metered| (metered.model, metered.hold)).unzip();
+                if let Some((model, hold)) = model.zip(hold.as_ref()).filter(|_| is_charged) {
+                    let price = hold.price(&model);
+                    row.charge = Some(Charge { model, price });
+                }
+                TaskOutcome::Recorded(Recorded { row, by, reservation, hold })
             }
         }
     }

@@ -111,7 +111,7 @@ impl Worker {
     ) -> Result<ExecutionOutcome> {
         let plugins = match &claim.lane {
             Lane::Execute(plugins) => plugins.clone(),
-            Lane::Validate | Lane::Finish => Plugins::new(),
+            Lane::Validate | Lane::Finish | Lane::Admit => Plugins::new(),
         };
         let targets = plugins.iter().map(|name| Target {
             plugin: name.as_str().into(),
@@ -140,6 +140,7 @@ impl Worker {
             leave: stop.child(),
             gate: self.gate.clone(),
             queue: self.next_queue(&claim.tenant),
+            quota: self.quotas.of(&claim.tenant),
         });
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, to_record);
@@ -152,7 +153,9 @@ impl Worker {
             // Lines whose model is not read yet share memory with all lines of the same plugins.
             let holder: Holder =
                 plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
-            let work = Work { context, holder, targets, results, kill: &kill, tasks: &tasks };
+            let model = self.model_at_provider(claim, batch);
+            let work =
+                Work { context, holder, targets, model, results, kill: &kill, tasks: &tasks };
             let taken = self.take_lines(claim, batch, &work, (lanes, &plugins), place).await;
             // Requests in flight need no place.
             *place = None;
@@ -238,6 +241,13 @@ impl Worker {
         let plugins = self.registry.current();
         let default = plugins.default_model(&claim.tenant, batch.new.endpoint).map(str::to_owned);
         batch.new.endpoint.has_optional_model().then(|| batch.model.clone().or(default)).flatten()
+    }
+
+    /// Returns the name that the provider knows of the model of a batch; none if its requests have
+    /// different models.
+    pub(super) fn model_at_provider(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
+        let plugins = self.registry.current();
+        Some(plugins.route(&claim.tenant, batch.model.as_deref()?)?.model)
     }
 
     /// Opens the unfinished lines of a batch at a saved position.
@@ -332,7 +342,7 @@ impl Worker {
                 return Ok(Pause::Stopped);
             }
             // Lines are not read while none of them can be sent.
-            if let Some(until) = work.blocked_until(now) {
+            if let Some(until) = work.blocked_until(now).or(work.held_until(now).await) {
                 lines.held_until = Some(until);
                 return Ok(Pause::Idle(Some(until)));
             }

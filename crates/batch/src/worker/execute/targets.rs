@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::request::context::Context;
 use crate::schedule::breaker::{Breaker, BreakerDecision};
+use crate::schedule::quotas::QUOTA_RETRY_INTERVAL;
 use crate::worker::record::Recorded;
 
 /// Plugin that serves lines of the batch, with its circuit breaker.
@@ -23,6 +24,8 @@ pub(crate) struct Work<'a> {
     pub(super) context: Arc<Context>,
     pub(super) holder: Holder,
     pub(super) targets: Vec<Target>,
+    /// Name that the provider knows of the model of all requests; none if they differ.
+    pub(super) model: Option<String>,
     pub(super) results: mpsc::Sender<Recorded>,
     pub(super) kill: &'a CancellationToken,
     pub(super) tasks: &'a TaskTracker,
@@ -45,6 +48,19 @@ impl Work<'_> {
             .map(|target| self.waits_until(target, now))
             .collect::<Option<Vec<_>>>()?;
         waits.into_iter().min()
+    }
+
+    /// Returns the time before which the quota of the project lets no line begin, or `None` if some
+    /// line may begin now.
+    pub(super) async fn held_until(&self, now: Timestamp) -> Option<Timestamp> {
+        let quota = &self.context.quota;
+        match quota.refresh().await {
+            Ok(()) => quota.blocked(self.model.as_deref()).map(|blocked| blocked.until),
+            Err(error) => {
+                tracing::error!(tenant = %self.context.tenant, %error, "limits not read");
+                Some(now.after(QUOTA_RETRY_INTERVAL))
+            }
+        }
     }
 
     /// Returns the time at which the first waiting plugin may be tried again.

@@ -264,8 +264,7 @@ impl Worker {
                 "This request had no answer when the batch was cancelled.".to_owned(),
             ),
         };
-        let (now, expiry) = (self.clock.now(), batch.new.expires_at);
-        let waited = self.breakers.wait_cause(claim, batch.new.endpoint, now, expiry);
+        let waited = self.wait_cause(claim, batch, batch.new.expires_at);
         let waited = waited.or_else(|| batch.waits_for.clone());
         if let Some(waited) = waited.filter(|_| reason == Reason::Expired) {
             message = format!("{message} The request was waiting: {}", waited.cause);

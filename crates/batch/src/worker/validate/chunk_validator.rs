@@ -1,6 +1,6 @@
 //! Validation of one chunk: the rules of the host, and all validators.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, string, with_model};
 use crate::formats::not_json;
 use crate::request::served_by::served_by;
+use crate::schedule::quotas::estimated_tokens;
 
 /// Maximum number of violations that a chunk keeps.
 const MAX_CHUNK_VIOLATIONS: usize = 1000;
@@ -30,6 +31,8 @@ pub(crate) struct ChunkValidator {
     validators: Vec<Arc<Plugin>>,
     plugins: Arc<Snapshot>,
     models: Arc<ModelRule>,
+    /// Models with a limit of enqueued tokens, as their providers know them.
+    counted: BTreeSet<String>,
     hashers: [RandomState; 2],
     /// Model for requests that name no model.
     default_model: Option<String>,
@@ -45,6 +48,8 @@ pub(crate) struct ValidatedChunk {
     pub unlisted: u64,
     /// Names of the plugins that the requests go to.
     pub providers: BTreeSet<String>,
+    /// Estimated input tokens by model, of the models that have a limit.
+    pub tokens: BTreeMap<String, u64>,
 }
 
 /// Facts about a line for the rules that concern several lines.
@@ -56,6 +61,8 @@ pub(crate) struct Known {
     pub custom_id: Option<u128>,
     /// Model of the request, or `None` if the line has no valid model.
     pub model: Option<String>,
+    /// Estimated input tokens, if some model has a limit.
+    pub tokens: u64,
 }
 
 impl ChunkValidator {
@@ -64,7 +71,7 @@ impl ChunkValidator {
         tenant: &TenantId,
         batch: &BatchRecord,
         plugins: Arc<Snapshot>,
-        models: Arc<ModelRule>,
+        (models, counted): (Arc<ModelRule>, BTreeSet<String>),
         first_model: Option<String>,
     ) -> Self {
         let endpoint = batch.new.endpoint;
@@ -81,6 +88,7 @@ impl ChunkValidator {
             default_model: plugins.default_model(tenant, endpoint).map(str::to_owned),
             plugins,
             models,
+            counted,
             hashers: [RandomState::new(), RandomState::new()],
         }
     }
@@ -104,7 +112,7 @@ impl ChunkValidator {
                     (number, String::from_utf8(bytes.into()))
                 }
                 InputLine::Large { number, .. } | InputLine::TooLong { number } => {
-                    requests.push(Known { line: number, custom_id: None, model: None });
+                    requests.push(Known { line: number, custom_id: None, model: None, tokens: 0 });
                     violations.push(violation(
                         number,
                         ErrorCode::LineTooLong,
@@ -129,7 +137,9 @@ impl ChunkValidator {
                     requests.push(known);
                     lines.push(Line { number, text });
                 }
-                None => requests.push(Known { line: number, custom_id: None, model: None }),
+                None => {
+                    requests.push(Known { line: number, custom_id: None, model: None, tokens: 0 })
+                }
             }
         }
         let mut unlisted = 0_u64;
@@ -143,12 +153,12 @@ impl ChunkValidator {
             }
             add(last.validate(&self.tenant, self.batch.clone(), lines).await?);
         }
-        let providers = self.check_models(&requests, &mut violations);
+        let (providers, tokens) = self.check_models(&requests, &mut violations);
         let excess = violations.len().saturating_sub(MAX_CHUNK_VIOLATIONS);
         unlisted = unlisted.saturating_add(excess as u64);
         violations.sort_by_key(|violation| violation.line);
         violations.truncate(MAX_CHUNK_VIOLATIONS);
-        Ok(ValidatedChunk { requests, violations, unlisted, providers })
+        Ok(ValidatedChunk { requests, violations, unlisted, providers, tokens })
     }
 
     /// Parses a line and normalizes its text for the rules.
@@ -186,8 +196,12 @@ impl ChunkValidator {
         let url = line.url.filter(|url| self.is_azure_url(url)).map(|url| range_of(&text, url));
         let body =
             default.and_then(|_| RequestLine::parse(&text).body.map(|body| range_of(&text, body)));
+        let tokens = match self.counted.is_empty() {
+            true => 0,
+            false => estimated_tokens(RequestLine::parse(&text).body.map_or(0, str::len)),
+        };
         let text = self.normalize(text, url, body.zip(default));
-        Some((Known { line: number, custom_id, model }, text))
+        Some((Known { line: number, custom_id, model, tokens }, text))
     }
 
     /// Returns true if a `url` is the endpoint of the batch without `/v1`, as Azure tools write it.
@@ -222,13 +236,13 @@ impl ChunkValidator {
 
     /// Checks that each line can be executed and that a plugin serves its model.
     ///
-    /// Returns the names of the plugins.
+    /// Returns the names of the plugins, and the tokens of the models that have a limit.
     fn check_models(
         &self,
         requests: &[Known],
         violations: &mut Vec<Violation>,
-    ) -> BTreeSet<String> {
-        let mut providers = BTreeSet::new();
+    ) -> (BTreeSet<String>, BTreeMap<String, u64>) {
+        let (mut providers, mut tokens) = (BTreeSet::new(), BTreeMap::<String, u64>::new());
         let invalid: HashSet<u64> = violations.iter().map(|violation| violation.line).collect();
         // A line for another endpoint has an error already. Its model is not checked for this one.
         let other_endpoint: HashSet<u64> = violations
@@ -246,6 +260,10 @@ impl ChunkValidator {
                     if let Some(route) = route.filter(|route| route.plugin.handles(self.endpoint)) {
                         if !providers.contains(route.plugin.name()) {
                             providers.insert(route.plugin.name().to_owned());
+                        }
+                        if self.counted.contains(&route.model) {
+                            let sum = tokens.entry(route.model).or_default();
+                            *sum = sum.saturating_add(request.tokens);
                         }
                     } else {
                         let shown: String = model.chars().take(200).collect();
@@ -291,7 +309,7 @@ impl ChunkValidator {
                 ));
             }
         }
-        providers
+        (providers, tokens)
     }
 }
 

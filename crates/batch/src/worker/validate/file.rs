@@ -3,7 +3,7 @@
 //! This module applies the rules that concern several lines, such as unique `custom_id`s, and
 //! limits the list of errors.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
@@ -36,6 +36,8 @@ pub(crate) struct FileValidation {
     /// lines differ.
     model: Option<Option<String>>,
     providers: BTreeSet<String>,
+    /// Estimated input tokens by model, of the models that have a limit.
+    tokens: BTreeMap<String, u64>,
     errors: Vec<BatchError>,
     error_bytes: usize,
     max_errors: usize,
@@ -52,6 +54,7 @@ impl FileValidation {
             first_lines: HashMap::new(),
             model: None,
             providers: BTreeSet::new(),
+            tokens: BTreeMap::new(),
             errors: Vec::new(),
             error_bytes: 0,
             max_errors,
@@ -62,6 +65,10 @@ impl FileValidation {
     /// Adds the result of the next chunk.
     pub(crate) fn add(&mut self, mut chunk: ValidatedChunk) {
         self.providers.append(&mut chunk.providers);
+        for (model, tokens) in chunk.tokens {
+            let sum = self.tokens.entry(model).or_default();
+            *sum = sum.saturating_add(tokens);
+        }
         self.unlisted = self.unlisted.saturating_add(chunk.unlisted);
         let mut violations = chunk.violations;
         for request in chunk.requests {
@@ -169,8 +176,13 @@ impl FileValidation {
             self.errors.push(of_file(ErrorCode::TooManyErrors, message));
         }
         if self.errors.is_empty() {
-            let (model, plugins) = (self.model.flatten(), self.providers);
-            FileVerdict::Accepted(Validated { total: self.total, model, plugins, judged_by })
+            FileVerdict::Accepted(Validated {
+                total: self.total,
+                model: self.model.flatten(),
+                plugins: self.providers,
+                tokens: self.tokens,
+                judged_by,
+            })
         } else {
             FileVerdict::Rejected(self.errors, judged_by)
         }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{FileId, ObjectKey};
+use batchwright_domain::limits::Limit;
 use batchwright_memory::{Holder, Reservation};
 use batchwright_plugin::CallError;
 use batchwright_store::{
@@ -95,10 +96,18 @@ impl Worker {
             .map_err(StoreError::NotReady)?;
         let first_model = first.as_ref().and_then(|(chunk, _)| first_model(chunk));
         let policy = Policy::read(&*self.store, &self.config.tenant_defaults, tenant).await?;
-        let max_requests = policy.limits.max_requests_per_batch;
+        let max_requests = policy.limits.get(Limit::RequestsPerBatch);
         let models = Arc::new(policy.models);
-        let validator =
-            ChunkValidator::new(tenant, batch, plugins.clone(), models.clone(), first_model);
+        let limited = policy.model_limits.into_iter();
+        let limited = limited.filter(|(_, limits)| limits.enqueued_tokens.is_some());
+        let counted = limited.map(|(model, _)| model).collect();
+        let validator = ChunkValidator::new(
+            tenant,
+            batch,
+            plugins.clone(),
+            (models.clone(), counted),
+            first_model,
+        );
         let judged_by = validator.plugin_versions();
         // A chunk is read only after its memory is reserved.
         let rest = stream::try_unfold(chunks, async |mut chunks| {

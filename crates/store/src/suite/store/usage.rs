@@ -31,6 +31,7 @@ async fn record(store: &dyn Store, held: &Claim, rows: Vec<ResultRow>, at: Times
 
 fn usage_query(width: i64, group: UsageGroups) -> UsageQuery {
     UsageQuery {
+        tenant: None,
         kind: None,
         from: at(0),
         before: at(100 * DAY),
@@ -83,6 +84,8 @@ pub(crate) async fn result_counts_once_in_usage_and_costs(fixture: impl Fixture)
         (UsageQuery { kind: Some(UsageKind::Embeddings), ..usage_query(DAY, group) }, 2),
         (UsageQuery { kind: Some(UsageKind::Completions), ..usage_query(DAY, group) }, 0),
         (UsageQuery { models: vec!["b".into()], ..usage_query(DAY, group) }, 1),
+        (UsageQuery { tenant: Some(tenant()), ..usage_query(DAY, group) }, 2),
+        (UsageQuery { tenant: Some("other".into()), ..usage_query(DAY, group) }, 0),
         (UsageQuery { projects: vec!["proj_other".into()], ..usage_query(DAY, group) }, 0),
         (UsageQuery { is_batch: Some(false), ..usage_query(DAY, group) }, 0),
         (UsageQuery { before: at(17 * MINUTE), ..usage_query(DAY, group) }, 2),

@@ -1,0 +1,231 @@
+//! Quotas of the projects whose requests this process sends.
+//!
+//! What a project may send is decided in [`batchwright_tenancy::quota`]. This module keeps a quota
+//! for each tenant that is active, and reads its limits and its durable counts from the store, at
+//! most [`MAX_STALENESS`] ago. Nothing is sent while they cannot be read.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::ids::TenantId;
+use batchwright_domain::money::{Money, Price};
+use batchwright_domain::usage::TokenUsage;
+use batchwright_plugin::Registry;
+use batchwright_store::{BatchRecord, Result, Store, WaitCause};
+use batchwright_tenancy::Prices;
+use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved};
+use tokio::time::Instant;
+
+/// Maximum age of limits and durable counts.
+const MAX_STALENESS: Duration = Duration::from_millis(500);
+
+/// Maximum time until a blocked request is checked again: a limit may have been raised.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Pause after limits of a project could not be read.
+pub(crate) const QUOTA_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Number of quotas beyond which unused ones are removed.
+const MAX_UNUSED_QUOTAS: usize = 1000;
+
+/// Time after which a quota without requests says nothing that the store does not know.
+const UNUSED_TIME: Duration = Duration::from_secs(120);
+
+/// Bytes of a request's body for each input token of its estimate.
+const BYTES_PER_TOKEN: u64 = 4;
+
+/// Returns the estimated input tokens of a request, given the bytes of its body.
+pub(crate) fn estimated_tokens(body_bytes: usize) -> u64 {
+    (body_bytes as u64).div_ceil(BYTES_PER_TOKEN)
+}
+
+/// Quotas of all active tenants.
+pub(crate) struct Quotas {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    prices: Arc<Prices>,
+    tenants: Mutex<HashMap<TenantId, Arc<TenantQuota>>>,
+}
+
+/// Quota of a tenant.
+pub(crate) struct TenantQuota {
+    tenant: TenantId,
+    store: Arc<dyn Store>,
+    clock: Clock,
+    prices: Arc<Prices>,
+    quota: Mutex<Quota>,
+    /// Time of the last read of the store. Locked while the store is read.
+    refreshed_at: tokio::sync::Mutex<Option<Instant>>,
+    /// True after a change through this process, so that it takes effect at once.
+    is_stale: AtomicBool,
+    used_at: Mutex<Instant>,
+}
+
+/// Reservation of a request, given back when it is dropped.
+pub(crate) struct Hold {
+    of: Arc<TenantQuota>,
+    /// None without limits, or once it was recorded.
+    reserved: Option<Reserved>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Quotas {
+    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, prices: Arc<Prices>) -> Self {
+        Self { store, clock, prices, tenants: Mutex::default() }
+    }
+
+    /// Returns the quota of a tenant.
+    pub(crate) fn of(&self, tenant: &TenantId) -> Arc<TenantQuota> {
+        let mut tenants = lock(&self.tenants);
+        if tenants.len() >= MAX_UNUSED_QUOTAS {
+            tenants.retain(|_, quota| Arc::strong_count(quota) > 1 || quota.is_in_use());
+        }
+        let quota = tenants.entry(tenant.clone()).or_insert_with(|| {
+            Arc::new(TenantQuota {
+                tenant: tenant.clone(),
+                store: self.store.clone(),
+                clock: self.clock.clone(),
+                prices: self.prices.clone(),
+                quota: Mutex::default(),
+                refreshed_at: tokio::sync::Mutex::new(None),
+                is_stale: AtomicBool::new(true),
+                used_at: Mutex::new(Instant::now()),
+            })
+        });
+        *lock(&quota.used_at) = Instant::now();
+        quota.clone()
+    }
+}
+
+impl Quotas {
+    /// Lets each quota read its limits and counts before its next request.
+    pub(crate) fn expire(&self) {
+        for quota in lock(&self.tenants).values() {
+            quota.is_stale.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns why the requests of a batch wait, if a limit of the project is the cause.
+    pub(crate) fn wait_cause(
+        &self,
+        tenant: &TenantId,
+        registry: &Registry,
+        batch: &BatchRecord,
+        now: Timestamp,
+    ) -> Option<WaitCause> {
+        let model = batch.model.as_deref();
+        let route = model.and_then(|model| registry.current().route(tenant, model));
+        let quota = lock(&self.tenants).get(tenant).cloned()?;
+        let blocked = quota.blocked(route.as_ref().map(|route| route.model.as_str()))?;
+        let cause = blocked.limit.to_string();
+        let known = batch.waits_for.as_ref().filter(|known| known.cause == cause);
+        let since = known.map_or(now, |known| known.since);
+        Some(WaitCause { cause, since, next: blocked.until })
+    }
+}
+
+impl TenantQuota {
+    fn is_in_use(&self) -> bool {
+        lock(&self.used_at).elapsed() < UNUSED_TIME || !lock(&self.quota).is_idle()
+    }
+
+    /// Reads limits and counts from the store if they are too old.
+    ///
+    /// One request reads; the others go on with what is known, unless nothing is known.
+    pub(crate) async fn refresh(self: &Arc<Self>) -> Result<()> {
+        let mut refreshed_at = match self.refreshed_at.try_lock() {
+            Ok(refreshed_at) => refreshed_at,
+            Err(_) if !lock(&self.quota).is_known() => self.refreshed_at.lock().await,
+            Err(_) => return Ok(()),
+        };
+        let is_stale = self.is_stale.swap(false, Ordering::Relaxed);
+        if !is_stale && refreshed_at.is_some_and(|at| at.elapsed() < MAX_STALENESS) {
+            return Ok(());
+        }
+        *refreshed_at = None;
+        let mark = lock(&self.quota).begin_refresh();
+        let now = self.clock.now();
+        let policy = self.store.policy(&self.tenant).await?;
+        let budget = policy.spend_limit.map(Money::from_cents);
+        let allowance = Allowance { models: policy.model_limits, budget };
+        let meters = if allowance.is_unlimited() {
+            Default::default()
+        } else {
+            self.store.meters(&self.tenant, now).await?
+        };
+        let (spent, today) = (meters.spent, &meters.requests_today);
+        lock(&self.quota).refresh(&mark, allowance, spent, today, now);
+        *refreshed_at = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Returns why a request of a model, or of any model, cannot begin now.
+    pub(crate) fn blocked(&self, model: Option<&str>) -> Option<Blocked> {
+        let now = self.clock.now();
+        let blocked = lock(&self.quota).check(model.unwrap_or_default(), now).err()?;
+        Some(self.rechecked(blocked, now))
+    }
+
+    /// Reserves a request of a model, given the bytes of its body.
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        model: &str,
+        body_bytes: usize,
+    ) -> std::result::Result<Hold, Blocked> {
+        let now = self.clock.now();
+        let mut quota = lock(&self.quota);
+        if quota.is_unlimited() {
+            return Ok(self.begun());
+        }
+        let input = estimated_tokens(body_bytes);
+        let output = quota.expected_output(model);
+        let usage = TokenUsage { input, output, ..TokenUsage::default() };
+        let cost = self.prices.cost(model, now, usage).unwrap_or_default();
+        match quota.reserve(model, usage.total(), cost, now) {
+            Ok(reserved) => Ok(Hold { of: self.clone(), reserved: Some(reserved) }),
+            Err(blocked) => {
+                drop(quota);
+                Err(self.rechecked(blocked, now))
+            }
+        }
+    }
+
+    /// Returns a hold without a reservation, for a request that began before.
+    pub(crate) fn begun(self: &Arc<Self>) -> Hold {
+        Hold { of: self.clone(), reserved: None }
+    }
+
+    fn rechecked(&self, blocked: Blocked, now: Timestamp) -> Blocked {
+        let until = blocked.until.min(now.after(RECHECK_INTERVAL));
+        Blocked { until, ..blocked }
+    }
+}
+
+impl Hold {
+    /// Returns the price of the model now.
+    pub(crate) fn price(&self, model: &str) -> Option<Price> {
+        self.of.prices.at(model, self.of.clock.now()).copied()
+    }
+
+    /// Replaces the estimate by what the request has used, after the store has counted it.
+    pub(crate) fn record(mut self, usage: TokenUsage, price: Option<Price>) {
+        let Some(reserved) = self.reserved.take() else { return };
+        let usage = usage.plausible();
+        let cost = price.map(|price| price.cost(usage)).unwrap_or_default();
+        lock(&self.of.quota).record(reserved, usage.total(), usage.output, cost);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(reserved) = self.reserved.take() {
+            lock(&self.of.quota).release(reserved);
+        }
+    }
+}
