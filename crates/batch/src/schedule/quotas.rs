@@ -17,6 +17,7 @@ use batchwright_plugin::Registry;
 use batchwright_store::{BatchRecord, Result, Store, WaitCause};
 use batchwright_tenancy::Prices;
 use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// Maximum age of limits and durable counts.
@@ -48,6 +49,8 @@ pub(crate) struct Quotas {
     clock: Clock,
     prices: Arc<Prices>,
     tenants: Mutex<HashMap<TenantId, Arc<TenantQuota>>>,
+    /// Number of changes of limits through this process.
+    changes: watch::Sender<u64>,
 }
 
 /// Quota of a tenant.
@@ -77,7 +80,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Quotas {
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, prices: Arc<Prices>) -> Self {
-        Self { store, clock, prices, tenants: Mutex::default() }
+        let changes = watch::Sender::new(0);
+        Self { store, clock, prices, tenants: Mutex::default(), changes }
     }
 
     /// Returns the quota of a tenant.
@@ -109,6 +113,12 @@ impl Quotas {
         for quota in lock(&self.tenants).values() {
             quota.is_stale.store(true, Ordering::Relaxed);
         }
+        self.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
+    }
+
+    /// Returns a receiver that learns of changes of limits.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// Returns why the requests of a batch wait, if a limit of the project is the cause.

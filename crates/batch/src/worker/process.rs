@@ -248,9 +248,16 @@ impl Worker {
     /// Parks a batch until a time.
     async fn park(&self, claim: &Claim, batch: &BatchRecord, until: Timestamp) -> Result<()> {
         let endpoint = batch.new.endpoint;
+        let mut changes = self.quotas.changes();
+        changes.mark_unchanged();
+        self.quotas.of(&claim.tenant).refresh().await?;
         let waits_for = self.wait_cause(claim, batch, until);
         self.count_waiting(claim, endpoint).await?;
         self.store.release(claim, Release::Backoff(until, waits_for)).await?;
+        if changes.has_changed().unwrap_or(false) {
+            // A limit was changed meanwhile, and the batch may have missed the wake-up.
+            self.store.end_backoff(self.clock.now()).await?;
+        }
         self.parked.wake_at(until);
         self.work_available.notify_one();
         Ok(())

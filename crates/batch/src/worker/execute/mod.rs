@@ -40,7 +40,7 @@ use std::time::Duration;
 use batchwright_domain::clock::Timestamp;
 use batchwright_memory::Holder;
 use batchwright_store::{BatchRecord, Claim, Lane, Result};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -188,7 +188,7 @@ impl Worker {
     ) -> Result<Pause> {
         let mut lines = self.open_lines(claim, self.parked.take(claim), plugins.len() > 1).await?;
         lines.deferred.wake(self.clock.now());
-        let mut changes = self.breakers.changes();
+        let mut changes = (self.breakers.changes(), self.quotas.changes());
         loop {
             let paused = match place {
                 Some(place) => self.take_stint(batch, work, &mut lines, place).await?,
@@ -276,7 +276,7 @@ impl Worker {
         work: &Work<'_>,
         lines: &mut UnfinishedLines<'a>,
         due: Option<Timestamp>,
-        changes: &mut tokio::sync::watch::Receiver<u64>,
+        changes: &mut (watch::Receiver<u64>, watch::Receiver<u64>),
     ) -> Result<Option<Pause>> {
         if work.blocked_until(self.clock.now()).is_some() {
             self.count_waiting(claim, work.context.endpoint).await?;
@@ -288,6 +288,12 @@ impl Worker {
             let due = due
                 .or_else(|| work.next_probe(self.clock.now()))
                 .unwrap_or_else(|| self.clock.now());
+            if changes.1.has_changed().unwrap_or(false) {
+                // A limit was changed since the wait was decided on.
+                changes.1.mark_unchanged();
+                lines.deferred.wake(self.clock.now());
+                return Ok(None);
+            }
             if self.clock.now().until(due) > MIN_PARK_DURATION {
                 self.parked.save(claim, lines.checkpoint());
                 return Ok(Some(Pause::Parked(due)));
@@ -316,7 +322,7 @@ impl Worker {
             () = sleep => {}
             () = lines.deferred.added() => {}
             () = all_finished => {}
-            _ = changes.changed() => {
+            () = first_change(changes) => {
                 lines.held_until = None;
                 lines.deferred.wake(self.clock.now());
             }
@@ -432,5 +438,14 @@ impl Worker {
             () = self.clock.sleep(grace.duration()) => kill.cancel(),
         }
         tasks.wait().await;
+    }
+}
+
+/// Waits for a change of a breaker, of the plugins or of a limit.
+async fn first_change(changes: &mut (watch::Receiver<u64>, watch::Receiver<u64>)) {
+    let (breakers, limits) = changes;
+    tokio::select! {
+        _ = breakers.changed() => {}
+        _ = limits.changed() => {}
     }
 }
