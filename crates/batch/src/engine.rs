@@ -33,8 +33,7 @@ impl Engine {
     pub fn new(parts: Parts) -> Self {
         let shared = Shared::default();
         let breakers = Arc::new(Breakers::new(&parts.config.execution));
-        let prices = Arc::new(parts.config.prices.clone());
-        let quotas = Arc::new(Quotas::new(parts.store.clone(), parts.clock.clone(), prices));
+        let quotas = Arc::new(Quotas::new(&parts));
         let tasks = TaskTracker::new();
         Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),

@@ -1,11 +1,14 @@
 //! Admission: decides which waiting exchange may start next, within the operator's limit and within
 //! the limit that [`concurrency`](super::concurrency) estimates.
 //!
-//! **Fair share.** A queue is one batch of one tenant. A free permit goes to the tenant with the
-//! fewest exchanges in flight among those that wait, then to the queue of the tenant with the
-//! fewest, and within a queue to the oldest request. Queues that are equal take turns. So a tenant
-//! with one batch does not wait behind the many batches of another, and a batch of one line does
-//! not wait behind the thousands of lines of other batches.
+//! **Fair share.** A queue is one batch of one tenant. A free permit goes to the tenant that is
+//! furthest below its share, then to the queue of the tenant that is, and within a queue to the
+//! oldest request; see [`shares`]. So a tenant with one batch does not wait behind the many batches
+//! of another, and a batch of one line does not wait behind the thousands of lines of other
+//! batches.
+//!
+//! **Limit of a tenant.** A tenant that has as many exchanges in flight as it may, over all
+//! plugins, is passed over; see [`in_flight`](super::in_flight).
 //!
 //! **Permits.** [`Permit`] is a permit for one exchange in flight, and dropping it releases the
 //! permit. The release itself admits the next request. A request that is canceled while it waits
@@ -31,24 +34,18 @@
 //! an event. A timer task checks the queues again at the earliest of these times.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use batchwright_domain::ids::TenantId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::concurrency::{Began, Limit, LimitFeedback, Next};
+use super::in_flight::TenantsInFlight;
 
-/// Key of a queue: requests of one batch have the same key.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct QueueId {
-    /// Tenant of the batch.
-    pub tenant: TenantId,
-    /// Number of the batch in this process.
-    pub batch: u64,
-}
+use shares::Shares;
+pub use shares::{Priority, QueueId, ShareBy};
 
 /// Multiple of the usual time after which an exchange no longer counts against the estimated limit.
 const HANG_FACTOR: u32 = 8;
@@ -64,16 +61,16 @@ pub(crate) struct AdmissionQueue(Arc<Inner>);
 struct Inner {
     /// Operator's limit.
     max: usize,
+    /// Exchanges of all plugins in flight, by tenant.
+    tenants: Arc<TenantsInFlight>,
     state: Mutex<State>,
 }
 
 struct State {
     limit: Limit,
     in_flight: usize,
-    /// Exchanges in flight of each tenant that has some.
-    tenants: HashMap<TenantId, usize>,
-    /// Queues with waiting requests or exchanges in flight, in round-robin order.
-    queues: Vec<QueueState>,
+    /// Queues with waiting requests or exchanges in flight, and their shares.
+    shares: Shares<(u64, oneshot::Sender<Permit>)>,
     /// Last number of a waiting request or of an exchange.
     last_number: u64,
     /// Start of each exchange in flight by number, oldest first.
@@ -84,12 +81,6 @@ struct State {
     accepted: u64,
     /// Time of the scheduled wake-up.
     wakeup_at: Option<Instant>,
-}
-
-struct QueueState {
-    key: QueueId,
-    in_flight: usize,
-    waiting: VecDeque<(u64, oneshot::Sender<Permit>)>,
 }
 
 /// Permit for one exchange in flight; dropping it releases the permit.
@@ -114,33 +105,45 @@ pub struct Refusals {
 
 impl AdmissionQueue {
     /// Returns an admission that never exceeds `max` exchanges in flight.
-    pub(crate) fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize, share_by: ShareBy, tenants: &Arc<TenantsInFlight>) -> Self {
         let max = max.max(1);
         let state = State {
             limit: Limit::new(max),
             in_flight: 0,
-            tenants: HashMap::new(),
-            queues: Vec::new(),
+            shares: Shares::new(share_by),
             last_number: 0,
             started_at: BTreeMap::new(),
             held: BinaryHeap::new(),
             accepted: 0,
             wakeup_at: None,
         };
-        Self(Arc::new(Inner { max, state: Mutex::new(state) }))
+        let inner = Arc::new(Inner { max, tenants: tenants.clone(), state: Mutex::new(state) });
+        let admission = Arc::downgrade(&inner);
+        tenants.add_waker(move || {
+            let found = admission.upgrade();
+            found.inspect(Inner::admit_waiting).is_some()
+        });
+        Self(inner)
     }
 
     /// Waits for a permit for one more exchange. The error is the end of a pause that is too long
     /// to wait for in memory.
-    pub(crate) async fn admit(&self, queue: QueueId) -> Result<Permit, Instant> {
+    pub(crate) async fn admit(
+        &self,
+        queue: QueueId,
+        priority: Priority,
+    ) -> Result<Permit, Instant> {
         loop {
-            let (number, granted) = {
+            let (number, granted, may_start) = {
                 let mut state = self.0.lock();
                 let now = Instant::now();
                 state.release_expired_holds(now);
-                let is_first = state.queues.iter().all(|queue| queue.waiting.is_empty());
-                let next = if is_first { state.next(now, self.0.max) } else { Next::Later };
-                if next == Next::Now {
+                let next = state.next(now, self.0.max);
+                if next == Next::Now
+                    && !state.shares.has_waiting()
+                    && self.0.tenants.take(&queue.tenant, priority.max_in_flight)
+                {
+                    state.shares.set_priority(&queue, priority);
                     return Ok(state.grant(&self.0, &queue, now));
                 }
                 if let Some(until) = state.long_pause(now) {
@@ -149,13 +152,17 @@ impl AdmissionQueue {
                 state.last_number = state.last_number.wrapping_add(1);
                 let number = state.last_number;
                 let (sender, granted) = oneshot::channel();
-                state.queue(&queue).waiting.push_back((number, sender));
+                state.shares.wait(&queue, priority, (number, sender));
                 if let Some(at) = state.next_wakeup(next, self.0.max) {
                     self.0.schedule_wakeup(&mut state, at);
                 }
-                (number, granted)
+                (number, granted, next == Next::Now)
             };
             let mut waiter = Waiter { admission: &self.0, queue: &queue, number };
+            if may_start {
+                // Those who wait may have no right to the free permit.
+                self.0.admit_waiting();
+            }
             let admitted = granted.await;
             waiter.number = 0;
             // A dropped sender means that a long pause has begun: check again.
@@ -190,7 +197,7 @@ impl Inner {
                 let mut state = self.lock();
                 let now = Instant::now();
                 state.release_expired_holds(now);
-                if state.queues.iter().all(|queue| queue.waiting.is_empty()) {
+                if !state.shares.has_waiting() {
                     return;
                 }
                 let next = state.next(now, self.max);
@@ -200,7 +207,9 @@ impl Inner {
                     }
                     return;
                 }
-                let Some((key, waiter)) = state.take_next() else { return };
+                let tenants = &self.tenants;
+                let next = state.shares.take_next(|tenant, max| tenants.take(tenant, max));
+                let Some((key, (_, waiter))) = next else { return };
                 let admitted = state.grant(self, &key, now);
                 (waiter, admitted)
             };
@@ -209,6 +218,7 @@ impl Inner {
                 && let Some(admission) = unused.admission.take()
             {
                 admission.lock().end_exchange(&unused.queue, unused.number);
+                admission.tenants.release(&unused.queue.tenant);
             }
         }
     }
@@ -286,43 +296,16 @@ impl State {
         }
     }
 
-    /// Removes the waiting request that is admitted next, and returns its queue.
-    fn take_next(&mut self) -> Option<(QueueId, oneshot::Sender<Permit>)> {
-        let tenants = &self.tenants;
-        let of_tenant = |queue: &QueueState| tenants.get(&queue.key.tenant).copied().unwrap_or(0);
-        let waiting = self.queues.iter_mut().filter(|queue| !queue.waiting.is_empty());
-        let queue = waiting.min_by_key(|queue| (of_tenant(queue), queue.in_flight))?;
-        let (_, waiter) = queue.waiting.pop_front()?;
-        Some((queue.key.clone(), waiter))
-    }
-
-    /// Takes a permit for an exchange of a queue.
+    /// Takes a permit for an exchange of a queue, which the tenant's limit allows.
     fn grant(&mut self, admission: &Arc<Inner>, queue: &QueueId, now: Instant) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
         self.started_at.insert(number, now);
         let began = self.limit.begin(now);
-        let found = self.queue(queue);
-        found.in_flight = found.in_flight.saturating_add(1);
-        let of_tenant = self.tenants.entry(queue.tenant.clone()).or_default();
-        *of_tenant = of_tenant.saturating_add(1);
+        self.shares.begin(queue);
         let queue = queue.clone();
         Permit { admission: Some(admission.clone()), queue, number, began, held: None }
-    }
-
-    /// Returns the state of a queue; creates it if necessary.
-    fn queue(&mut self, key: &QueueId) -> &mut QueueState {
-        let index = self.queues.iter().position(|queue| queue.key == *key).unwrap_or_else(|| {
-            self.queues.push(QueueState {
-                key: key.clone(),
-                in_flight: 0,
-                waiting: VecDeque::new(),
-            });
-            self.queues.len().saturating_sub(1)
-        });
-        #[expect(clippy::indexing_slicing, reason = "the index was found or just pushed")]
-        &mut self.queues[index]
     }
 
     /// Releases the held permits whose time has passed.
@@ -343,23 +326,7 @@ impl State {
     /// Releases one permit of a queue.
     fn release(&mut self, queue: &QueueId) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        if let Some(of_tenant) = self.tenants.get_mut(&queue.tenant) {
-            *of_tenant = of_tenant.saturating_sub(1);
-            if *of_tenant == 0 {
-                self.tenants.remove(&queue.tenant);
-            }
-        }
-        let index = self.queues.iter().position(|found| found.key == *queue);
-        if let Some(index) = index
-            && let Some(found) = self.queues.get_mut(index)
-        {
-            found.in_flight = found.in_flight.saturating_sub(1);
-            // The queue moves behind the queues with as many exchanges in flight.
-            let found = self.queues.remove(index);
-            if found.in_flight > 0 || !found.waiting.is_empty() {
-                self.queues.push(found);
-            }
-        }
+        self.shares.end(queue);
     }
 }
 
@@ -393,9 +360,7 @@ impl Permit {
         let in_flight = state.in_flight;
         self.held = state.limit.ended(now, self.began, feedback, in_flight);
         if state.long_pause(now).is_some() {
-            for queue in &mut state.queues {
-                queue.waiting.clear();
-            }
+            state.shares.clear_waiting();
         }
     }
 }
@@ -413,6 +378,7 @@ impl Drop for Permit {
                 None => state.end_exchange(&self.queue, self.number),
             }
         }
+        admission.tenants.release(&self.queue.tenant);
         admission.admit_waiting();
     }
 }
@@ -429,17 +395,12 @@ impl Drop for Waiter<'_> {
         if self.number == 0 {
             return;
         }
-        let mut state = self.admission.lock();
-        if let Some(index) = state.queues.iter().position(|queue| queue.key == *self.queue)
-            && let Some(queue) = state.queues.get_mut(index)
-        {
-            queue.waiting.retain(|(number, _)| *number != self.number);
-            if queue.waiting.is_empty() && queue.in_flight == 0 {
-                state.queues.remove(index);
-            }
-        }
+        let number = self.number;
+        self.admission.lock().shares.leave(self.queue, |waiting| waiting.0 == number);
     }
 }
+
+mod shares;
 
 #[cfg(test)]
 mod tests;

@@ -17,9 +17,10 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, timeout};
 use url::Url;
 
-use super::admission::{AdmissionQueue, Permit, QueueId};
+use super::admission::{AdmissionQueue, Permit, Priority, QueueId};
 use super::dial::Resolver;
 use super::explain::explain;
+use super::in_flight::TenantsInFlight;
 use super::{
     AllowList, ExchangeLimits, HttpRequest, HttpResponse, Secrets, TransportError,
     TransportErrorKind,
@@ -68,7 +69,13 @@ pub struct Shared {
     pub exchanges: Pool,
     /// Resolver with the limit on lookups over all plugins.
     pub resolver: Resolver,
+    /// Exchanges in flight by tenant.
+    pub tenants: Tenants,
 }
+
+/// Exchanges in flight by tenant, over all gateways.
+#[derive(Clone, Default)]
+pub struct Tenants(pub(super) Arc<TenantsInFlight>);
 
 /// Gateway of one plugin: its allow-list, secrets and limits, and a connection pool per tenant.
 pub struct Gateway {
@@ -125,7 +132,7 @@ impl Gateway {
             plugin: plugin.into(),
             allow: Arc::new(allow),
             secrets,
-            admission: AdmissionQueue::new(bounds.concurrency),
+            admission: AdmissionQueue::new(bounds.concurrency, bounds.share_by, &shared.tenants.0),
             rate: bounds
                 .requests_per_minute
                 .map(|number| (tokio::sync::Mutex::default(), RateLimiter::direct(quota(number)))),
@@ -141,8 +148,8 @@ impl Gateway {
 
     /// Waits for a permit for one more exchange in flight. Each queue is first come, first served;
     /// queues share fairly. The error is the end of a long pause that the provider asked for.
-    pub async fn admit(&self, queue: QueueId) -> Result<Permit, Instant> {
-        self.admission.admit(queue).await
+    pub async fn admit(&self, queue: QueueId, priority: Priority) -> Result<Permit, Instant> {
+        self.admission.admit(queue, priority).await
     }
 
     /// Returns an empty reservation of the exchanges' memory pool.

@@ -48,16 +48,17 @@ mod dial;
 mod explain;
 mod gateway;
 mod hints;
+mod in_flight;
 
 use std::time::Duration;
 
-pub use admission::{Permit, QueueId, Refusals};
+pub use admission::{Permit, Priority, QueueId, Refusals, ShareBy};
 pub use allow::{AllowList, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{Credential, Secrets, is_distinct};
 pub use dial::Resolver;
-pub use gateway::{Gateway, Shared, is_host_header};
+pub use gateway::{Gateway, Shared, Tenants, is_host_header};
 pub use hints::RateLimitHints;
 
 /// HTTP request that an adapter asks the host to send; unchecked input.
@@ -145,6 +146,8 @@ pub struct ExchangeLimits {
     pub concurrency: usize,
     /// Maximum number of exchanges started per minute; unlimited if absent.
     pub requests_per_minute: Option<std::num::NonZeroU32>,
+    /// What tenants share equally.
+    pub share_by: ShareBy,
     /// Timeout of name resolution and connection together.
     pub connect_timeout: Duration,
     /// Timeout from the start of the exchange to the head of the response.

@@ -170,7 +170,8 @@ pub trait Store: Accounts {
         now: Timestamp,
     ) -> Result<Cancel>;
 
-    /// Returns the oldest waiting batch of each lane, and the batch that expired first.
+    /// Returns the oldest waiting batch of each tenant in each lane, the batches whose window ends
+    /// soonest, and the batch that expired first.
     ///
     /// A batch waits if it has not ended and no lease on it is valid. A batch that this process has
     /// claimed never waits, even if the lease has expired.

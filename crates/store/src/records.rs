@@ -246,6 +246,12 @@ pub enum Lane {
 /// Batch that nobody has claimed.
 #[derive(Clone, Debug)]
 pub struct Waiting {
+    /// Tenant of the batch.
+    pub tenant: TenantId,
+    /// Weight of the tenant.
+    pub weight: u32,
+    /// True if little is left of the completion window.
+    pub is_urgent: bool,
     /// Lane in which the batch waits.
     pub lane: Lane,
     /// Time of creation or of the last turn.

@@ -15,7 +15,7 @@ use crate::request::jobs::Jobs;
 use crate::schedule::breaker::Breaker;
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
-use crate::schedule::quotas::TenantQuota;
+use crate::schedule::quotas::{BatchShare, TenantQuota};
 use crate::schedule::stop::Stop;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
@@ -56,6 +56,8 @@ pub(crate) struct Context {
     pub queue: QueueId,
     /// Quota of the tenant.
     pub quota: Arc<TenantQuota>,
+    /// Share of the batch within its tenant.
+    pub share: BatchShare,
 }
 
 /// Request of a batch, as read from its line.

@@ -49,7 +49,7 @@ impl Context {
         let plugin = exchange.plugin;
         // The permit comes before the memory: a request that waits for a permit must not hold
         // memory that requests in flight need.
-        match self.admit(plugin).await {
+        match self.admit(plugin, (line, model)).await {
             Admission::Permit(permit) => {
                 exchange.permit = Some(permit);
                 exchange.has_rate_permit = true;
@@ -115,7 +115,8 @@ impl Context {
                     exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(pause).await;
                     while exchange.permit.is_none() {
-                        match plugin.gateway().admit(self.queue.clone()).await {
+                        let priority = self.quota.priority(&self.share, model, line.body.len());
+                        match plugin.gateway().admit(self.queue.clone(), priority).await {
                             Ok(permit) => exchange.permit = Some(permit),
                             Err(until) => tokio::time::sleep_until(until).await,
                         }
@@ -138,13 +139,14 @@ impl Context {
     }
 
     /// Waits for a permit of the provider, for its request rate, and for the gate.
-    async fn admit(&self, plugin: &Plugin) -> Admission {
+    async fn admit(&self, plugin: &Plugin, (line, model): (Line<'_>, &str)) -> Admission {
         if self.stop.reason().is_some() {
             return Admission::Stopped;
         }
         let admitted = async {
             loop {
-                let admitted = match plugin.gateway().admit(self.queue.clone()).await {
+                let priority = self.quota.priority(&self.share, model, line.body.len());
+                let admitted = match plugin.gateway().admit(self.queue.clone(), priority).await {
                     Ok(admitted) => admitted,
                     Err(until) => {
                         let left = until.saturating_duration_since(tokio::time::Instant::now());

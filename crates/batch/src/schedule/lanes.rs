@@ -6,7 +6,7 @@
 //!
 //! **Lanes.** A lane is the queue of batches that need the same: validation, finishing, a limit of
 //! their project, or execution with one set of plugins. Batches in different lanes do not compete unless the lanes
-//! share a plugin. The store returns the oldest waiting batch of each lane.
+//! share a plugin. The store returns the oldest waiting batch of each tenant in each lane.
 //!
 //! **Places.** A place is a permit to run. Validation and finishing have `max_concurrent_batches`
 //! places each; a batch that waits for a limit takes a place of finishing for a moment. An executing batch holds one place of every plugin that its requests go to. Each
@@ -14,9 +14,10 @@
 //! `max_executing_batches`. A plugin without an executing batch always gets a place, even beyond
 //! that total. Combinations of plugins have no places of their own.
 //!
-//! **Turns.** Batches run in the order of their last turn. An older batch that cannot get all its
-//! places yet reserves these places against younger batches. So a batch that needs many plugins
-//! does not starve.
+//! **Turns.** Tenants take turns by their weights; see [`turns`](crate::schedule::turns). The
+//! batches of a tenant run in the order of their last turn, and those whose window is about to end
+//! run first. A batch that is next and cannot get all its places yet reserves these places against
+//! the others. So a batch that needs many plugins does not starve.
 //!
 //! **Stints.** A stint is the time slice of a turn: one second or 1,000 lines. If another batch
 //! waits, an executing batch releases its place after a stint. The batch then takes no new lines,
@@ -29,15 +30,19 @@
 //! evicted batch sends no new requests and returns to the store when its requests in flight have
 //! finished. At most one batch is evicted during the length of a stint.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::TenantId;
 use batchwright_store::{Lane, Waiting};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
+
+use crate::schedule::turns::Turns;
 
 /// Duration after which a turn may end.
 const STINT_DURATION: Duration = Duration::from_secs(1);
@@ -72,12 +77,15 @@ struct State {
     all_active: usize,
     returning: Vec<Returning>,
     running: Vec<Weak<Turn>>,
+    /// Turns of the tenants.
+    turns: Turns,
     /// Time of the last eviction.
     last_eviction: Option<Instant>,
 }
 
 /// Active batch that waits in this process for its next turn.
 struct Returning {
+    tenant: TenantId,
     since: Timestamp,
     plugins: Arc<Plugins>,
     /// Receives a place, or `None` if the batch is evicted.
@@ -134,23 +142,27 @@ impl Lanes {
     pub(crate) fn next(self: &Arc<Self>, waiting: &[Waiting]) -> Next {
         let mut state = self.lock();
         state.returning.retain(|returning| !returning.granted.is_closed());
-        let mut queue: Vec<(Timestamp, bool, usize)> = waiting
+        for found in waiting {
+            state.turns.set_weight(&found.tenant, found.weight);
+        }
+        let mut queue: Vec<(u64, bool, Timestamp, bool, usize)> = waiting
             .iter()
             .enumerate()
-            .map(|(index, waiting)| (waiting.since, false, index))
+            .map(|(index, found)| {
+                let lead = state.turns.lead(&found.tenant, &found.lane);
+                (lead, !found.is_urgent, found.since, false, index)
+            })
             .collect();
-        queue.extend(
-            state
-                .returning
-                .iter()
-                .enumerate()
-                .map(|(index, returning)| (returning.since, true, index)),
-        );
+        queue.extend(state.returning.iter().enumerate().map(|(index, returning)| {
+            let lane = Lane::Execute((*returning.plugins).clone());
+            let lead = state.turns.lead(&returning.tenant, &lane);
+            (lead, true, returning.since, true, index)
+        }));
         queue.sort_unstable();
         // Plugins whose next place is reserved for a batch that has waited longer.
         let mut reserved: HashSet<String> = HashSet::new();
         let mut next = Next::Nothing;
-        for (_, is_active, index) in queue {
+        for (_, _, _, is_active, index) in queue {
             if is_active {
                 let Some(plugins) =
                     state.returning.get(index).map(|returning| returning.plugins.clone())
@@ -159,7 +171,8 @@ impl Lanes {
                 };
                 if next == Next::Nothing && state.has_room(&plugins, &reserved, self) {
                     let returning = state.returning.remove(index);
-                    let place = self.enter(&mut state, Lane::Execute((*plugins).clone()));
+                    let lane = Lane::Execute((*plugins).clone());
+                    let place = self.enter(&mut state, lane, &returning.tenant);
                     drop(state);
                     // If the receiver is gone, the place is dropped and thereby released.
                     returning.granted.send(Some(place)).ok();
@@ -202,12 +215,13 @@ impl Lanes {
     }
 
     /// Takes a place without a check. [`Self::next`] checks that the place is free.
-    pub(crate) fn take(self: &Arc<Self>, lane: &Lane) -> Place {
+    pub(crate) fn take(self: &Arc<Self>, lane: &Lane, tenant: &TenantId) -> Place {
         let mut state = self.lock();
-        self.enter(&mut state, lane.clone())
+        self.enter(&mut state, lane.clone(), tenant)
     }
 
-    fn enter(self: &Arc<Self>, state: &mut State, lane: Lane) -> Place {
+    fn enter(self: &Arc<Self>, state: &mut State, lane: Lane, tenant: &TenantId) -> Place {
+        state.turns.count(tenant, &lane);
         let plugins = match &lane {
             Lane::Execute(plugins) => Arc::new(plugins.clone()),
             Lane::Validate | Lane::Finish | Lane::Admit => Arc::default(),
@@ -240,12 +254,14 @@ impl Lanes {
     pub(crate) async fn come_back(
         self: &Arc<Self>,
         plugins: &Plugins,
+        tenant: &TenantId,
         since: Timestamp,
     ) -> Option<Place> {
         let plugins = Arc::new(plugins.clone());
         loop {
             let (granted, place) = oneshot::channel();
-            self.lock().returning.push(Returning { since, plugins: plugins.clone(), granted });
+            let (tenant, plugins) = (tenant.clone(), plugins.clone());
+            self.lock().returning.push(Returning { tenant, since, plugins, granted });
             self.freed.notify_one();
             if let Ok(place) = place.await {
                 return place;
@@ -276,7 +292,8 @@ impl State {
                 || plugins.is_empty())
     }
 
-    /// Evicts the returning batch with the oldest turn among those that share one of the plugins.
+    /// Evicts a returning batch that shares one of the plugins: of the tenant that is furthest ahead
+    /// of its share, the batch with the oldest turn.
     ///
     /// Returns false if there is no such batch or a batch was evicted less than a stint ago.
     fn evict_oldest(&mut self, plugins: &Plugins) -> bool {
@@ -286,8 +303,12 @@ impl State {
         let shares =
             |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
         let oldest = self.returning.iter().enumerate().filter(|(_, returning)| shares(returning));
+        let order = |returning: &Returning| {
+            let lane = Lane::Execute((*returning.plugins).clone());
+            (Reverse(self.turns.lead(&returning.tenant, &lane)), returning.since)
+        };
         let Some(index) =
-            oldest.min_by_key(|(_, returning)| returning.since).map(|(index, _)| index)
+            oldest.min_by_key(|(_, returning)| order(returning)).map(|(index, _)| index)
         else {
             return false;
         };

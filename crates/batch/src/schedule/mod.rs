@@ -11,3 +11,4 @@ pub(crate) mod quotas;
 pub(crate) mod retry_queue;
 pub(crate) mod running;
 pub(crate) mod stop;
+pub(crate) mod turns;

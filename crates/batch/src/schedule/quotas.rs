@@ -11,14 +11,19 @@ use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::limits::Limit;
 use batchwright_domain::money::{Money, Price};
 use batchwright_domain::usage::TokenUsage;
+use batchwright_egress::Priority;
 use batchwright_plugin::Registry;
 use batchwright_store::{BatchRecord, Result, Store, WaitCause};
-use batchwright_tenancy::Prices;
 use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved};
+use batchwright_tenancy::{Prices, TenantDefaults};
 use tokio::sync::watch;
 use tokio::time::Instant;
+
+use crate::config::Config;
+use crate::parts::Parts;
 
 /// Maximum age of limits and durable counts.
 const MAX_STALENESS: Duration = Duration::from_millis(500);
@@ -38,6 +43,15 @@ const UNUSED_TIME: Duration = Duration::from_secs(120);
 /// Bytes of a request's body for each input token of its estimate.
 const BYTES_PER_TOKEN: u64 = 4;
 
+/// Completion window of a batch with the weight 1.
+const WEIGHT_1_WINDOW: Duration = Duration::from_secs(86_400);
+
+/// Maximum weight of a batch within its tenant.
+const MAX_BATCH_WEIGHT: u32 = 100;
+
+/// A batch is urgent if less than one in this many parts of its window is left.
+const URGENT_SHARE: u32 = 10;
+
 /// Returns the estimated input tokens of a request, given the bytes of its body.
 pub(crate) fn estimated_tokens(body_bytes: usize) -> u64 {
     (body_bytes as u64).div_ceil(BYTES_PER_TOKEN)
@@ -48,6 +62,7 @@ pub(crate) struct Quotas {
     store: Arc<dyn Store>,
     clock: Clock,
     prices: Arc<Prices>,
+    config: Arc<Config>,
     tenants: Mutex<HashMap<TenantId, Arc<TenantQuota>>>,
     /// Number of changes of limits through this process.
     changes: watch::Sender<u64>,
@@ -59,12 +74,38 @@ pub(crate) struct TenantQuota {
     store: Arc<dyn Store>,
     clock: Clock,
     prices: Arc<Prices>,
+    defaults: TenantDefaults,
     quota: Mutex<Quota>,
+    /// Weight, and maximum number of requests in flight.
+    share: Mutex<(u32, Option<u64>)>,
     /// Time of the last read of the store. Locked while the store is read.
     refreshed_at: tokio::sync::Mutex<Option<Instant>>,
     /// True after a change through this process, so that it takes effect at once.
     is_stale: AtomicBool,
     used_at: Mutex<Instant>,
+}
+
+/// What decides on the share of a batch within its tenant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchShare {
+    /// Time of creation.
+    pub created_at: Timestamp,
+    /// End of the completion window.
+    pub expires_at: Timestamp,
+}
+
+impl BatchShare {
+    /// Returns the weight of the completion window: 1 for a day or more, 24 for an hour.
+    fn weight(&self) -> u32 {
+        let window = self.created_at.until(self.expires_at).as_secs().max(1);
+        u32::try_from(WEIGHT_1_WINDOW.as_secs() / window).unwrap_or(1).clamp(1, MAX_BATCH_WEIGHT)
+    }
+
+    /// Returns true if less than a tenth of the window is left.
+    fn is_urgent(&self, now: Timestamp) -> bool {
+        let left = now.until(self.expires_at);
+        left.saturating_mul(URGENT_SHARE) <= self.created_at.until(self.expires_at)
+    }
 }
 
 /// Reservation of a request, given back when it is dropped.
@@ -79,9 +120,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Quotas {
-    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, prices: Arc<Prices>) -> Self {
-        let changes = watch::Sender::new(0);
-        Self { store, clock, prices, tenants: Mutex::default(), changes }
+    pub(crate) fn new(parts: &Parts) -> Self {
+        Self {
+            store: parts.store.clone(),
+            clock: parts.clock.clone(),
+            prices: Arc::new(parts.config.prices.clone()),
+            config: parts.config.clone(),
+            tenants: Mutex::default(),
+            changes: watch::Sender::new(0),
+        }
     }
 
     /// Returns the quota of a tenant.
@@ -96,7 +143,9 @@ impl Quotas {
                 store: self.store.clone(),
                 clock: self.clock.clone(),
                 prices: self.prices.clone(),
+                defaults: self.config.tenant_defaults.clone(),
                 quota: Mutex::default(),
+                share: Mutex::new((1, None)),
                 refreshed_at: tokio::sync::Mutex::new(None),
                 is_stale: AtomicBool::new(true),
                 used_at: Mutex::new(Instant::now()),
@@ -162,6 +211,9 @@ impl TenantQuota {
         let mark = lock(&self.quota).begin_refresh();
         let now = self.clock.now();
         let policy = self.store.policy(&self.tenant).await?;
+        let limits = self.defaults.fill(policy.limits);
+        let weight = limits.get(Limit::Weight).and_then(|weight| u32::try_from(weight).ok());
+        *lock(&self.share) = (weight.unwrap_or(1), limits.get(Limit::RequestsInFlight));
         let budget = policy.spend_limit.map(Money::from_cents);
         let allowance = Allowance { models: policy.model_limits, budget };
         let meters = if allowance.is_unlimited() {
@@ -206,6 +258,19 @@ impl TenantQuota {
         }
     }
 
+    /// Returns the priority of a request of a batch among those that wait for a provider.
+    pub(crate) fn priority(&self, batch: &BatchShare, model: &str, body_bytes: usize) -> Priority {
+        let (tenant_weight, max_in_flight) = *lock(&self.share);
+        let output = lock(&self.quota).expected_output(model);
+        Priority {
+            tenant_weight,
+            max_in_flight,
+            batch_weight: batch.weight(),
+            is_urgent: batch.is_urgent(self.clock.now()),
+            tokens: estimated_tokens(body_bytes).saturating_add(output),
+        }
+    }
+
     /// Returns a hold without a reservation, for a request that began before.
     pub(crate) fn begun(self: &Arc<Self>) -> Hold {
         Hold { of: self.clone(), reserved: None }
@@ -237,5 +302,24 @@ impl Drop for Hold {
         if let Some(reserved) = self.reserved.take() {
             lock(&self.of.quota).release(reserved);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_is_weight_and_its_end_is_urgent() {
+        let batch = |seconds: u64| BatchShare {
+            created_at: Timestamp::from_millis(0),
+            expires_at: Timestamp::from_millis(0).after(Duration::from_secs(seconds)),
+        };
+        for (seconds, weight) in [(3600, 24), (86_400, 1), (7 * 86_400, 1), (60, 100), (0, 100)] {
+            assert_eq!(batch(seconds).weight(), weight, "{seconds}");
+        }
+        let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
+        assert!(!batch(3600).is_urgent(at(3200)) && batch(3600).is_urgent(at(3241)));
+        assert!(batch(3600).is_urgent(at(9999)));
     }
 }

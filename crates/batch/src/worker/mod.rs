@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use batchwright_domain::clock::Clock;
+use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::QueueId;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
-use batchwright_store::{Objects, Result, Store};
+use batchwright_store::{Objects, Result, Store, Waiting};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -36,6 +37,48 @@ const LEASE_DURATION: Duration = Duration::from_secs(30);
 
 /// Poll interval for batches whose lease or wait has ended, which sends no notification.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Multiple of the time of a read of waiting batches that passes before the next read.
+const READ_SPACING: u32 = 10;
+
+/// Maximum time between two reads of waiting batches.
+const MAX_READ_SPACING: Duration = Duration::from_millis(200);
+
+/// Batches that waited when the store was read, without those that were claimed since.
+///
+/// A read looks at each tenant that waits. With thousands of them the reads are spaced, so that
+/// they take a small part of the time, and places are given from what was read last.
+#[derive(Default)]
+struct Candidates {
+    waiting: Vec<Waiting>,
+    /// Time from which the store may be read again; none before the first read.
+    readable_at: Option<Instant>,
+    /// True if the last attempt to give a place did not read the store.
+    is_stale: bool,
+}
+
+impl Candidates {
+    /// Waits until the store may be read, if it was not read before.
+    async fn readable(&self) {
+        match self.readable_at {
+            Some(at) if self.is_stale => tokio::time::sleep_until(at).await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Reads the store if that is allowed now.
+    async fn refresh(&mut self, store: &dyn Store, now: Timestamp) -> Result<()> {
+        self.is_stale = self.readable_at.is_some_and(|at| at > Instant::now());
+        if self.is_stale {
+            return Ok(());
+        }
+        let started = Instant::now();
+        self.waiting = store.waiting(now).await?;
+        let spacing = started.elapsed().saturating_mul(READ_SPACING).min(MAX_READ_SPACING);
+        self.readable_at = Instant::now().checked_add(spacing);
+        Ok(())
+    }
+}
 
 /// Worker of one process.
 pub(crate) struct Worker {
@@ -104,8 +147,9 @@ impl Worker {
             self.work_available.clone(),
         );
         let mut backoff = Backoff::default();
+        let mut candidates = Candidates::default();
         while !self.closing.is_cancelled() {
-            match self.claim_next(&lanes).await {
+            match self.claim_next(&lanes, &mut candidates).await {
                 Ok(true) => {}
                 Ok(false) => {
                     let hint = async {
@@ -113,6 +157,7 @@ impl Worker {
                             () = self.work_available.notified() => {}
                             () = self.clock.sleep(POLL_INTERVAL) => {}
                             () = self.parked.next_wake_up(&self.clock) => {}
+                            () = candidates.readable() => {}
                         }
                     };
                     self.closing.run_until_cancelled(hint).await;
@@ -128,18 +173,25 @@ impl Worker {
     }
 
     /// Gives the next batch its turn and returns false if no batch can run now.
-    async fn claim_next(self: &Arc<Self>, lanes: &Arc<Lanes>) -> Result<bool> {
+    async fn claim_next(
+        self: &Arc<Self>,
+        lanes: &Arc<Lanes>,
+        candidates: &mut Candidates,
+    ) -> Result<bool> {
         let now = self.clock.now();
-        let waiting = self.store.waiting(now).await?;
-        let index = match lanes.next(&waiting) {
+        candidates.refresh(&*self.store, now).await?;
+        let index = match lanes.next(&candidates.waiting) {
             Next::Nothing => return Ok(false),
             Next::Returned => return Ok(true),
             Next::Claim(index) => index,
         };
-        let Some(waiting) = waiting.get(index) else { return Ok(false) };
-        if let Some(claim) = self.store.claim(waiting, now, now.after(LEASE_DURATION)).await? {
+        if index >= candidates.waiting.len() {
+            return Ok(false);
+        }
+        let waiting = candidates.waiting.swap_remove(index);
+        if let Some(claim) = self.store.claim(&waiting, now, now.after(LEASE_DURATION)).await? {
             // Only this task takes places, so the place is still free.
-            let place = lanes.take(&claim.lane);
+            let place = lanes.take(&claim.lane, &claim.tenant);
             let (worker, lanes) = (self.clone(), lanes.clone());
             self.tasks.spawn(async move { worker.run(claim, &lanes, place).await });
         }

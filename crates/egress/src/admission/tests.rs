@@ -9,7 +9,8 @@ fn batch(number: u64) -> QueueId {
 }
 
 fn admit_all(admission: &AdmissionQueue) -> Vec<Permit> {
-    std::iter::from_fn(|| admission.admit(batch(1)).now_or_never()?.ok()).collect()
+    std::iter::from_fn(|| admission.admit(batch(1), Priority::default()).now_or_never()?.ok())
+        .collect()
 }
 
 fn end(mut admitted: Permit, taken: LimitFeedback) {
@@ -18,7 +19,7 @@ fn end(mut admitted: Permit, taken: LimitFeedback) {
 
 /// Returns an admission whose slow start is complete.
 fn open(max: usize) -> AdmissionQueue {
-    let admission = AdmissionQueue::new(max);
+    let admission = AdmissionQueue::new(max, ShareBy::Exchanges, &Arc::default());
     for _ in 0..max {
         admit_all(&admission)
             .into_iter()
@@ -32,11 +33,12 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
     let admission = open(4);
     let mut large = admit_all(&admission);
     assert_eq!(large.len(), 4);
-    let mut waiting: Vec<_> = (0..100).map(|_| Box::pin(admission.admit(batch(1)))).collect();
+    let mut waiting: Vec<_> =
+        (0..100).map(|_| Box::pin(admission.admit(batch(1), Priority::default()))).collect();
     for one in &mut waiting {
         assert!(one.now_or_never().is_none());
     }
-    let mut small = Box::pin(admission.admit(batch(2)));
+    let mut small = Box::pin(admission.admit(batch(2), Priority::default()));
     assert!((&mut small).now_or_never().is_none());
     large.pop();
     let small = small.await.unwrap();
@@ -44,10 +46,10 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
     drop(small);
     // Canceled requests leave no state.
     drop(waiting);
-    assert_eq!(admission.0.lock().queues.iter().map(|queue| queue.waiting.len()).sum::<usize>(), 0);
-    assert!(admission.admit(batch(3)).now_or_never().is_some());
+    assert!(!admission.0.lock().shares.has_waiting());
+    assert!(admission.admit(batch(3), Priority::default()).now_or_never().is_some());
     large.clear();
-    assert_eq!(admission.0.lock().queues.len(), 0);
+    assert!(admission.0.lock().shares.is_empty());
     assert_eq!(admission.0.lock().in_flight, 0);
     assert_eq!(admission.0.lock().started_at.len(), 0);
 }
@@ -59,7 +61,7 @@ async fn permits_are_shared_by_tenant_before_they_are_shared_by_batch() {
     // Nine batches of one tenant hold and await everything, and then another tenant comes.
     let mut greedy = Vec::new();
     let mut waiting: Vec<_> = (0..90_u64)
-        .map(|number| Box::pin(admission.admit(of("greedy", number % 9))))
+        .map(|number| Box::pin(admission.admit(of("greedy", number % 9), Priority::default())))
         .filter_map(|mut one| match (&mut one).now_or_never() {
             Some(permit) => {
                 greedy.push(permit.unwrap());
@@ -69,7 +71,8 @@ async fn permits_are_shared_by_tenant_before_they_are_shared_by_batch() {
         })
         .collect();
     assert_eq!((greedy.len(), waiting.len()), (8, 82));
-    let mut modest: Vec<_> = (0..20).map(|_| Box::pin(admission.admit(of("modest", 10)))).collect();
+    let mut modest: Vec<_> =
+        (0..20).map(|_| Box::pin(admission.admit(of("modest", 10), Priority::default()))).collect();
     assert!(modest.iter_mut().all(|one| one.now_or_never().is_none()));
     let mut held = Vec::new();
     for freed in 1..=4 {
@@ -86,7 +89,7 @@ async fn permits_are_shared_by_tenant_before_they_are_shared_by_batch() {
     assert_eq!(greedy.len(), 4);
     drop((waiting, modest, held, greedy));
     let state = admission.0.lock();
-    assert!(state.queues.is_empty() && state.tenants.is_empty() && state.in_flight == 0);
+    assert!(state.shares.is_empty() && state.in_flight == 0);
 }
 
 #[tokio::test]
@@ -100,7 +103,7 @@ async fn hung_exchange_does_not_block_a_lowered_limit() {
         state.limit.ended(began, exchange, LimitFeedback::Refused(None), 1);
     }
     let later = Instant::now().checked_add(MIN_HANG_TIME * 2).unwrap();
-    let hanging = admission.admit(batch(1)).await.unwrap();
+    let hanging = admission.admit(batch(1), Priority::default()).await.unwrap();
     {
         let mut state = admission.0.lock();
         let soon = Instant::now().checked_add(MIN_HANG_TIME / 2).unwrap();
@@ -119,21 +122,24 @@ async fn hung_exchange_does_not_block_a_lowered_limit() {
 #[tokio::test]
 async fn throttle_respects_reported_remaining_requests() {
     let admission = open(8);
-    let first = admission.admit(batch(1)).await.unwrap();
+    let first = admission.admit(batch(1), Priority::default()).await.unwrap();
     admission.update_remaining(&first, 2, Duration::from_millis(400));
     drop(first);
     let started = Instant::now();
     for _ in 0..2 {
-        end(admission.admit(batch(1)).now_or_never().unwrap().unwrap(), LimitFeedback::Accepted);
+        end(
+            admission.admit(batch(1), Priority::default()).now_or_never().unwrap().unwrap(),
+            LimitFeedback::Accepted,
+        );
     }
-    end(admission.admit(batch(1)).await.unwrap(), LimitFeedback::Accepted);
+    end(admission.admit(batch(1), Priority::default()).await.unwrap(), LimitFeedback::Accepted);
     assert!(started.elapsed() >= Duration::from_millis(300));
 }
 
 #[tokio::test]
 async fn admit_fails_during_a_long_pause() {
     let admission = open(4);
-    let mut waiting = Box::pin(admission.admit(batch(2)));
+    let mut waiting = Box::pin(admission.admit(batch(2), Priority::default()));
     let mut in_flight = admit_all(&admission);
     assert!((&mut waiting).now_or_never().is_none());
     for admitted in &mut in_flight {
@@ -145,7 +151,7 @@ async fn admit_fails_during_a_long_pause() {
     let until = waiting.await.err().unwrap();
     let left = until.saturating_duration_since(Instant::now());
     assert!(left > MAX_QUEUE_WAIT && left <= Duration::from_secs(60), "{left:?}");
-    assert!(admission.admit(batch(3)).await.is_err());
+    assert!(admission.admit(batch(3), Priority::default()).await.is_err());
 }
 
 #[tokio::test]
@@ -153,11 +159,29 @@ async fn repeatedly_refused_request_does_not_slow_down_others() {
     let admission = open(8);
     let mut refusals = Refusals::default();
     for _ in 0..100 {
-        end(admission.admit(batch(1)).await.unwrap(), LimitFeedback::Accepted);
-        let mut alone = admission.admit(batch(1)).await.unwrap();
+        end(admission.admit(batch(1), Priority::default()).await.unwrap(), LimitFeedback::Accepted);
+        let mut alone = admission.admit(batch(1), Priority::default()).await.unwrap();
         alone.finish(LimitFeedback::Refused(Some(Duration::from_secs(60))), &mut refusals);
         drop(alone);
     }
     assert_eq!(admission.0.lock().limit.closed_until(Instant::now()), None);
     assert!(admission.limit() >= 8.0, "{}", admission.limit());
+}
+
+#[tokio::test]
+async fn limit_of_a_tenant_holds_over_all_plugins_and_blocks_no_other_tenant() {
+    let tenants = Arc::default();
+    let plugins = [(); 2].map(|()| AdmissionQueue::new(8, ShareBy::Exchanges, &tenants));
+    let limited = Priority { max_in_flight: Some(2), ..Priority::default() };
+    let of = |tenant: &str| QueueId { tenant: tenant.into(), batch: 1 };
+    let first = plugins[0].admit(of("t"), limited).await.unwrap();
+    let _second = plugins[1].admit(of("t"), limited).await.unwrap();
+    let mut third = Box::pin(plugins[1].admit(of("t"), limited));
+    assert!((&mut third).now_or_never().is_none());
+    // A free permit goes to another tenant, although the first one has waited longer.
+    let other = plugins[1].admit(of("other"), Priority::default()).now_or_never();
+    assert!(other.is_some());
+    // The end of an exchange of one plugin admits a request of another.
+    drop(first);
+    third.now_or_never().unwrap().unwrap();
 }

@@ -93,6 +93,7 @@ pub(crate) fn bounds(limits: &Limits) -> ExchangeLimits {
     ExchangeLimits {
         concurrency: limits.max_in_flight.get(),
         requests_per_minute: limits.requests_per_minute,
+        share_by: limits.share_by.into(),
         connect_timeout: limits.connect_timeout.duration(),
         first_byte_timeout: limits.first_byte_timeout.duration(),
         exchange_timeout: limits.exchange_timeout.duration(),

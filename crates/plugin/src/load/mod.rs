@@ -21,7 +21,7 @@ use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_domain::units::{Size, Span};
-use batchwright_egress::{AllowList, Gateway, Resolver, Shared};
+use batchwright_egress::{AllowList, Gateway, Resolver, Shared, Tenants};
 use batchwright_memory::Memory;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -112,7 +112,11 @@ impl Loader {
             order_file: order,
             permits,
             instances: Instances::start(memory.instances),
-            shared: Shared { exchanges: memory.exchanges, resolver: Resolver::default() },
+            shared: Shared {
+                exchanges: memory.exchanges,
+                resolver: Resolver::default(),
+                tenants: Tenants::default(),
+            },
             clock,
         })
     }

@@ -42,6 +42,43 @@ impl Shown for Isolation {
     }
 }
 
+/// What tenants share equally.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShareBy {
+    /// Exchanges in flight.
+    #[default]
+    Exchanges,
+    /// Tokens.
+    Tokens,
+}
+
+impl fmt::Display for ShareBy {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Exchanges => "exchanges",
+            Self::Tokens => "tokens",
+        })
+    }
+}
+
+impl Shown for ShareBy {
+    const KIND: &'static str = "string";
+
+    fn shown(&self) -> String {
+        format!("`{self}`")
+    }
+}
+
+impl From<ShareBy> for batchwright_egress::ShareBy {
+    fn from(by: ShareBy) -> Self {
+        match by {
+            ShareBy::Exchanges => Self::Exchanges,
+            ShareBy::Tokens => Self::Tokens,
+        }
+    }
+}
+
 /// Returns a number that is at least 1.
 fn count(number: u32) -> NonZeroU32 {
     NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN)
@@ -107,6 +144,9 @@ limits! {
         pub max_wait: Span = Span::seconds(3600);
         /// Exchanges in flight.
         pub max_in_flight: NonZeroUsize = NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN);
+        /// What tenants share equally. `exchanges`: exchanges in flight. `tokens`: tokens, for a
+        /// provider whose limit is in tokens.
+        pub share_by: ShareBy = ShareBy::Exchanges;
         /// Exchanges started per minute; absent means no limit.
         pub requests_per_minute: Option<NonZeroU32> = None;
         /// Timeout of a connection attempt.

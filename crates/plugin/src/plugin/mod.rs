@@ -1,8 +1,8 @@
 //! Loaded plugin: its instances by tenant, and the calls of its functions.
 //!
 //! **One call.**
-//! 1. The caller takes a permit of the tenant's pool. Calls are short and occupy a thread, so a
-//!    pool has twice as many permits as the machine has threads.
+//! 1. The caller waits for its turn. Calls are short and occupy a thread, so few run at a time, and
+//!    tenants share the CPU time; see [`crate::sandbox::cpu_shares`].
 //! 2. The call gets an idle instance of the same tenant, or a new one. Tenants never share an
 //!    instance: what a guest remembers of one tenant cannot reach another.
 //! 3. The instance runs the function within the limits of [`crate::sandbox::instance`].

@@ -1,15 +1,16 @@
 //! Instances of a plugin by tenant: leases for calls, creation and return.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_memory::Holder;
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::error::CallError;
 use crate::package::limits::Isolation;
 use crate::plugin::Plugin;
+use crate::sandbox::cpu_shares::Turn;
 use crate::sandbox::instance::{Instance, in_time};
 use crate::sandbox::instances::IdleInstances;
 
@@ -18,16 +19,16 @@ pub(crate) struct Pool {
     pub(super) idle: Arc<IdleInstances>,
     /// Holder in whose name instances reserve memory.
     holder: Holder,
-    /// Permits for calls. Calls are short and occupy a thread, so more calls than threads gain
-    /// little.
-    permits: Semaphore,
+    tenant: TenantId,
 }
 
 /// Instance for one call, which returns to its pool only if the call succeeded.
 pub(super) struct Lease<'a> {
     pool: &'a Pool,
     pub(super) instance: Instance,
-    _permit: Option<SemaphorePermit<'a>>,
+    turn: Turn,
+    /// Time that earlier calls of the instance have waited for memory.
+    waited_before: Duration,
 }
 
 impl Plugin {
@@ -36,11 +37,10 @@ impl Plugin {
         if let Some(pool) = pools.get(tenant) {
             return pool.clone();
         }
-        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let pool = Arc::new(Pool {
             idle: self.runtime.instances.idle_list(),
             holder: self.holder(Some(tenant)),
-            permits: Semaphore::new(threads.saturating_mul(2)),
+            tenant: tenant.clone(),
         });
         pools.insert(tenant.clone(), pool.clone());
         pool
@@ -53,7 +53,7 @@ impl Plugin {
         units: u32,
         bytes: usize,
     ) -> Result<Lease<'a>, CallError> {
-        let permit = pool.permits.acquire().await.ok();
+        let turn = self.runtime.instances.cpu.turn(&pool.tenant).await;
         let idle = pool.idle.take().filter(|instance| !instance.lacks_memory_for(bytes));
         let mut instance = match idle {
             Some(instance) => instance,
@@ -61,7 +61,8 @@ impl Plugin {
             None => Box::pin(self.instantiate(&pool.holder)).await?,
         };
         instance.allow(&self.facts.limits, units);
-        Ok(Lease { pool, instance, _permit: permit })
+        let waited_before = instance.waited.total();
+        Ok(Lease { pool, instance, turn, waited_before })
     }
 
     /// Creates and configures an instance. Waits for memory and for a slot of wasmtime's pool.
@@ -110,6 +111,9 @@ impl Plugin {
         function: &'static str,
         called: wasmtime::Result<T>,
     ) -> Result<T, CallError> {
+        let waited = lease.instance.waited.total().saturating_sub(lease.waited_before);
+        let mut turn = lease.turn;
+        turn.excuse(waited);
         match called {
             Ok(value) => {
                 let is_reusable = lease.instance.calls

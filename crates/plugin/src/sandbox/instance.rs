@@ -83,7 +83,7 @@ impl MemoryWait {
         self.0.fetch_add(waited, Ordering::Relaxed);
     }
 
-    fn total(&self) -> Duration {
+    pub(crate) fn total(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::Relaxed))
     }
 }

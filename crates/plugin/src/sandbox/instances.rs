@@ -20,6 +20,7 @@ use batchwright_memory::{Holder, Pool, Reservation};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::sandbox::cpu_shares::CpuShares;
 use crate::sandbox::instance::Instance;
 
 /// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
@@ -35,6 +36,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Registry of the idle instances of all plugins, with the memory pool of all instances.
 pub(crate) struct Instances {
+    /// Shares of CPU time.
+    pub(crate) cpu: Arc<CpuShares>,
     memory: Pool,
     idle: Mutex<Vec<Weak<IdleInstances>>>,
     /// Notified whenever a call ends and its instance becomes idle or is dropped.
@@ -48,8 +51,12 @@ impl Instances {
     /// Creates the registry and starts the task that drops instances after [`IDLE_TIMEOUT`]. The
     /// task ends with the registry.
     pub(crate) fn start(memory: Pool) -> Arc<Self> {
-        let instances =
-            Arc::new(Self { memory, idle: Mutex::default(), call_ended: Notify::new() });
+        let instances = Arc::new(Self {
+            cpu: CpuShares::new(),
+            memory,
+            idle: Mutex::default(),
+            call_ended: Notify::new(),
+        });
         let weak = Arc::downgrade(&instances);
         tokio::spawn(async move {
             loop {

@@ -363,6 +363,13 @@ CREATE TABLE batch_tokens (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Orders waiting batches by tenant within their lane.
+const MIGRATION_9: &str = "
+DROP INDEX batches_running;
+CREATE INDEX batches_running ON batches (lane, tenant, waits_since, key)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -374,6 +381,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_6),
         M::up(MIGRATION_7),
         M::up(MIGRATION_8),
+        M::up(MIGRATION_9),
     ])
 }
 

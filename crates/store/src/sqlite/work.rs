@@ -14,6 +14,18 @@ use super::super::{
 use super::keys::BatchRow;
 use super::{database_error, enqueued, files, timestamp, to_i64};
 
+/// Maximum number of pairs of a lane and a tenant that are looked at.
+const MAX_WAITING: i64 = 20_000;
+
+/// Maximum number of batches whose window ends soon.
+const MAX_URGENT: i64 = 64;
+
+/// Maximum rest of the window of a batch that counts as urgent.
+const URGENT_MILLIS: i64 = 3 * 3_600_000;
+
+/// A batch is urgent if less than one in this many parts of its window is left.
+const URGENT_SHARE: i64 = 10;
+
 /// Ends the leases of an owner that is gone: its claims, and its registrations of objects.
 pub(super) fn end_leases(connection: &Connection, owner: &str) -> Result<()> {
     for sql in [
@@ -26,7 +38,8 @@ pub(super) fn end_leases(connection: &Connection, owner: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the oldest waiting batch of each lane, and the batch that expired first.
+/// Returns the oldest waiting batch of each tenant in each lane, the batches whose window ends
+/// soonest, and the batch that expired first.
 ///
 /// An expired lease may be taken over, but never by its own holder: a clock that jumps must not
 /// make one process work on a batch twice.
@@ -35,45 +48,65 @@ pub(super) fn waiting(
     owner: &str,
     now: Timestamp,
 ) -> Result<Vec<Waiting>> {
-    // The recursive query seeks lane by lane in the index, so its cost does not depend on the
-    // number of batches that wait in a lane.
+    // The recursive query seeks from one pair of a lane and a tenant to the next in the index, so
+    // its cost does not depend on the number of batches that a tenant has.
     let mut statement = connection
         .prepare_cached(
-            "WITH RECURSIVE lanes (lane) AS (
-                 SELECT min(lane) FROM batches
-                 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-                 UNION ALL
-                 SELECT (
-                     SELECT min(batches.lane) FROM batches
-                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-                     AND batches.lane > lanes.lane
-                 ) FROM lanes WHERE lanes.lane IS NOT NULL
-             ),
-             oldest (key) AS (
+            "WITH RECURSIVE pairs (key) AS (
                  SELECT (
                      SELECT key FROM batches
                      WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-                     AND batches.lane = lanes.lane
+                     ORDER BY lane, tenant LIMIT 1
+                 )
+                 UNION ALL
+                 SELECT (
+                     SELECT batches.key FROM batches
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                     AND (batches.lane, batches.tenant) > (before.lane, before.tenant)
+                     ORDER BY batches.lane, batches.tenant LIMIT 1
+                 ) FROM pairs JOIN batches AS before USING (key)
+                 LIMIT ?3
+             ),
+             found (key, is_urgent) AS (
+                 SELECT (
+                     SELECT batches.key FROM batches
+                     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                     AND batches.lane = pair.lane AND batches.tenant = pair.tenant
                      AND lease_until <= ?1 AND owner IS NOT ?2 AND waits_since <= ?1
-                     ORDER BY waits_since, key LIMIT 1
-                 ) FROM lanes
-                 UNION
+                     ORDER BY waits_since, batches.key LIMIT 1
+                 ), 0 FROM pairs JOIN batches AS pair USING (key)
+                 UNION ALL
                  SELECT * FROM (
-                     SELECT key FROM batches WHERE status = 'in_progress' AND expires_at <= ?1
+                     SELECT key, 1 FROM batches
+                     WHERE status = 'in_progress' AND expires_at > ?1 AND expires_at <= ?1 + ?4
+                     AND (expires_at - ?1) * ?5 <= expires_at - created_at
+                     AND lease_until <= ?1 AND owner IS NOT ?2 AND waits_since <= ?1
+                     ORDER BY expires_at LIMIT ?6
+                 )
+                 UNION ALL
+                 SELECT * FROM (
+                     SELECT key, 0 FROM batches WHERE status = 'in_progress' AND expires_at <= ?1
                      AND lease_until <= ?1 AND owner IS NOT ?2 ORDER BY expires_at LIMIT 1
                  )
              )
-             SELECT tenant, key, waits_since,
-             CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END
-             FROM oldest JOIN batches USING (key)",
+             SELECT tenant, batches.key, waits_since,
+             CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END,
+             tenants.name, coalesce(tenants.weight, 1), max(is_urgent)
+             FROM found JOIN batches USING (key) JOIN tenants ON tenants.key = batches.tenant
+             GROUP BY batches.key",
         )
         .map_err(database_error)?;
+    let values =
+        params![now.as_millis(), owner, MAX_WAITING, URGENT_MILLIS, URGENT_SHARE, MAX_URGENT];
     let rows = statement
-        .query_map(params![now.as_millis(), owner], |row| {
+        .query_map(values, |row| {
             Ok(Waiting {
                 key: BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key(),
                 since: timestamp(row.get(2)?),
                 lane: parse_lane(&row.get::<_, String>(3)?),
+                tenant: row.get::<_, String>(4)?.into(),
+                weight: row.get(5)?,
+                is_urgent: row.get(6)?,
             })
         })
         .map_err(database_error)?;

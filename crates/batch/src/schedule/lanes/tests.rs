@@ -9,6 +9,7 @@ fn plugins(names: &str) -> Plugins {
     names.split(' ').map(str::to_owned).collect()
 }
 
+/// Returns a waiting batch for each lane, each of another tenant.
 fn waiting(lanes: &[(&str, i64)]) -> Vec<Waiting> {
     let lane = |name: &str| match name {
         "validate" => Lane::Validate,
@@ -18,6 +19,9 @@ fn waiting(lanes: &[(&str, i64)]) -> Vec<Waiting> {
     lanes
         .iter()
         .map(|(name, since)| Waiting {
+            tenant: (*name).into(),
+            weight: 1,
+            is_urgent: false,
             lane: lane(name),
             since: Timestamp::from_millis(*since),
             key: BatchKey::new(&[]),
@@ -29,8 +33,8 @@ fn waiting(lanes: &[(&str, i64)]) -> Vec<Waiting> {
 fn full_plugin_does_not_block_other_plugins() {
     let lanes = Lanes::new(2, 100, Arc::default());
     let slow = Lane::Execute(plugins("slow"));
-    let first = lanes.take(&slow);
-    let _second = lanes.take(&slow);
+    let first = lanes.take(&slow, &"t".into());
+    let _second = lanes.take(&slow, &"t".into());
     assert_eq!(lanes.next(&waiting(&[("slow", 1)])), Next::Nothing);
     assert_eq!(lanes.next(&waiting(&[("slow", 1), ("fast", 2)])), Next::Claim(1));
     assert_eq!(lanes.next(&waiting(&[("slow", 1), ("validate", 3)])), Next::Claim(1));
@@ -44,8 +48,10 @@ fn full_plugin_does_not_block_other_plugins() {
 #[test]
 fn total_limit_leaves_each_plugin_one_place() {
     let lanes = Lanes::new(16, 2, Arc::default());
-    let _places =
-        [lanes.take(&Lane::Execute(plugins("a"))), lanes.take(&Lane::Execute(plugins("b")))];
+    let _places = [
+        lanes.take(&Lane::Execute(plugins("a")), &"t".into()),
+        lanes.take(&Lane::Execute(plugins("b")), &"t".into()),
+    ];
     assert_eq!(lanes.next(&waiting(&[("a", 1), ("a b", 1)])), Next::Nothing);
     assert_eq!(lanes.next(&waiting(&[("a", 1), ("c", 2)])), Next::Claim(1));
 }
@@ -53,16 +59,16 @@ fn total_limit_leaves_each_plugin_one_place() {
 #[tokio::test]
 async fn batch_releases_its_place_after_a_stint_if_another_waits() {
     let lanes = Lanes::new(1, 100, Arc::default());
-    let (ours, theirs) = (plugins("p"), waiting(&[("p", 5)]));
+    let (ours, theirs, tenant) = (plugins("p"), waiting(&[("p", 5)]), TenantId::from("t"));
     let _active = lanes.work_on(&Lane::Execute(ours.clone()));
-    let mut place = lanes.take(&Lane::Execute(ours.clone()));
+    let mut place = lanes.take(&Lane::Execute(ours.clone()), &"t".into());
     place.started_at = Instant::now().checked_sub(STINT_DURATION);
     assert!(!place.is_over(), "no other batch waits");
     assert_eq!(lanes.next(&theirs), Next::Nothing);
     assert!(place.is_over());
     place = {
         drop(place);
-        lanes.take(&Lane::Execute(ours.clone()))
+        lanes.take(&Lane::Execute(ours.clone()), &"t".into())
     };
     assert_eq!(lanes.next(&theirs), Next::Nothing);
     assert!(!place.is_over(), "the stint has not started");
@@ -72,10 +78,10 @@ async fn batch_releases_its_place_after_a_stint_if_another_waits() {
     assert!(place.is_over() && place.over().now_or_never().is_some());
     drop(place);
     // The other batch has waited longer and runs first.
-    let mut back = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(6)));
+    let mut back = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(6)));
     assert!((&mut back).now_or_never().is_none());
     assert_eq!(lanes.next(&theirs), Next::Claim(0));
-    let other = lanes.take(&Lane::Execute(ours.clone()));
+    let other = lanes.take(&Lane::Execute(ours.clone()), &"t".into());
     assert_eq!(lanes.next(&[]), Next::Nothing);
     drop(other);
     assert_eq!(lanes.next(&[]), Next::Returned);
@@ -85,10 +91,10 @@ async fn batch_releases_its_place_after_a_stint_if_another_waits() {
 #[tokio::test]
 async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
     let lanes = Lanes::new(1, 100, Arc::default());
-    let ours = plugins("p");
+    let (ours, tenant) = (plugins("p"), TenantId::from("t"));
     let active = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
-    let mut first = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(1)));
-    let mut second = Box::pin(lanes.come_back(&ours, Timestamp::from_millis(2)));
+    let mut first = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(1)));
+    let mut second = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(2)));
     assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
     let third = waiting(&[("p", 0), ("p q", 0)]);
     // The batch with the oldest turn is evicted. The other active batch has its turn, although
@@ -100,4 +106,40 @@ async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
     assert!(place.is_some());
     drop((place, active));
     assert_eq!(lanes.next(&third), Next::Claim(0));
+}
+
+#[test]
+fn tenants_take_turns_by_weight_and_urgent_batches_are_first_of_their_tenant() {
+    let lanes = Lanes::new(100, 100, Arc::default());
+    let batch = |tenant: &str, since: i64, is_urgent| Waiting {
+        tenant: tenant.into(),
+        weight: if tenant == "heavy" { 3 } else { 1 },
+        is_urgent,
+        lane: Lane::Execute(plugins("p")),
+        since: Timestamp::from_millis(since),
+        key: BatchKey::new(&[]),
+    };
+    let mut claimed = HashMap::<String, usize>::new();
+    let mut places = Vec::new();
+    for _ in 0..50 {
+        // The greedy tenant has waited longest with many batches.
+        let waiting = [
+            batch("greedy", 1, false),
+            batch("greedy", 3, true),
+            batch("modest", 5, false),
+            batch("heavy", 6, false),
+        ];
+        let Next::Claim(index) = lanes.next(&waiting) else { panic!("no place") };
+        assert_ne!(index, 0, "the urgent batch of a tenant is first");
+        let found = &waiting[index];
+        places.push(lanes.take(&found.lane, &found.tenant));
+        *claimed.entry(found.tenant.to_string()).or_default() += 1;
+    }
+    assert_eq!(
+        claimed,
+        HashMap::from(
+            [("greedy", 10), ("modest", 10), ("heavy", 30)]
+                .map(|(name, number)| (name.to_owned(), number))
+        )
+    );
 }

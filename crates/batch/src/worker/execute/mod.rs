@@ -49,6 +49,7 @@ use crate::request::context::Context;
 use crate::request::jobs::Jobs;
 use crate::schedule::lanes::{Lanes, Place, Plugins};
 use crate::schedule::parked::Checkpoint;
+use crate::schedule::quotas::BatchShare;
 use crate::schedule::retry_queue::Entry;
 use crate::schedule::stop::{Reason, Stop};
 use crate::worker::Worker;
@@ -141,6 +142,10 @@ impl Worker {
             gate: self.gate.clone(),
             queue: self.next_queue(&claim.tenant),
             quota: self.quotas.of(&claim.tenant),
+            share: BatchShare {
+                created_at: batch.new.created_at,
+                expires_at: batch.new.expires_at,
+            },
         });
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, to_record);
@@ -215,7 +220,7 @@ impl Worker {
                 }
             };
             *place = tokio::select! {
-                granted = lanes.come_back(plugins, self.clock.now()),
+                granted = lanes.come_back(plugins, &claim.tenant, self.clock.now()),
                     if !work.context.leave.is_cancelled() =>
                 {
                     if granted.is_none() {
