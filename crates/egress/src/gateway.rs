@@ -153,8 +153,8 @@ impl Gateway {
     }
 
     /// Returns an empty reservation of the exchanges' memory pool.
-    pub fn reservation(&self) -> Reservation {
-        self.exchanges.reservation(&self.plugin)
+    pub fn reservation(&self, tenant: &TenantId) -> Reservation {
+        self.exchanges.reservation(&format!("{}/{tenant}", self.plugin).into())
     }
 
     /// Returns the bytes to reserve before an exchange. The estimate is capped, because a very

@@ -21,6 +21,7 @@
 //! **Fairness.** The second layer is the *holder*: a plugin or a tenant that shares a pool.
 //! A holder that reserves more must leave as many bytes free as the holder then holds, so that the
 //! next holder always finds room.
+//! Tenants of one plugin share in the same way what the plugin may hold.
 //! [`Pool`] has the exact rules.
 //!
 //! **No deadlock.** A reservation may grow in steps, and reservations that wait for each other
@@ -41,15 +42,15 @@ use std::sync::Arc;
 pub use config::{Budget, MemoryConfig};
 pub use pool::{Pool, Reservation};
 
-/// Name of a plugin or tenant that shares a pool.
+/// Name of a plugin or tenant that shares a pool, or `plugin/tenant`.
 pub type Holder = Arc<str>;
 
 /// Pools of the process.
 #[derive(Clone)]
 pub struct Memory {
-    /// Lines in flight, held until the provider responds; by plugin. 4/16 of the budget.
+    /// Lines in flight, held until the provider responds; by plugin and tenant. 4/16 of the budget.
     pub lines: Pool,
-    /// Request bodies, responses, and results until their commit; by plugin. 5/16.
+    /// Request bodies, responses, and results until their commit; by plugin and tenant. 5/16.
     pub exchanges: Pool,
     /// Chunks of input files in validation; by tenant. 2/16.
     pub validation: Pool,

@@ -12,10 +12,13 @@ use super::Holder;
 /// A quarter of the pool is the *overdraft*: the bytes below a free count of zero.
 ///
 /// A request for bytes is granted if one of these rules holds, tested in this order:
-/// 1. After the grant, the holder holds no more than the pool has free.
+/// 1. After the grant, the group of the holder holds no more than the pool has free. If the group
+///    has several holders, the holder holds no more than the group could still reserve.
 /// 2. The reservation is the *priority reservation* of its holder, and the overdraft suffices.
 /// 3. The reservation is the priority reservation of its holder, and the pool has no *oversized
 ///    reservation*. The reservation becomes the oversized reservation.
+///
+/// The group is the part of the holder's name before a slash: a plugin, whose tenants are holders.
 ///
 /// A reservation becomes the priority reservation when rule 1 refuses its request, the request may
 /// wait, and the holder has no priority reservation yet. The reservation keeps both roles until it
@@ -36,11 +39,19 @@ struct State {
     /// Free bytes; negative while the overdraft is in use.
     free: i64,
     holders: HashMap<Holder, HolderState>,
+    groups: HashMap<Holder, GroupState>,
     /// Holders with a waiting reservation, in the order in which grants are tried.
     waiting: VecDeque<Holder>,
     /// Id of the oversized reservation.
     oversized: Option<u64>,
     next_id: u64,
+}
+
+/// Holders of a group.
+#[derive(Default)]
+struct GroupState {
+    held: i64,
+    holders: usize,
 }
 
 #[derive(Default)]
@@ -68,6 +79,11 @@ pub struct Reservation {
     bytes: i64,
 }
 
+/// Returns the group of a holder.
+fn group(holder: &str) -> &str {
+    holder.split_once('/').map_or(holder, |(group, _)| group)
+}
+
 /// Converts to a signed size, capped so that sums of a few sizes do not overflow.
 fn signed(bytes: usize) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX / 4).min(i64::MAX / 4)
@@ -80,6 +96,7 @@ impl Pool {
         let state = State {
             free: signed(size.saturating_sub(overdraft)),
             holders: HashMap::new(),
+            groups: HashMap::new(),
             waiting: VecDeque::new(),
             oversized: None,
             next_id: 0,
@@ -127,13 +144,16 @@ impl Pool {
         let mut state = self.lock();
         let counted = if state.oversized == Some(reservation) { 0 } else { bytes };
         state.free = state.free.saturating_add(counted);
+        if let Some(found) = state.groups.get_mut(group(holder)) {
+            found.held = found.held.saturating_sub(counted);
+        }
         if let Some(found) = state.holders.get_mut(holder) {
             found.held = found.held.saturating_sub(counted);
             if empty && found.priority == Some(reservation) {
                 found.priority = None;
             }
             if found.held == 0 && found.priority.is_none() && found.queue.is_empty() {
-                state.holders.remove(holder);
+                state.remove_holder(holder);
             }
         }
         if empty && state.oversized == Some(reservation) {
@@ -149,6 +169,29 @@ impl Pool {
 }
 
 impl State {
+    fn add_holder(&mut self, holder: &Holder) {
+        if self.holders.contains_key(holder) {
+            return;
+        }
+        self.holders.insert(holder.clone(), HolderState::default());
+        let name = group(holder);
+        match self.groups.get_mut(name) {
+            Some(found) => found.holders = found.holders.saturating_add(1),
+            None => drop(self.groups.insert(name.into(), GroupState { held: 0, holders: 1 })),
+        }
+    }
+
+    fn remove_holder(&mut self, holder: &Holder) {
+        self.holders.remove(holder);
+        let name = group(holder);
+        if let Some(found) = self.groups.get_mut(name) {
+            found.holders = found.holders.saturating_sub(1);
+            if found.holders == 0 {
+                self.groups.remove(name);
+            }
+        }
+    }
+
     /// Grants a request by the rules of [`Pool`] and returns true, or returns false.
     ///
     /// `already_held` is the number of bytes that the reservation holds already.
@@ -164,12 +207,13 @@ impl State {
             return true;
         }
         let free = self.free.saturating_sub(bytes);
-        if !self.holders.contains_key(holder) {
-            self.holders.insert(holder.clone(), HolderState::default());
-        }
+        self.add_holder(holder);
         let Some(found) = self.holders.get_mut(holder) else { return false };
+        let Some(of_group) = self.groups.get_mut(group(holder)) else { return false };
         let held = found.held.saturating_add(bytes);
-        if held > free {
+        let held_by_group = of_group.held.saturating_add(bytes);
+        let rest_of_group = free.saturating_sub(held_by_group) / 2;
+        if held_by_group > free || (of_group.holders > 1 && held > rest_of_group) {
             if !may_take_priority || *found.priority.get_or_insert(reservation) != reservation {
                 return false;
             }
@@ -179,11 +223,13 @@ impl State {
                 }
                 self.oversized = Some(reservation);
                 found.held = found.held.saturating_sub(already_held);
+                of_group.held = of_group.held.saturating_sub(already_held);
                 self.free = self.free.saturating_add(already_held);
                 return true;
             }
         }
         found.held = held;
+        of_group.held = held_by_group;
         self.free = free;
         true
     }

@@ -80,7 +80,7 @@ impl Context {
             ControlFlow::Continue(probe) => probe,
             ControlFlow::Break(outcome) => return outcome,
         };
-        let mut exchange = Exchange::new(&plugin, retry_state.refusals);
+        let mut exchange = Exchange::new(&plugin, &self.tenant, retry_state.refusals);
         if !self.load_job(&mut exchange, line, retry_state.has_job).await {
             return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
         }

@@ -58,13 +58,13 @@ fn may_be_error(response: &HttpResponse, assessment: &Assessment) -> bool {
 
 impl<'a> Exchange<'a> {
     /// Creates the state of an attempt that has sent nothing.
-    pub(crate) fn new(plugin: &'a Plugin, refusals: Refusals) -> Self {
+    pub(crate) fn new(plugin: &'a Plugin, tenant: &TenantId, refusals: Refusals) -> Self {
         Self {
             plugin,
             permit: None,
             has_rate_permit: false,
             hold: None,
-            reservation: plugin.gateway().reservation(),
+            reservation: plugin.gateway().reservation(tenant),
             last: None,
             sent_at: None,
             job: None,

@@ -142,3 +142,33 @@ proptest! {
         prop_assert!(state.oversized.is_none());
     }
 }
+
+#[tokio::test]
+async fn tenants_of_a_plugin_share_what_the_plugin_may_hold() {
+    let pool = pool();
+    let whole = free(&pool);
+    let reserve =
+        |name: &str| std::iter::from_fn(|| pool.try_reserve(&holder(name), 10)).collect::<Vec<_>>();
+    // Alone, a tenant may hold all that its plugin may.
+    let mut greedy = reserve("p/greedy");
+    assert_eq!(greedy.len(), 50);
+    let modest = holder("p/modest");
+    let mut first = pool.reservation(&modest);
+    first.grow_to(10).now_or_never().unwrap();
+    assert!(pool.try_reserve(&modest, 10).is_none(), "the plugin holds what it may");
+    // What the tenant releases goes to the other one, until they hold alike.
+    let mut of_modest = Vec::new();
+    for _ in 0..30 {
+        greedy.pop();
+        assert!(pool.try_reserve(&holder("p/greedy"), 10).is_none());
+        of_modest.extend(pool.try_reserve(&modest, 10));
+    }
+    assert!(of_modest.len() >= 12, "{}", of_modest.len());
+    // Another plugin is not affected by the number of tenants.
+    let other = reserve("q/greedy");
+    assert!(other.len() >= 20, "{}", other.len());
+    drop((greedy, first, of_modest, other));
+    assert_eq!(free(&pool), whole);
+    let state = pool.lock();
+    assert!(state.holders.is_empty() && state.groups.is_empty());
+}

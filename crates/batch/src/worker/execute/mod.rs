@@ -115,7 +115,8 @@ impl Worker {
             Lane::Validate | Lane::Finish | Lane::Admit => Plugins::new(),
         };
         let targets = plugins.iter().map(|name| Target {
-            plugin: name.as_str().into(),
+            plugin: name.clone(),
+            holder: format!("{name}/{}", claim.tenant).into(),
             breaker: self.breakers.of(name, &claim.tenant, batch.new.endpoint),
         });
         let targets: Vec<Target> = targets.collect();
@@ -133,7 +134,7 @@ impl Worker {
             breaker_registry: self.breakers.clone(),
             breakers: targets
                 .iter()
-                .map(|target| (target.plugin.to_string(), target.breaker.clone()))
+                .map(|target| (target.plugin.clone(), target.breaker.clone()))
                 .collect(),
             clock: self.clock.clone(),
             config: self.config.clone(),
@@ -156,8 +157,8 @@ impl Worker {
             let tasks = TaskTracker::new();
             tasks.close();
             // Lines whose model is not read yet share memory with all lines of the same plugins.
-            let holder: Holder =
-                plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ").into();
+            let names = plugins.iter().map(String::as_str).collect::<Vec<_>>().join(" ");
+            let holder: Holder = format!("{names}/{}", claim.tenant).into();
             let model = self.model_at_provider(claim, batch);
             let work =
                 Work { context, holder, targets, model, results, kill: &kill, tasks: &tasks };
@@ -377,9 +378,9 @@ impl Worker {
                     if lines.is_behind_untried(failed_attempts) {
                         continue;
                     }
-                    target.plugin.clone()
+                    target.holder.clone()
                 }
-                Some(target) => target.plugin.clone(),
+                Some(target) => target.holder.clone(),
                 None => work.holder.clone(),
             };
             let permits = async {

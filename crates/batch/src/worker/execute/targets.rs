@@ -15,7 +15,9 @@ use crate::worker::record::Recorded;
 
 /// Plugin that serves lines of the batch, with its circuit breaker.
 pub(crate) struct Target {
-    pub(super) plugin: Holder,
+    pub(super) plugin: String,
+    /// Holder of the memory of lines: the plugin and the tenant.
+    pub(super) holder: Holder,
     pub(super) breaker: Arc<Breaker>,
 }
 
@@ -85,6 +87,6 @@ impl Work<'_> {
             return Some(only);
         }
         let route = self.context.registry.current().route(&self.context.tenant, model?)?;
-        self.targets.iter().find(|target| *target.plugin == *route.plugin.name())
+        self.targets.iter().find(|target| target.plugin == route.plugin.name())
     }
 }
