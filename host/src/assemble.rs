@@ -64,6 +64,7 @@ fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result
             .map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?,
         serials: options.serials,
         order: options.order,
+        secrets_folder: settings.plugins.secrets.clone(),
         compiler: options.compiler,
         memory: memory.clone(),
     };

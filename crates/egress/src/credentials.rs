@@ -1,8 +1,12 @@
 //! Secrets: added to requests, redacted in responses and errors, never shown.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use aho_corasick::{AhoCorasick, MatchKind};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+use batchwright_domain::ids::TenantId;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use url::Url;
@@ -55,7 +59,60 @@ pub struct Credential {
     pub secret: String,
     /// Hosts that get this credential; no other host gets it, even if the plugin may reach that
     /// host.
-    pub hosts: AllowList,
+    pub hosts: Arc<AllowList>,
+}
+
+/// Secrets of one plugin, by tenant.
+///
+/// **Threat.** A tenant's request goes out with the credential of another, or an answer shows it.
+/// Each exchange therefore takes the secrets of its tenant once, and uses them for the headers and
+/// for the redaction.
+pub struct CredentialStore {
+    /// Secrets of tenants without their own; none if such tenants may not use the plugin.
+    pub default: Option<Arc<Secrets>>,
+    /// Own secrets of tenants.
+    pub tenants: HashMap<TenantId, Arc<Secrets>>,
+    /// Secrets in a folder, which come first.
+    pub folder: Option<Box<dyn SecretsFolder>>,
+}
+
+/// Folder with secrets of tenants, which is read again when it changes.
+pub trait SecretsFolder: Send + Sync {
+    /// Returns the secrets of a tenant; none if the folder has none for it.
+    fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String>;
+}
+
+/// Tenant without a credential, with the text for the operator.
+#[derive(Debug)]
+pub struct NoCredential(pub String);
+
+impl CredentialStore {
+    /// Creates a store with the same secrets for all tenants.
+    pub fn shared(secrets: Secrets) -> Self {
+        Self { default: Some(Arc::new(secrets)), tenants: HashMap::new(), folder: None }
+    }
+
+    /// Returns the secrets of any tenant, or none.
+    pub(crate) fn any(&self) -> Arc<Secrets> {
+        let found = self.default.as_ref().or_else(|| self.tenants.values().next());
+        found.cloned().unwrap_or_default()
+    }
+
+    /// Returns the secrets of a tenant.
+    pub fn of(&self, tenant: &TenantId) -> Result<Arc<Secrets>, NoCredential> {
+        if let Some(folder) = &self.folder {
+            match folder.of(tenant) {
+                Ok(Some(secrets)) => return Ok(secrets),
+                Ok(None) => {}
+                // A credential that cannot be read is not replaced by another one.
+                Err(error) => return Err(NoCredential(error)),
+            }
+        }
+        let found = self.tenants.get(tenant).or(self.default.as_ref());
+        found.cloned().ok_or_else(|| {
+            NoCredential("the project has no credential, and there is no default".to_owned())
+        })
+    }
 }
 
 /// Error of credentials that cannot be used.
@@ -74,7 +131,7 @@ struct CredentialHeader {
     name: String,
     header: HeaderName,
     value: HeaderValue,
-    hosts: AllowList,
+    hosts: Arc<AllowList>,
 }
 
 /// Secrets of one plugin.
@@ -231,7 +288,7 @@ mod tests {
             header: header.parse().unwrap(),
             prefix: prefix.into(),
             secret: secret.into(),
-            hosts: AllowList::new(String::new(), &urls, &[]).unwrap(),
+            hosts: Arc::new(AllowList::new(String::new(), &urls, &[]).unwrap()),
         }
     }
 

@@ -22,8 +22,8 @@ use super::dial::Resolver;
 use super::explain::explain;
 use super::in_flight::TenantsInFlight;
 use super::{
-    AllowList, ExchangeLimits, HttpRequest, HttpResponse, Secrets, TransportError,
-    TransportErrorKind,
+    AllowList, CredentialStore, ExchangeLimits, HttpRequest, HttpResponse, NoCredential, Secrets,
+    TransportError, TransportErrorKind,
 };
 use crate::clients::Clients;
 
@@ -81,7 +81,7 @@ pub struct Tenants(pub(super) Arc<TenantsInFlight>);
 pub struct Gateway {
     plugin: Holder,
     pub(super) allow: Arc<AllowList>,
-    secrets: Secrets,
+    credentials: CredentialStore,
     pub(super) bounds: ExchangeLimits,
     admission: AdmissionQueue,
     /// Lock for first-come order, and the limiter of the operator's rate.
@@ -98,6 +98,8 @@ pub struct Gateway {
 
 /// Allowed URL, with the credential headers of its host.
 struct Checked {
+    /// Secrets whose headers these are.
+    secrets: Arc<Secrets>,
     text: String,
     uri: Uri,
     headers: Vec<(HeaderName, HeaderValue)>,
@@ -124,14 +126,14 @@ impl Gateway {
     pub fn new(
         plugin: &str,
         allow: AllowList,
-        secrets: Secrets,
+        credentials: CredentialStore,
         bounds: ExchangeLimits,
         shared: &Shared,
     ) -> Self {
         Self {
             plugin: plugin.into(),
             allow: Arc::new(allow),
-            secrets,
+            credentials,
             admission: AdmissionQueue::new(bounds.concurrency, bounds.share_by, &shared.tenants.0),
             rate: bounds
                 .requests_per_minute
@@ -227,13 +229,15 @@ impl Gateway {
         request: HttpRequest,
         reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
-        let checked = self.checked(&request.url)?;
+        // Taken once, so that headers and redaction have the same secrets.
+        let secrets = self.credentials.of(tenant).map_err(no_credential)?;
+        let checked = self.checked(&request.url, &secrets)?;
         let sent = request.body.len();
         let request = self.prepare(&checked, request)?;
         let clients = self.clients(tenant);
         let started = Instant::now();
         let end = started.checked_add(self.bounds.exchange_timeout).unwrap_or(started);
-        self.exchange(&clients, request, Deadline(end), reservation, sent).await
+        self.exchange((&clients, &secrets), request, Deadline(end), reservation, sent).await
     }
 
     /// Logs an exchange without a response: at most one warning per interval, the rest as debug.
@@ -248,21 +252,29 @@ impl Gateway {
         }
     }
 
-    /// Checks an adapter's request without sending it; fails as [`Self::send`] would.
+    /// Fails with the operator's text if a tenant has no credential.
+    pub fn check_credential(&self, tenant: &TenantId) -> Result<(), NoCredential> {
+        self.credentials.of(tenant).map(drop)
+    }
+
+    /// Checks an adapter's request without sending it; fails as [`Self::send`] would for a tenant
+    /// that has a credential.
     pub fn check(&self, request: &HttpRequest) -> Result<(), TransportError> {
+        let secrets = self.credentials.any();
         let copy = HttpRequest {
             method: request.method.clone(),
             url: request.url.clone(),
             headers: request.headers.clone(),
             body: Vec::new(),
         };
-        self.prepare(&*self.checked(&request.url)?, copy).map(drop)
+        self.prepare(&*self.checked(&request.url, &secrets)?, copy).map(drop)
     }
 
     /// Normalizes a URL, checks it against the allow-list, and adds the credentials of its host.
-    fn checked(&self, text: &str) -> Result<Arc<Checked>, TransportError> {
+    fn checked(&self, text: &str, secrets: &Arc<Secrets>) -> Result<Arc<Checked>, TransportError> {
         if let Some(last) = &*self.last_checked.load()
             && last.text == text
+            && Arc::ptr_eq(&last.secrets, secrets)
         {
             return Ok(last.clone());
         }
@@ -275,12 +287,13 @@ impl Gateway {
         let mut url = Url::parse(text).map_err(|error| invalid(error.to_string()))?;
         url.set_fragment(None);
         self.allow.check(&url)?;
-        let headers = self.secrets.for_url(&url)?;
+        let headers = secrets.for_url(&url)?;
         let uri: Uri = url
             .as_str()
             .parse()
             .map_err(|error: http::uri::InvalidUri| invalid(error.to_string()))?;
-        let checked = Arc::new(Checked { text: text.to_owned(), uri, headers });
+        let checked = Checked { secrets: secrets.clone(), text: text.to_owned(), uri, headers };
+        let checked = Arc::new(checked);
         self.last_checked.store(Some(checked.clone()));
         Ok(checked)
     }
@@ -325,7 +338,7 @@ impl Gateway {
         )));
         // Bodies are not decompressed, so that secrets in the response can be redacted.
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        self.secrets.add_to(&mut headers, &checked.headers);
+        checked.secrets.add_to(&mut headers, &checked.headers);
         let mut prepared = Request::new(Full::new(Bytes::from(request.body)));
         *prepared.method_mut() = method;
         *prepared.uri_mut() = checked.uri.clone();
@@ -337,7 +350,7 @@ impl Gateway {
     /// counts toward `reservation` until the response is complete.
     async fn exchange(
         &self,
-        clients: &Arc<Clients>,
+        (clients, secrets): (&Arc<Clients>, &Secrets),
         request: Request<Full<Bytes>>,
         end: Deadline,
         reservation: &mut Reservation,
@@ -352,8 +365,8 @@ impl Gateway {
             timeout(limit, clients.plain.request(request)).await
         };
         match sending {
-            Ok(Ok(response)) => self.receive(response, end, reservation, sent).await,
-            Ok(Err(error)) => Err(explain(&self.secrets, &error)),
+            Ok(Ok(response)) => self.receive(response, secrets, end, (reservation, sent)).await,
+            Ok(Err(error)) => Err(explain(secrets, &error)),
             Err(_) => Err(TransportError::new(
                 TransportErrorKind::Timeout,
                 format!(
@@ -367,9 +380,9 @@ impl Gateway {
     async fn receive(
         &self,
         response: Response<Incoming>,
+        secrets: &Secrets,
         mut end: Deadline,
-        reservation: &mut Reservation,
-        sent: usize,
+        (reservation, sent): (&mut Reservation, usize),
     ) -> Result<HttpResponse, TransportError> {
         let (head, mut body) = response.into_parts();
         let headers = head
@@ -377,9 +390,9 @@ impl Gateway {
             .iter()
             .map(|(name, value)| {
                 let mut value = String::from_utf8_lossy(value.as_bytes()).into_owned();
-                self.secrets.redact(&mut value);
+                secrets.redact(&mut value);
                 let mut name = name.as_str().to_owned();
-                self.secrets.redact(&mut name);
+                secrets.redact(&mut name);
                 (name, value)
             })
             .collect();
@@ -409,7 +422,7 @@ impl Gateway {
                 .after_sending()
             })?;
             let Some(frame) = frame else { break };
-            let frame = frame.map_err(|error| explain(&self.secrets, &error))?;
+            let frame = frame.map_err(|error| explain(secrets, &error))?;
             let Ok(data) = frame.into_data() else { continue };
             let size = bytes.len().saturating_add(data.len());
             if size > max {
@@ -435,9 +448,17 @@ impl Gateway {
         }
         // Redaction and the guest each make a copy of the body.
         end.reserve(reservation, bytes.len().saturating_mul(2)).await;
-        self.secrets.redact_body(&mut bytes, !head.status.is_success());
+        secrets.redact_body(&mut bytes, !head.status.is_success());
         Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
     }
+}
+
+fn no_credential(NoCredential(detail): NoCredential) -> TransportError {
+    TransportError::new(
+        TransportErrorKind::NotAllowed,
+        "The provider has no credential for this project.",
+    )
+    .with_detail(detail)
 }
 
 /// Returns true if a `Content-Encoding` is a real one; some providers send `none` or a charset.

@@ -56,7 +56,9 @@ pub use admission::{Permit, Priority, QueueId, Refusals, ShareBy};
 pub use allow::{AllowList, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
-pub use credentials::{Credential, Secrets, is_distinct};
+pub use credentials::{
+    Credential, CredentialStore, NoCredential, Secrets, SecretsFolder, is_distinct,
+};
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};
 pub use hints::RateLimitHints;

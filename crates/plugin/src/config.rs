@@ -11,6 +11,8 @@ settings! {
     pub struct PluginsConfig in "plugins" {
         /// Plugin folder, with one TOML file per plugin
         plugins: Option<PathBuf> = "" (shown "the folder `plugins` beside this program"), "DIR";
+        /// Folder with secrets of projects, each in the file SLUG/PLUGIN/CREDENTIAL
+        secrets: Option<PathBuf> = "" (shown "none"), "DIR";
         /// Folder of compiled plugins, which only the server may write to
         cache: Option<PathBuf> = "" (shown "DATA/cache"), "DIR";
         /// Maximum time to compile one plugin; a plugin that takes longer is rejected

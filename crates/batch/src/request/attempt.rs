@@ -40,6 +40,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_egress::NoCredential;
 use batchwright_plugin::types::Request;
 use batchwright_plugin::{Plugin, Route};
 
@@ -178,6 +179,16 @@ impl Context {
         if plugin.routing().paused {
             let message = "The provider is paused by the operator.";
             let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
+            let outcome = self.blocked_by_plugin(breaker, line, retry_state, message, &detail);
+            return ControlFlow::Break(outcome);
+        }
+        if let Err(NoCredential(detail)) = plugin.gateway().check_credential(&self.tenant) {
+            let message = "The provider has no credential for this project.";
+            let detail = format!(
+                "The plugin `{}` has no credential for the project `{}`: {detail}.",
+                plugin.name(),
+                self.tenant
+            );
             let outcome = self.blocked_by_plugin(breaker, line, retry_state, message, &detail);
             return ControlFlow::Break(outcome);
         }

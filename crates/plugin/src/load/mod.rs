@@ -63,6 +63,8 @@ pub struct LoaderConfig {
     pub serials: Option<PathBuf>,
     /// File of the order of plugins; None keeps it in memory only.
     pub order: Option<PathBuf>,
+    /// Folder with secrets of projects.
+    pub secrets_folder: Option<PathBuf>,
     /// Compiler program, if it is not the running program.
     pub compiler: Option<PathBuf>,
     /// Memory pools that instances and exchanges reserve from.
@@ -77,6 +79,7 @@ pub struct Loader {
     compiler: Compiler,
     pub(crate) trust: Trust,
     pub(crate) order_file: Option<PathBuf>,
+    secrets_folder: Option<PathBuf>,
     /// Permits to load a plugin. Each load holds its component in memory.
     permits: Semaphore,
     instances: Arc<Instances>,
@@ -98,6 +101,7 @@ impl Loader {
             trusted_keys,
             serials,
             order,
+            secrets_folder,
             compiler,
             memory,
         } = loading;
@@ -110,6 +114,7 @@ impl Loader {
             compiler,
             trust: Trust::open(trusted_keys, serials).map_err(failed)?,
             order_file: order,
+            secrets_folder,
             permits,
             instances: Instances::start(memory.instances),
             shared: Shared {
@@ -192,7 +197,9 @@ impl Loader {
                 key(&format!("settings{place}"), printable(&message, MAX_MESSAGE_CHARS))
             },
         )?;
-        let secrets = secrets(&manifest, &inspected.description, &file, &urls, placeholder, &key)?;
+        let folder = self.secrets_folder.as_deref().map(|folder| (folder, name.as_str()));
+        let secrets =
+            secrets(&manifest, &inspected.description, (&file, folder), &urls, placeholder, &key)?;
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
         allow.check_addresses(&urls).map_err(|error| key("settings", error))?;

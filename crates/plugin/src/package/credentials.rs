@@ -4,31 +4,65 @@
 //! the operator lists with the credential. A credential that could not be sent anywhere is an
 //! error at load, so that requests do not fail later without it.
 
-use std::path::Path;
+//!
+//! A project can have secrets of its own: in the plugin's file, or in the folder of the setting
+//! `secrets`, as `<folder>/<slug>/<plugin>/<credential>`. The folder comes first, and its files are
+//! looked at before each exchange, so that a new secret takes effect with the next request.
 
-use batchwright_egress::{AllowList, Credential, Secrets, is_distinct, is_loopback};
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use batchwright_domain::ids::TenantId;
+use batchwright_egress::{
+    AllowList, Credential, CredentialStore, Secrets, SecretsFolder, is_distinct, is_loopback,
+};
+use http::HeaderName;
 use url::Url;
 
 use crate::contract::types::Description;
 use crate::error::LoadError;
-use crate::package::manifest::{Manifest, Source};
+use crate::package::manifest::{GivenCredential, Manifest, Source};
+
+/// Number of tenants whose secrets are kept in memory.
+const MAX_CACHED_TENANTS: usize = 1000;
+
+/// Credential that a component declares, bound to its hosts.
+struct Bound {
+    name: String,
+    header: HeaderName,
+    prefix: String,
+    is_required: bool,
+    hosts: Arc<AllowList>,
+    /// Secret of tenants without their own.
+    default: Option<String>,
+    /// Own secrets of tenants.
+    tenants: HashMap<TenantId, String>,
+}
+
+/// Credentials of a plugin.
+struct Credentials {
+    bound: Vec<Bound>,
+    /// Headers that only credentials may set.
+    reserved: Vec<HeaderName>,
+    plain_http: bool,
+}
 
 /// Reads the secrets of a plugin, and binds each secret to its hosts.
 ///
-/// With a `placeholder`, a secret that cannot be read is replaced. `key` makes an error of a key
-/// and a message.
+/// With a `placeholder`, a secret that cannot be read is replaced. `folder` is the folder of
+/// secrets, with the name of the plugin. `key` makes an error of a key and a message.
 pub(crate) fn secrets(
     manifest: &Manifest,
     description: &Description,
-    file: &Path,
+    (file, folder): (&Path, Option<(&Path, &str)>),
     urls: &[Url],
     placeholder: Option<&str>,
     key: &impl Fn(&str, String) -> LoadError,
-) -> Result<Secrets, LoadError> {
-    let mut credentials = Vec::new();
-    for (name, given) in &manifest.credentials {
-        let at = format!("credentials.{name}");
-        let Some(need) = description.credentials.iter().find(|need| need.name == *name) else {
+) -> Result<CredentialStore, LoadError> {
+    for name in manifest.credentials.keys() {
+        if !description.credentials.iter().any(|need| need.name == *name) {
             let known: Vec<&str> =
                 description.credentials.iter().map(|need| need.name.as_str()).collect();
             let message = if known.is_empty() {
@@ -39,64 +73,186 @@ pub(crate) fn secrets(
                     known.join(", ")
                 )
             };
-            return Err(key(&at, message));
-        };
-        let Some(source) = Source::parse(&given.0.from) else { continue };
-        let secret = match (source.read(), placeholder) {
-            (Ok(secret), _) => secret,
-            (Err(_), Some(placeholder)) => placeholder.to_owned(),
-            (Err(message), None) => return Err(key(&at, message)),
-        };
-        if let Some(mode) = source.open_mode() {
-            tracing::warn!(
-                path = %file.display(),
-                credential = name,
-                mode = format_args!("{mode:03o}"),
-                "secret file is readable by all users"
-            );
+            return Err(key(&format!("credentials.{name}"), message));
         }
-        if placeholder.is_none() && !is_distinct(&secret) {
-            tracing::warn!(
-                path = %file.display(),
-                credential = name,
-                "secret is short or made of words, not redacted in response bodies"
-            );
+    }
+    let mut bound = Vec::new();
+    for need in &description.credentials {
+        let at = format!("credentials.{}", need.name);
+        let given = manifest.credentials.get(&need.name).map(|GivenCredential(given)| given);
+        if given.is_none() && folder.is_none() {
+            if need.required {
+                let message =
+                    format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
+                return Err(key(&at, message));
+            }
+            continue;
         }
-        let Ok(header) = http::HeaderName::try_from(need.header.as_str()) else { continue };
-        let hosts = AllowList::new(file.display().to_string(), urls, &given.0.hosts)
+        let Ok(header) = HeaderName::try_from(need.header.as_str()) else { continue };
+        let read = |source: &String| -> Result<Option<String>, LoadError> {
+            let Some(source) = Source::parse(source) else { return Ok(None) };
+            let secret = match (source.read(), placeholder) {
+                (Ok(secret), _) => secret,
+                (Err(_), Some(placeholder)) => placeholder.to_owned(),
+                (Err(message), None) => return Err(key(&at, message)),
+            };
+            if placeholder.is_none() {
+                warn(file, &need.name, &source, &secret);
+            }
+            Ok(Some(secret))
+        };
+        let default = given.and_then(|given| given.from.as_ref()).map(read).transpose()?.flatten();
+        let mut tenants = HashMap::new();
+        for (slug, source) in given.iter().flat_map(|given| &given.tenants) {
+            if let Some(secret) = read(source)? {
+                tenants.insert(slug.as_str().into(), secret);
+            }
+        }
+        let extra = given.map_or(&[][..], |given| &given.hosts);
+        let hosts = AllowList::new(file.display().to_string(), urls, extra)
             .map_err(|error| key(&at, error.to_string()))?;
-        check_hosts(manifest, name, urls).map_err(|message| key(&at, message))?;
-        credentials.push(Credential {
-            name: name.clone(),
+        // A folder alone gives no credential to a plugin that has no host for it.
+        if given.is_some() || need.required {
+            check_hosts(manifest, &need.name, urls).map_err(|message| key(&at, message))?;
+        }
+        bound.push(Bound {
+            name: need.name.clone(),
             header,
             prefix: need.prefix.clone(),
-            secret,
-            hosts,
+            is_required: need.required,
+            hosts: Arc::new(hosts),
+            default,
+            tenants,
         });
     }
-    if let Some(need) = description
-        .credentials
-        .iter()
-        .find(|need| need.required && !manifest.credentials.contains_key(&need.name))
-    {
-        let message = format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
-        return Err(key(&format!("credentials.{}", need.name), message));
+    let headers = description.credentials.iter();
+    let reserved = headers.filter_map(|need| HeaderName::try_from(&need.header).ok()).collect();
+    let credentials = Credentials { bound, reserved, plain_http: manifest.allow_plain_http };
+    credentials.into_store(folder).map_err(|message| key("credentials", message))
+}
+
+/// Warns about a secret that others can read, or that is not redacted in bodies.
+fn warn(file: &Path, name: &str, source: &Source<'_>, secret: &str) {
+    if let Some(mode) = source.open_mode() {
+        tracing::warn!(
+            path = %file.display(),
+            credential = name,
+            mode = format_args!("{mode:03o}"),
+            "secret file is readable by all users"
+        );
     }
-    let headers = description
-        .credentials
-        .iter()
-        .filter_map(|need| http::HeaderName::try_from(&need.header).ok());
-    let secrets = Secrets::new(credentials, headers.collect(), manifest.allow_plain_http);
-    secrets.map_err(|error| key("credentials", error.to_string()))
+    if !is_distinct(secret) {
+        tracing::warn!(
+            path = %file.display(),
+            credential = name,
+            "secret is short or made of words, not redacted in response bodies"
+        );
+    }
+}
+
+impl Credentials {
+    /// Returns the secrets of a tenant, given those of a folder; none if a required one is missing.
+    fn of(
+        &self,
+        tenant: Option<&TenantId>,
+        folder: &HashMap<String, String>,
+    ) -> Result<Option<Secrets>, String> {
+        let mut credentials = Vec::new();
+        for bound in &self.bound {
+            let own = tenant.and_then(|tenant| bound.tenants.get(tenant));
+            match folder.get(&bound.name).or(own).or(bound.default.as_ref()) {
+                Some(secret) => credentials.push(Credential {
+                    name: bound.name.clone(),
+                    header: bound.header.clone(),
+                    prefix: bound.prefix.clone(),
+                    secret: secret.clone(),
+                    hosts: bound.hosts.clone(),
+                }),
+                // A table without a default says that a secret is needed.
+                None if bound.is_required || !bound.tenants.is_empty() => return Ok(None),
+                None => {}
+            }
+        }
+        let secrets = Secrets::new(credentials, self.reserved.clone(), self.plain_http);
+        secrets.map(Some).map_err(|error| error.to_string())
+    }
+
+    fn into_store(self, folder: Option<(&Path, &str)>) -> Result<CredentialStore, String> {
+        let none = HashMap::new();
+        let default = self.of(None, &none)?.map(Arc::new);
+        let names: BTreeSet<&TenantId> =
+            self.bound.iter().flat_map(|bound| bound.tenants.keys()).collect();
+        let mut tenants = HashMap::new();
+        for tenant in names {
+            if let Some(secrets) = self.of(Some(tenant), &none)? {
+                tenants.insert(tenant.clone(), Arc::new(secrets));
+            }
+        }
+        let folder = folder.filter(|_| !self.bound.is_empty()).map(|(folder, plugin)| {
+            Box::new(Folder {
+                path: folder.to_owned(),
+                plugin: plugin.to_owned(),
+                credentials: self,
+                cache: Mutex::default(),
+            }) as Box<dyn SecretsFolder>
+        });
+        Ok(CredentialStore { default, tenants, folder })
+    }
+}
+
+/// State of a secret's file: its size and the time of its last change.
+type FileState = Option<(u64, SystemTime)>;
+
+/// Folder with secrets of tenants.
+struct Folder {
+    path: PathBuf,
+    plugin: String,
+    credentials: Credentials,
+    cache: Mutex<HashMap<TenantId, (Vec<FileState>, Option<Arc<Secrets>>)>>,
+}
+
+impl SecretsFolder for Folder {
+    fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String> {
+        let folder = self.path.join(tenant.as_str()).join(&self.plugin);
+        let files = self.credentials.bound.iter().map(|bound| folder.join(&bound.name));
+        let files: Vec<PathBuf> = files.collect();
+        let state = |file: &PathBuf| {
+            let found = std::fs::metadata(file).ok()?;
+            Some((found.len(), found.modified().ok()?))
+        };
+        let states: Vec<FileState> = files.iter().map(state).collect();
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, secrets)) = cache.get(tenant)
+            && *known == states
+        {
+            return Ok(secrets.clone());
+        }
+        let mut found = HashMap::new();
+        for ((bound, file), state) in self.credentials.bound.iter().zip(&files).zip(&states) {
+            if state.is_some() {
+                let source = Source::File(file);
+                let secret = source.read()?;
+                warn(file, &bound.name, &source, &secret);
+                found.insert(bound.name.clone(), secret);
+            }
+        }
+        let secrets = match found.is_empty() {
+            true => None,
+            false => self.credentials.of(Some(tenant), &found)?.map(Arc::new),
+        };
+        if cache.len() >= MAX_CACHED_TENANTS {
+            cache.clear();
+        }
+        cache.insert(tenant.clone(), (states, secrets.clone()));
+        Ok(secrets)
+    }
 }
 
 /// Checks that a credential has a host, and that no host would receive it over plain HTTP.
 fn check_hosts(manifest: &Manifest, name: &str, urls: &[Url]) -> Result<(), String> {
-    let given = manifest
-        .credentials
-        .get(name)
-        .map(|given| (given.0.from.as_str(), given.0.hosts.as_slice()));
-    let (from, hosts) = given.unwrap_or_default();
+    let given = manifest.credentials.get(name).map(|GivenCredential(given)| given);
+    let from = given.and_then(|given| given.from.as_deref()).unwrap_or("env:NAME");
+    let hosts = given.map_or(&[][..], |given| &given.hosts);
     if urls.is_empty() && hosts.is_empty() {
         return Err(format!(
             "has no host, as no setting is a URL; list the hosts that receive it: \

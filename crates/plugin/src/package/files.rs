@@ -89,8 +89,10 @@ impl Files {
         add(&self.component.sha256);
         add(self.signature.as_deref().unwrap_or_default());
         for given in self.manifest.credentials.values() {
-            let secret = Source::parse(&given.0.from).and_then(|source| source.read().ok());
-            add(secret.as_deref().unwrap_or_default());
+            for source in given.0.sources() {
+                let secret = Source::parse(source).and_then(|source| source.read().ok());
+                add(secret.as_deref().unwrap_or_default());
+            }
         }
         hex(&digest.finalize())
     }
@@ -102,9 +104,11 @@ impl Files {
 pub(crate) fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
     let secrets =
-        manifest.credentials.values().filter_map(|given| match Source::parse(&given.0.from) {
-            Some(Source::File(path)) => Some(path.to_owned()),
-            _ => None,
+        manifest.credentials.values().flat_map(|given| given.0.sources()).filter_map(|source| {
+            match Source::parse(source) {
+                Some(Source::File(path)) => Some(path.to_owned()),
+                _ => None,
+            }
         });
     Some(
         secrets

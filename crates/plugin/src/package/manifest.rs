@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use serde::de::value::MapAccessDeserializer;
+use batchwright_domain::text::nearest;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -76,11 +76,18 @@ keys! {
     /// Credential in the TOML file.
     ///
     /// Either `"env:NAME"` or `{ from = "env:NAME", hosts = ["api.example.com"] }`.
-    #[derive(Debug, Deserialize)]
+    #[derive(Debug, Default, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct CredentialTable, credential_keys {
-        /// Source of the secret: `env:NAME`, or `file:PATH` relative to this file.
-        pub from: String, "string", "required";
+        /// Source of the secret: `env:NAME`, or `file:PATH` relative to this file. It can also be
+        /// called `default`. Without it, projects without a secret of their own cannot use the
+        /// plugin.
+        #[serde(default)]
+        pub from: Option<String>, "string", "none";
+        /// Sources of the secrets of projects, by their slugs. They can also stand in the table of
+        /// the credential itself, as in `{ default = "env:A", acme = "file:b" }`.
+        #[serde(default)]
+        pub tenants: BTreeMap<String, String>, "table", "none";
         /// Hosts that receive the secret in addition to the hosts of the settings' URLs.
         #[serde(default)]
         pub hosts: Vec<String>, "array of strings", "none";
@@ -102,14 +109,52 @@ impl<'de> Deserialize<'de> for GivenCredential {
             }
 
             fn visit_str<E: serde::de::Error>(self, from: &str) -> Result<Self::Value, E> {
-                Ok(GivenCredential(CredentialTable { from: from.to_owned(), hosts: Vec::new() }))
+                let from = Some(from.to_owned());
+                Ok(GivenCredential(CredentialTable { from, ..CredentialTable::default() }))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-                CredentialTable::deserialize(MapAccessDeserializer::new(map)).map(GivenCredential)
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut table = CredentialTable::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "from" | "default" => table.from = Some(map.next_value()?),
+                        "hosts" => table.hosts = map.next_value()?,
+                        "tenants" => {
+                            table.tenants.extend(map.next_value::<BTreeMap<String, String>>()?);
+                        }
+                        key => {
+                            check_tenant(key).map_err(serde::de::Error::custom)?;
+                            table.tenants.insert(key.to_owned(), map.next_value()?);
+                        }
+                    }
+                }
+                Ok(GivenCredential(table))
             }
         }
         deserializer.deserialize_any(GivenVisitor)
+    }
+}
+
+/// Checks a key of a credential that may be the slug of a project.
+fn check_tenant(key: &str) -> Result<(), String> {
+    let known = ["from", "default", "hosts", "tenants"];
+    if let Some(known) = nearest(key, &known) {
+        return Err(format!(
+            "there is no key `{key}`; did you mean `{known}`? The source of a project with the slug \
+             `{key}` belongs into the table `tenants`"
+        ));
+    }
+    let is_slug = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    match key.bytes().all(is_slug) {
+        true => Ok(()),
+        false => Err(format!("`{key}` is neither a key nor the slug of a project")),
+    }
+}
+
+impl CredentialTable {
+    /// Returns all sources: the default's, and those of projects.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = &String> {
+        self.from.iter().chain(self.tenants.values())
     }
 }
 
@@ -158,17 +203,19 @@ impl Manifest {
                 format!("{cycle} is a cycle; point each alias at a model name of the provider");
             return Err(invalid("aliases", message));
         }
-        for given in manifest.credentials.values_mut() {
-            if let Some(path) = given.0.from.strip_prefix("file:").filter(|path| !path.is_empty()) {
-                // A relative path is relative to this file.
-                let path = file.with_file_name("").join(path);
-                let path = std::path::absolute(&path).unwrap_or(path);
-                given.0.from = format!("file:{}", path.display());
+        for GivenCredential(given) in manifest.credentials.values_mut() {
+            for source in given.from.iter_mut().chain(given.tenants.values_mut()) {
+                if let Some(path) = source.strip_prefix("file:").filter(|path| !path.is_empty()) {
+                    // A relative path is relative to this file.
+                    let path = file.with_file_name("").join(path);
+                    let path = std::path::absolute(&path).unwrap_or(path);
+                    *source = format!("file:{}", path.display());
+                }
             }
         }
         for (name, given) in &manifest.credentials {
             // The value is omitted, because it may be a secret written here by mistake.
-            if Source::parse(&given.0.from).is_none() {
+            if given.0.sources().any(|source| Source::parse(source).is_none()) {
                 return Err(invalid(
                     &format!("credentials.{name}"),
                     "must be `env:NAME` or `file:PATH`; move the secret out of this file".into(),
