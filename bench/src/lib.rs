@@ -14,17 +14,25 @@ use hyper_util::rt::TokioExecutor;
 
 /// HTTP client that shares no code with the host.
 #[derive(Clone)]
-pub struct Http(Client<HttpConnector, Full<Bytes>>);
+pub struct Http {
+    client: Client<HttpConnector, Full<Bytes>>,
+    key: Option<String>,
+}
 
 impl Default for Http {
     fn default() -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
-        Self(Client::builder(TokioExecutor::new()).build(connector))
+        Self { client: Client::builder(TokioExecutor::new()).build(connector), key: None }
     }
 }
 
 impl Http {
+    /// Returns the client with an API key.
+    pub fn with_key(self, key: &str) -> Self {
+        Self { key: Some(format!("Bearer {key}")), ..self }
+    }
+
     /// Sends a request with a content type; returns status and body.
     pub async fn send(
         &self,
@@ -33,12 +41,11 @@ impl Http {
         kind: &str,
         body: Bytes,
     ) -> Result<(u16, Bytes)> {
-        let request = Request::builder()
-            .method(method)
-            .uri(url)
-            .header("content-type", kind)
-            .body(Full::new(body))?;
-        let response = self.0.request(request).await?;
+        let mut request = Request::builder().method(method).uri(url).header("content-type", kind);
+        if let Some(key) = &self.key {
+            request = request.header("authorization", key);
+        }
+        let response = self.client.request(request.body(Full::new(body))?).await?;
         let status = response.status().as_u16();
         Ok((status, response.into_body().collect().await?.to_bytes()))
     }

@@ -2,6 +2,7 @@
 //!
 //! Machines differ and are noisy, so the ratios count, not the absolute numbers.
 
+mod keys;
 mod limits;
 
 use std::path::{Path, PathBuf};
@@ -40,15 +41,19 @@ async fn main() -> Result<()> {
         None => {
             start(&paths).await?;
             throughput(&paths).await?;
+            keys::keys(&paths).await?;
             validation(&paths).await
         }
         Some("start") => start(&paths).await,
         Some("throughput") => throughput(&paths).await,
+        Some("keys") => keys::keys(&paths).await,
         Some("validation") => validation(&paths).await,
         // Takes two minutes, so it runs only by name.
         Some("limits") => limits::limits(&paths).await,
         Some(other) => {
-            bail!("unknown benchmark `{other}`; known are start, throughput, validation and limits")
+            bail!(
+                "unknown benchmark `{other}`; known are start, throughput, keys, validation and limits"
+            )
         }
     }
 }

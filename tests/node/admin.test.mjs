@@ -35,6 +35,12 @@ test("project, service account and key are created, used, revoked and archived",
   assert.equal(project.status, "active");
   const account = await admin.projects.serviceAccounts.create(project.id, { name: "nightly" });
   const client = withKey(account.api_key.value);
+  const limits = { project_id: project.id, max_requests_per_1_minute: 600 };
+  const limit = await admin.projects.rateLimits.updateRateLimit("rl-echo", limits);
+  assert.equal(limit.max_requests_per_1_minute, 600);
+  const budget = { currency: "USD", interval: "month", threshold_amount: 100 };
+  const spend = await admin.projects.spendLimit.update(project.id, budget);
+  assert.equal(spend.enforcement.status, "inactive");
 
   const body = { model: "echo", messages: [{ role: "user", content: "hi" }] };
   const request = { custom_id: "1", method: "POST", url: "/v1/chat/completions", body };
@@ -52,6 +58,18 @@ test("project, service account and key are created, used, revoked and archived",
     batch = await client.batches.retrieve(batch.id);
   }
   assert.equal(batch.status, "completed");
+
+  const since = { start_time: Math.floor(Date.now() / 1000) - 86400, project_ids: [project.id] };
+  const usage = await admin.usage.completions({ ...since, group_by: ["api_key_id", "model"] });
+  const used = usage.data.flatMap((bucket) => bucket.results);
+  assert.equal(used.length, 1);
+  assert.equal(used[0].num_model_requests, 1);
+  assert.equal(used[0].api_key_id, account.api_key.id);
+  assert.equal(used[0].model, "echo");
+  const costs = await admin.usage.costs(since);
+  const spent = costs.data.flatMap((bucket) => bucket.results);
+  assert.equal(spent[0].amount.currency, "usd");
+  assert.equal(spent[0].unpriced_requests, 1);
 
   const keys = [];
   for await (const key of admin.projects.apiKeys.list(project.id)) keys.push(key);

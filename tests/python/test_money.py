@@ -182,13 +182,12 @@ def test_usage_is_reported_by_time_and_page(paid):
         {"bucket_width": "2h"},
         {"group_by": ["user_id"]},
         {"user_ids": ["user-1"]},
-        {"end_time": now - 5 * DAY},
         {"limit": 32},
         {"page": "page_x"},
         {"page": "page_1"},
     ]:
         status, error = error_of(lambda more=more: usage(start_time=now - 3 * DAY, **more))
-        assert status == 400 and error["param"] in (*more, "end_time"), error
+        assert status == 400 and error["param"] in more, error
     path = "/v1/organization/usage/completions"
     assert request(tenants.server, path, tenants.key)[0] == 400
 
@@ -372,7 +371,7 @@ def test_commands_set_budgets_and_limits_and_report_usage(paid, tmp_path):
     run_batch_of(client, 1, model="free")
     report = command("usage", "--project", "acme")
     assert "acme  stub" in report and "$0.0000" in report
-    assert "and 1 requests without a price" in report
+    assert "and requests without a price: 1" in report
     file = tmp_path / "tenants.toml"
     file.write_text(
         '[projects.acme]\nmonthly_budget = "20"\n[projects.acme.limits]\nweight = 4\n'

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 40] = [
+const COMMANDS: [&str; 45] = [
     "",
     "serve",
     "run",

@@ -56,8 +56,6 @@ error_codes! {
     /// The batch's completion window ended before this request had a result; the message names what
     /// it waited for.
     BatchExpired = "batch_expired" in Line;
-    /// The project has spent its budget of the month.
-    BillingHardLimitReached = "billing_hard_limit_reached" in Call;
     /// The `custom_id` of the line is already used by another line.
     DuplicateCustomId = "duplicate_custom_id" in Batch;
     /// A key occurs twice in an object that rules read.
@@ -129,8 +127,6 @@ error_codes! {
     ProjectNameTaken = "project_name_taken" in Call;
     /// The provider answered with an error status and a body that is not an error object.
     ProviderError = "provider_error" in Line;
-    /// The project has reached a limit per minute or per day; try again later.
-    RateLimitExceeded = "rate_limit_exceeded" in Call;
     /// The server is not ready: a required plugin or the storage is missing. Try again later.
     ServerNotReady = "server_not_ready" in Call;
     /// The server has no connection or memory left for this call. Try again in a moment.

@@ -18,8 +18,8 @@ const UNITS_PER_CENT: u64 = UNITS_PER_DOLLAR / 100;
 pub struct Money(u64);
 
 impl Money {
-    /// Maximum of a budget in cents: nine million dollars, which a database can count in units.
-    pub const MAX_CENTS: u64 = 900_000_000;
+    /// Maximum of a budget in cents: four million dollars, which a database can count in units.
+    pub const MAX_CENTS: u64 = 400_000_000;
 
     /// Returns an amount in units of 10^-12 dollars.
     pub const fn from_units(units: u64) -> Self {

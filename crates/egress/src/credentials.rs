@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use base64::Engine;
@@ -73,12 +74,15 @@ pub struct CredentialStore {
     /// Own secrets of tenants.
     pub tenants: HashMap<TenantId, Arc<Secrets>>,
     /// Secrets in a folder, which come first.
-    pub folder: Option<Box<dyn SecretsFolder>>,
+    pub folder: Option<Arc<dyn SecretsFolder>>,
 }
+
+/// Maximum time to read secrets from a folder, which may be on another machine.
+const FOLDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Folder with secrets of tenants, which is read again when it changes.
 pub trait SecretsFolder: Send + Sync {
-    /// Returns the secrets of a tenant; none if the folder has none for it.
+    /// Returns the secrets of a tenant; none if the folder has none for it. Blocks the thread.
     fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String>;
 }
 
@@ -99,13 +103,17 @@ impl CredentialStore {
     }
 
     /// Returns the secrets of a tenant.
-    pub fn of(&self, tenant: &TenantId) -> Result<Arc<Secrets>, NoCredential> {
+    pub async fn of(&self, tenant: &TenantId) -> Result<Arc<Secrets>, NoCredential> {
         if let Some(folder) = &self.folder {
-            match folder.of(tenant) {
-                Ok(Some(secrets)) => return Ok(secrets),
-                Ok(None) => {}
-                // A credential that cannot be read is not replaced by another one.
-                Err(error) => return Err(NoCredential(error)),
+            let (folder, tenant) = (folder.clone(), tenant.clone());
+            let reading = tokio::task::spawn_blocking(move || folder.of(&tenant));
+            let found = tokio::time::timeout(FOLDER_TIMEOUT, reading).await;
+            // A credential that cannot be read is not replaced by another one.
+            let found = found
+                .map_err(|_| NoCredential("the folder of secrets does not answer".to_owned()))?
+                .map_err(|error| NoCredential(error.to_string()))?;
+            if let Some(secrets) = found.map_err(NoCredential)? {
+                return Ok(secrets);
             }
         }
         let found = self.tenants.get(tenant).or(self.default.as_ref());

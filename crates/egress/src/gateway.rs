@@ -230,7 +230,7 @@ impl Gateway {
         reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
         // Taken once, so that headers and redaction have the same secrets.
-        let secrets = self.credentials.of(tenant).map_err(no_credential)?;
+        let secrets = self.credentials.of(tenant).await.map_err(no_credential)?;
         let checked = self.checked(&request.url, &secrets)?;
         let sent = request.body.len();
         let request = self.prepare(&checked, request)?;
@@ -253,8 +253,8 @@ impl Gateway {
     }
 
     /// Fails with the operator's text if a tenant has no credential.
-    pub fn check_credential(&self, tenant: &TenantId) -> Result<(), NoCredential> {
-        self.credentials.of(tenant).map(drop)
+    pub async fn check_credential(&self, tenant: &TenantId) -> Result<(), NoCredential> {
+        self.credentials.of(tenant).await.map(drop)
     }
 
     /// Checks an adapter's request without sending it; fails as [`Self::send`] would for a tenant

@@ -1,6 +1,7 @@
 //! Records that the store keeps, and the arguments and outcomes of its operations.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{BatchId, FileId, KeyId, TenantId};
 use batchwright_domain::money::Price;
 use batchwright_domain::status::Status;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::TokenUsage;
 
 /// Metadata of a file.
@@ -346,6 +348,18 @@ pub struct TokenLimit {
     pub enqueued: u64,
     /// Estimated tokens of the batch.
     pub estimated: u64,
+}
+
+impl fmt::Display for TokenLimit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, limit, enqueued, estimated } = self;
+        write!(
+            formatter,
+            "Enqueued token limit reached for {}. Limit: {limit} enqueued tokens. This batch has \
+             about {estimated}, and other batches have {enqueued}.",
+            truncate_for_message(model)
+        )
+    }
 }
 
 /// Exact version of a plugin that a batch used.

@@ -22,7 +22,6 @@ use std::fmt;
 use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::limits::ModelLimits;
 use batchwright_domain::money::Money;
 
@@ -67,18 +66,6 @@ pub enum Exhausted {
     Budget(Money),
 }
 
-impl Exhausted {
-    /// Returns the code of the API.
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            Self::RequestsPerMinute(..) | Self::TokensPerMinute(..) | Self::RequestsPerDay(..) => {
-                ErrorCode::RateLimitExceeded
-            }
-            Self::Budget(_) => ErrorCode::BillingHardLimitReached,
-        }
-    }
-}
-
 impl fmt::Display for Exhausted {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -99,8 +86,8 @@ impl fmt::Display for Exhausted {
             ),
             Self::Budget(budget) => write!(
                 formatter,
-                "The project has spent its budget of {budget} for this month \
-                 (billing_hard_limit_reached)."
+                "The project has spent its budget of {budget} for this month, or requests in flight \
+                 may spend the rest (billing_hard_limit_reached)."
             ),
         }
     }
@@ -122,15 +109,6 @@ pub struct Reserved {
     second: i64,
     tokens: u64,
     cost: Money,
-}
-
-/// What is left of the limits per minute of a model; none without a limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Remaining {
-    /// Limit of requests, and what is left of it.
-    pub requests: Option<(u64, u64)>,
-    /// Limit of tokens, and what is left of it.
-    pub tokens: Option<(u64, u64)>,
 }
 
 /// Quota of one project.
@@ -189,7 +167,7 @@ impl Quota {
         self.models.values().all(|model| model.pending == 0)
     }
 
-    /// Returns the tokens that a request is expected to use, given its estimated input tokens.
+    /// Returns the output tokens that a request of a model is expected to have.
     pub fn expected_output(&self, model: &str) -> u64 {
         let known = self.models.get(model).and_then(|model| model.output_tokens);
         known.unwrap_or(FIRST_OUTPUT_TOKENS)
@@ -214,6 +192,15 @@ impl Quota {
         let second = quota.window.add(now, tokens);
         self.pending_cost = self.pending_cost.plus(cost);
         Ok(Reserved { model: model.to_owned(), second, tokens, cost })
+    }
+
+    /// Reserves a request that has begun before, whatever the limits: a provider works on it. It is
+    /// not in the window of a minute again.
+    pub fn resume(&mut self, model: &str, cost: Money) -> Reserved {
+        let quota = self.models.entry(model.to_owned()).or_default();
+        quota.pending = quota.pending.saturating_add(1);
+        self.pending_cost = self.pending_cost.plus(cost);
+        Reserved { model: model.to_owned(), second: i64::MIN, tokens: 0, cost }
     }
 
     fn check_size(&self, model: &str, tokens: u64, now: Timestamp) -> Result<(), Blocked> {
@@ -312,18 +299,6 @@ impl Quota {
             quota.day = Some(now.start_of_day());
         }
     }
-
-    /// Returns what is left of the limits per minute of a model.
-    pub fn remaining(&self, model: &str, now: Timestamp) -> Remaining {
-        let Some(limits) = self.allowance.models.get(model) else { return Remaining::default() };
-        let (requests, tokens) =
-            self.models.get(model).map_or((0, 0), |quota| quota.window.sums(now));
-        let left = |limit: u64, used: u64| (limit, limit.saturating_sub(used));
-        Remaining {
-            requests: limits.requests_per_minute.map(|limit| left(limit, requests)),
-            tokens: limits.tokens_per_minute.map(|limit| left(limit, tokens)),
-        }
-    }
 }
 
 impl ModelQuota {
@@ -378,12 +353,6 @@ impl Window {
     fn current(&self, now: Timestamp) -> impl Iterator<Item = &(i64, u64, u64)> {
         let oldest = now.as_seconds().saturating_sub(WINDOW_SECONDS);
         self.0.iter().filter(move |(second, ..)| *second >= oldest)
-    }
-
-    fn sums(&self, now: Timestamp) -> (u64, u64) {
-        self.current(now).fold((0, 0), |(requests, tokens), slot| {
-            (slot.1.saturating_add(requests), slot.2.saturating_add(tokens))
-        })
     }
 
     /// Returns the time at which `size` more fit into a limit; none if they fit now.

@@ -26,7 +26,7 @@ pub(crate) async fn get(
     let (policy, _) = policy(&organization, &id).await?;
     match policy.spend_limit {
         Some(cents) => Ok(Json(spend_limit(&organization, &id, cents).await?)),
-        None => Err(no_budget()),
+        None => Err(ApiError::not_found("The project has no spend limit.")),
     }
 }
 
@@ -60,7 +60,7 @@ pub(crate) async fn update(
     Ok(Json(spend_limit(&organization, &id, cents).await?))
 }
 
-/// Removes the budget of a project
+/// Removes the budget of a project, if it has one
 #[utoipa::path(delete, path = "/organization/projects/{project}/spend_limit",
     tag = "Organization",
     params(("project" = String, Path, description = "Id of the project")),
@@ -72,17 +72,9 @@ pub(crate) async fn delete(
 ) -> Result<Json<DeletedSpendLimit>, ApiError> {
     let by = admin.actor(organization.clock.now());
     let deleted = organization.accounts.set_spend_limit(&id, None, by).await;
-    match deleted.map_err(|error| failed(error, Some(&id), ""))? {
-        Some(_) => {
-            organization.limits_changed().await;
-            Ok(Json(DeletedSpendLimit::new()))
-        }
-        None => Err(no_budget()),
-    }
-}
-
-fn no_budget() -> ApiError {
-    ApiError::not_found("The project has no spend limit.")
+    deleted.map_err(|error| failed(error, Some(&id), ""))?;
+    organization.limits_changed().await;
+    Ok(Json(DeletedSpendLimit::new()))
 }
 
 async fn spend_limit(

@@ -56,12 +56,15 @@ macro_rules! usage_routes {
         /// more than a week ago is kept by hour.
         #[utoipa::path(get, path = $path, tag = "Organization",
             params(
-                ("start_time" = i64, Query, description = "Beginning of the report"),
-                ("end_time" = Option<i64>, Query, description = "End of the report; now if absent"),
+                ("start_time" = i64, Query, minimum = 0, maximum = 100000000000i64,
+                    description = "Beginning of the report"),
+                ("end_time" = Option<i64>, Query, minimum = 0, maximum = 100000000000i64,
+                    description = "End of the report; now if absent"),
                 ("bucket_width" = Option<String>, Query, pattern = "^(1m|1h|1d)?$",
                     description = "Width of a bucket; 1d if absent"),
-                ("limit" = Option<u32>, Query, minimum = 1, maximum = 1440,
-                    description = "Maximum number of buckets: 31 by day, 168 by hour"),
+                ("limit" = Option<u32>, Query, minimum = 1, maximum = 31,
+                    description = "Maximum number of buckets: up to 31 by day (7 if absent), \
+                        168 by hour (24), 1440 by minute (60)"),
                 ("page" = Option<String>, Query, description = "`next_page` of the page before"),
                 ("group_by" = Option<Vec<String>>, Query,
                     description = "`project_id`, `api_key_id`, `model` and `batch`"),
@@ -122,8 +125,10 @@ async fn report(
 /// The cost of a request whose model had no price is unknown: `unpriced_requests` counts them.
 #[utoipa::path(get, path = "/organization/costs", tag = "Organization",
     params(
-        ("start_time" = i64, Query, description = "Beginning of the report"),
-        ("end_time" = Option<i64>, Query, description = "End of the report; now if absent"),
+        ("start_time" = i64, Query, minimum = 0, maximum = 100000000000i64,
+                    description = "Beginning of the report"),
+        ("end_time" = Option<i64>, Query, minimum = 0, maximum = 100000000000i64,
+                    description = "End of the report; now if absent"),
         ("bucket_width" = Option<String>, Query, pattern = "^(1d)?$",
             description = "Width of a bucket: 1d"),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 180,
@@ -243,16 +248,12 @@ impl Span {
                 return invalid(name, message);
             }
         }
-        if end <= start {
-            let message = "Invalid 'end_time': expected a time after 'start_time'.".to_owned();
-            return invalid("end_time", message);
-        }
         let first = match params.text("page") {
             None => start,
             Some(page) => {
                 let time = page.strip_prefix(PAGE_PREFIX).and_then(|time| time.parse().ok());
                 match time {
-                    Some(time) if (start..end).contains(&time) => time,
+                    Some(time) if (start..end.max(start)).contains(&time) => time,
                     _ => return invalid("page", "Invalid 'page': expected 'next_page'.".into()),
                 }
             }

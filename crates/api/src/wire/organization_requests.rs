@@ -44,7 +44,7 @@ pub(crate) struct UpdateRateLimit {
 #[serde(deny_unknown_fields)]
 pub(crate) struct UpdateSpendLimit {
     /// Budget of a month, in cents.
-    #[schema(maximum = 900000000)]
+    #[schema(maximum = 400000000)]
     threshold_amount: u64,
     #[schema(pattern = "^USD$")]
     currency: String,

@@ -49,7 +49,7 @@ use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
 use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, failure, identity};
 use crate::request::steps::StepOutcome;
-use crate::schedule::breaker::{Breaker, BreakerDecision, Probe};
+use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, Probe};
 use crate::schedule::quotas::QUOTA_RETRY_INTERVAL;
 use crate::schedule::retry_queue::RetryState;
 
@@ -77,6 +77,9 @@ impl Context {
             return AttemptOutcome::Retry(until, retry_state);
         }
         let breaker = self.breaker_of(&plugin);
+        if let Some(outcome) = self.without_credential(&breaker, &plugin, line, retry_state).await {
+            return outcome;
+        }
         let probe = match self.enter(&breaker, &plugin, line, retry_state) {
             ControlFlow::Continue(probe) => probe,
             ControlFlow::Break(outcome) => return outcome,
@@ -125,6 +128,9 @@ impl Context {
             StepOutcome::Stopped => return AttemptOutcome::Stopped,
             StepOutcome::Postponed(until) => return AttemptOutcome::Retry(until, retry_state),
             StepOutcome::Polling(until) => {
+                if let Some(hold) = exchange.hold.take() {
+                    self.quota.keep_job(&self.batch, line.number, hold);
+                }
                 return AttemptOutcome::Retry(until, RetryState { has_job: true, ..retry_state });
             }
             StepOutcome::Done(answer) => (None, answer),
@@ -149,13 +155,39 @@ impl Context {
         self.conclude(ended, retry_state).await
     }
 
+    /// Returns the outcome of an attempt without a credential of the project; none if there is one.
+    async fn without_credential(
+        &self,
+        breaker: &Arc<Breaker>,
+        plugin: &Arc<Plugin>,
+        line: Line<'_>,
+        retry_state: RetryState,
+    ) -> Option<AttemptOutcome> {
+        let Err(NoCredential(detail)) = plugin.gateway().check_credential(&self.tenant).await
+        else {
+            breaker.credential_found();
+            return None;
+        };
+        let message = "The provider has no credential for this project.";
+        let detail = format!(
+            "The plugin `{}` has no credential for the project `{}`: {detail}.",
+            plugin.name(),
+            self.tenant
+        );
+        let trouble = (FailureKind::Credential, message, detail.as_str());
+        Some(self.blocked_by_plugin(breaker, line, retry_state, trouble))
+    }
+
     /// Returns the time before which the project may not send a request of a model.
     async fn held_until(&self, model: &str) -> Option<Timestamp> {
         if let Err(error) = self.quota.refresh().await {
             tracing::error!(tenant = %self.tenant, %error, "limits not read");
             return Some(self.clock.now().after(QUOTA_RETRY_INTERVAL));
         }
-        self.quota.blocked(Some(model)).map(|blocked| blocked.until)
+        let blocked = self.quota.blocked(Some(model))?;
+        let until = blocked.until;
+        self.quota.set_blocked(&self.batch, blocked);
+        Some(until)
     }
 
     /// Returns the breaker of a plugin.
@@ -179,17 +211,8 @@ impl Context {
         if plugin.routing().paused {
             let message = "The provider is paused by the operator.";
             let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
-            let outcome = self.blocked_by_plugin(breaker, line, retry_state, message, &detail);
-            return ControlFlow::Break(outcome);
-        }
-        if let Err(NoCredential(detail)) = plugin.gateway().check_credential(&self.tenant) {
-            let message = "The provider has no credential for this project.";
-            let detail = format!(
-                "The plugin `{}` has no credential for the project `{}`: {detail}.",
-                plugin.name(),
-                self.tenant
-            );
-            let outcome = self.blocked_by_plugin(breaker, line, retry_state, message, &detail);
+            let trouble = (FailureKind::Plugin, message, detail.as_str());
+            let outcome = self.blocked_by_plugin(breaker, line, retry_state, trouble);
             return ControlFlow::Break(outcome);
         }
         let (decision, probe) = breaker.enter(self.clock.now(), identity(plugin));

@@ -20,6 +20,9 @@ use crate::schedule::retry_queue::RetryState;
 /// triggers a lookup at once.
 const PLUGIN_POLL_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Interval between attempts while a project has no credential.
+const CREDENTIAL_POLL_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Copies an answer for waiting lines, and replaces a long body by a short message.
 fn without_long_body(answer: &Answer) -> Answer {
     const MAX_COPIED_BODY_BYTES: usize = 4 << 10;
@@ -136,7 +139,8 @@ impl Context {
             self.breakers.iter().map(|(name, _)| name).find(|name| plugins.identity(name) == 0);
         let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
         let breaker = self.breaker_registry.of(&name, &self.tenant, self.endpoint);
-        let ended = self.blocked_by_plugin(&breaker, line, retry_state, &message, &message);
+        let trouble = (FailureKind::Plugin, message.as_str(), message.as_str());
+        let ended = self.blocked_by_plugin(&breaker, line, retry_state, trouble);
         // Another batch may have opened the breaker, so this batch is registered as waiting too.
         if !breaker.has_waiting(&self.batch) {
             breaker.add_waiting(&self.batch, 1);
@@ -152,8 +156,7 @@ impl Context {
         breaker: &Breaker,
         line: Line<'_>,
         retry_state: RetryState,
-        message: &str,
-        detail: &str,
+        (kind, message, detail): (FailureKind, &str, &str),
     ) -> AttemptOutcome {
         let now = self.clock.now();
         if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
@@ -165,7 +168,7 @@ impl Context {
             });
         }
         let trouble = ProviderFailure {
-            kind: FailureKind::Plugin,
+            kind,
             message: message.to_owned(),
             detail: detail.to_owned(),
             answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
@@ -181,7 +184,10 @@ impl Context {
             );
         }
         AttemptOutcome::Retry(
-            now.after(PLUGIN_POLL_INTERVAL),
+            now.after(match kind {
+                FailureKind::Credential => CREDENTIAL_POLL_INTERVAL,
+                _ => PLUGIN_POLL_INTERVAL,
+            }),
             RetryState { waits: true, ..retry_state },
         )
     }

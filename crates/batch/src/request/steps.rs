@@ -62,14 +62,18 @@ impl Context {
             return Ok(StepOutcome::Postponed(self.clock.now()));
         }
         // What the project may send is reserved last, so that a request that waits reserves nothing.
-        let has_begun = exchange.job.is_some();
-        let reserved = match has_begun {
-            true => Ok(self.quota.begun()),
+        let size = (model, line.body.len());
+        let reserved = match exchange.job.is_some() {
+            true => Ok(self.quota.resume_job(&self.batch, line.number, size)),
             false => self.quota.reserve(model, line.body.len()),
         };
         match reserved {
             Ok(hold) => exchange.hold = Some(hold),
-            Err(blocked) => return Ok(StepOutcome::Postponed(blocked.until)),
+            Err(blocked) => {
+                let until = blocked.until;
+                self.quota.set_blocked(&self.batch, blocked);
+                return Ok(StepOutcome::Postponed(until));
+            }
         }
         tokio::select! {
             biased;
@@ -144,9 +148,17 @@ impl Context {
             return Admission::Stopped;
         }
         let admitted = async {
+            let mut changes = None;
             loop {
                 let priority = self.quota.priority(&self.share, model, line.body.len());
-                let admitted = match plugin.gateway().admit(self.queue.clone(), priority).await {
+                let waiting = plugin.gateway().admit(self.queue.clone(), priority);
+                let admitted = tokio::select! {
+                    biased;
+                    admitted = waiting => admitted,
+                    // The request waits again with the new weight and the new limit.
+                    () = self.quota.changed(&mut changes) => continue,
+                };
+                let admitted = match admitted {
                     Ok(admitted) => admitted,
                     Err(until) => {
                         let left = until.saturating_duration_since(tokio::time::Instant::now());

@@ -71,6 +71,8 @@ pub enum FailureKind {
     Failed,
     /// No plugin serves the model, or the plugin is paused.
     Plugin,
+    /// The project has no credential for the plugin.
+    Credential,
 }
 
 impl FailureKind {
@@ -263,6 +265,14 @@ impl Breaker {
         self.close()
     }
 
+    /// Closes the breaker if it is open because there was no credential.
+    pub(crate) fn credential_found(&self) {
+        let kind = || self.lock().open.as_ref().map(|open| open.trouble.kind);
+        if !self.is_healthy() && kind() == Some(FailureKind::Credential) {
+            self.close();
+        }
+    }
+
     /// Closes the breaker, resets the suspicion and returns the outage that has ended, if any.
     pub(crate) fn close(&self) -> Option<Outage> {
         let mut state = self.lock();
@@ -324,7 +334,8 @@ impl Breaker {
         if is_new || trouble.kind != FailureKind::Failed {
             state.suspicion = state.suspicion.saturating_add(trouble.kind.weight());
         }
-        if state.suspicion < OPEN_THRESHOLD && trouble.kind != FailureKind::Plugin {
+        let is_certain = matches!(trouble.kind, FailureKind::Plugin | FailureKind::Credential);
+        if state.suspicion < OPEN_THRESHOLD && !is_certain {
             return (
                 FailureVerdict::Hold(
                     now.after(HOLD_DURATION.min(self.pauses.first.saturating_mul(2))),

@@ -135,7 +135,8 @@ impl Breakers {
         let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
         for (key, breaker) in &*breakers {
             let outage = breaker.outage();
-            if outage.is_none_or(|outage| outage.trouble.kind != FailureKind::Plugin) {
+            let kind = outage.map(|outage| outage.trouble.kind);
+            if !matches!(kind, Some(FailureKind::Plugin | FailureKind::Credential)) {
                 continue;
             }
             let is_served = match key.plugin.strip_prefix(MODEL) {

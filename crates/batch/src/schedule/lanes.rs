@@ -86,6 +86,7 @@ struct State {
 /// Active batch that waits in this process for its next turn.
 struct Returning {
     tenant: TenantId,
+    is_urgent: bool,
     since: Timestamp,
     plugins: Arc<Plugins>,
     /// Receives a place, or `None` if the batch is evicted.
@@ -156,7 +157,7 @@ impl Lanes {
         queue.extend(state.returning.iter().enumerate().map(|(index, returning)| {
             let lane = Lane::Execute((*returning.plugins).clone());
             let lead = state.turns.lead(&returning.tenant, &lane);
-            (lead, true, returning.since, true, index)
+            (lead, !returning.is_urgent, returning.since, true, index)
         }));
         queue.sort_unstable();
         // Plugins whose next place is reserved for a batch that has waited longer.
@@ -253,15 +254,15 @@ impl Lanes {
     /// Returns `None` if the batch is evicted. `since` is the time of its last turn.
     pub(crate) async fn come_back(
         self: &Arc<Self>,
-        plugins: &Plugins,
-        tenant: &TenantId,
+        (plugins, tenant): (&Plugins, &TenantId),
         since: Timestamp,
+        is_urgent: bool,
     ) -> Option<Place> {
         let plugins = Arc::new(plugins.clone());
         loop {
             let (granted, place) = oneshot::channel();
             let (tenant, plugins) = (tenant.clone(), plugins.clone());
-            self.lock().returning.push(Returning { tenant, since, plugins, granted });
+            self.lock().returning.push(Returning { tenant, is_urgent, since, plugins, granted });
             self.freed.notify_one();
             if let Ok(place) = place.await {
                 return place;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
-use batchwright_domain::ids::TenantId;
+use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::limits::Limit;
 use batchwright_domain::money::{Money, Price};
 use batchwright_domain::usage::TokenUsage;
@@ -52,6 +52,9 @@ const MAX_BATCH_WEIGHT: u32 = 100;
 /// A batch is urgent if less than one in this many parts of its window is left.
 const URGENT_SHARE: u32 = 10;
 
+/// Maximum rest of the window of an urgent batch, as the store has it.
+const MAX_URGENT_REST: Duration = Duration::from_secs(3 * 3600);
+
 /// Returns the estimated input tokens of a request, given the bytes of its body.
 pub(crate) fn estimated_tokens(body_bytes: usize) -> u64 {
     (body_bytes as u64).div_ceil(BYTES_PER_TOKEN)
@@ -74,15 +77,27 @@ pub(crate) struct TenantQuota {
     store: Arc<dyn Store>,
     clock: Clock,
     prices: Arc<Prices>,
+    changes: watch::Sender<u64>,
     defaults: TenantDefaults,
     quota: Mutex<Quota>,
     /// Weight, and maximum number of requests in flight.
     share: Mutex<(u32, Option<u64>)>,
     /// Time of the last read of the store. Locked while the store is read.
     refreshed_at: tokio::sync::Mutex<Option<Instant>>,
+    /// What is known of batches with requests that wait, or that a provider works on.
+    batches: Mutex<HashMap<BatchId, OfBatch>>,
     /// True after a change through this process, so that it takes effect at once.
     is_stale: AtomicBool,
     used_at: Mutex<Instant>,
+}
+
+/// What is known of a batch.
+#[derive(Default)]
+struct OfBatch {
+    /// Reservations of the requests that a provider works on and that are polled, by line.
+    jobs: HashMap<u64, Reserved>,
+    /// Limit that has refused a request of the batch last.
+    blocked: Option<Blocked>,
 }
 
 /// What decides on the share of a batch within its tenant.
@@ -101,10 +116,11 @@ impl BatchShare {
         u32::try_from(WEIGHT_1_WINDOW.as_secs() / window).unwrap_or(1).clamp(1, MAX_BATCH_WEIGHT)
     }
 
-    /// Returns true if less than a tenth of the window is left.
-    fn is_urgent(&self, now: Timestamp) -> bool {
+    /// Returns true if less than a tenth of the window is left, and less than three hours.
+    pub(crate) fn is_urgent(&self, now: Timestamp) -> bool {
         let left = now.until(self.expires_at);
-        left.saturating_mul(URGENT_SHARE) <= self.created_at.until(self.expires_at)
+        left <= MAX_URGENT_REST
+            && left.saturating_mul(URGENT_SHARE) <= self.created_at.until(self.expires_at)
     }
 }
 
@@ -143,10 +159,12 @@ impl Quotas {
                 store: self.store.clone(),
                 clock: self.clock.clone(),
                 prices: self.prices.clone(),
+                changes: self.changes.clone(),
                 defaults: self.config.tenant_defaults.clone(),
                 quota: Mutex::default(),
                 share: Mutex::new((1, None)),
                 refreshed_at: tokio::sync::Mutex::new(None),
+                batches: Mutex::default(),
                 is_stale: AtomicBool::new(true),
                 used_at: Mutex::new(Instant::now()),
             })
@@ -154,9 +172,16 @@ impl Quotas {
         *lock(&quota.used_at) = Instant::now();
         quota.clone()
     }
-}
 
-impl Quotas {
+    /// Forgets a batch that has ended.
+    pub(crate) fn forget(&self, tenant: &TenantId, batch: &BatchId) {
+        let Some(quota) = lock(&self.tenants).get(tenant).cloned() else { return };
+        let Some(of_batch) = lock(&quota.batches).remove(batch) else { return };
+        for reserved in of_batch.jobs.into_values() {
+            lock(&quota.quota).release(reserved);
+        }
+    }
+
     /// Lets each quota read its limits and counts before its next request.
     pub(crate) fn expire(&self) {
         for quota in lock(&self.tenants).values() {
@@ -181,7 +206,10 @@ impl Quotas {
         let model = batch.model.as_deref();
         let route = model.and_then(|model| registry.current().route(tenant, model));
         let quota = lock(&self.tenants).get(tenant).cloned()?;
-        let blocked = quota.blocked(route.as_ref().map(|route| route.model.as_str()))?;
+        let blocked = quota.blocked(route.as_ref().map(|route| route.model.as_str()));
+        // The requests of a batch may have different models and sizes.
+        let last = || lock(&quota.batches).get(&batch.new.id)?.blocked.clone();
+        let blocked = blocked.or_else(|| last().filter(|blocked| blocked.until > now))?;
         let cause = blocked.limit.to_string();
         let known = batch.waits_for.as_ref().filter(|known| known.cause == cause);
         let since = known.map_or(now, |known| known.since);
@@ -243,13 +271,10 @@ impl TenantQuota {
         let now = self.clock.now();
         let mut quota = lock(&self.quota);
         if quota.is_unlimited() {
-            return Ok(self.begun());
+            return Ok(Hold { of: self.clone(), reserved: None });
         }
-        let input = estimated_tokens(body_bytes);
-        let output = quota.expected_output(model);
-        let usage = TokenUsage { input, output, ..TokenUsage::default() };
-        let cost = self.prices.cost(model, now, usage).unwrap_or_default();
-        match quota.reserve(model, usage.total(), cost, now) {
+        let (tokens, cost) = self.estimate(&quota, model, body_bytes);
+        match quota.reserve(model, tokens, cost, now) {
             Ok(reserved) => Ok(Hold { of: self.clone(), reserved: Some(reserved) }),
             Err(blocked) => {
                 drop(quota);
@@ -271,9 +296,54 @@ impl TenantQuota {
         }
     }
 
-    /// Returns a hold without a reservation, for a request that began before.
-    pub(crate) fn begun(self: &Arc<Self>) -> Hold {
-        Hold { of: self.clone(), reserved: None }
+    /// Remembers which limit has refused a request of a batch.
+    pub(crate) fn set_blocked(&self, batch: &BatchId, blocked: Blocked) {
+        lock(&self.batches).entry(batch.clone()).or_default().blocked = Some(blocked);
+    }
+
+    /// Keeps the reservation of a request that a provider works on, until it is polled.
+    pub(crate) fn keep_job(&self, batch: &BatchId, line: u64, mut hold: Hold) {
+        if let Some(reserved) = hold.reserved.take() {
+            let mut batches = lock(&self.batches);
+            batches.entry(batch.clone()).or_default().jobs.insert(line, reserved);
+        }
+    }
+
+    /// Returns the reservation of a request that a provider works on.
+    pub(crate) fn resume_job(
+        self: &Arc<Self>,
+        batch: &BatchId,
+        line: u64,
+        (model, body_bytes): (&str, usize),
+    ) -> Hold {
+        let kept = lock(&self.batches).get_mut(batch).and_then(|found| found.jobs.remove(&line));
+        let reserved = kept.or_else(|| {
+            let mut quota = lock(&self.quota);
+            // A restart has forgotten the reservation.
+            (!quota.is_unlimited()).then(|| {
+                let (_, cost) = self.estimate(&quota, model, body_bytes);
+                quota.resume(model, cost)
+            })
+        });
+        Hold { of: self.clone(), reserved }
+    }
+
+    /// Returns the estimated tokens and the estimated cost of a request.
+    fn estimate(&self, quota: &Quota, model: &str, body_bytes: usize) -> (u64, Money) {
+        let (input, output) = (estimated_tokens(body_bytes), quota.expected_output(model));
+        let usage = TokenUsage { input, output, ..TokenUsage::default() };
+        let cost = self.prices.cost(model, self.clock.now(), usage).unwrap_or_default();
+        (usage.total(), cost)
+    }
+
+    /// Waits until limits were changed through this process and the new ones are read.
+    pub(crate) async fn changed(self: &Arc<Self>, changes: &mut Option<watch::Receiver<u64>>) {
+        let changes = changes.get_or_insert_with(|| self.changes.subscribe());
+        if changes.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        // A failure leaves the limits as they were; the next request reads them again.
+        self.refresh().await.ok();
     }
 
     fn rechecked(&self, blocked: Blocked, now: Timestamp) -> Blocked {
@@ -321,5 +391,6 @@ mod tests {
         let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
         assert!(!batch(3600).is_urgent(at(3200)) && batch(3600).is_urgent(at(3241)));
         assert!(batch(3600).is_urgent(at(9999)));
+        assert!(!batch(7 * 86_400).is_urgent(at(7 * 86_400 - 4 * 3600)));
     }
 }

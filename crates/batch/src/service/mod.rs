@@ -104,8 +104,11 @@ impl Service {
     /// Returns the cause of the wait of a batch, as text for the client, or `None` if the batch is
     /// not waiting.
     pub fn waits_for(&self, tenant: &TenantId, batch: &BatchRecord) -> Option<WaitCause> {
-        if batch.status != Status::InProgress {
-            return None;
+        match batch.status {
+            Status::InProgress => {}
+            // A valid batch may wait for the enqueued tokens of its project.
+            Status::Validating => return batch.waits_for.clone(),
+            _ => return None,
         }
         match self.running.claim(tenant, &batch.new.id) {
             Some(claim) => {

@@ -8,7 +8,6 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::status::Status;
-use batchwright_domain::text::truncate_for_message;
 use batchwright_store::{
     BatchError, BatchRecord, Claim, Lane, Release, Result, Started, StoreError, TokenLimit,
     WaitCause,
@@ -199,6 +198,7 @@ impl Worker {
         {
             if ended.status.is_final() {
                 self.parked.forget(claim);
+                self.quotas.forget(&claim.tenant, &claim.batch_id);
             }
             let counts = ended.counts;
             tracing::info!(
@@ -335,15 +335,12 @@ impl Worker {
 
 /// Returns the error of a batch that exceeds the enqueued tokens of its project.
 fn over_limit(exceeded: &TokenLimit) -> BatchError {
-    let TokenLimit { model, limit, enqueued, estimated } = exceeded;
-    let model = truncate_for_message(model);
-    let message = format!(
-        "Enqueued token limit reached for {model}. Limit: {limit} enqueued tokens. This batch has \
-         about {estimated}, and batches in progress have {enqueued}. Please try again once some \
-         batches in progress have completed, or split the batch."
-    );
+    let advice = match exceeded.estimated > exceeded.limit {
+        true => "The batch alone exceeds the limit (batch_1_day_max_input_tokens); split it.",
+        false => "Please try again once some batches in progress have completed.",
+    };
     let code = ErrorCode::TokenLimitExceeded.into();
-    BatchError { code, message, param: None, line: None }
+    BatchError { code, message: format!("{exceeded} {advice}"), param: None, line: None }
 }
 
 /// Returns the error of a batch that ended before validation, and logs the cause for the operator.

@@ -221,6 +221,22 @@ impl<'a> UnfinishedLines<'a> {
         true
     }
 
+    /// Defers the next line until a time; returns false if there is no room.
+    pub(crate) fn defer(&mut self, until: Timestamp) -> bool {
+        let Some(line) = &self.next else { return false };
+        let entry = Entry {
+            at: until,
+            number: line.number,
+            range: line.range(),
+            retry_state: line.retry_state,
+        };
+        let is_deferred = self.deferred.add(entry).is_ok();
+        if is_deferred {
+            self.next = None;
+        }
+        is_deferred
+    }
+
     /// Skips the next line, which is found when the input is read again.
     pub(crate) fn skip(&mut self) {
         if let Some(candidate) = self.next.take() {

@@ -140,13 +140,18 @@ impl Snapshot {
 
     /// Returns the default model of requests to an endpoint.
     ///
-    /// The first plugin by name decides whose default model for the endpoint is routed.
-    pub fn default_model(&self, tenant: &TenantId, endpoint: Endpoint) -> Option<&str> {
+    /// The first plugin by name decides whose default model for the endpoint is routed and allowed.
+    pub fn default_model(
+        &self,
+        tenant: &TenantId,
+        endpoint: Endpoint,
+        rule: &ModelRule,
+    ) -> Option<&str> {
         let plugins =
             self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
         let mut models =
             plugins.filter_map(|plugin| plugin.routing().default_models.get(&endpoint));
-        models.find(|model| self.route(tenant, model).is_some()).map(String::as_str)
+        models.find(|model| self.allowed_route(tenant, model, rule).is_some()).map(String::as_str)
     }
 
     /// Returns a number that identifies the loaded version of a plugin; zero if none serves.

@@ -10,9 +10,10 @@
 //! looked at before each exchange, so that a new secret takes effect with the next request.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
 
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::{
@@ -33,6 +34,8 @@ struct Bound {
     name: String,
     header: HeaderName,
     prefix: String,
+    /// True if a tenant without the secret cannot use the plugin: the component requires it, or the
+    /// plugin's file names the credential without a default.
     is_required: bool,
     hosts: Arc<AllowList>,
     /// Secret of tenants without their own.
@@ -119,7 +122,7 @@ pub(crate) fn secrets(
             name: need.name.clone(),
             header,
             prefix: need.prefix.clone(),
-            is_required: need.required,
+            is_required: need.required || given.is_some_and(|given| given.from.is_none()),
             hosts: Arc::new(hosts),
             default,
             tenants,
@@ -168,8 +171,7 @@ impl Credentials {
                     secret: secret.clone(),
                     hosts: bound.hosts.clone(),
                 }),
-                // A table without a default says that a secret is needed.
-                None if bound.is_required || !bound.tenants.is_empty() => return Ok(None),
+                None if bound.is_required => return Ok(None),
                 None => {}
             }
         }
@@ -189,19 +191,34 @@ impl Credentials {
             }
         }
         let folder = folder.filter(|_| !self.bound.is_empty()).map(|(folder, plugin)| {
-            Box::new(Folder {
+            Arc::new(Folder {
                 path: folder.to_owned(),
                 plugin: plugin.to_owned(),
                 credentials: self,
                 cache: Mutex::default(),
-            }) as Box<dyn SecretsFolder>
+            }) as Arc<dyn SecretsFolder>
         });
         Ok(CredentialStore { default, tenants, folder })
     }
 }
 
-/// State of a secret's file: its size and the time of its last change.
-type FileState = Option<(u64, SystemTime)>;
+/// State of a secret's file, which differs after each replacement: device, inode, size, and the time
+/// of the last change of the file or of its metadata.
+type FileState = Option<(u64, u64, u64, i64, i64)>;
+
+/// Returns the state of a file; none if it does not exist. A link to nowhere is an error, as its
+/// secret is missing and not unknown.
+fn state_of(file: &Path) -> Result<FileState, String> {
+    let failed = |error: std::io::Error| format!("failed to read {}: {error}", file.display());
+    let found = match std::fs::metadata(file) {
+        Ok(found) => found,
+        Err(error) if error.kind() == ErrorKind::NotFound && file.symlink_metadata().is_err() => {
+            return Ok(None);
+        }
+        Err(error) => return Err(failed(error)),
+    };
+    Ok(Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec())))
+}
 
 /// Folder with secrets of tenants.
 struct Folder {
@@ -216,11 +233,8 @@ impl SecretsFolder for Folder {
         let folder = self.path.join(tenant.as_str()).join(&self.plugin);
         let files = self.credentials.bound.iter().map(|bound| folder.join(&bound.name));
         let files: Vec<PathBuf> = files.collect();
-        let state = |file: &PathBuf| {
-            let found = std::fs::metadata(file).ok()?;
-            Some((found.len(), found.modified().ok()?))
-        };
-        let states: Vec<FileState> = files.iter().map(state).collect();
+        let states: Vec<FileState> =
+            files.iter().map(|file| state_of(file)).collect::<Result<_, _>>()?;
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, secrets)) = cache.get(tenant)
             && *known == states

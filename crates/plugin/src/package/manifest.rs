@@ -84,7 +84,7 @@ keys! {
         /// plugin.
         #[serde(default)]
         pub from: Option<String>, "string", "none";
-        /// Sources of the secrets of projects, by their slugs. They can also stand in the table of
+        /// Sources of the secrets of projects, by their slugs. They can also be in the table of
         /// the credential itself, as in `{ default = "env:A", acme = "file:b" }`.
         #[serde(default)]
         pub tenants: BTreeMap<String, String>, "table", "none";
@@ -115,16 +115,29 @@ impl<'de> Deserialize<'de> for GivenCredential {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut table = CredentialTable::default();
+                let twice = |key: &str| serde::de::Error::custom(format!("`{key}` is given twice"));
                 while let Some(key) = map.next_key::<String>()? {
-                    match key.as_str() {
-                        "from" | "default" => table.from = Some(map.next_value()?),
-                        "hosts" => table.hosts = map.next_value()?,
-                        "tenants" => {
-                            table.tenants.extend(map.next_value::<BTreeMap<String, String>>()?);
+                    let sources = match key.as_str() {
+                        "from" | "default" => {
+                            if table.from.replace(map.next_value()?).is_some() {
+                                return Err(twice("from"));
+                            }
+                            continue;
                         }
-                        key => {
-                            check_tenant(key).map_err(serde::de::Error::custom)?;
-                            table.tenants.insert(key.to_owned(), map.next_value()?);
+                        "hosts" => {
+                            table.hosts = map.next_value()?;
+                            continue;
+                        }
+                        "tenants" => map.next_value::<BTreeMap<String, String>>()?,
+                        slug => {
+                            check_tenant(slug).map_err(serde::de::Error::custom)?;
+                            BTreeMap::from([(slug.to_owned(), map.next_value()?)])
+                        }
+                    };
+                    for (slug, source) in sources {
+                        check_slug(&slug).map_err(serde::de::Error::custom)?;
+                        if table.tenants.insert(slug.clone(), source).is_some() {
+                            return Err(twice(&slug));
                         }
                     }
                 }
@@ -144,8 +157,12 @@ fn check_tenant(key: &str) -> Result<(), String> {
              `{key}` belongs into the table `tenants`"
         ));
     }
+    check_slug(key)
+}
+
+fn check_slug(key: &str) -> Result<(), String> {
     let is_slug = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
-    match key.bytes().all(is_slug) {
+    match (1..=63).contains(&key.len()) && key.bytes().all(is_slug) {
         true => Ok(()),
         false => Err(format!("`{key}` is neither a key nor the slug of a project")),
     }

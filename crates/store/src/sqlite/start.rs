@@ -37,8 +37,9 @@ pub(super) fn start(
         update_claimed(
             connection,
             claim,
-            "lane = 'admit', admission = ?4, waits_since = ?5, owner = NULL, lease_until = 0",
-            &[&admission.to_string(), &at.as_millis()],
+            "lane = 'admit', admission = ?4, waits_since = ?5, owner = NULL, lease_until = 0,
+             waits_for = ?6, waits_for_since = ?5",
+            &[&admission.to_string(), &at.as_millis(), &exceeded.to_string()],
         )?;
         return Ok(Started::Waits);
     }
@@ -101,6 +102,7 @@ fn execute_batch(
         "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
          lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END, admission = NULL,
+         waits_for = NULL, waits_for_since = NULL,
          total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
         &[&at.as_millis(), &to_i64(total), &model, &execution_lane(plugins)],
     )

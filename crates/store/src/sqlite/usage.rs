@@ -27,6 +27,9 @@ const MINUTES_PER_HOUR: i64 = 60;
 /// Maximum of a sum, so that two of them can be added.
 const MAX_SUM: u64 = i64::MAX as u64 / 2;
 
+// A budget that could not be reached would be none.
+const _: () = assert!(Money::from_cents(Money::MAX_CENTS).units() < MAX_SUM);
+
 /// Charges of a group of results, by model.
 #[derive(Default)]
 pub(super) struct Charges<'a>(BTreeMap<&'a str, UsageCounts>);

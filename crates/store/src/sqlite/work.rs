@@ -15,7 +15,7 @@ use super::keys::BatchRow;
 use super::{database_error, enqueued, files, timestamp, to_i64};
 
 /// Maximum number of pairs of a lane and a tenant that are looked at.
-const MAX_WAITING: i64 = 20_000;
+const MAX_WAITING: i64 = 100_000;
 
 /// Maximum number of batches whose window ends soon.
 const MAX_URGENT: i64 = 64;

@@ -41,11 +41,6 @@ fn request_that_one_limit_refuses_uses_up_no_other() {
     assert_eq!(refused.limit, Exhausted::RequestsPerMinute("m".into(), 2));
     assert!(refused.until >= at(MINUTE) && refused.until <= at(MINUTE + 2000), "{refused:?}");
     quota.reserve("other", 1_000_000, free, at(0)).unwrap();
-    assert_eq!(
-        quota.remaining("m", at(0)),
-        Remaining { requests: Some((2, 0)), tokens: Some((100, 0)) }
-    );
-    assert_eq!(quota.remaining("other", at(0)), Remaining::default());
 }
 
 #[test]
@@ -71,7 +66,7 @@ fn budget_counts_what_is_in_flight_and_ends_with_the_month() {
     let second = quota.reserve("unpriced", 1, Money::default(), at(0)).unwrap();
     let third = quota.reserve("m", 1, cost, at(0)).unwrap();
     let refused = quota.reserve("unpriced", 1, Money::default(), at(0)).unwrap_err();
-    assert_eq!(refused.limit.code(), ErrorCode::BillingHardLimitReached);
+    assert_eq!(refused.limit, Exhausted::Budget(Money::from_units(100)));
     assert_eq!(refused.until, at(0).after(PENDING_INTERVAL));
     quota.release(third);
     quota.release(second);
@@ -105,6 +100,21 @@ fn requests_of_a_day_count_in_flight_and_end_at_midnight() {
     quota.check("m", at(0).next_day()).unwrap();
     // A clock that goes back gives nothing back.
     quota.check("m", Timestamp::from_millis(0)).unwrap_err();
+}
+
+#[test]
+fn request_that_has_begun_counts_as_in_flight_and_not_in_another_minute() {
+    let limits = ModelLimits {
+        requests_per_minute: Some(1),
+        requests_per_day: Some(1),
+        ..ModelLimits::default()
+    };
+    let mut quota = quota(limits, None);
+    let resumed = quota.resume("m", Money::default());
+    let refused = quota.reserve("m", 1, Money::default(), at(0)).unwrap_err();
+    assert_eq!(refused.limit, Exhausted::RequestsPerDay("m".into(), 1));
+    quota.release(resumed);
+    quota.reserve("m", 1, Money::default(), at(0)).unwrap();
 }
 
 #[test]

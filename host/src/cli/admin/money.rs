@@ -206,7 +206,7 @@ impl UsageReport {
         for (group, sum) in sums.iter().filter(|(_, sum)| sum.requests > 0) {
             let unpriced = match sum.unpriced {
                 0 => String::new(),
-                number => format!("  and {number} requests without a price"),
+                number => format!("  and requests without a price: {number}"),
             };
             outln!(
                 "{:<40} {:>10} {:>13} {:>13} {:>13} {:>12}{unpriced}",
@@ -251,7 +251,7 @@ mod tests {
         for (text, cents) in [("250", 25_000), ("12.5", 1250), ("12.50", 1250), ("0", 0)] {
             assert_eq!(text.parse(), Ok(Dollars { cents }), "{text}");
         }
-        for text in ["", "-1", "1.234", "1e3", "9000000.01", "$5", "1.", ".5x"] {
+        for text in ["", "-1", "1.234", "1e3", "4000000.01", "$5", "1.", ".5x"] {
             assert!(text.parse::<Dollars>().is_err(), "{text}");
         }
     }

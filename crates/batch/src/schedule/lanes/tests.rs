@@ -78,7 +78,7 @@ async fn batch_releases_its_place_after_a_stint_if_another_waits() {
     assert!(place.is_over() && place.over().now_or_never().is_some());
     drop(place);
     // The other batch has waited longer and runs first.
-    let mut back = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(6)));
+    let mut back = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(6), false));
     assert!((&mut back).now_or_never().is_none());
     assert_eq!(lanes.next(&theirs), Next::Claim(0));
     let other = lanes.take(&Lane::Execute(ours.clone()), &"t".into());
@@ -93,8 +93,8 @@ async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
     let lanes = Lanes::new(1, 100, Arc::default());
     let (ours, tenant) = (plugins("p"), TenantId::from("t"));
     let active = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
-    let mut first = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(1)));
-    let mut second = Box::pin(lanes.come_back(&ours, &tenant, Timestamp::from_millis(2)));
+    let mut first = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(1), false));
+    let mut second = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(2), false));
     assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
     let third = waiting(&[("p", 0), ("p q", 0)]);
     // The batch with the oldest turn is evicted. The other active batch has its turn, although

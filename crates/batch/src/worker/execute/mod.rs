@@ -127,7 +127,7 @@ impl Worker {
             tenant: claim.tenant.clone(),
             batch: claim.batch_id.clone(),
             endpoint: batch.new.endpoint,
-            default_model: self.default_model(claim, batch),
+            default_model: self.default_model(claim, batch).await?,
             created_at: u64::try_from(batch.new.created_at.as_seconds()).unwrap_or(0),
             registry: self.registry.clone(),
             jobs: Jobs::of_batch(&self.store, claim).await?,
@@ -221,7 +221,11 @@ impl Worker {
                 }
             };
             *place = tokio::select! {
-                granted = lanes.come_back(plugins, &claim.tenant, self.clock.now()),
+                granted = lanes.come_back(
+                    (plugins, &claim.tenant),
+                    self.clock.now(),
+                    work.context.share.is_urgent(self.clock.now()),
+                ),
                     if !work.context.leave.is_cancelled() =>
                 {
                     if granted.is_none() {
@@ -243,10 +247,14 @@ impl Worker {
 
     /// Returns the model for lines that name no model: the model that validation found in all lines
     /// of the batch, or the default model of the plugins.
-    fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Option<String> {
+    async fn default_model(&self, claim: &Claim, batch: &BatchRecord) -> Result<Option<String>> {
+        let endpoint = batch.new.endpoint;
+        if !endpoint.has_optional_model() || batch.model.is_some() {
+            return Ok(batch.model.clone().filter(|_| endpoint.has_optional_model()));
+        }
+        let rule = self.store.policy(&claim.tenant).await?.models;
         let plugins = self.registry.current();
-        let default = plugins.default_model(&claim.tenant, batch.new.endpoint).map(str::to_owned);
-        batch.new.endpoint.has_optional_model().then(|| batch.model.clone().or(default)).flatten()
+        Ok(plugins.default_model(&claim.tenant, endpoint, &rule).map(str::to_owned))
     }
 
     /// Returns the name that the provider knows of the model of a batch; none if its requests have
@@ -354,13 +362,22 @@ impl Worker {
                 return Ok(Pause::Stopped);
             }
             // Lines are not read while none of them can be sent.
-            if let Some(until) = work.blocked_until(now).or(work.held_until(now).await) {
+            if let Some(until) = work.blocked_until(now) {
                 lines.held_until = Some(until);
                 return Ok(Pause::Idle(Some(until)));
             }
+            // While the project may send nothing, only jobs that have begun are polled.
+            let held_until = work.held_until(now).await;
+            lines.held_until = held_until.or(lines.held_until);
             let Some(line) = lines.peek(now, work.is_healthy()).await? else {
                 return Ok(Pause::Idle(lines.due()));
             };
+            if let Some(until) = held_until.filter(|_| !line.retry_state.has_job) {
+                if lines.defer(until) {
+                    continue;
+                }
+                return Ok(Pause::Idle(Some(until)));
+            }
             place.start();
             if place.is_over() {
                 return Ok(Pause::TurnOver);

@@ -85,7 +85,7 @@ impl ChunkValidator {
             },
             endpoint,
             validators: plugins.validators(tenant, endpoint),
-            default_model: plugins.default_model(tenant, endpoint).map(str::to_owned),
+            default_model: plugins.default_model(tenant, endpoint, &models).map(str::to_owned),
             plugins,
             models,
             counted,

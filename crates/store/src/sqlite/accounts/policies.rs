@@ -162,7 +162,8 @@ pub(super) fn update_model_limits(
     }
     enqueued::wake(connection, key, by.at)?;
     let details = Value::Object(details);
-    audit::record(connection, by, "rate_limit.updated", Some(id), id.as_str(), &details)?;
+    let resource = format!("rl-{model}");
+    audit::record(connection, by, "rate_limit.updated", Some(id), &resource, &details)?;
     Ok(all.remove(model).unwrap_or_default())
 }
 
