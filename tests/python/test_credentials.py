@@ -122,6 +122,7 @@ def test_project_without_a_credential_waits_and_sends_nothing(serve, stub, tmp_p
 
 def test_secret_in_the_folder_comes_first_and_is_replaced_at_once(serve, stub, tmp_path, secret):
     folder = tmp_path / "secrets"
+    folder.mkdir()
     tenants = tenants_of(serve, stub, tmp_path, f'"{secret("default")}"', "--secrets", str(folder))
     _, _, acme = tenants.project("Acme")
     _, _, other = tenants.project("Other")

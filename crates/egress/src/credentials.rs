@@ -10,6 +10,7 @@ use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use batchwright_domain::ids::TenantId;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use tokio::sync::Semaphore;
 use url::Url;
 
 use super::allow::is_loopback;
@@ -75,7 +76,12 @@ pub struct CredentialStore {
     pub tenants: HashMap<TenantId, Arc<Secrets>>,
     /// Secrets in a folder, which come first.
     pub folder: Option<Arc<dyn SecretsFolder>>,
+    /// Permits to read the folder.
+    pub folder_reads: Arc<Semaphore>,
 }
+
+/// Number of threads that read a folder of secrets for one plugin at a time.
+pub const MAX_FOLDER_READS: usize = 4;
 
 /// Maximum time to read secrets from a folder, which may be on another machine.
 const FOLDER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,11 +97,6 @@ pub trait SecretsFolder: Send + Sync {
 pub struct NoCredential(pub String);
 
 impl CredentialStore {
-    /// Creates a store with the same secrets for all tenants.
-    pub fn shared(secrets: Secrets) -> Self {
-        Self { default: Some(Arc::new(secrets)), tenants: HashMap::new(), folder: None }
-    }
-
     /// Returns the secrets of any tenant, or none.
     pub(crate) fn any(&self) -> Arc<Secrets> {
         let found = self.default.as_ref().or_else(|| self.tenants.values().next());
@@ -106,7 +107,16 @@ impl CredentialStore {
     pub async fn of(&self, tenant: &TenantId) -> Result<Arc<Secrets>, NoCredential> {
         if let Some(folder) = &self.folder {
             let (folder, tenant) = (folder.clone(), tenant.clone());
-            let reading = tokio::task::spawn_blocking(move || folder.of(&tenant));
+            let reading = async {
+                // The permit is held by the thread, so that a folder that hangs occupies few.
+                let permit = self.folder_reads.clone().acquire_owned().await;
+                let read = tokio::task::spawn_blocking(move || {
+                    let found = folder.of(&tenant);
+                    drop(permit);
+                    found
+                });
+                read.await
+            };
             let found = tokio::time::timeout(FOLDER_TIMEOUT, reading).await;
             // A credential that cannot be read is not replaced by another one.
             let found = found

@@ -57,7 +57,8 @@ pub use allow::{AllowList, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{
-    Credential, CredentialStore, NoCredential, Secrets, SecretsFolder, is_distinct,
+    Credential, CredentialStore, MAX_FOLDER_READS, NoCredential, Secrets, SecretsFolder,
+    is_distinct,
 };
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};

@@ -348,11 +348,17 @@ impl Window {
         while self.0.front().is_some_and(|(second, ..)| *second < oldest) {
             self.0.pop_front();
         }
+        // Seconds that lie further ahead than the window are of a clock that was wrong.
+        let latest = now.as_seconds().saturating_add(WINDOW_SECONDS);
+        while self.0.back().is_some_and(|(second, ..)| *second > latest) {
+            self.0.pop_back();
+        }
     }
 
     fn current(&self, now: Timestamp) -> impl Iterator<Item = &(i64, u64, u64)> {
         let oldest = now.as_seconds().saturating_sub(WINDOW_SECONDS);
-        self.0.iter().filter(move |(second, ..)| *second >= oldest)
+        let latest = now.as_seconds().saturating_add(WINDOW_SECONDS);
+        self.0.iter().filter(move |(second, ..)| (oldest..=latest).contains(second))
     }
 
     /// Returns the time at which `size` more fit into a limit; none if they fit now.

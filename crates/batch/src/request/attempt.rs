@@ -50,7 +50,7 @@ use crate::request::exchange::Exchange;
 use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, failure, identity};
 use crate::request::steps::StepOutcome;
 use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, Probe};
-use crate::schedule::quotas::QUOTA_RETRY_INTERVAL;
+use crate::schedule::quotas::{Hold, QUOTA_RETRY_INTERVAL};
 use crate::schedule::retry_queue::RetryState;
 
 impl Context {
@@ -69,13 +69,6 @@ impl Context {
         else {
             return self.missing_plugin(line, retry_state);
         };
-        // A request that its project may not send yet does not wait for its provider. A job that
-        // the provider has begun is paid for, and continues.
-        if !retry_state.has_job
-            && let Some(until) = self.held_until(&model).await
-        {
-            return AttemptOutcome::Retry(until, retry_state);
-        }
         let breaker = self.breaker_of(&plugin);
         if let Some(outcome) = self.without_credential(&breaker, &plugin, line, retry_state).await {
             return outcome;
@@ -87,6 +80,11 @@ impl Context {
         let mut exchange = Exchange::new(&plugin, &self.tenant, retry_state.refusals);
         if !self.load_job(&mut exchange, line, retry_state.has_job).await {
             return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
+        }
+        // Before the wait for the provider, so that a project at its limit takes nothing of it.
+        match self.reserve(&exchange, line, &model).await {
+            Ok(hold) => exchange.hold = Some(hold),
+            Err(until) => return AttemptOutcome::Retry(until, retry_state),
         }
         let request = || Request {
             id: line.id.to_owned(),
@@ -138,6 +136,7 @@ impl Context {
         };
         let duration =
             exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
+        let metered = exchange.hold.map(|hold| Metered { model: model.as_str().into(), hold });
         let ended = EndedSteps {
             line,
             plugin: plugin.clone(),
@@ -148,11 +147,11 @@ impl Context {
             job: exchange.job,
             job_is_kept: exchange.job_is_kept,
             reservation: exchange.reservation,
-            metered: exchange.hold.map(|hold| Metered { model: model.as_str().into(), hold }),
             retry,
             answer,
         };
-        self.conclude(ended, retry_state).await
+        let outcome = self.conclude(ended, retry_state).await;
+        self.settle(line, outcome, metered)
     }
 
     /// Returns the outcome of an attempt without a credential of the project; none if there is one.
@@ -175,19 +174,54 @@ impl Context {
             self.tenant
         );
         let trouble = (FailureKind::Credential, message, detail.as_str());
-        Some(self.blocked_by_plugin(breaker, line, retry_state, trouble))
+        Some(self.blocked_by_plugin(breaker, line, retry_state, trouble, identity(plugin)))
     }
 
-    /// Returns the time before which the project may not send a request of a model.
-    async fn held_until(&self, model: &str) -> Option<Timestamp> {
+    /// Reserves what a request may use of the quota of its project, or returns the time of the next
+    /// attempt.
+    ///
+    /// A job that the provider has begun is paid for, and continues.
+    async fn reserve(
+        &self,
+        exchange: &Exchange<'_>,
+        line: Line<'_>,
+        model: &str,
+    ) -> Result<Hold, Timestamp> {
         if let Err(error) = self.quota.refresh().await {
             tracing::error!(tenant = %self.tenant, %error, "limits not read");
-            return Some(self.clock.now().after(QUOTA_RETRY_INTERVAL));
+            return Err(self.clock.now().after(QUOTA_RETRY_INTERVAL));
         }
-        let blocked = self.quota.blocked(Some(model))?;
-        let until = blocked.until;
-        self.quota.set_blocked(&self.batch, blocked);
-        Some(until)
+        let size = (model, line.body.len());
+        if exchange.job.is_some() {
+            return Ok(self.quota.resume_job(&self.batch, line.number, size));
+        }
+        self.quota.reserve(model, line.body.len()).map_err(|blocked| {
+            let until = blocked.until;
+            self.quota.set_blocked(&self.batch, blocked);
+            until
+        })
+    }
+
+    /// Keeps the reservation of a request that is polled again, and gives that of another retry
+    /// back.
+    fn settle(
+        &self,
+        line: Line<'_>,
+        outcome: AttemptOutcome,
+        metered: Option<Metered>,
+    ) -> AttemptOutcome {
+        match outcome {
+            AttemptOutcome::Answered(answer) => {
+                AttemptOutcome::Answered(FinalAnswer { metered, ..answer })
+            }
+            AttemptOutcome::Retry(at, state) => {
+                if let Some(metered) = metered.filter(|_| state.has_job) {
+                    self.quota.keep_job(&self.batch, line.number, metered.hold);
+                }
+                AttemptOutcome::Retry(at, state)
+            }
+            AttemptOutcome::Stopped => AttemptOutcome::Stopped,
+        }
     }
 
     /// Returns the breaker of a plugin.
@@ -212,7 +246,7 @@ impl Context {
             let message = "The provider is paused by the operator.";
             let detail = format!("The plugin `{}` is paused by the operator.", plugin.name());
             let trouble = (FailureKind::Plugin, message, detail.as_str());
-            let outcome = self.blocked_by_plugin(breaker, line, retry_state, trouble);
+            let outcome = self.blocked_by_plugin(breaker, line, retry_state, trouble, 0);
             return ControlFlow::Break(outcome);
         }
         let (decision, probe) = breaker.enter(self.clock.now(), identity(plugin));

@@ -12,7 +12,7 @@ use batchwright_plugin::types::Answer;
 use crate::request::assessment::ProviderSignal;
 use crate::request::context::{Context, Line};
 use crate::request::exchange::ExchangeSummary;
-use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, milliseconds};
+use crate::request::outcome::{AttemptOutcome, FinalAnswer, milliseconds};
 use crate::schedule::breaker::{Breaker, FailureKind, FailureVerdict};
 use crate::schedule::retry_queue::RetryState;
 
@@ -36,8 +36,6 @@ pub(super) struct EndedSteps<'a> {
     pub job_is_kept: bool,
     /// Memory that covers the answer.
     pub reservation: Reservation,
-    /// Model of the request, with the quota.
-    pub metered: Option<Metered>,
     /// Pause before the retry that the adapter asks for, or `None` if it asks for no retry.
     pub retry: Option<Option<Duration>>,
     /// Answer, which is used if there is no retry.
@@ -56,7 +54,7 @@ impl EndedSteps<'_> {
             answer: self.answer,
             by: Some(self.plugin),
             reservation: Some(self.reservation),
-            metered: self.metered,
+            metered: None,
         })
     }
 }

@@ -140,7 +140,7 @@ impl Context {
         let name = gone.cloned().unwrap_or_else(|| format!("{MODEL}{model}"));
         let breaker = self.breaker_registry.of(&name, &self.tenant, self.endpoint);
         let trouble = (FailureKind::Plugin, message.as_str(), message.as_str());
-        let ended = self.blocked_by_plugin(&breaker, line, retry_state, trouble);
+        let ended = self.blocked_by_plugin(&breaker, line, retry_state, trouble, 0);
         // Another batch may have opened the breaker, so this batch is registered as waiting too.
         if !breaker.has_waiting(&self.batch) {
             breaker.add_waiting(&self.batch, 1);
@@ -150,16 +150,18 @@ impl Context {
 
     /// Opens the breaker of a missing or paused plugin and defers a line.
     ///
-    /// `message` is the cause for the client, `detail` the cause for the operator.
+    /// `trouble` has the cause for the client and the cause for the operator. `plugin` is the identity
+    /// of the plugin, or 0 if the plugin is gone.
     pub(super) fn blocked_by_plugin(
         &self,
         breaker: &Breaker,
         line: Line<'_>,
         retry_state: RetryState,
-        (kind, message, detail): (FailureKind, &str, &str),
+        trouble: (FailureKind, &str, &str),
+        plugin: usize,
     ) -> AttemptOutcome {
-        let now = self.clock.now();
-        if let BreakerDecision::GiveUp(answer) = breaker.check(now, 0) {
+        let ((kind, message, detail), now) = (trouble, self.clock.now());
+        if let BreakerDecision::GiveUp(answer) = breaker.check(now, plugin) {
             return AttemptOutcome::Answered(FinalAnswer {
                 answer,
                 by: None,
@@ -173,7 +175,7 @@ impl Context {
             detail: detail.to_owned(),
             answer: failure(ErrorCode::ModelNotFound, message.to_owned()),
         };
-        let (_, opened) = breaker.record_failure(now, line.mark, 0, None, trouble, true);
+        let (_, opened) = breaker.record_failure(now, line.mark, plugin, None, trouble, true);
         if opened {
             tracing::warn!(
                 tenant = %self.tenant,

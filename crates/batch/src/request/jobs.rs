@@ -28,6 +28,11 @@ impl Jobs {
         Ok(Self { store: store.clone(), claim: claim.clone(), has_stored_jobs })
     }
 
+    /// Returns true if a previous process or an earlier turn left jobs.
+    pub(crate) fn has_stored(&self) -> bool {
+        self.has_stored_jobs
+    }
+
     /// Returns the job state of a request, or `None` if this plugin has not started a job for it.
     ///
     /// A later version of the plugin gets the state of an earlier version. `known` is true if the

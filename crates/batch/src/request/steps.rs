@@ -7,6 +7,8 @@ use batchwright_egress::Permit;
 use batchwright_plugin::types::{Answer, Outcome, Request, Step};
 use batchwright_plugin::{CallError, Plugin};
 
+use tokio::time::Instant;
+
 use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
 
@@ -61,20 +63,6 @@ impl Context {
         if !may_send() {
             return Ok(StepOutcome::Postponed(self.clock.now()));
         }
-        // What the project may send is reserved last, so that a request that waits reserves nothing.
-        let size = (model, line.body.len());
-        let reserved = match exchange.job.is_some() {
-            true => Ok(self.quota.resume_job(&self.batch, line.number, size)),
-            false => self.quota.reserve(model, line.body.len()),
-        };
-        match reserved {
-            Ok(hold) => exchange.hold = Some(hold),
-            Err(blocked) => {
-                let until = blocked.until;
-                self.quota.set_blocked(&self.batch, blocked);
-                return Ok(StepOutcome::Postponed(until));
-            }
-        }
         tokio::select! {
             biased;
             () = exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()) => {}
@@ -119,8 +107,7 @@ impl Context {
                     exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(pause).await;
                     while exchange.permit.is_none() {
-                        let priority = self.quota.priority(&self.share, model, line.body.len());
-                        match plugin.gateway().admit(self.queue.clone(), priority).await {
+                        match self.permit(plugin, (line, model)).await {
                             Ok(permit) => exchange.permit = Some(permit),
                             Err(until) => tokio::time::sleep_until(until).await,
                         }
@@ -148,17 +135,8 @@ impl Context {
             return Admission::Stopped;
         }
         let admitted = async {
-            let mut changes = None;
             loop {
-                let priority = self.quota.priority(&self.share, model, line.body.len());
-                let waiting = plugin.gateway().admit(self.queue.clone(), priority);
-                let admitted = tokio::select! {
-                    biased;
-                    admitted = waiting => admitted,
-                    // The request waits again with the new weight and the new limit.
-                    () = self.quota.changed(&mut changes) => continue,
-                };
-                let admitted = match admitted {
+                let admitted = match self.permit(plugin, (line, model)).await {
                     Ok(admitted) => admitted,
                     Err(until) => {
                         let left = until.saturating_duration_since(tokio::time::Instant::now());
@@ -182,6 +160,25 @@ impl Context {
                 Some(_) => Admission::Stopped,
                 None => Admission::Postponed(self.clock.now()),
             },
+        }
+    }
+
+    /// Waits for a permit of the provider. The error is the end of a long pause.
+    ///
+    /// After a change of limits the request waits again, with the new weight and the new limit.
+    async fn permit(
+        &self,
+        plugin: &Plugin,
+        (line, model): (Line<'_>, &str),
+    ) -> Result<Permit, Instant> {
+        let mut changes = self.quota.changes();
+        loop {
+            let priority = self.quota.priority(&self.share, model, line.body.len());
+            tokio::select! {
+                biased;
+                admitted = plugin.gateway().admit(self.queue.clone(), priority) => return admitted,
+                () = self.quota.changed(&mut changes) => {}
+            }
         }
     }
 }

@@ -305,7 +305,11 @@ impl TenantQuota {
     pub(crate) fn keep_job(&self, batch: &BatchId, line: u64, mut hold: Hold) {
         if let Some(reserved) = hold.reserved.take() {
             let mut batches = lock(&self.batches);
-            batches.entry(batch.clone()).or_default().jobs.insert(line, reserved);
+            let before = batches.entry(batch.clone()).or_default().jobs.insert(line, reserved);
+            drop(batches);
+            if let Some(before) = before {
+                lock(&self.quota).release(before);
+            }
         }
     }
 
@@ -336,14 +340,23 @@ impl TenantQuota {
         (usage.total(), cost)
     }
 
+    /// Returns a receiver that learns of changes of limits.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
     /// Waits until limits were changed through this process and the new ones are read.
-    pub(crate) async fn changed(self: &Arc<Self>, changes: &mut Option<watch::Receiver<u64>>) {
-        let changes = changes.get_or_insert_with(|| self.changes.subscribe());
+    pub(crate) async fn changed(self: &Arc<Self>, changes: &mut watch::Receiver<u64>) {
         if changes.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
-        // A failure leaves the limits as they were; the next request reads them again.
-        self.refresh().await.ok();
+        // Another request may read them at this moment.
+        drop(self.refreshed_at.lock().await);
+        while let Err(error) = self.refresh().await {
+            tracing::error!(tenant = %self.tenant, %error, "limits not read");
+            self.clock.sleep(QUOTA_RETRY_INTERVAL).await;
+        }
+        drop(self.refreshed_at.lock().await);
     }
 
     fn rechecked(&self, blocked: Blocked, now: Timestamp) -> Blocked {

@@ -9,8 +9,8 @@ use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::status::Status;
 use batchwright_store::{
-    BatchError, BatchRecord, Claim, Lane, Release, Result, Started, StoreError, TokenLimit,
-    WaitCause,
+    BatchError, BatchRecord, Claim, Lane, PluginVersion, Release, Result, Started, StoreError,
+    TokenLimit, WaitCause,
 };
 use batchwright_tenancy::WhenOverLimit;
 use futures_util::FutureExt;
@@ -140,7 +140,8 @@ impl Worker {
             }
             if claim.lane == Lane::Admit {
                 let now = self.clock.now();
-                return self.store.admit(claim, now, now.after(ADMIT_INTERVAL)).await;
+                let started = self.store.admit(claim, now, now.after(ADMIT_INTERVAL)).await?;
+                return self.started(claim, started, Vec::new()).await;
             }
             if batch.times.in_progress_at.is_none() {
                 return self.validate_and_start(claim, &batch, stop).await;
@@ -288,6 +289,22 @@ impl Worker {
         Ok(())
     }
 
+    /// Fails a batch that may not start.
+    async fn started(
+        &self,
+        claim: &Claim,
+        started: Started,
+        judged_by: Vec<PluginVersion>,
+    ) -> Result<()> {
+        match started {
+            Started::Started | Started::Waits => Ok(()),
+            Started::OverLimit(limit) => {
+                let errors = vec![over_limit(&limit)];
+                self.store.fail(claim, errors, judged_by, self.clock.now()).await
+            }
+        }
+    }
+
     /// Validates a batch and moves a valid batch to the lane of its plugins.
     async fn validate_and_start(
         &self,
@@ -319,12 +336,8 @@ impl Worker {
             FileVerdict::Accepted(found) => {
                 let may_wait = self.config.tenant_defaults.when_over_limit == WhenOverLimit::Wait;
                 let (judged_by, now) = (found.judged_by.clone(), self.clock.now());
-                match self.store.start_execution(claim, found, now, may_wait).await? {
-                    Started::Started | Started::Waits => Ok(()),
-                    Started::OverLimit(limit) => {
-                        self.store.fail(claim, vec![over_limit(&limit)], judged_by, now).await
-                    }
-                }
+                let started = self.store.start_execution(claim, found, now, may_wait).await?;
+                self.started(claim, started, judged_by).await
             }
             FileVerdict::Rejected(errors, judged_by) => {
                 self.store.fail(claim, errors, judged_by, self.clock.now()).await

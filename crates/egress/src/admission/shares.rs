@@ -89,13 +89,14 @@ struct Tenant {
     now: u64,
     /// Number that tells tenants with equal shares apart.
     number: u64,
+    /// Maximum number of exchanges in flight, over all plugins.
+    max_in_flight: Option<u64>,
 }
 
 struct Queue<T> {
     id: QueueId,
     share: Share,
     is_urgent: bool,
-    max_in_flight: Option<u64>,
     waiting: VecDeque<(u64, T)>,
     /// Tokens of the request that begins next without having waited.
     tokens: u64,
@@ -137,21 +138,24 @@ impl<T> Shares<T> {
 
     /// Sets the priority of the request of a queue that begins next.
     pub(super) fn set_priority(&mut self, id: &QueueId, priority: Priority) {
-        let weight = priority.tenant_weight;
+        let (weight, max_in_flight) = (priority.tenant_weight, priority.max_in_flight);
         match self.tenants.get_mut(&id.tenant) {
-            Some(tenant) => tenant.share.weight = weight,
+            Some(tenant) => {
+                tenant.share.weight = weight;
+                tenant.max_in_flight = max_in_flight;
+            }
             None => {
                 self.forget_idle();
                 let share = Share { in_flight: 0, time: self.now, weight };
                 self.last_number = self.last_number.wrapping_add(1);
-                let tenant = Tenant { share, now: 0, number: self.last_number };
+                let number = self.last_number;
+                let tenant = Tenant { share, now: 0, number, max_in_flight };
                 self.tenants.insert(id.tenant.clone(), tenant);
             }
         }
         let queue = self.queue(id);
         queue.share.weight = priority.batch_weight;
         queue.is_urgent = priority.is_urgent;
-        queue.max_in_flight = priority.max_in_flight;
         queue.tokens = priority.tokens;
     }
 
@@ -196,7 +200,8 @@ impl<T> Shares<T> {
                 !queue.waiting.is_empty() && !passed_over.contains(&queue.id.tenant)
             });
             let next = waiting.min_by_key(order)?;
-            let (id, max) = (next.id.clone(), next.max_in_flight);
+            let id = next.id.clone();
+            let max = self.tenants.get(&id.tenant).and_then(|tenant| tenant.max_in_flight);
             if !may_begin(&id.tenant, max) {
                 passed_over.push(id.tenant);
                 continue;
@@ -264,7 +269,6 @@ impl<T> Shares<T> {
                 id: id.clone(),
                 share: Share { in_flight: 0, time: now, weight: 1 },
                 is_urgent: false,
-                max_in_flight: None,
                 waiting: VecDeque::new(),
                 tokens: 1,
             });

@@ -17,9 +17,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::{
-    AllowList, Credential, CredentialStore, Secrets, SecretsFolder, is_distinct, is_loopback,
+    AllowList, Credential, CredentialStore, MAX_FOLDER_READS, Secrets, SecretsFolder, is_distinct,
+    is_loopback,
 };
 use http::HeaderName;
+use tokio::sync::Semaphore;
 use url::Url;
 
 use crate::contract::types::Description;
@@ -198,7 +200,8 @@ impl Credentials {
                 cache: Mutex::default(),
             }) as Arc<dyn SecretsFolder>
         });
-        Ok(CredentialStore { default, tenants, folder })
+        let folder_reads = Arc::new(Semaphore::new(MAX_FOLDER_READS));
+        Ok(CredentialStore { default, tenants, folder, folder_reads })
     }
 }
 
@@ -230,6 +233,10 @@ struct Folder {
 
 impl SecretsFolder for Folder {
     fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String> {
+        // A folder that is not mounted says nothing about its secrets.
+        if !self.path.is_dir() {
+            return Err(format!("{} is no folder", self.path.display()));
+        }
         let folder = self.path.join(tenant.as_str()).join(&self.plugin);
         let files = self.credentials.bound.iter().map(|bound| folder.join(&bound.name));
         let files: Vec<PathBuf> = files.collect();

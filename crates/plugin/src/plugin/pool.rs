@@ -1,7 +1,7 @@
 //! Instances of a plugin by tenant: leases for calls, creation and return.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
@@ -53,12 +53,18 @@ impl Plugin {
         units: u32,
         bytes: usize,
     ) -> Result<Lease<'a>, CallError> {
-        let turn = self.runtime.instances.cpu.turn(&pool.tenant).await;
+        let mut turn = self.runtime.instances.cpu.turn(&pool.tenant).await;
         let idle = pool.idle.take().filter(|instance| !instance.lacks_memory_for(bytes));
         let mut instance = match idle {
             Some(instance) => instance,
-            // Boxed, as the future is large and rarely needed.
-            None => Box::pin(self.instantiate(&pool.holder)).await?,
+            None => {
+                let started = Instant::now();
+                // Boxed, as the future is large and rarely needed.
+                let created = Box::pin(self.instantiate(&pool.holder)).await;
+                // Mostly a wait for memory or for a slot, which is not the tenant's CPU time.
+                turn.excuse(started.elapsed());
+                created?
+            }
         };
         instance.allow(&self.facts.limits, units);
         let waited_before = instance.waited.total();

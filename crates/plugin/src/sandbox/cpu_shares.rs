@@ -27,7 +27,8 @@ pub(crate) struct CpuShares(Mutex<State<oneshot::Sender<Turn>>>);
 
 /// Right to call a guest. Dropping it ends the call.
 pub(crate) struct Turn {
-    shares: Arc<CpuShares>,
+    /// None once the turn has ended.
+    shares: Option<Arc<CpuShares>>,
     tenant: TenantId,
     started: Instant,
     /// Time that the call has waited for memory, which nobody else could use.
@@ -131,12 +132,12 @@ impl<T> State<T> {
 impl CpuShares {
     /// Creates shares for calls on the threads of this machine.
     ///
-    /// A call can wait for memory, so there are more calls than threads. One tenant has at most
-    /// half of them.
+    /// A call can wait for memory, so there are more calls than threads. One tenant has at most a
+    /// quarter of them.
     pub(crate) fn new() -> Arc<Self> {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let max = threads.saturating_mul(4);
-        Arc::new(Self(Mutex::new(State::new((max, max / 2)))))
+        let max = threads.saturating_mul(8);
+        Arc::new(Self(Mutex::new(State::new((max, max / 4)))))
     }
 
     fn lock(&self) -> MutexGuard<'_, State<oneshot::Sender<Turn>>> {
@@ -164,16 +165,17 @@ impl CpuShares {
     }
 
     fn begun(self: &Arc<Self>, tenant: TenantId) -> Turn {
-        Turn { shares: self.clone(), tenant, started: Instant::now(), waited: Duration::ZERO }
+        Turn { shares: Some(self.clone()), tenant, started: Instant::now(), waited: Duration::ZERO }
     }
 
     /// Begins waiting calls while places are free.
     fn grant(self: &Arc<Self>) {
         loop {
             let Some((tenant, waiting)) = self.lock().next() else { return };
-            if let Err(mut unused) = waiting.send(self.begun(tenant)) {
-                // The caller has gone, and its call took no time.
-                unused.waited = Duration::MAX;
+            if let Err(unused) = waiting.send(self.begun(tenant)) {
+                // The caller has gone. Its turn ends here and not in `Drop`, which would call this
+                // function again, once for each caller that has gone.
+                unused.end(Duration::ZERO);
             }
         }
     }
@@ -186,11 +188,21 @@ impl Turn {
     }
 }
 
+impl Turn {
+    /// Ends the turn without giving its place to the next call.
+    fn end(mut self, took: Duration) {
+        if let Some(shares) = self.shares.take() {
+            shares.lock().end(&self.tenant, took);
+        }
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
+        let Some(shares) = self.shares.take() else { return };
         let took = self.started.elapsed().saturating_sub(self.waited);
-        self.shares.lock().end(&self.tenant, took);
-        self.shares.grant();
+        shares.lock().end(&self.tenant, took);
+        shares.grant();
     }
 }
 

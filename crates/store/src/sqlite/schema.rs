@@ -370,6 +370,19 @@ CREATE INDEX batches_running ON batches (lane, tenant, waits_since, key)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
+/// Counts requests by day, and finds usage that is not merged yet.
+const MIGRATION_10: &str = "
+CREATE INDEX usage_unmerged ON usage (minute) WHERE minute % 60 != 0;
+-- Requests of the latest day (UTC) on which the model was used, in days since 1970.
+CREATE TABLE model_days (
+    tenant INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    day INTEGER NOT NULL,
+    requests INTEGER NOT NULL,
+    PRIMARY KEY (tenant, model)
+) STRICT, WITHOUT ROWID;
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -382,6 +395,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_7),
         M::up(MIGRATION_8),
         M::up(MIGRATION_9),
+        M::up(MIGRATION_10),
     ])
 }
 

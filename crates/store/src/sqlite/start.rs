@@ -55,13 +55,18 @@ pub(super) fn admit(
     claim: &Claim,
     at: Timestamp,
     retry_at: Timestamp,
-) -> Result<()> {
+) -> Result<Started> {
     let held = BatchRow::of(&claim.key);
     let tokens = enqueued::of_batch(connection, held)?;
     if may_execute(connection, held, at)?
-        && enqueued::exceeded(connection, held, &tokens)?.is_some()
+        && let Some(exceeded) = enqueued::exceeded(connection, held, &tokens)?
     {
-        return release(connection, claim, &Release::Backoff(retry_at, None));
+        // The limit may have been lowered.
+        if exceeded.estimated > exceeded.limit {
+            return Ok(Started::OverLimit(exceeded));
+        }
+        release(connection, claim, &Release::Backoff(retry_at, None))?;
+        return Ok(Started::Waits);
     }
     let damaged = || StoreError::Database("the admission of a batch is damaged".into());
     let sql = "SELECT admission FROM batches WHERE tenant = ?1 AND key = ?2";
@@ -78,7 +83,8 @@ pub(super) fn admit(
     let model = admission.get("model").and_then(Value::as_str);
     let admitted = "UPDATE batch_tokens SET admitted = 1 WHERE tenant = ?1 AND batch = ?2";
     execute(connection, admitted, params![held.tenant, held.batch])?;
-    execute_batch(connection, claim, (total, model, &plugins), at)
+    execute_batch(connection, claim, (total, model, &plugins), at)?;
+    Ok(Started::Started)
 }
 
 /// Returns true if a batch was neither cancelled nor has expired.

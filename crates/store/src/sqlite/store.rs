@@ -303,7 +303,7 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn admit(&self, claim: &Claim, at: Timestamp, retry_at: Timestamp) -> Result<()> {
+    async fn admit(&self, claim: &Claim, at: Timestamp, retry_at: Timestamp) -> Result<Started> {
         let claim = claim.clone();
         self.writer.write(move |connection| start::admit(connection, &claim, at, retry_at)).await
     }

@@ -21,7 +21,10 @@ use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
 /// Length of a minute.
 const MILLIS_PER_MINUTE: i64 = 60_000;
 
-/// Minutes of an hour, to which old usage is merged.
+/// Length of a day.
+const MILLIS_PER_DAY: i64 = 86_400_000;
+
+/// Minutes of an hour, to which old usage is merged, as the index of unmerged rows has it.
 const MINUTES_PER_HOUR: i64 = 60;
 
 /// Maximum of a sum, so that two of them can be added.
@@ -131,10 +134,18 @@ fn add(
         sum(MAX_SUM),
     ];
     execute(connection, upsert, values)?;
-    // A clock that goes back to the month before must not give the budget back.
+    let day = at.as_millis().div_euclid(MILLIS_PER_DAY);
+    let of_day = "INSERT INTO model_days (tenant, model, day, requests) VALUES (?1, ?2, ?3, ?4)
+        ON CONFLICT DO UPDATE SET
+            requests = CASE WHEN day BETWEEN ?3 AND ?3 + 1 THEN min(requests + ?4, ?5) ELSE ?4 END,
+            day = CASE WHEN day BETWEEN ?3 AND ?3 + 1 THEN day ELSE ?3 END";
+    let requests = sum(counts.requests);
+    execute(connection, of_day, params![tenant, model, day, requests, sum(MAX_SUM)])?;
+    // A clock that goes back over the end of a month or a day gives nothing back. A time that is
+    // further ahead was wrong.
     let spend = "UPDATE tenants SET
-            spent = CASE WHEN spent_month >= ?2 THEN min(spent + ?3, ?4) ELSE ?3 END,
-            spent_month = max(spent_month, ?2)
+            spent = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN min(spent + ?3, ?4) ELSE ?3 END,
+            spent_month = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN spent_month ELSE ?2 END
         WHERE key = ?1";
     let values = params![tenant, at.month(), sum(spent.units()), sum(MAX_SUM)];
     execute(connection, spend, values).map(drop)
@@ -143,17 +154,17 @@ fn add(
 /// Returns what a tenant has used of limits that are counted here.
 pub(super) fn meters(connection: &Connection, tenant: &TenantId, now: Timestamp) -> Result<Meters> {
     let Some(key) = tenant_key(connection, tenant.as_str())? else { return Ok(Meters::default()) };
-    let spent = "SELECT CASE WHEN spent_month >= ?2 THEN spent ELSE 0 END FROM tenants
-        WHERE key = ?1";
+    let spent = "SELECT CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN spent ELSE 0 END
+        FROM tenants WHERE key = ?1";
     let spent = find(connection, spent, params![key, now.month()], |row| row.get(0))?;
-    let today = "SELECT limits.model, sum(usage.requests) FROM model_limits AS limits
-        JOIN usage ON usage.tenant = limits.tenant AND usage.model = limits.model
+    let today = "SELECT limits.model, days.requests FROM model_limits AS limits
+        JOIN model_days AS days ON days.tenant = limits.tenant AND days.model = limits.model
         WHERE limits.tenant = ?1 AND limits.max_requests_per_1_day IS NOT NULL
-        AND usage.minute >= ?2 GROUP BY limits.model";
-    let midnight = now.start_of_day().as_millis().div_euclid(MILLIS_PER_MINUTE);
+        AND days.day BETWEEN ?2 AND ?2 + 1";
+    let day = now.as_millis().div_euclid(MILLIS_PER_DAY);
     let mut statement = connection.prepare_cached(today).map_err(database_error)?;
     let rows = statement
-        .query_map(params![key, midnight], |row| Ok((row.get(0)?, to_u64(row.get(1)?))))
+        .query_map(params![key, day], |row| Ok((row.get(0)?, to_u64(row.get(1)?))))
         .map_err(database_error)?;
     Ok(Meters {
         spent: Money::from_units(spent.map_or(0, to_u64)),

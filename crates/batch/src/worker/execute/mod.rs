@@ -367,7 +367,11 @@ impl Worker {
                 return Ok(Pause::Idle(Some(until)));
             }
             // While the project may send nothing, only jobs that have begun are polled.
-            let held_until = work.held_until(now).await;
+            let held_until = match work.context.jobs.has_stored() {
+                // Which lines have jobs is known when they are looked up.
+                true => None,
+                false => work.held_until(now).await,
+            };
             lines.held_until = held_until.or(lines.held_until);
             let Some(line) = lines.peek(now, work.is_healthy()).await? else {
                 return Ok(Pause::Idle(lines.due()));

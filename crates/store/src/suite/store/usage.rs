@@ -144,7 +144,7 @@ pub(crate) async fn money_is_counted_by_month_and_requests_by_day(fixture: impl 
     record(&*store, &held, vec![charged(1, "a", Some(1.0)), charged(2, "b", Some(1.0))], NOW).await;
     let requests = [("a".to_owned(), 1)];
     assert_eq!(meters(NOW).await, counted(10_000_000, requests.clone().into()));
-    let (tomorrow, next_month) = (at(DAY), at(40 * DAY));
+    let (tomorrow, next_month) = (at(2 * DAY), at(40 * DAY));
     assert_eq!(meters(tomorrow).await, counted(10_000_000, [].into()));
     assert_eq!(meters(next_month).await, Meters::default());
     record(&*store, &held, vec![charged(3, "b", Some(1.0))], next_month).await;
@@ -152,6 +152,10 @@ pub(crate) async fn money_is_counted_by_month_and_requests_by_day(fixture: impl 
     // A clock that goes back does not give the money of this month back.
     record(&*store, &held, vec![charged(4, "b", Some(1.0))], NOW).await;
     assert_eq!(meters(next_month).await.spent, Money::from_units(10_000_000));
+    // A time far ahead was wrong, and its month does not stay.
+    record(&*store, &held, vec![charged(8, "b", Some(1.0))], at(400 * DAY)).await;
+    record(&*store, &held, vec![charged(9, "b", Some(1.0))], next_month).await;
+    assert_eq!(meters(next_month).await.spent, Money::from_units(5_000_000));
     // Sums of what a guest reports never overflow.
     let huge = TokenUsage { input: u64::MAX, ..TokenUsage::default() };
     for line in 5..8 {
@@ -288,6 +292,15 @@ pub(crate) async fn batch_over_the_token_limit_waits_for_its_turn(fixture: impl 
     let held = claim(&*store, &Lane::Admit).await;
     store.admit(&held, NOW, later).await.unwrap();
     assert_eq!(claim(&*store, &Lane::Finish).await.batch_id.as_str(), "cancelled");
+    // A limit that is lowered below the batch alone ends its wait.
+    assert_eq!(start(&*store, "lowered", 99, true).await.1, Started::Waits);
+    let lower = |limit| [(ModelLimit::EnqueuedTokens, Some(limit))].into();
+    store.update_model_limits(&id, "m", lower(98), operator()).await.unwrap();
+    let held = claim(&*store, &Lane::Admit).await;
+    let started = store.admit(&held, NOW, later).await.unwrap();
+    assert!(matches!(started, Started::OverLimit(_)), "{started:?}");
+    store.fail(&held, Vec::new(), Vec::new(), NOW).await.unwrap();
+    store.update_model_limits(&id, "m", lower(100), operator()).await.unwrap();
     assert_eq!(start(&*store, "expired", 99, true).await.1, Started::Waits);
     let held = claim(&*store, &Lane::Admit).await;
     store.admit(&held, EXPIRY, later).await.unwrap();
