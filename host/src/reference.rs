@@ -62,6 +62,17 @@ fn settings_page() {
         let help = cell(&setting.help());
         writeln!(body, "| `{name}` | {default} | `--{flag}`, `{variable}` | {help} |").unwrap();
     }
+    body.push_str(
+        "\n## `[[prices]]`\n\n\
+         Prices of models, one table each, in the config file alone. They are read at the start.\n\n\
+         | key | type | default | meaning |\n|---|---|---|---|\n\
+         | `model` | string | required | Name of the model as its provider knows it |\n\
+         | `input` | number | required | Dollars per million input tokens that are not cached, with \
+         up to six decimals |\n\
+         | `cached_input` | number | `input` | Dollars per million cached input tokens |\n\
+         | `output` | number | 0 | Dollars per million output tokens |\n\
+         | `from` | date | always | First day (UTC) of the price, such as `2026-01-31` |\n",
+    );
     check("settings.md", "Settings", &body);
 }
 

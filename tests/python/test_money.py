@@ -277,6 +277,41 @@ def test_requests_per_day_are_exact_over_batches_retries_and_crashes(paid, stub)
     assert late == {f"late hello {number}": 1 for number in range(4)}
 
 
+def test_jobs_of_a_provider_count_from_their_start_and_are_polled_to_their_end(paid, stub):
+    tenants = paid()
+    project, account, client = tenants.project("Acme")
+    limit(tenants, project, max_requests_per_1_day=3)
+    jobs = [
+        {
+            "custom_id": f"job {number}",
+            "method": "POST",
+            "url": "/v1/responses",
+            "body": {"model": "stub", "input": f"job {number}", "background": True},
+        }
+        for number in range(8)
+    ]
+    file = client.files.create(file=("in.jsonl", jsonl(jobs)), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/responses", completion_window="24h"
+    )
+    wait_for(lambda: len(stub.counts()) == 3, what="the first jobs")
+    # The money ends while the provider works; its results are fetched all the same.
+    spend = tenants.admin.projects.spend_limit
+    spend.update(project.id, currency="USD", interval="month", threshold_amount=0)
+    tenants.server.kill()
+    tenants.server.start()
+    tenants = restarted(tenants)
+    client = client_of(tenants, account)
+    completed(client, batch, 3)
+    assert sum(stub.counts().values()) == 3, "a job began beyond the limit"
+    waiting(tenants, account.api_key.value, batch, "budget of $0.00")
+    spend = tenants.admin.projects.spend_limit
+    spend.delete(project.id)
+    limit(tenants, project, max_requests_per_1_day=None)
+    assert ended(client, batch).request_counts.completed == 8
+    assert sum(stub.counts().values()) == 8
+
+
 def test_requests_and_tokens_per_minute_hold_for_a_project_and_no_other(paid):
     tenants = paid()
     project, account, client = tenants.project("Acme")

@@ -84,7 +84,9 @@ impl Context {
         // Before the wait for the provider, so that a project at its limit takes nothing of it.
         match self.reserve(&exchange, line, &model).await {
             Ok(hold) => exchange.hold = Some(hold),
-            Err(until) => return AttemptOutcome::Retry(until, retry_state),
+            Err(until) => {
+                return AttemptOutcome::Retry(until, RetryState { waits: true, ..retry_state });
+            }
         }
         let request = || Request {
             id: line.id.to_owned(),

@@ -33,7 +33,7 @@ pub(crate) struct RetryState {
     pub refused_at: Option<u64>,
     /// Failed attempts during an outage. Lines with fewer failed attempts go first.
     pub outage_failures: u32,
-    /// True if the line waits for the end of an outage instead of a backoff.
+    /// True if the line waits for the end of an outage or for a limit, instead of a backoff.
     pub waits: bool,
     /// True if the provider works on a job of the line and the job state is in the store.
     pub has_job: bool,
@@ -118,7 +118,7 @@ impl RetryQueue {
         entries.pop().map(|Reverse(entry)| entry)
     }
 
-    /// Makes all lines due that wait for the end of an outage.
+    /// Makes all lines due that wait for the end of an outage or for a limit.
     pub(crate) fn wake(&self, now: Timestamp) {
         let mut entries = self.lock();
         let mut all = std::mem::take(&mut *entries).into_vec();

@@ -221,14 +221,14 @@ impl<'a> UnfinishedLines<'a> {
         true
     }
 
-    /// Defers the next line until a time; returns false if there is no room.
+    /// Defers the next line until a time or until it is woken; returns false if there is no room.
     pub(crate) fn defer(&mut self, until: Timestamp) -> bool {
         let Some(line) = &self.next else { return false };
         let entry = Entry {
             at: until,
             number: line.number,
             range: line.range(),
-            retry_state: line.retry_state,
+            retry_state: RetryState { waits: true, ..line.retry_state },
         };
         let is_deferred = self.deferred.add(entry).is_ok();
         if is_deferred {
