@@ -52,7 +52,8 @@ async fn main() -> Result<()> {
         Some("limits") => limits::limits(&paths).await,
         Some(other) => {
             bail!(
-                "unknown benchmark `{other}`; known are start, throughput, keys, validation and limits"
+                "unknown benchmark `{other}`; known are start, throughput, keys, validation and \
+                 limits"
             )
         }
     }

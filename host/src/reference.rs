@@ -64,7 +64,8 @@ fn settings_page() {
     }
     body.push_str(
         "\n## `[[prices]]`\n\n\
-         Prices of models, one table each, in the config file alone. They are read at the start.\n\n\
+         Prices of models, one table each, in the config file alone. They are read at the \
+         start.\n\n\
          | key | type | default | meaning |\n|---|---|---|---|\n\
          | `model` | string | required | Name of the model as its provider knows it |\n\
          | `input` | number | required | Dollars per million input tokens that are not cached, with \

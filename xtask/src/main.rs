@@ -53,7 +53,8 @@ enum Task {
     Demo,
     /// Build, then run the benchmarks
     Bench {
-        /// `start`, `throughput`, `validation` or `limits`; without a name all except `limits`
+        /// `start`, `throughput`, `keys`, `validation` or `limits`; without a name all except
+        /// `limits`
         name: Option<String>,
     },
 }

@@ -33,7 +33,9 @@ impl Engine {
     pub fn new(parts: Parts) -> Self {
         let shared = Shared::default();
         let breakers = Arc::new(Breakers::new(&parts.config.execution));
-        let quotas = Arc::new(Quotas::new(&parts));
+        let (store, clock, config) =
+            (parts.store.clone(), parts.clock.clone(), parts.config.clone());
+        let quotas = Arc::new(Quotas::new(store, clock, config));
         let tasks = TaskTracker::new();
         Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),

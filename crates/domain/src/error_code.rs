@@ -139,8 +139,8 @@ error_codes! {
     StreamingUnsupported = "streaming_unsupported" in Batch;
     /// The string is longer than allowed.
     StringAboveMaxLength = "string_above_max_length" in Call;
-    /// The batch would exceed the enqueued tokens of its project for the model; try again when other
-    /// batches have ended.
+    /// The batch would exceed the enqueued tokens of its project for the model; try again when
+    /// other batches have ended.
     TokenLimitExceeded = "token_limit_exceeded" in Batch;
     /// There are more errors than the setting `max_reported_errors`; the last entry counts the
     /// rest.

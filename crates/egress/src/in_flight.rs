@@ -1,4 +1,4 @@
-//! Exchanges in flight by tenant, over all plugins: the limit `max_requests_in_flight` of a project.
+//! Exchanges in flight by tenant, over all plugins, for the limit `max_requests_in_flight`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -222,8 +222,8 @@ pub trait Store: Accounts {
         may_wait: bool,
     ) -> Result<Started>;
     /// Starts a batch that waits in [`Lane::Admit`] if the limits of its project allow it now, or
-    /// if its window has ended; otherwise releases it until `retry_at`. A batch that alone exceeds a
-    /// limit could never start and does not change.
+    /// if its window has ended; otherwise releases it until `retry_at`. A batch that alone exceeds
+    /// a limit could never start and does not change.
     async fn admit(&self, claim: &Claim, at: Timestamp, retry_at: Timestamp) -> Result<Started>;
     /// Inserts results, their counts, their usage and the plugins that served them, in one
     /// transaction.

@@ -86,8 +86,8 @@ impl fmt::Display for Exhausted {
             ),
             Self::Budget(budget) => write!(
                 formatter,
-                "The project has spent its budget of {budget} for this month, or requests in flight \
-                 may spend the rest (billing_hard_limit_reached)."
+                "The project has spent its budget of {budget} for this month, or requests in \
+                 flight may spend the rest (billing_hard_limit_reached)."
             ),
         }
     }

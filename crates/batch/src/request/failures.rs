@@ -150,8 +150,8 @@ impl Context {
 
     /// Opens the breaker of a missing or paused plugin and defers a line.
     ///
-    /// `trouble` has the cause for the client and the cause for the operator. `plugin` is the identity
-    /// of the plugin, or 0 if the plugin is gone.
+    /// `trouble` has the cause for the client and the cause for the operator. `plugin` is the
+    /// identity of the plugin, or 0 if the plugin is gone.
     pub(super) fn blocked_by_plugin(
         &self,
         breaker: &Breaker,

@@ -5,14 +5,16 @@
 //! turns, sixteen long batches would keep a short batch waiting for hours.
 //!
 //! **Lanes.** A lane is the queue of batches that need the same: validation, finishing, a limit of
-//! their project, or execution with one set of plugins. Batches in different lanes do not compete unless the lanes
-//! share a plugin. The store returns the oldest waiting batch of each tenant in each lane.
+//! their project, or execution with one set of plugins. Batches in different lanes do not compete
+//! unless the lanes share a plugin. The store returns the oldest waiting batch of each tenant in
+//! each lane.
 //!
 //! **Places.** A place is a permit to run. Validation and finishing have `max_concurrent_batches`
-//! places each; a batch that waits for a limit takes a place of finishing for a moment. An executing batch holds one place of every plugin that its requests go to. Each
-//! plugin has `max_concurrent_batches` places, and all plugins together have
-//! `max_executing_batches`. A plugin without an executing batch always gets a place, even beyond
-//! that total. Combinations of plugins have no places of their own.
+//! places each; a batch that waits for a limit takes a place of finishing for a moment. An
+//! executing batch holds one place of every plugin that its requests go to. Each plugin has
+//! `max_concurrent_batches` places, and all plugins together have `max_executing_batches`. A plugin
+//! without an executing batch always gets a place, even beyond that total. Combinations of plugins
+//! have no places of their own.
 //!
 //! **Turns.** Tenants take turns by their weights; see [`turns`](crate::schedule::turns). The
 //! batches of a tenant run in the order of their last turn, and those whose window is about to end
@@ -293,8 +295,8 @@ impl State {
                 || plugins.is_empty())
     }
 
-    /// Evicts a returning batch that shares one of the plugins: of the tenant that is furthest ahead
-    /// of its share, the batch with the oldest turn.
+    /// Evicts a returning batch that shares one of the plugins: of the tenant that is furthest
+    /// ahead of its share, the batch with the oldest turn.
     ///
     /// Returns false if there is no such batch or a batch was evicted less than a stint ago.
     fn evict_oldest(&mut self, plugins: &Plugins) -> bool {

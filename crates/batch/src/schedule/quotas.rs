@@ -23,7 +23,6 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::parts::Parts;
 
 /// Maximum age of limits and durable counts.
 const MAX_STALENESS: Duration = Duration::from_millis(500);
@@ -136,12 +135,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Quotas {
-    pub(crate) fn new(parts: &Parts) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, config: Arc<Config>) -> Self {
         Self {
-            store: parts.store.clone(),
-            clock: parts.clock.clone(),
-            prices: Arc::new(parts.config.prices.clone()),
-            config: parts.config.clone(),
+            store,
+            clock,
+            prices: Arc::new(config.prices.clone()),
+            config,
             tenants: Mutex::default(),
             changes: watch::Sender::new(0),
         }

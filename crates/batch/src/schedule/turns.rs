@@ -1,7 +1,7 @@
 //! Turns of tenants: which tenant's batch has the next place of a lane.
 //!
-//! **Problem.** If the batch that has waited longest is next, a tenant with a thousand batches makes
-//! everybody else wait for a thousand turns.
+//! **Problem.** If the batch that has waited longest is next, a tenant with a thousand batches
+//! makes everybody else wait for a thousand turns.
 //!
 //! **Virtual time.** Each resource (validation, finishing, each plugin) counts virtual time, and so
 //! does each tenant that uses it (start-time fair queueing). A turn begins at the tenant's time, or

@@ -205,8 +205,8 @@ impl Credentials {
     }
 }
 
-/// State of a secret's file, which differs after each replacement: device, inode, size, and the time
-/// of the last change of the file or of its metadata.
+/// State of a secret's file, which differs after each replacement: device, inode, size, and the
+/// time of the last change of the file or of its metadata.
 type FileState = Option<(u64, u64, u64, i64, i64)>;
 
 /// Returns the state of a file; none if it does not exist. A link to nowhere is an error, as its
@@ -223,12 +223,15 @@ fn state_of(file: &Path) -> Result<FileState, String> {
     Ok(Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec())))
 }
 
+/// Secrets of a tenant, and the states of the files that they were read from.
+type Cached = (Vec<FileState>, Option<Arc<Secrets>>);
+
 /// Folder with secrets of tenants.
 struct Folder {
     path: PathBuf,
     plugin: String,
     credentials: Credentials,
-    cache: Mutex<HashMap<TenantId, (Vec<FileState>, Option<Arc<Secrets>>)>>,
+    cache: Mutex<HashMap<TenantId, Cached>>,
 }
 
 impl SecretsFolder for Folder {

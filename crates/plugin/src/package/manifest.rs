@@ -153,8 +153,8 @@ fn check_tenant(key: &str) -> Result<(), String> {
     let known = ["from", "default", "hosts", "tenants"];
     if let Some(known) = nearest(key, &known) {
         return Err(format!(
-            "there is no key `{key}`; did you mean `{known}`? The source of a project with the slug \
-             `{key}` belongs into the table `tenants`"
+            "there is no key `{key}`; did you mean `{known}`? The source of a project with the \
+             slug `{key}` belongs into the table `tenants`"
         ));
     }
     check_slug(key)

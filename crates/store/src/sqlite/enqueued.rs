@@ -1,5 +1,5 @@
-//! Enqueued tokens: input tokens of open batches, reserved when a batch starts and given back when it
-//! ends.
+//! Enqueued tokens: input tokens of open batches, reserved when a batch starts and given back when
+//! it ends.
 //!
 //! The rows of a batch exist from the transaction that starts the batch, or lets it wait, to the
 //! transaction that ends it. What counts is their sum, so nothing can drift from the open batches.

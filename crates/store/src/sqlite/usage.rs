@@ -144,7 +144,8 @@ fn add(
     // A clock that goes back over the end of a month or a day gives nothing back. A time that is
     // further ahead was wrong.
     let spend = "UPDATE tenants SET
-            spent = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN min(spent + ?3, ?4) ELSE ?3 END,
+            spent = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1
+                THEN min(spent + ?3, ?4) ELSE ?3 END,
             spent_month = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN spent_month ELSE ?2 END
         WHERE key = ?1";
     let values = params![tenant, at.month(), sum(spent.units()), sum(MAX_SUM)];

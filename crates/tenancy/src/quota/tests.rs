@@ -162,7 +162,9 @@ proptest! {
 
     /// A request that was refused until a time is admitted at that time.
     #[test]
-    fn refused_request_is_admitted_at_the_time_that_was_named(pauses in proptest::collection::vec(0_i64..9000, 1..50)) {
+    fn refused_request_is_admitted_at_the_time_that_was_named(
+        pauses in proptest::collection::vec(0_i64..9000, 1..50),
+    ) {
         let mut quota = quota(per_minute(3), None);
         let mut now = at(0);
         for pause in pauses {
