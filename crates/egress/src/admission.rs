@@ -42,7 +42,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::concurrency::{Began, Limit, LimitFeedback, Next};
-use super::in_flight::TenantsInFlight;
+use super::in_flight::{TenantsInFlight, WaitingRequests};
 
 use shares::Shares;
 pub use shares::{Priority, QueueId, ShareBy};
@@ -118,11 +118,8 @@ impl AdmissionQueue {
             wakeup_at: None,
         };
         let inner = Arc::new(Inner { max, tenants: tenants.clone(), state: Mutex::new(state) });
-        let admission = Arc::downgrade(&inner);
-        tenants.add_waker(move || {
-            let found = admission.upgrade();
-            found.inspect(Inner::admit_waiting).is_some()
-        });
+        let queue: Arc<dyn WaitingRequests> = inner.clone();
+        tenants.add_queue(Arc::downgrade(&queue));
         Self(inner)
     }
 
@@ -144,7 +141,7 @@ impl AdmissionQueue {
                     && self.0.tenants.take(&queue.tenant, priority.max_in_flight)
                 {
                     state.shares.set_priority(&queue, priority);
-                    return Ok(state.grant(&self.0, &queue, now));
+                    return Ok(state.grant(&self.0, (&queue, priority.tokens), now));
                 }
                 if let Some(until) = state.long_pause(now) {
                     return Err(until);
@@ -185,6 +182,12 @@ impl AdmissionQueue {
     }
 }
 
+impl WaitingRequests for Inner {
+    fn wake(self: Arc<Self>) {
+        self.admit_waiting();
+    }
+}
+
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -209,8 +212,8 @@ impl Inner {
                 }
                 let tenants = &self.tenants;
                 let next = state.shares.take_next(|tenant, max| tenants.take(tenant, max));
-                let Some((key, (_, waiter))) = next else { return };
-                let admitted = state.grant(self, &key, now);
+                let Some((queue, tokens, (_, waiter))) = next else { return };
+                let admitted = state.grant(self, (&queue, tokens), now);
                 (waiter, admitted)
             };
             // The waiting request was canceled: release its permit immediately.
@@ -296,14 +299,19 @@ impl State {
         }
     }
 
-    /// Takes a permit for an exchange of a queue, which the tenant's limit allows.
-    fn grant(&mut self, admission: &Arc<Inner>, queue: &QueueId, now: Instant) -> Permit {
+    /// Takes a permit for an exchange of a queue and its tokens, which the tenant's limit allows.
+    fn grant(
+        &mut self,
+        admission: &Arc<Inner>,
+        (queue, tokens): (&QueueId, u64),
+        now: Instant,
+    ) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
         self.started_at.insert(number, now);
         let began = self.limit.begin(now);
-        self.shares.begin(queue);
+        self.shares.begin(queue, tokens);
         let queue = queue.clone();
         Permit { admission: Some(admission.clone()), queue, number, began, held: None }
     }

@@ -1,18 +1,22 @@
 //! Exchanges in flight by tenant, over all plugins, for the limit `max_requests_in_flight`.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use batchwright_domain::ids::TenantId;
 
-/// Admits waiting requests of a plugin; returns false if the plugin is gone.
-type Waker = Box<dyn Fn() -> bool + Send + Sync>;
+/// Queue of requests that wait for a plugin, or for the limit of their tenant.
+pub(crate) trait WaitingRequests: Send + Sync {
+    /// Admits waiting requests while permits are free.
+    fn wake(self: Arc<Self>);
+}
 
 /// Exchanges in flight by tenant.
 #[derive(Default)]
 pub(crate) struct TenantsInFlight {
     tenants: Mutex<HashMap<TenantId, Count>>,
-    wakers: Mutex<Vec<Arc<Waker>>>,
+    /// Queues of all plugins that are loaded.
+    queues: Mutex<Vec<Weak<dyn WaitingRequests>>>,
 }
 
 #[derive(Default)]
@@ -27,9 +31,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl TenantsInFlight {
-    /// Adds a plugin whose waiting requests are admitted when a tenant falls below its limit.
-    pub(crate) fn add_waker(&self, waker: impl Fn() -> bool + Send + Sync + 'static) {
-        lock(&self.wakers).push(Arc::new(Box::new(waker)));
+    /// Adds the queue of a plugin, which is asked again when a tenant falls below its limit.
+    pub(crate) fn add_queue(&self, queue: Weak<dyn WaitingRequests>) {
+        let mut queues = lock(&self.queues);
+        // A plugin that is loaded again has a new queue.
+        queues.retain(|queue| queue.strong_count() > 0);
+        queues.push(queue);
     }
 
     /// Counts one more exchange of a tenant, or returns false if its limit does not allow it.
@@ -61,9 +68,44 @@ impl TenantsInFlight {
         };
         if is_awaited {
             // A request of the tenant may wait for another plugin.
-            let wakers = lock(&self.wakers).clone();
-            let gone: Vec<_> = wakers.into_iter().filter(|waker| !waker()).collect();
-            lock(&self.wakers).retain(|waker| !gone.iter().any(|gone| Arc::ptr_eq(gone, waker)));
+            let queues = lock(&self.queues).clone();
+            queues.iter().filter_map(Weak::upgrade).for_each(WaitingRequests::wake);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Asked(AtomicUsize);
+
+    impl WaitingRequests for Asked {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn queues_are_asked_when_an_awaited_place_is_free_and_forgotten_with_their_plugin() {
+        let (tenants, tenant) = (TenantsInFlight::default(), TenantId::from("t"));
+        let queue = Arc::new(Asked::default());
+        tenants.add_queue(Arc::downgrade(&(queue.clone() as Arc<dyn WaitingRequests>)));
+        assert!(tenants.take(&tenant, Some(1)));
+        tenants.release(&tenant);
+        assert_eq!(queue.0.load(Ordering::Relaxed), 0, "nobody waited");
+        assert!(tenants.take(&tenant, Some(1)) && !tenants.take(&tenant, Some(1)));
+        tenants.release(&tenant);
+        assert_eq!(queue.0.load(Ordering::Relaxed), 1);
+        // A plugin is loaded again and again, and no request waits meanwhile.
+        for _ in 0..10 {
+            let queue: Arc<dyn WaitingRequests> = Arc::new(Asked::default());
+            tenants.add_queue(Arc::downgrade(&queue));
+        }
+        assert_eq!(lock(&tenants.queues).len(), 2);
+        assert!(lock(&tenants.tenants).is_empty());
     }
 }

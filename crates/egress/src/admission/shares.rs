@@ -97,9 +97,8 @@ struct Queue<T> {
     id: QueueId,
     share: Share,
     is_urgent: bool,
+    /// Waiting requests, with their tokens.
     waiting: VecDeque<(u64, T)>,
-    /// Tokens of the request that begins next without having waited.
-    tokens: u64,
 }
 
 impl Share {
@@ -136,7 +135,7 @@ impl<T> Shares<T> {
         self.queues.iter().any(|queue| !queue.waiting.is_empty())
     }
 
-    /// Sets the priority of the request of a queue that begins next.
+    /// Sets the priority of a queue, and of its tenant.
     pub(super) fn set_priority(&mut self, id: &QueueId, priority: Priority) {
         let (weight, max_in_flight) = (priority.tenant_weight, priority.max_in_flight);
         match self.tenants.get_mut(&id.tenant) {
@@ -156,7 +155,6 @@ impl<T> Shares<T> {
         let queue = self.queue(id);
         queue.share.weight = priority.batch_weight;
         queue.is_urgent = priority.is_urgent;
-        queue.tokens = priority.tokens;
     }
 
     /// Adds a waiting request.
@@ -182,11 +180,11 @@ impl<T> Shares<T> {
     }
 
     /// Removes the waiting request that is next and whose tenant may begin one, and returns its
-    /// queue.
+    /// queue and its tokens.
     pub(super) fn take_next(
         &mut self,
         mut may_begin: impl FnMut(&TenantId, Option<u64>) -> bool,
-    ) -> Option<(QueueId, T)> {
+    ) -> Option<(QueueId, u64, T)> {
         let mut passed_over: Vec<TenantId> = Vec::new();
         loop {
             let (by, now) = (self.by, self.now);
@@ -206,19 +204,15 @@ impl<T> Shares<T> {
                 passed_over.push(id.tenant);
                 continue;
             }
-            let queue = self.queue(&id);
-            let (tokens, waiting) = queue.waiting.pop_front()?;
-            queue.tokens = tokens;
-            return Some((id, waiting));
+            let (tokens, waiting) = self.queue(&id).waiting.pop_front()?;
+            return Some((id, tokens, waiting));
         }
     }
 
-    /// Counts an exchange of a queue.
-    pub(super) fn begin(&mut self, id: &QueueId) {
+    /// Counts an exchange of a queue, which has some tokens.
+    pub(super) fn begin(&mut self, id: &QueueId, tokens: u64) {
         let now = self.tenants.get(&id.tenant).map_or(0, |tenant| tenant.now);
-        let queue = self.queue(id);
-        let tokens = queue.tokens;
-        let queue_start = queue.share.begin(now, tokens);
+        let queue_start = self.queue(id).share.begin(now, tokens);
         if let Some(tenant) = self.tenants.get_mut(&id.tenant) {
             tenant.now = queue_start;
             self.now = tenant.share.begin(self.now, tokens);
@@ -270,7 +264,6 @@ impl<T> Shares<T> {
                 share: Share { in_flight: 0, time: now, weight: 1 },
                 is_urgent: false,
                 waiting: VecDeque::new(),
-                tokens: 1,
             });
             self.queues.len().saturating_sub(1)
         });

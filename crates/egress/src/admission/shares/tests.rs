@@ -22,8 +22,8 @@ fn share(
     }
     let (mut held, mut given) = (VecDeque::new(), BTreeMap::new());
     for _ in 0..permits {
-        let (id, ()) = shares.take_next(|_, _| true).unwrap();
-        shares.begin(&id);
+        let (id, tokens, ()) = shares.take_next(|_, _| true).unwrap();
+        shares.begin(&id, tokens);
         *given.entry(id.clone()).or_default() += 1;
         held.push_back(id);
         if held.len() >= slots {
@@ -88,8 +88,8 @@ fn tenant_that_comes_back_has_saved_up_nothing() {
         }
     };
     let next = |shares: &mut Shares<()>| {
-        let (id, ()) = shares.take_next(|_, _| true).unwrap();
-        shares.begin(&id);
+        let (id, tokens, ()) = shares.take_next(|_, _| true).unwrap();
+        shares.begin(&id, tokens);
         shares.end(&id);
         id.tenant.to_string()
     };
@@ -109,15 +109,15 @@ fn tenant_at_its_limit_is_passed_over_and_what_is_gone_is_forgotten() {
     shares.wait(&id("a", 1), Priority::default(), 1);
     shares.wait(&id("a", 2), Priority::default(), 2);
     shares.wait(&id("b", 1), Priority::default(), 3);
-    let (next, number) = shares.take_next(|tenant, _| tenant.as_str() != "a").unwrap();
-    assert_eq!((next.clone(), number), (id("b", 1), 3));
-    shares.begin(&next);
+    let next = shares.take_next(|tenant, _| tenant.as_str() != "a").unwrap();
+    assert_eq!(next, (id("b", 1), 1, 3));
+    shares.begin(&next.0, next.1);
     assert!(shares.take_next(|_, _| false).is_none());
     shares.leave(&id("a", 1), |waiting| *waiting == 1);
     shares.leave(&id("a", 2), |waiting| *waiting == 1);
     assert!(shares.has_waiting());
     shares.clear_waiting();
     assert!(!shares.has_waiting() && !shares.is_empty());
-    shares.end(&next);
+    shares.end(&next.0);
     assert!(shares.is_empty());
 }
