@@ -3,7 +3,6 @@
 //! A secret is sent only to the hosts of the URLs in the plugin's settings, and to the hosts that
 //! the operator lists with the credential. A credential that could not be sent anywhere is an
 //! error at load, so that requests do not fail later without it.
-
 //!
 //! A project can have secrets of its own: in the plugin's file, or in the folder of the setting
 //! `secrets`, as `<folder>/<slug>/<plugin>/<credential>`. The folder comes first, and its files are
@@ -24,9 +23,9 @@ use http::HeaderName;
 use tokio::sync::Semaphore;
 use url::Url;
 
-use crate::contract::types::Description;
+use crate::contract::types::{CredentialRequest, Description};
 use crate::error::LoadError;
-use crate::package::manifest::{GivenCredential, Manifest, Source};
+use crate::package::manifest::{CredentialTable, GivenCredential, Manifest, Source};
 
 /// Number of tenants whose secrets are kept in memory.
 const MAX_CACHED_TENANTS: usize = 1000;
@@ -83,57 +82,70 @@ pub(crate) fn secrets(
     }
     let mut bound = Vec::new();
     for need in &description.credentials {
-        let at = format!("credentials.{}", need.name);
         let given = manifest.credentials.get(&need.name).map(|GivenCredential(given)| given);
-        if given.is_none() && folder.is_none() {
-            if need.required {
-                let message =
-                    format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
-                return Err(key(&at, message));
-            }
-            continue;
+        if given.is_some() || folder.is_some() {
+            let found = bind(need, given, manifest, (file, urls), placeholder);
+            bound.extend(found.map_err(|message| key(&key_of(need), message))?);
+        } else if need.required {
+            let message =
+                format!("is required; add `{} = \"env:NAME\"` to [credentials]", need.name);
+            return Err(key(&key_of(need), message));
         }
-        let Ok(header) = HeaderName::try_from(need.header.as_str()) else { continue };
-        let read = |source: &String| -> Result<Option<String>, LoadError> {
-            let Some(source) = Source::parse(source) else { return Ok(None) };
-            let secret = match (source.read(), placeholder) {
-                (Ok(secret), _) => secret,
-                (Err(_), Some(placeholder)) => placeholder.to_owned(),
-                (Err(message), None) => return Err(key(&at, message)),
-            };
-            if placeholder.is_none() {
-                warn(file, &need.name, &source, &secret);
-            }
-            Ok(Some(secret))
-        };
-        let default = given.and_then(|given| given.from.as_ref()).map(read).transpose()?.flatten();
-        let mut tenants = HashMap::new();
-        for (slug, source) in given.iter().flat_map(|given| &given.tenants) {
-            if let Some(secret) = read(source)? {
-                tenants.insert(slug.as_str().into(), secret);
-            }
-        }
-        let extra = given.map_or(&[][..], |given| &given.hosts);
-        let hosts = AllowList::new(file.display().to_string(), urls, extra)
-            .map_err(|error| key(&at, error.to_string()))?;
-        // A folder alone gives no credential to a plugin that has no host for it.
-        if given.is_some() || need.required {
-            check_hosts(manifest, &need.name, urls).map_err(|message| key(&at, message))?;
-        }
-        bound.push(Bound {
-            name: need.name.clone(),
-            header,
-            prefix: need.prefix.clone(),
-            is_required: need.required || given.is_some_and(|given| given.from.is_none()),
-            hosts: Arc::new(hosts),
-            default,
-            tenants,
-        });
     }
     let headers = description.credentials.iter();
     let reserved = headers.filter_map(|need| HeaderName::try_from(&need.header).ok()).collect();
     let credentials = Credentials { bound, reserved, plain_http: manifest.allow_plain_http };
     credentials.into_store(folder).map_err(|message| key("credentials", message))
+}
+
+fn key_of(need: &CredentialRequest) -> String {
+    format!("credentials.{}", need.name)
+}
+
+/// Reads the secrets of a credential and binds it to its hosts; none if it has no valid header.
+fn bind(
+    need: &CredentialRequest,
+    given: Option<&CredentialTable>,
+    manifest: &Manifest,
+    (file, urls): (&Path, &[Url]),
+    placeholder: Option<&str>,
+) -> Result<Option<Bound>, String> {
+    let Ok(header) = HeaderName::try_from(need.header.as_str()) else { return Ok(None) };
+    let read = |source: &String| -> Result<Option<String>, String> {
+        let Some(source) = Source::parse(source) else { return Ok(None) };
+        let secret = match (source.read(), placeholder) {
+            (Ok(secret), _) => secret,
+            (Err(_), Some(placeholder)) => placeholder.to_owned(),
+            (Err(message), None) => return Err(message),
+        };
+        if placeholder.is_none() {
+            warn(file, &need.name, &source, &secret);
+        }
+        Ok(Some(secret))
+    };
+    let default = given.and_then(|given| given.from.as_ref()).map(read).transpose()?.flatten();
+    let mut tenants = HashMap::new();
+    for (slug, source) in given.iter().flat_map(|given| &given.tenants) {
+        if let Some(secret) = read(source)? {
+            tenants.insert(slug.as_str().into(), secret);
+        }
+    }
+    let extra = given.map_or(&[][..], |given| &given.hosts);
+    let hosts = AllowList::new(file.display().to_string(), urls, extra)
+        .map_err(|error| error.to_string())?;
+    // A folder alone gives no credential to a plugin that has no host for it.
+    if given.is_some() || need.required {
+        check_hosts(manifest, &need.name, urls)?;
+    }
+    Ok(Some(Bound {
+        name: need.name.clone(),
+        header,
+        prefix: need.prefix.clone(),
+        is_required: need.required || given.is_some_and(|given| given.from.is_none()),
+        hosts: Arc::new(hosts),
+        default,
+        tenants,
+    }))
 }
 
 /// Warns about a secret that others can read, or that is not redacted in bodies.

@@ -43,6 +43,8 @@ struct State<T> {
     /// Virtual time in microseconds.
     now: u64,
     tenants: HashMap<TenantId, Tenant<T>>,
+    /// Number of waiting calls of all tenants.
+    waiting: usize,
 }
 
 struct Tenant<T> {
@@ -57,21 +59,16 @@ fn micros(duration: Duration) -> u64 {
 
 impl<T> State<T> {
     fn new(max: (usize, usize)) -> Self {
-        Self { max, running: 0, now: 0, tenants: HashMap::new() }
+        Self { max, running: 0, now: 0, tenants: HashMap::new(), waiting: 0 }
     }
 
     fn tenant(&mut self, id: &TenantId) -> &mut Tenant<T> {
-        if !self.tenants.contains_key(id) {
-            if self.tenants.len() >= MAX_IDLE_TENANTS {
-                let now = self.now;
-                self.tenants.retain(|_, tenant| {
-                    tenant.running > 0 || !tenant.waiting.is_empty() || tenant.time > now
-                });
-            }
-            let tenant = Tenant { running: 0, time: self.now, waiting: VecDeque::new() };
-            self.tenants.insert(id.clone(), tenant);
-        }
         let now = self.now;
+        if self.tenants.len() >= MAX_IDLE_TENANTS && !self.tenants.contains_key(id) {
+            self.tenants.retain(|_, tenant| {
+                tenant.running > 0 || !tenant.waiting.is_empty() || tenant.time > now
+            });
+        }
         self.tenants.entry(id.clone()).or_insert_with(|| Tenant {
             running: 0,
             time: now,
@@ -79,12 +76,18 @@ impl<T> State<T> {
         })
     }
 
+    /// Adds a waiting call.
+    fn wait(&mut self, id: &TenantId, waiting: T) {
+        self.tenant(id).waiting.push_back(waiting);
+        self.waiting = self.waiting.saturating_add(1);
+    }
+
     /// Begins a call if nobody waits and a place is free.
     fn begin(&mut self, id: &TenantId) -> bool {
         let (max, max_of_tenant) = self.max;
         let is_free = self.running < max
-            && self.tenants.get(id).is_none_or(|tenant| tenant.running < max_of_tenant)
-            && self.tenants.values().all(|tenant| tenant.waiting.is_empty());
+            && self.waiting == 0
+            && self.tenants.get(id).is_none_or(|tenant| tenant.running < max_of_tenant);
         if is_free {
             self.start(id);
         }
@@ -124,6 +127,7 @@ impl<T> State<T> {
         let (id, tenant) =
             waiting.min_by_key(|(_, tenant)| (tenant.time.max(now), tenant.running))?;
         let (id, waiting) = (id.clone(), tenant.waiting.pop_front()?);
+        self.waiting = self.waiting.saturating_sub(1);
         self.start(&id);
         Some((id, waiting))
     }
@@ -153,7 +157,7 @@ impl CpuShares {
                     return self.begun(tenant.clone());
                 }
                 let (sender, granted) = oneshot::channel();
-                state.tenant(tenant).waiting.push_back(sender);
+                state.wait(tenant, sender);
                 granted
             };
             // Those who wait may have no right to a free place.
@@ -186,9 +190,7 @@ impl Turn {
     pub(crate) fn excuse(&mut self, waited: Duration) {
         self.waited = self.waited.saturating_add(waited);
     }
-}
 
-impl Turn {
     /// Ends the turn without giving its place to the next call.
     fn end(mut self, took: Duration) {
         if let Some(shares) = self.shares.take() {
@@ -219,8 +221,8 @@ mod tests {
         let mut state = State::new((1, 1));
         let (slow, fast) = (TenantId::from("slow"), TenantId::from("fast"));
         for _ in 0..1000 {
-            state.tenant(&slow).waiting.push_back(());
-            state.tenant(&fast).waiting.push_back(());
+            state.wait(&slow, ());
+            state.wait(&fast, ());
         }
         let (mut calls, mut time) = ([0_u32; 2], [Duration::ZERO; 2]);
         for _ in 0..1000 {
@@ -248,7 +250,7 @@ mod tests {
         let c = TenantId::from("c");
         for _ in 0..300 {
             for id in [&a, &c] {
-                state.tenant(id).waiting.push_back(());
+                state.wait(id, ());
             }
         }
         let of_c = (0..200).filter(|_| {
@@ -272,6 +274,6 @@ mod tests {
         drop(gone);
         drop(first);
         drop(next.now_or_never().unwrap());
-        assert_eq!(shares.lock().running, 0);
+        assert_eq!((shares.lock().running, shares.lock().waiting), (0, 0));
     }
 }
