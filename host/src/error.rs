@@ -36,6 +36,9 @@ pub enum Error {
     /// Invalid arguments; the command changed nothing.
     #[error("{0}")]
     Usage(String),
+    /// The server has no such resource.
+    #[error("{0}")]
+    NotFound(String),
     /// Any other failure.
     #[error("{0}")]
     Other(String),
@@ -50,7 +53,7 @@ impl Error {
             Self::Usage(_) => 2,
             Self::Plugin(_) | Self::Required(_) => 4,
             Self::Store(_) => 5,
-            Self::Other(_) => 1,
+            Self::NotFound(_) | Self::Other(_) => 1,
         }
     }
 }

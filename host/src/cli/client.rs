@@ -209,10 +209,10 @@ async fn response_error(response: Response<Incoming>) -> Error {
 /// Returns the error message of a body with an error status.
 pub fn response_error_of(status: StatusCode, body: &[u8]) -> Error {
     let body: Value = serde_json::from_slice(body).unwrap_or_default();
-    match body.pointer("/error/message").and_then(Value::as_str) {
-        Some(message) => Error::Other(message.to_owned()),
-        None => Error::Other(format!("the server returned status {status}")),
-    }
+    let message = body.pointer("/error/message").and_then(Value::as_str);
+    let message =
+        message.map_or_else(|| format!("the server returned status {status}"), ToOwned::to_owned);
+    if status == StatusCode::NOT_FOUND { Error::NotFound(message) } else { Error::Other(message) }
 }
 
 /// Characters of an id that are not part of a path segment.

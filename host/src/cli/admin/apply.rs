@@ -305,43 +305,17 @@ async fn changes(
         }
     };
     let limits = current("limits").await?;
-    let is_own = |name: &str| {
-        limits.get("own").and_then(Value::as_array).is_some_and(|own| own.contains(&json!(name)))
-    };
-    for (name, value) in wanted.limits.values().map_err(Error::Usage)? {
-        let now = limits.get(&name).filter(|_| is_own(&name)).cloned().unwrap_or_default();
-        if now != value {
-            let shown = if now.is_null() { "default".to_owned() } else { now.to_string() };
-            let text = format!("{name} {shown} -> {value}");
-            let body = Value::Object(Map::from_iter([(name, value)]));
-            changes.push(Change { text, path: "/limits".into(), body });
-        }
-    }
+    changes.extend(limit_changes(&limits, wanted.limits.values().map_err(Error::Usage)?));
     if let Some(models) = &wanted.models {
-        let (mode, names) = match models {
-            Models::Allow(names) => ("allow_list", names),
-            Models::Deny(names) => ("deny_list", names),
-        };
-        let mut names = names.clone();
-        names.sort();
-        names.dedup();
-        let now = current("model_permissions").await?;
-        let body = json!({"mode": mode, "model_ids": names});
-        let is_same = ["mode", "model_ids"].iter().all(|key| now.get(key) == body.get(key));
-        if !is_same {
-            let text = format!("models {mode} {}", names.join(", "));
-            changes.push(Change { text, path: "/model_permissions".into(), body });
-        }
+        changes.extend(model_changes(&current("model_permissions").await?, models));
     }
     if let Some(budget) = wanted.budget().map_err(Error::Usage)? {
-        let now = current("spend_limit").await;
-        // A project without a budget has no such resource.
-        let now = now.ok().and_then(|now| now.get("threshold_amount").and_then(Value::as_u64));
-        if now != Some(budget.cents) {
-            let before = now.map_or("none".to_owned(), |now| Money::from_cents(now).to_string());
-            let text = format!("monthly_budget {before} -> {}", Money::from_cents(budget.cents));
-            changes.push(Change { text, path: "/spend_limit".into(), body: money::body(budget) });
-        }
+        let now = match current("spend_limit").await {
+            // A project without a budget has no such resource.
+            Err(Error::NotFound(_)) => Value::Null,
+            now => now?,
+        };
+        changes.extend(budget_change(&now, budget));
     }
     if !wanted.model_limits.is_empty() {
         let now = match id {
@@ -353,18 +327,63 @@ async fn changes(
         };
         for (model, limits) in &wanted.model_limits {
             let now = now.iter().find(|now| text(now, "/model") == *model);
-            for (limit, value) in limits.values() {
-                let name = limit.name();
-                let before = now.and_then(|now| now.get(name)).and_then(Value::as_u64);
-                if before == Some(value) {
-                    continue;
-                }
-                let before = before.map_or("none".to_owned(), |before| before.to_string());
-                let text = format!("{model}: {name} {before} -> {value}");
-                let path = format!("/rate_limits/{}", path_segment(&format!("rl-{model}")));
-                changes.push(Change { text, path, body: json!({name: value}) });
-            }
+            changes.extend(model_limit_changes(now, model, limits));
         }
     }
     Ok(changes)
+}
+
+/// Returns the limits that differ from those that the project has of its own.
+fn limit_changes(now: &Value, wanted: Map<String, Value>) -> impl Iterator<Item = Change> {
+    let own = now.get("own").and_then(Value::as_array);
+    wanted.into_iter().filter_map(move |(name, value)| {
+        let is_own = own.is_some_and(|own| own.contains(&json!(name)));
+        let now = now.get(&name).filter(|_| is_own);
+        if now == Some(&value) {
+            return None;
+        }
+        let shown = now.map_or("default".to_owned(), ToString::to_string);
+        let text = format!("{name} {shown} -> {value}");
+        let body = Value::Object(Map::from_iter([(name, value)]));
+        Some(Change { text, path: "/limits".into(), body })
+    })
+}
+
+fn model_changes(now: &Value, wanted: &Models) -> Option<Change> {
+    let (mode, names) = match wanted {
+        Models::Allow(names) => ("allow_list", names),
+        Models::Deny(names) => ("deny_list", names),
+    };
+    let names: Vec<&str> =
+        names.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect();
+    let body = json!({"mode": mode, "model_ids": names});
+    let is_same = ["mode", "model_ids"].iter().all(|key| now.get(key) == body.get(key));
+    let text = format!("models {mode} {}", names.join(", "));
+    (!is_same).then(|| Change { text, path: "/model_permissions".into(), body })
+}
+
+fn budget_change(now: &Value, wanted: Dollars) -> Option<Change> {
+    let now = now.get("threshold_amount").and_then(Value::as_u64);
+    let shown = now.map_or("none".to_owned(), |now| Money::from_cents(now).to_string());
+    let text = format!("monthly_budget {shown} -> {}", Money::from_cents(wanted.cents));
+    let body = money::body(wanted);
+    (now != Some(wanted.cents)).then(|| Change { text, path: "/spend_limit".into(), body })
+}
+
+fn model_limit_changes(
+    now: Option<&Value>,
+    model: &str,
+    wanted: &FileModelLimits,
+) -> impl Iterator<Item = Change> {
+    wanted.values().filter_map(move |(limit, value)| {
+        let name = limit.name();
+        let now = now.and_then(|now| now.get(name)).and_then(Value::as_u64);
+        if now == Some(value) {
+            return None;
+        }
+        let shown = now.map_or("none".to_owned(), |now| now.to_string());
+        let text = format!("{model}: {name} {shown} -> {value}");
+        let path = format!("/rate_limits/{}", path_segment(&format!("rl-{model}")));
+        Some(Change { text, path, body: json!({name: value}) })
+    })
 }

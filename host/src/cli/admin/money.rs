@@ -191,34 +191,38 @@ impl UsageReport {
             sum.dollars += result.pointer("/amount/value").and_then(Value::as_f64).unwrap_or(0.0);
             sum.unpriced = sum.unpriced.saturating_add(number(&result, "unpriced_requests"));
         }
-        if as_json {
-            return Ok(());
-        }
-        outln!(
-            "{:<40} {:>10} {:>13} {:>13} {:>13} {:>12}",
-            "GROUP",
-            "REQUESTS",
-            "INPUT",
-            "CACHED",
-            "OUTPUT",
-            "COST"
-        );
-        for (group, sum) in sums.iter().filter(|(_, sum)| sum.requests > 0) {
-            let unpriced = match sum.unpriced {
-                0 => String::new(),
-                number => format!("  and requests without a price: {number}"),
-            };
-            outln!(
-                "{:<40} {:>10} {:>13} {:>13} {:>13} {:>12}{unpriced}",
-                group.join("  "),
-                sum.requests,
-                sum.input,
-                sum.cached,
-                sum.output,
-                format!("${:.4}", sum.dollars)
-            );
+        if !as_json {
+            print(&sums);
         }
         Ok(())
+    }
+}
+
+/// Prints a table of the groups with requests.
+fn print(sums: &BTreeMap<Vec<String>, Sum>) {
+    outln!(
+        "{:<40} {:>10} {:>13} {:>13} {:>13} {:>12}",
+        "GROUP",
+        "REQUESTS",
+        "INPUT",
+        "CACHED",
+        "OUTPUT",
+        "COST"
+    );
+    for (group, sum) in sums.iter().filter(|(_, sum)| sum.requests > 0) {
+        let unpriced = match sum.unpriced {
+            0 => String::new(),
+            number => format!("  and requests without a price: {number}"),
+        };
+        outln!(
+            "{:<40} {:>10} {:>13} {:>13} {:>13} {:>12}{unpriced}",
+            group.join("  "),
+            sum.requests,
+            sum.input,
+            sum.cached,
+            sum.output,
+            format!("${:.4}", sum.dollars)
+        );
     }
 }
 
