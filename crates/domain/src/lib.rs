@@ -16,3 +16,4 @@ pub mod status;
 pub mod text;
 pub mod units;
 pub mod usage;
+pub mod window;

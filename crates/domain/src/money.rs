@@ -94,14 +94,42 @@ pub struct Price {
     pub output: TokenPrice,
 }
 
+/// Cost of tokens, by the price that they have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Input tokens that are not cached.
+    pub input: Money,
+    /// Input tokens that the provider read from its cache.
+    pub cached_input: Money,
+    /// Output tokens.
+    pub output: Money,
+}
+
+impl Cost {
+    /// Returns the sum of two costs.
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            input: self.input.plus(other.input),
+            cached_input: self.cached_input.plus(other.cached_input),
+            output: self.output.plus(other.output),
+        }
+    }
+
+    /// Returns the sum of the parts.
+    pub const fn total(self) -> Money {
+        self.input.plus(self.cached_input).plus(self.output)
+    }
+}
+
 impl Price {
     /// Returns the cost of a request.
-    pub fn cost(&self, usage: TokenUsage) -> Money {
+    pub fn cost(&self, usage: TokenUsage) -> Cost {
         let uncached = usage.input.saturating_sub(usage.cached_input);
-        self.input
-            .cost(uncached)
-            .plus(self.cached_input.cost(usage.cached_input))
-            .plus(self.output.cost(usage.output))
+        Cost {
+            input: self.input.cost(uncached),
+            cached_input: self.cached_input.cost(usage.cached_input),
+            output: self.output.cost(usage.output),
+        }
     }
 }
 
@@ -114,8 +142,8 @@ mod tests {
         let price = |dollars| TokenPrice::per_million(dollars).unwrap();
         let price = Price { input: price(0.15), cached_input: price(0.075), output: price(0.6) };
         let usage = TokenUsage { input: 1_000_001, cached_input: 1, output: 1, reasoning: 1 };
-        assert_eq!(price.cost(usage).to_string(), "$0.150000675");
-        assert_eq!(price.cost(TokenUsage::default()).to_string(), "$0.00");
+        assert_eq!(price.cost(usage).total().to_string(), "$0.150000675");
+        assert_eq!(price.cost(TokenUsage::default()).total().to_string(), "$0.00");
         assert_eq!(Money::from_cents(1234).to_string(), "$12.34");
     }
 

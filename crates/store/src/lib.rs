@@ -49,6 +49,7 @@ mod records;
 mod sqlite;
 #[cfg(test)]
 mod suite;
+pub mod usage;
 
 use std::sync::Arc;
 

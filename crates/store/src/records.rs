@@ -330,9 +330,9 @@ pub struct Validated {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Started {
     /// The batch executes, or finishes if it was cancelled.
-    Started,
+    Begun,
     /// The batch waits until other batches of its tenant have ended.
-    Waits,
+    Queued,
     /// The batch exceeds a limit and has not changed.
     OverLimit(TokenLimit),
 }

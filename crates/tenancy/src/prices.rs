@@ -1,8 +1,7 @@
 //! Prices of models, from which costs follow.
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::money::{Money, Price};
-use batchwright_domain::usage::TokenUsage;
+use batchwright_domain::money::Price;
 
 /// Price of a model from a time on.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,11 +34,6 @@ impl Prices {
             .take_while(|entry| entry.model == model && entry.from.is_none_or(|from| from <= at));
         valid.last().map(|entry| &entry.price)
     }
-
-    /// Returns the cost of a request; none if its model has no price.
-    pub fn cost(&self, model: &str, at: Timestamp, usage: TokenUsage) -> Option<Money> {
-        self.at(model, at).map(|price| price.cost(usage))
-    }
 }
 
 #[cfg(test)]
@@ -61,9 +55,9 @@ mod tests {
             entry("a", None, 1.0),
             entry("c", Some(5), 9.0),
         ]);
-        let usage = TokenUsage { input: 1_000_000, ..TokenUsage::default() };
         let cost = |model, at| {
-            prices.cost(model, Timestamp::from_millis(at), usage).map(|cost| cost.to_string())
+            let price = prices.at(model, Timestamp::from_millis(at))?;
+            Some(price.input.cost(1_000_000).to_string())
         };
         assert_eq!(cost("a", 19).as_deref(), Some("$1.00"));
         assert_eq!(cost("a", 20).as_deref(), Some("$2.00"));

@@ -10,8 +10,9 @@
 //! request that no model answered.
 //!
 //! **Minutes.** Requests and tokens per minute are counted in memory, in a window of sixty
-//! seconds: no span of sixty seconds has more than the limit. A request that is larger than the
-//! limit of tokens may begin in an empty window.
+//! seconds. In no span of sixty seconds are more requests reserved than the limit. Tokens are
+//! estimated at first, so that they can exceed their limit by the error of the estimates. A request
+//! that is larger than the limit of tokens may begin in an empty window.
 //!
 //! **Days and months.** Requests per day and the budget are counted in the store. The quota adds
 //! what is in flight, and what was recorded since the store was read, so that it may count a

@@ -12,7 +12,7 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::UsageKind;
-use batchwright_store::accounts::{UsageGroups, UsagePage, UsageQuery};
+use batchwright_store::usage::{UsageGroups, UsagePage, UsageQuery, UsageRow};
 
 use super::Administration;
 use crate::auth::UsageReader;
@@ -224,7 +224,7 @@ struct Span {
 }
 
 /// Bucket with its beginning, its end and its rows.
-type Rows = (i64, i64, Vec<batchwright_store::accounts::UsageRow>);
+type Rows = (i64, i64, Vec<UsageRow>);
 
 impl Span {
     fn read(params: &QueryParams, now: Timestamp, widths: &[Width]) -> Result<Self, ApiError> {

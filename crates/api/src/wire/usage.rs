@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use batchwright_domain::money::Money;
 use batchwright_domain::usage::UsageKind;
-use batchwright_store::accounts::{UsageCounts, UsageRow};
+use batchwright_store::usage::{UsageCounts, UsageRow};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -208,8 +208,8 @@ const INPUT_TOKENS: &str = "input_tokens";
 fn items(counts: &UsageCounts) -> [(&'static str, Money, u64); 3] {
     let tokens = counts.tokens;
     [
-        (INPUT_TOKENS, counts.input_cost, tokens.input.saturating_sub(tokens.cached_input)),
-        ("cached_input_tokens", counts.cached_input_cost, tokens.cached_input),
-        ("output_tokens", counts.output_cost, tokens.output),
+        (INPUT_TOKENS, counts.cost.input, tokens.input.saturating_sub(tokens.cached_input)),
+        ("cached_input_tokens", counts.cost.cached_input, tokens.cached_input),
+        ("output_tokens", counts.cost.output, tokens.output),
     ]
 }

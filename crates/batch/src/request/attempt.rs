@@ -124,21 +124,22 @@ impl Context {
                 });
             }
         };
+        let metered = exchange.hold.take().map(|hold| Metered { model: model.into(), hold });
+        let again = |until, state| AttemptOutcome::Retry(until, state);
         let (retry, answer) = match outcome {
             StepOutcome::Stopped => return AttemptOutcome::Stopped,
-            StepOutcome::Postponed(until) => return AttemptOutcome::Retry(until, retry_state),
+            StepOutcome::Postponed(until) => {
+                return self.settle(line, again(until, retry_state), metered);
+            }
             StepOutcome::Polling(until) => {
-                if let Some(hold) = exchange.hold.take() {
-                    self.quota.keep_job(&self.batch, line.number, hold);
-                }
-                return AttemptOutcome::Retry(until, RetryState { has_job: true, ..retry_state });
+                let polled = RetryState { has_job: true, ..retry_state };
+                return self.settle(line, again(until, polled), metered);
             }
             StepOutcome::Done(answer) => (None, answer),
             StepOutcome::Retry(after, otherwise) => (Some(after), otherwise),
         };
         let duration =
             exchange.sent_at.map_or(Duration::ZERO, |sent_at| sent_at.until(self.clock.now()));
-        let metered = exchange.hold.map(|hold| Metered { model: model.as_str().into(), hold });
         let ended = EndedSteps {
             line,
             plugin: plugin.clone(),

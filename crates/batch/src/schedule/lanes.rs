@@ -157,8 +157,7 @@ impl Lanes {
             })
             .collect();
         queue.extend(state.returning.iter().enumerate().map(|(index, returning)| {
-            let lane = Lane::Execute((*returning.plugins).clone());
-            let lead = state.turns.lead(&returning.tenant, &lane);
+            let lead = state.turns.lead_at(&returning.tenant, &returning.plugins);
             (lead, !returning.is_urgent, returning.since, true, index)
         }));
         queue.sort_unstable();
@@ -307,8 +306,8 @@ impl State {
             |returning: &Returning| returning.plugins.iter().any(|name| plugins.contains(name));
         let oldest = self.returning.iter().enumerate().filter(|(_, returning)| shares(returning));
         let order = |returning: &Returning| {
-            let lane = Lane::Execute((*returning.plugins).clone());
-            (Reverse(self.turns.lead(&returning.tenant, &lane)), returning.since)
+            let lead = self.turns.lead_at(&returning.tenant, &returning.plugins);
+            (Reverse(lead), returning.since)
         };
         let Some(index) =
             oldest.min_by_key(|(_, returning)| order(returning)).map(|(index, _)| index)

@@ -14,11 +14,11 @@ use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::limits::Limit;
 use batchwright_domain::money::{Money, Price};
 use batchwright_domain::usage::TokenUsage;
+use batchwright_domain::window;
 use batchwright_egress::Priority;
 use batchwright_plugin::Registry;
 use batchwright_store::{BatchRecord, Result, Store, WaitCause};
 use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved};
-use batchwright_tenancy::{Prices, TenantDefaults};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -48,12 +48,6 @@ const WEIGHT_1_WINDOW: Duration = Duration::from_secs(86_400);
 /// Maximum weight of a batch within its tenant.
 const MAX_BATCH_WEIGHT: u32 = 100;
 
-/// A batch is urgent if less than one in this many parts of its window is left.
-const URGENT_SHARE: u32 = 10;
-
-/// Maximum rest of the window of an urgent batch, as the store has it.
-const MAX_URGENT_REST: Duration = Duration::from_secs(3 * 3600);
-
 /// Returns the estimated input tokens of a request, given the bytes of its body.
 pub(crate) fn estimated_tokens(body_bytes: usize) -> u64 {
     (body_bytes as u64).div_ceil(BYTES_PER_TOKEN)
@@ -61,11 +55,15 @@ pub(crate) fn estimated_tokens(body_bytes: usize) -> u64 {
 
 /// Quotas of all active tenants.
 pub(crate) struct Quotas {
+    shared: Arc<Shared>,
+    tenants: Mutex<HashMap<TenantId, Arc<TenantQuota>>>,
+}
+
+/// What the quotas of all tenants share.
+struct Shared {
     store: Arc<dyn Store>,
     clock: Clock,
-    prices: Arc<Prices>,
     config: Arc<Config>,
-    tenants: Mutex<HashMap<TenantId, Arc<TenantQuota>>>,
     /// Number of changes of limits through this process.
     changes: watch::Sender<u64>,
 }
@@ -73,11 +71,7 @@ pub(crate) struct Quotas {
 /// Quota of a tenant.
 pub(crate) struct TenantQuota {
     tenant: TenantId,
-    store: Arc<dyn Store>,
-    clock: Clock,
-    prices: Arc<Prices>,
-    changes: watch::Sender<u64>,
-    defaults: TenantDefaults,
+    shared: Arc<Shared>,
     quota: Mutex<Quota>,
     /// Weight, and maximum number of requests in flight.
     share: Mutex<(u32, Option<u64>)>,
@@ -117,9 +111,7 @@ impl BatchShare {
 
     /// Returns true if less than a tenth of the window is left, and less than three hours.
     pub(crate) fn is_urgent(&self, now: Timestamp) -> bool {
-        let left = now.until(self.expires_at);
-        left <= MAX_URGENT_REST
-            && left.saturating_mul(URGENT_SHARE) <= self.created_at.until(self.expires_at)
+        window::is_urgent(now.until(self.expires_at), self.created_at.until(self.expires_at))
     }
 }
 
@@ -134,16 +126,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Shared {
+    /// Returns the price of a model now.
+    fn price(&self, model: &str) -> Option<Price> {
+        self.config.prices.at(model, self.clock.now()).copied()
+    }
+}
+
 impl Quotas {
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, config: Arc<Config>) -> Self {
-        Self {
-            store,
-            clock,
-            prices: Arc::new(config.prices.clone()),
-            config,
-            tenants: Mutex::default(),
-            changes: watch::Sender::new(0),
-        }
+        let shared = Shared { store, clock, config, changes: watch::Sender::new(0) };
+        Self { shared: Arc::new(shared), tenants: Mutex::default() }
     }
 
     /// Returns the quota of a tenant.
@@ -155,11 +148,7 @@ impl Quotas {
         let quota = tenants.entry(tenant.clone()).or_insert_with(|| {
             Arc::new(TenantQuota {
                 tenant: tenant.clone(),
-                store: self.store.clone(),
-                clock: self.clock.clone(),
-                prices: self.prices.clone(),
-                changes: self.changes.clone(),
-                defaults: self.config.tenant_defaults.clone(),
+                shared: self.shared.clone(),
                 quota: Mutex::default(),
                 share: Mutex::new((1, None)),
                 refreshed_at: tokio::sync::Mutex::new(None),
@@ -186,12 +175,12 @@ impl Quotas {
         for quota in lock(&self.tenants).values() {
             quota.is_stale.store(true, Ordering::Relaxed);
         }
-        self.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
+        self.shared.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
     }
 
     /// Returns a receiver that learns of changes of limits.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
+        self.shared.changes.subscribe()
     }
 
     /// Returns why the requests of a batch wait, if a limit of the project is the cause.
@@ -236,9 +225,10 @@ impl TenantQuota {
         }
         *refreshed_at = None;
         let mark = lock(&self.quota).begin_refresh();
-        let now = self.clock.now();
-        let policy = self.store.policy(&self.tenant).await?;
-        let limits = self.defaults.fill(policy.limits);
+        let Shared { store, config, .. } = &*self.shared;
+        let now = self.shared.clock.now();
+        let policy = store.policy(&self.tenant).await?;
+        let limits = config.tenant_defaults.fill(policy.limits);
         let weight = limits.get(Limit::Weight).and_then(|weight| u32::try_from(weight).ok());
         *lock(&self.share) = (weight.unwrap_or(1), limits.get(Limit::RequestsInFlight));
         let budget = policy.spend_limit.map(Money::from_cents);
@@ -246,7 +236,7 @@ impl TenantQuota {
         let meters = if allowance.is_unlimited() {
             Default::default()
         } else {
-            self.store.meters(&self.tenant, now).await?
+            store.meters(&self.tenant, now).await?
         };
         let (spent, today) = (meters.spent, &meters.requests_today);
         lock(&self.quota).refresh(&mark, allowance, spent, today, now);
@@ -256,7 +246,7 @@ impl TenantQuota {
 
     /// Returns why a request of a model, or of any model, cannot begin now.
     pub(crate) fn blocked(&self, model: Option<&str>) -> Option<Blocked> {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         let blocked = lock(&self.quota).check(model.unwrap_or_default(), now).err()?;
         Some(self.rechecked(blocked, now))
     }
@@ -267,7 +257,7 @@ impl TenantQuota {
         model: &str,
         body_bytes: usize,
     ) -> std::result::Result<Hold, Blocked> {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         let mut quota = lock(&self.quota);
         if quota.is_unlimited() {
             return Ok(Hold { of: self.clone(), reserved: None });
@@ -290,7 +280,7 @@ impl TenantQuota {
             tenant_weight,
             max_in_flight,
             batch_weight: batch.weight(),
-            is_urgent: batch.is_urgent(self.clock.now()),
+            is_urgent: batch.is_urgent(self.shared.clock.now()),
             tokens: estimated_tokens(body_bytes).saturating_add(output),
         }
     }
@@ -335,13 +325,14 @@ impl TenantQuota {
     fn estimate(&self, quota: &Quota, model: &str, body_bytes: usize) -> (u64, Money) {
         let (input, output) = (estimated_tokens(body_bytes), quota.expected_output(model));
         let usage = TokenUsage { input, output, ..TokenUsage::default() };
-        let cost = self.prices.cost(model, self.clock.now(), usage).unwrap_or_default();
+        let cost =
+            self.shared.price(model).map(|price| price.cost(usage).total()).unwrap_or_default();
         (usage.total(), cost)
     }
 
     /// Returns a receiver that learns of changes of limits.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
+        self.shared.changes.subscribe()
     }
 
     /// Waits until limits were changed through this process and the new ones are read.
@@ -353,7 +344,7 @@ impl TenantQuota {
         drop(self.refreshed_at.lock().await);
         while let Err(error) = self.refresh().await {
             tracing::error!(tenant = %self.tenant, %error, "limits not read");
-            self.clock.sleep(QUOTA_RETRY_INTERVAL).await;
+            self.shared.clock.sleep(QUOTA_RETRY_INTERVAL).await;
         }
         drop(self.refreshed_at.lock().await);
     }
@@ -367,14 +358,14 @@ impl TenantQuota {
 impl Hold {
     /// Returns the price of the model now.
     pub(crate) fn price(&self, model: &str) -> Option<Price> {
-        self.of.prices.at(model, self.of.clock.now()).copied()
+        self.of.shared.price(model)
     }
 
     /// Replaces the estimate by what the request has used, after the store has counted it.
     pub(crate) fn record(mut self, usage: TokenUsage, price: Option<Price>) {
         let Some(reserved) = self.reserved.take() else { return };
         let usage = usage.plausible();
-        let cost = price.map(|price| price.cost(usage)).unwrap_or_default();
+        let cost = price.map(|price| price.cost(usage).total()).unwrap_or_default();
         lock(&self.of.quota).record(reserved, usage.total(), usage.output, cost);
     }
 }

@@ -9,7 +9,7 @@
 //! weight. The tenant that is least ahead is next. A tenant that comes back is never behind, so it
 //! saves up nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use batchwright_domain::ids::TenantId;
 use batchwright_store::Lane;
@@ -17,26 +17,12 @@ use batchwright_store::Lane;
 /// Length of a turn of a tenant with the weight 1, in virtual time.
 const TURN: u64 = 1_000_000;
 
-/// What batches take turns for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Resource {
-    Validation,
-    Finishing,
-    Plugin(String),
-}
-
-fn resources(lane: &Lane) -> Vec<Resource> {
-    match lane {
-        Lane::Validate => vec![Resource::Validation],
-        Lane::Finish | Lane::Admit => vec![Resource::Finishing],
-        Lane::Execute(plugins) => plugins.iter().cloned().map(Resource::Plugin).collect(),
-    }
-}
-
 /// Virtual times of all resources.
 #[derive(Default)]
 pub(crate) struct Turns {
-    resources: HashMap<Resource, Times>,
+    validation: Times,
+    finishing: Times,
+    plugins: HashMap<String, Times>,
     /// Weights other than 1.
     weights: HashMap<TenantId, u32>,
 }
@@ -59,24 +45,47 @@ impl Turns {
 
     /// Returns how far a tenant is ahead of its share of a lane.
     pub(crate) fn lead(&self, tenant: &TenantId, lane: &Lane) -> u64 {
-        let of_resource = |resource| {
-            let times = self.resources.get(resource)?;
-            Some(times.tenants.get(tenant)?.saturating_sub(times.now))
-        };
-        resources(lane).iter().filter_map(of_resource).max().unwrap_or(0)
+        match lane {
+            Lane::Validate => self.validation.lead(tenant),
+            Lane::Finish | Lane::Admit => self.finishing.lead(tenant),
+            Lane::Execute(plugins) => self.lead_at(tenant, plugins),
+        }
+    }
+
+    /// Returns how far a tenant is ahead of its share of the plugins of a batch.
+    pub(crate) fn lead_at(&self, tenant: &TenantId, plugins: &BTreeSet<String>) -> u64 {
+        let times = plugins.iter().filter_map(|plugin| self.plugins.get(plugin));
+        times.map(|times| times.lead(tenant)).max().unwrap_or(0)
     }
 
     /// Counts a turn of a tenant in a lane.
     pub(crate) fn count(&mut self, tenant: &TenantId, lane: &Lane) {
         let weight = self.weights.get(tenant).copied().unwrap_or(1).max(1);
-        for resource in resources(lane) {
-            let times = self.resources.entry(resource).or_default();
-            let start = times.tenants.get(tenant).copied().unwrap_or(0).max(times.now);
-            times.now = start;
-            let end = start.saturating_add(TURN / u64::from(weight));
-            times.tenants.retain(|_, time| *time > start);
-            times.tenants.insert(tenant.clone(), end);
+        let turn = TURN / u64::from(weight);
+        match lane {
+            Lane::Validate => self.validation.count(tenant, turn),
+            Lane::Finish | Lane::Admit => self.finishing.count(tenant, turn),
+            Lane::Execute(plugins) => {
+                for plugin in plugins {
+                    self.plugins.entry(plugin.clone()).or_default().count(tenant, turn);
+                }
+            }
         }
+    }
+}
+
+impl Times {
+    /// Returns how far a tenant is ahead.
+    fn lead(&self, tenant: &TenantId) -> u64 {
+        self.tenants.get(tenant).map_or(0, |time| time.saturating_sub(self.now))
+    }
+
+    /// Moves a tenant ahead by a turn.
+    fn count(&mut self, tenant: &TenantId, turn: u64) {
+        let start = self.tenants.get(tenant).copied().unwrap_or(0).max(self.now);
+        self.now = start;
+        self.tenants.retain(|_, time| *time > start);
+        self.tenants.insert(tenant.clone(), start.saturating_add(turn));
     }
 }
 
@@ -121,7 +130,7 @@ mod tests {
         assert_eq!(given["modest"], 1);
         let given = give(&mut turns, &["greedy", "modest"], 100);
         assert_eq!(given["modest"], 50);
-        assert!(turns.resources.values().all(|times| times.tenants.len() <= 2));
+        assert!(turns.plugins.values().all(|times| times.tenants.len() <= 2));
     }
 
     #[test]

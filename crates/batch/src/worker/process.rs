@@ -297,7 +297,7 @@ impl Worker {
         judged_by: Vec<PluginVersion>,
     ) -> Result<()> {
         match started {
-            Started::Started | Started::Waits => Ok(()),
+            Started::Begun | Started::Queued => Ok(()),
             Started::OverLimit(limit) => {
                 let errors = vec![over_limit(&limit)];
                 self.store.fail(claim, errors, judged_by, self.clock.now()).await

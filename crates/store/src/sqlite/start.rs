@@ -41,12 +41,12 @@ pub(super) fn start(
              waits_for = ?6, waits_for_since = ?5",
             &[&admission.to_string(), &at.as_millis(), &exceeded.to_string()],
         )?;
-        return Ok(Started::Waits);
+        return Ok(Started::Queued);
     }
     insert_plugins(connection, claim, &found.judged_by)?;
     enqueued::insert(connection, held, &found.tokens, true)?;
     execute_batch(connection, claim, (found.total, found.model.as_deref(), &found.plugins), at)?;
-    Ok(Started::Started)
+    Ok(Started::Begun)
 }
 
 /// Starts a batch that waits, or releases it until `retry_at`.
@@ -66,7 +66,7 @@ pub(super) fn admit(
             return Ok(Started::OverLimit(exceeded));
         }
         release(connection, claim, &Release::Backoff(retry_at, None))?;
-        return Ok(Started::Waits);
+        return Ok(Started::Queued);
     }
     let damaged = || StoreError::Database("the admission of a batch is damaged".into());
     let sql = "SELECT admission FROM batches WHERE tenant = ?1 AND key = ?2";
@@ -84,7 +84,7 @@ pub(super) fn admit(
     let admitted = "UPDATE batch_tokens SET admitted = 1 WHERE tenant = ?1 AND batch = ?2";
     execute(connection, admitted, params![held.tenant, held.batch])?;
     execute_batch(connection, claim, (total, model, &plugins), at)?;
-    Ok(Started::Started)
+    Ok(Started::Begun)
 }
 
 /// Returns true if a batch was neither cancelled nor has expired.

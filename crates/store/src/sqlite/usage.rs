@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::money::Money;
+use batchwright_domain::money::{Cost, Money};
 use batchwright_domain::usage::{TokenUsage, UsageKind};
 use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params, params_from_iter};
 
-use super::super::accounts::{Meters, UsageCounts, UsagePage, UsageQuery, UsageRow};
+use super::super::usage::{Meters, UsageCounts, UsagePage, UsageQuery, UsageRow};
 use super::super::{Charge, Result};
 use super::keys::BatchRow;
 use super::query::{execute, find};
@@ -48,11 +48,7 @@ impl<'a> Charges<'a> {
             counts.unpriced = counts.unpriced.saturating_add(1);
             return;
         };
-        let uncached = usage.input.saturating_sub(usage.cached_input);
-        counts.input_cost = counts.input_cost.plus(price.input.cost(uncached));
-        counts.cached_input_cost =
-            counts.cached_input_cost.plus(price.cached_input.cost(usage.cached_input));
-        counts.output_cost = counts.output_cost.plus(price.output.cost(usage.output));
+        counts.cost = counts.cost.plus(price.cost(usage));
     }
 
     /// Counts the charges of results of a batch.
@@ -92,6 +88,23 @@ fn sum(number: u64) -> i64 {
     to_i64(number.min(MAX_SUM))
 }
 
+/// Returns the clause with which an insert adds its sums to those of the row that exists.
+fn adding_sums() -> String {
+    let sums = [
+        "requests",
+        "input_tokens",
+        "cached_input_tokens",
+        "output_tokens",
+        "input_cost",
+        "cached_input_cost",
+        "output_cost",
+        "unpriced",
+    ];
+    let assignments =
+        sums.map(|column| format!("{column} = min({column} + excluded.{column}, {MAX_SUM})"));
+    format!("ON CONFLICT DO UPDATE SET {}", assignments.join(", "))
+}
+
 /// Adds counts to the minute and to the money spent in the month.
 fn add(
     connection: &Connection,
@@ -100,22 +113,11 @@ fn add(
     counts: &UsageCounts,
     at: Timestamp,
 ) -> Result<()> {
-    let costs = [counts.input_cost, counts.cached_input_cost, counts.output_cost];
-    let spent = costs.iter().fold(Money::default(), |sum, cost| sum.plus(*cost));
-    let [input_cost, cached_cost, output_cost] = costs.map(|cost| sum(cost.units()));
+    let cost = counts.cost;
     let upsert = "INSERT INTO usage (tenant, minute, kind, model, api_key, is_batch, requests,
             input_tokens, cached_input_tokens, output_tokens, input_cost, cached_input_cost,
             output_cost, unpriced)
-        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
-        ON CONFLICT DO UPDATE SET
-            requests = min(requests + excluded.requests, ?15),
-            input_tokens = min(input_tokens + excluded.input_tokens, ?15),
-            cached_input_tokens = min(cached_input_tokens + excluded.cached_input_tokens, ?15),
-            output_tokens = min(output_tokens + excluded.output_tokens, ?15),
-            input_cost = min(input_cost + excluded.input_cost, ?15),
-            cached_input_cost = min(cached_input_cost + excluded.cached_input_cost, ?15),
-            output_cost = min(output_cost + excluded.output_cost, ?15),
-            unpriced = min(unpriced + excluded.unpriced, ?15)";
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)";
     let values = params![
         tenant,
         at.as_millis().div_euclid(MILLIS_PER_MINUTE),
@@ -127,13 +129,12 @@ fn add(
         sum(counts.tokens.input),
         sum(counts.tokens.cached_input),
         sum(counts.tokens.output),
-        input_cost,
-        cached_cost,
-        output_cost,
+        sum(cost.input.units()),
+        sum(cost.cached_input.units()),
+        sum(cost.output.units()),
         sum(counts.unpriced),
-        sum(MAX_SUM),
     ];
-    execute(connection, upsert, values)?;
+    execute(connection, &format!("{upsert} {}", adding_sums()), values)?;
     let day = at.as_millis().div_euclid(MILLIS_PER_DAY);
     let of_day = "INSERT INTO model_days (tenant, model, day, requests) VALUES (?1, ?2, ?3, ?4)
         ON CONFLICT DO UPDATE SET
@@ -148,7 +149,7 @@ fn add(
                 THEN min(spent + ?3, ?4) ELSE ?3 END,
             spent_month = CASE WHEN spent_month BETWEEN ?2 AND ?2 + 1 THEN spent_month ELSE ?2 END
         WHERE key = ?1";
-    let values = params![tenant, at.month(), sum(spent.units()), sum(MAX_SUM)];
+    let values = params![tenant, at.month(), sum(cost.total().units()), sum(MAX_SUM)];
     execute(connection, spend, values).map(drop)
 }
 
@@ -173,20 +174,14 @@ pub(super) fn meters(connection: &Connection, tenant: &TenantId, now: Timestamp)
     })
 }
 
-/// Returns usage by bucket and group.
-pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<UsagePage> {
-    let width = i64::try_from(query.width.as_millis()).unwrap_or(i64::MAX);
-    let width = width.div_euclid(MILLIS_PER_MINUTE).max(1);
+/// Returns the condition on the rows that a query selects, with its values.
+fn selection(query: &UsageQuery) -> (String, Vec<Value>) {
     let minute = |at: Timestamp| at.as_millis().div_euclid(MILLIS_PER_MINUTE);
     // A minute that has begun before the end belongs to the report.
     let end = query.before.as_millis().saturating_add(MILLIS_PER_MINUTE).saturating_sub(1);
     let mut condition = "minute >= ? AND minute < ?".to_owned();
-    let mut values = vec![
-        Value::from(width),
-        Value::from(width),
-        Value::from(minute(query.from)),
-        Value::from(end.div_euclid(MILLIS_PER_MINUTE)),
-    ];
+    let mut values =
+        vec![Value::from(minute(query.from)), Value::from(end.div_euclid(MILLIS_PER_MINUTE))];
     let mut restrict = |text: String, more: Vec<Value>| {
         condition.push_str(&format!(" AND {text}"));
         values.extend(more);
@@ -215,12 +210,20 @@ pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<Usage
             restrict(format!("{column} IN {select} ({marks}){end}"), values);
         }
     }
+    (condition, values)
+}
+
+/// Returns usage by bucket and group.
+pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<UsagePage> {
+    let width = i64::try_from(query.width.as_millis()).unwrap_or(i64::MAX);
+    let width = width.div_euclid(MILLIS_PER_MINUTE).max(1);
+    let (condition, mut values) = selection(query);
     let group = query.group;
     let column = |is_wanted: bool, column: &str| {
         if is_wanted { column.to_owned() } else { "NULL".to_owned() }
     };
     let sql = format!(
-        "SELECT minute / ? * ? AS bucket, {}, {}, {}, {}, total(requests), total(input_tokens),
+        "SELECT minute / {width} * {width} AS bucket, {}, {}, {}, {}, total(requests), total(input_tokens),
              total(cached_input_tokens), total(output_tokens), total(input_cost),
              total(cached_input_cost), total(output_cost), total(unpriced)
          FROM usage WHERE {condition} GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ?",
@@ -259,9 +262,7 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<UsageRow> {
                 output: total(8)?,
                 reasoning: 0,
             },
-            input_cost: money(9)?,
-            cached_input_cost: money(10)?,
-            output_cost: money(11)?,
+            cost: Cost { input: money(9)?, cached_input: money(10)?, output: money(11)? },
             unpriced: total(12)?,
         },
     })
@@ -297,17 +298,8 @@ pub(super) fn merge(connection: &Connection, before: Timestamp, limit: usize) ->
             "INSERT INTO usage SELECT minute - minute % {MINUTES_PER_HOUR}, tenant, kind, model,
                  api_key, is_batch, requests, input_tokens, cached_input_tokens, output_tokens,
                  input_cost, cached_input_cost, output_cost, unpriced
-             FROM usage WHERE {same}
-             ON CONFLICT DO UPDATE SET
-                 requests = min(requests + excluded.requests, {MAX_SUM}),
-                 input_tokens = min(input_tokens + excluded.input_tokens, {MAX_SUM}),
-                 cached_input_tokens =
-                     min(cached_input_tokens + excluded.cached_input_tokens, {MAX_SUM}),
-                 output_tokens = min(output_tokens + excluded.output_tokens, {MAX_SUM}),
-                 input_cost = min(input_cost + excluded.input_cost, {MAX_SUM}),
-                 cached_input_cost = min(cached_input_cost + excluded.cached_input_cost, {MAX_SUM}),
-                 output_cost = min(output_cost + excluded.output_cost, {MAX_SUM}),
-                 unpriced = min(unpriced + excluded.unpriced, {MAX_SUM})"
+             FROM usage WHERE {same} {}",
+            adding_sums()
         );
         execute(connection, &merged, values)?;
         execute(connection, &format!("DELETE FROM usage WHERE {same}"), values)?;

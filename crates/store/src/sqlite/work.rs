@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::status::Status;
+use batchwright_domain::window::{MAX_URGENT_REST, URGENT_SHARE};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
@@ -19,12 +20,6 @@ const MAX_WAITING: i64 = 100_000;
 
 /// Maximum number of batches whose window ends soon.
 const MAX_URGENT: i64 = 64;
-
-/// Maximum rest of the window of a batch that counts as urgent.
-const URGENT_MILLIS: i64 = 3 * 3_600_000;
-
-/// A batch is urgent if less than one in this many parts of its window is left.
-const URGENT_SHARE: i64 = 10;
 
 /// Ends the leases of an owner that is gone: its claims, and its registrations of objects.
 pub(super) fn end_leases(connection: &Connection, owner: &str) -> Result<()> {
@@ -96,8 +91,8 @@ pub(super) fn waiting(
              GROUP BY batches.key",
         )
         .map_err(database_error)?;
-    let values =
-        params![now.as_millis(), owner, MAX_WAITING, URGENT_MILLIS, URGENT_SHARE, MAX_URGENT];
+    let max_rest = to_i64(u64::try_from(MAX_URGENT_REST.as_millis()).unwrap_or(u64::MAX));
+    let values = params![now.as_millis(), owner, MAX_WAITING, max_rest, URGENT_SHARE, MAX_URGENT];
     let rows = statement
         .query_map(values, |row| {
             Ok(Waiting {

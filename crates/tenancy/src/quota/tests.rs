@@ -44,6 +44,23 @@ fn request_that_one_limit_refuses_uses_up_no_other() {
 }
 
 #[test]
+fn minutes_of_a_clock_that_was_wrong_are_forgotten_and_a_small_step_back_gives_nothing_back() {
+    let mut quota = quota(per_minute(1), None);
+    let free = Money::default();
+    let ahead = quota.reserve("m", 1, free, at(60 * MINUTE)).unwrap();
+    // A step back within a window of sixty seconds does not begin a new one.
+    let refused = quota.reserve("m", 1, free, at(60 * MINUTE - 30_000)).unwrap_err();
+    assert!(refused.until <= at(61 * MINUTE + 2000), "{refused:?}");
+    // A clock that is set right by an hour must not close the minute for an hour.
+    let right = quota.reserve("m", 1, free, at(0)).unwrap();
+    assert!(quota.reserve("m", 1, free, at(1000)).is_err());
+    for reserved in [ahead, right] {
+        quota.release(reserved);
+    }
+    assert!(quota.is_idle() && quota.reserve("m", 1, free, at(1000)).is_ok());
+}
+
+#[test]
 fn request_larger_than_the_limit_of_tokens_begins_in_an_empty_window() {
     let limits = ModelLimits { tokens_per_minute: Some(100), ..ModelLimits::default() };
     let mut quota = quota(limits, None);

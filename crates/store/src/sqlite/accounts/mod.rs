@@ -16,9 +16,10 @@ use batchwright_domain::limits::{ModelLimits, ModelRule};
 use super::{SqliteStore, usage};
 use crate::accounts::{
     Accounts, Actor, AuditEntry, AuditQuery, KeyChanges, KeyHolder, KeyRecord, LimitChanges,
-    ListQuery, Meters, ModelLimitChanges, NewKey, NewProject, NewServiceAccount, ProjectPolicy,
-    ProjectRecord, ProjectUse, Refusal, ServiceAccountRecord, StorageBounds, UsagePage, UsageQuery,
+    ListQuery, ModelLimitChanges, NewKey, NewProject, NewServiceAccount, ProjectPolicy,
+    ProjectRecord, ProjectUse, Refusal, ServiceAccountRecord, StorageBounds,
 };
+use crate::usage::{Meters, UsagePage, UsageQuery};
 use crate::{Paged, Result, StoreError};
 
 fn refused<T>(refusal: Refusal) -> Result<T> {

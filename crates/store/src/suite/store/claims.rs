@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::status::Status;
+use batchwright_domain::window;
 
 use super::*;
 use crate::suite::Fixture;
@@ -49,6 +50,38 @@ pub(crate) async fn claim_succeeds_once_and_returns_in_the_order_of_the_lane(
     assert!(claim_at(&*store, &Lane::Finish, later).await.is_none());
     assert!(claim_at(&*store, &Lane::Finish, EXPIRY).await.is_some());
     assert!(store.waiting(EXPIRY).await.unwrap().is_empty());
+}
+
+pub(crate) async fn batch_whose_window_is_about_to_end_is_found_behind_older_ones(
+    fixture: impl Fixture,
+) {
+    let store = open(&fixture).await;
+    let window = window::MAX_URGENT_REST;
+    for (id, window) in [("long", 9 * window), ("short", window), ("shorter", window / 2)] {
+        let new = NewBatch { expires_at: NOW.after(window), ..new_batch(id) };
+        store.create_batch(&tenant(), new, None, None).await.unwrap();
+    }
+    let mut claims = Vec::new();
+    while let Some(claim) = claim_at(&*store, &Lane::Validate, NOW).await {
+        store.start_execution(&claim, validated(1), NOW, false).await.unwrap();
+        claims.push(claim);
+    }
+    assert_eq!(claims.len(), 3);
+    let found = async |at: Timestamp| {
+        let waiting = store.waiting(at).await.unwrap().into_iter();
+        waiting
+            .filter(|waiting| waiting.lane == execution())
+            .map(|waiting| (waiting.key, waiting.is_urgent))
+            .collect::<Vec<_>>()
+    };
+    let early = found(NOW).await;
+    assert!(matches!(early[..], [(_, false)]), "{early:?}");
+    // A tenth of half a window is left, and less than a tenth of nothing else.
+    let late = NOW.after(window / 2 - window / 20);
+    let late = found(late).await;
+    assert_eq!(late.len(), 2, "{late:?}");
+    assert_eq!(late.iter().filter(|(_, is_urgent)| *is_urgent).count(), 1, "{late:?}");
+    assert!(late.contains(&early[0]), "{late:?}");
 }
 
 pub(crate) async fn expired_lease_is_not_taken_over_by_its_own_holder(fixture: impl Fixture) {

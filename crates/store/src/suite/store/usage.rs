@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use batchwright_domain::limits::{MAX_RULE_MODELS, ModelLimit, ModelLimits};
-use batchwright_domain::money::{Money, Price, TokenPrice};
+use batchwright_domain::money::{Cost, Money, Price, TokenPrice};
 use batchwright_domain::usage::UsageKind;
 
 use super::*;
-use crate::accounts::{
-    KeyHolder, Meters, NewKey, NewServiceAccount, UsageCounts, UsageGroups, UsageQuery, UsageRow,
-};
+use crate::accounts::{KeyHolder, NewKey, NewServiceAccount};
+use crate::usage::{Meters, UsageCounts, UsageGroups, UsageQuery, UsageRow};
 use crate::{Charge, Started, TokenLimit};
 
 const MINUTE: i64 = 60_000;
@@ -63,9 +62,11 @@ pub(crate) async fn result_counts_once_in_usage_and_costs(fixture: impl Fixture)
     let expected = UsageCounts {
         requests: 3,
         tokens: TokenUsage { input: 6, cached_input: 3, output: 9, reasoning: 0 },
-        input_cost: units(2_000_000),
-        cached_input_cost: units(2_000_000),
-        output_cost: units(6_000_000),
+        cost: Cost {
+            input: units(2_000_000),
+            cached_input: units(2_000_000),
+            output: units(6_000_000),
+        },
         unpriced: 1,
     };
     let [sum] = sums.as_slice() else { panic!("{sums:?}") };
@@ -230,7 +231,7 @@ pub(crate) async fn enqueued_tokens_are_reserved_until_their_batch_ends(fixture:
     let limited = [(ModelLimit::EnqueuedTokens, Some(100))];
     let id = project(&tenant());
     store.update_model_limits(&id, "m", limited.into(), operator()).await.unwrap();
-    assert_eq!(start(&*store, "first", 60, false).await.1, Started::Started);
+    assert_eq!(start(&*store, "first", 60, false).await.1, Started::Begun);
     let first = claim(&*store, &execution()).await;
     let over = |enqueued| {
         Started::OverLimit(TokenLimit { model: "m".into(), limit: 100, enqueued, estimated: 50 })
@@ -245,7 +246,7 @@ pub(crate) async fn enqueued_tokens_are_reserved_until_their_batch_ends(fixture:
     // Failed, cancelled, expired and completed batches give their tokens back.
     for end in [Status::Failed, Status::Cancelled, Status::Expired, Status::Completed] {
         let name = format!("end {}", end.as_str());
-        assert_eq!(start(&*store, &name, 42, false).await.1, Started::Started, "{end:?}");
+        assert_eq!(start(&*store, &name, 42, false).await.1, Started::Begun, "{end:?}");
         let held = claim(&*store, &execution()).await;
         if end == Status::Cancelled {
             cancel(&*store, &name).await;
@@ -260,14 +261,14 @@ pub(crate) async fn batch_over_the_token_limit_waits_for_its_turn(fixture: impl 
     let limited = [(ModelLimit::EnqueuedTokens, Some(100))];
     let id = project(&tenant());
     store.update_model_limits(&id, "m", limited.into(), operator()).await.unwrap();
-    assert_eq!(start(&*store, "first", 60, true).await.1, Started::Started);
+    assert_eq!(start(&*store, "first", 60, true).await.1, Started::Begun);
     let first = claim(&*store, &execution()).await;
-    assert_eq!(start(&*store, "second", 50, true).await.1, Started::Waits);
+    assert_eq!(start(&*store, "second", 50, true).await.1, Started::Queued);
     // A batch that could never start does not wait, and a small batch waits behind a large one.
     let (never, started) = start(&*store, "never", 101, true).await;
     assert!(matches!(started, Started::OverLimit(_)), "{started:?}");
     store.fail(&never, Vec::new(), Vec::new(), NOW).await.unwrap();
-    assert_eq!(start(&*store, "third", 1, true).await.1, Started::Waits);
+    assert_eq!(start(&*store, "third", 1, true).await.1, Started::Queued);
     let waiting = batch(&*store, "second").await;
     assert_eq!((waiting.status, waiting.counts.total), (Status::Validating, 0));
     let later = at(NOW.as_millis() + 500);
@@ -287,13 +288,13 @@ pub(crate) async fn batch_over_the_token_limit_waits_for_its_turn(fixture: impl 
         assert_eq!((started.status, started.counts.total), (Status::InProgress, 2), "{name}");
     }
     // A batch that waits ends as its client or its window says.
-    assert_eq!(start(&*store, "cancelled", 99, true).await.1, Started::Waits);
+    assert_eq!(start(&*store, "cancelled", 99, true).await.1, Started::Queued);
     cancel(&*store, "cancelled").await;
     let held = claim(&*store, &Lane::Admit).await;
     store.admit(&held, NOW, later).await.unwrap();
     assert_eq!(claim(&*store, &Lane::Finish).await.batch_id.as_str(), "cancelled");
     // A limit that is lowered below the batch alone ends its wait.
-    assert_eq!(start(&*store, "lowered", 99, true).await.1, Started::Waits);
+    assert_eq!(start(&*store, "lowered", 99, true).await.1, Started::Queued);
     let lower = |limit| [(ModelLimit::EnqueuedTokens, Some(limit))].into();
     store.update_model_limits(&id, "m", lower(98), operator()).await.unwrap();
     let held = claim(&*store, &Lane::Admit).await;
@@ -301,7 +302,7 @@ pub(crate) async fn batch_over_the_token_limit_waits_for_its_turn(fixture: impl 
     assert!(matches!(started, Started::OverLimit(_)), "{started:?}");
     store.fail(&held, Vec::new(), Vec::new(), NOW).await.unwrap();
     store.update_model_limits(&id, "m", lower(100), operator()).await.unwrap();
-    assert_eq!(start(&*store, "expired", 99, true).await.1, Started::Waits);
+    assert_eq!(start(&*store, "expired", 99, true).await.1, Started::Queued);
     let held = claim(&*store, &Lane::Admit).await;
     store.admit(&held, EXPIRY, later).await.unwrap();
     assert_eq!(batch(&*store, "expired").await.status, Status::InProgress);
