@@ -145,6 +145,35 @@ def test_secret_in_the_folder_comes_first_and_is_replaced_at_once(serve, stub, t
     assert not any(secret in tenants.server.logged() for secret in SECRETS.values())
 
 
+def test_secret_that_cannot_be_read_is_not_replaced_by_another(serve, stub, tmp_path, secret):
+    folder = tmp_path / "secrets"
+    (folder / "acme" / "p").mkdir(parents=True)
+    path = folder / "acme" / "p" / "api_key"
+    path.symlink_to(tmp_path / "nowhere")
+    tenants = tenants_of(serve, stub, tmp_path, f'"{secret("default")}"', "--secrets", str(folder))
+    _, account, acme = tenants.project("Acme")
+    batch = create(acme)
+    message = waiting(tenants, account.api_key.value, batch)
+    assert message == "The provider has no credential for this project."
+    assert str(tmp_path) not in message
+    # A folder that is not mounted says nothing about its secrets.
+    path.unlink()
+    folder.rename(tmp_path / "unmounted")
+    other = create(acme)
+    assert waiting(tenants, account.api_key.value, other) == message
+    assert not stub.counts(), "a request was sent with the secret of another project"
+    (tmp_path / "unmounted").rename(folder)
+    path.write_text(SECRETS["acme"])
+    path.chmod(0o600)
+    accepts(stub, "acme")
+    for one in (batch, other):
+        wait_for(
+            lambda one=one: acme.batches.retrieve(one.id).request_counts.completed == 1,
+            60,
+            f"the request of {one.id}",
+        )
+
+
 def test_plugin_with_secrets_in_the_folder_alone_serves_the_projects_that_have_one(
     serve, stub, tmp_path
 ):

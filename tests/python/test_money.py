@@ -329,6 +329,21 @@ def test_requests_and_tokens_per_minute_hold_for_a_project_and_no_other(paid):
     assert ended(client, batch).request_counts.completed == 8
 
 
+def test_alias_shares_the_limit_of_its_model_and_has_none_of_its_own(serve, stub, tmp_path):
+    plugin = stub.plugin(["stub"]).replace("[settings]", '[aliases]\nnick = "stub"\n[settings]')
+    tenants = Tenants(serve, tmp_path, plugins={"stub": plugin})
+    project, account, client = tenants.project("Acme")
+    status, error = error_of(lambda: limit(tenants, project, "nick", max_requests_per_1_day=1))
+    assert (status, error["param"]) == (400, "rate_limit_id")
+    assert "set the limits of 'rl-stub'" in error["message"]
+    limit(tenants, project, max_requests_per_1_day=2)
+    assert run_batch_of(client, 1).request_counts.completed == 1
+    batch = create(client, lines(3, "nick ", "nick"))
+    completed(client, batch, 1)
+    waiting(tenants, account.api_key.value, batch, "2 requests per day")
+    assert [found.model for found in totals(tenants, group_by=["model"])] == ["stub"]
+
+
 def test_batch_beyond_the_enqueued_tokens_fails_until_others_have_ended(paid):
     tenants = paid()
     project, account, client = tenants.project("Acme")

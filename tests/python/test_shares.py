@@ -43,6 +43,10 @@ class Client:
     def create(self, count, prefix="", **more):
         """Creates a batch; returns its id."""
         lines = [chat(str(line), f"{self.name} {prefix}{line}", model="m") for line in range(count)]
+        return self.send(lines, **more)
+
+    def send(self, lines, **more):
+        """Creates a batch of lines; returns its id."""
         form = {"purpose": "batch"}
         file = self.http.post("/files", data=form, files={"file": ("in.jsonl", jsonl(lines))})
         body = {"input_file_id": file.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
@@ -145,6 +149,27 @@ def test_tenants_share_a_provider_by_weight(shared, stub):
         client.http.post(f"/batches/{batch}/cancel")
 
 
+def test_raised_limit_of_requests_in_flight_reaches_the_requests_that_wait(serve, stub, tmp_path):
+    tenants = Tenants(serve, tmp_path, plugins={"p": stub.plugin(["m"])})
+    client = Client(tenants, "limited")
+    path = f"/v1/organization/projects/{client.project}/limits"
+
+    def limit(number):
+        body = {"max_requests_in_flight": number}
+        assert request(tenants.server, path, tenants.key, "POST", body=body)[0] == 200
+
+    limit(1)
+    batch = client.send([chat("slow", "!delay 20000 slow", model="m")])
+    wait_for(lambda: stub.counts(), what="the slow request")
+    quick = client.send([chat(str(line), f"quick {line}", model="m") for line in range(3)])
+    time.sleep(1)
+    assert len(stub.counts()) == 1, "a request was sent beyond the limit"
+    limit(4)
+    assert client.ended(quick)["request_counts"]["completed"] == 3
+    assert client.get(batch)["request_counts"]["completed"] == 0, "the place was freed by the slow request"
+    client.http.post(f"/batches/{batch}/cancel")
+
+
 def test_requests_in_flight_of_a_project_are_limited_over_all_plugins(serve, stub, tmp_path):
     other = Stub(tmp_path, "other")
     try:
@@ -159,11 +184,7 @@ def test_requests_in_flight_of_a_project_are_limited_over_all_plugins(serve, stu
             for line in range(6)
             for model in ("m", "n")
         ]
-        form = {"purpose": "batch"}
-        file = client.http.post("/files", data=form, files={"file": ("in.jsonl", jsonl(lines))})
-        body = {"input_file_id": file.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
-        batch = client.http.post("/batches", json=body).json()["id"]
-        assert client.ended(batch)["request_counts"]["completed"] == 12
+        assert client.ended(client.send(lines))["request_counts"]["completed"] == 12
         times = sorted(
             at
             for provider in (stub, other)
