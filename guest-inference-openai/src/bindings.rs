@@ -7,7 +7,7 @@
     reason = "generated code is not linted"
 )]
 
-wit_bindgen::generate!({ path: "../wit/v0.1", world: "classifying-adapter" });
+wit_bindgen::generate!({ path: "../wit/v0.1", world: "streaming-adapter" });
 
 use crate::Component;
 export!(Component with_types_in self);

@@ -1,4 +1,4 @@
-//! Adapter for any provider with the OpenAI API. Component of world `classifying-adapter`.
+//! Adapter for any provider with the OpenAI API. Component of world `streaming-adapter`.
 //!
 //! The component imports nothing. It sends the request body as the client wrote it, unknown fields
 //! included, and replaces only the model name. It returns a good response of the provider
@@ -25,7 +25,7 @@ use std::cell::RefCell;
 use bindings::exports::batchwright::plugin::{
     classification,
     inference::{self, Answer, Exchange, Failure, HttpRequest, Outcome, Step},
-    plugin,
+    plugin, streaming,
 };
 use settings::Settings;
 
@@ -112,6 +112,12 @@ impl classification::Guest for Component {
             remaining: None,
             reset_milliseconds: None,
         }
+    }
+}
+
+impl streaming::Guest for Component {
+    fn stream_endpoints() -> Vec<String> {
+        ["chat/completions", "completions", "responses"].map(|name| format!("/v1/{name}")).to_vec()
     }
 }
 

@@ -166,7 +166,9 @@ def test_raised_limit_of_requests_in_flight_reaches_the_requests_that_wait(serve
     assert len(stub.counts()) == 1, "a request was sent beyond the limit"
     limit(4)
     assert client.ended(quick)["request_counts"]["completed"] == 3
-    assert client.get(batch)["request_counts"]["completed"] == 0, "the place was freed by the slow request"
+    assert client.get(batch)["request_counts"]["completed"] == 0, (
+        "the place was freed by the slow request"
+    )
     client.http.post(f"/batches/{batch}/cancel")
 
 

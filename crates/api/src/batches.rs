@@ -56,7 +56,7 @@ pub(crate) async fn create(
         completion_window: params.string("completion_window")?,
         metadata: params.metadata("metadata", &app.config.batch)?,
         output_lifetime: params.lifetime("output_expires_after")?,
-        idempotency_key: idempotency_key(&headers, &mut params)?,
+        idempotency_key: idempotency_key(&headers, params.optional_string("idempotency_key")?)?,
         api_key: tenant.1.clone(),
     };
     params.reject_unknown()?;
@@ -95,11 +95,14 @@ async fn batch_response(
     object_response(&Batch::from(batch), Some(reservation))
 }
 
-/// Returns the idempotency key from the headers or the body. Fails if there are different ones.
-fn idempotency_key(headers: &HeaderMap, params: &mut Params) -> Result<Option<String>, ApiError> {
+/// Returns the idempotency key from the headers, or the one that is given in the body. Fails if
+/// there are different ones.
+pub(crate) fn idempotency_key(
+    headers: &HeaderMap,
+    mut given: Option<String>,
+) -> Result<Option<String>, ApiError> {
     let invalid =
         |message: String| ApiError::invalid("idempotency_key", ErrorCode::InvalidValue, message);
-    let mut given = params.optional_string("idempotency_key")?;
     for value in headers.get_all(IDEMPOTENCY_KEY_HEADER) {
         let text = &String::from_utf8_lossy(value.as_bytes());
         if given.as_ref().is_some_and(|given| given != text) {

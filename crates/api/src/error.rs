@@ -1,12 +1,16 @@
 //! Error objects: `{"error": {"message", "type", "param", "code"}}`, for every 4xx and 5xx.
 
+use std::borrow::Cow;
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use batchwright_batch::{CreateError, UploadError};
+use batchwright_batch::{CreateError, OnlineError, UploadError};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::StoreError;
 use batchwright_store::accounts::Refusal;
+use batchwright_tenancy::quota::Exhausted;
 
 use super::data_rate::BodyTooSlow;
 use super::wire;
@@ -25,7 +29,7 @@ pub(crate) struct ApiError {
     kind: &'static str,
     message: String,
     param: Option<String>,
-    code: Option<ErrorCode>,
+    code: Option<Cow<'static, str>>,
     /// Value of the header `x-should-retry`.
     should_retry: Option<bool>,
     /// Value of the header `Retry-After`, in seconds.
@@ -51,7 +55,7 @@ impl ApiError {
         code: ErrorCode,
         message: impl Into<String>,
     ) -> Self {
-        Self { param: Some(param.into()), code: Some(code), ..Self::bad_request(message) }
+        Self { param: Some(param.into()), ..Self::bad_request(message) }.with_code(code)
     }
 
     /// Returns a 400 for a request that is invalid as a whole.
@@ -112,11 +116,9 @@ impl ApiError {
                     "The project has reached its limit of {limit} batches that have not ended; \
                      try again when one has ended."
                 );
-                return Self {
-                    retry_after: Some(OPEN_BATCH_RETRY_SECONDS),
-                    code: Some(ErrorCode::OpenBatchLimitExceeded),
-                    ..Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
-                };
+                let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message);
+                return Self { retry_after: Some(OPEN_BATCH_RETRY_SECONDS), ..error }
+                    .with_code(ErrorCode::OpenBatchLimitExceeded);
             }
             refusal => return Self::not_found(format!("The request was refused: {refusal}.")),
         };
@@ -125,7 +127,7 @@ impl ApiError {
 
     /// Sets the error code.
     pub(crate) fn with_code(self, code: ErrorCode) -> Self {
-        Self { code: Some(code), ..self }
+        Self { code: Some(Cow::Borrowed(code.as_str())), ..self }
     }
 
     /// Sets the name of the parameter that caused the error.
@@ -201,10 +203,8 @@ impl From<StoreError> for ApiError {
                 tracing::error!(error = %cause, "request failed, disk is full");
                 let message =
                     "The server's disk is full; try again after its operator has freed disk space.";
-                Self {
-                    code: Some(ErrorCode::StorageFull),
-                    ..Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
-                }
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
+                    .with_code(ErrorCode::StorageFull)
             }
             StoreError::Refused(refusal) => Self::refused(refusal),
             StoreError::Closed => {
@@ -240,6 +240,79 @@ impl From<CreateError> for ApiError {
     }
 }
 
+/// Wait beyond which the SDKs are told not to retry on their own.
+const MAX_RETRY_WAIT: Duration = Duration::from_secs(60);
+
+impl ApiError {
+    /// Sets the time after which the client may try again; tells the SDKs not to wait for long.
+    fn after(self, wait: Duration) -> Self {
+        let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0)).max(1);
+        let retry_after = Some(u32::try_from(seconds).unwrap_or(u32::MAX));
+        let should_retry = if wait > MAX_RETRY_WAIT { Some(false) } else { self.should_retry };
+        Self { retry_after, should_retry, ..self }
+    }
+
+    /// Returns the error of a client whose project has used up a limit.
+    fn limited(limit: &Exhausted, wait: Duration) -> Self {
+        let (kind, code) = match limit {
+            Exhausted::RequestsPerMinute(..) => {
+                ("requests", ErrorCode::RequestsPerMinuteLimitExceeded)
+            }
+            Exhausted::RequestsPerDay(..) => ("requests", ErrorCode::RequestsPerDayLimitExceeded),
+            Exhausted::TokensPerMinute(..) => ("tokens", ErrorCode::TokensPerMinuteLimitExceeded),
+            Exhausted::Budget(_) => ("insufficient_quota", ErrorCode::BillingHardLimitReached),
+        };
+        Self::new(StatusCode::TOO_MANY_REQUESTS, kind, limit.to_string())
+            .with_code(code)
+            .after(wait)
+    }
+}
+
+impl From<OnlineError> for ApiError {
+    fn from(error: OnlineError) -> Self {
+        let message = error.to_string();
+        match error {
+            OnlineError::Invalid { code, param, .. } => {
+                Self { param, code: Some(Cow::Owned(code)), ..Self::bad_request(message) }
+            }
+            OnlineError::ModelNotFound(..) => {
+                Self::not_found(message).with_param("model").with_code(ErrorCode::ModelNotFound)
+            }
+            OnlineError::NoStream(_) => {
+                Self::invalid("stream", ErrorCode::StreamingUnsupported, message)
+            }
+            OnlineError::Limited { limit, wait } => Self::limited(&limit, wait),
+            OnlineError::InFlight(_) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
+                    .with_code(ErrorCode::RequestsInFlightLimitExceeded)
+                    .after(Duration::ZERO)
+            }
+            OnlineError::Busy(wait) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
+                    .with_code(ErrorCode::RateLimitExceeded)
+                    .after(wait)
+            }
+            OnlineError::Unavailable { wait, .. } => {
+                Self::unavailable(message).with_code(ErrorCode::ProviderUnavailable).after(wait)
+            }
+            OnlineError::Overloaded => Self::unavailable(message)
+                .with_code(ErrorCode::ServerOverloaded)
+                .after(Duration::ZERO),
+            OnlineError::Failed { code, is_timeout, may_retry, .. } => {
+                let status = match is_timeout {
+                    true => StatusCode::GATEWAY_TIMEOUT,
+                    false => StatusCode::BAD_GATEWAY,
+                };
+                // The provider may have charged for the request.
+                let should_retry = (!may_retry).then_some(false);
+                let error = Self::new(status, "server_error", message);
+                Self { code: Some(Cow::Owned(code)), should_retry, ..error }
+            }
+            OnlineError::Store(error) => error.into(),
+        }
+    }
+}
+
 impl From<UploadError> for ApiError {
     fn from(error: UploadError) -> Self {
         let message = error.to_string();
@@ -263,7 +336,7 @@ impl IntoResponse for ApiError {
                 message: &self.message,
                 kind: self.kind,
                 param: self.param.as_deref(),
-                code: self.code.map(ErrorCode::as_str),
+                code: self.code.as_deref(),
             },
         };
         let mut response = (self.status, Json(body)).into_response();

@@ -22,6 +22,7 @@ mod http2_streams;
 mod json_response;
 mod models;
 mod multipart;
+mod online;
 mod openapi;
 mod organization;
 mod origin_guard;
@@ -84,7 +85,12 @@ fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
         .routes(routes!(batches::cancel))
         .routes(routes!(plugins::list))
         .routes(routes!(plugins::of_batch))
-        .routes(routes!(models::list));
+        .routes(routes!(models::list))
+        .routes(routes!(online::chat_completions).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(online::completions).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(online::embeddings).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(online::responses).layer(DefaultBodyLimit::disable()))
+        .routes(routes!(online::moderations).layer(DefaultBodyLimit::disable()));
     let (api, mut description) = api.split_for_parts();
     // OpenAPI cannot describe a path parameter that contains slashes, and names of models may.
     let (_, model) =
@@ -174,9 +180,14 @@ pub fn admin_router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) 
         .with_state(ApiState::new(engine))
 }
 
+/// Id of a request, for the response and the log.
+#[derive(Clone)]
+struct RequestId(String);
+
 /// Adds a request id to each response, and logs the request.
-async fn tag_response(request: Request, next: Next) -> Response {
+async fn tag_response(mut request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().simple().to_string();
+    request.extensions_mut().insert(RequestId(id.clone()));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
     let status = response.status();

@@ -27,7 +27,7 @@ use crate::state::ApiState;
 const FILE_LIFETIME_SECONDS: RangeInclusive<u64> = 3600..=2_592_000;
 
 /// Byte order mark, with which some editors and clients begin a text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Parameters of a JSON object. Each method removes a parameter, so that the rest is unknown.
 pub(crate) struct Params {
@@ -73,10 +73,18 @@ impl<S: Sync> FromRequest<S> for AnyJson {
     }
 }
 
+/// Returns the error of a request body that could not be read.
+pub(crate) fn unreadable_body(error: axum::Error) -> ApiError {
+    let slow = ApiError::from_slow_body(&error);
+    slow.unwrap_or_else(|| {
+        ApiError::bad_request(format!("The request body could not be read: {error}."))
+    })
+}
+
 /// Refuses a content type other than JSON.
 ///
 /// A web page can send other types to any server without a preflight request (see [`super::web`]).
-fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn check_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let given =
         headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let kind = given
@@ -109,12 +117,7 @@ impl Params {
         let mut body = request.into_body();
         let (mut bytes, mut reservation) = (BytesMut::new(), None);
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| {
-                let slow = ApiError::from_slow_body(&error);
-                slow.unwrap_or_else(|| {
-                    ApiError::bad_request(format!("The request body could not be read: {error}."))
-                })
-            })?;
+            let frame = frame.map_err(unreadable_body)?;
             let Ok(data) = frame.into_data() else { continue };
             let length = bytes.len().saturating_add(data.len());
             if length > MAX_JSON_BODY_BYTES {

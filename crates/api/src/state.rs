@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use batchwright_batch::{Config, Engine, Health, Service};
+use batchwright_batch::{Config, Engine, Health, Online, Service};
 use batchwright_domain::clock::Clock;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
@@ -11,6 +11,8 @@ use batchwright_plugin::Registry;
 pub(crate) struct ApiState {
     /// Batches and files of all tenants.
     pub service: Arc<Service>,
+    /// Answers online requests.
+    pub online: Arc<Online>,
     /// Probes of the server.
     pub health: Arc<Health>,
     /// Plugins that serve now.
@@ -29,6 +31,7 @@ impl ApiState {
         let parts = engine.parts();
         Arc::new(Self {
             service: engine.service().clone(),
+            online: engine.online().clone(),
             health: engine.health().clone(),
             registry: parts.registry.clone(),
             memory: parts.memory.clone(),

@@ -18,6 +18,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// Concurrency, retries and waiting.
     pub execution: ExecutionConfig,
+    /// Online requests.
+    pub online: OnlineConfig,
     /// Limits of projects without a value of their own.
     pub tenant_defaults: TenantDefaults,
     /// Prices of models.
@@ -105,6 +107,16 @@ settings! {
         /// them wait until their batch expires. `run` has no completion window: it stops after
         /// this time, by default 10m, and keeps its state
         max_outage: Span = "0s", "TIME";
+    }
+}
+
+settings! {
+    /// Online requests.
+    pub struct OnlineConfig in "online" {
+        /// Maximum time until an online request is answered, or until its stream begins
+        online_timeout: Positive<Span> = "10m", "TIME";
+        /// Maximum time that an online request waits for a free place at its provider
+        online_queue_timeout: Positive<Span> = "10s", "TIME";
     }
 }
 

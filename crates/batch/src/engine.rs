@@ -7,6 +7,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::health::Health;
 use crate::janitor::Janitor;
+use crate::online::Online;
 use crate::parts::{Parts, Shared};
 use crate::schedule::breakers::Breakers;
 use crate::schedule::quotas::Quotas;
@@ -20,6 +21,7 @@ const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Batch engine of a server.
 pub struct Engine {
     service: Arc<Service>,
+    online: Arc<Online>,
     health: Arc<Health>,
     worker: Arc<Worker>,
     janitor: Arc<Janitor>,
@@ -39,6 +41,13 @@ impl Engine {
         let tasks = TaskTracker::new();
         Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),
+            online: Arc::new(Online::new(
+                &parts,
+                &shared,
+                breakers.clone(),
+                quotas.clone(),
+                tasks.clone(),
+            )),
             health: Arc::new(Health::new(&parts, &shared)),
             worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
@@ -51,6 +60,11 @@ impl Engine {
     /// Returns the service that answers clients.
     pub fn service(&self) -> &Arc<Service> {
         &self.service
+    }
+
+    /// Returns what answers online requests.
+    pub fn online(&self) -> &Arc<Online> {
+        &self.online
     }
 
     /// Returns the probes of the server.

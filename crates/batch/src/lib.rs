@@ -1,17 +1,18 @@
 //! Batch lifecycle: create, validate, execute, finalize, cancel, expire and recover; and the files
 //! that batches read and write.
 //!
-//! **Parts.** An [`Engine`] has four parts that share no lock:
+//! **Parts.** An [`Engine`] has five parts that share no lock:
 //!
 //! - [`Service`] answers clients: it creates, lists and cancels batches, and stores and returns
 //!   files. It works on no batch.
 //! - The worker claims batches and processes each one to its end.
+//! - [`Online`] answers single requests while their clients wait.
 //! - The janitor removes data that nothing refers to any more.
 //! - [`Health`] probes the store and the plugins.
 //!
-//! **Rooms.** `formats` parses and writes lines, `schedule` decides what runs when, `request` makes
-//! one attempt at one request, and `worker` processes batches with them. A room imports only rooms
-//! before it.
+//! **Rooms.** `formats` parses and writes lines, `schedule` decides what runs when, `rules` judges
+//! lines, `request` makes one attempt at one request, and `worker` and `online` use them. A room
+//! imports only rooms before it.
 //!
 //! Architecture invariant: this crate contains no HTTP routes, no SQL and no WebAssembly. Durable
 //! state goes through `store`, calls to providers go through `plugin`, and the time comes from
@@ -26,16 +27,19 @@ mod formats;
 mod health;
 mod janitor;
 mod objects;
+mod online;
 mod parts;
 mod policy;
 mod request;
+mod rules;
 mod schedule;
 mod service;
 mod worker;
 
-pub use config::{BatchConfig, Config, ExecutionConfig, RetentionConfig};
+pub use config::{BatchConfig, Config, ExecutionConfig, OnlineConfig, RetentionConfig};
 pub use engine::Engine;
 pub use health::{Health, Readiness};
+pub use online::{Answered, Online, OnlineAnswer, OnlineError, OnlineRequest, OnlineStream};
 pub use parts::Parts;
 pub use schedule::breaker::Outage;
 pub use schedule::breakers::BreakerKey;

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::objects::AbortedUploads;
+use crate::schedule::gate::Gate;
 use crate::schedule::running::Running;
 
 /// Parts that the engine uses and that the composition root creates.
@@ -41,6 +42,8 @@ pub(crate) struct Shared {
     pub aborted_uploads: Arc<AbortedUploads>,
     /// Notified when the janitor may have something to remove.
     pub cleanup_needed: Arc<Notify>,
+    /// Closed while results cannot be written.
+    pub gate: Gate,
     /// Cancelled when the server starts to drain and reports not ready.
     pub draining: CancellationToken,
     /// Cancelled when the server shuts down and starts no more work.

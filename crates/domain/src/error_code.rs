@@ -56,10 +56,12 @@ error_codes! {
     /// The batch's completion window ended before this request had a result; the message names what
     /// it waited for.
     BatchExpired = "batch_expired" in Line;
+    /// The project has spent its budget of this month, or requests in flight may spend the rest.
+    BillingHardLimitReached = "billing_hard_limit_reached" in Call;
     /// The `custom_id` of the line is already used by another line.
     DuplicateCustomId = "duplicate_custom_id" in Batch;
     /// A key occurs twice in an object that rules read.
-    DuplicateKey = "duplicate_key" in Batch;
+    DuplicateKey = "duplicate_key" in Call Batch;
     /// The file has no content, or no line with a request.
     EmptyFile = "empty_file" in Call Batch;
     /// The project has as many files as it may; delete some.
@@ -81,7 +83,7 @@ error_codes! {
     /// The `method` of the line is not `POST`.
     InvalidMethod = "invalid_method" in Batch;
     /// The line, its parameter or its input file cannot be used; the message says why.
-    InvalidRequest = "invalid_request" in Batch Line;
+    InvalidRequest = "invalid_request" in Call Batch Line;
     /// The parameter has another JSON type than expected.
     InvalidType = "invalid_type" in Call;
     /// The `url` of the line is not the endpoint of the batch.
@@ -110,23 +112,37 @@ error_codes! {
     /// `cors_origins`.
     OriginNotAllowed = "origin_not_allowed" in Call;
     /// A result of the plugin is larger than its limit `max_output`.
-    PluginAnswerTooLarge = "plugin_answer_too_large" in Batch Line;
+    PluginAnswerTooLarge = "plugin_answer_too_large" in Call Batch Line;
     /// The plugin returned a result that its contract does not allow.
-    PluginContractViolation = "plugin_contract_violation" in Batch Line;
+    PluginContractViolation = "plugin_contract_violation" in Call Batch Line;
     /// The plugin failed; the server's log has the cause.
-    PluginFailed = "plugin_failed" in Batch Line;
+    PluginFailed = "plugin_failed" in Call Batch Line;
     /// The plugin exceeded a limit of its memory, tables, handles or stack.
-    PluginOutOfMemory = "plugin_out_of_memory" in Batch Line;
+    PluginOutOfMemory = "plugin_out_of_memory" in Call Batch Line;
     /// The plugin exceeded its `call_timeout`.
-    PluginTimeout = "plugin_timeout" in Batch Line;
+    PluginTimeout = "plugin_timeout" in Call Batch Line;
     /// The project is archived: nothing can be created in it.
     ProjectArchived = "project_archived" in Call;
     /// The call needs the key of a project and not an admin key.
     ProjectKeyRequired = "project_key_required" in Call;
     /// Another project has this name.
     ProjectNameTaken = "project_name_taken" in Call;
-    /// The provider answered with an error status and a body that is not an error object.
-    ProviderError = "provider_error" in Line;
+    /// The provider answered with an error status and a body that is not an error object, or an
+    /// exchange with it broke off.
+    ProviderError = "provider_error" in Call Line;
+    /// The provider did not answer an online request in time. It may have charged for the request.
+    ProviderTimeout = "provider_timeout" in Call;
+    /// The provider of the model is not available, or does not accept the operator's credential. Try
+    /// again later.
+    ProviderUnavailable = "provider_unavailable" in Call;
+    /// The provider of the model asks for a pause. Try again later.
+    RateLimitExceeded = "rate_limit_exceeded" in Call;
+    /// The project has as many requests in flight as it may; try again in a moment.
+    RequestsInFlightLimitExceeded = "requests_in_flight_limit_exceeded" in Call;
+    /// The project has reached its requests per day for the model; try again later.
+    RequestsPerDayLimitExceeded = "requests_per_day_limit_exceeded" in Call;
+    /// The project has reached its requests per minute for the model; try again later.
+    RequestsPerMinuteLimitExceeded = "requests_per_minute_limit_exceeded" in Call;
     /// The server is not ready: a required plugin or the storage is missing. Try again later.
     ServerNotReady = "server_not_ready" in Call;
     /// The server has no connection or memory left for this call. Try again in a moment.
@@ -135,13 +151,16 @@ error_codes! {
     StorageFull = "storage_full" in Call;
     /// The files of the project would exceed their total size; delete some.
     StorageLimitExceeded = "storage_limit_exceeded" in Call;
-    /// The body requests a stream, which batches do not support.
-    StreamingUnsupported = "streaming_unsupported" in Batch;
+    /// The body requests a stream, which batches do not support, or which the provider of an online
+    /// request does not have.
+    StreamingUnsupported = "streaming_unsupported" in Call Batch;
     /// The string is longer than allowed.
     StringAboveMaxLength = "string_above_max_length" in Call;
     /// The batch would exceed the enqueued tokens of its project for the model; try again when
     /// other batches have ended.
     TokenLimitExceeded = "token_limit_exceeded" in Batch;
+    /// The project has reached its tokens per minute for the model; try again later.
+    TokensPerMinuteLimitExceeded = "tokens_per_minute_limit_exceeded" in Call;
     /// There are more errors than the setting `max_reported_errors`; the last entry counts the
     /// rest.
     TooManyErrors = "too_many_errors" in Batch;

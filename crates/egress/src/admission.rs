@@ -30,6 +30,9 @@
 //! evidence about the provider. [`Refusals`] counts per request, so that such a request does not
 //! slow down the others.
 //!
+//! **Online requests.** A person waits for an online request. While there are online requests, or
+//! were within [`ONLINE_MEMORY`], lines of batches leave a share of the limit free for them.
+//!
 //! **Wake-ups.** A limit below one, a held permit and a hung exchange change with time and without
 //! an event. A timer task checks the queues again at the earliest of these times.
 
@@ -38,6 +41,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use batchwright_domain::ids::TenantId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -55,12 +59,17 @@ const MIN_HANG_TIME: Duration = Duration::from_secs(5);
 /// Maximum pause that a request waits for in memory.
 const MAX_QUEUE_WAIT: Duration = Duration::from_secs(5);
 
+/// Time after an online request in which a share of the limit stays free for the next one.
+const ONLINE_MEMORY: Duration = Duration::from_secs(300);
+
 /// Admission control for the exchanges of one plugin.
 pub(crate) struct AdmissionQueue(Arc<Inner>);
 
 struct Inner {
     /// Operator's limit.
     max: usize,
+    /// Percent of the limit that lines of batches leave free for online requests.
+    online_percent: usize,
     /// Exchanges of all plugins in flight, by tenant.
     tenants: Arc<TenantsInFlight>,
     state: Mutex<State>,
@@ -69,6 +78,10 @@ struct Inner {
 struct State {
     limit: Limit,
     in_flight: usize,
+    /// Exchanges in flight that are online requests.
+    online_in_flight: usize,
+    /// Time of the last online request.
+    online_at: Option<Instant>,
     /// Queues with waiting requests or exchanges in flight, and their shares.
     shares: Shares<(u64, oneshot::Sender<Permit>)>,
     /// Last number of a waiting request or of an exchange.
@@ -105,11 +118,17 @@ pub struct Refusals {
 
 impl AdmissionQueue {
     /// Returns an admission that never exceeds `max` exchanges in flight.
-    pub(crate) fn new(max: usize, share_by: ShareBy, tenants: &Arc<TenantsInFlight>) -> Self {
+    pub(crate) fn new(
+        (max, online_percent): (usize, usize),
+        share_by: ShareBy,
+        tenants: &Arc<TenantsInFlight>,
+    ) -> Self {
         let max = max.max(1);
         let state = State {
             limit: Limit::new(max),
             in_flight: 0,
+            online_in_flight: 0,
+            online_at: None,
             shares: Shares::new(share_by),
             last_number: 0,
             started_at: BTreeMap::new(),
@@ -117,7 +136,9 @@ impl AdmissionQueue {
             accepted: 0,
             wakeup_at: None,
         };
-        let inner = Arc::new(Inner { max, tenants: tenants.clone(), state: Mutex::new(state) });
+        let (tenants_in_flight, state) = (tenants.clone(), Mutex::new(state));
+        let inner = Inner { max, online_percent, tenants: tenants_in_flight, state };
+        let inner = Arc::new(inner);
         let queue: Arc<dyn WaitingRequests> = inner.clone();
         tenants.add_queue(Arc::downgrade(&queue));
         Self(inner)
@@ -136,8 +157,12 @@ impl AdmissionQueue {
                 let now = Instant::now();
                 state.release_expired_holds(now);
                 let next = state.next(now, self.0.max);
+                if queue.batch.is_none() {
+                    state.online_at = Some(now);
+                }
                 if next == Next::Now
                     && !state.shares.has_waiting()
+                    && (queue.batch.is_none() || state.has_room_for_batches(now, &self.0))
                     && self.0.tenants.take(&queue.tenant, priority.max_in_flight)
                 {
                     state.shares.set_priority(&queue, priority);
@@ -176,6 +201,11 @@ impl AdmissionQueue {
         state.limit.update_remaining(remaining, until, admitted.began);
     }
 
+    /// Returns the exchanges of a tenant in flight, over all plugins.
+    pub(crate) fn in_flight_of(&self, tenant: &TenantId) -> u64 {
+        self.0.tenants.of(tenant)
+    }
+
     /// Returns the estimated limit of exchanges in flight; below one, a rate.
     pub(crate) fn limit(&self) -> f64 {
         self.0.lock().limit.current()
@@ -210,8 +240,9 @@ impl Inner {
                     }
                     return;
                 }
-                let tenants = &self.tenants;
-                let next = state.shares.take_next(|tenant, max| tenants.take(tenant, max));
+                let (tenants, has_room) = (&self.tenants, state.has_room_for_batches(now, self));
+                let next =
+                    state.shares.take_next(has_room, |tenant, max| tenants.take(tenant, max));
                 let Some((queue, tokens, (_, waiter))) = next else { return };
                 let admitted = state.grant(self, (&queue, tokens), now);
                 (waiter, admitted)
@@ -255,6 +286,19 @@ impl State {
         }
         let counted = self.in_flight.saturating_sub(self.hanging(now));
         self.limit.next(now, counted)
+    }
+
+    /// Returns true if one more exchange of a batch leaves the places of online requests free.
+    fn has_room_for_batches(&self, now: Instant, admission: &Inner) -> bool {
+        let is_recent = |at: Instant| now.saturating_duration_since(at) < ONLINE_MEMORY;
+        if !self.online_at.is_some_and(is_recent) {
+            return true;
+        }
+        let limit = (self.limit.current() as usize).clamp(1, admission.max);
+        let reserved = limit.saturating_mul(admission.online_percent).div_ceil(100);
+        // Lines of batches have at least one place.
+        let places = limit.saturating_sub(reserved).max(1);
+        self.in_flight.saturating_sub(self.online_in_flight) < places
     }
 
     /// Returns the end of the current pause if it is too long to wait for in memory.
@@ -307,6 +351,9 @@ impl State {
         now: Instant,
     ) -> Permit {
         self.in_flight = self.in_flight.saturating_add(1);
+        if queue.batch.is_none() {
+            self.online_in_flight = self.online_in_flight.saturating_add(1);
+        }
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
         self.started_at.insert(number, now);
@@ -334,6 +381,9 @@ impl State {
     /// Releases one permit of a queue.
     fn release(&mut self, queue: &QueueId) {
         self.in_flight = self.in_flight.saturating_sub(1);
+        if queue.batch.is_none() {
+            self.online_in_flight = self.online_in_flight.saturating_sub(1);
+        }
         self.shares.end(queue);
     }
 }

@@ -1,6 +1,7 @@
 //! Secrets: added to requests, redacted in responses and errors, never shown.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -162,6 +163,8 @@ pub struct Secrets {
     plain_http: bool,
     /// Matcher for all encodings of the distinct secrets; absent if there are none.
     distinct: Option<AhoCorasick>,
+    /// Distinct secrets themselves, for text that arrives in pieces.
+    texts: Arc<SecretTexts>,
     /// Matcher for all encodings of all secrets, for headers and error bodies, where a server may
     /// echo the request.
     all: Option<AhoCorasick>,
@@ -182,7 +185,7 @@ impl Secrets {
         plain_http: bool,
     ) -> Result<Self, SecretsError> {
         let mut secrets = Self { reserved, plain_http, ..Self::default() };
-        let (mut distinct, mut all) = (Vec::new(), Vec::new());
+        let (mut distinct, mut all, mut texts) = (Vec::new(), Vec::new(), Vec::new());
         for Credential { name, header, prefix, secret, hosts } in credentials {
             let Ok(mut value) = HeaderValue::try_from(format!("{prefix}{secret}")) else {
                 return Err(SecretsError::Header(header));
@@ -193,11 +196,13 @@ impl Secrets {
                 let forms = forms_of(&secret);
                 if is_distinct(&secret) {
                     distinct.extend(forms.iter().cloned());
+                    texts.push(secret);
                 }
                 all.extend(forms);
             }
         }
         (secrets.distinct, secrets.all) = (matcher(distinct), matcher(all));
+        secrets.texts = Arc::new(SecretTexts::new(texts));
         Ok(secrets)
     }
 
@@ -238,6 +243,11 @@ impl Secrets {
         }
     }
 
+    /// Returns the distinct secrets, for text that arrives in pieces.
+    pub(crate) fn texts(&self) -> &Arc<SecretTexts> {
+        &self.texts
+    }
+
     /// Redacts every secret in a header or in an error text.
     pub fn redact(&self, text: &mut String) {
         if let Some(search) = self.all.as_ref().filter(|search| search.is_match(text.as_str())) {
@@ -251,6 +261,50 @@ impl Secrets {
         if let Some(search) = search.as_ref().filter(|search| search.is_match(body.as_slice())) {
             *body = search.replace_all_bytes(body, &vec![REDACTED; search.patterns_len()]);
         }
+    }
+}
+
+/// Secrets to find in text that arrives in pieces.
+#[derive(Default)]
+pub struct SecretTexts(Vec<String>);
+
+impl SecretTexts {
+    /// Returns the secrets to find.
+    pub fn new(secrets: Vec<String>) -> Self {
+        Self(secrets)
+    }
+
+    /// Returns true if there is nothing to find.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns the length of the longest secret, in bytes.
+    pub fn max_bytes(&self) -> usize {
+        self.0.iter().map(String::len).max().unwrap_or(0)
+    }
+
+    /// Returns the range of the first secret in a text that ends after `from`.
+    pub fn find(&self, text: &str, from: usize) -> Option<Range<usize>> {
+        let ranges = self.0.iter().filter_map(|secret| {
+            let mut found = memchr::memmem::find_iter(text.as_bytes(), secret.as_bytes());
+            let ends_after = |at: &usize| at.saturating_add(secret.len()) > from;
+            let at = found.find(ends_after)?;
+            Some(at..at.saturating_add(secret.len()))
+        });
+        ranges.min_by_key(|range| range.start)
+    }
+
+    /// Returns the length of the longest end of a text that is the beginning of a secret, in bytes.
+    pub fn beginning_at_end(&self, text: &str) -> usize {
+        let of_secret = |secret: &String| {
+            let longest = secret.len().saturating_sub(1).min(text.len());
+            let is_end = |length: &usize| {
+                secret.get(..*length).is_some_and(|beginning| text.ends_with(beginning))
+            };
+            (1..=longest).rev().find(is_end).unwrap_or(0)
+        };
+        self.0.iter().map(of_secret).max().unwrap_or(0)
     }
 }
 

@@ -12,7 +12,7 @@ use batchwright_memory::{Holder, Pool, Reservation};
 use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header};
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout};
 use url::Url;
@@ -21,6 +21,7 @@ use super::admission::{AdmissionQueue, Permit, Priority, QueueId};
 use super::dial::Resolver;
 use super::explain::explain;
 use super::in_flight::TenantsInFlight;
+use super::receive::{Incomplete, Received};
 use super::{
     AllowList, CredentialStore, ExchangeLimits, HttpRequest, HttpResponse, NoCredential, Secrets,
     TransportError, TransportErrorKind,
@@ -52,9 +53,6 @@ pub fn is_host_header(name: &HeaderName) -> bool {
 
 /// Minimum memory that an exchange reserves: its own state and the buffers of its connection.
 const MIN_EXCHANGE_BYTES: usize = 8 << 10;
-
-/// Granularity in which an exchange's memory reservation grows.
-const RESERVATION_STEP_BYTES: usize = 64 << 10;
 
 /// Maximum read buffer of a connection.
 pub(crate) const READ_BUFFER_BYTES: usize = 64 << 10;
@@ -105,22 +103,6 @@ struct Checked {
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// Deadline of an exchange. The time that the exchange waits for memory is not the fault of the
-/// provider, so that time extends the deadline.
-struct Deadline(Instant);
-
-impl Deadline {
-    /// Grows `reservation` to `bytes`, and extends the deadline by the time that this takes.
-    async fn reserve(&mut self, reservation: &mut Reservation, bytes: usize) {
-        if reservation.try_grow_to(bytes) {
-            return;
-        }
-        let started = Instant::now();
-        reservation.grow_to(bytes).await;
-        self.0 = self.0.checked_add(started.elapsed()).unwrap_or(self.0);
-    }
-}
-
 impl Gateway {
     /// Returns the gateway of the plugin named `plugin`.
     pub fn new(
@@ -134,7 +116,11 @@ impl Gateway {
             plugin: plugin.into(),
             allow: Arc::new(allow),
             credentials,
-            admission: AdmissionQueue::new(bounds.concurrency, bounds.share_by, &shared.tenants.0),
+            admission: AdmissionQueue::new(
+                (bounds.concurrency, bounds.online_percent),
+                bounds.share_by,
+                &shared.tenants.0,
+            ),
             rate: bounds
                 .requests_per_minute
                 .map(|number| (tokio::sync::Mutex::default(), RateLimiter::direct(quota(number)))),
@@ -152,6 +138,11 @@ impl Gateway {
     /// queues share fairly. The error is the end of a long pause that the provider asked for.
     pub async fn admit(&self, queue: QueueId, priority: Priority) -> Result<Permit, Instant> {
         self.admission.admit(queue, priority).await
+    }
+
+    /// Returns the exchanges of a tenant in flight, over all plugins.
+    pub fn in_flight_of(&self, tenant: &TenantId) -> u64 {
+        self.admission.in_flight_of(tenant)
     }
 
     /// Returns an empty reservation of the exchanges' memory pool.
@@ -216,19 +207,46 @@ impl Gateway {
         request: HttpRequest,
         reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
-        let sent = self.send_now(tenant, request, reservation).await;
+        let sent = async {
+            let begun = self.begin_exchange(tenant, request).await?;
+            begun.receive(self.bounds.max_response, reservation).await
+        };
+        let sent = sent.await;
         if let Err(error) = &sent {
             self.report(error);
         }
         sent
     }
 
-    async fn send_now(
+    /// Performs an exchange like [`Self::send`], and returns a successful response of server-sent
+    /// events as soon as it begins.
+    pub async fn send_for_events(
         &self,
         tenant: &TenantId,
         request: HttpRequest,
         reservation: &mut Reservation,
-    ) -> Result<HttpResponse, TransportError> {
+    ) -> Result<Received, TransportError> {
+        let sent = async {
+            let begun = self.begin_exchange(tenant, request).await?;
+            if begun.has_events() {
+                return Ok(Received::Events(begun.into_events(self.bounds.max_response)));
+            }
+            let response = begun.receive(self.bounds.max_response, reservation).await?;
+            Ok(Received::Whole(response))
+        };
+        let sent = sent.await;
+        if let Err(error) = &sent {
+            self.report(error);
+        }
+        sent
+    }
+
+    /// Sends a request and returns its response when the head has arrived.
+    async fn begin_exchange(
+        &self,
+        tenant: &TenantId,
+        request: HttpRequest,
+    ) -> Result<Incomplete, TransportError> {
         // Taken once, so that headers and redaction have the same secrets.
         let secrets = self.credentials.of(tenant).await.map_err(no_credential)?;
         let checked = self.checked(&request.url, &secrets)?;
@@ -237,7 +255,9 @@ impl Gateway {
         let clients = self.clients(tenant);
         let started = Instant::now();
         let end = started.checked_add(self.bounds.exchange_timeout).unwrap_or(started);
-        self.exchange((&clients, &secrets), request, Deadline(end), reservation, sent).await
+        let response = self.exchange((&clients, &secrets), request, end).await?;
+        let exchange_timeout = self.bounds.exchange_timeout;
+        Incomplete::new(response, secrets, (end, exchange_timeout), sent)
     }
 
     /// Logs an exchange without a response: at most one warning per interval, the rest as debug.
@@ -346,18 +366,15 @@ impl Gateway {
         Ok(prepared)
     }
 
-    /// Sends a request and receives its response. `sent` is the size of the request body, which
-    /// counts toward `reservation` until the response is complete.
+    /// Sends a request and waits for the head of its response.
     async fn exchange(
         &self,
         (clients, secrets): (&Arc<Clients>, &Secrets),
         request: Request<Full<Bytes>>,
-        end: Deadline,
-        reservation: &mut Reservation,
-        sent: usize,
-    ) -> Result<HttpResponse, TransportError> {
+        end: Instant,
+    ) -> Result<Response<Incoming>, TransportError> {
         let limit =
-            self.bounds.first_byte_timeout.min(end.0.saturating_duration_since(Instant::now()));
+            self.bounds.first_byte_timeout.min(end.saturating_duration_since(Instant::now()));
         let sending = if request.uri().scheme_str() == Some("https") {
             let client = self.tls_client(clients).await?;
             timeout(limit, client.request(request)).await
@@ -365,7 +382,7 @@ impl Gateway {
             timeout(limit, clients.plain.request(request)).await
         };
         match sending {
-            Ok(Ok(response)) => self.receive(response, secrets, end, (reservation, sent)).await,
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(explain(secrets, &error)),
             Err(_) => Err(TransportError::new(
                 TransportErrorKind::Timeout,
@@ -376,81 +393,6 @@ impl Gateway {
             .after_sending()),
         }
     }
-
-    async fn receive(
-        &self,
-        response: Response<Incoming>,
-        secrets: &Secrets,
-        mut end: Deadline,
-        (reservation, sent): (&mut Reservation, usize),
-    ) -> Result<HttpResponse, TransportError> {
-        let (head, mut body) = response.into_parts();
-        let headers = head
-            .headers
-            .iter()
-            .map(|(name, value)| {
-                let mut value = String::from_utf8_lossy(value.as_bytes()).into_owned();
-                secrets.redact(&mut value);
-                let mut name = name.as_str().to_owned();
-                secrets.redact(&mut name);
-                (name, value)
-            })
-            .collect();
-        if let Some(coding) =
-            head.headers.get(header::CONTENT_ENCODING).filter(|coding| is_encoded(coding))
-        {
-            let coding = String::from_utf8_lossy(coding.as_bytes());
-            return Err(TransportError::new(
-                TransportErrorKind::Protocol,
-                format!(
-                    "The provider sent a response with Content-Encoding `{}`, although the \
-                     request asked for `identity`.",
-                    coding.escape_debug()
-                ),
-            )
-            .after_sending());
-        }
-        let max = self.bounds.max_response;
-        let mut bytes = Vec::new();
-        loop {
-            let frame = tokio::time::timeout_at(end.0, body.frame()).await.map_err(|_| {
-                let limit = self.bounds.exchange_timeout;
-                TransportError::new(
-                    TransportErrorKind::Timeout,
-                    format!("The exchange took longer than {limit:?} ([limits] exchange_timeout)."),
-                )
-                .after_sending()
-            })?;
-            let Some(frame) = frame else { break };
-            let frame = frame.map_err(|error| explain(secrets, &error))?;
-            let Ok(data) = frame.into_data() else { continue };
-            let size = bytes.len().saturating_add(data.len());
-            if size > max {
-                return Err(TransportError::new(
-                    TransportErrorKind::TooLarge,
-                    format!("The response is larger than {max} bytes ([limits] max_response)."),
-                )
-                .after_sending());
-            }
-            if size > bytes.capacity() {
-                // A growth of a quarter copies seldom, and reserves little memory in excess.
-                let capacity = size.saturating_add((size / 4).max(1024)).min(max);
-                if sent.saturating_add(capacity) > reservation.bytes() {
-                    end.reserve(
-                        reservation,
-                        sent.saturating_add(capacity).next_multiple_of(RESERVATION_STEP_BYTES),
-                    )
-                    .await;
-                }
-                bytes.reserve_exact(capacity.saturating_sub(bytes.len()));
-            }
-            bytes.extend_from_slice(&data);
-        }
-        // Redaction and the guest each make a copy of the body.
-        end.reserve(reservation, bytes.len().saturating_mul(2)).await;
-        secrets.redact_body(&mut bytes, !head.status.is_success());
-        Ok(HttpResponse { status: head.status.as_u16(), headers, body: bytes })
-    }
 }
 
 fn no_credential(NoCredential(detail): NoCredential) -> TransportError {
@@ -459,14 +401,6 @@ fn no_credential(NoCredential(detail): NoCredential) -> TransportError {
         "The provider has no credential for this project.",
     )
     .with_detail(detail)
-}
-
-/// Returns true if a `Content-Encoding` is a real one; some providers send `none` or a charset.
-fn is_encoded(coding: &HeaderValue) -> bool {
-    let coding = coding.as_bytes().trim_ascii();
-    !["", "identity", "none", "utf-8", "utf8"]
-        .iter()
-        .any(|known| coding.eq_ignore_ascii_case(known.as_bytes()))
 }
 
 /// Waits until a rate permits one more exchange.

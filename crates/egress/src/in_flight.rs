@@ -54,6 +54,11 @@ impl TenantsInFlight {
         true
     }
 
+    /// Returns the exchanges of a tenant in flight.
+    pub(crate) fn of(&self, tenant: &TenantId) -> u64 {
+        lock(&self.tenants).get(tenant).map_or(0, |count| count.in_flight)
+    }
+
     /// Ends an exchange of a tenant. No lock may be held.
     pub(crate) fn release(&self, tenant: &TenantId) {
         let is_awaited = {

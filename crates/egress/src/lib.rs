@@ -22,7 +22,7 @@
 //!    plugin's allow-list gets no credential.
 //! 5. `dial` resolves the name, checks every address with `address`, and connects to an address
 //!    that it has checked. There is no second lookup, so a rebinding name gains nothing.
-//! 6. `gateway` limits the time and the size of the response. The client follows no redirect: a
+//! 6. `receive` limits the time and the size of the response. The client follows no redirect: a
 //!    plugin that follows one starts a new exchange, which passes all layers again.
 //! 7. `credentials` redacts the secrets in the headers and the body of the response, in every
 //!    encoding that a server is likely to use.
@@ -49,6 +49,7 @@ mod explain;
 mod gateway;
 mod hints;
 mod in_flight;
+mod receive;
 
 use std::time::Duration;
 
@@ -57,12 +58,13 @@ pub use allow::{AllowList, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{
-    Credential, CredentialStore, MAX_FOLDER_READS, NoCredential, Secrets, SecretsFolder,
-    is_distinct,
+    Credential, CredentialStore, MAX_FOLDER_READS, NoCredential, SecretTexts, Secrets,
+    SecretsFolder, is_distinct,
 };
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};
 pub use hints::RateLimitHints;
+pub use receive::{Events, Received};
 
 /// HTTP request that an adapter asks the host to send; unchecked input.
 #[derive(Debug)]
@@ -147,6 +149,8 @@ impl TransportError {
 pub struct ExchangeLimits {
     /// Maximum number of exchanges in flight.
     pub concurrency: usize,
+    /// Percent of the exchanges in flight that lines of batches leave free for online requests.
+    pub online_percent: usize,
     /// Maximum number of exchanges started per minute; unlimited if absent.
     pub requests_per_minute: Option<std::num::NonZeroU32>,
     /// What tenants share equally.

@@ -62,9 +62,9 @@ pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
 pub use records::{
     BatchError, BatchKey, BatchRecord, Cancel, Charge, Claim, Counts, Created, FIRST_ERRORS,
-    FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, Order, Orders, Page,
-    Paged, PluginVersion, Release, ResultKind, ResultRow, Results, Started, StatusTimes,
-    TokenLimit, Validated, WaitCause, Waiting,
+    FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, OnlineUsage, Order,
+    Orders, Page, Paged, PluginVersion, Release, ResultKind, ResultRow, Results, Started,
+    StatusTimes, TokenLimit, Validated, WaitCause, Waiting,
 };
 pub use sqlite::SqliteStore;
 
@@ -235,6 +235,13 @@ pub trait Store: Accounts {
         claim: &Claim,
         rows: Arc<Vec<ResultRow>>,
         by: Vec<PluginVersion>,
+        at: Timestamp,
+    ) -> Result<()>;
+    /// Counts the usage of requests that belong to no batch, all or none of them.
+    async fn record_online_usage(
+        &self,
+        tenant: &TenantId,
+        usage: Vec<OnlineUsage>,
         at: Timestamp,
     ) -> Result<()>;
     /// Returns the plugins that a batch used, in order of first use, or `None` if there is no such

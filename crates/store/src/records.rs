@@ -311,6 +311,19 @@ pub struct Charge {
     pub price: Option<Price>,
 }
 
+/// Usage of a request that belongs to no batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OnlineUsage {
+    /// Endpoint of the request.
+    pub endpoint: Endpoint,
+    /// Key that the request was sent with; none on a server without keys.
+    pub key: Option<KeyId>,
+    /// Model and its price.
+    pub charge: Charge,
+    /// Tokens.
+    pub tokens: TokenUsage,
+}
+
 /// Facts about a batch that passed validation.
 #[derive(Clone, Debug)]
 pub struct Validated {

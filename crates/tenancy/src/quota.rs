@@ -94,6 +94,26 @@ impl fmt::Display for Exhausted {
     }
 }
 
+/// Limit per minute of a model, and what is left of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remaining {
+    /// Limit.
+    pub limit: u64,
+    /// What is left of the limit.
+    pub left: u64,
+    /// Time until the whole limit is left again, if nothing is sent meanwhile.
+    pub reset: Duration,
+}
+
+/// Limits per minute of a model, and what is left of them. None is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Requests.
+    pub requests: Option<Remaining>,
+    /// Tokens.
+    pub tokens: Option<Remaining>,
+}
+
 /// Refusal of a request for now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocked {
@@ -239,6 +259,20 @@ impl Quota {
         Ok(())
     }
 
+    /// Returns the limits per minute of a model, and what is left of them.
+    pub fn standing(&self, model: &str, now: Timestamp) -> Standing {
+        let Some(limits) = self.allowance.models.get(model) else { return Standing::default() };
+        let empty = Window::default();
+        let window = self.models.get(model).map_or(&empty, |quota| &quota.window);
+        let remaining = |limit: Option<u64>, of_slot: fn(&(i64, u64, u64)) -> u64| {
+            limit.map(|limit| window.remaining(now, limit, of_slot))
+        };
+        Standing {
+            requests: remaining(limits.requests_per_minute, |(_, requests, _)| *requests),
+            tokens: remaining(limits.tokens_per_minute, |(_, _, tokens)| *tokens),
+        }
+    }
+
     /// Replaces the estimate of a request by what it has used. The store counts the request too.
     pub fn record(&mut self, reserved: Reserved, tokens: u64, output: u64, cost: Money) {
         let quota = self.end(&reserved);
@@ -362,6 +396,19 @@ impl Window {
         self.0.iter().filter(move |(second, ..)| (oldest..=latest).contains(second))
     }
 
+    /// Returns what is left of a limit.
+    fn remaining(
+        &self,
+        now: Timestamp,
+        limit: u64,
+        of_slot: impl Fn(&(i64, u64, u64)) -> u64,
+    ) -> Remaining {
+        let used = self.current(now).map(&of_slot).fold(0, u64::saturating_add);
+        let last = self.current(now).filter(|slot| of_slot(slot) > 0).last();
+        let reset = last.map_or(Duration::ZERO, |slot| now.until(left_at(slot.0)));
+        Remaining { limit, left: limit.saturating_sub(used), reset }
+    }
+
     /// Returns the time at which `size` more fit into a limit; none if they fit now.
     fn full_until(
         &self,
@@ -378,13 +425,18 @@ impl Window {
         for slot in self.current(now) {
             used = used.saturating_sub(of_slot(slot));
             if fits(used) {
-                let second = slot.0.saturating_add(WINDOW_SECONDS).saturating_add(1);
-                return Some(Timestamp::from_millis(second.saturating_mul(1000)));
+                return Some(left_at(slot.0));
             }
         }
         // A limit of zero never has room.
         Some(now.next_day())
     }
+}
+
+/// Returns the time at which a second has left the window.
+fn left_at(second: i64) -> Timestamp {
+    let second = second.saturating_add(WINDOW_SECONDS).saturating_add(1);
+    Timestamp::from_millis(second.saturating_mul(1000))
 }
 
 #[cfg(test)]

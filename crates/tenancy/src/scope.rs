@@ -33,6 +33,8 @@ scopes! {
     FilesWrite = "api.files.write";
     /// List models and plugins.
     ModelRead = "api.model.read";
+    /// Send online requests to models.
+    ModelRequest = "api.model.request";
     /// Read the usage and the costs of the project.
     UsageRead = "api.usage.read";
 }

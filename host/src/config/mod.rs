@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use batchwright_api::ApiConfig;
-use batchwright_batch::{BatchConfig, ExecutionConfig, RetentionConfig};
+use batchwright_batch::{BatchConfig, ExecutionConfig, OnlineConfig, RetentionConfig};
 use batchwright_domain::settings::{Given, Section, Setting};
 use batchwright_domain::units::Span;
 use batchwright_domain::{settings, value_from_str};
@@ -108,6 +108,8 @@ pub struct Settings {
     pub batch: BatchConfig,
     /// Concurrency and retries.
     pub execution: ExecutionConfig,
+    /// Online requests.
+    pub online: OnlineConfig,
     /// Limits of projects.
     pub tenant_defaults: TenantDefaults,
     /// Prices of models.
@@ -127,6 +129,7 @@ impl Settings {
             PluginsConfig::SETTINGS,
             BatchConfig::SETTINGS,
             ExecutionConfig::SETTINGS,
+            OnlineConfig::SETTINGS,
             TenantDefaults::SETTINGS,
             MemoryConfig::SETTINGS,
         ];
@@ -146,6 +149,7 @@ impl Settings {
         let plugins = PluginsConfig::read(given);
         let batch = BatchConfig::read(given);
         let execution = ExecutionConfig::read(given);
+        let online = OnlineConfig::read(given);
         let tenant_defaults = TenantDefaults::read(given);
         let memory = MemoryConfig::read(given);
         let errors = given.errors().to_vec();
@@ -158,6 +162,7 @@ impl Settings {
                 plugins: plugins?,
                 batch: batch?,
                 execution: execution?,
+                online: online?,
                 tenant_defaults: tenant_defaults?,
                 prices: Prices::new(prices.unwrap_or_default()),
                 memory: memory?,
@@ -175,6 +180,7 @@ impl Settings {
             batch: self.batch.clone(),
             retention: self.retention.clone(),
             execution: self.execution.clone(),
+            online: self.online.clone(),
             tenant_defaults: self.tenant_defaults.clone(),
             prices: self.prices.clone(),
             required_plugins: self.plugins.required_plugins.clone(),

@@ -16,12 +16,20 @@ const CRATES: [(&str, &[Room]); 2] = [
             ("objects", &[]),
             ("schedule", &["config", "formats"]),
             ("parts", &["config", "objects", "schedule"]),
+            ("rules", &["formats", "schedule"]),
             ("request", &["config", "formats", "schedule"]),
             ("service", &["config", "objects", "parts", "policy", "schedule"]),
             ("health", &["config", "parts"]),
             ("janitor", &["config", "objects", "parts"]),
-            ("worker", &["config", "formats", "objects", "parts", "policy", "request", "schedule"]),
-            ("engine", &["health", "janitor", "parts", "schedule", "service", "worker"]),
+            ("online", &["config", "formats", "parts", "request", "rules", "schedule"]),
+            (
+                "worker",
+                &[
+                    "config", "formats", "objects", "parts", "policy", "request", "rules",
+                    "schedule",
+                ],
+            ),
+            ("engine", &["health", "janitor", "online", "parts", "schedule", "service", "worker"]),
         ],
     ),
     (

@@ -19,18 +19,20 @@
 //! - `GET /load` returns the peak of requests in flight and the number of refused requests since
 //!   the last call; `GET /load?N` refuses more than N requests in flight with 429 from then on
 //! - `GET /mode?…` changes the behavior for all following requests; see [`Mode`]
+//! - `GET /streams` returns how many streams have begun, are complete or were left by their client
 //! - `GET /keys` returns the idempotency keys of each prompt
 //!
 //! `--port PORT` sets the port, so that a killed stub can return at its address.
 
 mod mode;
+mod stream;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Either, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
@@ -54,6 +56,7 @@ struct Stub {
     mode: Mutex<Mode>,
     /// Background responses by id: number of polls so far, and the final response.
     jobs: Mutex<HashMap<String, (u64, Value)>>,
+    streams: Arc<Mutex<stream::Counts>>,
 }
 
 #[derive(Default)]
@@ -73,7 +76,10 @@ impl Drop for InFlight<'_> {
     }
 }
 
-type Answer = Result<Response<Full<Bytes>>, String>;
+/// Body of an answer.
+type Reply = Either<Full<Bytes>, stream::Events>;
+
+type Answer = Result<Response<Reply>, String>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -119,7 +125,7 @@ fn announce(line: &str) {
 
 impl Stub {
     /// Returns a refusal, with the `retry-after` of the mode.
-    fn refuse(&self, status: u16) -> Response<Full<Bytes>> {
+    fn refuse(&self, status: u16) -> Response<Reply> {
         let code = if status == 402 { "insufficient_quota" } else { "refused" };
         let mut refusal = reply(status, error("refused for now", code));
         let retry_after = self.mode.lock().unwrap_or_else(PoisonError::into_inner).retry_after;
@@ -130,7 +136,7 @@ impl Stub {
     }
 
     /// Creates a background response and returns it with the status `queued`.
-    fn begin(&self, prompt: &str, count: u64, complete: Value) -> Response<Full<Bytes>> {
+    fn begin(&self, prompt: &str, count: u64, complete: Value) -> Response<Reply> {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let id = format!("resp_{}_{count}", jobs.len());
         let mut begun = complete.clone();
@@ -142,7 +148,7 @@ impl Stub {
     }
 
     /// Returns a background response; it is complete at the third poll.
-    fn poll(&self, id: &str) -> Response<Full<Bytes>> {
+    fn poll(&self, id: &str) -> Response<Reply> {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((polls, complete)) = jobs.get_mut(id) else {
             return reply(404, error("no such response", "not_found"));
@@ -198,6 +204,10 @@ impl Stub {
                 json!(*self.keys.lock().unwrap_or_else(PoisonError::into_inner)).to_string(),
             ));
         }
+        if path == "/streams" {
+            let counts = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            return Ok(reply(200, counts.to_json()));
+        }
         if path == "/mode" {
             let mode = Mode::parse(request.uri().query().unwrap_or_default());
             *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
@@ -244,6 +254,14 @@ impl Stub {
         let Some(_in_flight) = self.enter() else {
             return Ok(reply(429, error("too many requests in flight", "rate_limit_exceeded")));
         };
+        if stream::is_wanted(&body, &prompt) {
+            let begun = (prompt.as_str(), &headers);
+            let events = stream::begin(&path, &body, begun, &self.streams);
+            let mut response = Response::new(Either::Right(events));
+            let kind = hyper::header::HeaderValue::from_static("text/event-stream; charset=utf-8");
+            response.headers_mut().insert("content-type", kind);
+            return Ok(response);
+        }
         let complete = answer_to(&path, &body, &format!("{}: {prompt}", self.name));
         if body.get("background") == Some(&Value::Bool(true)) {
             return Ok(self.begin(&prompt, count, complete));
@@ -299,8 +317,8 @@ const FAST_RESPONSE: &str = concat!(
     r#""completion_tokens_details":{"reasoning_tokens":0}},"system_fingerprint":null}"#,
 );
 
-fn reply(status: u16, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
+fn reply(status: u16, body: impl Into<Bytes>) -> Response<Reply> {
+    let mut response = Response::new(Either::Left(Full::new(body.into())));
     *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap_or_default();
     let headers = response.headers_mut();
     headers.insert("content-type", hyper::header::HeaderValue::from_static("application/json"));

@@ -52,6 +52,8 @@ accesses! {
     DeleteFiles: FilesWrite;
     /// Reads models and plugins.
     ReadModels: ModelRead;
+    /// Sends online requests.
+    RequestModels: ModelRequest, creates true;
 }
 
 /// Tenant of a request whose key allows the access `A`, and that key.

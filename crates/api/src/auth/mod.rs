@@ -24,8 +24,8 @@ use batchwright_tenancy::key::redact;
 use batchwright_tenancy::{Denied, Principal};
 
 pub(crate) use access::{
-    Admin, CancelBatches, CreateBatches, DeleteFiles, ReadBatches, ReadFiles, ReadModels, Tenant,
-    UploadFiles, UsageReader, holder,
+    Admin, CancelBatches, CreateBatches, DeleteFiles, ReadBatches, ReadFiles, ReadModels,
+    RequestModels, Tenant, UploadFiles, UsageReader, holder,
 };
 pub use authenticator::Authenticator;
 use authenticator::Rejected;

@@ -109,6 +109,7 @@ pub(crate) async fn update_models(
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.set_models(&id, rule.clone(), by).await;
     updated.map_err(|error| failed(error, Some(&id), ""))?;
+    organization.limits_changed().await;
     Ok(Json(ModelPermissionsObject::new(&rule)))
 }
 
@@ -125,6 +126,7 @@ pub(crate) async fn delete_models(
     let by = admin.actor(organization.clock.now());
     let updated = organization.accounts.set_models(&id, ModelRule::default(), by).await;
     updated.map_err(|error| failed(error, Some(&id), ""))?;
+    organization.limits_changed().await;
     Ok(Json(DeletedModelPermissions::new()))
 }
 

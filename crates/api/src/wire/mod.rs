@@ -54,6 +54,23 @@ pub(crate) struct CreateBatch {
     idempotency_key: Option<String>,
 }
 
+/// Body of an online request. The members depend on the endpoint and on the provider.
+#[derive(Deserialize, ToSchema)]
+#[expect(dead_code, reason = "used for the OpenAPI schema only")]
+pub(crate) struct OnlineBody {
+    /// Model that answers. A moderation may name none.
+    model: Option<String>,
+    /// True for server-sent events, from providers that have them.
+    stream: Option<bool>,
+}
+
+/// Answer of a provider.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct OnlineResponse {
+    /// Model that answered, as its provider names it.
+    model: Option<String>,
+}
+
 /// Lifetime of files.
 #[derive(Deserialize, ToSchema)]
 #[expect(dead_code, reason = "used for the OpenAPI schema only")]

@@ -5,3 +5,4 @@ pub(crate) mod input;
 pub(crate) mod line;
 pub(crate) mod not_json;
 pub(crate) mod result_line;
+pub(crate) mod server_event;

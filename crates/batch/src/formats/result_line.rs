@@ -25,6 +25,18 @@ pub(crate) fn request_id(batch: &BatchId, line: u64) -> String {
     )
 }
 
+/// Returns the id of an online request: new, or derived from the key that makes a retry of it safe.
+pub(crate) fn online_request_id(tenant: &str, key: Option<&str>, body: &str) -> String {
+    let id = match key {
+        Some(key) => {
+            let parts = [tenant.as_bytes(), key.as_bytes(), body.as_bytes()];
+            derived_id(&[b"online", parts[0], parts[1], parts[2]])
+        }
+        None => uuid::Uuid::new_v4().simple().to_string(),
+    };
+    format!("batch_req_{id}")
+}
+
 /// Returns the id of the output file or of the error file.
 ///
 /// The id depends on the batch and the kind only, so that a repeated finalization is idempotent.
@@ -111,7 +123,7 @@ fn failure_line(id: &str, custom_id: &str, failure: &Failure) -> String {
 }
 
 /// Converts the usage that an adapter reports.
-fn tokens(usage: Usage) -> TokenUsage {
+pub(crate) fn tokens(usage: Usage) -> TokenUsage {
     TokenUsage {
         input: usage.input_tokens,
         cached_input: usage.cached_input_tokens,

@@ -198,11 +198,9 @@ impl Context {
         if exchange.job.is_some() {
             return Ok(self.quota.resume_job(&self.batch, line.number, size));
         }
-        self.quota.reserve(model, line.body.len()).map_err(|blocked| {
-            let until = blocked.until;
-            self.quota.set_blocked(&self.batch, blocked);
-            until
-        })
+        self.quota
+            .reserve(model, line.body.len())
+            .map_err(|blocked| self.quota.set_blocked(&self.batch, blocked))
     }
 
     /// Keeps the reservation of a request that is polled again, and gives that of another retry

@@ -12,6 +12,7 @@ use batchwright_plugin::types::Answer;
 use crate::request::assessment::ProviderSignal;
 use crate::request::context::{Context, Line};
 use crate::request::exchange::ExchangeSummary;
+use crate::request::failures::describe_trouble;
 use crate::request::outcome::{AttemptOutcome, FinalAnswer, milliseconds};
 use crate::schedule::breaker::{Breaker, FailureKind, FailureVerdict};
 use crate::schedule::retry_queue::RetryState;
@@ -86,7 +87,7 @@ impl Context {
                 Some(_),
             ) => {
                 if signal != ProviderSignal::NotSent {
-                    self.record_success(ended.breaker, &ended.plugin);
+                    self.origin().record_success(ended.breaker, &ended.plugin);
                 }
                 retry_state.answered = retry_state.answered.saturating_add(1);
                 self.retry_or_answer(ended, retry_state, None)
@@ -102,7 +103,7 @@ impl Context {
                 None,
             ) => {
                 if ended.sent.is_some() {
-                    self.record_success(ended.breaker, &ended.plugin);
+                    self.origin().record_success(ended.breaker, &ended.plugin);
                 }
                 ended.into_answer()
             }
@@ -163,7 +164,7 @@ impl Context {
         ended: &EndedSteps<'_>,
         retry_state: RetryState,
     ) -> AttemptOutcome {
-        self.record_success(ended.breaker, &ended.plugin);
+        self.origin().record_success(ended.breaker, &ended.plugin);
         let delay = ended.delay();
         tracing::debug!(
             tenant = %self.tenant,
@@ -207,9 +208,10 @@ impl Context {
         retry_state: &mut RetryState,
     ) -> FailureVerdict {
         let EndedSteps { line, plugin, breaker, is_probe, .. } = ended;
-        let trouble = self.describe_trouble(kind, &ended.answer, ended.sent.as_ref());
-        let verdict = self.record_failure(breaker, *line, plugin, refused_at, trouble, *is_probe);
-        retry_state.outage_failures = breaker.failed_attempts(line.mark);
+        let trouble = describe_trouble(kind, &ended.answer, ended.sent.as_ref());
+        let (origin, line) = (self.origin(), (line.id, line.mark));
+        let verdict = origin.record_failure(breaker, line, plugin, refused_at, trouble, *is_probe);
+        retry_state.outage_failures = breaker.failed_attempts(line.1);
         verdict
     }
 

@@ -6,11 +6,15 @@
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
-use batchwright_egress::{HttpRequest, HttpResponse, Permit, RateLimitHints, Refusals};
+use batchwright_egress::{
+    Events, HttpRequest, HttpResponse, Permit, RateLimitHints, Received, Refusals,
+    TransportErrorKind,
+};
 use batchwright_memory::Reservation;
 use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use batchwright_plugin::{CallError, Plugin};
 
+use crate::formats::server_event;
 use crate::request::assessment::{Assessment, CLASSIFY_BODY_BYTES, ProviderSignal};
 use crate::schedule::quotas::Hold;
 
@@ -20,6 +24,8 @@ pub(crate) struct ExchangeSummary {
     pub assessment: Assessment,
     /// Error for the operator, if there was no response.
     pub detail: Option<String>,
+    /// Kind of that error.
+    pub fault: Option<TransportErrorKind>,
 }
 
 /// State of one attempt at a provider.
@@ -111,17 +117,10 @@ impl<'a> Exchange<'a> {
         request: HttpRequest,
         clock: &Clock,
     ) -> Outcome {
-        let gateway = self.plugin.gateway();
-        if !std::mem::take(&mut self.has_rate_permit) {
-            let asked_at = clock.now();
-            gateway.rate_limit_ready_again().await;
-            // The wait does not count against the request.
-            let waited = asked_at.until(clock.now());
-            self.sent_at = self.sent_at.map(|sent_at| sent_at.after(waited));
+        if !self.begin_send(clock).await {
+            return Outcome::Elapsed;
         }
-        let Some(permit) = &mut self.permit else { return Outcome::Elapsed };
-        permit.start();
-        self.sent_at.get_or_insert_with(|| clock.now());
+        let gateway = self.plugin.gateway();
         let outcome = match gateway.send(tenant, request, &mut self.reservation).await {
             Ok(response) => {
                 gateway.record_response_size(response.body.len());
@@ -129,27 +128,85 @@ impl<'a> Exchange<'a> {
             }
             Err(error) => Outcome::Error(error),
         };
-        let (hints, detail) = match &outcome {
-            Outcome::Response(response) => {
-                (RateLimitHints::of(&response.headers, clock.now()), None)
+        self.assess(tenant, &outcome, clock).await;
+        outcome
+    }
+
+    /// Performs an exchange like [`Self::send`], and returns a stream of events once its first
+    /// event has arrived and is no error.
+    pub(crate) async fn send_for_events(
+        &mut self,
+        tenant: &TenantId,
+        request: HttpRequest,
+        clock: &Clock,
+    ) -> Result<(Events, Vec<u8>), Outcome> {
+        if !self.begin_send(clock).await {
+            return Err(Outcome::Elapsed);
+        }
+        let gateway = self.plugin.gateway();
+        let received = gateway.send_for_events(tenant, request, &mut self.reservation).await;
+        let outcome = match received {
+            Ok(Received::Whole(response)) => Outcome::Response(response),
+            Err(error) => Outcome::Error(error),
+            Ok(Received::Events(mut events)) => {
+                let first = events.next(&mut self.reservation).await;
+                let (status, headers) = (events.status, std::mem::take(&mut events.headers));
+                let response = |body| Outcome::Response(HttpResponse { status, headers, body });
+                match first {
+                    Ok(Some(event)) => match server_event::error_of(&event) {
+                        Some(error) => response(error),
+                        None => {
+                            self.assess(tenant, &response(Vec::new()), clock).await;
+                            return Ok((events, event));
+                        }
+                    },
+                    Ok(None) => response(Vec::new()),
+                    Err(error) => Outcome::Error(error),
+                }
             }
-            Outcome::Error(error) => (RateLimitHints::default(), Some(error.detail().to_owned())),
-            Outcome::Elapsed => (RateLimitHints::default(), None),
         };
-        let mut assessment = Assessment::of(&outcome, hints, None);
-        if let Outcome::Response(response) = &outcome
+        self.assess(tenant, &outcome, clock).await;
+        Err(outcome)
+    }
+
+    /// Waits for `requests_per_minute` if the attempt has not done so; false without a permit.
+    async fn begin_send(&mut self, clock: &Clock) -> bool {
+        if !std::mem::take(&mut self.has_rate_permit) {
+            let asked_at = clock.now();
+            self.plugin.gateway().rate_limit_ready_again().await;
+            // The wait does not count against the request.
+            let waited = asked_at.until(clock.now());
+            self.sent_at = self.sent_at.map(|sent_at| sent_at.after(waited));
+        }
+        let Some(permit) = &mut self.permit else { return false };
+        permit.start();
+        self.sent_at.get_or_insert_with(|| clock.now());
+        true
+    }
+
+    /// Records what an outcome says about the provider.
+    async fn assess(&mut self, tenant: &TenantId, outcome: &Outcome, clock: &Clock) {
+        let hints = match outcome {
+            Outcome::Response(response) => RateLimitHints::of(&response.headers, clock.now()),
+            Outcome::Error(_) | Outcome::Elapsed => RateLimitHints::default(),
+        };
+        let (detail, fault) = match outcome {
+            Outcome::Error(error) => Some((error.detail().to_owned(), error.fault)).unzip(),
+            Outcome::Response(_) | Outcome::Elapsed => (None, None),
+        };
+        let mut assessment = Assessment::of(outcome, hints, None);
+        if let Outcome::Response(response) = outcome
             && let Ok(Some(known)) = self.classify(tenant, response, &assessment).await
         {
-            assessment = Assessment::of(&outcome, hints, Some(known));
+            assessment = Assessment::of(outcome, hints, Some(known));
         }
         if let Some(permit) = &mut self.permit {
             permit.finish(assessment.limit_feedback(), &mut self.refusals);
             if let Some(left) = assessment.hints.left {
-                gateway.update_remaining(permit, left);
+                self.plugin.gateway().update_remaining(permit, left);
             }
         }
-        self.last = Some(ExchangeSummary { assessment, detail });
-        outcome
+        self.last = Some(ExchangeSummary { assessment, detail, fault });
     }
 
     /// Calls `classify` of the adapter, or returns `None` without a call.

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
+use batchwright_domain::clock::Clock;
+use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::{BatchId, TenantId};
 use batchwright_domain::text::truncate_for_message;
 use batchwright_plugin::Plugin;
 use batchwright_plugin::types::{Answer, Response};
@@ -13,7 +16,7 @@ use crate::request::outcome::{AttemptOutcome, FinalAnswer, failure, identity, mi
 use crate::schedule::breaker::{
     Breaker, BreakerDecision, FailureKind, FailureVerdict, ProviderFailure,
 };
-use crate::schedule::breakers::MODEL;
+use crate::schedule::breakers::{Breakers, MODEL};
 use crate::schedule::retry_queue::RetryState;
 
 /// Interval at which a missing or paused plugin is looked up again. A change of the plugins
@@ -37,37 +40,54 @@ fn without_long_body(answer: &Answer) -> Answer {
     }
 }
 
-impl Context {
+/// Where requests come from: a batch, or online requests of a tenant.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin<'a> {
+    /// Tenant of the requests.
+    pub tenant: &'a TenantId,
+    /// Batch of the requests; none for an online request.
+    pub batch: Option<&'a BatchId>,
+    /// Endpoint of the requests.
+    pub endpoint: Endpoint,
+    /// Clock of the server.
+    pub clock: &'a Clock,
+    /// Registry of all circuit breakers.
+    pub breakers: &'a Breakers,
+}
+
+impl Origin<'_> {
     /// Records a success of the provider and logs the end of an outage.
-    pub(super) fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
+    pub(crate) fn record_success(&self, breaker: &Breaker, plugin: &Plugin) {
         if let Some(outage) = breaker.record_success() {
             tracing::warn!(
                 tenant = %self.tenant,
-                batch = %self.batch,
+                batch = self.batch.map(display),
                 plugin = plugin.name(),
                 endpoint = %self.endpoint,
                 duration_ms = milliseconds(outage.since.until(self.clock.now())),
                 error = outage.trouble.detail,
                 "breaker closed"
             );
-            self.breaker_registry.notify();
+            self.breakers.notify();
         }
     }
 
     /// Records a failure that may be the fault of the provider, and logs the start of an outage.
-    pub(super) fn record_failure(
+    ///
+    /// `line` has the id of the request and the number by which the breaker knows it.
+    pub(crate) fn record_failure(
         &self,
         breaker: &Breaker,
-        line: Line<'_>,
+        line: (&str, u64),
         plugin: &Plugin,
         refused_at: Option<u64>,
         trouble: ProviderFailure,
         probe: bool,
     ) -> FailureVerdict {
-        let detail = trouble.detail.clone();
+        let ((id, mark), detail) = (line, trouble.detail.clone());
         let (verdict, opened) = breaker.record_failure(
             self.clock.now(),
-            line.mark,
+            mark,
             identity(plugin),
             refused_at,
             trouble,
@@ -76,7 +96,7 @@ impl Context {
         if opened {
             tracing::warn!(
                 tenant = %self.tenant,
-                batch = %self.batch,
+                batch = self.batch.map(display),
                 plugin = plugin.name(),
                 endpoint = %self.endpoint,
                 error = detail,
@@ -85,8 +105,8 @@ impl Context {
         } else {
             tracing::debug!(
                 tenant = %self.tenant,
-                batch = %self.batch,
-                request = line.id,
+                batch = self.batch.map(display),
+                request = id,
                 plugin = plugin.name(),
                 ?verdict,
                 error = detail,
@@ -95,37 +115,49 @@ impl Context {
         }
         verdict
     }
+}
 
-    /// Describes a failure of the provider, for the client and for the operator.
-    pub(super) fn describe_trouble(
-        &self,
-        kind: FailureKind,
-        answer: &Answer,
-        sent: Option<&ExchangeSummary>,
-    ) -> ProviderFailure {
-        let status = match answer {
-            Answer::Response(response) => Some(response.status),
-            Answer::Failure(_) => None,
-        };
-        let with_status = |what: &str| match status {
-            Some(status) => format!("{what} (status {status})."),
-            None => format!("{what}."),
-        };
-        let message = match (kind, answer) {
-            (FailureKind::Unauthorized, _) => {
-                with_status("The provider does not accept the operator's credential")
-            }
-            (FailureKind::Forbidden, _) => {
-                with_status("The provider denies this request to the operator's credential")
-            }
-            (FailureKind::Quota, _) => {
-                with_status("The provider says that the account's quota is used up")
-            }
-            (_, Answer::Failure(failure)) => failure.message.clone(),
-            (_, Answer::Response(_)) => with_status("The provider answers with an error"),
-        };
-        let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
-        ProviderFailure { kind, message, detail, answer: without_long_body(answer) }
+/// Describes a failure of the provider, for the client and for the operator.
+pub(crate) fn describe_trouble(
+    kind: FailureKind,
+    answer: &Answer,
+    sent: Option<&ExchangeSummary>,
+) -> ProviderFailure {
+    let status = match answer {
+        Answer::Response(response) => Some(response.status),
+        Answer::Failure(_) => None,
+    };
+    let with_status = |what: &str| match status {
+        Some(status) => format!("{what} (status {status})."),
+        None => format!("{what}."),
+    };
+    let message = match (kind, answer) {
+        (FailureKind::Unauthorized, _) => {
+            with_status("The provider does not accept the operator's credential")
+        }
+        (FailureKind::Forbidden, _) => {
+            with_status("The provider denies this request to the operator's credential")
+        }
+        (FailureKind::Quota, _) => {
+            with_status("The provider says that the account's quota is used up")
+        }
+        (_, Answer::Failure(failure)) => failure.message.clone(),
+        (_, Answer::Response(_)) => with_status("The provider answers with an error"),
+    };
+    let detail = sent.and_then(|sent| sent.detail.clone()).unwrap_or_else(|| message.clone());
+    ProviderFailure { kind, message, detail, answer: without_long_body(answer) }
+}
+
+impl Context {
+    /// Returns the origin of the requests, for the breakers and the log.
+    pub(super) fn origin(&self) -> Origin<'_> {
+        Origin {
+            tenant: &self.tenant,
+            batch: Some(&self.batch),
+            endpoint: self.endpoint,
+            clock: &self.clock,
+            breakers: &self.breaker_registry,
+        }
     }
 
     /// Defers a line whose model has no plugin any more.

@@ -5,7 +5,7 @@ pub(crate) mod attempt;
 mod conclusion;
 pub(crate) mod context;
 pub(crate) mod exchange;
-mod failures;
+pub(crate) mod failures;
 pub(crate) mod jobs;
 pub(crate) mod outcome;
 pub(crate) mod served_by;

@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_domain::limits::Limit;
+use batchwright_domain::limits::{Limit, ModelRule};
 use batchwright_domain::money::{Money, Price};
 use batchwright_domain::usage::TokenUsage;
 use batchwright_domain::window;
 use batchwright_egress::Priority;
 use batchwright_plugin::Registry;
 use batchwright_store::{BatchRecord, Result, Store, WaitCause};
-use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved};
+use batchwright_tenancy::quota::{Allowance, Blocked, Quota, Reserved, Standing};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -75,6 +75,8 @@ pub(crate) struct TenantQuota {
     quota: Mutex<Quota>,
     /// Weight, and maximum number of requests in flight.
     share: Mutex<(u32, Option<u64>)>,
+    /// Models that the tenant may use.
+    models: Mutex<Arc<ModelRule>>,
     /// Time of the last read of the store. Locked while the store is read.
     refreshed_at: tokio::sync::Mutex<Option<Instant>>,
     /// What is known of batches with requests that wait, or that a provider works on.
@@ -151,6 +153,7 @@ impl Quotas {
                 shared: self.shared.clone(),
                 quota: Mutex::default(),
                 share: Mutex::new((1, None)),
+                models: Mutex::default(),
                 refreshed_at: tokio::sync::Mutex::new(None),
                 batches: Mutex::default(),
                 is_stale: AtomicBool::new(true),
@@ -231,6 +234,7 @@ impl TenantQuota {
         let limits = config.tenant_defaults.fill(policy.limits);
         let weight = limits.get(Limit::Weight).and_then(|weight| u32::try_from(weight).ok());
         *lock(&self.share) = (weight.unwrap_or(1), limits.get(Limit::RequestsInFlight));
+        *lock(&self.models) = Arc::new(policy.models);
         let budget = policy.spend_limit.map(Money::from_cents);
         let allowance = Allowance { models: policy.model_limits, budget };
         let meters = if allowance.is_unlimited() {
@@ -248,7 +252,7 @@ impl TenantQuota {
     pub(crate) fn blocked(&self, model: Option<&str>) -> Option<Blocked> {
         let now = self.shared.clock.now();
         let blocked = lock(&self.quota).check(model.unwrap_or_default(), now).err()?;
-        Some(self.rechecked(blocked, now))
+        Some(rechecked(blocked, now))
     }
 
     /// Reserves a request of a model, given the bytes of its body.
@@ -263,31 +267,43 @@ impl TenantQuota {
             return Ok(Hold { of: self.clone(), reserved: None });
         }
         let (tokens, cost) = self.estimate(&quota, model, body_bytes);
-        match quota.reserve(model, tokens, cost, now) {
-            Ok(reserved) => Ok(Hold { of: self.clone(), reserved: Some(reserved) }),
-            Err(blocked) => {
-                drop(quota);
-                Err(self.rechecked(blocked, now))
-            }
-        }
+        let reserved = quota.reserve(model, tokens, cost, now)?;
+        Ok(Hold { of: self.clone(), reserved: Some(reserved) })
+    }
+
+    /// Returns the models that the tenant may use, as they were read last.
+    pub(crate) fn models(&self) -> Arc<ModelRule> {
+        lock(&self.models).clone()
+    }
+
+    /// Returns the limits for a model and what is left of them.
+    pub(crate) fn standing(&self, model: &str) -> Standing {
+        lock(&self.quota).standing(model, self.shared.clock.now())
+    }
+
+    /// Returns the priority of an online request among those that wait for a provider.
+    pub(crate) fn online_priority(&self, model: &str, body_bytes: usize) -> Priority {
+        let (tenant_weight, max_in_flight) = *lock(&self.share);
+        let output = lock(&self.quota).expected_output(model);
+        let tokens = estimated_tokens(body_bytes).saturating_add(output);
+        Priority { tenant_weight, max_in_flight, tokens, ..Priority::default() }
     }
 
     /// Returns the priority of a request of a batch among those that wait for a provider.
     pub(crate) fn priority(&self, batch: &BatchShare, model: &str, body_bytes: usize) -> Priority {
-        let (tenant_weight, max_in_flight) = *lock(&self.share);
-        let output = lock(&self.quota).expected_output(model);
         Priority {
-            tenant_weight,
-            max_in_flight,
             batch_weight: batch.weight(),
             is_urgent: batch.is_urgent(self.shared.clock.now()),
-            tokens: estimated_tokens(body_bytes).saturating_add(output),
+            ..self.online_priority(model, body_bytes)
         }
     }
 
-    /// Remembers which limit has refused a request of a batch.
-    pub(crate) fn set_blocked(&self, batch: &BatchId, blocked: Blocked) {
+    /// Remembers which limit has refused a request of a batch, and returns when to ask again.
+    pub(crate) fn set_blocked(&self, batch: &BatchId, blocked: Blocked) -> Timestamp {
+        let blocked = rechecked(blocked, self.shared.clock.now());
+        let until = blocked.until;
         lock(&self.batches).entry(batch.clone()).or_default().blocked = Some(blocked);
+        until
     }
 
     /// Keeps the reservation of a request that a provider works on, until it is polled.
@@ -348,11 +364,11 @@ impl TenantQuota {
         }
         drop(self.refreshed_at.lock().await);
     }
+}
 
-    fn rechecked(&self, blocked: Blocked, now: Timestamp) -> Blocked {
-        let until = blocked.until.min(now.after(RECHECK_INTERVAL));
-        Blocked { until, ..blocked }
-    }
+/// Lets a refusal end earlier, because a limit may be raised meanwhile.
+fn rechecked(blocked: Blocked, now: Timestamp) -> Blocked {
+    Blocked { until: blocked.until.min(now.after(RECHECK_INTERVAL)), ..blocked }
 }
 
 impl Hold {

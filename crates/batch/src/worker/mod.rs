@@ -122,7 +122,7 @@ impl Worker {
             running: shared.running.clone(),
             breakers,
             quotas,
-            gate: Gate::default(),
+            gate: shared.gate.clone(),
             parked: Parked::default(),
             backoffs: Backoffs::default(),
             next_queue_number: AtomicU64::new(0),
@@ -136,7 +136,7 @@ impl Worker {
     /// Returns the queue of a batch that begins to execute, unique in this process.
     fn next_queue(&self, tenant: &TenantId) -> QueueId {
         let batch = self.next_queue_number.fetch_add(1, Ordering::Relaxed);
-        QueueId { tenant: tenant.clone(), batch }
+        QueueId { tenant: tenant.clone(), batch: Some(batch) }
     }
 
     /// Claims and processes batches until the server closes.

@@ -6,6 +6,10 @@
 //! than short ones, and a tenant that was away has saved up nothing. With [`ShareBy::Tokens`] the
 //! tokens alone count, for a provider whose limit is in tokens.
 //!
+//! **Classes.** Online requests go before lines of batches, and these before lines of batches
+//! without a deadline. A class that waits is passed over a number of times, and then goes first, so
+//! that no class starves another.
+//!
 //! **Queues of a tenant.** Those of an urgent batch are first. The others share as tenants do, with
 //! the weight of their completion window: a batch that has an hour gets more than one that has a
 //! day.
@@ -23,13 +27,20 @@ const EXCHANGE: u64 = 1_000_000;
 /// Number of tenants beyond which those without exchanges and requests are forgotten.
 const MAX_IDLE_TENANTS: usize = 1000;
 
-/// Key of a queue: requests of one batch have the same key.
+/// Number of grants to higher classes after which waiting requests of each class go first: never
+/// for online requests, every tenth for batches, every hundredth for those without a deadline.
+const MAX_PASSED_OVER: [u32; CLASSES] = [u32::MAX, 9, 99];
+
+/// Number of classes.
+const CLASSES: usize = 3;
+
+/// Key of a queue: requests of one batch have the same key, and so have a tenant's online requests.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueueId {
     /// Tenant of the batch.
     pub tenant: TenantId,
-    /// Number of the batch in this process.
-    pub batch: u64,
+    /// Number of the batch in this process; none for online requests.
+    pub batch: Option<u64>,
 }
 
 /// Priority of a request among those that wait for a provider.
@@ -43,13 +54,22 @@ pub struct Priority {
     pub batch_weight: u32,
     /// True if little is left of the batch's completion window.
     pub is_urgent: bool,
+    /// True if the batch has a deadline.
+    pub has_deadline: bool,
     /// Estimated tokens of the request.
     pub tokens: u64,
 }
 
 impl Default for Priority {
     fn default() -> Self {
-        Self { tenant_weight: 1, max_in_flight: None, batch_weight: 1, is_urgent: false, tokens: 1 }
+        Self {
+            tenant_weight: 1,
+            max_in_flight: None,
+            batch_weight: 1,
+            is_urgent: false,
+            has_deadline: true,
+            tokens: 1,
+        }
     }
 }
 
@@ -80,6 +100,8 @@ pub(super) struct Shares<T> {
     last_number: u64,
     tenants: HashMap<TenantId, Tenant>,
     queues: Vec<Queue<T>>,
+    /// Grants to higher classes since each class was granted one.
+    passed_over: [u32; CLASSES],
 }
 
 /// Share of a tenant, and the virtual time of its queues.
@@ -97,6 +119,7 @@ struct Queue<T> {
     id: QueueId,
     share: Share,
     is_urgent: bool,
+    has_deadline: bool,
     /// Waiting requests, with their tokens.
     waiting: VecDeque<(u64, T)>,
 }
@@ -125,9 +148,27 @@ impl Share {
     }
 }
 
+impl<T> Queue<T> {
+    /// Returns the class: 0 for online requests, 1 for batches, 2 for those without a deadline.
+    fn class(&self) -> usize {
+        match self.id.batch {
+            None => 0,
+            Some(_) if self.has_deadline => 1,
+            Some(_) => 2,
+        }
+    }
+}
+
 impl<T> Shares<T> {
     pub(super) fn new(by: ShareBy) -> Self {
-        Self { by, now: 0, last_number: 0, tenants: HashMap::new(), queues: Vec::new() }
+        Self {
+            by,
+            now: 0,
+            last_number: 0,
+            tenants: HashMap::new(),
+            queues: Vec::new(),
+            passed_over: [0; CLASSES],
+        }
     }
 
     /// Returns true if any request waits.
@@ -155,6 +196,7 @@ impl<T> Shares<T> {
         let queue = self.queue(id);
         queue.share.weight = priority.batch_weight;
         queue.is_urgent = priority.is_urgent;
+        queue.has_deadline = priority.has_deadline;
     }
 
     /// Adds a waiting request.
@@ -180,10 +222,45 @@ impl<T> Shares<T> {
     }
 
     /// Removes the waiting request that is next and whose tenant may begin one, and returns its
-    /// queue and its tokens.
+    /// queue and its tokens. Without room for batches, only online requests are next.
     pub(super) fn take_next(
         &mut self,
+        has_room_for_batches: bool,
         mut may_begin: impl FnMut(&TenantId, Option<u64>) -> bool,
+    ) -> Option<(QueueId, u64, T)> {
+        let mut waits = [false; CLASSES];
+        for queue in self.queues.iter().filter(|queue| !queue.waiting.is_empty()) {
+            if let Some(waits) = waits.get_mut(queue.class()) {
+                *waits = true;
+            }
+        }
+        let classes = if has_room_for_batches { CLASSES } else { 1 };
+        let mut order: Vec<usize> = (0..classes).collect();
+        let is_due = |class: &usize| {
+            let (passed, max) = (self.passed_over.get(*class), MAX_PASSED_OVER.get(*class));
+            waits.get(*class) == Some(&true) && passed >= max
+        };
+        // The sort is stable: among classes that are due, the higher one is first.
+        order.sort_by_key(|class| !is_due(class));
+        for class in order {
+            if let Some(next) = self.take_next_of(class, &mut may_begin) {
+                for (other, passed) in self.passed_over.iter_mut().enumerate() {
+                    if other == class {
+                        *passed = 0;
+                    } else if other > class && waits.get(other) == Some(&true) {
+                        *passed = passed.saturating_add(1);
+                    }
+                }
+                return Some(next);
+            }
+        }
+        None
+    }
+
+    fn take_next_of(
+        &mut self,
+        class: usize,
+        may_begin: &mut impl FnMut(&TenantId, Option<u64>) -> bool,
     ) -> Option<(QueueId, u64, T)> {
         let mut passed_over: Vec<TenantId> = Vec::new();
         loop {
@@ -195,7 +272,9 @@ impl<T> Shares<T> {
                 (tenant.share.order(now, by), tenant.number, !queue.is_urgent, of_queue)
             };
             let waiting = self.queues.iter().filter(|queue| {
-                !queue.waiting.is_empty() && !passed_over.contains(&queue.id.tenant)
+                queue.class() == class
+                    && !queue.waiting.is_empty()
+                    && !passed_over.contains(&queue.id.tenant)
             });
             let next = waiting.min_by_key(order)?;
             let id = next.id.clone();
@@ -240,6 +319,7 @@ impl<T> Shares<T> {
             // Nobody is ahead of anybody without competition.
             self.tenants.clear();
             self.now = 0;
+            self.passed_over = [0; CLASSES];
         }
     }
 
@@ -263,6 +343,7 @@ impl<T> Shares<T> {
                 id: id.clone(),
                 share: Share { in_flight: 0, time: now, weight: 1 },
                 is_urgent: false,
+                has_deadline: true,
                 waiting: VecDeque::new(),
             });
             self.queues.len().saturating_sub(1)

@@ -5,7 +5,7 @@ use futures_util::FutureExt;
 use super::*;
 
 fn batch(number: u64) -> QueueId {
-    QueueId { tenant: "t".into(), batch: number }
+    QueueId { tenant: "t".into(), batch: Some(number) }
 }
 
 fn admit_all(admission: &AdmissionQueue) -> Vec<Permit> {
@@ -19,7 +19,7 @@ fn end(mut admitted: Permit, taken: LimitFeedback) {
 
 /// Returns an admission whose slow start is complete.
 fn open(max: usize) -> AdmissionQueue {
-    let admission = AdmissionQueue::new(max, ShareBy::Exchanges, &Arc::default());
+    let admission = AdmissionQueue::new((max, 10), ShareBy::Exchanges, &Arc::default());
     for _ in 0..max {
         admit_all(&admission)
             .into_iter()
@@ -57,7 +57,7 @@ async fn permits_go_to_the_batch_with_the_fewest_exchanges_in_flight() {
 #[tokio::test]
 async fn permits_are_shared_by_tenant_before_they_are_shared_by_batch() {
     let admission = open(8);
-    let of = |tenant: &str, batch| QueueId { tenant: tenant.into(), batch };
+    let of = |tenant: &str, batch| QueueId { tenant: tenant.into(), batch: Some(batch) };
     // Nine batches of one tenant hold and await everything, and then another tenant comes.
     let mut greedy = Vec::new();
     let mut waiting: Vec<_> = (0..90_u64)
@@ -171,9 +171,9 @@ async fn repeatedly_refused_request_does_not_slow_down_others() {
 #[tokio::test]
 async fn limit_of_a_tenant_holds_over_all_plugins_and_blocks_no_other_tenant() {
     let tenants = Arc::default();
-    let plugins = [(); 2].map(|()| AdmissionQueue::new(8, ShareBy::Exchanges, &tenants));
+    let plugins = [(); 2].map(|()| AdmissionQueue::new((8, 10), ShareBy::Exchanges, &tenants));
     let limited = Priority { max_in_flight: Some(2), ..Priority::default() };
-    let of = |tenant: &str| QueueId { tenant: tenant.into(), batch: 1 };
+    let of = |tenant: &str| QueueId { tenant: tenant.into(), batch: Some(1) };
     let first = plugins[0].admit(of("t"), limited).await.unwrap();
     let _second = plugins[1].admit(of("t"), limited).await.unwrap();
     let mut third = Box::pin(plugins[1].admit(of("t"), limited));

@@ -58,8 +58,9 @@ impl<T: Send + 'static> Template<T> {
         kind: Kind,
         exports: &[String],
     ) -> wasmtime::Result<Self> {
-        let classifies = exports.iter().any(|name| same_interface(name, v0_1::CLASSIFICATION));
-        v0_1::Template::new(linked, kind, classifies).map(Self)
+        let has = |interface| exports.iter().any(|name| same_interface(name, interface));
+        let optional = (has(v0_1::CLASSIFICATION), has(v0_1::STREAMING));
+        v0_1::Template::new(linked, kind, optional).map(Self)
     }
 
     /// Creates an instance and returns its functions.
@@ -70,6 +71,11 @@ impl<T: Send + 'static> Template<T> {
     /// Returns true if the component exports the optional interface `classification`.
     pub(crate) fn classifies(&self) -> bool {
         self.0.classifies()
+    }
+
+    /// Returns true if the component exports the optional interface `streaming`.
+    pub(crate) fn streams(&self) -> bool {
+        self.0.streams()
     }
 }
 

@@ -92,6 +92,7 @@ pub(crate) fn urls_in(value: &Value) -> Vec<Url> {
 pub(crate) fn bounds(limits: &Limits) -> ExchangeLimits {
     ExchangeLimits {
         concurrency: limits.max_in_flight.get(),
+        online_percent: usize::from(limits.online_share.get()),
         requests_per_minute: limits.requests_per_minute,
         share_by: limits.share_by.into(),
         connect_timeout: limits.connect_timeout.duration(),

@@ -79,6 +79,46 @@ impl From<ShareBy> for batchwright_egress::ShareBy {
     }
 }
 
+/// Percentage of at most [`Percent::MAX`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(try_from = "u8")]
+pub struct Percent(u8);
+
+impl Percent {
+    /// Maximum: batches always have a share.
+    const MAX: u8 = 90;
+
+    /// Returns the percentage.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl TryFrom<u8> for Percent {
+    type Error = String;
+
+    fn try_from(percent: u8) -> Result<Self, String> {
+        if percent > Self::MAX {
+            return Err(format!("expected a percentage from 0 to {}", Self::MAX));
+        }
+        Ok(Self(percent))
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        write!(formatter, "{}", self.0)
+    }
+}
+
+impl Shown for Percent {
+    const KIND: &'static str = "integer";
+
+    fn shown(&self) -> String {
+        format!("`{self}`")
+    }
+}
+
 /// Returns a number that is at least 1.
 fn count(number: u32) -> NonZeroU32 {
     NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN)
@@ -144,6 +184,9 @@ limits! {
         pub max_wait: Span = Span::seconds(3600);
         /// Exchanges in flight.
         pub max_in_flight: NonZeroUsize = NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN);
+        /// Percent of `max_in_flight`, 0 to 90, that lines of batches leave free while there are
+        /// online requests, and for five minutes after the last one.
+        pub online_share: Percent = Percent(10);
         /// What tenants share equally. `exchanges`: exchanges in flight. `tokens`: tokens, for a
         /// provider whose limit is in tokens.
         pub share_by: ShareBy = ShareBy::Exchanges;

@@ -3,6 +3,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_egress::HttpResponse;
@@ -152,6 +153,26 @@ impl Plugin {
         );
         let called = in_time(&self.facts.limits, 1, &waited, call).await;
         self.end_lease(lease, "classify", called)
+    }
+
+    /// Returns true if streams of an endpoint may be passed on to clients.
+    pub async fn streams(&self, tenant: &TenantId, endpoint: Endpoint) -> Result<bool, CallError> {
+        if !self.runtime.template.streams() {
+            return Ok(false);
+        }
+        let ask = async || {
+            let pool = self.pool(tenant);
+            let mut lease = self.lease(&pool, 1, 0).await?;
+            let waited = lease.instance.waited.clone();
+            let call = lease.instance.exports.stream_endpoints(&mut lease.instance.store);
+            let called = in_time(&self.facts.limits, 1, &waited, call).await;
+            let named: Vec<String> = self.end_lease(lease, "stream-endpoints", called)?;
+            let known = Endpoint::ALL.into_iter();
+            let is_named = |endpoint: &Endpoint| named.iter().any(|name| name == endpoint.as_str());
+            Ok(known.filter(is_named).collect())
+        };
+        let endpoints = self.stream_endpoints.get_or_try_init(ask).await?;
+        Ok(endpoints.contains(&endpoint))
     }
 
     fn is_sample_due(&self) -> bool {

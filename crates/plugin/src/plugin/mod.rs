@@ -50,6 +50,8 @@ pub struct Plugin {
     runtime: PluginRuntime,
     /// Time of the last sampled call of `classify`.
     last_classified: Mutex<Option<Instant>>,
+    /// Endpoints whose streams are passed on, once they are known.
+    stream_endpoints: tokio::sync::OnceCell<Vec<Endpoint>>,
     /// Pools of instances, by tenant.
     pools: Mutex<HashMap<TenantId, Arc<Pool>>>,
 }
@@ -95,7 +97,13 @@ pub(crate) struct PluginRuntime {
 impl Plugin {
     /// Creates a plugin without instances.
     pub(crate) fn new(facts: PluginFacts, runtime: PluginRuntime) -> Self {
-        Self { facts, runtime, last_classified: Mutex::default(), pools: Mutex::default() }
+        Self {
+            facts,
+            runtime,
+            last_classified: Mutex::default(),
+            stream_endpoints: tokio::sync::OnceCell::new(),
+            pools: Mutex::default(),
+        }
     }
 
     /// Returns the linear memory of the largest idle instance, in bytes.

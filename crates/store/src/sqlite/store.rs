@@ -9,13 +9,13 @@ use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 use super::accounts::creating_tenant;
 use super::files::Addition;
 use super::keys::BatchRow;
-use super::{batches, connection, files, jobs, open_batches, results, start, work};
+use super::{batches, connection, files, jobs, open_batches, results, start, usage, work};
 use crate::accounts::{Refusal, StorageBounds};
 use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
     BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
-    Idempotency, Job, NewBatch, Orders, Paged, PluginVersion, Release, Result, ResultRow, Results,
-    Started, Store, StoreError, Validated, Waiting,
+    Idempotency, Job, NewBatch, OnlineUsage, Orders, Paged, PluginVersion, Release, Result,
+    ResultRow, Results, Started, Store, StoreError, Validated, Waiting,
 };
 
 /// Tables that a readiness probe reads.
@@ -318,6 +318,18 @@ impl Store for SqliteStore {
         let claim = claim.clone();
         self.writer
             .write(move |connection| results::insert_results(connection, &claim, &rows, &by, at))
+            .await
+    }
+
+    async fn record_online_usage(
+        &self,
+        tenant: &TenantId,
+        usage: Vec<OnlineUsage>,
+        at: Timestamp,
+    ) -> Result<()> {
+        let tenant = tenant.clone();
+        self.writer
+            .write(move |connection| usage::record_online(connection, &tenant, &usage, at))
             .await
     }
 

@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
-use batchwright_domain::ids::TenantId;
+use batchwright_domain::ids::{KeyId, TenantId};
 use batchwright_domain::money::{Cost, Money};
 use batchwright_domain::usage::{TokenUsage, UsageKind};
 use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params, params_from_iter};
 
 use super::super::usage::{Meters, UsageCounts, UsagePage, UsageQuery, UsageRow};
-use super::super::{Charge, Result};
+use super::super::{Charge, OnlineUsage, Result};
 use super::keys::BatchRow;
 use super::query::{execute, find};
 use super::{database_error, tenant_key, timestamp, to_i64, to_u64};
@@ -81,6 +81,29 @@ impl<'a> Charges<'a> {
         }
         Ok(())
     }
+}
+
+/// Counts requests that belong to no batch.
+pub(super) fn record_online(
+    connection: &Connection,
+    tenant: &TenantId,
+    usage: &[OnlineUsage],
+    at: Timestamp,
+) -> Result<()> {
+    let Some(tenant) = tenant_key(connection, tenant.as_str())? else { return Ok(()) };
+    let mut groups = BTreeMap::<_, Charges<'_>>::new();
+    for OnlineUsage { endpoint, key, charge, tokens } in usage {
+        groups.entry((UsageKind::of(*endpoint), key.as_ref())).or_default().add(charge, *tokens);
+    }
+    for ((kind, key), charges) in groups {
+        let sql = "SELECT key FROM api_keys WHERE id = ?1";
+        let find_key = |key: &KeyId| find(connection, sql, [key.as_str()], |row| row.get(0));
+        let key: i64 = key.map(find_key).transpose()?.flatten().unwrap_or(0);
+        for (model, counts) in &charges.0 {
+            add(connection, tenant, (kind, model, key, false), counts, at)?;
+        }
+    }
+    Ok(())
 }
 
 /// Converts a sum to its value in the database.

@@ -13,8 +13,8 @@ use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
 use batchwright_store::{BatchError, PluginVersion, Validated};
 
+use crate::rules::{MODEL_NOT_FOUND, ValidatedChunk, violation};
 use crate::worker::validate::FileVerdict;
-use crate::worker::validate::chunk_validator::{MODEL_NOT_FOUND, ValidatedChunk, violation};
 
 /// Maximum number of available models that an error lists.
 const MAX_LISTED_MODELS: usize = 20;

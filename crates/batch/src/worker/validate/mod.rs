@@ -4,9 +4,7 @@
 //! [`envelope`](crate::formats::envelope). Rules that concern several lines are in
 //! [`whole`](crate::worker::validate::file).
 
-mod chunk_validator;
 mod chunks;
-
 mod file;
 
 use std::sync::Arc;
@@ -16,6 +14,7 @@ use batchwright_domain::ids::{FileId, ObjectKey};
 use batchwright_domain::limits::Limit;
 use batchwright_memory::{Holder, Reservation};
 use batchwright_plugin::CallError;
+use batchwright_plugin::types::BatchContext;
 use batchwright_store::{
     BatchError, BatchRecord, Claim, PluginVersion, Result, StoreError, Validated,
 };
@@ -26,8 +25,9 @@ use crate::formats::input::{Input, InputLine};
 use crate::formats::line::RequestLine;
 use crate::formats::not_json;
 use crate::policy::Policy;
+use crate::request::served_by::served_by;
+use crate::rules::ChunkValidator;
 use crate::worker::Worker;
-use crate::worker::validate::chunk_validator::ChunkValidator;
 use crate::worker::validate::chunks::Chunks;
 use crate::worker::validate::file::FileValidation;
 
@@ -101,14 +101,16 @@ impl Worker {
         let limited = policy.model_limits.into_iter();
         let limited = limited.filter(|(_, limits)| limits.enqueued_tokens.is_some());
         let counted = limited.map(|(model, _)| model).collect();
-        let validator = ChunkValidator::new(
-            tenant,
-            batch,
-            plugins.clone(),
-            (models.clone(), counted),
+        let endpoint = batch.new.endpoint;
+        let context = BatchContext {
+            id: batch.new.id.to_string(),
+            endpoint: endpoint.as_str().to_owned(),
+            metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
             first_model,
-        );
-        let judged_by = validator.plugin_versions();
+        };
+        let rules = (models.clone(), counted);
+        let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
+        let judged_by = validator.validators().iter().map(|plugin| served_by(plugin)).collect();
         // A chunk is read only after its memory is reserved.
         let rest = stream::try_unfold(chunks, async |mut chunks| {
             Ok(chunks.next().await?.map(|chunk| (chunk, chunks)))

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 
 fn id(tenant: &str, batch: u64) -> QueueId {
-    QueueId { tenant: tenant.into(), batch }
+    QueueId { tenant: tenant.into(), batch: Some(batch) }
 }
 
 /// Lets a number of requests of each queue wait, and gives out permits; each is held until `slots`
@@ -22,7 +22,7 @@ fn share(
     }
     let (mut held, mut given) = (VecDeque::new(), BTreeMap::new());
     for _ in 0..permits {
-        let (id, tokens, ()) = shares.take_next(|_, _| true).unwrap();
+        let (id, tokens, ()) = shares.take_next(true, |_, _| true).unwrap();
         shares.begin(&id, tokens);
         *given.entry(id.clone()).or_default() += 1;
         held.push_back(id);
@@ -88,7 +88,7 @@ fn tenant_that_comes_back_has_saved_up_nothing() {
         }
     };
     let next = |shares: &mut Shares<()>| {
-        let (id, tokens, ()) = shares.take_next(|_, _| true).unwrap();
+        let (id, tokens, ()) = shares.take_next(true, |_, _| true).unwrap();
         shares.begin(&id, tokens);
         shares.end(&id);
         id.tenant.to_string()
@@ -109,10 +109,10 @@ fn tenant_at_its_limit_is_passed_over_and_what_is_gone_is_forgotten() {
     shares.wait(&id("a", 1), Priority::default(), 1);
     shares.wait(&id("a", 2), Priority::default(), 2);
     shares.wait(&id("b", 1), Priority::default(), 3);
-    let next = shares.take_next(|tenant, _| tenant.as_str() != "a").unwrap();
+    let next = shares.take_next(true, |tenant, _| tenant.as_str() != "a").unwrap();
     assert_eq!(next, (id("b", 1), 1, 3));
     shares.begin(&next.0, next.1);
-    assert!(shares.take_next(|_, _| false).is_none());
+    assert!(shares.take_next(true, |_, _| false).is_none());
     shares.leave(&id("a", 1), |waiting| *waiting == 1);
     shares.leave(&id("a", 2), |waiting| *waiting == 1);
     assert!(shares.has_waiting());

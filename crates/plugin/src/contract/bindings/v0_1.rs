@@ -13,6 +13,8 @@ pub(crate) const VALIDATION: &str = "batchwright:plugin/validation@0.1.0";
 pub(crate) const INFERENCE: &str = "batchwright:plugin/inference@0.1.0";
 /// Optional interface that an adapter may export.
 pub(crate) const CLASSIFICATION: &str = "batchwright:plugin/classification@0.1.0";
+/// Optional interface that an adapter may export.
+pub(crate) const STREAMING: &str = "batchwright:plugin/streaming@0.1.0";
 /// Interface that every plugin exports.
 pub(crate) const PLUGIN: &str = "batchwright:plugin/plugin@0.1.0";
 
@@ -43,6 +45,17 @@ pub(crate) mod classifier {
     });
 }
 
+/// Generated bindings of the interface `streaming`, which is optional for adapters too.
+pub(crate) mod streamer {
+    wasmtime::component::bindgen!({
+        inline: "
+            package batchwright:host;
+            world streamer { export batchwright:plugin/streaming@0.1.0; }
+        ",
+        path: "../../wit/v0.1", world: "batchwright:host/streamer", exports: { default: async },
+    });
+}
+
 use adapter::exports::batchwright::plugin::inference;
 use classifier::exports::batchwright::plugin::classification;
 use validator::exports::batchwright::plugin::validation;
@@ -61,6 +74,8 @@ pub(crate) enum Template<T: 'static> {
         adapter: adapter::AdapterIndices,
         /// Exports of the optional interface `classification`.
         classifier: Option<classifier::ClassifierIndices>,
+        /// Exports of the optional interface `streaming`.
+        streamer: Option<streamer::StreamerIndices>,
     },
 }
 
@@ -69,7 +84,7 @@ impl<T: Send + 'static> Template<T> {
     pub(crate) fn new(
         linked: InstancePre<T>,
         kind: types::Kind,
-        classifies: bool,
+        (classifies, streams): (bool, bool),
     ) -> wasmtime::Result<Self> {
         if kind == types::Kind::Validator {
             return validator::ValidatorPre::new(linked).map(Self::Validator);
@@ -77,7 +92,8 @@ impl<T: Send + 'static> Template<T> {
         let adapter = adapter::AdapterIndices::new(&linked)?;
         let classifier =
             classifies.then(|| classifier::ClassifierIndices::new(&linked)).transpose()?;
-        Ok(Self::Adapter { linked, adapter, classifier })
+        let streamer = streams.then(|| streamer::StreamerIndices::new(&linked)).transpose()?;
+        Ok(Self::Adapter { linked, adapter, classifier, streamer })
     }
 
     /// Creates an instance and returns its functions.
@@ -87,14 +103,16 @@ impl<T: Send + 'static> Template<T> {
     ) -> wasmtime::Result<Exports> {
         match self {
             Self::Validator(pre) => pre.instantiate_async(store).await.map(Exports::Validator),
-            Self::Adapter { linked, adapter, classifier } => {
+            Self::Adapter { linked, adapter, classifier, streamer } => {
                 let instance = linked.instantiate_async(&mut store).await?;
                 let exports = adapter.load(&mut store, &instance)?;
                 let classifier = classifier
                     .as_ref()
                     .map(|known| known.load(&mut store, &instance))
                     .transpose()?;
-                Ok(Exports::Adapter(exports, classifier))
+                let streamer =
+                    streamer.as_ref().map(|known| known.load(&mut store, &instance)).transpose()?;
+                Ok(Exports::Adapter(exports, classifier, streamer))
             }
         }
     }
@@ -102,6 +120,11 @@ impl<T: Send + 'static> Template<T> {
     /// Returns true if the component exports `classification`.
     pub(crate) fn classifies(&self) -> bool {
         matches!(self, Self::Adapter { classifier: Some(_), .. })
+    }
+
+    /// Returns true if the component exports `streaming`.
+    pub(crate) fn streams(&self) -> bool {
+        matches!(self, Self::Adapter { streamer: Some(_), .. })
     }
 }
 
@@ -136,8 +159,8 @@ pub(crate) fn add_to_linker<T: GuestLog>(linker: &mut Linker<T>) -> wasmtime::Re
 pub(crate) enum Exports {
     /// Exports of a validator.
     Validator(validator::Validator),
-    /// Exports of an adapter, with the optional interface `classification`.
-    Adapter(adapter::Adapter, Option<classifier::Classifier>),
+    /// Exports of an adapter, with the optional interfaces `classification` and `streaming`.
+    Adapter(adapter::Adapter, Option<classifier::Classifier>, Option<streamer::Streamer>),
 }
 
 /// Converts the result of `describe`. The interface `plugin` is the same in both worlds, but its
@@ -178,7 +201,7 @@ impl Exports {
             Self::Validator(guest) => {
                 described!(guest.batchwright_plugin_plugin().call_describe(store).await?)
             }
-            Self::Adapter(guest, _) => {
+            Self::Adapter(guest, ..) => {
                 described!(guest.batchwright_plugin_plugin().call_describe(store).await?)
             }
         })
@@ -194,7 +217,7 @@ impl Exports {
             Self::Validator(guest) => {
                 guest.batchwright_plugin_plugin().call_configure(store, settings).await
             }
-            Self::Adapter(guest, _) => {
+            Self::Adapter(guest, ..) => {
                 guest.batchwright_plugin_plugin().call_configure(store, settings).await
             }
         }
@@ -225,7 +248,7 @@ impl Exports {
         store: &mut Store<T>,
         request: types::Request,
     ) -> wasmtime::Result<types::Step> {
-        let Self::Adapter(guest, _) = self else { return Err(wrong_world("begin")) };
+        let Self::Adapter(guest, ..) = self else { return Err(wrong_world("begin")) };
         let request = inference::Request {
             id: request.id,
             custom_id: request.custom_id,
@@ -246,7 +269,7 @@ impl Exports {
         state: &[u8],
         outcome: &mut types::Outcome,
     ) -> wasmtime::Result<types::Step> {
-        let Self::Adapter(guest, _) = self else { return Err(wrong_world("resume")) };
+        let Self::Adapter(guest, ..) = self else { return Err(wrong_world("resume")) };
         // Moved and moved back instead of copied: a response may be large, and the caller may
         // repeat the call.
         let moved = std::mem::replace(outcome, types::Outcome::Elapsed).into();
@@ -264,9 +287,20 @@ impl Exports {
         headers: Vec<(String, String)>,
         beginning: Vec<u8>,
     ) -> wasmtime::Result<types::Classification> {
-        let Self::Adapter(_, Some(guest)) = self else { return Err(wrong_world("classify")) };
+        let Self::Adapter(_, Some(guest), _) = self else { return Err(wrong_world("classify")) };
         let head = classification::Head { status, headers, beginning };
         Ok(guest.batchwright_plugin_classification().call_classify(store, &head).await?.into())
+    }
+
+    /// Calls `stream-endpoints` of an adapter that exports it.
+    pub(crate) async fn stream_endpoints<T: Send + 'static>(
+        &self,
+        store: &mut Store<T>,
+    ) -> wasmtime::Result<Vec<String>> {
+        let Self::Adapter(.., Some(guest)) = self else {
+            return Err(wrong_world("stream-endpoints"));
+        };
+        guest.batchwright_plugin_streaming().call_stream_endpoints(store).await
     }
 }
 

@@ -9,7 +9,7 @@ use batchwright_domain::usage::UsageKind;
 use super::*;
 use crate::accounts::{KeyHolder, NewKey, NewServiceAccount};
 use crate::usage::{Meters, UsageCounts, UsageGroups, UsageQuery, UsageRow};
-use crate::{Charge, Started, TokenLimit};
+use crate::{Charge, OnlineUsage, Started, TokenLimit};
 
 const MINUTE: i64 = 60_000;
 const DAY: i64 = 86_400_000;
@@ -130,6 +130,35 @@ pub(crate) async fn usage_stays_when_its_key_is_deleted(fixture: impl Fixture) {
     assert_eq!(usage(&*store, query).await.len(), 1);
     let query = UsageQuery { keys: vec!["key_b".into()], ..usage_query(DAY, group) };
     assert_eq!(usage(&*store, query).await.len(), 0);
+}
+
+pub(crate) async fn usage_of_online_requests_is_told_from_that_of_batches(fixture: impl Fixture) {
+    let store = open(&fixture).await;
+    let held = executing(&*store, "batch", 9).await;
+    record(&*store, &held, vec![charged(1, "a", Some(1.0))], NOW).await;
+    let online = |model, endpoint| {
+        let ResultRow { charge, usage: tokens, .. } = charged(1, model, Some(1.0));
+        OnlineUsage { endpoint, key: None, charge: charge.unwrap(), tokens }
+    };
+    let requests = vec![
+        online("a", Endpoint::ChatCompletions),
+        online("a", Endpoint::Responses),
+        online("b", Endpoint::Embeddings),
+    ];
+    store.record_online_usage(&tenant(), requests.clone(), NOW).await.unwrap();
+    store.record_online_usage(&"unknown".into(), requests, NOW).await.unwrap();
+    let group = UsageGroups { batch: true, model: true, ..UsageGroups::default() };
+    let rows = usage(&*store, usage_query(DAY, group)).await;
+    let shown: Vec<_> = rows
+        .iter()
+        .map(|row| (row.model.as_deref().unwrap(), row.is_batch.unwrap(), row.counts.requests))
+        .collect();
+    assert_eq!(shown, [("a", false, 2), ("a", true, 1), ("b", false, 1)]);
+    let query = UsageQuery { kind: Some(UsageKind::Embeddings), ..usage_query(DAY, group) };
+    // The suite's batch has embeddings too.
+    assert_eq!(usage(&*store, query).await.len(), 2);
+    let spent = store.meters(&tenant(), NOW).await.unwrap().spent;
+    assert_eq!(spent, Money::from_units(4 * 5_000_000));
 }
 
 pub(crate) async fn money_is_counted_by_month_and_requests_by_day(fixture: impl Fixture) {

@@ -1,4 +1,4 @@
-//! Validation of one chunk: the rules of the host, and all validators.
+//! Rules for requests: those of the host, and all validators.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -11,13 +11,11 @@ use batchwright_domain::ids::TenantId;
 use batchwright_domain::limits::ModelRule;
 use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
-use batchwright_store::{BatchRecord, PluginVersion};
 
 use crate::formats::envelope::Envelope;
 use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, string, with_model};
 use crate::formats::not_json;
-use crate::request::served_by::served_by;
 use crate::schedule::quotas::estimated_tokens;
 
 /// Maximum number of violations that a chunk keeps.
@@ -67,22 +65,15 @@ pub(crate) struct Known {
 
 impl ChunkValidator {
     /// Creates a validator of the chunks of a batch, with the plugins that serve now.
-    pub(super) fn new(
+    pub(crate) fn new(
         tenant: &TenantId,
-        batch: &BatchRecord,
+        (batch, endpoint): (BatchContext, Endpoint),
         plugins: Arc<Snapshot>,
         (models, counted): (Arc<ModelRule>, BTreeSet<String>),
-        first_model: Option<String>,
     ) -> Self {
-        let endpoint = batch.new.endpoint;
         Self {
             tenant: tenant.clone(),
-            batch: BatchContext {
-                id: batch.new.id.to_string(),
-                endpoint: endpoint.as_str().to_owned(),
-                metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
-                first_model,
-            },
+            batch,
             endpoint,
             validators: plugins.validators(tenant, endpoint),
             default_model: plugins.default_model(tenant, endpoint, &models).map(str::to_owned),
@@ -93,13 +84,13 @@ impl ChunkValidator {
         }
     }
 
-    /// Returns the exact versions of the validators.
-    pub(super) fn plugin_versions(&self) -> Vec<PluginVersion> {
-        self.validators.iter().map(|plugin| served_by(plugin)).collect()
+    /// Returns the validators.
+    pub(crate) fn validators(&self) -> &[Arc<Plugin>] {
+        &self.validators
     }
 
     /// Validates a chunk with the rules of the host and with all validators.
-    pub(super) async fn validate(
+    pub(crate) async fn validate(
         &self,
         chunk: Vec<InputLine>,
     ) -> std::result::Result<ValidatedChunk, CallError> {

@@ -1,0 +1,634 @@
+//! Online requests: one request, answered while its client waits.
+//!
+//! **One path.** An online request passes the same validators, limits, credentials, breakers and
+//! fair queue as a line of a batch, and the same adapter translates it. What differs is time: a
+//! client waits, so nothing is retried and no limit is waited for. The client learns when to try
+//! again, and the official SDKs do so.
+//!
+//! **Paid for once.** What a provider has answered reaches the client, whatever else fails. A
+//! failure that the provider may have charged for tells the SDKs not to retry. The key that makes
+//! a retry of a client safe becomes the provider's: the id of the request is derived from it.
+//!
+//! **Usage.** The usage of a request is committed before the end of its answer is sent. A client
+//! that leaves is charged for what was seen; see [`metering`].
+//!
+//! **A client that leaves.** Its future is dropped, and with it the exchange and the connection to
+//! the provider.
+
+mod body;
+mod metering;
+mod scrub;
+mod stream;
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchwright_domain::clock::{Clock, Timestamp};
+use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::ids::{KeyId, TenantId};
+use batchwright_domain::text::truncate_for_message;
+use batchwright_domain::usage::TokenUsage;
+use batchwright_egress::{NoCredential, Permit, QueueId, Refusals, TransportErrorKind};
+use batchwright_memory::Reservation;
+use batchwright_plugin::types::{Answer, BatchContext, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin, Registry, Route};
+use batchwright_store::{Store, StoreError};
+use batchwright_tenancy::quota::{Blocked, Exhausted, Standing};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::formats::input::InputLine;
+use crate::formats::line::{RequestLine, with_model};
+use crate::formats::result_line::{online_request_id, tokens};
+use crate::online::body::OnlineBody;
+use crate::online::metering::Metering;
+pub use crate::online::stream::OnlineStream;
+use crate::parts::{Parts, Shared};
+use crate::request::assessment::ProviderSignal;
+use crate::request::exchange::Exchange;
+use crate::request::failures::{Origin, describe_trouble};
+use crate::request::outcome::{failure, identity};
+use crate::rules::ChunkValidator;
+use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, FailureVerdict, Probe};
+use crate::schedule::breakers::Breakers;
+use crate::schedule::gate::Gate;
+use crate::schedule::quotas::{Quotas, TenantQuota};
+
+/// Time after which a client may try again when nothing better is known.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Error of an online request. The texts are shown to clients.
+#[derive(Debug, thiserror::Error)]
+pub enum OnlineError {
+    /// The request breaks a rule, or the adapter refuses it.
+    #[error("{message}")]
+    Invalid {
+        /// Code of the rule.
+        code: String,
+        /// What is wrong, and how to fix it.
+        message: String,
+        /// Parameter at fault.
+        param: Option<String>,
+    },
+    /// No plugin serves the model for the endpoint.
+    #[error("The model '{0}' does not exist, or this project has no access to it{1}.")]
+    ModelNotFound(String, String),
+    /// The provider's streams cannot be passed on.
+    #[error(
+        "The provider of the model '{0}' has no stream that this server can pass on; send the \
+         request without 'stream'."
+    )]
+    NoStream(String),
+    /// A limit of the project is used up.
+    #[error("{limit}")]
+    Limited {
+        /// Limit.
+        limit: Exhausted,
+        /// Time until there may be room again.
+        wait: Duration,
+    },
+    /// The project has as many requests in flight as it may have.
+    #[error(
+        "The project has reached its limit of {0} requests in flight (max_requests_in_flight)."
+    )]
+    InFlight(u64),
+    /// The provider asks for a pause, and nothing was sent.
+    #[error("The provider is at its rate limit; try again later.")]
+    Busy(Duration),
+    /// Requests cannot be sent to the provider now.
+    #[error("{message}")]
+    Unavailable {
+        /// Cause.
+        message: String,
+        /// Time of the next attempt.
+        wait: Duration,
+    },
+    /// No place became free in time.
+    #[error("The provider has no free place for this request; try again in a moment.")]
+    Overloaded,
+    /// The provider or its plugin has failed after the request was sent.
+    #[error("{message}")]
+    Failed {
+        /// Code of the failure.
+        code: String,
+        /// Cause.
+        message: String,
+        /// True if the time has run out.
+        is_timeout: bool,
+        /// True if the provider has done nothing, so that a retry costs nothing.
+        may_retry: bool,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl OnlineError {
+    fn invalid(code: ErrorCode, message: impl Into<String>, param: Option<&str>) -> Self {
+        let param = param.map(str::to_owned);
+        Self::Invalid { code: code.into(), message: message.into(), param }
+    }
+
+    fn of_call(error: &CallError, was_sent: bool) -> Self {
+        let (code, message) = (error.code().into(), error.to_string());
+        Self::Failed { code, message, is_timeout: false, may_retry: !was_sent }
+    }
+}
+
+/// Online request of a client.
+#[derive(Debug)]
+pub struct OnlineRequest {
+    /// Tenant.
+    pub tenant: TenantId,
+    /// Key that the request was sent with.
+    pub key: Option<KeyId>,
+    /// Endpoint.
+    pub endpoint: Endpoint,
+    /// JSON text of the body.
+    pub body: String,
+    /// Key that makes a retry of the request safe.
+    pub idempotency_key: Option<String>,
+    /// Id of the request in the log.
+    pub log_id: String,
+}
+
+/// Answer to an online request.
+pub enum OnlineAnswer {
+    /// Whole response of the provider.
+    Whole {
+        /// Status.
+        status: u16,
+        /// JSON object.
+        body: String,
+        /// Time after which the provider allows another attempt.
+        retry_after: Option<Duration>,
+        /// Memory of the body.
+        reservation: Reservation,
+    },
+    /// Stream of events.
+    Stream(OnlineStream),
+}
+
+/// Answer or error, with the standing of the project's limits for the model.
+pub struct Answered {
+    /// Limits of the model and what is left of them; none if the model is unknown.
+    pub standing: Option<Standing>,
+    /// Answer or error.
+    pub result: Result<OnlineAnswer, OnlineError>,
+}
+
+/// Answers online requests.
+pub struct Online {
+    store: Arc<dyn Store>,
+    registry: Arc<Registry>,
+    clock: Clock,
+    config: Arc<Config>,
+    breakers: Arc<Breakers>,
+    quotas: Arc<Quotas>,
+    gate: Gate,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// Request that may be sent.
+struct Admitted<'a> {
+    request: &'a OnlineRequest,
+    /// Id of the request.
+    id: String,
+    /// Model as the provider knows it.
+    provider_model: String,
+    plugin: Arc<Plugin>,
+    /// Body to send.
+    body: String,
+    /// True for a stream.
+    is_stream: bool,
+    wants_usage: bool,
+    breaker: Arc<Breaker>,
+    quota: Arc<TenantQuota>,
+}
+
+/// How the steps of an adapter have ended.
+enum Ended {
+    /// With an answer; the second value is true if the adapter asks for a retry.
+    Answer(Answer, Option<Duration>),
+    /// With a stream, whose first event has arrived.
+    Stream(batchwright_egress::Events, Vec<u8>),
+}
+
+impl Online {
+    pub(crate) fn new(
+        parts: &Parts,
+        shared: &Shared,
+        breakers: Arc<Breakers>,
+        quotas: Arc<Quotas>,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self {
+            store: parts.store.clone(),
+            registry: parts.registry.clone(),
+            clock: parts.clock.clone(),
+            config: parts.config.clone(),
+            breakers,
+            quotas,
+            gate: shared.gate.clone(),
+            closing: shared.closing.clone(),
+            tasks,
+        }
+    }
+
+    /// Answers a request.
+    pub async fn answer(self: &Arc<Self>, request: OnlineRequest) -> Answered {
+        let started = Instant::now();
+        let quota = self.quotas.of(&request.tenant);
+        let mut model = None;
+        let result = self.answer_within_limits(&request, quota.clone(), &mut model).await;
+        let standing = model.as_deref().map(|model| quota.standing(model));
+        tracing::debug!(
+            request_id = request.log_id,
+            tenant = %request.tenant,
+            key = request.key.as_ref().map(tracing::field::display),
+            endpoint = %request.endpoint,
+            model,
+            error = result.as_ref().err().map(tracing::field::display),
+            duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "online request answered"
+        );
+        Answered { standing, result }
+    }
+
+    async fn answer_within_limits(
+        self: &Arc<Self>,
+        request: &OnlineRequest,
+        quota: Arc<TenantQuota>,
+        provider_model: &mut Option<String>,
+    ) -> Result<OnlineAnswer, OnlineError> {
+        if self.closing.is_cancelled() {
+            return Err(StoreError::Closed.into());
+        }
+        if !self.gate.is_open() {
+            // Nothing is sent while its usage could not be recorded.
+            return Err(StoreError::NotReady("results cannot be written".into()).into());
+        }
+        quota.refresh().await?;
+        let body = OnlineBody::parse(&request.body, request.endpoint)?;
+        let Checked { admitted, user } = self.check(request, quota, body, provider_model).await?;
+        tracing::debug!(
+            request_id = request.log_id,
+            request = admitted.id,
+            plugin = admitted.plugin.name(),
+            is_stream = admitted.is_stream,
+            user = user.as_deref().map(truncate_for_message).as_deref(),
+            "online request valid"
+        );
+        let timeout = self.config.online.online_timeout.duration();
+        let sent = tokio::time::timeout(timeout, Box::pin(self.send(admitted)));
+        sent.await.unwrap_or_else(|_| {
+            Err(OnlineError::Failed {
+                code: ErrorCode::ProviderTimeout.into(),
+                message: format!(
+                    "The request was not answered within {} (online_timeout).",
+                    *self.config.online.online_timeout
+                ),
+                is_timeout: true,
+                may_retry: false,
+            })
+        })
+    }
+
+    /// Validates a request, and finds the plugin that serves it.
+    async fn check<'a>(
+        &self,
+        request: &'a OnlineRequest,
+        quota: Arc<TenantQuota>,
+        body: OnlineBody,
+        provider_model: &mut Option<String>,
+    ) -> Result<Checked<'a>, OnlineError> {
+        let (tenant, endpoint) = (&request.tenant, request.endpoint);
+        let id =
+            online_request_id(tenant.as_str(), request.idempotency_key.as_deref(), &request.body);
+        let plugins = self.registry.current();
+        plugins
+            .check_required(&self.config.required_plugins, tenant)
+            .map_err(StoreError::NotReady)?;
+        let models = quota.models();
+        let line = format!(
+            r#"{{"custom_id":"{id}","method":"POST","url":"{endpoint}","body":{}}}"#,
+            body.plain
+        );
+        let named = RequestLine::parse(&line).model.map(std::borrow::Cow::into_owned);
+        let default = plugins.default_model(tenant, endpoint, &models).map(str::to_owned);
+        if let Some(model) = named.as_ref().or(default.as_ref()) {
+            let route = plugins.allowed_route(tenant, model, &models);
+            if !route.as_ref().is_some_and(|route| route.plugin.handles(endpoint)) {
+                let shown = truncate_for_message(model);
+                let of_endpoint = route.map(|_| format!(" at {endpoint}")).unwrap_or_default();
+                return Err(OnlineError::ModelNotFound(shown, of_endpoint));
+            }
+        }
+        let context = BatchContext {
+            id: format!("batch_{}", Uuid::new_v4().simple()),
+            endpoint: endpoint.as_str().to_owned(),
+            metadata: Vec::new(),
+            first_model: named.clone(),
+        };
+        let rules = (models.clone(), BTreeSet::new());
+        let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
+        let line = InputLine::Buffered { number: 1, at: 0, bytes: line.into() };
+        let found = validator.validate(vec![line]).await;
+        let found = found.map_err(|error| OnlineError::of_call(&error, false))?;
+        if let Some(violation) = found.violations.into_iter().next() {
+            let param = violation.param.map(|param| within_body(&param).to_owned());
+            let message = violation.message.replace("'body.", "'");
+            return Err(OnlineError::Invalid { code: violation.code, message, param });
+        }
+        let model = found.requests.into_iter().next().and_then(|request| request.model);
+        let route = model.as_deref().and_then(|model| plugins.route(tenant, model));
+        let (Some(model), Some(Route { plugin, model: at_provider })) = (model, route) else {
+            let message = "Model parameter is required.";
+            return Err(OnlineError::invalid(ErrorCode::InvalidRequest, message, Some("model")));
+        };
+        *provider_model = Some(at_provider.clone());
+        let is_stream = body.streamed.is_some();
+        if is_stream {
+            let streams = plugin.streams(tenant, endpoint).await;
+            if !streams.map_err(|error| OnlineError::of_call(&error, false))? {
+                return Err(OnlineError::NoStream(truncate_for_message(&model)));
+            }
+        }
+        let sent = body.streamed.unwrap_or(body.plain);
+        let sent = if named.is_some() { sent } else { with_model(&sent, &model) };
+        let breaker = self.breakers.of(plugin.name(), tenant, endpoint);
+        let admitted = Admitted {
+            request,
+            id,
+            provider_model: at_provider,
+            plugin,
+            body: sent,
+            is_stream,
+            wants_usage: body.wants_usage,
+            breaker,
+            quota,
+        };
+        Ok(Checked { admitted, user: body.user })
+    }
+
+    /// Sends a valid request, and turns what came back into an answer.
+    async fn send(self: &Arc<Self>, admitted: Admitted<'_>) -> Result<OnlineAnswer, OnlineError> {
+        let Admitted { request, plugin, quota, .. } = &admitted;
+        let tenant = &request.tenant;
+        if let Err(NoCredential(error)) = plugin.gateway().check_credential(tenant).await {
+            tracing::debug!(%tenant, plugin = plugin.name(), error, "no credential");
+            let message = "The provider has no credential for this project.".into();
+            return Err(OnlineError::Unavailable { message, wait: RETRY_INTERVAL });
+        }
+        let probe = self.enter(&admitted)?;
+        let hold = quota
+            .reserve(&admitted.provider_model, admitted.body.len())
+            .map_err(|blocked| self.limited(blocked))?;
+        let permit = self.permit(&admitted).await?;
+        let mut exchange = Exchange::new(plugin, tenant, Refusals::default());
+        exchange.permit = Some(permit);
+        exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
+        let mut metering = Metering::new(self.clone(), &admitted, hold);
+        let ended = self.run(&admitted, &mut exchange, &mut metering).await;
+        let ended = ended.map_err(|error| OnlineError::of_call(&error, exchange.last.is_some()))?;
+        let (answer, delay) = match ended {
+            Ended::Answer(answer, delay) => (answer, delay),
+            Ended::Stream(events, first) => {
+                self.origin(request).record_success(&admitted.breaker, plugin);
+                drop(probe);
+                let Exchange { permit, reservation, .. } = exchange;
+                let held = (permit, reservation);
+                let stream = OnlineStream::new(events, first, held, metering, admitted.wants_usage);
+                return Ok(OnlineAnswer::Stream(stream));
+            }
+        };
+        let trouble = self.record(&admitted, &exchange, &answer, probe.is_some());
+        let delay = delay.max(exchange.last.as_ref().and_then(|last| last.assessment.hints.delay));
+        if let Some(trouble) = trouble {
+            metering.release();
+            return Err(trouble);
+        }
+        let reservation = exchange.reservation;
+        match answer {
+            Answer::Response(Response { status, body, usage, .. }) => {
+                let usage = usage.map(tokens).unwrap_or_default();
+                if (200..300).contains(&status) || usage != TokenUsage::default() {
+                    metering.finish(usage).await;
+                } else {
+                    metering.release();
+                }
+                Ok(OnlineAnswer::Whole { status, body, retry_after: delay, reservation })
+            }
+            Answer::Failure(found) => {
+                metering.release();
+                let Some(last) = &exchange.last else {
+                    // The adapter has refused the request, and nothing was sent.
+                    let (code, message) = (found.code, found.message);
+                    return Err(OnlineError::Invalid { code, message, param: None });
+                };
+                let may_retry = last.assessment.signal == ProviderSignal::NotSent;
+                let (code, message) = (found.code, found.message);
+                let is_timeout = last.fault == Some(TransportErrorKind::Timeout);
+                Err(OnlineError::Failed { code, message, is_timeout, may_retry })
+            }
+        }
+    }
+
+    /// Decides whether a request may be sent, and returns the guard of a probe if it is one.
+    fn enter(&self, admitted: &Admitted<'_>) -> Result<Option<Probe>, OnlineError> {
+        let Admitted { plugin, breaker, .. } = admitted;
+        if plugin.routing().paused {
+            let message = "The provider is paused by the operator.".into();
+            return Err(OnlineError::Unavailable { message, wait: RETRY_INTERVAL });
+        }
+        let now = self.clock.now();
+        let (decision, probe) = breaker.enter(now, identity(plugin));
+        let next = match decision {
+            BreakerDecision::Allow | BreakerDecision::Probe => return Ok(probe),
+            BreakerDecision::Wait(until) => until,
+            BreakerDecision::GiveUp(_) => now,
+        };
+        let outage = breaker.outage();
+        let message = outage.map_or_else(
+            || "The provider is not available.".to_owned(),
+            |outage| outage.trouble.message,
+        );
+        Err(OnlineError::Unavailable { message, wait: self.wait_until(next) })
+    }
+
+    /// Waits for a permit of the provider, for a bounded time.
+    async fn permit(&self, admitted: &Admitted<'_>) -> Result<Permit, OnlineError> {
+        let Admitted { request, plugin, quota, .. } = admitted;
+        let tenant = &request.tenant;
+        let priority = quota.online_priority(&admitted.provider_model, admitted.body.len());
+        let queue = QueueId { tenant: tenant.clone(), batch: None };
+        let timeout = self.config.online.online_queue_timeout.duration();
+        let waited = tokio::time::timeout(timeout, plugin.gateway().admit(queue, priority));
+        match waited.await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(until)) => {
+                Err(OnlineError::Busy(until.saturating_duration_since(Instant::now())))
+            }
+            Err(_) => {
+                let max = priority.max_in_flight;
+                let in_flight = plugin.gateway().in_flight_of(tenant);
+                match max.filter(|max| in_flight >= *max) {
+                    Some(max) => Err(OnlineError::InFlight(max)),
+                    None => Err(OnlineError::Overloaded),
+                }
+            }
+        }
+    }
+
+    /// Runs the steps of the adapter.
+    async fn run(
+        &self,
+        admitted: &Admitted<'_>,
+        exchange: &mut Exchange<'_>,
+        metering: &mut Metering,
+    ) -> Result<Ended, CallError> {
+        let Admitted { request, plugin, id, .. } = admitted;
+        let tenant = &request.tenant;
+        let created_at = u64::try_from(self.clock.now().as_seconds()).unwrap_or(0);
+        let first = || Request {
+            id: id.clone(),
+            custom_id: id.clone(),
+            endpoint: request.endpoint.as_str().to_owned(),
+            model: admitted.provider_model.clone(),
+            body: admitted.body.clone(),
+            created_at,
+            attempt: 1,
+        };
+        let mut step = exchange.begin(tenant, first).await?;
+        let mut may_stream = admitted.is_stream;
+        for _ in 0..plugin.limits().max_steps.get() {
+            step = match step {
+                Step::Done(answer) => {
+                    exchange.record_answer(&answer, id);
+                    return Ok(Ended::Answer(answer, None));
+                }
+                Step::Retry { after_milliseconds, otherwise } => {
+                    let delay = after_milliseconds.map(Duration::from_millis);
+                    return Ok(Ended::Answer(otherwise, delay));
+                }
+                Step::Send { request: sent, state } => {
+                    metering.begin();
+                    // Only the first exchange has the body that asks for a stream.
+                    let mut outcome = if std::mem::take(&mut may_stream) {
+                        match exchange.send_for_events(tenant, sent, &self.clock).await {
+                            Ok((events, first)) => return Ok(Ended::Stream(events, first)),
+                            Err(outcome) => outcome,
+                        }
+                    } else {
+                        exchange.send(tenant, sent, &self.clock).await
+                    };
+                    exchange.resume(tenant, &state, &mut outcome).await?
+                }
+                Step::Wait { milliseconds, state } => {
+                    exchange.permit = None;
+                    exchange.reservation.shrink_to(state.len());
+                    self.clock.sleep(Duration::from_millis(milliseconds)).await;
+                    while exchange.permit.is_none() {
+                        match self.permit(admitted).await {
+                            Ok(permit) => exchange.permit = Some(permit),
+                            Err(error) => {
+                                let code = ErrorCode::ProviderError;
+                                let answer = failure(code, error.to_string());
+                                return Ok(Ended::Answer(answer, None));
+                            }
+                        }
+                    }
+                    exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
+                    exchange.resume(tenant, &state, &mut Outcome::Elapsed).await?
+                }
+            };
+        }
+        Err(CallError::Contract {
+            plugin: plugin.name().to_owned(),
+            function: "resume",
+            message: format!(
+                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
+                plugin.limits().max_steps
+            ),
+        })
+    }
+
+    /// Records what an exchange says about the provider. Returns the error for the client if the
+    /// answer of the provider concerns the operator alone.
+    fn record(
+        &self,
+        admitted: &Admitted<'_>,
+        exchange: &Exchange<'_>,
+        answer: &Answer,
+        is_probe: bool,
+    ) -> Option<OnlineError> {
+        let Admitted { request, plugin, breaker, id, .. } = admitted;
+        let (last, origin) = (exchange.last.as_ref()?, self.origin(request));
+        let kind = match last.assessment.signal {
+            ProviderSignal::Answered
+            | ProviderSignal::RateLimited
+            | ProviderSignal::TransientError => {
+                origin.record_success(breaker, plugin);
+                return None;
+            }
+            // The content of a single request may be the cause.
+            ProviderSignal::Failure(FailureKind::Forbidden) | ProviderSignal::NotSent => {
+                return None;
+            }
+            ProviderSignal::Failure(kind) => kind,
+            ProviderSignal::NoResponse => FailureKind::Failed,
+        };
+        let trouble = describe_trouble(kind, answer, Some(last));
+        let message = trouble.message.clone();
+        let mut mark = DefaultHasher::new();
+        id.hash(&mut mark);
+        let line = (id.as_str(), mark.finish());
+        let verdict = origin.record_failure(breaker, line, plugin, None, trouble, is_probe);
+        let until = match verdict {
+            FailureVerdict::Hold(until) | FailureVerdict::Wait(until) => until,
+            FailureVerdict::LineAtFault => self.clock.now(),
+        };
+        match kind {
+            FailureKind::Unauthorized | FailureKind::Quota | FailureKind::Unreachable => {
+                Some(OnlineError::Unavailable { message, wait: self.wait_until(until) })
+            }
+            _ => None,
+        }
+    }
+
+    fn origin<'a>(&'a self, request: &'a OnlineRequest) -> Origin<'a> {
+        Origin {
+            tenant: &request.tenant,
+            batch: None,
+            endpoint: request.endpoint,
+            clock: &self.clock,
+            breakers: &self.breakers,
+        }
+    }
+
+    fn limited(&self, Blocked { limit, until }: Blocked) -> OnlineError {
+        OnlineError::Limited { limit, wait: self.wait_until(until) }
+    }
+
+    fn wait_until(&self, until: Timestamp) -> Duration {
+        self.clock.now().until(until)
+    }
+}
+
+/// Valid request, and what the log has of it.
+struct Checked<'a> {
+    admitted: Admitted<'a>,
+    user: Option<String>,
+}
+
+/// Returns a path within the body.
+fn within_body(param: &str) -> &str {
+    param.strip_prefix("body.").unwrap_or(param)
+}
