@@ -14,7 +14,7 @@ let server, client;
 
 before(async () => {
   server = await serve(join(folder, "data"));
-  client = new OpenAI({ baseURL: server.baseURL, apiKey: "none", maxRetries: 0 });
+  client = new OpenAI({ baseURL: server.baseURL, apiKey: server.apiKey, maxRetries: 0 });
 });
 
 after(() => {

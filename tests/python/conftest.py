@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+import uuid
 
 import openai
 import pytest
@@ -158,6 +159,8 @@ class Stub(Process):
 class Server(Process):
     """Server with its own data folder and plugin folder."""
 
+    tenant = "default"
+
     def __init__(self, folder, *arguments, env=None):
         self.folder = folder
         self.data = folder / "data"
@@ -291,9 +294,37 @@ def serve(tmp_path):
         yield start
 
 
+class SharedServer(Server):
+    """Project of its own on a server that other tests use at the same time."""
+
+    def __init__(self):
+        self.url, admin_key = os.environ["TEST_SERVER_URL"], os.environ["TEST_ADMIN_KEY"]
+        self.data = pathlib.Path(os.environ["TEST_SERVER_DATA"])
+        self.log = self.data.parent / "server.log"
+        url = self.url + "/v1"
+        projects = openai.OpenAI(base_url=url, api_key="none", admin_api_key=admin_key)
+        projects = projects.admin.organization.projects
+        project = projects.create(name=f"test {uuid.uuid4()}")
+        key = projects.service_accounts.create(project.id, name="tests").api_key.value
+        self.tenant = project.model_extra["slug"]
+        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
+        # Requests without an SDK have the key too.
+        opener = urllib.request.build_opener()
+        opener.addheaders = [("authorization", f"Bearer {key}")]
+        urllib.request.install_opener(opener)
+
+
+def pytest_collection_modifyitems(config, items):
+    """With a shared server, keeps the tests that need no server of their own."""
+    if "TEST_SERVER_URL" in os.environ:
+        items[:] = [item for item in items if "server" in item.fixturenames]
+
+
 @pytest.fixture
-def server(serve):
-    return serve()
+def server(request):
+    if "TEST_SERVER_URL" in os.environ:
+        return SharedServer()
+    return request.getfixturevalue("serve")()
 
 
 def run_host(*arguments, env=None, timeout=60, **more):

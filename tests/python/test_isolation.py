@@ -1,13 +1,16 @@
 """Random operations of several tenants: no answer to one depends on what another does."""
 
 import concurrent.futures
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import httpx2
 import pytest
-from conftest import CHAT, chat, jsonl, wait_for
+from conftest import CHAT, ROOT, chat, jsonl, wait_for
 from tenants import Tenants
 
 IDS = re.compile(r"(?:file-|batch_req_|batch_)[0-9a-f]{32}")
@@ -157,3 +160,34 @@ def test_answers_to_a_tenant_do_not_depend_on_others(serve, tmp_path, round, req
             other.result()
     assert disturbed == alone
     assert len({str(answer) for answer in alone}) > 20, "the operations are varied"
+
+
+def test_two_clients_run_the_sdk_tests_side_by_side_on_one_server(tenants, tmp_path):
+    """Runs the tests of both SDKs twice at the same time, each test in a project of its own.
+
+    The tests count what they list, so what another project adds or deletes fails them.
+    """
+    shared = {
+        "TEST_SERVER_URL": tenants.server.url,
+        "TEST_ADMIN_KEY": tenants.key,
+        "TEST_SERVER_DATA": str(tenants.server.data),
+    }
+    python = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = ["tests/python/test_sdk.py", "tests/python/test_lines.py"]
+    commands = 2 * [[*python, *files]] + 2 * [["node", "--test", "tests/node/sdk.test.mjs"]]
+    running = []
+    for number, command in enumerate(commands):
+        log = tmp_path / f"client{number}.log"
+        with open(log, "wb") as output:
+            environment = {**os.environ, **shared}
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        running.append((child, log))
+    for child, log in running:
+        assert child.wait(timeout=240) == 0, log.read_text()[-5000:]
+    passed = [int(count) for count in re.findall(r"(\d+) passed", running[0][1].read_text())]
+    assert sum(passed) >= 20, passed
+    # Each test has left a project, and none of them sees a batch of another.
+    projects = list(tenants.admin.projects.list(limit=100))
+    assert len(projects) >= 2 * sum(passed)

@@ -317,7 +317,9 @@ def test_list_continues_after_its_cursor_is_deleted(server):
         listed.append(file.id)
         server.client.files.delete(file.id)
         wait_for(
-            lambda file=file: not (server.data / "objects/default/files" / file.id).exists(),
+            lambda file=file: not (
+                server.data / "objects" / server.tenant / "files" / file.id
+            ).exists(),
             what="removal of the object",
         )
     assert listed == ids[::-1] and list(server.client.files.list()) == []
@@ -370,5 +372,5 @@ def test_range_requests_and_the_old_prefix_are_supported(server):
     part = server.client.files.content(file.id, extra_headers={"range": "bytes=2-4"})
     assert part.content == b"234" and part.response.status_code == 206
     assert part.response.headers["content-range"] == "bytes 2-4/10"
-    old = openai.OpenAI(base_url=server.url + "/v1/openai/v1", api_key="none")
+    old = openai.OpenAI(base_url=server.url + "/v1/openai/v1", api_key=server.client.api_key)
     assert old.files.content(file.id).content == b"0123456789"

@@ -225,7 +225,7 @@ impl From<CreateError> for ApiError {
         let message = error.to_string();
         match error {
             CreateError::Endpoint(_) => Self::invalid("endpoint", ErrorCode::InvalidValue, message),
-            CreateError::CompletionWindow { .. } => {
+            CreateError::CompletionWindow { .. } | CreateError::WindowNotAllowed { .. } => {
                 Self::invalid("completion_window", ErrorCode::InvalidValue, message)
             }
             CreateError::Conflict(_) => Self::conflict(message)

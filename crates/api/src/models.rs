@@ -19,8 +19,8 @@ pub(crate) async fn list(
     tenant: Tenant<ReadModels>,
 ) -> Result<Json<List<Model>>, ApiError> {
     let plugins = app.registry.current();
-    let rule = app.service.models(&tenant.0).await?;
-    let models = plugins.allowed_models(&tenant.0, &rule).into_iter();
+    let permissions = app.service.permissions(&tenant.0).await?;
+    let models = plugins.allowed_models(&tenant.0, &permissions).into_iter();
     Ok(Json(List::new(models.map(|(name, plugin)| model(name, plugin)).collect(), false)))
 }
 
@@ -33,8 +33,8 @@ pub(crate) async fn get(
     tenant: Tenant<ReadModels>,
     Path(id): Path<String>,
 ) -> Result<Json<Model>, ApiError> {
-    let rule = app.service.models(&tenant.0).await?;
-    match app.registry.current().allowed_route(&tenant.0, &id, &rule) {
+    let permissions = app.service.permissions(&tenant.0).await?;
+    match app.registry.current().allowed_route(&tenant.0, &id, &permissions) {
         Some(route) => Ok(Json(model(&id, &route.plugin))),
         None => Err(ApiError::not_found(format!("The model '{id}' does not exist."))
             .with_param("model")

@@ -208,6 +208,19 @@ impl Params {
         Ok(self.optional_integer(name, range)?.map(Some))
     }
 
+    /// Removes a list of names. The outer value is none if it is absent, and the inner one if it is
+    /// null.
+    pub(crate) fn list_change(
+        &mut self,
+        name: &str,
+    ) -> Result<Option<Option<Vec<String>>>, ApiError> {
+        if self.values.get(name).is_some_and(Value::is_null) {
+            self.values.remove(name);
+            return Ok(Some(None));
+        }
+        Ok(self.optional_strings(name)?.map(Some))
+    }
+
     /// Removes an optional boolean. Fails if it has another type.
     pub(crate) fn optional_boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
         match self.take(name) {

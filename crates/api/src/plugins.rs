@@ -25,11 +25,12 @@ pub(crate) async fn list(
     tenant: Tenant<ReadModels>,
 ) -> Result<Json<Collection<Plugin>>, ApiError> {
     let plugins = app.registry.current();
-    let rule = app.service.models(&tenant.0).await?;
+    let permissions = app.service.permissions(&tenant.0).await?;
     let outages = app.service.outages();
     let visible = plugins.entries.iter().filter(|entry| entry.is_shown_to(&tenant.0));
-    let shown =
-        |entry| Plugin::from(entry).with_outage(&outages, &tenant.0).with_rule(&rule, entry);
+    let shown = |entry| {
+        Plugin::from(entry).with_outage(&outages, &tenant.0).with_permissions(&permissions, entry)
+    };
     Ok(Json(Collection::new(visible.map(shown).collect())))
 }
 

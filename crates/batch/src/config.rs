@@ -6,6 +6,7 @@ use std::time::Duration;
 use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Size, Span};
+use batchwright_domain::window::NO_WINDOW;
 use batchwright_plugin::RequiredPlugins;
 use batchwright_tenancy::{Prices, TenantDefaults};
 
@@ -39,7 +40,8 @@ settings! {
         max_line_size: Positive<Size> = "16MiB", "SIZE";
         /// Maximum number of errors listed for a rejected file; a last entry counts the rest
         max_reported_errors: Count = "1000", "N";
-        /// Completion windows that a client may request, separated by commas
+        /// Completion windows that a client may request, separated by commas; batches with the
+        /// window `none` have no deadline, and run when nothing else waits
         completion_windows: CompletionWindows = "24h", "LIST";
         /// Maximum number of metadata pairs of a batch
         max_metadata_pairs: usize = "16", "N";
@@ -142,7 +144,10 @@ impl Value for CompletionWindows {
         let windows = names
             .into_iter()
             .map(|name| {
-                let length = name.parse::<Span>()?.duration();
+                let length = match name.as_str() {
+                    NO_WINDOW => Duration::MAX,
+                    name => name.parse::<Span>()?.duration(),
+                };
                 Ok((name, length))
             })
             .collect::<Result<Vec<_>, String>>()?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::{Limit, Limits, ModelLimits, ModelRule};
+use batchwright_domain::limits::{Limit, Limits, ModelLimits, Permissions};
 use batchwright_store::accounts::StorageBounds;
 use batchwright_store::{Result, Store};
 use batchwright_tenancy::TenantDefaults;
@@ -12,8 +12,8 @@ use batchwright_tenancy::TenantDefaults;
 pub(crate) struct Policy {
     /// Limits that hold.
     pub limits: Limits,
-    /// Models that the tenant may use.
-    pub models: ModelRule,
+    /// What the tenant may use.
+    pub permissions: Permissions,
     /// Limits for models.
     pub model_limits: BTreeMap<String, ModelLimits>,
 }
@@ -28,7 +28,7 @@ impl Policy {
         let stored = store.policy(tenant).await?;
         Ok(Self {
             limits: defaults.fill(stored.limits),
-            models: stored.models,
+            permissions: stored.permissions,
             model_limits: stored.model_limits,
         })
     }

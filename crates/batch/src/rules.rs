@@ -8,7 +8,7 @@ use std::sync::Arc;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::Permissions;
 use batchwright_plugin::types::{BatchContext, Line, ValidationReport, Violation};
 use batchwright_plugin::{CallError, Plugin, Snapshot};
 
@@ -28,7 +28,7 @@ pub(crate) struct ChunkValidator {
     endpoint: Endpoint,
     validators: Vec<Arc<Plugin>>,
     plugins: Arc<Snapshot>,
-    models: Arc<ModelRule>,
+    permissions: Arc<Permissions>,
     /// Models with a limit of enqueued tokens, as their providers know them.
     counted: BTreeSet<String>,
     hashers: [RandomState; 2],
@@ -69,16 +69,16 @@ impl ChunkValidator {
         tenant: &TenantId,
         (batch, endpoint): (BatchContext, Endpoint),
         plugins: Arc<Snapshot>,
-        (models, counted): (Arc<ModelRule>, BTreeSet<String>),
+        (permissions, counted): (Arc<Permissions>, BTreeSet<String>),
     ) -> Self {
         Self {
             tenant: tenant.clone(),
             batch,
             endpoint,
-            validators: plugins.validators(tenant, endpoint),
-            default_model: plugins.default_model(tenant, endpoint, &models).map(str::to_owned),
+            validators: plugins.validators(tenant, endpoint, &permissions),
+            default_model: plugins.default_model(tenant, endpoint, &permissions).map(str::to_owned),
             plugins,
-            models,
+            permissions,
             counted,
             hashers: [RandomState::new(), RandomState::new()],
         }
@@ -246,7 +246,7 @@ impl ChunkValidator {
                 Some(_) if other_endpoint.contains(&request.line) => {}
                 Some(model) => {
                     // A model that the project may not use looks like an unknown one.
-                    let route = self.plugins.allowed_route(&self.tenant, model, &self.models);
+                    let route = self.plugins.allowed_route(&self.tenant, model, &self.permissions);
                     let is_routed = route.is_some();
                     if let Some(route) = route.filter(|route| route.plugin.handles(self.endpoint)) {
                         if !providers.contains(route.plugin.name()) {

@@ -17,6 +17,9 @@ const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 pub struct Timestamp(i64);
 
 impl Timestamp {
+    /// Time that never comes.
+    pub const NEVER: Self = Self(i64::MAX);
+
     /// Returns the timestamp `millis` milliseconds since 1970.
     pub const fn from_millis(millis: i64) -> Self {
         Self(millis)

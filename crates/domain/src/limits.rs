@@ -195,6 +195,73 @@ impl ModelRule {
     }
 }
 
+/// Kind of names that a project may be confined to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Allowed {
+    /// Adapters whose models the project may use.
+    Plugins,
+    /// Validators that judge the requests of the project.
+    Validators,
+    /// Completion windows of the project's batches.
+    CompletionWindows,
+}
+
+impl Allowed {
+    /// All kinds, in the order in which people see them.
+    pub const ALL: [Self; 3] = [Self::Plugins, Self::Validators, Self::CompletionWindows];
+
+    /// Returns the name in the API, in files and in the database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plugins => "allowed_plugins",
+            Self::Validators => "allowed_validators",
+            Self::CompletionWindows => "allowed_completion_windows",
+        }
+    }
+}
+
+/// What a project may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Permissions {
+    /// Models.
+    pub models: ModelRule,
+    /// Names of each kind; none allows all.
+    lists: [Option<BTreeSet<String>>; Allowed::ALL.len()],
+}
+
+impl From<ModelRule> for Permissions {
+    fn from(models: ModelRule) -> Self {
+        Self { models, ..Self::default() }
+    }
+}
+
+impl Permissions {
+    /// Returns the names of a kind; none if all are allowed.
+    pub fn list(&self, kind: Allowed) -> Option<&BTreeSet<String>> {
+        self.lists.get(kind as usize)?.as_ref()
+    }
+
+    /// Returns the permissions with other names of a kind.
+    #[must_use]
+    pub fn with(mut self, kind: Allowed, names: Option<BTreeSet<String>>) -> Self {
+        if let Some(found) = self.lists.get_mut(kind as usize) {
+            *found = names;
+        }
+        self
+    }
+
+    /// Returns true if a name of a kind is allowed.
+    pub fn allows(&self, kind: Allowed, name: &str) -> bool {
+        self.list(kind).is_none_or(|names| names.contains(name))
+    }
+
+    /// Returns true if a request may use a model of a plugin, given the name that the request has
+    /// and the name that the provider knows.
+    pub fn allows_model(&self, plugin: &str, name: &str, at_provider: &str) -> bool {
+        self.allows(Allowed::Plugins, plugin) && self.models.allows(name, at_provider)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,6 +277,17 @@ mod tests {
             assert_eq!(denied.allows(name, at_provider), !in_list, "{name}");
             assert!(ModelRule::default().allows(name, at_provider));
         }
+    }
+
+    #[test]
+    fn project_without_a_list_may_use_all_and_one_with_a_list_no_other() {
+        let names = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
+        let all = Permissions::default();
+        assert!(Allowed::ALL.iter().all(|kind| all.allows(*kind, "x")));
+        let some = all.with(Allowed::Plugins, names(&["p"])).with(Allowed::Validators, names(&[]));
+        assert!(some.allows_model("p", "m", "m") && !some.allows_model("q", "m", "m"));
+        assert!(!some.allows(Allowed::Validators, "x"));
+        assert!(some.allows(Allowed::CompletionWindows, "24h"));
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Projects, service accounts, keys and the audit log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{KeyId, ProjectId, ServiceAccountId, TenantId};
-use batchwright_domain::limits::{Limit, Limits, ModelLimit, ModelLimits, ModelRule};
+use batchwright_domain::limits::{
+    Allowed, Limit, Limits, ModelLimit, ModelLimits, ModelRule, Permissions,
+};
 
 use crate::usage::{Meters, UsagePage, UsageQuery};
 use crate::{Paged, Result};
@@ -36,8 +38,20 @@ pub struct NewProject {
     pub name: String,
 }
 
-/// Changes of limits by limit; none removes the own value of the project.
-pub type LimitChanges = BTreeMap<Limit, Option<u64>>;
+/// Changes of limits; none removes the own value of the project.
+#[derive(Clone, Debug, Default)]
+pub struct LimitChanges {
+    /// Numbers by limit.
+    pub limits: BTreeMap<Limit, Option<u64>>,
+    /// Names that are allowed, by their kind.
+    pub allowed: BTreeMap<Allowed, Option<BTreeSet<String>>>,
+}
+
+impl<const N: usize> From<[(Limit, Option<u64>); N]> for LimitChanges {
+    fn from(limits: [(Limit, Option<u64>); N]) -> Self {
+        Self { limits: limits.into(), allowed: BTreeMap::new() }
+    }
+}
 
 /// Changes of the limits for a model; none removes the limit.
 pub type ModelLimitChanges = BTreeMap<ModelLimit, Option<u64>>;
@@ -47,8 +61,8 @@ pub type ModelLimitChanges = BTreeMap<ModelLimit, Option<u64>>;
 pub struct ProjectPolicy {
     /// Own limits of the project.
     pub limits: Limits,
-    /// Models that the project may use.
-    pub models: ModelRule,
+    /// What the project may use.
+    pub permissions: Permissions,
     /// Limits for models, by the name that the provider knows.
     pub model_limits: BTreeMap<String, ModelLimits>,
     /// Budget of a month in cents.

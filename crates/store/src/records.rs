@@ -12,6 +12,7 @@ use batchwright_domain::money::Price;
 use batchwright_domain::status::Status;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::TokenUsage;
+use batchwright_domain::window::Urgency;
 
 /// Metadata of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -252,8 +253,8 @@ pub struct Waiting {
     pub tenant: TenantId,
     /// Weight of the tenant.
     pub weight: u32,
-    /// True if little is left of the completion window.
-    pub is_urgent: bool,
+    /// Urgency, given the completion window.
+    pub urgency: Urgency,
     /// Lane in which the batch waits.
     pub lane: Lane,
     /// Time of creation or of the last turn.

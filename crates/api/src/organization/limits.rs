@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::ProjectId;
-use batchwright_domain::limits::{Limit, MAX_RULE_MODELS, ModelRule};
+use batchwright_domain::limits::{Allowed, Limit, MAX_RULE_MODELS, ModelRule};
 use batchwright_store::accounts::{LimitChanges, ProjectPolicy, ProjectUse};
 
 use super::{Administration, Organization, failed, project_not_found};
@@ -33,7 +33,8 @@ pub(crate) async fn get(
         Some(service) => service.limits(policy.limits),
         None => policy.limits,
     };
-    Ok(Json(ProjectLimitsObject::new(effective, policy.limits, used)))
+    let own = (policy.limits, &policy.permissions);
+    Ok(Json(ProjectLimitsObject::new(effective, own, used)))
 }
 
 /// Changes limits of a project
@@ -50,10 +51,17 @@ pub(crate) async fn update(
     Path(id): Path<ProjectId>,
     mut params: Params,
 ) -> Result<Json<ProjectLimitsObject>, ApiError> {
-    let mut changes = LimitChanges::new();
+    let mut changes = LimitChanges::default();
     for limit in Limit::ALL {
         if let Some(value) = params.limit_change(limit.name(), limit.range())? {
-            changes.insert(limit, value);
+            changes.limits.insert(limit, value);
+        }
+    }
+    for kind in Allowed::ALL {
+        if let Some(names) = params.list_change(kind.name())? {
+            changes
+                .allowed
+                .insert(kind, names.map(|names| names_of(kind.name(), names)).transpose()?);
         }
     }
     params.reject_unknown()?;
@@ -62,6 +70,16 @@ pub(crate) async fn update(
     updated.map_err(|error| failed(error, Some(&id), ""))?;
     organization.limits_changed().await;
     get(State(organization), Path(id)).await
+}
+
+/// Returns a set of names, if they are valid and not too many.
+fn names_of(param: &str, names: Vec<String>) -> Result<BTreeSet<String>, ApiError> {
+    let names: BTreeSet<String> = names.into_iter().collect();
+    if names.len() > MAX_RULE_MODELS || names.iter().any(String::is_empty) {
+        let message = format!("Invalid '{param}': expected up to {MAX_RULE_MODELS} names.");
+        return Err(ApiError::invalid(param, ErrorCode::InvalidValue, message));
+    }
+    Ok(names)
 }
 
 /// Returns the models that a project may use
@@ -74,7 +92,7 @@ pub(crate) async fn get_models(
     Path(id): Path<ProjectId>,
 ) -> Result<Json<ModelPermissionsObject>, ApiError> {
     let (policy, _) = policy(&organization, &id).await?;
-    Ok(Json(ModelPermissionsObject::new(&policy.models)))
+    Ok(Json(ModelPermissionsObject::new(&policy.permissions.models)))
 }
 
 /// Replaces the models that a project may use
@@ -96,12 +114,7 @@ pub(crate) async fn update_models(
     let names =
         params.optional_strings("model_ids")?.ok_or_else(|| missing_parameter("model_ids"))?;
     params.reject_unknown()?;
-    let models: BTreeSet<String> = names.into_iter().collect();
-    if models.len() > MAX_RULE_MODELS || models.iter().any(String::is_empty) {
-        let message =
-            format!("Invalid 'model_ids': expected up to {MAX_RULE_MODELS} names of models.");
-        return Err(ApiError::invalid("model_ids", ErrorCode::InvalidValue, message));
-    }
+    let models = names_of("model_ids", names)?;
     let rule = ModelRule::from_parts(&mode, models).ok_or_else(|| {
         let message = "Invalid 'mode'. Supported values are: 'allow_list', 'deny_list'.";
         ApiError::invalid("mode", ErrorCode::InvalidValue, message)

@@ -236,7 +236,8 @@ pub(crate) struct Batch {
     created_at: i64,
     #[schema(required)]
     in_progress_at: Option<i64>,
-    expires_at: i64,
+    #[schema(required)]
+    expires_at: Option<i64>,
     #[schema(required)]
     finalizing_at: Option<i64>,
     #[schema(required)]
@@ -318,7 +319,9 @@ impl From<BatchRecord> for Batch {
             error_file_id: batch.error_file_id.map(|id| id.to_string()),
             created_at: batch.new.created_at.as_seconds(),
             in_progress_at: seconds(times.in_progress_at),
-            expires_at: batch.new.expires_at.as_seconds(),
+            expires_at: Some(batch.new.expires_at)
+                .filter(|end| *end != Timestamp::NEVER)
+                .map(Timestamp::as_seconds),
             finalizing_at: seconds(times.finalizing_at),
             completed_at: seconds(times.completed_at),
             failed_at: seconds(times.failed_at),

@@ -1,7 +1,7 @@
 //! Objects of the administration, as in `openai.types.admin.organization` of the official SDK.
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_domain::limits::{Limit, Limits, ModelRule};
+use batchwright_domain::limits::{Allowed, Limit, Limits, ModelRule, Permissions};
 use batchwright_store::accounts::{
     AuditEntry, KeyOwner, KeyRecord, NewKey, ProjectRecord, ProjectUse, ServiceAccountRecord,
 };
@@ -369,6 +369,15 @@ pub(crate) struct ProjectLimitsObject {
     /// Weight in the shares of providers; null is 1.
     #[schema(required)]
     weight: Option<u64>,
+    /// Adapters whose models the project may use; null is all.
+    #[schema(required)]
+    allowed_plugins: Option<Vec<String>>,
+    /// Validators that judge the requests of the project; null is all that serve it.
+    #[schema(required)]
+    allowed_validators: Option<Vec<String>>,
+    /// Completion windows of the project's batches, among those of the server; null is all.
+    #[schema(required)]
+    allowed_completion_windows: Option<Vec<String>>,
     /// Names of the limits that the project has a value of its own for.
     own: Vec<&'static str>,
     usage: LimitsUsage,
@@ -384,8 +393,15 @@ struct LimitsUsage {
 
 impl ProjectLimitsObject {
     /// Returns the limits that hold, given the own ones of the project, and what it uses.
-    pub(crate) fn new(limits: Limits, own: Limits, used: ProjectUse) -> Self {
+    pub(crate) fn new(
+        limits: Limits,
+        (own, permissions): (Limits, &Permissions),
+        used: ProjectUse,
+    ) -> Self {
         let own = Limit::ALL.into_iter().filter(|limit| own.get(*limit).is_some());
+        let lists = Allowed::ALL.into_iter().filter(|kind| permissions.list(*kind).is_some());
+        let list =
+            |kind| permissions.list(kind).map(|names| names.iter().cloned().collect::<Vec<_>>());
         Self {
             object: "project.limits",
             max_stored_bytes: limits.get(Limit::StoredBytes),
@@ -394,7 +410,10 @@ impl ProjectLimitsObject {
             max_requests_per_batch: limits.get(Limit::RequestsPerBatch),
             max_requests_in_flight: limits.get(Limit::RequestsInFlight),
             weight: limits.get(Limit::Weight),
-            own: own.map(Limit::name).collect(),
+            allowed_plugins: list(Allowed::Plugins),
+            allowed_validators: list(Allowed::Validators),
+            allowed_completion_windows: list(Allowed::CompletionWindows),
+            own: own.map(Limit::name).chain(lists.map(Allowed::name)).collect(),
             usage: LimitsUsage {
                 stored_bytes: used.stored_bytes,
                 stored_files: used.stored_files,

@@ -21,6 +21,12 @@ pub(crate) struct UpdateLimits {
     max_requests_in_flight: Option<u64>,
     #[schema(minimum = 1, maximum = 1000)]
     weight: Option<u64>,
+    #[schema(max_items = 1000, min_length = 1)]
+    allowed_plugins: Option<Vec<String>>,
+    #[schema(max_items = 1000, min_length = 1)]
+    allowed_validators: Option<Vec<String>>,
+    #[schema(max_items = 1000, min_length = 1)]
+    allowed_completion_windows: Option<Vec<String>>,
 }
 
 /// Body of `POST …/rate_limits/{rate_limit}`. An absent limit stays, and null removes it.

@@ -2,7 +2,7 @@
 
 use batchwright_batch::{BreakerKey, Outage};
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::Permissions;
 use batchwright_plugin::Entry;
 use batchwright_plugin::types::Kind;
 use batchwright_store::PluginVersion;
@@ -152,11 +152,13 @@ impl Plugin {
         Self { waiting: found.map(|(_, outage)| Waiting::from(outage)), ..self }
     }
 
-    /// Removes the models that the rule of a tenant does not allow.
-    pub(crate) fn with_rule(mut self, rule: &ModelRule, entry: &Entry) -> Self {
+    /// Removes the models that a tenant may not use.
+    pub(crate) fn with_permissions(mut self, permissions: &Permissions, entry: &Entry) -> Self {
         if let Some(plugin) = &entry.serving {
             let aliases = &plugin.routing().aliases;
-            self.models.retain(|name| rule.allows(name, aliases.get(name).unwrap_or(name)));
+            let at_provider = |name: &String| aliases.get(name).unwrap_or(name).clone();
+            self.models
+                .retain(|name| permissions.allows_model(plugin.name(), name, &at_provider(name)));
         }
         self
     }

@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(body.plain, r#"{"a":1e999}"#);
         assert_eq!(
             body.streamed.unwrap(),
-            r#"{"a":1e999,"stream":true,"stream_options":{"include_usage":true,"x":1}}"#
+            r#"{"a":1e999,"stream":true,"stream_options":{"x":1,"include_usage":true}}"#
         );
         assert!(!body.wants_usage);
         assert!(parse(r#"{"stream":true,"stream_options":{"include_usage":true}}"#).wants_usage);

@@ -316,15 +316,15 @@ impl Online {
         plugins
             .check_required(&self.config.required_plugins, tenant)
             .map_err(StoreError::NotReady)?;
-        let models = quota.models();
+        let permissions = quota.permissions();
         let line = format!(
             r#"{{"custom_id":"{id}","method":"POST","url":"{endpoint}","body":{}}}"#,
             body.plain
         );
         let named = RequestLine::parse(&line).model.map(std::borrow::Cow::into_owned);
-        let default = plugins.default_model(tenant, endpoint, &models).map(str::to_owned);
+        let default = plugins.default_model(tenant, endpoint, &permissions).map(str::to_owned);
         if let Some(model) = named.as_ref().or(default.as_ref()) {
-            let route = plugins.allowed_route(tenant, model, &models);
+            let route = plugins.allowed_route(tenant, model, &permissions);
             if !route.as_ref().is_some_and(|route| route.plugin.handles(endpoint)) {
                 let shown = truncate_for_message(model);
                 let of_endpoint = route.map(|_| format!(" at {endpoint}")).unwrap_or_default();
@@ -337,7 +337,7 @@ impl Online {
             metadata: Vec::new(),
             first_model: named.clone(),
         };
-        let rules = (models.clone(), BTreeSet::new());
+        let rules = (permissions.clone(), BTreeSet::new());
         let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
         let line = InputLine::Buffered { number: 1, at: 0, bytes: line.into() };
         let found = validator.validate(vec![line]).await;

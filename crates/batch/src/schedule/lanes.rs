@@ -18,7 +18,8 @@
 //!
 //! **Turns.** Tenants take turns by their weights; see [`turns`](crate::schedule::turns). The
 //! batches of a tenant run in the order of their last turn, and those whose window is about to end
-//! run first. A batch that is next and cannot get all its places yet reserves these places against
+//! run first. Batches without a deadline come after all others, but get one in a hundred places. A
+//! batch that is next and cannot get all its places yet reserves these places against
 //! the others. So a batch that needs many plugins does not starve.
 //!
 //! **Stints.** A stint is the time slice of a turn: one second or 1,000 lines. If another batch
@@ -40,6 +41,7 @@ use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::window::Urgency;
 use batchwright_store::{Lane, Waiting};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
@@ -51,6 +53,9 @@ const STINT_DURATION: Duration = Duration::from_secs(1);
 
 /// Number of lines after which a turn may end.
 const STINT_LINES: usize = 1000;
+
+/// Number of places given to other batches after which a waiting batch without a deadline is next.
+const MAX_PASSED_OVER: u32 = 99;
 
 /// Names of the plugins that the requests of a batch go to.
 pub(crate) type Plugins = BTreeSet<String>;
@@ -81,6 +86,8 @@ struct State {
     running: Vec<Weak<Turn>>,
     /// Turns of the tenants.
     turns: Turns,
+    /// Places given to other batches since a batch without a deadline got one.
+    passed_over: u32,
     /// Time of the last eviction.
     last_eviction: Option<Instant>,
 }
@@ -88,7 +95,7 @@ struct State {
 /// Active batch that waits in this process for its next turn.
 struct Returning {
     tenant: TenantId,
-    is_urgent: bool,
+    urgency: Urgency,
     since: Timestamp,
     plugins: Arc<Plugins>,
     /// Receives a place, or `None` if the batch is evicted.
@@ -148,23 +155,27 @@ impl Lanes {
         for found in waiting {
             state.turns.set_weight(&found.tenant, found.weight);
         }
-        let mut queue: Vec<(u64, bool, Timestamp, bool, usize)> = waiting
+        let can_wait =
+            |urgency: Urgency| urgency == Urgency::Undated && state.passed_over < MAX_PASSED_OVER;
+        let mut queue: Vec<(bool, u64, Urgency, Timestamp, bool, usize)> = waiting
             .iter()
             .enumerate()
             .map(|(index, found)| {
                 let lead = state.turns.lead(&found.tenant, &found.lane);
-                (lead, !found.is_urgent, found.since, false, index)
+                (can_wait(found.urgency), lead, found.urgency, found.since, false, index)
             })
             .collect();
         queue.extend(state.returning.iter().enumerate().map(|(index, returning)| {
             let lead = state.turns.lead_at(&returning.tenant, &returning.plugins);
-            (lead, !returning.is_urgent, returning.since, true, index)
+            let urgency = returning.urgency;
+            (can_wait(urgency), lead, urgency, returning.since, true, index)
         }));
         queue.sort_unstable();
+        let undated_waits = queue.iter().any(|(_, _, urgency, ..)| *urgency == Urgency::Undated);
         // Plugins whose next place is reserved for a batch that has waited longer.
         let mut reserved: HashSet<String> = HashSet::new();
         let mut next = Next::Nothing;
-        for (_, _, _, is_active, index) in queue {
+        for (_, _, urgency, _, is_active, index) in queue {
             if is_active {
                 let Some(plugins) =
                     state.returning.get(index).map(|returning| returning.plugins.clone())
@@ -172,6 +183,7 @@ impl Lanes {
                     continue;
                 };
                 if next == Next::Nothing && state.has_room(&plugins, &reserved, self) {
+                    state.count_grant(urgency, undated_waits);
                     let returning = state.returning.remove(index);
                     let lane = Lane::Execute((*plugins).clone());
                     let place = self.enter(&mut state, lane, &returning.tenant);
@@ -193,6 +205,7 @@ impl Lanes {
             };
             if room && may_activate && next == Next::Nothing {
                 next = Next::Claim(index);
+                state.count_grant(urgency, undated_waits);
             } else if let Lane::Execute(plugins) = &found.lane {
                 // A batch that cannot become active yet must not reserve places, because active
                 // batches need these places to make progress.
@@ -257,13 +270,13 @@ impl Lanes {
         self: &Arc<Self>,
         (plugins, tenant): (&Plugins, &TenantId),
         since: Timestamp,
-        is_urgent: bool,
+        urgency: Urgency,
     ) -> Option<Place> {
         let plugins = Arc::new(plugins.clone());
         loop {
             let (granted, place) = oneshot::channel();
             let (tenant, plugins) = (tenant.clone(), plugins.clone());
-            self.lock().returning.push(Returning { tenant, is_urgent, since, plugins, granted });
+            self.lock().returning.push(Returning { tenant, urgency, since, plugins, granted });
             self.freed.notify_one();
             if let Ok(place) = place.await {
                 return place;
@@ -282,6 +295,15 @@ fn count(counts: &HashMap<String, usize>, name: &str) -> usize {
 }
 
 impl State {
+    /// Counts how often batches without a deadline were passed over.
+    fn count_grant(&mut self, urgency: Urgency, undated_waits: bool) {
+        self.passed_over = match urgency {
+            Urgency::Undated => 0,
+            Urgency::Urgent | Urgency::Dated if undated_waits => self.passed_over.saturating_add(1),
+            Urgency::Urgent | Urgency::Dated => self.passed_over,
+        };
+    }
+
     /// Returns true if each of the plugins has a free place that is not reserved.
     fn has_room(&self, plugins: &Plugins, reserved: &HashSet<String>, lanes: &Lanes) -> bool {
         let free =

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_domain::limits::{Limit, ModelRule};
+use batchwright_domain::limits::{Limit, Permissions};
 use batchwright_domain::money::{Money, Price};
 use batchwright_domain::usage::TokenUsage;
-use batchwright_domain::window;
+use batchwright_domain::window::Urgency;
 use batchwright_egress::Priority;
 use batchwright_plugin::Registry;
 use batchwright_store::{BatchRecord, Result, Store, WaitCause};
@@ -75,8 +75,8 @@ pub(crate) struct TenantQuota {
     quota: Mutex<Quota>,
     /// Weight, and maximum number of requests in flight.
     share: Mutex<(u32, Option<u64>)>,
-    /// Models that the tenant may use.
-    models: Mutex<Arc<ModelRule>>,
+    /// What the tenant may use.
+    permissions: Mutex<Arc<Permissions>>,
     /// Time of the last read of the store. Locked while the store is read.
     refreshed_at: tokio::sync::Mutex<Option<Instant>>,
     /// What is known of batches with requests that wait, or that a provider works on.
@@ -111,9 +111,9 @@ impl BatchShare {
         u32::try_from(WEIGHT_1_WINDOW.as_secs() / window).unwrap_or(1).clamp(1, MAX_BATCH_WEIGHT)
     }
 
-    /// Returns true if less than a tenth of the window is left, and less than three hours.
-    pub(crate) fn is_urgent(&self, now: Timestamp) -> bool {
-        window::is_urgent(now.until(self.expires_at), self.created_at.until(self.expires_at))
+    /// Returns the urgency now.
+    pub(crate) fn urgency(&self, now: Timestamp) -> Urgency {
+        Urgency::of(self.created_at, self.expires_at, now)
     }
 }
 
@@ -153,7 +153,7 @@ impl Quotas {
                 shared: self.shared.clone(),
                 quota: Mutex::default(),
                 share: Mutex::new((1, None)),
-                models: Mutex::default(),
+                permissions: Mutex::default(),
                 refreshed_at: tokio::sync::Mutex::new(None),
                 batches: Mutex::default(),
                 is_stale: AtomicBool::new(true),
@@ -234,7 +234,7 @@ impl TenantQuota {
         let limits = config.tenant_defaults.fill(policy.limits);
         let weight = limits.get(Limit::Weight).and_then(|weight| u32::try_from(weight).ok());
         *lock(&self.share) = (weight.unwrap_or(1), limits.get(Limit::RequestsInFlight));
-        *lock(&self.models) = Arc::new(policy.models);
+        *lock(&self.permissions) = Arc::new(policy.permissions);
         let budget = policy.spend_limit.map(Money::from_cents);
         let allowance = Allowance { models: policy.model_limits, budget };
         let meters = if allowance.is_unlimited() {
@@ -271,9 +271,9 @@ impl TenantQuota {
         Ok(Hold { of: self.clone(), reserved: Some(reserved) })
     }
 
-    /// Returns the models that the tenant may use, as they were read last.
-    pub(crate) fn models(&self) -> Arc<ModelRule> {
-        lock(&self.models).clone()
+    /// Returns what the tenant may use, as it was read last.
+    pub(crate) fn permissions(&self) -> Arc<Permissions> {
+        lock(&self.permissions).clone()
     }
 
     /// Returns the limits for a model and what is left of them.
@@ -293,7 +293,7 @@ impl TenantQuota {
     pub(crate) fn priority(&self, batch: &BatchShare, model: &str, body_bytes: usize) -> Priority {
         Priority {
             batch_weight: batch.weight(),
-            is_urgent: batch.is_urgent(self.shared.clock.now()),
+            urgency: batch.urgency(self.shared.clock.now()),
             ..self.online_priority(model, body_bytes)
         }
     }
@@ -408,8 +408,15 @@ mod tests {
             assert_eq!(batch(seconds).weight(), weight, "{seconds}");
         }
         let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
-        assert!(!batch(3600).is_urgent(at(3200)) && batch(3600).is_urgent(at(3241)));
-        assert!(batch(3600).is_urgent(at(9999)));
-        assert!(!batch(7 * 86_400).is_urgent(at(7 * 86_400 - 4 * 3600)));
+        for (window, now, urgency) in [
+            (3600, 3200, Urgency::Dated),
+            (3600, 3241, Urgency::Urgent),
+            (3600, 9999, Urgency::Urgent),
+            (7 * 86_400, 7 * 86_400 - 4 * 3600, Urgency::Dated),
+            (u64::MAX, 9_999_999, Urgency::Undated),
+        ] {
+            assert_eq!(batch(window).urgency(at(now)), urgency, "{window} {now}");
+        }
+        assert_eq!(batch(u64::MAX).weight(), 1);
     }
 }

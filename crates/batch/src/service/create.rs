@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{FileId, KeyId, TenantId};
-use batchwright_domain::limits::Limit;
+use batchwright_domain::limits::{Allowed, Limit};
 use batchwright_domain::status::Status;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::TokenUsage;
@@ -70,6 +70,17 @@ pub enum CreateError {
         /// Allowed values, as a list in quotes.
         supported: String,
     },
+    /// The project may not use the completion window.
+    #[error(
+        "Invalid value: '{given}'. This project may use: {supported}. The parameter is \
+         'completion_window'."
+    )]
+    WindowNotAllowed {
+        /// Value that the client sent, truncated.
+        given: String,
+        /// Allowed values, as a list in quotes.
+        supported: String,
+    },
     /// The idempotency key was used before with other parameters.
     #[error(
         "Conflict: the idempotency key '{0}' was used before with other parameters; a new batch \
@@ -116,6 +127,15 @@ impl Service {
             return Err(CreateError::NotReady);
         }
         let policy = self.policy(tenant).await?;
+        let windows = policy.permissions.list(Allowed::CompletionWindows);
+        if let Some(windows) = windows.filter(|names| !names.contains(&request.completion_window)) {
+            let names = self.config.batch.completion_windows.names();
+            let supported: Vec<_> = names.filter(|name| windows.contains(*name)).collect();
+            return Err(CreateError::WindowNotAllowed {
+                given: truncate_for_message(&request.completion_window),
+                supported: quoted(&supported),
+            });
+        }
         let fingerprint = request.fingerprint(endpoint);
         let idempotency = request.idempotency_key.map(|key| Idempotency { key, fingerprint });
         let created_at = self.clock.now();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::{BatchId, ProjectId, TenantId};
-use batchwright_domain::limits::{Limits, ModelRule};
+use batchwright_domain::limits::{Limits, Permissions};
 use batchwright_domain::status::Status;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
@@ -175,9 +175,9 @@ impl Service {
         Ok(self.uploading.begin(tenant.clone(), room))
     }
 
-    /// Returns which models a tenant may use.
-    pub async fn models(&self, tenant: &TenantId) -> Result<ModelRule> {
-        Ok(self.policy(tenant).await?.models)
+    /// Returns what a tenant may use.
+    pub async fn permissions(&self, tenant: &TenantId) -> Result<Permissions> {
+        Ok(self.policy(tenant).await?.permissions)
     }
 
     /// Returns the limits that hold for a project, given its own.
@@ -197,7 +197,7 @@ impl Service {
     /// Returns the names that providers know of the models that a tenant may use.
     pub fn models_at_providers(&self, tenant: &TenantId) -> BTreeSet<String> {
         let plugins = self.registry.current();
-        let models = plugins.allowed_models(tenant, &ModelRule::default());
+        let models = plugins.allowed_models(tenant, &Permissions::default());
         models.iter().filter_map(|(model, _)| Some(plugins.route(tenant, model)?.model)).collect()
     }
 

@@ -17,6 +17,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use batchwright_domain::ids::TenantId;
+use batchwright_domain::window::Urgency;
 
 /// Virtual time of a token at the weight 1.
 const TOKEN: u64 = 1000;
@@ -52,10 +53,8 @@ pub struct Priority {
     pub max_in_flight: Option<u64>,
     /// Weight of the batch among those of its tenant.
     pub batch_weight: u32,
-    /// True if little is left of the batch's completion window.
-    pub is_urgent: bool,
-    /// True if the batch has a deadline.
-    pub has_deadline: bool,
+    /// Urgency of the batch.
+    pub urgency: Urgency,
     /// Estimated tokens of the request.
     pub tokens: u64,
 }
@@ -66,8 +65,7 @@ impl Default for Priority {
             tenant_weight: 1,
             max_in_flight: None,
             batch_weight: 1,
-            is_urgent: false,
-            has_deadline: true,
+            urgency: Urgency::default(),
             tokens: 1,
         }
     }
@@ -118,8 +116,7 @@ struct Tenant {
 struct Queue<T> {
     id: QueueId,
     share: Share,
-    is_urgent: bool,
-    has_deadline: bool,
+    urgency: Urgency,
     /// Waiting requests, with their tokens.
     waiting: VecDeque<(u64, T)>,
 }
@@ -153,7 +150,7 @@ impl<T> Queue<T> {
     fn class(&self) -> usize {
         match self.id.batch {
             None => 0,
-            Some(_) if self.has_deadline => 1,
+            Some(_) if self.urgency != Urgency::Undated => 1,
             Some(_) => 2,
         }
     }
@@ -195,8 +192,7 @@ impl<T> Shares<T> {
         }
         let queue = self.queue(id);
         queue.share.weight = priority.batch_weight;
-        queue.is_urgent = priority.is_urgent;
-        queue.has_deadline = priority.has_deadline;
+        queue.urgency = priority.urgency;
     }
 
     /// Adds a waiting request.
@@ -269,7 +265,7 @@ impl<T> Shares<T> {
                 let tenant = self.tenants.get(&queue.id.tenant).copied().unwrap_or_default();
                 let of_queue = queue.share.order(tenant.now, by);
                 // The tenants of equal shares are told apart, so that their queues do not mix.
-                (tenant.share.order(now, by), tenant.number, !queue.is_urgent, of_queue)
+                (tenant.share.order(now, by), tenant.number, queue.urgency, of_queue)
             };
             let waiting = self.queues.iter().filter(|queue| {
                 queue.class() == class
@@ -342,8 +338,7 @@ impl<T> Shares<T> {
             self.queues.push(Queue {
                 id: id.clone(),
                 share: Share { in_flight: 0, time: now, weight: 1 },
-                is_urgent: false,
-                has_deadline: true,
+                urgency: Urgency::default(),
                 waiting: VecDeque::new(),
             });
             self.queues.len().saturating_sub(1)

@@ -185,3 +185,22 @@ async fn limit_of_a_tenant_holds_over_all_plugins_and_blocks_no_other_tenant() {
     drop(first);
     third.now_or_never().unwrap().unwrap();
 }
+
+#[tokio::test]
+async fn batches_leave_a_share_free_while_there_are_online_requests() {
+    let admission = open(20);
+    let online = || QueueId { tenant: "t".into(), batch: None };
+    assert_eq!(admit_all(&admission).len(), 20, "without online requests, batches have all");
+    drop(admission.admit(online(), Priority::default()).now_or_never());
+    let batches = admit_all(&admission);
+    assert_eq!(batches.len(), 18);
+    let first = admission.admit(online(), Priority::default()).now_or_never().unwrap().unwrap();
+    let second = admission.admit(online(), Priority::default()).now_or_never().unwrap().unwrap();
+    // The free places of online requests are theirs alone.
+    drop((first, second));
+    assert!(admit_all(&admission).is_empty());
+    drop(batches);
+    // The last online request is long ago.
+    admission.0.lock().online_at = Instant::now().checked_sub(ONLINE_MEMORY);
+    assert_eq!(admit_all(&admission).len(), 20);
+}

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::{Allowed, Permissions};
 use globset::{Glob, GlobMatcher};
 
 use crate::config::RequiredPlugins;
@@ -126,15 +126,26 @@ impl Snapshot {
         })
     }
 
-    /// Returns the route of a model that the rule of the tenant allows.
-    pub fn allowed_route(&self, tenant: &TenantId, model: &str, rule: &ModelRule) -> Option<Route> {
-        self.route(tenant, model).filter(|route| rule.allows(model, &route.model))
+    /// Returns the route of a model that the tenant may use.
+    pub fn allowed_route(
+        &self,
+        tenant: &TenantId,
+        model: &str,
+        permissions: &Permissions,
+    ) -> Option<Route> {
+        let is_allowed =
+            |route: &Route| permissions.allows_model(route.plugin.name(), model, &route.model);
+        self.route(tenant, model).filter(is_allowed)
     }
 
-    /// Returns the listed models that the rule of the tenant allows.
-    pub fn allowed_models(&self, tenant: &TenantId, rule: &ModelRule) -> Vec<(&str, &Plugin)> {
+    /// Returns the listed models that the tenant may use.
+    pub fn allowed_models(
+        &self,
+        tenant: &TenantId,
+        permissions: &Permissions,
+    ) -> Vec<(&str, &Plugin)> {
         let mut models = self.models(tenant);
-        models.retain(|(model, _)| self.allowed_route(tenant, model, rule).is_some());
+        models.retain(|(model, _)| self.allowed_route(tenant, model, permissions).is_some());
         models
     }
 
@@ -145,13 +156,15 @@ impl Snapshot {
         &self,
         tenant: &TenantId,
         endpoint: Endpoint,
-        rule: &ModelRule,
+        permissions: &Permissions,
     ) -> Option<&str> {
         let plugins =
             self.adapters().filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint));
         let mut models =
             plugins.filter_map(|plugin| plugin.routing().default_models.get(&endpoint));
-        models.find(|model| self.allowed_route(tenant, model, rule).is_some()).map(String::as_str)
+        models
+            .find(|model| self.allowed_route(tenant, model, permissions).is_some())
+            .map(String::as_str)
     }
 
     /// Returns a number that identifies the loaded version of a plugin; zero if none serves.
@@ -207,7 +220,9 @@ impl Snapshot {
             }
             RequiredPlugins::Validators => {
                 let adapters = || self.adapters().filter(|plugin| plugin.serves(tenant));
-                let has_validator = |endpoint| !self.validators(tenant, endpoint).is_empty();
+                let has_validator = |endpoint| {
+                    !self.validators(tenant, endpoint, &Permissions::default()).is_empty()
+                };
                 let unvalidated = Endpoint::ALL.into_iter().find(|endpoint| {
                     adapters().any(|plugin| plugin.handles(*endpoint)) && !has_validator(*endpoint)
                 });
@@ -231,10 +246,16 @@ impl Snapshot {
     }
 
     /// Returns the validators of a tenant's batch for an endpoint, in the order in which they run.
-    pub fn validators(&self, tenant: &TenantId, endpoint: Endpoint) -> Vec<Arc<Plugin>> {
+    pub fn validators(
+        &self,
+        tenant: &TenantId,
+        endpoint: Endpoint,
+        permissions: &Permissions,
+    ) -> Vec<Arc<Plugin>> {
         self.validators
             .iter()
             .filter(|plugin| plugin.serves(tenant) && plugin.handles(endpoint))
+            .filter(|plugin| permissions.allows(Allowed::Validators, plugin.name()))
             .cloned()
             .collect()
     }

@@ -383,6 +383,13 @@ CREATE TABLE model_days (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Adds what a project may use: JSON arrays of names, or null for all.
+const MIGRATION_11: &str = "
+ALTER TABLE tenants ADD COLUMN allowed_plugins TEXT;
+ALTER TABLE tenants ADD COLUMN allowed_validators TEXT;
+ALTER TABLE tenants ADD COLUMN allowed_completion_windows TEXT;
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -396,6 +403,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_8),
         M::up(MIGRATION_9),
         M::up(MIGRATION_10),
+        M::up(MIGRATION_11),
     ])
 }
 

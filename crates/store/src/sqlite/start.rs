@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::{Claim, Release, Result, Started, StoreError, Validated};
 use super::keys::BatchRow;
 use super::query::{execute, find};
-use super::work::{execution_lane, insert_plugins, release, update_claimed};
+use super::work::{UNDATED, execution_lane, insert_plugins, release, update_claimed};
 use super::{enqueued, to_i64};
 
 /// Stores the results of validation and releases the batch into its next lane.
@@ -107,9 +107,18 @@ fn execute_batch(
         claim,
         "in_progress_at = coalesce(in_progress_at, ?4),
          status = CASE status WHEN 'validating' THEN 'in_progress' ELSE status END,
-         lane = CASE status WHEN 'validating' THEN ?7 ELSE 'finish' END, admission = NULL,
+         lane = CASE status WHEN 'validating'
+             THEN CASE expires_at WHEN ?8 THEN ?9 ELSE '' END || ?7 ELSE 'finish' END,
+         admission = NULL,
          waits_for = NULL, waits_for_since = NULL,
          total = ?5, model = ?6, has_results = 1, owner = NULL, lease_until = 0",
-        &[&at.as_millis(), &to_i64(total), &model, &execution_lane(plugins)],
+        &[
+            &at.as_millis(),
+            &to_i64(total),
+            &model,
+            &execution_lane(plugins),
+            &Timestamp::NEVER.as_millis(),
+            &UNDATED,
+        ],
     )
 }

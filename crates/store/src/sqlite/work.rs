@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::status::Status;
-use batchwright_domain::window::{MAX_URGENT_REST, URGENT_SHARE};
+use batchwright_domain::window::{MAX_URGENT_REST, URGENT_SHARE, Urgency};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{
@@ -86,7 +86,7 @@ pub(super) fn waiting(
              )
              SELECT tenant, batches.key, waits_since,
              CASE WHEN status = 'in_progress' AND expires_at <= ?1 THEN 'finish' ELSE lane END,
-             tenants.name, coalesce(tenants.weight, 1), max(is_urgent)
+             tenants.name, coalesce(tenants.weight, 1), max(is_urgent), expires_at
              FROM found JOIN batches USING (key) JOIN tenants ON tenants.key = batches.tenant
              GROUP BY batches.key",
         )
@@ -101,7 +101,11 @@ pub(super) fn waiting(
                 lane: parse_lane(&row.get::<_, String>(3)?),
                 tenant: row.get::<_, String>(4)?.into(),
                 weight: row.get(5)?,
-                is_urgent: row.get(6)?,
+                urgency: match (row.get(6)?, timestamp(row.get(7)?)) {
+                    (_, Timestamp::NEVER) => Urgency::Undated,
+                    (true, _) => Urgency::Urgent,
+                    (false, _) => Urgency::Dated,
+                },
             })
         })
         .map_err(database_error)?;
@@ -143,8 +147,13 @@ pub(super) fn claim(
         .map_err(database_error)
 }
 
+/// Prefix of the execution lane of a batch without a deadline, which waits apart from those that
+/// have one.
+pub(super) const UNDATED: &str = "undated ";
+
 /// Parses a lane from its text in the database.
 fn parse_lane(text: &str) -> Lane {
+    let text = text.strip_prefix(UNDATED).unwrap_or(text);
     match (text, text.strip_prefix("execute ")) {
         ("validate", _) => Lane::Validate,
         ("admit", _) => Lane::Admit,

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use batchwright_domain::limits::{Limit, MAX_LIMIT, MAX_RULE_MODELS, ModelLimit};
+use batchwright_domain::limits::{Allowed, Limit, MAX_LIMIT, MAX_RULE_MODELS, ModelLimit};
 use batchwright_domain::money::Money;
 use batchwright_domain::units::Size;
 use batchwright_tenancy::project::{check_name, slug as slug_of};
@@ -63,6 +63,9 @@ struct FileLimits {
     max_requests_per_batch: Option<u64>,
     max_requests_in_flight: Option<u64>,
     weight: Option<u64>,
+    allowed_plugins: Option<BTreeSet<String>>,
+    allowed_validators: Option<BTreeSet<String>>,
+    allowed_completion_windows: Option<BTreeSet<String>>,
 }
 
 /// Limits for a model.
@@ -267,7 +270,20 @@ impl FileLimits {
                 Err(format!("{}: expected {} to {}", limit.name(), range.start(), range.end()))
             }
         });
-        checked.collect()
+        let mut values = checked.collect::<Result<Map<_, _>, _>>()?;
+        for kind in Allowed::ALL {
+            let names = match kind {
+                Allowed::Plugins => &self.allowed_plugins,
+                Allowed::Validators => &self.allowed_validators,
+                Allowed::CompletionWindows => &self.allowed_completion_windows,
+            };
+            let Some(names) = names else { continue };
+            if names.len() > MAX_RULE_MODELS || names.contains("") {
+                return Err(format!("{}: expected up to {MAX_RULE_MODELS} names", kind.name()));
+            }
+            values.insert(kind.name().to_owned(), json!(names));
+        }
+        Ok(values)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use batchwright_domain::limits::{Limit, ModelLimit};
+use batchwright_domain::limits::{Allowed, Limit, ModelLimit};
 use batchwright_domain::units::Size;
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
@@ -46,6 +46,22 @@ impl FromStr for Number {
     }
 }
 
+/// Names, separated by commas.
+#[derive(Clone)]
+pub(super) struct Names(Vec<String>);
+
+impl FromStr for Names {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names: Vec<_> = text.split(',').map(|name| name.trim().to_owned()).collect();
+        match names.iter().any(String::is_empty) {
+            true => Err("expected names separated by commas, or `default`".into()),
+            false => Ok(Self(names)),
+        }
+    }
+}
+
 #[derive(Subcommand)]
 pub(super) enum LimitsCommand {
     /// Show the limits of a project, and what it uses
@@ -75,6 +91,15 @@ pub(super) enum LimitsCommand {
         /// Weight in the shares of providers, from 1 to 1000; 1 by default
         #[arg(long, value_name = "N")]
         weight: Option<Given<Number>>,
+        /// Adapters whose models the project may use, separated by commas
+        #[arg(long, value_name = "NAMES")]
+        allowed_plugins: Option<Given<Names>>,
+        /// Validators that judge the requests of the project
+        #[arg(long, value_name = "NAMES")]
+        allowed_validators: Option<Given<Names>>,
+        /// Completion windows that its batches may have
+        #[arg(long, value_name = "NAMES")]
+        allowed_completion_windows: Option<Given<Names>>,
     },
     /// Change limits of a project for a model; `none` removes a limit
     Model {
@@ -111,6 +136,9 @@ impl LimitsCommand {
                 max_requests_per_batch,
                 max_requests_in_flight,
                 weight,
+                allowed_plugins,
+                allowed_validators,
+                allowed_completion_windows,
             } => {
                 let bytes = max_stored_bytes.map(|limit| match limit {
                     Given::Default => Value::Null,
@@ -123,6 +151,9 @@ impl LimitsCommand {
                     (Limit::RequestsPerBatch.name(), number(max_requests_per_batch)),
                     (Limit::RequestsInFlight.name(), number(max_requests_in_flight)),
                     (Limit::Weight.name(), number(weight)),
+                    (Allowed::Plugins.name(), names(allowed_plugins)),
+                    (Allowed::Validators.name(), names(allowed_validators)),
+                    (Allowed::CompletionWindows.name(), names(allowed_completion_windows)),
                 ])?;
                 let path = path_of(transport, &project).await?;
                 transport.post(&format!("{path}/limits"), &changes).await?;
@@ -156,6 +187,13 @@ fn number(limit: Option<Given<Number>>) -> Option<Value> {
     limit.map(|limit| match limit {
         Given::Default => Value::Null,
         Given::Value(Number(number)) => json!(number),
+    })
+}
+
+fn names(list: Option<Given<Names>>) -> Option<Value> {
+    list.map(|list| match list {
+        Given::Default => Value::Null,
+        Given::Value(Names(names)) => json!(names),
     })
 }
 
@@ -206,7 +244,15 @@ fn show_limits(limits: &Value) {
             // A data folder does not say which defaults its server has.
             None => "default of the server, if it has one".to_owned(),
         };
-        outln!("{name:<24} {value}{used}");
+        outln!("{name:<26} {value}{used}");
+    }
+    for name in Allowed::ALL.map(Allowed::name) {
+        let names = limits.get(name).and_then(Value::as_array);
+        let shown = names.map_or("all".to_owned(), |names| {
+            let names: Vec<_> = names.iter().filter_map(Value::as_str).collect();
+            if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+        });
+        outln!("{name:<26} {shown}");
     }
 }
 

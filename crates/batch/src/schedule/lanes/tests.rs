@@ -21,7 +21,7 @@ fn waiting(lanes: &[(&str, i64)]) -> Vec<Waiting> {
         .map(|(name, since)| Waiting {
             tenant: (*name).into(),
             weight: 1,
-            is_urgent: false,
+            urgency: Urgency::Dated,
             lane: lane(name),
             since: Timestamp::from_millis(*since),
             key: BatchKey::new(&[]),
@@ -78,7 +78,8 @@ async fn batch_releases_its_place_after_a_stint_if_another_waits() {
     assert!(place.is_over() && place.over().now_or_never().is_some());
     drop(place);
     // The other batch has waited longer and runs first.
-    let mut back = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(6), false));
+    let mut back =
+        Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(6), Urgency::Dated));
     assert!((&mut back).now_or_never().is_none());
     assert_eq!(lanes.next(&theirs), Next::Claim(0));
     let other = lanes.take(&Lane::Execute(ours.clone()), &"t".into());
@@ -93,8 +94,10 @@ async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
     let lanes = Lanes::new(1, 100, Arc::default());
     let (ours, tenant) = (plugins("p"), TenantId::from("t"));
     let active = [(); 2].map(|()| lanes.work_on(&Lane::Execute(ours.clone())));
-    let mut first = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(1), false));
-    let mut second = Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(2), false));
+    let mut first =
+        Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(1), Urgency::Dated));
+    let mut second =
+        Box::pin(lanes.come_back((&ours, &tenant), Timestamp::from_millis(2), Urgency::Dated));
     assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
     let third = waiting(&[("p", 0), ("p q", 0)]);
     // The batch with the oldest turn is evicted. The other active batch has its turn, although
@@ -111,10 +114,10 @@ async fn oldest_active_batch_is_evicted_and_others_keep_their_turns() {
 #[test]
 fn tenants_take_turns_by_weight_and_urgent_batches_are_first_of_their_tenant() {
     let lanes = Lanes::new(100, 100, Arc::default());
-    let batch = |tenant: &str, since: i64, is_urgent| Waiting {
+    let batch = |tenant: &str, since: i64, urgency| Waiting {
         tenant: tenant.into(),
         weight: if tenant == "heavy" { 3 } else { 1 },
-        is_urgent,
+        urgency,
         lane: Lane::Execute(plugins("p")),
         since: Timestamp::from_millis(since),
         key: BatchKey::new(&[]),
@@ -124,10 +127,10 @@ fn tenants_take_turns_by_weight_and_urgent_batches_are_first_of_their_tenant() {
     for _ in 0..50 {
         // The greedy tenant has waited longest with many batches.
         let waiting = [
-            batch("greedy", 1, false),
-            batch("greedy", 3, true),
-            batch("modest", 5, false),
-            batch("heavy", 6, false),
+            batch("greedy", 1, Urgency::Dated),
+            batch("greedy", 3, Urgency::Urgent),
+            batch("modest", 5, Urgency::Dated),
+            batch("heavy", 6, Urgency::Dated),
         ];
         let Next::Claim(index) = lanes.next(&waiting) else { panic!("no place") };
         assert_ne!(index, 0, "the urgent batch of a tenant is first");
@@ -142,4 +145,28 @@ fn tenants_take_turns_by_weight_and_urgent_batches_are_first_of_their_tenant() {
                 .map(|(name, number)| (name.to_owned(), number))
         )
     );
+}
+
+#[test]
+fn batch_without_a_deadline_runs_last_but_gets_one_in_a_hundred_places() {
+    let lanes = Lanes::new(1000, 1000, Arc::default());
+    let batch = |tenant: &str, urgency| Waiting {
+        tenant: tenant.into(),
+        weight: 1,
+        urgency,
+        lane: Lane::Execute(plugins("p")),
+        since: Timestamp::from_millis(0),
+        key: BatchKey::new(&[]),
+    };
+    let waiting = [batch("patient", Urgency::Undated), batch("dated", Urgency::Dated)];
+    let mut places = Vec::new();
+    let mut claimed = [0, 0];
+    for _ in 0..500 {
+        let Next::Claim(index) = lanes.next(&waiting) else { panic!("no place") };
+        claimed[index] += 1;
+        places.push(lanes.take(&waiting[index].lane, &waiting[index].tenant));
+    }
+    assert_eq!(claimed, [5, 495]);
+    let alone = waiting.get(..1).unwrap();
+    assert_eq!(lanes.next(alone), Next::Claim(0), "alone, it runs at once");
 }

@@ -224,7 +224,7 @@ impl Worker {
                 granted = lanes.come_back(
                     (plugins, &claim.tenant),
                     self.clock.now(),
-                    work.context.share.is_urgent(self.clock.now()),
+                    work.context.share.urgency(self.clock.now()),
                 ),
                     if !work.context.leave.is_cancelled() =>
                 {
@@ -252,9 +252,9 @@ impl Worker {
         if !endpoint.has_optional_model() || batch.model.is_some() {
             return Ok(batch.model.clone().filter(|_| endpoint.has_optional_model()));
         }
-        let rule = self.store.policy(&claim.tenant).await?.models;
+        let allowed = self.store.policy(&claim.tenant).await?.permissions;
         let plugins = self.registry.current();
-        Ok(plugins.default_model(&claim.tenant, endpoint, &rule).map(str::to_owned))
+        Ok(plugins.default_model(&claim.tenant, endpoint, &allowed).map(str::to_owned))
     }
 
     /// Returns the name that the provider knows of the model of a batch; none if its requests have

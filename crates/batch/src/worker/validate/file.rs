@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::TenantId;
-use batchwright_domain::limits::ModelRule;
+use batchwright_domain::limits::Permissions;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_plugin::Snapshot;
 use batchwright_plugin::types::Violation;
@@ -115,14 +115,14 @@ impl FileValidation {
         &mut self,
         plugins: &Snapshot,
         tenant: &TenantId,
-        rule: &ModelRule,
+        permissions: &Permissions,
     ) {
         let Some(error) =
             self.errors.iter_mut().find(|error| error.code == MODEL_NOT_FOUND.as_str())
         else {
             return;
         };
-        let models = plugins.allowed_models(tenant, rule);
+        let models = plugins.allowed_models(tenant, permissions);
         let listed: Vec<String> = models
             .iter()
             .take(MAX_LISTED_MODELS)

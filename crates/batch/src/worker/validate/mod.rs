@@ -97,7 +97,7 @@ impl Worker {
         let first_model = first.as_ref().and_then(|(chunk, _)| first_model(chunk));
         let policy = Policy::read(&*self.store, &self.config.tenant_defaults, tenant).await?;
         let max_requests = policy.limits.get(Limit::RequestsPerBatch);
-        let models = Arc::new(policy.models);
+        let permissions = Arc::new(policy.permissions);
         let limited = policy.model_limits.into_iter();
         let limited = limited.filter(|(_, limits)| limits.enqueued_tokens.is_some());
         let counted = limited.map(|(model, _)| model).collect();
@@ -108,7 +108,7 @@ impl Worker {
             metadata: batch.new.metadata.clone().unwrap_or_default().into_iter().collect(),
             first_model,
         };
-        let rules = (models.clone(), counted);
+        let rules = (permissions.clone(), counted);
         let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
         let judged_by = validator.validators().iter().map(|plugin| served_by(plugin)).collect();
         // A chunk is read only after its memory is reserved.
@@ -120,7 +120,7 @@ impl Worker {
             max_requests.unwrap_or(u64::MAX).min(*self.config.batch.max_requests_per_file);
         match self.validate_chunks(chunks, Arc::new(validator), max_requests).await? {
             Ok(mut whole) => {
-                whole.explain_models(&plugins, tenant, &models);
+                whole.explain_models(&plugins, tenant, &permissions);
                 Ok(whole.verdict(judged_by))
             }
             Err(error) => Ok(FileVerdict::Rejected(vec![plugin_error(&error)], judged_by)),

@@ -62,7 +62,7 @@ fn long_prompts_do_not_take_the_tokens_of_short_ones() {
 
 #[test]
 fn urgent_batch_is_first_within_its_tenant_and_windows_are_weights() {
-    let urgent = Priority { is_urgent: true, ..Priority::default() };
+    let urgent = Priority { urgency: Urgency::Urgent, ..Priority::default() };
     let queues = [
         (id("a", 1), Priority::default()),
         (id("a", 2), urgent),
@@ -120,4 +120,35 @@ fn tenant_at_its_limit_is_passed_over_and_what_is_gone_is_forgotten() {
     assert!(!shares.has_waiting() && !shares.is_empty());
     shares.end(&next.0);
     assert!(shares.is_empty());
+}
+
+#[test]
+fn online_requests_are_first_and_starve_no_batch() {
+    let online = QueueId { tenant: "a".into(), batch: None };
+    let undated = Priority { urgency: Urgency::Undated, ..Priority::default() };
+    let queues = [
+        (online.clone(), Priority::default()),
+        (id("a", 1), Priority::default()),
+        (id("b", 2), Priority::default()),
+        (id("c", 3), undated),
+    ];
+    let given = share(ShareBy::Exchanges, &queues, 4, 1000);
+    let of = |id: &QueueId| given.get(id).copied().unwrap_or(0);
+    assert!((885..=900).contains(&of(&online)), "{given:?}");
+    assert!((9..=11).contains(&of(&id("c", 3))), "{given:?}");
+    // The tenant with online requests in flight has its share of the batches' part too.
+    assert!(of(&id("b", 2)) >= 45, "{given:?}");
+    let given = share(ShareBy::Exchanges, &queues[1..], 4, 1000);
+    assert_eq!(given.get(&id("c", 3)), Some(&10), "{given:?}");
+}
+
+#[test]
+fn without_room_for_batches_only_online_requests_are_next() {
+    let mut shares = Shares::new(ShareBy::Exchanges);
+    let online = QueueId { tenant: "a".into(), batch: None };
+    shares.wait(&id("b", 1), Priority::default(), 1);
+    assert!(shares.take_next(false, |_, _| true).is_none());
+    shares.wait(&online, Priority::default(), 2);
+    assert_eq!(shares.take_next(false, |_, _| true), Some((online, 1, 2)));
+    assert_eq!(shares.take_next(true, |_, _| true), Some((id("b", 1), 1, 1)));
 }

@@ -1,10 +1,10 @@
 //! Limits, models and budgets of projects.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use batchwright_domain::ids::{ProjectId, TenantId};
 use batchwright_domain::limits::{
-    Limit, Limits, MAX_RULE_MODELS, ModelLimit, ModelLimits, ModelRule,
+    Allowed, Limit, Limits, MAX_RULE_MODELS, ModelLimit, ModelLimits, ModelRule, Permissions,
 };
 use rusqlite::{Connection, Row, params};
 use serde_json::{Value, json};
@@ -18,14 +18,28 @@ use crate::accounts::{
 };
 use crate::{Result, StoreError};
 
-fn from_row(row: &Row<'_>) -> rusqlite::Result<(Limits, Option<String>, Option<u64>)> {
+/// Stored policy: limits, the rule for models, the lists of allowed names, and the budget.
+type Stored = (Limits, Option<String>, [Option<String>; Allowed::ALL.len()], Option<u64>);
+
+fn from_row(row: &Row<'_>) -> rusqlite::Result<Stored> {
     let number =
         |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(to_u64));
     let mut limits = Limits::default();
     for limit in Limit::ALL {
         limits = limits.with(limit, number(limit.name())?);
     }
-    Ok((limits, row.get("models")?, number("spend_limit")?))
+    let mut lists = <[Option<String>; Allowed::ALL.len()]>::default();
+    for (kind, list) in Allowed::ALL.into_iter().zip(&mut lists) {
+        *list = row.get(kind.name())?;
+    }
+    Ok((limits, row.get("models")?, lists, number("spend_limit")?))
+}
+
+/// Parses a stored list of names. A damaged list is an error: it must not allow more than it says.
+fn names(text: &str) -> Result<BTreeSet<String>> {
+    serde_json::from_str(text).map_err(|_| {
+        StoreError::Database(format!("a list of what a project may use is damaged: {text}"))
+    })
 }
 
 /// Parses a stored rule. A damaged rule is an error: it must not allow more than it says.
@@ -47,11 +61,18 @@ pub(super) fn of_tenant(connection: &Connection, tenant: &TenantId) -> Result<Pr
 }
 
 fn of_key(connection: &Connection, key: i64) -> Result<ProjectPolicy> {
-    let names = Limit::ALL.map(Limit::name).join(", ");
-    let sql = format!("SELECT {names}, models, spend_limit FROM tenants WHERE key = ?1");
-    let (limits, text, spend_limit) = find(connection, &sql, [key], from_row)?.unwrap_or_default();
+    let (limits, lists) = (Limit::ALL.map(Limit::name), Allowed::ALL.map(Allowed::name));
+    let columns = [limits.as_slice(), &lists].concat().join(", ");
+    let sql = format!("SELECT {columns}, models, spend_limit FROM tenants WHERE key = ?1");
+    let found = find(connection, &sql, [key], from_row)?.unwrap_or_default();
+    let (limits, text, lists, spend_limit) = found;
     let models = text.as_deref().map(models).transpose()?.unwrap_or_default();
-    Ok(ProjectPolicy { limits, models, model_limits: model_limits(connection, key)?, spend_limit })
+    let mut permissions = Permissions::from(models);
+    for (kind, list) in Allowed::ALL.into_iter().zip(lists) {
+        permissions = permissions.with(kind, list.as_deref().map(names).transpose()?);
+    }
+    let model_limits = model_limits(connection, key)?;
+    Ok(ProjectPolicy { limits, permissions, model_limits, spend_limit })
 }
 
 /// Returns the limits of a project for models.
@@ -105,10 +126,16 @@ pub(super) fn update_limits(
 ) -> Result<()> {
     let key = projects::active_row_key(connection, id)?;
     let mut details = serde_json::Map::new();
-    for (limit, value) in changes {
+    for (limit, value) in &changes.limits {
         let sql = format!("UPDATE tenants SET {} = ?2 WHERE key = ?1", limit.name());
         execute(connection, &sql, params![key, value.map(to_i64)])?;
         details.insert(limit.name().to_owned(), json!(value));
+    }
+    for (kind, names) in &changes.allowed {
+        let sql = format!("UPDATE tenants SET {} = ?2 WHERE key = ?1", kind.name());
+        let list = names.as_ref().map(|names| json!(names).to_string());
+        execute(connection, &sql, params![key, list])?;
+        details.insert(kind.name().to_owned(), json!(names));
     }
     if details.is_empty() {
         return Ok(());

@@ -259,8 +259,7 @@ pub(crate) async fn each_change_has_one_entry_in_the_audit_log(fixture: impl Fix
     store.create_admin_key(new_key("key_2"), operator()).await.unwrap();
     store.create_admin_key(new_key("key_3"), operator()).await.unwrap();
     store.delete_key(&KeyHolder::Organization, &"key_2".into(), by(NOW)).await.unwrap();
-    for changes in [None, Some((Limit::OpenBatches, None))] {
-        let changes = LimitChanges::from_iter(changes);
+    for changes in [LimitChanges::default(), [(Limit::OpenBatches, None)].into()] {
         store.update_limits(&id, changes, by(NOW)).await.unwrap();
     }
     let per_day = [(ModelLimit::RequestsPerDay, Some(1))];

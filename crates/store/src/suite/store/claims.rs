@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_domain::status::Status;
-use batchwright_domain::window;
+use batchwright_domain::window::{self, Urgency};
 
 use super::*;
 use crate::suite::Fixture;
@@ -71,17 +71,47 @@ pub(crate) async fn batch_whose_window_is_about_to_end_is_found_behind_older_one
         let waiting = store.waiting(at).await.unwrap().into_iter();
         waiting
             .filter(|waiting| waiting.lane == execution())
-            .map(|waiting| (waiting.key, waiting.is_urgent))
+            .map(|waiting| (waiting.key, waiting.urgency))
             .collect::<Vec<_>>()
     };
     let early = found(NOW).await;
-    assert!(matches!(early[..], [(_, false)]), "{early:?}");
+    assert!(matches!(early[..], [(_, Urgency::Dated)]), "{early:?}");
     // A tenth of half a window is left, and less than a tenth of nothing else.
     let late = NOW.after(window / 2 - window / 20);
     let late = found(late).await;
     assert_eq!(late.len(), 2, "{late:?}");
-    assert_eq!(late.iter().filter(|(_, is_urgent)| *is_urgent).count(), 1, "{late:?}");
+    assert_eq!(
+        late.iter().filter(|(_, urgency)| *urgency == Urgency::Urgent).count(),
+        1,
+        "{late:?}"
+    );
     assert!(late.contains(&early[0]), "{late:?}");
+}
+
+pub(crate) async fn batch_without_a_deadline_hides_no_other_and_never_expires(
+    fixture: impl Fixture,
+) {
+    let store = open(&fixture).await;
+    let windows = [("undated", Timestamp::NEVER), ("dated", NOW.after(window::MAX_URGENT_REST))];
+    for (id, expires_at) in windows {
+        let new = NewBatch { expires_at, ..new_batch(id) };
+        store.create_batch(&tenant(), new, None, None).await.unwrap();
+    }
+    for at in [NOW, at(NOW.as_millis() + 1)] {
+        let validating = claim_at(&*store, &Lane::Validate, at).await.unwrap();
+        store.start_execution(&validating, validated(1), at, false).await.unwrap();
+    }
+    let waiting = store.waiting(at(NOW.as_millis() + 1)).await.unwrap();
+    let mut found: Vec<_> = waiting.iter().map(|found| (&found.lane, found.urgency)).collect();
+    found.sort_by_key(|(_, urgency)| *urgency);
+    let lane = execution();
+    assert_eq!(found, [(&lane, Urgency::Dated), (&lane, Urgency::Undated)]);
+    // Long after every other window.
+    let waiting = store.waiting(at(i64::MAX - 1)).await.unwrap();
+    let undated = waiting.iter().find(|found| found.urgency == Urgency::Undated).unwrap();
+    assert_eq!(undated.lane, lane);
+    let claimed = store.claim(undated, at(i64::MAX - 1), at(i64::MAX)).await.unwrap().unwrap();
+    assert_eq!(claimed.lane, lane);
 }
 
 pub(crate) async fn expired_lease_is_not_taken_over_by_its_own_holder(fixture: impl Fixture) {

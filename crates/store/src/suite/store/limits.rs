@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use batchwright_domain::limits::{Limit, Limits, ModelRule};
+use batchwright_domain::limits::{Allowed, Limit, Limits, ModelRule, Permissions};
 
 use crate::accounts::{LimitChanges, ProjectUse};
 
@@ -14,7 +14,9 @@ async fn used(store: &dyn Store) -> ProjectUse {
 pub(crate) async fn limits_and_models_of_a_project_are_changed_one_by_one(fixture: impl Fixture) {
     let store = open(&fixture).await;
     let id = project(&tenant());
-    let update = async |changes| store.update_limits(&id, changes, operator()).await.unwrap();
+    let update = async |changes: LimitChanges| {
+        store.update_limits(&id, changes, operator()).await.unwrap();
+    };
     update([(Limit::OpenBatches, Some(2))].into()).await;
     update([(Limit::StoredFiles, Some(0)), (Limit::Weight, Some(7))].into()).await;
     let limits = Limits::default()
@@ -25,16 +27,27 @@ pub(crate) async fn limits_and_models_of_a_project_are_changed_one_by_one(fixtur
     update([(Limit::OpenBatches, None)].into()).await;
     let limits = limits.with(Limit::OpenBatches, None);
     let policy = store.policy(&tenant()).await.unwrap();
-    assert_eq!((policy.limits, policy.models), (limits, ModelRule::default()));
+    assert_eq!((policy.limits, policy.permissions), (limits, Permissions::default()));
     assert_eq!(store.policy(&"other".into()).await.unwrap().limits, Limits::default());
     assert_eq!(store.policy(&"nobody".into()).await.unwrap().limits, Limits::default());
     assert_eq!(store.policy_of(&"proj_x".into()).await.unwrap(), None);
 
+    let windows: Option<BTreeSet<String>> = Some(["1h".to_owned(), "\"".to_owned()].into());
+    let allowed = Permissions::default()
+        .with(Allowed::CompletionWindows, windows.clone())
+        .with(Allowed::Plugins, Some(BTreeSet::new()));
+    let lists = [
+        (Allowed::CompletionWindows, windows),
+        (Allowed::Plugins, Some(BTreeSet::new())),
+        (Allowed::Validators, None),
+    ];
+    update(LimitChanges { allowed: lists.into(), ..LimitChanges::default() }).await;
+    assert_eq!(store.policy(&tenant()).await.unwrap().permissions, allowed);
     let rule = ModelRule::Allow(["a".to_owned(), "\"".to_owned()].into());
     store.set_models(&id, rule.clone(), operator()).await.unwrap();
-    assert_eq!(store.policy(&tenant()).await.unwrap().models, rule);
+    assert_eq!(store.policy(&tenant()).await.unwrap().permissions.models, rule);
     store.set_models(&id, ModelRule::default(), operator()).await.unwrap();
-    assert_eq!(store.policy(&tenant()).await.unwrap().models, ModelRule::default());
+    assert_eq!(store.policy(&tenant()).await.unwrap().permissions, allowed);
     store.archive_project(&id, operator()).await.unwrap();
     let changed = store.update_limits(&id, LimitChanges::default(), operator()).await;
     assert_eq!(refusal(changed), Refusal::Archived);
