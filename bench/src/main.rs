@@ -4,12 +4,13 @@
 
 mod keys;
 mod limits;
+mod online;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use batchwright_bench::{Http, Server};
 use bytes::Bytes;
 use hyper::Method;
@@ -42,18 +43,20 @@ async fn main() -> Result<()> {
             start(&paths).await?;
             throughput(&paths).await?;
             keys::keys(&paths).await?;
+            online::online(&paths).await?;
             validation(&paths).await
         }
         Some("start") => start(&paths).await,
         Some("throughput") => throughput(&paths).await,
         Some("keys") => keys::keys(&paths).await,
+        Some("online") => online::online(&paths).await,
         Some("validation") => validation(&paths).await,
         // Takes two minutes, so it runs only by name.
         Some("limits") => limits::limits(&paths).await,
         Some(other) => {
             bail!(
-                "unknown benchmark `{other}`; known are start, throughput, keys, validation and \
-                 limits"
+                "unknown benchmark `{other}`; known are start, throughput, keys, online, validation \
+                 and limits"
             )
         }
     }
@@ -151,7 +154,7 @@ async fn throughput(paths: &Paths) -> Result<()> {
     let input: String = (0..REQUESTS).map(|number| request_line(number) + "\n").collect();
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
-        let raw = raw_client(&stub.url).await?;
+        let raw = raw_client(&stub.url, |number| Bytes::from(request_line(number))).await?;
         let file = http.upload(&server.url, input.as_bytes()).await?;
         let cpu = server.cpu_seconds()?;
         let begun = Instant::now();
@@ -177,18 +180,18 @@ async fn throughput(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Returns the requests a second of a client that sends the same bodies and drops the responses.
-async fn raw_client(stub: &str) -> Result<f64> {
+/// Returns the requests a second of a client that sends bodies and drops the responses.
+async fn raw_client(base: &str, body: fn(usize) -> Bytes) -> Result<f64> {
     let http = Http::default();
-    let url = format!("{stub}/v1/chat/completions");
+    let url = format!("{base}/v1/chat/completions");
     let begun = Instant::now();
     let mut clients = JoinSet::new();
     for connection in 0..CONNECTIONS {
         let (http, url) = (http.clone(), url.clone());
         clients.spawn(async move {
             for number in (connection..REQUESTS).step_by(CONNECTIONS) {
-                let body = Bytes::from(request_line(number));
-                http.send(Method::POST, &url, "application/json", body).await?;
+                let sent = http.send(Method::POST, &url, "application/json", body(number)).await?;
+                ensure!(sent.0 == 200, "{url} answered {}", sent.0);
             }
             anyhow::Ok(())
         });

@@ -6,12 +6,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use batchwright_batch::{Engine, Parts};
+use batchwright_batch::{Engine, Parts, ProjectCredentials};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
-use batchwright_plugin::{Loader, LoaderConfig, Registry, check_directory};
+use batchwright_plugin::{
+    Loader, LoaderConfig, ProjectSecrets, Registry, check_directory, read_secret,
+};
 use batchwright_store::SqliteStore;
 use batchwright_store::objects::LocalObjects;
+use batchwright_tenancy::SealingKey;
 
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
@@ -51,10 +54,15 @@ fn memory(settings: &Settings) -> Memory {
 
 /// Builds a plugin loader.
 pub fn loader(settings: &Settings, options: Options) -> Result<Loader, Error> {
-    loader_with(settings, options, &memory(settings))
+    loader_with(settings, options, &memory(settings), None)
 }
 
-fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result<Loader, Error> {
+fn loader_with(
+    settings: &Settings,
+    options: Options,
+    memory: &Memory,
+    project_secrets: Option<Arc<dyn ProjectSecrets>>,
+) -> Result<Loader, Error> {
     let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
     let loading = LoaderConfig {
         cache: settings.cache(),
@@ -65,10 +73,23 @@ fn loader_with(settings: &Settings, options: Options, memory: &Memory) -> Result
         serials: options.serials,
         order: options.order,
         secrets_folder: settings.plugins.secrets.clone(),
+        project_secrets,
         compiler: options.compiler,
         memory: memory.clone(),
     };
     Ok(Loader::new(loading, options.clock)?)
+}
+
+/// Returns the credentials that projects set, if there is a key to seal them.
+fn credentials(
+    settings: &Settings,
+    store: Arc<SqliteStore>,
+) -> Result<Option<Arc<ProjectCredentials>>, Error> {
+    let Some(source) = &settings.plugins.credential_key else { return Ok(None) };
+    let invalid = |message: String| ConfigError::Value { setting: "credential_key", message };
+    let text = read_secret(source).map_err(invalid)?;
+    let key = SealingKey::parse(&text).map_err(|error| invalid(error.to_string()))?;
+    Ok(Some(ProjectCredentials::new(store, key)))
 }
 
 /// Opens the data folder and loads the plugins. Batches are not worked on before
@@ -80,9 +101,13 @@ pub async fn engine(settings: &Settings, options: Options) -> Result<Arc<Engine>
     let objects = LocalObjects::open(&settings.storage.data.join("objects"))?;
     let memory = memory(settings);
     let clock = options.clock.clone();
-    let loader = loader_with(settings, options, &memory)?;
+    let store = Arc::new(store);
+    let credentials = credentials(settings, store.clone())?;
+    let secrets = credentials.clone().map(|found| found as Arc<dyn ProjectSecrets>);
+    let loader = loader_with(settings, options, &memory, secrets)?;
     let registry = Registry::open(&directory, loader).await?;
     let config = Arc::new(settings.of_batches());
-    let (store, objects) = (Arc::new(store), Arc::new(objects));
-    Ok(Arc::new(Engine::new(Parts { store, objects, registry, clock, config, memory })))
+    let objects = Arc::new(objects);
+    let parts = Parts { store, objects, registry, credentials, clock, config, memory };
+    Ok(Arc::new(Engine::new(parts)))
 }

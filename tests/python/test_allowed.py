@@ -114,7 +114,9 @@ def test_batch_without_a_deadline_runs_when_nothing_else_waits(start, stub):
     _, _, other = tenants.project("Globex")
     stub.ask("/mode?latency=20")
     patient = create(
-        client, [chat(str(number), f"patient {number}", model="m") for number in range(3000)], "none"
+        client,
+        [chat(str(number), f"patient {number}", model="m") for number in range(3000)],
+        "none",
     )
     wait_for(lambda: len(stub.counts()) > 50, what="lines of the batch without a deadline")
     for owner in (client, other):

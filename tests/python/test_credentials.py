@@ -1,10 +1,12 @@
 """Credentials of projects: which secret goes out with whose request, and who sees it."""
 
+import base64
 import json
 import os
 
+import openai
 import pytest
-from conftest import CHAT, chat, jsonl, load_errors, wait_for
+from conftest import CHAT, chat, jsonl, load_errors, run_host, wait_for
 from tenants import Tenants, request
 
 SECRETS = {
@@ -229,3 +231,112 @@ def test_wrong_tables_of_credentials_are_refused_by_name(serve, stub, tmp_path, 
     assert "must be `env:NAME` or `file:PATH`" in errors["plain"]
     assert "failed to read /no/such" in errors["gone"]
     assert "sk-secret-value-1" not in server.logged()
+
+
+@pytest.fixture
+def sealing(tmp_path):
+    """Returns the arguments of a server that seals the secrets of projects."""
+    path = tmp_path / "sealing.key"
+    path.write_text(base64.b64encode(bytes(range(32))).decode())
+    path.chmod(0o600)
+    return ["--credential-key", f"file:{path}"]
+
+
+def set_credential(tenants, key, value, plugin="p", name="api_key"):
+    body = {"plugin": plugin, "name": name, "value": value}
+    return request(tenants.server, "/v1/credentials", key, "POST", body=body)
+
+
+def test_project_sets_its_own_credential_which_nobody_reads_again(
+    serve, stub, tmp_path, secret, sealing
+):
+    source = f'{{ default = "{secret("default")}", from_projects = true }}'
+    tenants = tenants_of(serve, stub, tmp_path, source, *sealing)
+    _, acme, client = tenants.project("Acme")
+    _, globex, other = tenants.project("Globex")
+    key = acme.api_key.value
+    stub.ask(f"/mode?key={SECRETS['acme']}")
+    messages = [{"role": "user", "content": "hi"}]
+
+    def status(one):
+        try:
+            one.chat.completions.create(model="m", messages=messages)
+            return 200
+        except openai.APIStatusError as error:
+            return error.status_code
+
+    assert status(client) == 503, "the provider refuses the default"
+    code, answer = set_credential(tenants, key, SECRETS["acme"])
+    assert (code, answer["object"], answer["plugin"]) == (200, "credential", "p")
+    # It takes effect with the next request that is sent, for this project alone.
+    wait_for(lambda: status(client) == 200, what="the new credential")
+    assert status(other) == 503
+    code, found = request(tenants.server, "/v1/credentials", key)
+    assert [one["name"] for one in found["data"]] == ["api_key"]
+    assert request(tenants.server, "/v1/credentials", globex.api_key.value)[1]["data"] == []
+    assert SECRETS["acme"] not in json.dumps(found) + tenants.server.logged()
+    # A batch sends it too, and neither the database nor the audit log has it.
+    assert sent(client, "batch")
+    log = list(tenants.admin.audit_logs.list())
+    event = next(entry for entry in log if entry.type == "credential.updated")
+    assert event.actor.api_key.id == acme.api_key.id
+    for path in tenants.server.data.rglob("*"):
+        if path.is_file():
+            assert SECRETS["acme"].encode() not in path.read_bytes(), path
+    # Rotation, a restart, and the end.
+    stub.ask(f"/mode?key={SECRETS['rotated']}")
+    assert set_credential(tenants, key, SECRETS["rotated"])[0] == 200
+    wait_for(lambda: status(client) == 200, what="the rotated credential")
+    tenants.server.kill()
+    tenants.server.start()
+    client = tenants.client(key)
+    wait_for(lambda: status(client) == 200, what="the credential after a restart")
+    code, answer = request(tenants.server, "/v1/credentials/p/api_key", key, "DELETE")
+    assert (code, answer["deleted"]) == (200, True)
+    assert status(client) == 503
+    assert request(tenants.server, "/v1/credentials/p/api_key", key, "DELETE")[0] == 404
+
+
+def test_credential_is_set_only_where_the_operator_allows_it(
+    serve, stub, tmp_path, secret, sealing
+):
+    tenants = tenants_of(serve, stub, tmp_path, f'"{secret("default")}"', *sealing)
+    project, acme, _ = tenants.project("Acme")
+    key = acme.api_key.value
+    for plugin, name in (("p", "api_key"), ("q", "api_key"), ("standard", "x")):
+        code, answer = set_credential(tenants, key, "x" * 20, plugin, name)
+        assert (code, answer["error"]["code"]) == (404, "credential_not_accepted")
+    for wrong in ("", "a b", "\u00fc", "x" * 5000, "a\nb"):
+        assert set_credential(tenants, key, wrong)[0] == 400, wrong
+    assert set_credential(tenants, key, 7)[0] == 400
+    path = f"/v1/organization/projects/{project.id}/service_accounts/{acme.id}/api_keys"
+    body = {"scopes": ["api.credentials.read"]}
+    _, reader = request(tenants.server, path, tenants.key, "POST", body=body)
+    code, answer = set_credential(tenants, reader["value"], "x")
+    assert (code, answer["error"]["code"]) == (403, "missing_scope")
+
+
+def test_sealed_credential_needs_its_key(serve, stub, tmp_path, secret, sealing):
+    source = "{ from_projects = true }"
+    tenants = tenants_of(serve, stub, tmp_path, source, *sealing)
+    _, acme, client = tenants.project("Acme")
+    assert set_credential(tenants, acme.api_key.value, SECRETS["acme"])[0] == 200
+    messages = [{"role": "user", "content": "hi"}]
+    assert client.chat.completions.create(model="m", messages=messages).choices
+    tenants.server.kill()
+    (tmp_path / "sealing.key").write_text(base64.b64encode(bytes(32)).decode())
+    tenants.server.start()
+    client = tenants.client(acme.api_key.value)
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.chat.completions.create(model="m", messages=messages)
+    assert raised.value.status_code == 503
+    assert "no credential for this project" in raised.value.message
+    tenants.server.kill()
+    # Without a key, a plugin that needs one says so, and a damaged key stops the server.
+    (tmp_path / "sealing.key").write_text("short")
+    done = run_host("serve", *sealing, "--data", tmp_path / "other", "--listen", "127.0.0.1:0")
+    assert done.returncode != 0 and "32 bytes in base64" in done.stderr
+    server = serve(
+        name="bare", plugins={"p": stub.plugin(["m"], f"[credentials]\napi_key = {source}\n")}
+    )
+    assert "credential_key" in load_errors(server)["p"]

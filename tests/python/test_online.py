@@ -81,6 +81,24 @@ def test_sdk_gets_answers_at_every_endpoint_and_their_usage_is_no_batch(online):
     assert len(response.headers["x-request-id"]) == 32
 
 
+def test_key_of_a_client_never_goes_upstream_and_the_log_knows_who_asked(serve, stub, tmp_path):
+    plugins = {"stub": stub.plugin(["m"])}
+    tenants = Tenants(serve, tmp_path, "--log-filter", "debug", plugins=plugins)
+    _, account, client = tenants.project("Acme")
+    answer = ask(
+        client,
+        "!headers",
+        user="someone",
+        metadata={"job": "17"},
+        extra_headers={"x-client-request-id": "mine-1", "openai-organization": "org-x"},
+    )
+    seen = answer.choices[0].message.content
+    assert "authorization" not in seen and "org-x" not in seen
+    assert client.api_key not in seen + tenants.server.logged()
+    for known in ("someone", "17", "mine-1", account.api_key.id, answer._request_id):
+        assert known in tenants.server.logged(), known
+
+
 def test_stream_passes_every_field_on_and_has_usage_only_if_asked(online):
     tenants = online()
     _, _, client = tenants.project("Acme")

@@ -317,9 +317,9 @@ def test_list_continues_after_its_cursor_is_deleted(server):
         listed.append(file.id)
         server.client.files.delete(file.id)
         wait_for(
-            lambda file=file: not (
-                server.data / "objects" / server.tenant / "files" / file.id
-            ).exists(),
+            lambda file=file: (
+                not (server.data / "objects" / server.tenant / "files" / file.id).exists()
+            ),
             what="removal of the object",
         )
     assert listed == ids[::-1] and list(server.client.files.list()) == []

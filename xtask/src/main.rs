@@ -53,8 +53,8 @@ enum Task {
     Demo,
     /// Build, then run the benchmarks
     Bench {
-        /// `start`, `throughput`, `keys`, `validation` or `limits`; without a name all except
-        /// `limits`
+        /// `start`, `throughput`, `keys`, `online`, `validation` or `limits`; without a name all
+        /// except `limits`
         name: Option<String>,
     },
 }

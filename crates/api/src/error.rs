@@ -120,6 +120,11 @@ impl ApiError {
                 return Self { retry_after: Some(OPEN_BATCH_RETRY_SECONDS), ..error }
                     .with_code(ErrorCode::OpenBatchLimitExceeded);
             }
+            Refusal::Secrets(limit) => {
+                return Self::bad_request(format!(
+                    "The project has {limit} credentials already; delete some."
+                ));
+            }
             refusal => return Self::not_found(format!("The request was refused: {refusal}.")),
         };
         Self::bad_request(message).with_code(code)

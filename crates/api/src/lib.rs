@@ -12,6 +12,7 @@ mod batches;
 mod config;
 mod connections;
 mod content;
+mod credentials;
 mod data_rate;
 mod decompress;
 mod discard_body;
@@ -86,6 +87,8 @@ fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
         .routes(routes!(plugins::list))
         .routes(routes!(plugins::of_batch))
         .routes(routes!(models::list))
+        .routes(routes!(credentials::list, credentials::set))
+        .routes(routes!(credentials::delete))
         .routes(routes!(online::chat_completions).layer(DefaultBodyLimit::disable()))
         .routes(routes!(online::completions).layer(DefaultBodyLimit::disable()))
         .routes(routes!(online::embeddings).layer(DefaultBodyLimit::disable()))

@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use batchwright_batch::{Answered, OnlineAnswer, OnlineRequest, OnlineStream};
 use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::{Pool, Reservation};
 use batchwright_tenancy::quota::{Remaining, Standing};
 use bytes::Bytes;
@@ -28,6 +29,9 @@ use super::params::{BYTE_ORDER_MARK, check_json, unreadable_body};
 use super::wire::{OnlineBody, OnlineResponse};
 use crate::auth::{RequestModels, Tenant, holder};
 use crate::state::ApiState;
+
+/// Request headers with an id that the client gives to a request.
+const CLIENT_REQUEST_IDS: [&str; 2] = ["x-client-request-id", "x-request-id"];
 
 /// Number of copies of a body in memory: as it arrived, as a line, and as it is sent.
 const COPIES_OF_BODY: usize = 4;
@@ -84,10 +88,12 @@ async fn answer(
     check_json(request.headers())?;
     let idempotency_key = idempotency_key(request.headers(), None)?;
     let log_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
+    let client_id = CLIENT_REQUEST_IDS.iter().find_map(|name| request.headers().get(*name));
+    let client_id = client_id.and_then(|id| id.to_str().ok()).map(truncate_for_message);
     let (body, reservation) = read_body(app, request).await?;
     let (tenant, key) = (tenant.0, tenant.1);
     let log_id = log_id.unwrap_or_default();
-    let request = OnlineRequest { tenant, key, endpoint, body, idempotency_key, log_id };
+    let request = OnlineRequest { tenant, key, endpoint, body, idempotency_key, log_id, client_id };
     let Answered { standing, result } = app.online.answer(request).await;
     drop(reservation);
     let mut response = match result {

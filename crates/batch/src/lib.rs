@@ -22,6 +22,7 @@
 #![warn(unreachable_pub)]
 
 mod config;
+mod credentials;
 mod engine;
 mod formats;
 mod health;
@@ -37,6 +38,7 @@ mod service;
 mod worker;
 
 pub use config::{BatchConfig, Config, ExecutionConfig, OnlineConfig, RetentionConfig};
+pub use credentials::{CredentialError, ProjectCredentials};
 pub use engine::Engine;
 pub use health::{Health, Readiness};
 pub use online::{Answered, Online, OnlineAnswer, OnlineError, OnlineRequest, OnlineStream};

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::credentials::ProjectCredentials;
 use crate::objects::AbortedUploads;
 use crate::schedule::gate::Gate;
 use crate::schedule::running::Running;
@@ -23,6 +24,8 @@ pub struct Parts {
     pub objects: Arc<dyn Objects>,
     /// Plugins that serve now.
     pub registry: Arc<Registry>,
+    /// Credentials that projects set; none without a key to seal them.
+    pub credentials: Option<Arc<ProjectCredentials>>,
     /// Clock of the server.
     pub clock: Clock,
     /// Settings of batches.

@@ -58,6 +58,8 @@ error_codes! {
     BatchExpired = "batch_expired" in Line;
     /// The project has spent its budget of this month, or requests in flight may spend the rest.
     BillingHardLimitReached = "billing_hard_limit_reached" in Call;
+    /// No plugin of the project takes this credential from projects.
+    CredentialNotAccepted = "credential_not_accepted" in Call;
     /// The `custom_id` of the line is already used by another line.
     DuplicateCustomId = "duplicate_custom_id" in Batch;
     /// A key occurs twice in an object that rules read.

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use batchwright_domain::ids::TenantId;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
-use tokio::sync::Semaphore;
 use url::Url;
 
 use super::allow::is_loopback;
@@ -75,22 +75,19 @@ pub struct CredentialStore {
     pub default: Option<Arc<Secrets>>,
     /// Own secrets of tenants.
     pub tenants: HashMap<TenantId, Arc<Secrets>>,
-    /// Secrets in a folder, which come first.
-    pub folder: Option<Arc<dyn SecretsFolder>>,
-    /// Permits to read the folder.
-    pub folder_reads: Arc<Semaphore>,
+    /// Other sources of secrets of tenants, which come first, in their order.
+    pub sources: Vec<Arc<dyn SecretsSource>>,
 }
 
-/// Number of threads that read a folder of secrets for one plugin at a time.
-pub const MAX_FOLDER_READS: usize = 4;
+/// Maximum time to read secrets from a source, which may be on another machine.
+const SOURCE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Maximum time to read secrets from a folder, which may be on another machine.
-const FOLDER_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Folder with secrets of tenants, which is read again when it changes.
-pub trait SecretsFolder: Send + Sync {
-    /// Returns the secrets of a tenant; none if the folder has none for it. Blocks the thread.
-    fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String>;
+/// Source of secrets of tenants that change while the plugin is loaded.
+#[async_trait]
+pub trait SecretsSource: Send + Sync {
+    /// Returns the secrets of a tenant; none if the source has none for it. The error is for the
+    /// operator.
+    async fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String>;
 }
 
 /// Tenant without a credential, with the text for the operator.
@@ -106,23 +103,11 @@ impl CredentialStore {
 
     /// Returns the secrets of a tenant.
     pub async fn of(&self, tenant: &TenantId) -> Result<Arc<Secrets>, NoCredential> {
-        if let Some(folder) = &self.folder {
-            let (folder, tenant) = (folder.clone(), tenant.clone());
-            let reading = async {
-                // The permit is held by the thread, so that a folder that hangs occupies few.
-                let permit = self.folder_reads.clone().acquire_owned().await;
-                let read = tokio::task::spawn_blocking(move || {
-                    let found = folder.of(&tenant);
-                    drop(permit);
-                    found
-                });
-                read.await
-            };
-            let found = tokio::time::timeout(FOLDER_TIMEOUT, reading).await;
+        for source in &self.sources {
+            let found = tokio::time::timeout(SOURCE_TIMEOUT, source.of(tenant)).await;
             // A credential that cannot be read is not replaced by another one.
             let found = found
-                .map_err(|_| NoCredential("the folder of secrets does not answer".to_owned()))?
-                .map_err(|error| NoCredential(error.to_string()))?;
+                .map_err(|_| NoCredential("the source of secrets does not answer".to_owned()))?;
             if let Some(secrets) = found.map_err(NoCredential)? {
                 return Ok(secrets);
             }

@@ -58,8 +58,7 @@ pub use allow::{AllowList, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{
-    Credential, CredentialStore, MAX_FOLDER_READS, NoCredential, SecretTexts, Secrets,
-    SecretsFolder, is_distinct,
+    Credential, CredentialStore, NoCredential, SecretTexts, Secrets, SecretsSource, is_distinct,
 };
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};

@@ -13,6 +13,9 @@ settings! {
         plugins: Option<PathBuf> = "" (shown "the folder `plugins` beside this program"), "DIR";
         /// Folder with secrets of projects, each in the file SLUG/PLUGIN/CREDENTIAL
         secrets: Option<PathBuf> = "" (shown "none"), "DIR";
+        /// Key that seals the secrets that projects set themselves, as `env:NAME` or `file:PATH`:
+        /// 32 bytes in base64
+        credential_key: Option<String> = "" (shown "none, and projects can set no secrets"), "SOURCE";
         /// Folder of compiled plugins, which only the server may write to
         cache: Option<PathBuf> = "" (shown "DATA/cache"), "DIR";
         /// Maximum time to compile one plugin; a plugin that takes longer is rejected

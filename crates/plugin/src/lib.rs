@@ -29,6 +29,7 @@ pub use directory::watch;
 pub use error::{CallError, LoadError};
 pub use load::inspect::Inspected;
 pub use load::{Loader, LoaderConfig, plugin_name};
+pub use package::credentials::ProjectSecrets;
 pub use package::files::{ComponentFile, Files, MAX_COMPONENT_BYTES, signature_file};
 pub use package::manifest::read_secret;
 pub use package::read::sha256;

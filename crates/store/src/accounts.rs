@@ -69,6 +69,24 @@ pub struct ProjectPolicy {
     pub spend_limit: Option<u64>,
 }
 
+/// Maximum number of secrets that a project may set.
+pub const MAX_SECRETS: usize = 1000;
+
+/// Secret that a project has set for a credential of a plugin, sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretRecord {
+    /// Name of the plugin.
+    pub plugin: String,
+    /// Name of the credential.
+    pub name: String,
+    /// Sealed secret.
+    pub sealed: Vec<u8>,
+    /// Time of the first secret.
+    pub created_at: Timestamp,
+    /// Time of this secret.
+    pub updated_at: Timestamp,
+}
+
 /// Usage of a project, by limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProjectUse {
@@ -277,6 +295,9 @@ pub enum Refusal {
     /// Number of models with limits, with its maximum.
     #[error("the project has limits for {0} models already")]
     ModelLimits(usize),
+    /// Number of secrets of a project, with its maximum.
+    #[error("the project has {0} secrets already")]
+    Secrets(usize),
     /// Admin key without which nobody could administer the server.
     #[error("this is the last admin key")]
     LastAdminKey,
@@ -332,6 +353,25 @@ pub trait Accounts: Send + Sync {
         changes: ModelLimitChanges,
         by: Actor,
     ) -> Result<ModelLimits>;
+    /// Sets a secret of a tenant, which replaces an earlier one; returns its record.
+    async fn set_secret(
+        &self,
+        tenant: &TenantId,
+        plugin: &str,
+        name: &str,
+        sealed: Vec<u8>,
+        by: Actor,
+    ) -> Result<SecretRecord>;
+    /// Deletes a secret of a tenant; returns false if there is none.
+    async fn delete_secret(
+        &self,
+        tenant: &TenantId,
+        plugin: &str,
+        name: &str,
+        by: Actor,
+    ) -> Result<bool>;
+    /// Returns the secrets of a tenant, of one plugin if its name is given.
+    async fn secrets(&self, tenant: &TenantId, plugin: Option<&str>) -> Result<Vec<SecretRecord>>;
     /// Replaces or removes the budget of a project; returns the budget before.
     async fn set_spend_limit(
         &self,

@@ -21,9 +21,11 @@ pub mod principal;
 pub mod project;
 pub mod quota;
 pub mod scope;
+pub mod sealing;
 
 pub use key::{IssuedKey, KeyDigest, PresentedKey};
 pub use limits::{TenantDefaults, WhenOverLimit};
 pub use prices::{ModelPrice, Prices};
 pub use principal::{Denied, KeyFacts, Principal, ProjectPrincipal, authenticate};
 pub use scope::{Scope, Scopes};
+pub use sealing::{SealingError, SealingKey};

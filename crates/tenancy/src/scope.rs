@@ -27,6 +27,10 @@ scopes! {
     BatchRead = "api.batch.read";
     /// Create and cancel batches.
     BatchWrite = "api.batch.write";
+    /// List the credentials of the project, without their secrets.
+    CredentialsRead = "api.credentials.read";
+    /// Set and delete credentials of the project.
+    CredentialsWrite = "api.credentials.write";
     /// List, read and download files.
     FilesRead = "api.files.read";
     /// Upload and delete files.

@@ -15,6 +15,30 @@ use batchwright_tenancy::{Principal, Scope};
 use super::ClientAddress;
 use crate::error::ApiError;
 
+/// Client who changes something that the audit log names.
+pub(crate) struct Client(pub Option<KeyId>, pub Option<String>);
+
+impl<S: Sync> FromRequestParts<S> for Client {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let address = parts.extensions.get::<ClientAddress>();
+        let key = match principal(&parts.extensions)? {
+            Principal::Project(project) => project.key.clone(),
+            Principal::Admin(key) => Some(key.clone()),
+            Principal::Operator => None,
+        };
+        Ok(Self(key, address.map(|ClientAddress(ip)| ip.to_string())))
+    }
+}
+
+impl Client {
+    /// Returns the client as the actor of a change, for the audit log.
+    pub(crate) fn actor(self, at: Timestamp) -> Actor {
+        Actor { key: self.0, address: self.1, at }
+    }
+}
+
 /// Access of a handler to the data of a tenant.
 pub(crate) trait Access {
     /// Scope that the key needs.
@@ -50,6 +74,12 @@ accesses! {
     UploadFiles: FilesWrite, creates true;
     /// Deletes files.
     DeleteFiles: FilesWrite;
+    /// Lists credentials.
+    ReadCredentials: CredentialsRead;
+    /// Sets credentials.
+    SetCredentials: CredentialsWrite, creates true;
+    /// Deletes credentials.
+    DeleteCredentials: CredentialsWrite;
     /// Reads models and plugins.
     ReadModels: ModelRead;
     /// Sends online requests.

@@ -1,5 +1,6 @@
 //! JSON objects of the API. Every key is always present; an absent value is an explicit null.
 
+mod credentials;
 pub(crate) mod organization;
 pub(crate) mod organization_money;
 pub(crate) mod organization_requests;
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub(crate) use credentials::{Credential, DeletedCredential, SetCredential};
 pub(crate) use plugins::{BatchPlugins, OperatorPlugin, Plugin};
 
 use batchwright_domain::clock::Timestamp;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
@@ -26,8 +27,17 @@ pub(super) struct OnlineBody {
     pub streamed: Option<String>,
     /// True if the client asks for the event with the usage of a stream.
     pub wants_usage: bool,
-    /// Text of `user`, for the log.
+    /// What the client says about the request, for the log.
+    pub about: About,
+}
+
+/// What a client says about a request, truncated.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct About {
+    /// Text of `user`.
     pub user: Option<String>,
+    /// JSON text of `metadata`.
+    pub metadata: Option<String>,
 }
 
 /// Members of an object, as JSON texts.
@@ -76,9 +86,12 @@ impl OnlineBody {
             }
         };
         let options = value(STREAM_OPTIONS).filter(|options| *options != "null");
-        let user = value("user").and_then(string).map(std::borrow::Cow::into_owned);
+        let about = About {
+            user: value("user").and_then(string).map(|user| truncate_for_message(&user)),
+            metadata: value("metadata").map(truncate_for_message),
+        };
         if value(STREAM).is_none() && options.is_none() {
-            return Ok(Self { plain: text.to_owned(), streamed: None, wants_usage: false, user });
+            return Ok(Self { plain: text.to_owned(), streamed: None, wants_usage: false, about });
         }
         let plain: Vec<_> = members
             .iter()
@@ -97,7 +110,7 @@ impl OnlineBody {
         } else {
             (None, false)
         };
-        Ok(Self { plain: format!("{{{plain}}}"), streamed, wants_usage, user })
+        Ok(Self { plain: format!("{{{plain}}}"), streamed, wants_usage, about })
     }
 }
 
@@ -136,7 +149,7 @@ mod tests {
         let text = r#"{ "model":"m", "x":1e999, "y":"\ud800", "user":"u" }"#;
         let body = parse(text);
         assert_eq!((body.plain.as_str(), body.streamed), (text, None));
-        assert_eq!(body.user.as_deref(), Some("u"));
+        assert_eq!(body.about.user.as_deref(), Some("u"));
     }
 
     #[test]

@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, with_model};
 use crate::formats::result_line::{online_request_id, tokens};
-use crate::online::body::OnlineBody;
+use crate::online::body::{About, OnlineBody};
 use crate::online::metering::Metering;
 pub use crate::online::stream::OnlineStream;
 use crate::parts::{Parts, Shared};
@@ -156,6 +156,8 @@ pub struct OnlineRequest {
     pub idempotency_key: Option<String>,
     /// Id of the request in the log.
     pub log_id: String,
+    /// Id that the client gives to the request, for the log.
+    pub client_id: Option<String>,
 }
 
 /// Answer to an online request.
@@ -277,13 +279,15 @@ impl Online {
         }
         quota.refresh().await?;
         let body = OnlineBody::parse(&request.body, request.endpoint)?;
-        let Checked { admitted, user } = self.check(request, quota, body, provider_model).await?;
+        let Checked { admitted, about } = self.check(request, quota, body, provider_model).await?;
         tracing::debug!(
             request_id = request.log_id,
             request = admitted.id,
             plugin = admitted.plugin.name(),
             is_stream = admitted.is_stream,
-            user = user.as_deref().map(truncate_for_message).as_deref(),
+            client_request_id = request.client_id.as_deref(),
+            user = about.user.as_deref(),
+            metadata = about.metadata.as_deref(),
             "online request valid"
         );
         let timeout = self.config.online.online_timeout.duration();
@@ -375,7 +379,7 @@ impl Online {
             breaker,
             quota,
         };
-        Ok(Checked { admitted, user: body.user })
+        Ok(Checked { admitted, about: body.about })
     }
 
     /// Sends a valid request, and turns what came back into an answer.
@@ -625,7 +629,7 @@ impl Online {
 /// Valid request, and what the log has of it.
 struct Checked<'a> {
     admitted: Admitted<'a>,
-    user: Option<String>,
+    about: About,
 }
 
 /// Returns a path within the body.

@@ -2,6 +2,7 @@
 //! worker does.
 
 pub(crate) mod create;
+mod credentials;
 pub(crate) mod files;
 pub(crate) mod uploading;
 
@@ -22,6 +23,7 @@ use batchwright_store::{
 use tokio::sync::Notify;
 
 use crate::config::Config;
+use crate::credentials::ProjectCredentials;
 use crate::objects::AbortedUploads;
 use crate::parts::{Parts, Shared};
 use crate::policy::Policy;
@@ -37,6 +39,7 @@ pub struct Service {
     store: Arc<dyn Store>,
     objects: Arc<dyn Objects>,
     registry: Arc<Registry>,
+    credentials: Option<Arc<ProjectCredentials>>,
     clock: Clock,
     config: Arc<Config>,
     memory: Memory,
@@ -69,6 +72,7 @@ impl Service {
             store: parts.store.clone(),
             objects: parts.objects.clone(),
             registry: parts.registry.clone(),
+            credentials: parts.credentials.clone(),
             clock: parts.clock.clone(),
             config: parts.config.clone(),
             memory: parts.memory.clone(),

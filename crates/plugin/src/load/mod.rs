@@ -32,7 +32,7 @@ use crate::compile::cache::Cache;
 use crate::error::LoadError;
 use crate::load::checks::{bounds, check_kind, default_models, urls_in};
 use crate::load::inspect::Runtime;
-use crate::package::credentials::secrets;
+use crate::package::credentials::{ProjectSecrets, Sources, secrets};
 use crate::package::files::Files;
 use crate::package::routing::Routing;
 use crate::package::schema;
@@ -65,6 +65,8 @@ pub struct LoaderConfig {
     pub order: Option<PathBuf>,
     /// Folder with secrets of projects.
     pub secrets_folder: Option<PathBuf>,
+    /// Secrets that projects have set.
+    pub project_secrets: Option<Arc<dyn ProjectSecrets>>,
     /// Compiler program, if it is not the running program.
     pub compiler: Option<PathBuf>,
     /// Memory pools that instances and exchanges reserve from.
@@ -80,6 +82,7 @@ pub struct Loader {
     pub(crate) trust: Trust,
     pub(crate) order_file: Option<PathBuf>,
     secrets_folder: Option<PathBuf>,
+    project_secrets: Option<Arc<dyn ProjectSecrets>>,
     /// Permits to load a plugin. Each load holds its component in memory.
     permits: Semaphore,
     instances: Arc<Instances>,
@@ -102,6 +105,7 @@ impl Loader {
             serials,
             order,
             secrets_folder,
+            project_secrets,
             compiler,
             memory,
         } = loading;
@@ -115,6 +119,7 @@ impl Loader {
             trust: Trust::open(trusted_keys, serials).map_err(failed)?,
             order_file: order,
             secrets_folder,
+            project_secrets,
             permits,
             instances: Instances::start(memory.instances),
             shared: Shared {
@@ -197,9 +202,15 @@ impl Loader {
                 key(&format!("settings{place}"), printable(&message, MAX_MESSAGE_CHARS))
             },
         )?;
-        let folder = self.secrets_folder.as_deref().map(|folder| (folder, name.as_str()));
-        let secrets =
-            secrets(&manifest, &inspected.description, (&file, folder), &urls, placeholder, &key)?;
+        let sources = Sources {
+            folder: self.secrets_folder.as_deref(),
+            projects: self.project_secrets.as_ref(),
+        };
+        let from = (file.as_path(), name.as_str(), sources);
+        let secrets = secrets(&manifest, &inspected.description, from, &urls, placeholder, &key)?;
+        let credentials = manifest.credentials.iter();
+        let from_projects = credentials.filter(|(_, given)| given.0.from_projects);
+        let from_projects = from_projects.map(|(name, _)| name.clone()).collect();
         let allow = AllowList::new(file.display().to_string(), &urls, &manifest.allow)
             .map_err(|error| key("allow", error.to_string()))?;
         allow.check_addresses(&urls).map_err(|error| key("settings", error))?;
@@ -218,6 +229,7 @@ impl Loader {
                 models: manifest.models,
                 aliases: manifest.aliases,
                 default_models,
+                from_projects,
                 paused: manifest.paused,
             },
             loaded_at: self.clock.now().as_seconds(),

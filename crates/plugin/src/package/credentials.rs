@@ -4,40 +4,62 @@
 //! the operator lists with the credential. A credential that could not be sent anywhere is an
 //! error at load, so that requests do not fail later without it.
 //!
-//! A project can have secrets of its own: in the plugin's file, or in the folder of the setting
-//! `secrets`, as `<folder>/<slug>/<plugin>/<credential>`. The folder comes first, and its files are
-//! looked at before each exchange, so that a new secret takes effect with the next request.
+//! A project can have secrets of its own: those that it has set through the API, where the plugin's
+//! file allows it; those in the folder of the setting `secrets`; and those in the plugin's file, in
+//! this order. The first two are looked at before each exchange, so that a new secret takes effect
+//! with the next request.
 
-use std::collections::{BTreeSet, HashMap};
-use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use async_trait::async_trait;
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::{
-    AllowList, Credential, CredentialStore, MAX_FOLDER_READS, Secrets, SecretsFolder, is_distinct,
-    is_loopback,
+    AllowList, Credential, CredentialStore, Secrets, SecretsSource, is_distinct, is_loopback,
 };
 use http::HeaderName;
-use tokio::sync::Semaphore;
 use url::Url;
 
 use crate::contract::types::{CredentialRequest, Description};
 use crate::error::LoadError;
 use crate::package::manifest::{CredentialTable, GivenCredential, Manifest, Source};
+use crate::package::secrets_folder::Folder;
 
 /// Number of tenants whose secrets are kept in memory.
-const MAX_CACHED_TENANTS: usize = 1000;
+pub(super) const MAX_CACHED_TENANTS: usize = 1000;
+
+/// Secrets that projects have set for plugins.
+#[async_trait]
+pub trait ProjectSecrets: Send + Sync {
+    /// Returns the secrets of a project for a plugin, by the name of the credential. The same value
+    /// is returned until a secret changes. The error is for the operator.
+    async fn of(
+        &self,
+        tenant: &TenantId,
+        plugin: &str,
+    ) -> Result<Arc<BTreeMap<String, String>>, String>;
+}
+
+/// Sources of secrets besides the plugin's file.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Sources<'a> {
+    /// Folder of secrets.
+    pub folder: Option<&'a Path>,
+    /// Secrets that projects have set.
+    pub projects: Option<&'a Arc<dyn ProjectSecrets>>,
+}
 
 /// Credential that a component declares, bound to its hosts.
-struct Bound {
-    name: String,
+pub(super) struct Bound {
+    pub(super) name: String,
     header: HeaderName,
     prefix: String,
     /// True if a tenant without the secret cannot use the plugin: the component requires it, or the
     /// plugin's file names the credential without a default.
     is_required: bool,
+    /// True if projects may set the secret.
+    from_projects: bool,
     hosts: Arc<AllowList>,
     /// Secret of tenants without their own.
     default: Option<String>,
@@ -46,8 +68,8 @@ struct Bound {
 }
 
 /// Credentials of a plugin.
-struct Credentials {
-    bound: Vec<Bound>,
+pub(super) struct Credentials {
+    pub(super) bound: Vec<Bound>,
     /// Headers that only credentials may set.
     reserved: Vec<HeaderName>,
     plain_http: bool,
@@ -55,12 +77,12 @@ struct Credentials {
 
 /// Reads the secrets of a plugin, and binds each secret to its hosts.
 ///
-/// With a `placeholder`, a secret that cannot be read is replaced. `folder` is the folder of
-/// secrets, with the name of the plugin. `key` makes an error of a key and a message.
+/// With a `placeholder`, a secret that cannot be read is replaced. `plugin` is the name of the
+/// plugin. `key` makes an error of a key and a message.
 pub(crate) fn secrets(
     manifest: &Manifest,
     description: &Description,
-    (file, folder): (&Path, Option<(&Path, &str)>),
+    (file, plugin, sources): (&Path, &str, Sources<'_>),
     urls: &[Url],
     placeholder: Option<&str>,
     key: &impl Fn(&str, String) -> LoadError,
@@ -83,7 +105,15 @@ pub(crate) fn secrets(
     let mut bound = Vec::new();
     for need in &description.credentials {
         let given = manifest.credentials.get(&need.name).map(|GivenCredential(given)| given);
-        if given.is_some() || folder.is_some() {
+        if given.is_some() || sources.folder.is_some() {
+            if given.is_some_and(|given| given.from_projects)
+                && sources.projects.is_none()
+                && placeholder.is_none()
+            {
+                let message = "from_projects needs the setting credential_key, with which the \
+                               secrets of projects are sealed";
+                return Err(key(&key_of(need), message.into()));
+            }
             let found = bind(need, given, manifest, (file, urls), placeholder);
             bound.extend(found.map_err(|message| key(&key_of(need), message))?);
         } else if need.required {
@@ -95,7 +125,7 @@ pub(crate) fn secrets(
     let headers = description.credentials.iter();
     let reserved = headers.filter_map(|need| HeaderName::try_from(&need.header).ok()).collect();
     let credentials = Credentials { bound, reserved, plain_http: manifest.allow_plain_http };
-    credentials.into_store(folder).map_err(|message| key("credentials", message))
+    credentials.into_store(plugin, sources).map_err(|message| key("credentials", message))
 }
 
 fn key_of(need: &CredentialRequest) -> String {
@@ -141,6 +171,7 @@ fn bind(
         name: need.name.clone(),
         header,
         prefix: need.prefix.clone(),
+        from_projects: given.is_some_and(|given| given.from_projects),
         is_required: need.required || given.is_some_and(|given| given.from.is_none()),
         hosts: Arc::new(hosts),
         default,
@@ -149,7 +180,7 @@ fn bind(
 }
 
 /// Warns about a secret that others can read, or that is not redacted in bodies.
-fn warn(file: &Path, name: &str, source: &Source<'_>, secret: &str) {
+pub(super) fn warn(file: &Path, name: &str, source: &Source<'_>, secret: &str) {
     if let Some(mode) = source.open_mode() {
         tracing::warn!(
             path = %file.display(),
@@ -168,16 +199,17 @@ fn warn(file: &Path, name: &str, source: &Source<'_>, secret: &str) {
 }
 
 impl Credentials {
-    /// Returns the secrets of a tenant, given those of a folder; none if a required one is missing.
-    fn of(
+    /// Returns the secrets of a tenant, given those of another source; none if a required one is
+    /// missing.
+    pub(super) fn of(
         &self,
         tenant: Option<&TenantId>,
-        folder: &HashMap<String, String>,
+        other: &BTreeMap<String, String>,
     ) -> Result<Option<Secrets>, String> {
         let mut credentials = Vec::new();
         for bound in &self.bound {
             let own = tenant.and_then(|tenant| bound.tenants.get(tenant));
-            match folder.get(&bound.name).or(own).or(bound.default.as_ref()) {
+            match other.get(&bound.name).or(own).or(bound.default.as_ref()) {
                 Some(secret) => credentials.push(Credential {
                     name: bound.name.clone(),
                     header: bound.header.clone(),
@@ -193,8 +225,8 @@ impl Credentials {
         secrets.map(Some).map_err(|error| error.to_string())
     }
 
-    fn into_store(self, folder: Option<(&Path, &str)>) -> Result<CredentialStore, String> {
-        let none = HashMap::new();
+    fn into_store(self, plugin: &str, sources: Sources<'_>) -> Result<CredentialStore, String> {
+        let none = BTreeMap::new();
         let default = self.of(None, &none)?.map(Arc::new);
         let names: BTreeSet<&TenantId> =
             self.bound.iter().flat_map(|bound| bound.tenants.keys()).collect();
@@ -204,82 +236,58 @@ impl Credentials {
                 tenants.insert(tenant.clone(), Arc::new(secrets));
             }
         }
-        let folder = folder.filter(|_| !self.bound.is_empty()).map(|(folder, plugin)| {
-            Arc::new(Folder {
-                path: folder.to_owned(),
+        let has_secrets = !self.bound.is_empty();
+        let of_projects = self.bound.iter().any(|bound| bound.from_projects);
+        let credentials = Arc::new(self);
+        let mut found: Vec<Arc<dyn SecretsSource>> = Vec::new();
+        if let Some(source) = sources.projects.filter(|_| of_projects) {
+            found.push(Arc::new(OfProjects {
                 plugin: plugin.to_owned(),
-                credentials: self,
+                source: source.clone(),
+                credentials: credentials.clone(),
                 cache: Mutex::default(),
-            }) as Arc<dyn SecretsFolder>
-        });
-        let folder_reads = Arc::new(Semaphore::new(MAX_FOLDER_READS));
-        Ok(CredentialStore { default, tenants, folder, folder_reads })
+            }));
+        }
+        if let Some(folder) = sources.folder.filter(|_| has_secrets) {
+            found.push(Folder::new(folder, plugin, credentials));
+        }
+        Ok(CredentialStore { default, tenants, sources: found })
     }
 }
 
-/// State of a secret's file, which differs after each replacement: device, inode, size, and the
-/// time of the last change of the file or of its metadata.
-type FileState = Option<(u64, u64, u64, i64, i64)>;
+/// Secrets that projects have set, and what was made of them.
+type OfProject = (Arc<BTreeMap<String, String>>, Option<Arc<Secrets>>);
 
-/// Returns the state of a file; none if it does not exist. A link to nowhere is an error, as its
-/// secret is missing and not unknown.
-fn state_of(file: &Path) -> Result<FileState, String> {
-    let failed = |error: std::io::Error| format!("failed to read {}: {error}", file.display());
-    let found = match std::fs::metadata(file) {
-        Ok(found) => found,
-        Err(error) if error.kind() == ErrorKind::NotFound && file.symlink_metadata().is_err() => {
-            return Ok(None);
-        }
-        Err(error) => return Err(failed(error)),
-    };
-    Ok(Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec())))
-}
-
-/// Secrets of a tenant, and the states of the files that they were read from.
-type Cached = (Vec<FileState>, Option<Arc<Secrets>>);
-
-/// Folder with secrets of tenants.
-struct Folder {
-    path: PathBuf,
+/// Secrets that projects have set for one plugin.
+struct OfProjects {
     plugin: String,
-    credentials: Credentials,
-    cache: Mutex<HashMap<TenantId, Cached>>,
+    source: Arc<dyn ProjectSecrets>,
+    credentials: Arc<Credentials>,
+    cache: Mutex<HashMap<TenantId, OfProject>>,
 }
 
-impl SecretsFolder for Folder {
-    fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String> {
-        // A folder that is not mounted says nothing about its secrets.
-        if !self.path.is_dir() {
-            return Err(format!("{} is no folder", self.path.display()));
-        }
-        let folder = self.path.join(tenant.as_str()).join(&self.plugin);
-        let files = self.credentials.bound.iter().map(|bound| folder.join(&bound.name));
-        let files: Vec<PathBuf> = files.collect();
-        let states: Vec<FileState> =
-            files.iter().map(|file| state_of(file)).collect::<Result<_, _>>()?;
+#[async_trait]
+impl SecretsSource for OfProjects {
+    async fn of(&self, tenant: &TenantId) -> Result<Option<Arc<Secrets>>, String> {
+        let found = self.source.of(tenant, &self.plugin).await?;
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, secrets)) = cache.get(tenant)
-            && *known == states
+            && Arc::ptr_eq(known, &found)
         {
             return Ok(secrets.clone());
         }
-        let mut found = HashMap::new();
-        for ((bound, file), state) in self.credentials.bound.iter().zip(&files).zip(&states) {
-            if state.is_some() {
-                let source = Source::File(file);
-                let secret = source.read()?;
-                warn(file, &bound.name, &source, &secret);
-                found.insert(bound.name.clone(), secret);
-            }
-        }
-        let secrets = match found.is_empty() {
+        let allowed = self.credentials.bound.iter().filter(|bound| bound.from_projects);
+        let own: BTreeMap<String, String> = allowed
+            .filter_map(|bound| Some((bound.name.clone(), found.get(&bound.name)?.clone())))
+            .collect();
+        let secrets = match own.is_empty() {
             true => None,
-            false => self.credentials.of(Some(tenant), &found)?.map(Arc::new),
+            false => self.credentials.of(Some(tenant), &own)?.map(Arc::new),
         };
         if cache.len() >= MAX_CACHED_TENANTS {
             cache.clear();
         }
-        cache.insert(tenant.clone(), (states, secrets.clone()));
+        cache.insert(tenant.clone(), (found, secrets.clone()));
         Ok(secrets)
     }
 }

@@ -88,6 +88,10 @@ keys! {
         /// the credential itself, as in `{ default = "env:A", acme = "file:b" }`.
         #[serde(default)]
         pub tenants: BTreeMap<String, String>, "table", "none";
+        /// True lets a project set the secret itself, through the API. It comes before the other
+        /// sources.
+        #[serde(default)]
+        pub from_projects: bool, "boolean", "`false`";
         /// Hosts that receive the secret in addition to the hosts of the settings' URLs.
         #[serde(default)]
         pub hosts: Vec<String>, "array of strings", "none";
@@ -128,6 +132,10 @@ impl<'de> Deserialize<'de> for GivenCredential {
                             table.hosts = map.next_value()?;
                             continue;
                         }
+                        "from_projects" => {
+                            table.from_projects = map.next_value()?;
+                            continue;
+                        }
                         "tenants" => map.next_value::<BTreeMap<String, String>>()?,
                         slug => {
                             check_tenant(slug).map_err(serde::de::Error::custom)?;
@@ -150,7 +158,7 @@ impl<'de> Deserialize<'de> for GivenCredential {
 
 /// Checks a key of a credential that may be the slug of a project.
 fn check_tenant(key: &str) -> Result<(), String> {
-    let known = ["from", "default", "hosts", "tenants"];
+    let known = ["from", "default", "from_projects", "hosts", "tenants"];
     if let Some(known) = nearest(key, &known) {
         return Err(format!(
             "there is no key `{key}`; did you mean `{known}`? The source of a project with the \

@@ -11,6 +11,7 @@ pub(crate) mod manifest;
 pub(crate) mod read;
 pub(crate) mod routing;
 pub(crate) mod schema;
+pub(crate) mod secrets_folder;
 pub(crate) mod serials;
 pub mod signature;
 pub(crate) mod state_file;

@@ -20,6 +20,8 @@ pub struct Routing {
     pub aliases: BTreeMap<String, String>,
     /// Adapters: models of requests that name none, by endpoint.
     pub default_models: BTreeMap<Endpoint, String>,
+    /// Adapters: credentials that projects may set themselves.
+    pub from_projects: Vec<String>,
     /// Adapters: true if the plugin sends no requests for now.
     pub paused: bool,
 }

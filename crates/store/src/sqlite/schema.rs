@@ -383,11 +383,21 @@ CREATE TABLE model_days (
 ) STRICT, WITHOUT ROWID;
 ";
 
-/// Adds what a project may use: JSON arrays of names, or null for all.
+/// Adds what a project may use (JSON arrays of names, or null for all), and its secrets.
 const MIGRATION_11: &str = "
 ALTER TABLE tenants ADD COLUMN allowed_plugins TEXT;
 ALTER TABLE tenants ADD COLUMN allowed_validators TEXT;
 ALTER TABLE tenants ADD COLUMN allowed_completion_windows TEXT;
+-- Secrets that projects have set for plugins, sealed with a key that is not here.
+CREATE TABLE project_secrets (
+    tenant INTEGER NOT NULL REFERENCES tenants (key),
+    plugin TEXT NOT NULL,
+    name TEXT NOT NULL,
+    sealed BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL,
+    PRIMARY KEY (tenant, plugin, name)
+) STRICT, WITHOUT ROWID;
 ";
 
 /// Returns all migrations, oldest first.

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Tables that a readiness probe reads.
-const TABLES: [&str; 14] = [
+const TABLES: [&str; 15] = [
     "tenants",
     "files",
     "batches",
@@ -34,6 +34,7 @@ const TABLES: [&str; 14] = [
     "usage",
     "model_limits",
     "batch_tokens",
+    "project_secrets",
 ];
 
 #[async_trait]

@@ -69,6 +69,7 @@ macro_rules! store_suite {
             result_counts_once_in_usage_and_costs
             usage_stays_when_its_key_is_deleted
             usage_of_online_requests_is_told_from_that_of_batches
+            secrets_of_a_tenant_are_replaced_listed_and_deleted
             money_is_counted_by_month_and_requests_by_day
             old_usage_is_merged_into_hours
             limits_of_models_and_budgets_are_changed

@@ -4,6 +4,7 @@ mod audit;
 mod keys;
 mod policies;
 mod projects;
+mod secrets;
 mod service_accounts;
 
 pub(super) use projects::creating_tenant;
@@ -17,7 +18,7 @@ use super::{SqliteStore, usage};
 use crate::accounts::{
     Accounts, Actor, AuditEntry, AuditQuery, KeyChanges, KeyHolder, KeyRecord, LimitChanges,
     ListQuery, ModelLimitChanges, NewKey, NewProject, NewServiceAccount, ProjectPolicy,
-    ProjectRecord, ProjectUse, Refusal, ServiceAccountRecord, StorageBounds,
+    ProjectRecord, ProjectUse, Refusal, SecretRecord, ServiceAccountRecord, StorageBounds,
 };
 use crate::usage::{Meters, UsagePage, UsageQuery};
 use crate::{Paged, Result, StoreError};
@@ -124,6 +125,42 @@ impl Accounts for SqliteStore {
         let id = id.clone();
         self.writer
             .write(move |connection| policies::set_spend_limit(connection, &id, cents, &by))
+            .await
+    }
+
+    async fn set_secret(
+        &self,
+        tenant: &TenantId,
+        plugin: &str,
+        name: &str,
+        sealed: Vec<u8>,
+        by: Actor,
+    ) -> Result<SecretRecord> {
+        let (tenant, plugin, name) = (tenant.clone(), plugin.to_owned(), name.to_owned());
+        self.writer
+            .write(move |connection| {
+                secrets::set(connection, &tenant, (&plugin, &name), &sealed, &by)
+            })
+            .await
+    }
+
+    async fn delete_secret(
+        &self,
+        tenant: &TenantId,
+        plugin: &str,
+        name: &str,
+        by: Actor,
+    ) -> Result<bool> {
+        let (tenant, plugin, name) = (tenant.clone(), plugin.to_owned(), name.to_owned());
+        self.writer
+            .write(move |connection| secrets::delete(connection, &tenant, (&plugin, &name), &by))
+            .await
+    }
+
+    async fn secrets(&self, tenant: &TenantId, plugin: Option<&str>) -> Result<Vec<SecretRecord>> {
+        let (tenant, plugin) = (tenant.clone(), plugin.map(str::to_owned));
+        self.readers
+            .read(move |connection| secrets::list(connection, &tenant, plugin.as_deref()))
             .await
     }
 

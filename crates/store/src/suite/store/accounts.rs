@@ -314,3 +314,34 @@ pub(crate) async fn each_change_has_one_entry_in_the_audit_log(fixture: impl Fix
     assert_eq!(created.project, Some((id, "Acme Labs".into())));
     assert!(created.details.contains("\"name\":\"Acme\""), "{}", created.details);
 }
+
+pub(crate) async fn secrets_of_a_tenant_are_replaced_listed_and_deleted(fixture: impl Fixture) {
+    let store = open(&fixture).await;
+    let set = async |name: &str, sealed: &[u8], at: i64| {
+        let sealed = sealed.to_vec();
+        store.set_secret(&tenant(), "p", name, sealed, by(super::at(at))).await
+    };
+    set("api_key", b"one", 1).await.unwrap();
+    let replaced = set("api_key", b"two", 2).await.unwrap();
+    assert_eq!((replaced.created_at, replaced.updated_at), (at(1), at(2)));
+    set("other", b"three", 3).await.unwrap();
+    store.set_secret(&tenant(), "q", "api_key", b"four".to_vec(), by(NOW)).await.unwrap();
+    let names = async |tenant: TenantId, plugin: Option<&str>| {
+        let found = store.secrets(&tenant, plugin).await.unwrap().into_iter();
+        found.map(|found| (found.name, found.sealed)).collect::<Vec<_>>()
+    };
+    let of_p = [("api_key".to_owned(), b"two".to_vec()), ("other".to_owned(), b"three".to_vec())];
+    assert_eq!(names(tenant(), Some("p")).await, of_p);
+    assert_eq!(names(tenant(), None).await.len(), 3);
+    assert_eq!(names("other".into(), None).await, []);
+    let delete = async |tenant: TenantId, name: &str| {
+        store.delete_secret(&tenant, "p", name, by(NOW)).await.unwrap()
+    };
+    assert!(!delete("other".into(), "api_key").await && !delete(tenant(), "nothing").await);
+    assert!(delete(tenant(), "api_key").await && !delete(tenant(), "api_key").await);
+    let logged = events(&*store).await;
+    let of_secrets = logged.iter().filter(|event| event.starts_with("credential."));
+    assert_eq!(of_secrets.count(), 5);
+    store.archive_project(&project(&tenant()), by(NOW)).await.unwrap();
+    assert_eq!(refusal(set("api_key", b"x", 9).await), Refusal::Archived);
+}
