@@ -23,7 +23,7 @@ use super::App;
 use super::RequestId;
 use super::batches::idempotency_key;
 use super::error::ApiError;
-use super::json_response::with_reservation;
+use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::params::{BYTE_ORDER_MARK, check_json, unreadable_body};
 use super::wire::{OnlineBody, OnlineResponse};
@@ -37,7 +37,7 @@ const CLIENT_REQUEST_IDS: [&str; 2] = ["x-client-request-id", "x-request-id"];
 const COPIES_OF_BODY: usize = 4;
 
 /// Granularity in which the reservation of a body grows.
-const RESERVATION_STEP_BYTES: usize = 64 << 10;
+const RESERVATION_STEP_BYTES: usize = 16 << 10;
 
 /// Maximum time that a body waits for memory.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -125,7 +125,7 @@ async fn read_body(app: &ApiState, request: Request) -> Result<(String, Reservat
             )));
         }
         let needed = length.saturating_mul(COPIES_OF_BODY);
-        if needed > reservation.bytes() {
+        if length > UNRESERVED_BYTES && needed > reservation.bytes() {
             let needed = needed.next_multiple_of(RESERVATION_STEP_BYTES);
             let grown = timeout(MEMORY_TIMEOUT, reservation.grow_to(needed)).await;
             grown.map_err(|_| ApiError::overloaded())?;

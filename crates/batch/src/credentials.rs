@@ -4,6 +4,7 @@
 //! effect within that time. A change through this process takes effect with the next request.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub struct ProjectCredentials {
     store: Arc<dyn Store>,
     key: SealingKey,
     cache: Mutex<HashMap<(TenantId, String), Cached>>,
+    /// Number of changes, so that a read that a change has overtaken is not kept.
+    changes: AtomicU64,
 }
 
 /// Error of a change of a credential. The texts are shown to clients.
@@ -59,7 +62,7 @@ pub enum CredentialError {
 impl ProjectCredentials {
     /// Returns the credentials in a store, sealed with a key.
     pub fn new(store: Arc<dyn Store>, key: SealingKey) -> Arc<Self> {
-        Arc::new(Self { store, key, cache: Mutex::default() })
+        Arc::new(Self { store, key, cache: Mutex::default(), changes: AtomicU64::new(0) })
     }
 
     fn cache(&self) -> MutexGuard<'_, HashMap<(TenantId, String), Cached>> {
@@ -93,7 +96,9 @@ impl ProjectCredentials {
     }
 
     fn forget(&self, tenant: &TenantId, plugin: &str) {
-        self.cache().remove(&(tenant.clone(), plugin.to_owned()));
+        let mut cache = self.cache();
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        cache.remove(&(tenant.clone(), plugin.to_owned()));
     }
 }
 
@@ -111,7 +116,7 @@ impl ProjectSecrets for ProjectCredentials {
         {
             return Ok(secrets.clone());
         }
-        let read_at = Instant::now();
+        let (read_at, changes) = (Instant::now(), self.changes.load(Ordering::Relaxed));
         let records = self.store.secrets(tenant, Some(plugin)).await;
         let records = records.map_err(|error| error.to_string())?;
         let opened = records.into_iter().map(|record| {
@@ -130,7 +135,9 @@ impl ProjectSecrets for ProjectCredentials {
         if cache.len() >= MAX_CACHED {
             cache.clear();
         }
-        cache.insert(pair, Cached { read_at, secrets: secrets.clone() });
+        if self.changes.load(Ordering::Relaxed) == changes {
+            cache.insert(pair, Cached { read_at, secrets: secrets.clone() });
+        }
         Ok(secrets)
     }
 }

@@ -41,13 +41,7 @@ impl Engine {
         let tasks = TaskTracker::new();
         Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),
-            online: Arc::new(Online::new(
-                &parts,
-                &shared,
-                breakers.clone(),
-                quotas.clone(),
-                tasks.clone(),
-            )),
+            online: Arc::new(Online::new(&parts, &shared, breakers.clone(), quotas.clone())),
             health: Arc::new(Health::new(&parts, &shared)),
             worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
@@ -107,8 +101,10 @@ impl Engine {
         self.tasks.wait().await;
     }
 
-    /// Closes the store and flushes its writes. Must be the last call.
+    /// Ends the online requests that are still in flight, then closes the store and flushes its
+    /// writes. Must be the last call.
     pub async fn close_store(&self) {
+        self.online.end().await;
         tokio::time::timeout(STORE_CLOSE_TIMEOUT, self.parts.store.close()).await.ok();
     }
 }

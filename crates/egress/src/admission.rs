@@ -33,6 +33,9 @@
 //! **Online requests.** A person waits for an online request. While there are online requests, or
 //! were within [`ONLINE_MEMORY`], lines of batches leave a share of the limit free for them.
 //!
+//! **Own credentials.** A tenant whose credential is its own has limits of its own at the provider.
+//! What such an exchange says about limits slows nobody else down.
+//!
 //! **Wake-ups.** A limit below one, a held permit and a hung exchange change with time and without
 //! an event. A timer task checks the queues again at the earliest of these times.
 
@@ -75,6 +78,14 @@ struct Inner {
     state: Mutex<State>,
 }
 
+/// Exchange in flight.
+struct InFlight {
+    started_at: Instant,
+    is_online: bool,
+    /// False for a stream that has begun: it lasts as long as its client reads.
+    may_hang: bool,
+}
+
 struct State {
     limit: Limit,
     in_flight: usize,
@@ -86,8 +97,8 @@ struct State {
     shares: Shares<(u64, oneshot::Sender<Permit>)>,
     /// Last number of a waiting request or of an exchange.
     last_number: u64,
-    /// Start of each exchange in flight by number, oldest first.
-    started_at: BTreeMap<u64, Instant>,
+    /// Exchanges in flight by number, oldest first.
+    started_at: BTreeMap<u64, InFlight>,
     /// Permits that refused exchanges hold, with the time of their release.
     held: BinaryHeap<Reverse<(Instant, QueueId)>>,
     /// Number of requests accepted.
@@ -105,6 +116,8 @@ pub struct Permit {
     began: Began,
     /// Time until which the permit is held after the drop.
     held: Option<Instant>,
+    /// True if the exchange has a credential of its tenant alone.
+    has_own_credential: bool,
 }
 
 /// Consecutive refusals of one request.
@@ -196,6 +209,9 @@ impl AdmissionQueue {
 
     /// Records the remaining requests that the response to an exchange reported.
     pub(crate) fn update_remaining(&self, admitted: &Permit, remaining: u64, reset: Duration) {
+        if admitted.has_own_credential {
+            return;
+        }
         let mut state = self.0.lock();
         let Some(until) = Instant::now().checked_add(reset) else { return };
         state.limit.update_remaining(remaining, until, admitted.began);
@@ -243,7 +259,12 @@ impl Inner {
                 let (tenants, has_room) = (&self.tenants, state.has_room_for_batches(now, self));
                 let next =
                     state.shares.take_next(has_room, |tenant, max| tenants.take(tenant, max));
-                let Some((queue, tokens, (_, waiter))) = next else { return };
+                let Some((queue, tokens, (_, waiter))) = next else {
+                    if !has_room && let Some(at) = state.next_room_for_batches(now) {
+                        self.schedule_wakeup(&mut state, at);
+                    }
+                    return;
+                };
                 let admitted = state.grant(self, (&queue, tokens), now);
                 (waiter, admitted)
             };
@@ -298,7 +319,17 @@ impl State {
         let reserved = limit.saturating_mul(admission.online_percent).div_ceil(100);
         // Lines of batches have at least one place.
         let places = limit.saturating_sub(reserved).max(1);
-        self.in_flight.saturating_sub(self.online_in_flight) < places
+        let hanging = self.hung(now).filter(|exchange| !exchange.is_online).count();
+        let of_batches = self.in_flight.saturating_sub(self.online_in_flight);
+        of_batches.saturating_sub(hanging) < places
+    }
+
+    /// Returns when batches may have room again if no exchange ends before.
+    fn next_room_for_batches(&self, now: Instant) -> Option<Instant> {
+        let held = self.held.peek().map(|Reverse((until, _))| *until);
+        let forgotten = self.online_at.and_then(|at| at.checked_add(ONLINE_MEMORY));
+        let times = [held, self.next_hang(now), forgotten];
+        times.into_iter().flatten().filter(|at| *at > now).min()
     }
 
     /// Returns the end of the current pause if it is too long to wait for in memory.
@@ -313,13 +344,26 @@ impl State {
         self.limit.usual_time().unwrap_or_default().saturating_mul(HANG_FACTOR).max(MIN_HANG_TIME)
     }
 
+    /// Returns the hung exchanges.
+    fn hung(&self, now: Instant) -> impl Iterator<Item = &InFlight> {
+        let hang_time = self.hang_time();
+        let is_old = move |exchange: &&InFlight| {
+            now.saturating_duration_since(exchange.started_at) >= hang_time
+        };
+        self.started_at.values().take_while(is_old).filter(|exchange| exchange.may_hang)
+    }
+
     /// Returns the number of hung exchanges.
     fn hanging(&self, now: Instant) -> usize {
+        self.hung(now).count()
+    }
+
+    /// Returns when the next exchange counts as hung.
+    fn next_hang(&self, now: Instant) -> Option<Instant> {
         let hang_time = self.hang_time();
-        self.started_at
-            .values()
-            .take_while(|started_at| now.saturating_duration_since(**started_at) >= hang_time)
-            .count()
+        let running = self.started_at.values().filter(|exchange| exchange.may_hang);
+        let mut times = running.filter_map(|exchange| exchange.started_at.checked_add(hang_time));
+        times.find(|at| *at > now)
     }
 
     /// Returns when to check the queues again if no exchange ends before.
@@ -329,15 +373,10 @@ impl State {
             Next::At(at) => Some(at),
             Next::Later => {
                 let held = self.held.peek().map(|Reverse((until, _))| *until);
-                let hang_time = self.hang_time();
-                // Oldest exchange that is not hung yet.
-                let now = Instant::now();
-                let mut next_hang = self
-                    .started_at
-                    .values()
-                    .filter_map(|started_at| started_at.checked_add(hang_time))
-                    .filter(|at| *at > now);
-                let next_hang = if self.in_flight < max { next_hang.next() } else { None };
+                let next_hang = match self.in_flight < max {
+                    true => self.next_hang(Instant::now()),
+                    false => None,
+                };
                 held.into_iter().chain(next_hang).min()
             }
         }
@@ -356,11 +395,20 @@ impl State {
         }
         self.last_number = self.last_number.wrapping_add(1);
         let number = self.last_number;
-        self.started_at.insert(number, now);
+        let is_online = queue.batch.is_none();
+        let exchange = InFlight { started_at: now, is_online, may_hang: true };
+        self.started_at.insert(number, exchange);
         let began = self.limit.begin(now);
         self.shares.begin(queue, tokens);
         let queue = queue.clone();
-        Permit { admission: Some(admission.clone()), queue, number, began, held: None }
+        Permit {
+            admission: Some(admission.clone()),
+            queue,
+            number,
+            began,
+            held: None,
+            has_own_credential: false,
+        }
     }
 
     /// Releases the held permits whose time has passed.
@@ -394,12 +442,27 @@ impl Permit {
         self.began.at = Instant::now();
     }
 
+    /// Notes that the exchange has a credential of its tenant alone, so that its limits say nothing
+    /// about those of other tenants.
+    pub(crate) fn set_own_credential(&mut self, is_own: bool) {
+        self.has_own_credential = is_own;
+    }
+
+    /// Notes that a stream has begun, which does not hang however long it lasts.
+    pub fn begin_stream(&mut self) {
+        let Some(admission) = &self.admission else { return };
+        if let Some(exchange) = admission.lock().started_at.get_mut(&self.number) {
+            exchange.may_hang = false;
+        }
+    }
+
     /// Records the outcome of the request; `refusals` belongs to that request.
     pub fn finish(&mut self, feedback: LimitFeedback, refusals: &mut Refusals) {
         let Some(admission) = &self.admission else { return };
         let now = Instant::now();
         let mut state = admission.lock();
         let feedback = match feedback {
+            LimitFeedback::Refused(_) if self.has_own_credential => LimitFeedback::Unknown,
             LimitFeedback::Refused(asked) => {
                 let alone = refusals.number >= 2 && state.accepted > refusals.accepted;
                 *refusals = Refusals {

@@ -146,6 +146,8 @@ pub struct Secrets {
     headers: Vec<CredentialHeader>,
     /// True if plain HTTP may carry a secret to another machine.
     plain_http: bool,
+    /// True if a secret belongs to one tenant alone.
+    is_own: bool,
     /// Matcher for all encodings of the distinct secrets; absent if there are none.
     distinct: Option<AhoCorasick>,
     /// Distinct secrets themselves, for text that arrives in pieces.
@@ -226,6 +228,17 @@ impl Secrets {
         for (name, value) in own {
             headers.insert(name.clone(), value.clone());
         }
+    }
+
+    /// Returns the secrets as those of one tenant alone.
+    #[must_use]
+    pub fn own(self) -> Self {
+        Self { is_own: true, ..self }
+    }
+
+    /// Returns true if a secret belongs to one tenant alone.
+    pub(crate) fn is_own(&self) -> bool {
+        self.is_own
     }
 
     /// Returns the distinct secrets, for text that arrives in pieces.

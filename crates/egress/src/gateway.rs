@@ -205,10 +205,11 @@ impl Gateway {
         &self,
         tenant: &TenantId,
         request: HttpRequest,
+        permit: &mut Permit,
         reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
         let sent = async {
-            let begun = self.begin_exchange(tenant, request).await?;
+            let begun = self.begin_exchange(tenant, request, permit).await?;
             begun.receive(self.bounds.max_response, reservation).await
         };
         let sent = sent.await;
@@ -224,10 +225,11 @@ impl Gateway {
         &self,
         tenant: &TenantId,
         request: HttpRequest,
+        permit: &mut Permit,
         reservation: &mut Reservation,
     ) -> Result<Received, TransportError> {
         let sent = async {
-            let begun = self.begin_exchange(tenant, request).await?;
+            let begun = self.begin_exchange(tenant, request, permit).await?;
             if begun.has_events() {
                 return Ok(Received::Events(begun.into_events(self.bounds.max_response)));
             }
@@ -246,9 +248,11 @@ impl Gateway {
         &self,
         tenant: &TenantId,
         request: HttpRequest,
+        permit: &mut Permit,
     ) -> Result<Incomplete, TransportError> {
         // Taken once, so that headers and redaction have the same secrets.
         let secrets = self.credentials.of(tenant).await.map_err(no_credential)?;
+        permit.set_own_credential(secrets.is_own());
         let checked = self.checked(&request.url, &secrets)?;
         let sent = request.body.len();
         let request = self.prepare(&checked, request)?;

@@ -85,6 +85,23 @@ pub(crate) fn is_usage_alone(data: &Value) -> bool {
     choices.is_some_and(Vec::is_empty) && data.get("usage").is_some_and(Value::is_object)
 }
 
+/// Returns true for the last event of a response, which has its usage.
+pub(crate) fn is_last(data: &Value) -> bool {
+    let kind = data.get("type").and_then(Value::as_str);
+    matches!(kind, Some("response.completed" | "response.incomplete" | "response.failed"))
+}
+
+/// Removes the probabilities of tokens, which repeat the text.
+pub(crate) fn remove_logprobs(data: &mut Value) {
+    let choices = data.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten();
+    for choice in choices.filter_map(Value::as_object_mut) {
+        choice.remove("logprobs");
+    }
+    if let Some(data) = data.as_object_mut() {
+        data.remove("logprobs");
+    }
+}
+
 /// Returns each text that an event adds to an answer, with the name of what it continues.
 pub(crate) fn texts(data: &mut Value) -> Vec<(String, &mut String)> {
     let mut found = Vec::new();

@@ -11,6 +11,7 @@ use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{KeyId, TenantId};
 use batchwright_domain::usage::TokenUsage;
 use batchwright_store::{Charge, OnlineUsage, StoreError};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::online::{Admitted, Online};
 use crate::schedule::backoff::Backoff;
@@ -28,6 +29,10 @@ pub(super) struct Metering {
     model: Arc<str>,
     /// Estimated usage so far.
     seen: TokenUsage,
+    /// Usage that the provider has reported.
+    reported: Option<TokenUsage>,
+    /// Lets the server wait at its end until the usage is counted.
+    _pending: TaskTrackerToken,
     /// True once the request was sent.
     is_sent: bool,
     /// Reservation; none once the usage is counted.
@@ -38,6 +43,8 @@ impl Metering {
     pub(super) fn new(online: Arc<Online>, admitted: &Admitted<'_>, hold: Hold) -> Self {
         let input = estimated_tokens(admitted.body.len());
         Self {
+            reported: None,
+            _pending: online.tasks.token(),
             online,
             tenant: admitted.request.tenant.clone(),
             key: admitted.request.key.clone(),
@@ -59,9 +66,19 @@ impl Metering {
         self.seen.output = self.seen.output.saturating_add(1);
     }
 
-    /// Returns the usage as far as it is known without the provider's report.
-    pub(super) fn seen(&self) -> TokenUsage {
-        self.seen
+    /// Takes over the usage that the provider reports.
+    pub(super) fn report(&mut self, usage: TokenUsage) {
+        self.reported = Some(usage);
+    }
+
+    /// Returns true if a model has answered, as far as is known.
+    pub(super) fn has_answer(&self) -> bool {
+        self.reported.is_some() || self.seen.output > 0
+    }
+
+    /// Returns what the provider has reported, or else what was seen.
+    pub(super) fn usage(&self) -> TokenUsage {
+        self.reported.unwrap_or(self.seen)
     }
 
     /// Gives the reservation back: no model has answered.
@@ -99,7 +116,7 @@ impl Drop for Metering {
     fn drop(&mut self) {
         if self.is_sent {
             // The client has left, or the answer was cut off.
-            self.write(self.seen);
+            self.write(self.usage());
         }
     }
 }

@@ -195,8 +195,14 @@ pub struct Online {
     quotas: Arc<Quotas>,
     gate: Gate,
     closing: CancellationToken,
+    /// Cancelled when the requests in flight must end.
+    ended: CancellationToken,
+    /// Writes of usage, and requests whose usage is not counted yet.
     tasks: TaskTracker,
 }
+
+/// Maximum time for the usage of requests to be written after they were ended.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Request that may be sent.
 struct Admitted<'a> {
@@ -229,7 +235,6 @@ impl Online {
         shared: &Shared,
         breakers: Arc<Breakers>,
         quotas: Arc<Quotas>,
-        tasks: TaskTracker,
     ) -> Self {
         Self {
             store: parts.store.clone(),
@@ -240,7 +245,17 @@ impl Online {
             quotas,
             gate: shared.gate.clone(),
             closing: shared.closing.clone(),
-            tasks,
+            ended: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// Ends the requests in flight, and waits until their usage is counted.
+    pub(crate) async fn end(&self) {
+        self.ended.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(END_TIMEOUT, self.tasks.wait()).await.is_err() {
+            tracing::error!("usage of online requests was not recorded in time");
         }
     }
 
@@ -292,7 +307,10 @@ impl Online {
         );
         let timeout = self.config.online.online_timeout.duration();
         let sent = tokio::time::timeout(timeout, Box::pin(self.send(admitted)));
-        sent.await.unwrap_or_else(|_| {
+        let Some(sent) = self.ended.run_until_cancelled(sent).await else {
+            return Err(StoreError::Closed.into());
+        };
+        sent.unwrap_or_else(|_| {
             Err(OnlineError::Failed {
                 code: ErrorCode::ProviderTimeout.into(),
                 message: format!(
@@ -391,6 +409,7 @@ impl Online {
             let message = "The provider has no credential for this project.".into();
             return Err(OnlineError::Unavailable { message, wait: RETRY_INTERVAL });
         }
+        admitted.breaker.credential_found();
         let probe = self.enter(&admitted)?;
         let hold = quota
             .reserve(&admitted.provider_model, admitted.body.len())
@@ -398,6 +417,7 @@ impl Online {
         let permit = self.permit(&admitted).await?;
         let mut exchange = Exchange::new(plugin, tenant, Refusals::default());
         exchange.permit = Some(permit);
+        exchange.has_rate_permit = true;
         exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
         let mut metering = Metering::new(self.clone(), &admitted, hold);
         let ended = self.run(&admitted, &mut exchange, &mut metering).await;
@@ -408,7 +428,7 @@ impl Online {
                 self.origin(request).record_success(&admitted.breaker, plugin);
                 drop(probe);
                 let Exchange { permit, reservation, .. } = exchange;
-                let held = (permit, reservation);
+                let held = (permit, reservation, self.ended.clone());
                 let stream = OnlineStream::new(events, first, held, metering, admitted.wants_usage);
                 return Ok(OnlineAnswer::Stream(stream));
             }
@@ -453,7 +473,7 @@ impl Online {
             return Err(OnlineError::Unavailable { message, wait: RETRY_INTERVAL });
         }
         let now = self.clock.now();
-        let (decision, probe) = breaker.enter(now, identity(plugin));
+        let (decision, probe) = breaker.enter_online(now, identity(plugin));
         let next = match decision {
             BreakerDecision::Allow | BreakerDecision::Probe => return Ok(probe),
             BreakerDecision::Wait(until) => until,
@@ -474,8 +494,13 @@ impl Online {
         let priority = quota.online_priority(&admitted.provider_model, admitted.body.len());
         let queue = QueueId { tenant: tenant.clone(), batch: None };
         let timeout = self.config.online.online_queue_timeout.duration();
-        let waited = tokio::time::timeout(timeout, plugin.gateway().admit(queue, priority));
-        match waited.await {
+        let admitted = async {
+            let permit = plugin.gateway().admit(queue, priority).await?;
+            // Lines of batches wait for their turn here, and an online request beside one of them.
+            plugin.gateway().rate_limit_ready_again().await;
+            Ok::<_, Instant>(permit)
+        };
+        match tokio::time::timeout(timeout, admitted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(until)) => {
                 Err(OnlineError::Busy(until.saturating_duration_since(Instant::now())))
@@ -541,7 +566,10 @@ impl Online {
                     self.clock.sleep(Duration::from_millis(milliseconds)).await;
                     while exchange.permit.is_none() {
                         match self.permit(admitted).await {
-                            Ok(permit) => exchange.permit = Some(permit),
+                            Ok(permit) => {
+                                exchange.permit = Some(permit);
+                                exchange.has_rate_permit = true;
+                            }
                             Err(error) => {
                                 let code = ErrorCode::ProviderError;
                                 let answer = failure(code, error.to_string());
@@ -554,14 +582,7 @@ impl Online {
                 }
             };
         }
-        Err(CallError::Contract {
-            plugin: plugin.name().to_owned(),
-            function: "resume",
-            message: format!(
-                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
-                plugin.limits().max_steps
-            ),
-        })
+        Err(exchange.too_many_steps())
     }
 
     /// Records what an exchange says about the provider. Returns the error for the client if the

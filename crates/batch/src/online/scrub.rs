@@ -8,8 +8,8 @@
 //! secret is complete, its letters are removed from the events that are held.
 //!
 //! **Bounds.** Fewer than [`MIN_BEGINNING`] letters are not held, so at most that many are seen. At
-//! most [`MAX_HELD`] events are held; a longer sequence is passed on, and its text is cut off from
-//! the search.
+//! most [`MAX_HELD`] events of [`MAX_HELD_BYTES`] are held; what is longer is passed on. An event
+//! with more than [`MAX_TEXTS_OF_EVENT`] texts is not followed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -17,13 +17,19 @@ use std::sync::Arc;
 use batchwright_egress::SecretTexts;
 use serde_json::Value;
 
-use crate::formats::server_event::{texts, with_data};
+use crate::formats::server_event::{remove_logprobs, texts, with_data};
 
 /// Number of letters of a secret from which an event is held.
 const MIN_BEGINNING: usize = 4;
 
 /// Maximum number of events that are held.
-const MAX_HELD: usize = 512;
+const MAX_HELD: usize = 256;
+
+/// Maximum size of the events that are held.
+const MAX_HELD_BYTES: usize = 256 << 10;
+
+/// Maximum number of texts of an event that are followed.
+const MAX_TEXTS_OF_EVENT: usize = 16;
 
 /// Maximum number of texts that are followed at a time.
 const MAX_TEXTS: usize = 1024;
@@ -69,8 +75,9 @@ impl Scrubber {
     }
 
     /// Adds an event with its data.
-    pub(super) fn push(&mut self, event: Vec<u8>, data: Value) {
-        if self.secrets.is_empty() {
+    pub(super) fn push(&mut self, event: Vec<u8>, mut data: Value) {
+        if self.secrets.is_empty() || texts(&mut data).len() > MAX_TEXTS_OF_EVENT {
+            self.flush();
             self.ready.push_back(event);
             return;
         }
@@ -94,7 +101,10 @@ impl Scrubber {
                 *tail = last_chars(tail, self.secrets.max_bytes());
             }
             self.ready.push_back(match held.is_changed {
-                true => with_data(&held.event, &held.data),
+                true => {
+                    remove_logprobs(&mut held.data);
+                    with_data(&held.event, &held.data)
+                }
                 false => held.event,
             });
         }
@@ -104,7 +114,8 @@ impl Scrubber {
     }
 
     fn bound(&mut self) {
-        if self.held.len() > MAX_HELD {
+        let bytes: usize = self.held.iter().map(|held| held.event.len()).sum();
+        if self.held.len() > MAX_HELD || bytes > MAX_HELD_BYTES {
             self.flush();
         }
     }
@@ -131,8 +142,11 @@ impl Scrubber {
                 }
             }
         }
-        // The part that is sent cannot be taken back; the rest of the secret is removed.
-        while let Some(range) = self.secrets.find(&whole, tail.len()) {
+        // The part that is sent cannot be taken back; the rest of the secret is removed. What was
+        // searched is not searched again, so that a secret that contains the mark ends too.
+        let mut searched = tail.len();
+        while let Some(range) = self.secrets.find(&whole, searched) {
+            searched = range.start.max(tail.len()).saturating_add(REDACTED.len());
             let (mut at, mut is_marked) = (tail.len(), false);
             let mut rest = tail.clone();
             for held in &mut self.held {
@@ -179,10 +193,15 @@ mod tests {
     const SECRET: &str = "sk-0123456789abcdef";
 
     fn scrubbed(pieces: &[&str]) -> (String, usize) {
-        let mut scrubber = Scrubber::new(Arc::new(SecretTexts::new(vec![SECRET.to_owned()])));
+        scrubbed_of(SECRET, pieces)
+    }
+
+    fn scrubbed_of(secret: &str, pieces: &[&str]) -> (String, usize) {
+        let mut scrubber = Scrubber::new(Arc::new(SecretTexts::new(vec![secret.to_owned()])));
         let (mut sent, mut most_held) = (Vec::new(), 0);
         for piece in pieces {
-            let data = json!({"choices": [{"index": 0, "delta": {"content": piece, "x": [1]}}]});
+            let data = json!({"choices": [{"index": 0, "delta": {"content": piece, "x": [1]},
+                "logprobs": {"content": [{"token": piece}]}}]});
             scrubber.push(format!("data: {data}\n\n").into_bytes(), data);
             most_held = most_held.max(scrubber.held.len());
             sent.extend(std::iter::from_fn(|| scrubber.next()));
@@ -193,6 +212,9 @@ mod tests {
         let text = |event: &Vec<u8>| {
             let data = std::str::from_utf8(event).unwrap().trim().strip_prefix("data: ").unwrap();
             let data: Value = serde_json::from_str(data).unwrap();
+            let content = &data["choices"][0]["delta"]["content"];
+            let token = &data["choices"][0]["logprobs"]["content"][0]["token"];
+            assert!(token.is_null() || token == content, "{data}");
             data["choices"][0]["delta"]["content"].as_str().unwrap().to_owned()
         };
         (sent.iter().map(text).collect(), most_held)
@@ -210,6 +232,24 @@ mod tests {
             assert!(!text.contains("456789"), "{size}: {text}");
             assert!(text.starts_with("before ") && text.ends_with(" after"), "{size}: {text}");
         }
+    }
+
+    #[test]
+    fn secret_that_contains_the_mark_ends_the_search() {
+        let secret = "abcde1[redacted]";
+        let mut pieces = vec!["abcde1"; MAX_HELD + 1];
+        pieces.extend(["[", "redacted", "]", " and "]);
+        let (text, _) = scrubbed_of(secret, &pieces);
+        assert!(text.ends_with(" and "), "{text}");
+    }
+
+    #[test]
+    fn what_is_held_is_bounded() {
+        let secret = "x".repeat(2000) + "1";
+        let pieces = vec!["x"; 1000];
+        let (text, held) = scrubbed_of(&secret, &pieces);
+        assert_eq!(text.len(), 1000);
+        assert!(held <= MAX_HELD, "{held}");
     }
 
     #[test]

@@ -6,9 +6,9 @@
 //! event, which the SDKs raise.
 
 use batchwright_domain::error_code::ErrorCode;
-use batchwright_domain::usage::TokenUsage;
-use batchwright_egress::{Events, Permit};
+use batchwright_egress::{Events, LimitFeedback, Permit, Refusals};
 use batchwright_memory::Reservation;
+use tokio_util::sync::CancellationToken;
 
 use crate::formats::server_event::{self, Event};
 use crate::online::metering::Metering;
@@ -20,9 +20,9 @@ pub struct OnlineStream {
     /// First event, which has arrived already.
     first: Option<Vec<u8>>,
     scrubber: Scrubber,
-    /// Usage that the provider has reported.
-    usage: Option<TokenUsage>,
     wants_usage: bool,
+    /// True once the provider has sent an error.
+    has_failed: bool,
     /// True once the events of the provider have ended.
     is_ended: bool,
     /// Absent once the usage is counted.
@@ -30,13 +30,15 @@ pub struct OnlineStream {
     reservation: Reservation,
     /// Place of the exchange at the provider.
     permit: Option<Permit>,
+    /// Cancelled when the server ends.
+    ended: CancellationToken,
 }
 
 impl OnlineStream {
     pub(super) fn new(
         events: Events,
         first: Vec<u8>,
-        (permit, reservation): (Option<Permit>, Reservation),
+        (permit, reservation, ended): (Option<Permit>, Reservation, CancellationToken),
         metering: Metering,
         wants_usage: bool,
     ) -> Self {
@@ -45,12 +47,13 @@ impl OnlineStream {
             events,
             first: Some(first),
             scrubber,
-            usage: None,
             wants_usage,
+            has_failed: false,
             is_ended: false,
             metering: Some(metering),
             reservation,
             permit,
+            ended,
         }
     }
 
@@ -67,12 +70,30 @@ impl OnlineStream {
             }
             let event = match self.first.take() {
                 Some(event) => Ok(Some(event)),
-                None => self.events.next(&mut self.reservation).await,
+                None => {
+                    let next = self.events.next(&mut self.reservation);
+                    match self.ended.run_until_cancelled(next).await {
+                        Some(event) => event,
+                        None => {
+                            let code = ErrorCode::ServerNotReady.as_str();
+                            let message = "The server is shutting down.";
+                            self.finish().await;
+                            self.end(Some(server_event::error_event(code, message)));
+                            continue;
+                        }
+                    }
+                }
             };
             match event {
                 Ok(Some(event)) => self.pass(event).await,
-                Ok(None) => self.end(None),
+                Ok(None) => {
+                    if let Some(permit) = &mut self.permit {
+                        permit.finish(LimitFeedback::Accepted, &mut Refusals::default());
+                    }
+                    self.end(None);
+                }
                 Err(error) => {
+                    self.finish().await;
                     let message = format!("The stream of the provider broke off. {error}");
                     self.end(Some(server_event::error_event(
                         ErrorCode::ProviderError.as_str(),
@@ -93,15 +114,16 @@ impl OnlineStream {
                 self.scrubber.push_other(event);
             }
             Event::Data(mut data) => {
-                if let Some(usage) = server_event::usage(&data) {
-                    self.usage = Some(usage);
+                if let Some((metering, usage)) =
+                    self.metering.as_mut().zip(server_event::usage(&data))
+                {
+                    metering.report(usage);
                 }
+                self.has_failed |= server_event::is_error(&data);
                 if !self.wants_usage && server_event::is_usage_alone(&data) {
                     return;
                 }
-                let is_last = data.get("type").and_then(serde_json::Value::as_str)
-                    == Some("response.completed");
-                if is_last {
+                if server_event::is_last(&data) {
                     self.finish().await;
                 }
                 let has_text = !server_event::texts(&mut data).is_empty();
@@ -126,8 +148,12 @@ impl OnlineStream {
 
     /// Counts the usage, once.
     async fn finish(&mut self) {
-        if let Some(metering) = self.metering.take() {
-            let usage = self.usage.unwrap_or_else(|| metering.seen());
+        let Some(metering) = self.metering.take() else { return };
+        if self.has_failed && !metering.has_answer() {
+            // No model has answered.
+            metering.release();
+        } else {
+            let usage = metering.usage();
             metering.finish(usage).await;
         }
     }

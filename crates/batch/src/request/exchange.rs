@@ -7,7 +7,7 @@
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::TenantId;
 use batchwright_egress::{
-    Events, HttpRequest, HttpResponse, Permit, RateLimitHints, Received, Refusals,
+    Events, HttpRequest, HttpResponse, Permit, RateLimitHints, Received, Refusals, TransportError,
     TransportErrorKind,
 };
 use batchwright_memory::Reservation;
@@ -60,6 +60,38 @@ fn may_be_error(response: &HttpResponse, assessment: &Assessment) -> bool {
     assessment.signal != ProviderSignal::Answered
         || (response.body.len() < CLASSIFY_BODY_BYTES
             && memchr::memmem::find(&response.body, b"\"error\"").is_some())
+}
+
+/// Beginning of a stream.
+enum First {
+    /// First event that is no comment, with the comments before it.
+    Event(Vec<u8>),
+    /// First event that is an error, as the body of a response.
+    Error(Vec<u8>),
+    /// The stream has ended.
+    Nothing,
+}
+
+/// Maximum size of the comments before the first event of a stream.
+const MAX_COMMENT_BYTES: usize = 64 << 10;
+
+/// Returns the beginning of a stream. Some providers send comments until they know more.
+async fn first_event(
+    events: &mut Events,
+    reservation: &mut Reservation,
+) -> Result<First, TransportError> {
+    let mut comments = Vec::new();
+    while let Some(event) = events.next(reservation).await? {
+        if let Some(error) = server_event::error_of(&event) {
+            return Ok(First::Error(error));
+        }
+        let is_comment = matches!(server_event::parse(&event), server_event::Event::Other);
+        comments.extend(event);
+        if !is_comment || comments.len() > MAX_COMMENT_BYTES {
+            return Ok(First::Event(comments));
+        }
+    }
+    Ok(First::Nothing)
 }
 
 impl<'a> Exchange<'a> {
@@ -117,11 +149,10 @@ impl<'a> Exchange<'a> {
         request: HttpRequest,
         clock: &Clock,
     ) -> Outcome {
-        if !self.begin_send(clock).await {
-            return Outcome::Elapsed;
-        }
+        self.begin_send(clock).await;
+        let Some(permit) = &mut self.permit else { return Outcome::Elapsed };
         let gateway = self.plugin.gateway();
-        let outcome = match gateway.send(tenant, request, &mut self.reservation).await {
+        let outcome = match gateway.send(tenant, request, permit, &mut self.reservation).await {
             Ok(response) => {
                 gateway.record_response_size(response.body.len());
                 Outcome::Response(response)
@@ -140,27 +171,32 @@ impl<'a> Exchange<'a> {
         request: HttpRequest,
         clock: &Clock,
     ) -> Result<(Events, Vec<u8>), Outcome> {
-        if !self.begin_send(clock).await {
-            return Err(Outcome::Elapsed);
-        }
+        self.begin_send(clock).await;
+        let Some(permit) = &mut self.permit else { return Err(Outcome::Elapsed) };
         let gateway = self.plugin.gateway();
-        let received = gateway.send_for_events(tenant, request, &mut self.reservation).await;
+        let reservation = &mut self.reservation;
+        let received = gateway.send_for_events(tenant, request, permit, reservation).await;
         let outcome = match received {
             Ok(Received::Whole(response)) => Outcome::Response(response),
             Err(error) => Outcome::Error(error),
             Ok(Received::Events(mut events)) => {
-                let first = events.next(&mut self.reservation).await;
                 let (status, headers) = (events.status, std::mem::take(&mut events.headers));
-                let response = |body| Outcome::Response(HttpResponse { status, headers, body });
-                match first {
-                    Ok(Some(event)) => match server_event::error_of(&event) {
-                        Some(error) => response(error),
-                        None => {
-                            self.assess(tenant, &response(Vec::new()), clock).await;
-                            return Ok((events, event));
+                let response =
+                    |headers, body| Outcome::Response(HttpResponse { status, headers, body });
+                match first_event(&mut events, &mut self.reservation).await {
+                    Ok(First::Event(event)) => {
+                        permit.begin_stream();
+                        let hints = RateLimitHints::of(&headers, clock.now());
+                        if let Some(left) = hints.left {
+                            gateway.update_remaining(permit, left);
                         }
-                    },
-                    Ok(None) => response(Vec::new()),
+                        let outcome = response(headers, Vec::new());
+                        let assessment = Assessment::of(&outcome, hints, None);
+                        self.last = Some(ExchangeSummary { assessment, detail: None, fault: None });
+                        return Ok((events, event));
+                    }
+                    Ok(First::Error(error)) => response(headers, error),
+                    Ok(First::Nothing) => response(headers, Vec::new()),
                     Err(error) => Outcome::Error(error),
                 }
             }
@@ -169,8 +205,8 @@ impl<'a> Exchange<'a> {
         Err(outcome)
     }
 
-    /// Waits for `requests_per_minute` if the attempt has not done so; false without a permit.
-    async fn begin_send(&mut self, clock: &Clock) -> bool {
+    /// Waits for `requests_per_minute` if the attempt has not done so, and starts the time.
+    async fn begin_send(&mut self, clock: &Clock) {
         if !std::mem::take(&mut self.has_rate_permit) {
             let asked_at = clock.now();
             self.plugin.gateway().rate_limit_ready_again().await;
@@ -178,10 +214,10 @@ impl<'a> Exchange<'a> {
             let waited = asked_at.until(clock.now());
             self.sent_at = self.sent_at.map(|sent_at| sent_at.after(waited));
         }
-        let Some(permit) = &mut self.permit else { return false };
-        permit.start();
-        self.sent_at.get_or_insert_with(|| clock.now());
-        true
+        if let Some(permit) = &mut self.permit {
+            permit.start();
+            self.sent_at.get_or_insert_with(|| clock.now());
+        }
     }
 
     /// Records what an outcome says about the provider.
@@ -260,6 +296,18 @@ impl<'a> Exchange<'a> {
                 provider_request_id,
                 "request answered"
             );
+        }
+    }
+
+    /// Creates the error of an attempt with too many steps.
+    pub(crate) fn too_many_steps(&self) -> CallError {
+        CallError::Contract {
+            plugin: self.plugin.name().to_owned(),
+            function: "resume",
+            message: format!(
+                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
+                self.plugin.limits().max_steps
+            ),
         }
     }
 

@@ -119,14 +119,7 @@ impl Context {
                 }
             };
         }
-        Err(CallError::Contract {
-            plugin: plugin.name().to_owned(),
-            function: "resume",
-            message: format!(
-                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
-                plugin.limits().max_steps
-            ),
-        })
+        Err(exchange.too_many_steps())
     }
 
     /// Waits for a permit of the provider, for its request rate, and for the gate.

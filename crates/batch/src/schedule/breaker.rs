@@ -227,11 +227,20 @@ impl Breaker {
         now: Timestamp,
         plugin: usize,
     ) -> (BreakerDecision, Option<Probe>) {
+        self.enter_with(now, plugin, self.pauses)
+    }
+
+    fn enter_with(
+        self: &Arc<Self>,
+        now: Timestamp,
+        plugin: usize,
+        pauses: ProbePauses,
+    ) -> (BreakerDecision, Option<Probe>) {
         if self.is_healthy() {
             return (BreakerDecision::Allow, None);
         }
         let mut state = self.lock();
-        let decision = state.decide(now, plugin, self.pauses);
+        let decision = state.decide(now, plugin, pauses);
         if matches!(decision, BreakerDecision::Probe)
             && let Some(open) = &mut state.open
         {
@@ -240,6 +249,16 @@ impl Breaker {
             return (decision, Some(Probe(self.clone())));
         }
         (decision, None)
+    }
+
+    /// Decides like [`Self::enter`] about a request whose client waits: however long the outage has
+    /// lasted, a request is sent as a probe from time to time.
+    pub(crate) fn enter_online(
+        self: &Arc<Self>,
+        now: Timestamp,
+        plugin: usize,
+    ) -> (BreakerDecision, Option<Probe>) {
+        self.enter_with(now, plugin, ProbePauses { give_up_after: None, ..self.pauses })
     }
 
     /// Returns the number of failed attempts of a line.

@@ -204,3 +204,34 @@ async fn batches_leave_a_share_free_while_there_are_online_requests() {
     admission.0.lock().online_at = Instant::now().checked_sub(ONLINE_MEMORY);
     assert_eq!(admit_all(&admission).len(), 20);
 }
+
+#[tokio::test]
+async fn batches_that_wait_for_a_held_permit_beside_online_requests_are_admitted() {
+    let admission = open(2);
+    drop(admission.admit(QueueId { tenant: "t".into(), batch: None }, Priority::default()).await);
+    let mut batches = admit_all(&admission);
+    assert_eq!(batches.len(), 1, "one place stays free");
+    // The provider refuses, so the permit is held for a moment.
+    let mut refused = batches.remove(0);
+    refused.held = Instant::now().checked_add(Duration::from_millis(50));
+    let waiting = admission.admit(batch(1), Priority::default());
+    let mut waiting = Box::pin(waiting);
+    assert!((&mut waiting).now_or_never().is_none());
+    drop(refused);
+    let admitted = tokio::time::timeout(Duration::from_secs(5), waiting).await;
+    assert!(admitted.is_ok(), "the end of the hold wakes those who wait");
+}
+
+#[tokio::test]
+async fn limits_of_an_own_credential_slow_nobody_else_down() {
+    let admission = open(8);
+    let before = admission.limit();
+    for _ in 0..8 {
+        let mut admitted = admission.admit(batch(1), Priority::default()).await.unwrap();
+        admitted.set_own_credential(true);
+        admission.update_remaining(&admitted, 0, Duration::from_secs(60));
+        end(admitted, LimitFeedback::Refused(Some(Duration::from_secs(60))));
+    }
+    assert!(admission.limit() >= before, "{} {before}", admission.limit());
+    assert!(admission.admit(batch(2), Priority::default()).now_or_never().is_some());
+}

@@ -206,10 +206,12 @@ impl Credentials {
         tenant: Option<&TenantId>,
         other: &BTreeMap<String, String>,
     ) -> Result<Option<Secrets>, String> {
-        let mut credentials = Vec::new();
+        let (mut credentials, mut is_own) = (Vec::new(), false);
         for bound in &self.bound {
             let own = tenant.and_then(|tenant| bound.tenants.get(tenant));
-            match other.get(&bound.name).or(own).or(bound.default.as_ref()) {
+            let own = other.get(&bound.name).or(own);
+            is_own |= own.is_some();
+            match own.or(bound.default.as_ref()) {
                 Some(secret) => credentials.push(Credential {
                     name: bound.name.clone(),
                     header: bound.header.clone(),
@@ -222,7 +224,8 @@ impl Credentials {
             }
         }
         let secrets = Secrets::new(credentials, self.reserved.clone(), self.plain_http);
-        secrets.map(Some).map_err(|error| error.to_string())
+        let secrets = secrets.map_err(|error| error.to_string())?;
+        Ok(Some(if is_own { secrets.own() } else { secrets }))
     }
 
     fn into_store(self, plugin: &str, sources: Sources<'_>) -> Result<CredentialStore, String> {

@@ -274,6 +274,7 @@ mod tests {
         drop(gone);
         drop(first);
         drop(next.now_or_never().unwrap());
-        assert_eq!((shares.lock().running, shares.lock().waiting), (0, 0));
+        let state = shares.lock();
+        assert_eq!((state.running, state.waiting), (0, 0));
     }
 }
