@@ -55,8 +55,8 @@ async fn main() -> Result<()> {
         Some("limits") => limits::limits(&paths).await,
         Some(other) => {
             bail!(
-                "unknown benchmark `{other}`; known are start, throughput, keys, online, validation \
-                 and limits"
+                "unknown benchmark `{other}`; known are start, throughput, keys, online, \
+                 validation and limits"
             )
         }
     }

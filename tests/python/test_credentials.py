@@ -320,9 +320,15 @@ def test_sealed_credential_needs_its_key(serve, stub, tmp_path, secret, sealing)
     source = "{ from_projects = true }"
     tenants = tenants_of(serve, stub, tmp_path, source, *sealing)
     _, acme, client = tenants.project("Acme")
+    content = jsonl([chat("1", "waits", model="m")])
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    wait_for(lambda: waiting(tenants, acme.api_key.value, batch), what="a batch that waits")
     assert set_credential(tenants, acme.api_key.value, SECRETS["acme"])[0] == 200
     messages = [{"role": "user", "content": "hi"}]
+    # The batch has opened the breaker, which holds back nothing once there is a credential.
     assert client.chat.completions.create(model="m", messages=messages).choices
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", what="the batch")
     tenants.server.kill()
     (tmp_path / "sealing.key").write_text(base64.b64encode(bytes(32)).decode())
     tenants.server.start()

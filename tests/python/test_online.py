@@ -291,7 +291,7 @@ def test_limit_of_requests_in_flight_holds_and_its_places_come_back(online, stub
 
 
 def test_outage_answers_503_at_once_and_ends_by_itself(online, stub):
-    config = '[execution]\noutage_backoff = "3s"\nmax_outage_backoff = "3s"\n'
+    config = '[execution]\noutage_backoff = "3s"\nmax_outage_backoff = "3s"\nmax_outage = "1s"\n'
     tenants = online(config=config)
     _, _, client = tenants.project("Acme")
     stub.ask("/mode?status=500")
@@ -350,6 +350,36 @@ def test_usage_that_a_client_has_seen_survives_a_kill(online):
         base_url=tenants.server.url + "/v1", api_key="none", admin_api_key=tenants.key
     ).admin.organization
     assert usage(tenants) == (6, 42, 18)
+
+
+def test_stream_at_the_end_of_the_server_is_counted(online):
+    tenants = online(config='[execution]\nshutdown_grace = "1s"\n')
+    _, _, client = tenants.project("Acme")
+    stream = ask(client, "!stream-slow 5000 10", stream=True)
+    assert next(stream).choices
+    with pytest.raises(openai.APIError, match="shutting down"):
+        # The server ends while the stream goes on.
+        tenants.server.child.terminate()
+        list(stream)
+    assert tenants.server.child.wait(timeout=30) == 0
+    tenants.server.start()
+    tenants.admin = openai.OpenAI(
+        base_url=tenants.server.url + "/v1", api_key="none", admin_api_key=tenants.key
+    ).admin.organization
+    requests, given, output = usage(tenants)
+    assert requests == 1 and given > 0 and output > 0
+
+
+def test_rate_of_the_operator_is_waited_for_a_moment_alone(online, stub):
+    tenants = online(
+        "[limits]\nrequests_per_minute = 2\n", '[online]\nonline_queue_timeout = "1s"\n'
+    )
+    _, _, client = tenants.project("Acme")
+    assert raw(client).status_code == 200
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: raw(client, "late"), range(4)))
+    assert {error(answer) for answer in answers} == {(503, "server_overloaded")}
+    assert "late" not in stub.counts() and usage(tenants)[0] == 1
 
 
 def test_plugin_is_tried_without_keys_on_loopback(server):

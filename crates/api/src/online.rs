@@ -162,7 +162,7 @@ fn whole(
 }
 
 /// Returns a stream of events. Each is read when the client has read the one before it.
-fn events(stream: OnlineStream) -> Response {
+fn events(stream: Box<OnlineStream>) -> Response {
     let events = futures_util::stream::unfold(stream, async |mut stream| {
         let event = stream.next().await?;
         Some((Ok::<_, std::convert::Infallible>(Bytes::from(event)), stream))

@@ -134,8 +134,8 @@ error_codes! {
     ProviderError = "provider_error" in Call Line;
     /// The provider did not answer an online request in time. It may have charged for the request.
     ProviderTimeout = "provider_timeout" in Call;
-    /// The provider of the model is not available, or does not accept the operator's credential. Try
-    /// again later.
+    /// The provider of the model is not available, or does not accept the operator's credential.
+    /// Try again later.
     ProviderUnavailable = "provider_unavailable" in Call;
     /// The provider of the model asks for a pause. Try again later.
     RateLimitExceeded = "rate_limit_exceeded" in Call;

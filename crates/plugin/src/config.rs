@@ -15,7 +15,8 @@ settings! {
         secrets: Option<PathBuf> = "" (shown "none"), "DIR";
         /// Key that seals the secrets that projects set themselves, as `env:NAME` or `file:PATH`:
         /// 32 bytes in base64
-        credential_key: Option<String> = "" (shown "none, and projects can set no secrets"), "SOURCE";
+        credential_key: Option<String> = ""
+            (shown "none, and projects can set no secrets"), "SOURCE";
         /// Folder of compiled plugins, which only the server may write to
         cache: Option<PathBuf> = "" (shown "DATA/cache"), "DIR";
         /// Maximum time to compile one plugin; a plugin that takes longer is rejected

@@ -224,7 +224,8 @@ mod tests {
     #[test]
     fn texts_are_named_by_what_they_continue() {
         let mut chat = json!({"choices": [
-            {"index": 1, "delta": {"content": "a", "tool_calls": [{"index": 2, "function": {"arguments": "b"}}]}},
+            {"index": 1, "delta": {"content": "a",
+                "tool_calls": [{"index": 2, "function": {"arguments": "b"}}]}},
             {"index": 0, "text": "c"}]});
         let names: Vec<_> =
             texts(&mut chat).into_iter().map(|(name, text)| (name, text.clone())).collect();

@@ -86,8 +86,8 @@ impl Metering {
         self.hold = None;
     }
 
-    /// Counts the usage. Returns when it is written, or after a moment: a full disk must not keep an
-    /// answer from the client. The write then goes on.
+    /// Counts the usage. Returns when it is written, or after a moment: a full disk must not keep
+    /// an answer from the client. The write then goes on.
     pub(super) async fn finish(mut self, usage: TokenUsage) {
         if let Some(writing) = self.write(usage) {
             tokio::time::timeout(WRITE_TIMEOUT, writing).await.ok();

@@ -174,7 +174,7 @@ pub enum OnlineAnswer {
         reservation: Reservation,
     },
     /// Stream of events.
-    Stream(OnlineStream),
+    Stream(Box<OnlineStream>),
 }
 
 /// Answer or error, with the standing of the project's limits for the model.
@@ -430,7 +430,7 @@ impl Online {
                 let Exchange { permit, reservation, .. } = exchange;
                 let held = (permit, reservation, self.ended.clone());
                 let stream = OnlineStream::new(events, first, held, metering, admitted.wants_usage);
-                return Ok(OnlineAnswer::Stream(stream));
+                return Ok(OnlineAnswer::Stream(Box::new(stream)));
             }
         };
         let trouble = self.record(&admitted, &exchange, &answer, probe.is_some());

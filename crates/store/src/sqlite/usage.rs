@@ -246,9 +246,9 @@ pub(super) fn usage(connection: &Connection, query: &UsageQuery) -> Result<Usage
         if is_wanted { column.to_owned() } else { "NULL".to_owned() }
     };
     let sql = format!(
-        "SELECT minute / {width} * {width} AS bucket, {}, {}, {}, {}, total(requests), total(input_tokens),
-             total(cached_input_tokens), total(output_tokens), total(input_cost),
-             total(cached_input_cost), total(output_cost), total(unpriced)
+        "SELECT minute / {width} * {width} AS bucket, {}, {}, {}, {}, total(requests),
+             total(input_tokens), total(cached_input_tokens), total(output_tokens),
+             total(input_cost), total(cached_input_cost), total(output_cost), total(unpriced)
          FROM usage WHERE {condition} GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ?",
         column(group.project, "(SELECT project_id FROM tenants WHERE key = usage.tenant)"),
         column(group.key, "(SELECT id FROM api_keys WHERE key = usage.api_key)"),
