@@ -416,7 +416,7 @@ def test_commands_set_budgets_and_limits_and_report_usage(paid, tmp_path):
     )
     shown = command("limits", "model", "acme", "stub", "--requests-per-minute", "600")
     assert "stub: max_requests_per_1_minute 600" in shown
-    assert "weight                   3" in command("limits", "set", "acme", "--weight", "3")
+    assert "weight                     3" in command("limits", "set", "acme", "--weight", "3")
     run_batch_of(client, 2)
     run_batch_of(client, 1, model="free")
     report = command("usage", "--project", "acme")

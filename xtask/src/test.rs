@@ -94,6 +94,7 @@ pub fn python_environment() -> Result<PathBuf> {
 /// Tests that measure time or memory run alone. The others mostly wait, so two run at a time.
 fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     let environment = python_environment()?;
+    node_tests()?;
     let pytest = |selection: &[&str]| {
         let mut pytest = Command::new(&environment);
         if all_built {
@@ -121,9 +122,9 @@ fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     Ok(())
 }
 
-/// Runs the Node tests with the official `openai` package.
-fn node(name: Option<&str>) -> Result<()> {
-    step("end to end, Node");
+/// Returns the folder of the Node tests; installs what they need if necessary. One of the Python
+/// tests runs them too.
+fn node_tests() -> Result<PathBuf> {
     let tests = root().join("tests/node");
     let modules = tests.join("node_modules");
     if stale(&tests.join("package-lock.json"), &modules)? {
@@ -132,6 +133,13 @@ fn node(name: Option<&str>) -> Result<()> {
             .current_dir(&tests))?;
         mark(&tests.join("package-lock.json"), &modules)?;
     }
+    Ok(tests)
+}
+
+/// Runs the Node tests with the official `openai` package.
+fn node(name: Option<&str>) -> Result<()> {
+    step("end to end, Node");
+    let tests = node_tests()?;
     let mut node = Command::new("node");
     node.arg("--test");
     if let Some(name) = name {

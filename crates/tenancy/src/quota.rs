@@ -12,7 +12,8 @@
 //! **Minutes.** Requests and tokens per minute are counted in memory, in a window of sixty
 //! seconds. In no span of sixty seconds are more requests reserved than the limit. Tokens are
 //! estimated at first, so that they can exceed their limit by the error of the estimates. A request
-//! that is larger than the limit of tokens may begin in an empty window.
+//! that is larger than the limit of tokens may begin in an empty window. While such a request
+//! waits, no smaller one begins, because the window would never be empty.
 //!
 //! **Days and months.** Requests per day and the budget are counted in the store. The quota adds
 //! what is in flight, and what was recorded since the store was read, so that it may count a
@@ -31,6 +32,10 @@ const WINDOW_SECONDS: i64 = 60;
 
 /// Time after which a request is checked again that only requests in flight leave no room for.
 const PENDING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Time that a request that is larger than the limit of tokens has to begin once the window is
+/// empty.
+const TURN: Duration = Duration::from_secs(5);
 
 /// Output tokens that a request is expected to have before any was measured.
 const FIRST_OUTPUT_TOKENS: u64 = 256;
@@ -159,6 +164,8 @@ struct ModelQuota {
     recorded: u64,
     /// Average of the output tokens.
     output_tokens: Option<u64>,
+    /// End of the turn of a waiting request that is larger than the limit of tokens.
+    turn_until: Option<Timestamp>,
 }
 
 /// Requests and tokens of the last sixty seconds, by second.
@@ -208,11 +215,30 @@ impl Quota {
         now: Timestamp,
     ) -> Result<Reserved, Blocked> {
         self.check_size(model, tokens, now)?;
+        let limits = self.allowance.models.get(model);
+        let limit = limits.and_then(|limits| limits.tokens_per_minute);
         let quota = self.models.entry(model.to_owned()).or_default();
+        if let Some(limit) = limit {
+            if tokens > limit {
+                quota.turn_until = None;
+            } else if let Some(until) = quota.turn_until.filter(|until| *until > now) {
+                let limit = Exhausted::TokensPerMinute(model.to_owned(), limit);
+                return Err(Blocked { limit, until });
+            }
+        }
         quota.pending = quota.pending.saturating_add(1);
         let second = quota.window.add(now, tokens);
         self.pending_cost = self.pending_cost.plus(cost);
         Ok(Reserved { model: model.to_owned(), second, tokens, cost })
+    }
+
+    /// Gives a refused request that waits a turn, if it is larger than the limit of tokens.
+    pub fn wait(&mut self, model: &str, tokens: u64, blocked: &Blocked) {
+        let Exhausted::TokensPerMinute(_, limit) = blocked.limit else { return };
+        if tokens > limit {
+            let quota = self.models.entry(model.to_owned()).or_default();
+            quota.turn_until = Some(blocked.until.after(TURN));
+        }
     }
 
     /// Reserves a request that has begun before, whatever the limits: a provider works on it. It is

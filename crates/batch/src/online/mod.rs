@@ -412,7 +412,7 @@ impl Online {
         admitted.breaker.credential_found();
         let probe = self.enter(&admitted)?;
         let hold = quota
-            .reserve(&admitted.provider_model, admitted.body.len())
+            .reserve((&admitted.provider_model, admitted.body.len()), false)
             .map_err(|blocked| self.limited(blocked))?;
         let permit = self.permit(&admitted).await?;
         let mut exchange = Exchange::new(plugin, tenant, Refusals::default());

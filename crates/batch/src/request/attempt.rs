@@ -199,7 +199,7 @@ impl Context {
             return Ok(self.quota.resume_job(&self.batch, line.number, size));
         }
         self.quota
-            .reserve(model, line.body.len())
+            .reserve((model, line.body.len()), true)
             .map_err(|blocked| self.quota.set_blocked(&self.batch, blocked))
     }
 

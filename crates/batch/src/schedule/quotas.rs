@@ -255,11 +255,12 @@ impl TenantQuota {
         Some(rechecked(blocked, now))
     }
 
-    /// Reserves a request of a model, given the bytes of its body.
+    /// Reserves a request of a model, given the bytes of its body, and whether it waits if it is
+    /// refused.
     pub(crate) fn reserve(
         self: &Arc<Self>,
-        model: &str,
-        body_bytes: usize,
+        (model, body_bytes): (&str, usize),
+        may_wait: bool,
     ) -> std::result::Result<Hold, Blocked> {
         let now = self.shared.clock.now();
         let mut quota = lock(&self.quota);
@@ -267,8 +268,11 @@ impl TenantQuota {
             return Ok(Hold { of: self.clone(), reserved: None });
         }
         let (tokens, cost) = self.estimate(&quota, model, body_bytes);
-        let reserved = quota.reserve(model, tokens, cost, now)?;
-        Ok(Hold { of: self.clone(), reserved: Some(reserved) })
+        let reserved = quota.reserve(model, tokens, cost, now);
+        if may_wait && let Err(blocked) = &reserved {
+            quota.wait(model, tokens, blocked);
+        }
+        Ok(Hold { of: self.clone(), reserved: Some(reserved?) })
     }
 
     /// Returns what the tenant may use, as it was read last.

@@ -76,6 +76,40 @@ fn request_larger_than_the_limit_of_tokens_begins_in_an_empty_window() {
 }
 
 #[test]
+fn waiting_request_larger_than_the_limit_of_tokens_gets_its_turn() {
+    let limits = ModelLimits { tokens_per_minute: Some(100), ..ModelLimits::default() };
+    let mut quota = quota(limits, None);
+    let free = Money::default();
+    let (mut small, mut large_at, mut due) = (0, None, 0);
+    // Small requests come every second; the large one comes back when it is told to.
+    for second in 0..300 {
+        let now = at(second * 1000);
+        if large_at.is_none() && second >= due {
+            match quota.reserve("m", 150, free, now) {
+                Ok(reserved) => {
+                    large_at = Some(second);
+                    quota.record(reserved, 150, 1, free);
+                }
+                Err(blocked) => {
+                    quota.wait("m", 150, &blocked);
+                    due = (blocked.until.as_millis() - at(0).as_millis()) / 1000 + 1;
+                }
+            }
+        }
+        if quota.reserve("m", 1, free, now).is_ok() {
+            small += 1;
+        }
+    }
+    assert!(large_at.is_some_and(|second| second <= 130), "{large_at:?}");
+    assert!(small >= 100, "{small}");
+    // A request that does not come back keeps the others for a moment alone.
+    let blocked = quota.reserve("m", 150, free, at(300_000)).unwrap_err();
+    quota.wait("m", 150, &blocked);
+    assert!(quota.reserve("m", 1, free, at(301_000)).is_err());
+    assert!(quota.reserve("m", 1, free, blocked.until.after(TURN)).is_ok());
+}
+
+#[test]
 fn budget_counts_what_is_in_flight_and_ends_with_the_month() {
     let mut quota = quota(ModelLimits::default(), Some(100));
     let cost = Money::from_units(60);

@@ -60,6 +60,7 @@ const CONTRACT_FILES: &[Template] = &[
     ("wit/validation.wit", include_str!("../../../../wit/v0.1/validation.wit")),
     ("wit/inference.wit", include_str!("../../../../wit/v0.1/inference.wit")),
     ("wit/classification.wit", include_str!("../../../../wit/v0.1/classification.wit")),
+    ("wit/streaming.wit", include_str!("../../../../wit/v0.1/streaming.wit")),
     ("wit/logging.wit", include_str!("../../../../wit/v0.1/logging.wit")),
     ("wit/worlds.wit", include_str!("../../../../wit/v0.1/worlds.wit")),
 ];
@@ -181,4 +182,22 @@ fn check_name(name: &str) -> Result<(), String> {
          at most 40 characters",
         name.escape_debug()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_project_has_every_file_of_the_contract() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../wit/v0.1");
+        let files = std::fs::read_dir(folder).unwrap();
+        let mut files: Vec<String> = files
+            .map(|file| format!("wit/{}", file.unwrap().file_name().to_string_lossy()))
+            .collect();
+        let mut copied: Vec<&str> = CONTRACT_FILES.iter().map(|(path, _)| *path).collect();
+        files.sort();
+        copied.sort_unstable();
+        assert_eq!(copied, files);
+    }
 }
