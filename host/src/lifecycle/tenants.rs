@@ -23,11 +23,12 @@ async fn plugin_that_keeps_data_returns_it_only_to_the_same_tenant() {
     {
         server.tenant = tenant;
         // As many concurrent requests as instances, so that each instance has seen the secret.
-        let lines: Vec<Value> = (0..200)
-            .map(|line| chat(&format!("ask {line}"), "hostile", secret))
-            .chain([chat("kept", "hostile", "")])
-            .collect();
+        let lines: Vec<Value> =
+            (0..200).map(|line| chat(&format!("ask {line}"), "hostile", secret)).collect();
         let id = server.create(&lines).await;
+        server.ended(&id).await;
+        // An idle instance answers, and each of them has seen the secret.
+        let id = server.create(&[chat("kept", "hostile", "")]).await;
         let batch = server.ended(&id).await;
         let results = server.results(batch.output_file_id.as_ref()).await;
         kept.push(results.last().unwrap()["response"]["body"]["kept"].as_str().unwrap().to_owned());
