@@ -317,7 +317,7 @@ def test_http2_unread_stream_is_closed_and_others_are_served(serve):
     import h2.connection
     import h2.events
 
-    server = serve("--client-timeout", "500ms")
+    server = serve("--client-timeout", "2s")
     batch = server.run(jsonl([chat(str(number), "x" * 1000) for number in range(2000)]))
     host, port = server.url.removeprefix("http://").split(":")
     peer = h2.connection.H2Connection()
