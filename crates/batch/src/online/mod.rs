@@ -16,11 +16,12 @@
 //! the provider.
 
 mod body;
+mod check;
+mod error;
 mod metering;
 mod scrub;
 mod stream;
 
-use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,24 +30,22 @@ use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{KeyId, TenantId};
-use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::usage::TokenUsage;
 use batchwright_egress::{NoCredential, Permit, QueueId, Refusals, TransportErrorKind};
 use batchwright_memory::Reservation;
-use batchwright_plugin::types::{Answer, BatchContext, Outcome, Request, Response, Step};
-use batchwright_plugin::{CallError, Plugin, Registry, Route};
+use batchwright_plugin::types::{Answer, Outcome, Request, Response, Step};
+use batchwright_plugin::{CallError, Plugin, Registry};
 use batchwright_store::{Store, StoreError};
-use batchwright_tenancy::quota::{Blocked, Exhausted, Standing};
+use batchwright_tenancy::quota::{Blocked, Standing};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use crate::config::Config;
-use crate::formats::input::InputLine;
-use crate::formats::line::{RequestLine, with_model};
-use crate::formats::result_line::{online_request_id, tokens};
-use crate::online::body::{About, OnlineBody};
+use crate::formats::result_line::tokens;
+use crate::online::body::OnlineBody;
+use crate::online::check::Checked;
+pub use crate::online::error::OnlineError;
 use crate::online::metering::Metering;
 pub use crate::online::stream::OnlineStream;
 use crate::parts::{Parts, Shared};
@@ -54,7 +53,6 @@ use crate::request::assessment::ProviderSignal;
 use crate::request::exchange::Exchange;
 use crate::request::failures::{Origin, describe_trouble};
 use crate::request::outcome::{failure, identity};
-use crate::rules::ChunkValidator;
 use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, FailureVerdict, Probe};
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
@@ -62,84 +60,6 @@ use crate::schedule::quotas::{Quotas, TenantQuota};
 
 /// Time after which a client may try again when nothing better is known.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Error of an online request. The texts are shown to clients.
-#[derive(Debug, thiserror::Error)]
-pub enum OnlineError {
-    /// The request breaks a rule, or the adapter refuses it.
-    #[error("{message}")]
-    Invalid {
-        /// Code of the rule.
-        code: String,
-        /// What is wrong, and how to fix it.
-        message: String,
-        /// Parameter at fault.
-        param: Option<String>,
-    },
-    /// No plugin serves the model for the endpoint.
-    #[error("The model '{0}' does not exist, or this project has no access to it{1}.")]
-    ModelNotFound(String, String),
-    /// The provider's streams cannot be passed on.
-    #[error(
-        "The provider of the model '{0}' has no stream that this server can pass on; send the \
-         request without 'stream'."
-    )]
-    NoStream(String),
-    /// A limit of the project is used up.
-    #[error("{limit}")]
-    Limited {
-        /// Limit.
-        limit: Exhausted,
-        /// Time until there may be room again.
-        wait: Duration,
-    },
-    /// The project has as many requests in flight as it may have.
-    #[error(
-        "The project has reached its limit of {0} requests in flight (max_requests_in_flight)."
-    )]
-    InFlight(u64),
-    /// The provider asks for a pause, and nothing was sent.
-    #[error("The provider is at its rate limit; try again later.")]
-    Busy(Duration),
-    /// Requests cannot be sent to the provider now.
-    #[error("{message}")]
-    Unavailable {
-        /// Cause.
-        message: String,
-        /// Time of the next attempt.
-        wait: Duration,
-    },
-    /// No place became free in time.
-    #[error("The provider has no free place for this request; try again in a moment.")]
-    Overloaded,
-    /// The provider or its plugin has failed after the request was sent.
-    #[error("{message}")]
-    Failed {
-        /// Code of the failure.
-        code: String,
-        /// Cause.
-        message: String,
-        /// True if the time has run out.
-        is_timeout: bool,
-        /// True if the provider has done nothing, so that a retry costs nothing.
-        may_retry: bool,
-    },
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-impl OnlineError {
-    fn invalid(code: ErrorCode, message: impl Into<String>, param: Option<&str>) -> Self {
-        let param = param.map(str::to_owned);
-        Self::Invalid { code: code.into(), message: message.into(), param }
-    }
-
-    fn of_call(error: &CallError, was_sent: bool) -> Self {
-        let (code, message) = (error.code().into(), error.to_string());
-        Self::Failed { code, message, is_timeout: false, may_retry: !was_sent }
-    }
-}
 
 /// Online request of a client.
 #[derive(Debug)]
@@ -321,83 +241,6 @@ impl Online {
                 may_retry: false,
             })
         })
-    }
-
-    /// Validates a request, and finds the plugin that serves it.
-    async fn check<'a>(
-        &self,
-        request: &'a OnlineRequest,
-        quota: Arc<TenantQuota>,
-        body: OnlineBody,
-        provider_model: &mut Option<String>,
-    ) -> Result<Checked<'a>, OnlineError> {
-        let (tenant, endpoint) = (&request.tenant, request.endpoint);
-        let id =
-            online_request_id(tenant.as_str(), request.idempotency_key.as_deref(), &request.body);
-        let plugins = self.registry.current();
-        plugins
-            .check_required(&self.config.required_plugins, tenant)
-            .map_err(StoreError::NotReady)?;
-        let permissions = quota.permissions();
-        let line = format!(
-            r#"{{"custom_id":"{id}","method":"POST","url":"{endpoint}","body":{}}}"#,
-            body.plain
-        );
-        let named = RequestLine::parse(&line).model.map(std::borrow::Cow::into_owned);
-        let default = plugins.default_model(tenant, endpoint, &permissions).map(str::to_owned);
-        if let Some(model) = named.as_ref().or(default.as_ref()) {
-            let route = plugins.allowed_route(tenant, model, &permissions);
-            if !route.as_ref().is_some_and(|route| route.plugin.handles(endpoint)) {
-                let shown = truncate_for_message(model);
-                let of_endpoint = route.map(|_| format!(" at {endpoint}")).unwrap_or_default();
-                return Err(OnlineError::ModelNotFound(shown, of_endpoint));
-            }
-        }
-        let context = BatchContext {
-            id: format!("batch_{}", Uuid::new_v4().simple()),
-            endpoint: endpoint.as_str().to_owned(),
-            metadata: Vec::new(),
-            first_model: named.clone(),
-        };
-        let rules = (permissions.clone(), BTreeSet::new());
-        let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
-        let line = InputLine::Buffered { number: 1, at: 0, bytes: line.into() };
-        let found = validator.validate(vec![line]).await;
-        let found = found.map_err(|error| OnlineError::of_call(&error, false))?;
-        if let Some(violation) = found.violations.into_iter().next() {
-            let param = violation.param.map(|param| within_body(&param).to_owned());
-            let message = violation.message.replace("'body.", "'");
-            return Err(OnlineError::Invalid { code: violation.code, message, param });
-        }
-        let model = found.requests.into_iter().next().and_then(|request| request.model);
-        let route = model.as_deref().and_then(|model| plugins.route(tenant, model));
-        let (Some(model), Some(Route { plugin, model: at_provider })) = (model, route) else {
-            let message = "Model parameter is required.";
-            return Err(OnlineError::invalid(ErrorCode::InvalidRequest, message, Some("model")));
-        };
-        *provider_model = Some(at_provider.clone());
-        let is_stream = body.streamed.is_some();
-        if is_stream {
-            let streams = plugin.streams(tenant, endpoint).await;
-            if !streams.map_err(|error| OnlineError::of_call(&error, false))? {
-                return Err(OnlineError::NoStream(truncate_for_message(&model)));
-            }
-        }
-        let sent = body.streamed.unwrap_or(body.plain);
-        let sent = if named.is_some() { sent } else { with_model(&sent, &model) };
-        let breaker = self.breakers.of(plugin.name(), tenant, endpoint);
-        let admitted = Admitted {
-            request,
-            id,
-            provider_model: at_provider,
-            plugin,
-            body: sent,
-            is_stream,
-            wants_usage: body.wants_usage,
-            breaker,
-            quota,
-        };
-        Ok(Checked { admitted, about: body.about })
     }
 
     /// Sends a valid request, and turns what came back into an answer.
@@ -645,15 +488,4 @@ impl Online {
     fn wait_until(&self, until: Timestamp) -> Duration {
         self.clock.now().until(until)
     }
-}
-
-/// Valid request, and what the log has of it.
-struct Checked<'a> {
-    admitted: Admitted<'a>,
-    about: About,
-}
-
-/// Returns a path within the body.
-fn within_body(param: &str) -> &str {
-    param.strip_prefix("body.").unwrap_or(param)
 }

@@ -1,0 +1,109 @@
+//! Check of an online request before anything is sent: its rules, its model and its plugin.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use batchwright_domain::error_code::ErrorCode;
+use batchwright_domain::text::truncate_for_message;
+use batchwright_plugin::Route;
+use batchwright_plugin::types::BatchContext;
+use batchwright_store::StoreError;
+use uuid::Uuid;
+
+use crate::formats::input::InputLine;
+use crate::formats::line::{RequestLine, with_model};
+use crate::formats::result_line::online_request_id;
+use crate::online::body::{About, OnlineBody};
+use crate::online::{Admitted, Online, OnlineError, OnlineRequest};
+use crate::rules::ChunkValidator;
+use crate::schedule::quotas::TenantQuota;
+
+/// Valid request, and what the log has of it.
+pub(super) struct Checked<'a> {
+    pub(super) admitted: Admitted<'a>,
+    pub(super) about: About,
+}
+
+impl Online {
+    /// Validates a request, and finds the plugin that serves it.
+    pub(super) async fn check<'a>(
+        &self,
+        request: &'a OnlineRequest,
+        quota: Arc<TenantQuota>,
+        body: OnlineBody,
+        provider_model: &mut Option<String>,
+    ) -> Result<Checked<'a>, OnlineError> {
+        let (tenant, endpoint) = (&request.tenant, request.endpoint);
+        let id =
+            online_request_id(tenant.as_str(), request.idempotency_key.as_deref(), &request.body);
+        let plugins = self.registry.current();
+        plugins
+            .check_required(&self.config.required_plugins, tenant)
+            .map_err(StoreError::NotReady)?;
+        let permissions = quota.permissions();
+        let line = format!(
+            r#"{{"custom_id":"{id}","method":"POST","url":"{endpoint}","body":{}}}"#,
+            body.plain
+        );
+        let named = RequestLine::parse(&line).model.map(std::borrow::Cow::into_owned);
+        let default = plugins.default_model(tenant, endpoint, &permissions).map(str::to_owned);
+        if let Some(model) = named.as_ref().or(default.as_ref()) {
+            let route = plugins.allowed_route(tenant, model, &permissions);
+            if !route.as_ref().is_some_and(|route| route.plugin.handles(endpoint)) {
+                let shown = truncate_for_message(model);
+                let of_endpoint = route.map(|_| format!(" at {endpoint}")).unwrap_or_default();
+                return Err(OnlineError::ModelNotFound(shown, of_endpoint));
+            }
+        }
+        let context = BatchContext {
+            id: format!("batch_{}", Uuid::new_v4().simple()),
+            endpoint: endpoint.as_str().to_owned(),
+            metadata: Vec::new(),
+            first_model: named.clone(),
+        };
+        let rules = (permissions.clone(), BTreeSet::new());
+        let validator = ChunkValidator::new(tenant, (context, endpoint), plugins.clone(), rules);
+        let line = InputLine::Buffered { number: 1, at: 0, bytes: line.into() };
+        let found = validator.validate(vec![line]).await;
+        let found = found.map_err(|error| OnlineError::of_call(&error, false))?;
+        if let Some(violation) = found.violations.into_iter().next() {
+            let param = violation.param.map(|param| within_body(&param).to_owned());
+            let message = violation.message.replace("'body.", "'");
+            return Err(OnlineError::Invalid { code: violation.code, message, param });
+        }
+        let model = found.requests.into_iter().next().and_then(|request| request.model);
+        let route = model.as_deref().and_then(|model| plugins.route(tenant, model));
+        let (Some(model), Some(Route { plugin, model: at_provider })) = (model, route) else {
+            let message = "Model parameter is required.";
+            return Err(OnlineError::invalid(ErrorCode::InvalidRequest, message, Some("model")));
+        };
+        *provider_model = Some(at_provider.clone());
+        let is_stream = body.streamed.is_some();
+        if is_stream {
+            let streams = plugin.streams(tenant, endpoint).await;
+            if !streams.map_err(|error| OnlineError::of_call(&error, false))? {
+                return Err(OnlineError::NoStream(truncate_for_message(&model)));
+            }
+        }
+        let sent = body.streamed.unwrap_or(body.plain);
+        let sent = if named.is_some() { sent } else { with_model(&sent, &model) };
+        let breaker = self.breakers.of(plugin.name(), tenant, endpoint);
+        let admitted = Admitted {
+            request,
+            id,
+            provider_model: at_provider,
+            plugin,
+            body: sent,
+            is_stream,
+            wants_usage: body.wants_usage,
+            breaker,
+            quota,
+        };
+        Ok(Checked { admitted, about: body.about })
+    }
+}
+
+/// Returns a path within the body.
+fn within_body(param: &str) -> &str {
+    param.strip_prefix("body.").unwrap_or(param)
+}
