@@ -245,14 +245,18 @@ impl From<CreateError> for ApiError {
     }
 }
 
+/// Returns a time in seconds, rounded up, as `Retry-After` has it.
+pub(crate) fn whole_seconds(time: Duration) -> u64 {
+    time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0))
+}
+
 /// Wait beyond which the SDKs are told not to retry on their own.
 const MAX_RETRY_WAIT: Duration = Duration::from_secs(60);
 
 impl ApiError {
     /// Sets the time after which the client may try again; tells the SDKs not to wait for long.
     fn after(self, wait: Duration) -> Self {
-        let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0)).max(1);
-        let retry_after = Some(u32::try_from(seconds).unwrap_or(u32::MAX));
+        let retry_after = Some(u32::try_from(whole_seconds(wait).max(1)).unwrap_or(u32::MAX));
         let should_retry = if wait > MAX_RETRY_WAIT { Some(false) } else { self.should_retry };
         Self { retry_after, should_retry, ..self }
     }

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use super::App;
 use super::RequestId;
 use super::batches::idempotency_key;
-use super::error::ApiError;
+use super::error::{ApiError, whole_seconds};
 use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::params::{BYTE_ORDER_MARK, check_json, unreadable_body};
@@ -155,8 +155,7 @@ fn whole(
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(delay) = retry_after {
-        let seconds = delay.as_secs().saturating_add(u64::from(delay.subsec_nanos() > 0));
-        headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(delay)));
     }
     response
 }

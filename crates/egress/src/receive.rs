@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchwright_memory::Reservation;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Response, header, response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -64,7 +65,7 @@ struct Body {
 
 impl Body {
     /// Returns the next bytes, or none at the end.
-    async fn next(&mut self) -> Result<Option<bytes::Bytes>, TransportError> {
+    async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             let frame = tokio::time::timeout_at(self.end.0, self.incoming.frame()).await;
             let frame = frame.map_err(|_| {
@@ -122,7 +123,7 @@ impl Incomplete {
     /// Returns the body as events of at most `max` bytes each.
     pub(crate) fn into_events(self, max: usize) -> Events {
         let (status, headers) = (self.status, self.headers);
-        Events { status, headers, body: self.body, buffer: Vec::new(), searched: 0, max }
+        Events { status, headers, body: self.body, buffer: BytesMut::new(), searched: 0, max }
     }
 
     /// Receives the whole body, of at most `max` bytes.
@@ -168,7 +169,7 @@ pub struct Events {
     pub headers: Vec<(String, String)>,
     body: Body,
     /// Bytes that have arrived and belong to no complete event.
-    buffer: Vec<u8>,
+    buffer: BytesMut,
     /// Length of the beginning of the buffer that has no end of an event.
     searched: usize,
     max: usize,
@@ -184,15 +185,14 @@ impl Events {
     ) -> Result<Option<Vec<u8>>, TransportError> {
         loop {
             if let Some(end) = end_of_event(&self.buffer, self.searched) {
-                let rest = self.buffer.split_off(end);
-                let mut event = std::mem::replace(&mut self.buffer, rest);
+                let mut event = self.buffer.split_to(end).to_vec();
                 self.searched = 0;
                 self.body.secrets.redact_body(&mut event, false);
                 return Ok(Some(event));
             }
             self.searched = self.buffer.len();
             let Some(data) = self.body.next().await? else {
-                let mut event = std::mem::take(&mut self.buffer);
+                let mut event = std::mem::take(&mut self.buffer).to_vec();
                 self.searched = 0;
                 if event.trim_ascii().is_empty() {
                     return Ok(None);
@@ -222,13 +222,15 @@ impl Events {
 /// Returns the end of the first event: after an empty line, whose line ends may be `\n`, `\r\n` or
 /// `\r`. The bytes before `searched` are known to have no end.
 fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
-    let from = searched.saturating_sub(3);
     let ends = [&b"\n\n"[..], b"\r\n\r\n", b"\r\r", b"\n\r\n"];
-    let rest = bytes.get(from..)?;
-    let found = ends
-        .iter()
-        .filter_map(|end| memchr::memmem::find(rest, end).map(|at| at.saturating_add(end.len())));
-    found.min().map(|end| from.saturating_add(end))
+    let from = searched.saturating_sub(3);
+    let mut line_ends = memchr::memchr2_iter(b'\n', b'\r', bytes.get(from..)?);
+    line_ends.find_map(|at| {
+        let at = from.saturating_add(at);
+        let rest = bytes.get(at..)?;
+        let end = ends.iter().find(|end| rest.starts_with(end))?;
+        Some(at.saturating_add(end.len()))
+    })
 }
 
 fn headers_of(head: &response::Parts, secrets: &Secrets) -> Vec<(String, String)> {

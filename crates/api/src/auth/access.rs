@@ -16,26 +16,30 @@ use super::ClientAddress;
 use crate::error::ApiError;
 
 /// Client who changes something that the audit log names.
-pub(crate) struct Client(pub Option<KeyId>, pub Option<String>);
+pub(crate) struct Client {
+    key: Option<KeyId>,
+    address: Option<String>,
+}
 
 impl<S: Sync> FromRequestParts<S> for Client {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        let address = parts.extensions.get::<ClientAddress>();
+        let address =
+            parts.extensions.get::<ClientAddress>().map(|ClientAddress(ip)| ip.to_string());
         let key = match principal(&parts.extensions)? {
             Principal::Project(project) => project.key.clone(),
             Principal::Admin(key) => Some(key.clone()),
             Principal::Operator => None,
         };
-        Ok(Self(key, address.map(|ClientAddress(ip)| ip.to_string())))
+        Ok(Self { key, address })
     }
 }
 
 impl Client {
-    /// Returns the client as the actor of a change, for the audit log.
-    pub(crate) fn actor(self, at: Timestamp) -> Actor {
-        Actor { key: self.0, address: self.1, at }
+    /// Returns the client as the actor of a change.
+    pub(crate) fn actor(&self, at: Timestamp) -> Actor {
+        Actor { key: self.key.clone(), address: self.address.clone(), at }
     }
 }
 
@@ -141,27 +145,23 @@ impl<S: Sync> FromRequestParts<S> for UsageReader {
 }
 
 /// Administrator who sends a request.
-pub(crate) struct Admin {
-    key: Option<KeyId>,
-    address: Option<String>,
-}
+pub(crate) struct Admin(Client);
 
 impl Admin {
     /// Returns the administrator as the actor of a change, for the audit log.
     pub(crate) fn actor(&self, at: Timestamp) -> Actor {
-        Actor { key: self.key.clone(), address: self.address.clone(), at }
+        self.0.actor(at)
     }
 }
 
 impl<S: Sync> FromRequestParts<S> for Admin {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        let address =
-            parts.extensions.get::<ClientAddress>().map(|ClientAddress(ip)| ip.to_string());
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match principal(&parts.extensions)? {
-            Principal::Admin(key) => Ok(Self { key: Some(key.clone()), address }),
-            Principal::Operator => Ok(Self { key: None, address }),
+            Principal::Admin(_) | Principal::Operator => {
+                Client::from_request_parts(parts, state).await.map(Self)
+            }
             Principal::Project(project) if project.key.is_none() => Err(ApiError::unauthenticated(
                 "This server has no keys. Create the first admin key with \
                      'batchwright admin key create' while the server is stopped.",

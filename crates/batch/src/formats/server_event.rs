@@ -1,22 +1,102 @@
 //! Server-sent events (HTML standard, section 9.2) in the form of the OpenAI API.
 //!
 //! An event goes to the client as its provider wrote it. This module only reads it: errors, usage
-//! and text.
+//! and text. The members of a large event are read without its values, which would need many times
+//! the memory of their text.
+
+use std::borrow::Cow;
 
 use batchwright_domain::usage::TokenUsage;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+
+use crate::formats::line::string;
 
 /// Last event of a stream of the older endpoints.
 const DONE: &str = "[DONE]";
+
+/// Maximum size of an event whose values are read.
+const MAX_VALUES_BYTES: usize = 64 << 10;
+
+/// Maximum size of a usage.
+const MAX_USAGE_BYTES: usize = 4 << 10;
 
 /// What an event says.
 pub(crate) enum Event {
     /// The stream is complete.
     Done,
     /// JSON object.
-    Data(Value),
+    Data(Data),
     /// Comment, or data that is no JSON object.
     Other,
+}
+
+/// What the data of an event says.
+pub(crate) struct Data {
+    /// True for an error.
+    pub is_error: bool,
+    /// Usage that the event reports.
+    pub usage: Option<TokenUsage>,
+    /// True if the event has usage and nothing else, as `include_usage` asks for.
+    pub is_usage_alone: bool,
+    /// True for the last event of a response, which has its usage.
+    pub is_last: bool,
+    /// Values; none if the event is too large.
+    pub values: Option<Value>,
+}
+
+/// Members of an event as JSON texts.
+#[derive(Deserialize)]
+struct Members<'a> {
+    #[serde(borrow, default, rename = "type")]
+    kind: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    error: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    usage: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    response: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    choices: Option<&'a RawValue>,
+}
+
+/// Usage within the response of an event.
+#[derive(Deserialize)]
+struct Response<'a> {
+    #[serde(borrow, default)]
+    usage: Option<&'a RawValue>,
+}
+
+impl<'a> Members<'a> {
+    fn parse(data: &'a str) -> Option<Self> {
+        if data.trim_start().starts_with('{') { serde_json::from_str(data).ok() } else { None }
+    }
+
+    fn kind(&self) -> Option<Cow<'a, str>> {
+        string(self.kind?.get())
+    }
+
+    fn is_error(&self) -> bool {
+        self.error.is_some_and(|error| error.get().starts_with(['{', '"']))
+            || self.kind().as_deref() == Some("error")
+    }
+
+    fn usage(&self) -> Option<TokenUsage> {
+        let of_response = || {
+            let response = self.response?.get();
+            if !response.starts_with('{') {
+                return None;
+            }
+            serde_json::from_str::<Response<'_>>(response).ok()?.usage
+        };
+        let usage = self.usage.or_else(of_response)?.get();
+        if usage.len() > MAX_USAGE_BYTES {
+            return None;
+        }
+        let usage = serde_json::from_str::<Value>(usage).ok()?;
+        usage.is_object().then(|| tokens(&usage))
+    }
 }
 
 /// Parses an event.
@@ -26,10 +106,22 @@ pub(crate) fn parse(event: &[u8]) -> Event {
     if data.trim() == DONE {
         return Event::Done;
     }
-    match serde_json::from_str(&data) {
-        Ok(value @ Value::Object(_)) => Event::Data(value),
-        _ => Event::Other,
-    }
+    let Some(members) = Members::parse(&data) else { return Event::Other };
+    let usage = members.usage();
+    let inside = members.choices.and_then(|choices| choices.get().strip_prefix('['));
+    let has_no_choice = inside.is_some_and(|choices| choices.trim_start() == "]");
+    let kind = members.kind();
+    let is_small = data.len() <= MAX_VALUES_BYTES;
+    Event::Data(Data {
+        is_error: members.is_error(),
+        is_usage_alone: has_no_choice && members.usage.is_some_and(|_| usage.is_some()),
+        usage,
+        is_last: matches!(
+            kind.as_deref(),
+            Some("response.completed" | "response.incomplete" | "response.failed")
+        ),
+        values: is_small.then(|| serde_json::from_str(&data).ok()).flatten(),
+    })
 }
 
 /// Returns the `data` lines of an event, joined by line ends.
@@ -41,28 +133,23 @@ fn data(event: &str) -> String {
 
 /// Returns the error of an event as the body of a response, or none if the event is no error.
 pub(crate) fn error_of(event: &[u8]) -> Option<Vec<u8>> {
-    let Event::Data(mut data) = parse(event) else { return None };
-    is_error(&data).then(|| {
-        let body = match data.get("error") {
-            Some(Value::Object(_)) => data,
-            Some(Value::String(message)) => json!({"error": {"message": message}}),
-            _ => json!({"error": data.take()}),
-        };
-        body.to_string().into_bytes()
-    })
+    let data = data(std::str::from_utf8(event).ok()?);
+    let members = Members::parse(&data)?;
+    if !members.is_error() {
+        return None;
+    }
+    let body = match members.error.map(RawValue::get) {
+        Some(error) if error.starts_with('{') => format!(r#"{{"error":{error}}}"#),
+        Some(message) if message.starts_with('"') => {
+            format!(r#"{{"error":{{"message":{message}}}}}"#)
+        }
+        _ => format!(r#"{{"error":{data}}}"#),
+    };
+    Some(body.into_bytes())
 }
 
-/// Returns true if the data of an event is an error.
-pub(crate) fn is_error(data: &Value) -> bool {
-    matches!(data.get("error"), Some(Value::Object(_) | Value::String(_)))
-        || data.get("type").and_then(Value::as_str) == Some("error")
-}
-
-/// Returns the usage that an event reports.
-pub(crate) fn usage(data: &Value) -> Option<TokenUsage> {
-    let usage = data.get("usage").filter(|usage| usage.is_object());
-    let of_response = || data.get("response")?.get("usage").filter(|usage| usage.is_object());
-    let usage = usage.or_else(of_response)?;
+/// Returns the tokens of a usage.
+fn tokens(usage: &Value) -> TokenUsage {
     let number = |value: Option<&Value>| value.and_then(Value::as_u64).unwrap_or(0);
     let largest = |names: [&str; 2]| names.map(|name| number(usage.get(name)));
     let detail = |names: [&str; 2], key: &str| {
@@ -71,24 +158,12 @@ pub(crate) fn usage(data: &Value) -> Option<TokenUsage> {
     let max = |numbers: [u64; 2]| numbers.into_iter().max().unwrap_or(0);
     let inputs = ["input_tokens_details", "prompt_tokens_details"];
     let outputs = ["output_tokens_details", "completion_tokens_details"];
-    Some(TokenUsage {
+    TokenUsage {
         input: max(largest(["input_tokens", "prompt_tokens"])),
         cached_input: max(detail(inputs, "cached_tokens")),
         output: max(largest(["output_tokens", "completion_tokens"])),
         reasoning: max(detail(outputs, "reasoning_tokens")),
-    })
-}
-
-/// Returns true if an event has usage and nothing else, as `include_usage` asks for.
-pub(crate) fn is_usage_alone(data: &Value) -> bool {
-    let choices = data.get("choices").and_then(Value::as_array);
-    choices.is_some_and(Vec::is_empty) && data.get("usage").is_some_and(Value::is_object)
-}
-
-/// Returns true for the last event of a response, which has its usage.
-pub(crate) fn is_last(data: &Value) -> bool {
-    let kind = data.get("type").and_then(Value::as_str);
-    matches!(kind, Some("response.completed" | "response.incomplete" | "response.failed"))
+    }
 }
 
 /// Removes the probabilities of tokens, which repeat the text.
@@ -170,7 +245,7 @@ pub(crate) fn error_event(code: &str, message: &str) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    fn data_of(event: &str) -> Value {
+    fn data_of(event: &str) -> Data {
         match parse(event.as_bytes()) {
             Event::Data(data) => data,
             _ => panic!("{event}"),
@@ -182,10 +257,10 @@ mod tests {
         for event in
             ["data: {\"a\":1}\n\n", "data:{\"a\":1}\r\n\r\n", "id: 1\rdata: {\ndata: \"a\":1}\n\n"]
         {
-            assert_eq!(data_of(event), json!({"a": 1}), "{event:?}");
+            assert_eq!(data_of(event).values, Some(json!({"a": 1})), "{event:?}");
         }
         assert!(matches!(parse(b"data: [DONE]\n\n"), Event::Done));
-        for other in [": ping\n\n", "data: text\n\n", "data: 1\n\n", "\n\n"] {
+        for other in [": ping\n\n", "data: text\n\n", "data: 1\n\n", "data: [{}]\n\n", "\n\n"] {
             assert!(matches!(parse(other.as_bytes()), Event::Other), "{other:?}");
         }
     }
@@ -209,16 +284,33 @@ mod tests {
 
     #[test]
     fn usage_is_read_in_the_forms_of_both_apis() {
-        let usage =
-            |data: Value| usage(&data).map(|usage| (usage.input, usage.output, usage.cached_input));
+        let read = |data: Value| data_of(&format!("data: {data}\n\n"));
+        let usage = |data: Value| {
+            read(data).usage.map(|usage| (usage.input, usage.output, usage.cached_input))
+        };
         let chat = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4,
             "prompt_tokens_details": {"cached_tokens": 1}}});
-        assert!(is_usage_alone(&chat));
+        assert!(read(chat.clone()).is_usage_alone);
         assert_eq!(usage(chat), Some((3, 4, 1)));
         let response = json!({"type": "response.completed",
             "response": {"usage": {"input_tokens": 5, "output_tokens": 6}}});
+        assert!(read(response.clone()).is_last && !read(response.clone()).is_usage_alone);
         assert_eq!(usage(response), Some((5, 6, 0)));
-        assert_eq!(usage(json!({"choices": [{}], "usage": null})), None);
+        for nothing in
+            [json!({"choices": [{}], "usage": null}), json!({"usage": [1], "response": 1})]
+        {
+            assert_eq!(usage(nothing), None);
+        }
+    }
+
+    #[test]
+    fn large_event_has_its_usage_and_no_values() {
+        let zeros = vec![0; MAX_VALUES_BYTES];
+        let response = json!({"type": "response.completed",
+            "response": {"output": zeros, "usage": {"input_tokens": 5, "output_tokens": 6}}});
+        let data = data_of(&format!("data: {response}\n\n"));
+        assert!(data.is_last && data.values.is_none());
+        assert_eq!(data.usage.map(|usage| usage.input), Some(5));
     }
 
     #[test]

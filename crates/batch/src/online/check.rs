@@ -1,7 +1,6 @@
 //! Check of an online request before anything is sent: its rules, its model and its plugin.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
@@ -13,26 +12,26 @@ use uuid::Uuid;
 use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, with_model};
 use crate::formats::result_line::online_request_id;
-use crate::online::body::{About, OnlineBody};
+use crate::online::body::OnlineBody;
 use crate::online::{Admitted, Online, OnlineError, OnlineRequest};
 use crate::rules::ChunkValidator;
-use crate::schedule::quotas::TenantQuota;
-
-/// Valid request, and what the log has of it.
-pub(super) struct Checked<'a> {
-    pub(super) admitted: Admitted<'a>,
-    pub(super) about: About,
-}
 
 impl Online {
     /// Validates a request, and finds the plugin that serves it.
     pub(super) async fn check<'a>(
         &self,
         request: &'a OnlineRequest,
-        quota: Arc<TenantQuota>,
-        body: OnlineBody,
-        provider_model: &mut Option<String>,
-    ) -> Result<Checked<'a>, OnlineError> {
+    ) -> Result<Admitted<'a>, OnlineError> {
+        if self.closing.is_cancelled() {
+            return Err(StoreError::Closed.into());
+        }
+        if !self.gate.is_open() {
+            // Nothing is sent while its usage could not be recorded.
+            return Err(StoreError::NotReady("results cannot be written".into()).into());
+        }
+        let quota = self.quotas.of(&request.tenant);
+        quota.refresh().await?;
+        let body = OnlineBody::parse(&request.body, request.endpoint)?;
         let (tenant, endpoint) = (&request.tenant, request.endpoint);
         let id =
             online_request_id(tenant.as_str(), request.idempotency_key.as_deref(), &request.body);
@@ -77,7 +76,6 @@ impl Online {
             let message = "Model parameter is required.";
             return Err(OnlineError::invalid(ErrorCode::InvalidRequest, message, Some("model")));
         };
-        *provider_model = Some(at_provider.clone());
         let is_stream = body.streamed.is_some();
         if is_stream {
             let streams = plugin.streams(tenant, endpoint).await;
@@ -88,7 +86,18 @@ impl Online {
         let sent = body.streamed.unwrap_or(body.plain);
         let sent = if named.is_some() { sent } else { with_model(&sent, &model) };
         let breaker = self.breakers.of(plugin.name(), tenant, endpoint);
-        let admitted = Admitted {
+        tracing::debug!(
+            request_id = request.log_id,
+            request = id,
+            plugin = plugin.name(),
+            model = at_provider,
+            is_stream,
+            client_request_id = request.client_id.as_deref(),
+            user = body.about.user.as_deref(),
+            metadata = body.about.metadata.as_deref(),
+            "online request valid"
+        );
+        Ok(Admitted {
             request,
             id,
             provider_model: at_provider,
@@ -98,8 +107,7 @@ impl Online {
             wants_usage: body.wants_usage,
             breaker,
             quota,
-        };
-        Ok(Checked { admitted, about: body.about })
+        })
     }
 }
 

@@ -43,8 +43,6 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::formats::result_line::tokens;
-use crate::online::body::OnlineBody;
-use crate::online::check::Checked;
 pub use crate::online::error::OnlineError;
 use crate::online::metering::Metering;
 pub use crate::online::stream::OnlineStream;
@@ -143,7 +141,7 @@ struct Admitted<'a> {
 
 /// How the steps of an adapter have ended.
 enum Ended {
-    /// With an answer; the second value is true if the adapter asks for a retry.
+    /// With an answer, and the pause that the adapter asks for before another attempt.
     Answer(Answer, Option<Duration>),
     /// With a stream, whose first event has arrived.
     Stream(batchwright_egress::Events, Vec<u8>),
@@ -182,16 +180,19 @@ impl Online {
     /// Answers a request.
     pub async fn answer(self: &Arc<Self>, request: OnlineRequest) -> Answered {
         let started = Instant::now();
-        let quota = self.quotas.of(&request.tenant);
-        let mut model = None;
-        let result = self.answer_within_limits(&request, quota.clone(), &mut model).await;
-        let standing = model.as_deref().map(|model| quota.standing(model));
+        let (standing, result) = match self.check(&request).await {
+            Err(error) => (None, Err(error)),
+            Ok(admitted) => {
+                let (quota, model) = (admitted.quota.clone(), admitted.provider_model.clone());
+                let result = self.send_in_time(admitted).await;
+                (Some(quota.standing(&model)), result)
+            }
+        };
         tracing::debug!(
             request_id = request.log_id,
             tenant = %request.tenant,
             key = request.key.as_ref().map(tracing::field::display),
             endpoint = %request.endpoint,
-            model,
             error = result.as_ref().err().map(tracing::field::display),
             duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "online request answered"
@@ -199,32 +200,11 @@ impl Online {
         Answered { standing, result }
     }
 
-    async fn answer_within_limits(
+    /// Sends a valid request, and ends it when its time is over or when the server ends.
+    async fn send_in_time(
         self: &Arc<Self>,
-        request: &OnlineRequest,
-        quota: Arc<TenantQuota>,
-        provider_model: &mut Option<String>,
+        admitted: Admitted<'_>,
     ) -> Result<OnlineAnswer, OnlineError> {
-        if self.closing.is_cancelled() {
-            return Err(StoreError::Closed.into());
-        }
-        if !self.gate.is_open() {
-            // Nothing is sent while its usage could not be recorded.
-            return Err(StoreError::NotReady("results cannot be written".into()).into());
-        }
-        quota.refresh().await?;
-        let body = OnlineBody::parse(&request.body, request.endpoint)?;
-        let Checked { admitted, about } = self.check(request, quota, body, provider_model).await?;
-        tracing::debug!(
-            request_id = request.log_id,
-            request = admitted.id,
-            plugin = admitted.plugin.name(),
-            is_stream = admitted.is_stream,
-            client_request_id = request.client_id.as_deref(),
-            user = about.user.as_deref(),
-            metadata = about.metadata.as_deref(),
-            "online request valid"
-        );
         let timeout = self.config.online.online_timeout.duration();
         let sent = tokio::time::timeout(timeout, Box::pin(self.send(admitted)));
         let Some(sent) = self.ended.run_until_cancelled(sent).await else {
@@ -407,19 +387,14 @@ impl Online {
                     exchange.permit = None;
                     exchange.reservation.shrink_to(state.len());
                     self.clock.sleep(Duration::from_millis(milliseconds)).await;
-                    while exchange.permit.is_none() {
-                        match self.permit(admitted).await {
-                            Ok(permit) => {
-                                exchange.permit = Some(permit);
-                                exchange.has_rate_permit = true;
-                            }
-                            Err(error) => {
-                                let code = ErrorCode::ProviderError;
-                                let answer = failure(code, error.to_string());
-                                return Ok(Ended::Answer(answer, None));
-                            }
+                    match self.permit(admitted).await {
+                        Ok(permit) => exchange.permit = Some(permit),
+                        Err(error) => {
+                            let answer = failure(ErrorCode::ProviderError, error.to_string());
+                            return Ok(Ended::Answer(answer, None));
                         }
                     }
+                    exchange.has_rate_permit = true;
                     exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;
                     exchange.resume(tenant, &state, &mut Outcome::Elapsed).await?
                 }

@@ -9,7 +9,8 @@
 //!
 //! **Bounds.** Fewer than [`MIN_BEGINNING`] letters are not held, so at most that many are seen. At
 //! most [`MAX_HELD`] events of [`MAX_HELD_BYTES`] are held; what is longer is passed on. An event
-//! with more than [`MAX_TEXTS_OF_EVENT`] texts is not followed.
+//! with more than [`MAX_TEXTS_OF_EVENT`] texts, or one that is too large for its values to be read,
+//! is not followed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ const MIN_BEGINNING: usize = 4;
 const MAX_HELD: usize = 256;
 
 /// Maximum size of the events that are held.
-const MAX_HELD_BYTES: usize = 256 << 10;
+const MAX_HELD_BYTES: usize = 64 << 10;
 
 /// Maximum number of texts of an event that are followed.
 const MAX_TEXTS_OF_EVENT: usize = 16;
@@ -74,13 +75,15 @@ impl Scrubber {
         }
     }
 
-    /// Adds an event with its data.
-    pub(super) fn push(&mut self, event: Vec<u8>, mut data: Value) {
-        if self.secrets.is_empty() || texts(&mut data).len() > MAX_TEXTS_OF_EVENT {
+    /// Adds an event with its values, which have a number of texts. An event without values is not
+    /// followed.
+    pub(super) fn push(&mut self, event: Vec<u8>, values: Option<Value>, texts: usize) {
+        let is_followed = !self.secrets.is_empty() && texts <= MAX_TEXTS_OF_EVENT;
+        let Some(data) = values.filter(|_| is_followed) else {
             self.flush();
             self.ready.push_back(event);
             return;
-        }
+        };
         self.held.push(Held { event, data, is_changed: false });
         let mut is_open = false;
         for name in self.names() {
@@ -202,7 +205,7 @@ mod tests {
         for piece in pieces {
             let data = json!({"choices": [{"index": 0, "delta": {"content": piece, "x": [1]},
                 "logprobs": {"content": [{"token": piece}]}}]});
-            scrubber.push(format!("data: {data}\n\n").into_bytes(), data);
+            scrubber.push(format!("data: {data}\n\n").into_bytes(), Some(data), 1);
             most_held = most_held.max(scrubber.held.len());
             sent.extend(std::iter::from_fn(|| scrubber.next()));
         }

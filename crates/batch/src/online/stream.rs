@@ -10,7 +10,7 @@ use batchwright_egress::{Events, LimitFeedback, Permit, Refusals};
 use batchwright_memory::Reservation;
 use tokio_util::sync::CancellationToken;
 
-use crate::formats::server_event::{self, Event};
+use crate::formats::server_event::{self, Event, texts};
 use crate::online::metering::Metering;
 use crate::online::scrub::Scrubber;
 
@@ -114,23 +114,22 @@ impl OnlineStream {
                 self.scrubber.push_other(event);
             }
             Event::Data(mut data) => {
-                if let Some((metering, usage)) =
-                    self.metering.as_mut().zip(server_event::usage(&data))
-                {
+                if let Some((metering, usage)) = self.metering.as_mut().zip(data.usage) {
                     metering.report(usage);
                 }
-                self.has_failed |= server_event::is_error(&data);
-                if !self.wants_usage && server_event::is_usage_alone(&data) {
+                self.has_failed |= data.is_error;
+                if !self.wants_usage && data.is_usage_alone {
                     return;
                 }
-                if server_event::is_last(&data) {
+                if data.is_last {
                     self.finish().await;
                 }
-                let has_text = !server_event::texts(&mut data).is_empty();
-                if let Some(metering) = self.metering.as_mut().filter(|_| has_text) {
+                // A large event is passed on as it is.
+                let texts = data.values.as_mut().map_or(1, |values| texts(values).len());
+                if let Some(metering) = self.metering.as_mut().filter(|_| texts > 0) {
                     metering.saw_text();
                 }
-                self.scrubber.push(event, data);
+                self.scrubber.push(event, data.values, texts);
             }
             Event::Other => self.scrubber.push_other(event),
         }

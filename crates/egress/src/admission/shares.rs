@@ -231,14 +231,14 @@ impl<T> Shares<T> {
             }
         }
         let classes = if has_room_for_batches { CLASSES } else { 1 };
-        let mut order: Vec<usize> = (0..classes).collect();
+        let mut order: [usize; CLASSES] = std::array::from_fn(|class| class);
         let is_due = |class: &usize| {
             let (passed, max) = (self.passed_over.get(*class), MAX_PASSED_OVER.get(*class));
             waits.get(*class) == Some(&true) && passed >= max
         };
         // The sort is stable: among classes that are due, the higher one is first.
         order.sort_by_key(|class| !is_due(class));
-        for class in order {
+        for class in order.into_iter().filter(|class| *class < classes) {
             if let Some(next) = self.take_next_of(class, &mut may_begin) {
                 for (other, passed) in self.passed_over.iter_mut().enumerate() {
                     if other == class {

@@ -201,7 +201,7 @@ pub(super) fn warn(file: &Path, name: &str, source: &Source<'_>, secret: &str) {
 impl Credentials {
     /// Returns the secrets of a tenant, given those of another source; none if a required one is
     /// missing.
-    pub(super) fn of(
+    fn of(
         &self,
         tenant: Option<&TenantId>,
         other: &BTreeMap<String, String>,
@@ -226,6 +226,18 @@ impl Credentials {
         let secrets = Secrets::new(credentials, self.reserved.clone(), self.plain_http);
         let secrets = secrets.map_err(|error| error.to_string())?;
         Ok(Some(if is_own { secrets.own() } else { secrets }))
+    }
+
+    /// Returns the secrets of a tenant, given those of a source; none if the source has none.
+    pub(super) fn of_source(
+        &self,
+        tenant: &TenantId,
+        found: &BTreeMap<String, String>,
+    ) -> Result<Option<Arc<Secrets>>, String> {
+        if found.is_empty() {
+            return Ok(None);
+        }
+        Ok(self.of(Some(tenant), found)?.map(Arc::new))
     }
 
     fn into_store(self, plugin: &str, sources: Sources<'_>) -> Result<CredentialStore, String> {
@@ -283,10 +295,7 @@ impl SecretsSource for OfProjects {
         let own: BTreeMap<String, String> = allowed
             .filter_map(|bound| Some((bound.name.clone(), found.get(&bound.name)?.clone())))
             .collect();
-        let secrets = match own.is_empty() {
-            true => None,
-            false => self.credentials.of(Some(tenant), &own)?.map(Arc::new),
-        };
+        let secrets = self.credentials.of_source(tenant, &own)?;
         if cache.len() >= MAX_CACHED_TENANTS {
             cache.clear();
         }

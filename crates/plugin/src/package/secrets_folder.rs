@@ -107,10 +107,7 @@ impl Folder {
                 found.insert(bound.name.clone(), secret);
             }
         }
-        let secrets = match found.is_empty() {
-            true => None,
-            false => self.credentials.of(Some(tenant), &found)?.map(Arc::new),
-        };
+        let secrets = self.credentials.of_source(tenant, &found)?;
         if cache.len() >= MAX_CACHED_TENANTS {
             cache.clear();
         }
