@@ -164,13 +164,13 @@ impl Context {
         plugin: &Plugin,
         (line, model): (Line<'_>, &str),
     ) -> Result<Permit, Instant> {
-        let mut changes = self.quota.changes();
+        let mut known = self.quota.known_limits().await;
         loop {
             let priority = self.quota.priority(&self.share, model, line.body.len());
             tokio::select! {
                 biased;
                 admitted = plugin.gateway().admit(self.queue.clone(), priority) => return admitted,
-                () = self.quota.changed(&mut changes) => {}
+                () = self.quota.changed(&mut known) => {}
             }
         }
     }

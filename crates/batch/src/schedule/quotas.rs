@@ -73,8 +73,7 @@ pub(crate) struct TenantQuota {
     tenant: TenantId,
     shared: Arc<Shared>,
     quota: Mutex<Quota>,
-    /// Weight, and maximum number of requests in flight.
-    share: Mutex<(u32, Option<u64>)>,
+    share: watch::Sender<TenantShare>,
     /// What the tenant may use.
     permissions: Mutex<Arc<Permissions>>,
     /// Time of the last read of the store. Locked while the store is read.
@@ -84,6 +83,20 @@ pub(crate) struct TenantQuota {
     /// True after a change through this process, so that it takes effect at once.
     is_stale: AtomicBool,
     used_at: Mutex<Instant>,
+}
+
+/// What decides on the share of a tenant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct TenantShare {
+    weight: u32,
+    max_in_flight: Option<u64>,
+}
+
+/// What a request that waits knows of the limits.
+pub(crate) struct KnownLimits {
+    /// Number of changes of limits through this process.
+    changes: watch::Receiver<u64>,
+    share: watch::Receiver<TenantShare>,
 }
 
 /// What is known of a batch.
@@ -152,7 +165,7 @@ impl Quotas {
                 tenant: tenant.clone(),
                 shared: self.shared.clone(),
                 quota: Mutex::default(),
-                share: Mutex::new((1, None)),
+                share: watch::Sender::new(TenantShare { weight: 1, max_in_flight: None }),
                 permissions: Mutex::default(),
                 refreshed_at: tokio::sync::Mutex::new(None),
                 batches: Mutex::default(),
@@ -233,7 +246,9 @@ impl TenantQuota {
         let policy = store.policy(&self.tenant).await?;
         let limits = config.tenant_defaults.fill(policy.limits);
         let weight = limits.get(Limit::Weight).and_then(|weight| u32::try_from(weight).ok());
-        *lock(&self.share) = (weight.unwrap_or(1), limits.get(Limit::RequestsInFlight));
+        let max_in_flight = limits.get(Limit::RequestsInFlight);
+        let share = TenantShare { weight: weight.unwrap_or(1), max_in_flight };
+        self.share.send_if_modified(|known| std::mem::replace(known, share) != share);
         *lock(&self.permissions) = Arc::new(policy.permissions);
         let budget = policy.spend_limit.map(Money::from_cents);
         let allowance = Allowance { models: policy.model_limits, budget };
@@ -287,7 +302,7 @@ impl TenantQuota {
 
     /// Returns the priority of an online request among those that wait for a provider.
     pub(crate) fn online_priority(&self, model: &str, body_bytes: usize) -> Priority {
-        let (tenant_weight, max_in_flight) = *lock(&self.share);
+        let TenantShare { weight: tenant_weight, max_in_flight } = *self.share.borrow();
         let output = lock(&self.quota).expected_output(model);
         let tokens = estimated_tokens(body_bytes).saturating_add(output);
         Priority { tenant_weight, max_in_flight, tokens, ..Priority::default() }
@@ -350,16 +365,27 @@ impl TenantQuota {
         (usage.total(), cost)
     }
 
-    /// Returns a receiver that learns of changes of limits.
-    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
-        self.shared.changes.subscribe()
+    /// Returns what a request knows of the limits before it waits.
+    pub(crate) async fn known_limits(self: &Arc<Self>) -> KnownLimits {
+        let (changes, share) = (self.shared.changes.subscribe(), self.share.subscribe());
+        // A change that came before the subscription would not wake the request.
+        if self.is_stale.load(Ordering::Relaxed) {
+            self.read_limits().await;
+        }
+        KnownLimits { changes, share }
     }
 
-    /// Waits until limits were changed through this process and the new ones are read.
-    pub(crate) async fn changed(self: &Arc<Self>, changes: &mut watch::Receiver<u64>) {
-        if changes.changed().await.is_err() {
-            std::future::pending::<()>().await;
+    /// Waits until limits were changed through this process, or others were read.
+    pub(crate) async fn changed(self: &Arc<Self>, known: &mut KnownLimits) {
+        tokio::select! {
+            // The senders live as long as this quota.
+            _ = known.share.changed() => {}
+            _ = known.changes.changed() => self.read_limits().await,
         }
+    }
+
+    /// Reads limits and counts, however often the store fails.
+    async fn read_limits(self: &Arc<Self>) {
         // Another request may read them at this moment.
         drop(self.refreshed_at.lock().await);
         while let Err(error) = self.refresh().await {
