@@ -426,7 +426,62 @@ impl Drop for Hold {
 
 #[cfg(test)]
 mod tests {
+    use batchwright_domain::settings::{Given, Section};
+    use batchwright_plugin::RequiredPlugins;
+    use batchwright_store::SqliteStore;
+    use batchwright_store::accounts::{Actor, NewProject};
+    use batchwright_tenancy::Prices;
+
     use super::*;
+
+    fn section<T: Section>() -> T {
+        T::read(&mut Given::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn limit_that_changes_before_a_request_waits_reaches_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(folder.path()).unwrap());
+        let by = || Actor { key: None, address: None, at: Timestamp::from_millis(0) };
+        let new = NewProject { id: "proj_t".into(), slug: "t".into(), name: "t".into() };
+        store.create_project(new, by()).await.unwrap();
+        let set = async |max| {
+            let limits = [(Limit::RequestsInFlight, Some(max))];
+            store.update_limits(&"proj_t".into(), limits.into(), by()).await.unwrap();
+        };
+        let config = Config {
+            batch: section(),
+            retention: section(),
+            execution: section(),
+            online: section(),
+            tenant_defaults: section(),
+            prices: Prices::default(),
+            required_plugins: RequiredPlugins::Named(Vec::new()),
+        };
+        let quotas = Quotas::new(store.clone(), Clock::system(), Arc::new(config));
+        let quota = quotas.of(&"t".into());
+        let max = || quota.online_priority("m", 0).max_in_flight;
+        set(1).await;
+        quota.refresh().await.unwrap();
+
+        // Between what the request has read and what it begins to watch.
+        set(4).await;
+        quotas.expire();
+        let mut known = quota.known_limits().await;
+        assert_eq!(max(), Some(4));
+
+        // While it waits: a change through this process, and one that another request has read.
+        set(5).await;
+        quotas.expire();
+        quota.changed(&mut known).await;
+        assert_eq!(max(), Some(5));
+        let mut known = quota.known_limits().await;
+        set(6).await;
+        *quota.refreshed_at.lock().await = None;
+        quota.refresh().await.unwrap();
+        quota.changed(&mut known).await;
+        assert_eq!(max(), Some(6));
+    }
 
     #[test]
     fn window_is_weight_and_its_end_is_urgent() {
