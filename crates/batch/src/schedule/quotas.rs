@@ -367,10 +367,11 @@ impl TenantQuota {
 
     /// Returns what a request knows of the limits before it waits.
     pub(crate) async fn known_limits(self: &Arc<Self>) -> KnownLimits {
-        let (changes, share) = (self.shared.changes.subscribe(), self.share.subscribe());
+        let (changes, mut share) = (self.shared.changes.subscribe(), self.share.subscribe());
         // A change that came before the subscription would not wake the request.
         if self.is_stale.load(Ordering::Relaxed) {
             self.read_limits().await;
+            share.mark_unchanged();
         }
         KnownLimits { changes, share }
     }
@@ -380,7 +381,10 @@ impl TenantQuota {
         tokio::select! {
             // The senders live as long as this quota.
             _ = known.share.changed() => {}
-            _ = known.changes.changed() => self.read_limits().await,
+            _ = known.changes.changed() => {
+                self.read_limits().await;
+                known.share.mark_unchanged();
+            }
         }
     }
 
