@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use batchwright_api::HttpMetrics;
 use batchwright_batch::{Engine, Parts, ProjectCredentials};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
@@ -14,6 +15,7 @@ use batchwright_plugin::{
 };
 use batchwright_store::SqliteStore;
 use batchwright_store::objects::LocalObjects;
+use batchwright_telemetry::Metrics;
 use batchwright_tenancy::SealingKey;
 
 use crate::clock::Clock;
@@ -90,6 +92,16 @@ fn credentials(
     let text = read_secret(source).map_err(invalid)?;
     let key = SealingKey::parse(&text).map_err(|error| invalid(error.to_string()))?;
     Ok(Some(ProjectCredentials::new(store, key)))
+}
+
+/// Registers the metrics of a server.
+pub fn metrics(engine: &Engine) -> Result<HttpMetrics, Error> {
+    let register = || {
+        let metrics = Metrics::new()?;
+        engine.register_metrics(&metrics)?;
+        HttpMetrics::register(&metrics)
+    };
+    register().map_err(|error| Error::Other(format!("metrics: {error}")))
 }
 
 /// Opens the data folder and loads the plugins. Batches are not worked on before

@@ -9,6 +9,7 @@ use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::{ErrorCode, Place};
 use batchwright_domain::settings::{Given, Section};
 use batchwright_plugin::file_keys::{self, Key};
+use batchwright_telemetry::{DURATION_BUCKETS, Metric};
 use clap::CommandFactory;
 use serde_json::Value;
 
@@ -84,6 +85,34 @@ fn add_keys(body: &mut String, keys: Vec<Key>) {
         let (default, meaning) = (cell(&default), cell(meaning));
         writeln!(body, "| `{name}` | {kind} | {default} | {meaning} |").unwrap();
     }
+}
+
+#[test]
+fn metrics_page() {
+    let mut body = String::from(
+        "`GET /metrics` answers in the text format of Prometheus: without a key on \
+         `--admin-listen`,\nand with an admin key on the main listener (without one while the \
+         server has no keys).\nBeside these there are the `process_*` metrics of the Prometheus \
+         client libraries:\nCPU time, memory, open files, threads, start time.\nLabels have no \
+         values that clients choose.\n\n\
+         | metric | type | labels | meaning |\n|---|---|---|---|\n",
+    );
+    let crates = [
+        batchwright_batch::METRICS,
+        batchwright_plugin::METRICS,
+        batchwright_memory::METRICS,
+        batchwright_api::METRICS,
+    ];
+    for Metric { name, kind, labels, help } in crates.into_iter().flatten() {
+        let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
+        let (kind, labels) = (kind.as_str(), labels.join(", "));
+        writeln!(body, "| `{name}` | {kind} | {labels} | {} |", cell(help)).unwrap();
+        assert!(name.starts_with("batchwright_") && !help.ends_with('.'), "{name}");
+        assert_eq!(kind == "counter", name.ends_with("_total"), "{name}");
+    }
+    let bounds: Vec<_> = DURATION_BUCKETS.iter().map(ToString::to_string).collect();
+    write!(body, "\nBuckets of durations end at, in seconds:\n{}.\n", bounds.join(", ")).unwrap();
+    check("metrics.md", "Metrics", &body);
 }
 
 #[test]

@@ -147,10 +147,10 @@ def test_readiness_fails_if_the_database_is_damaged(serve):
     assert health(server, "live")[0] == 200
 
 
-def test_admin_listener_serves_health_only(serve):
+def test_admin_listener_serves_operators_only(serve):
     server = serve("--admin-listen", "127.0.0.1:0", "--max-connections", "1")
     line = server.child.stdout.readline()
-    assert line.startswith("health on http://")
+    assert line.startswith("health and metrics on http://")
     admin = line.split()[-1]
     for kind in ("live", "serving", "ready"):
         assert get_json(f"{admin}/health/{kind}")[0] == 200

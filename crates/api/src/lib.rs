@@ -21,6 +21,7 @@ mod files;
 mod health;
 mod http2_streams;
 mod json_response;
+mod metrics;
 mod models;
 mod multipart;
 mod online;
@@ -50,6 +51,7 @@ use batchwright_batch::{BatchConfig, Engine};
 use batchwright_domain::text::truncate_for_message;
 pub use config::ApiConfig;
 use error::ApiError;
+pub use metrics::{HttpMetrics, METRICS};
 pub use organization::OperatorApi;
 use organization::Organization;
 pub use server::{serve, serve_admin};
@@ -115,8 +117,8 @@ pub fn openapi_document(limits: &BatchConfig) -> serde_json::Value {
 pub fn router(
     engine: &Engine,
     authenticator: &Arc<Authenticator>,
-    settings: &ApiConfig,
-    address: SocketAddr,
+    (settings, address): (&ApiConfig, SocketAddr),
+    metrics: &HttpMetrics,
 ) -> Router {
     let app = ApiState::new(engine);
     let parts = engine.parts();
@@ -136,6 +138,11 @@ pub fn router(
         .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
         .layer(middleware::from_fn_with_state(authenticator.clone(), auth::identify))
         .with_state(());
+    let scrape = Router::new()
+        .route("/metrics", get(metrics::scrape))
+        .layer(middleware::from_fn_with_state(authenticator.clone(), auth::identify))
+        .with_state(metrics.clone());
+    router = router.merge(scrape);
     for prefix in ROUTE_PREFIXES {
         router = router.nest(prefix, below_prefix.clone());
     }
@@ -157,7 +164,9 @@ pub fn router(
         Some(cors) => router.layer(cors),
         None => router,
     };
-    router.layer(middleware::from_fn(tag_response))
+    router
+        .layer(middleware::from_fn(tag_response))
+        .layer(middleware::from_fn_with_state(metrics.clone(), metrics::count))
 }
 
 fn health_routes() -> Router<Arc<ApiState>> {
@@ -167,12 +176,20 @@ fn health_routes() -> Router<Arc<ApiState>> {
         .route("/health/ready", get(health::ready))
 }
 
-/// Returns the router of the admin listener: health, and the plugins with the outages of all
-/// tenants.
-pub fn admin_router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) -> Router {
+/// Returns the router of the admin listener: health, metrics, and the plugins with the outages of
+/// all tenants.
+pub fn admin_router(
+    engine: &Engine,
+    (settings, address): (&ApiConfig, SocketAddr),
+    metrics: &HttpMetrics,
+) -> Router {
+    let scrape = Router::new()
+        .route("/metrics", get(metrics::scrape_for_operator))
+        .with_state(metrics.clone());
     let plugins = Router::new().route("/v1/plugins", get(plugins::list_for_operator));
     health_routes()
         .merge(plugins)
+        .merge(scrape)
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(
@@ -180,6 +197,7 @@ pub fn admin_router(engine: &Engine, settings: &ApiConfig, address: SocketAddr) 
             origin_guard::guard,
         ))
         .layer(middleware::from_fn(tag_response))
+        .layer(middleware::from_fn_with_state(metrics.clone(), metrics::count))
         .with_state(ApiState::new(engine))
 }
 

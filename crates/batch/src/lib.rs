@@ -27,6 +27,7 @@ mod engine;
 mod formats;
 mod health;
 mod janitor;
+mod metrics;
 mod objects;
 mod online;
 mod parts;
@@ -41,6 +42,7 @@ pub use config::{BatchConfig, Config, ExecutionConfig, OnlineConfig, RetentionCo
 pub use credentials::{CredentialError, ProjectCredentials};
 pub use engine::Engine;
 pub use health::{Health, Readiness};
+pub use metrics::METRICS;
 pub use online::{Answered, Online, OnlineAnswer, OnlineError, OnlineRequest, OnlineStream};
 pub use parts::Parts;
 pub use schedule::breaker::Outage;

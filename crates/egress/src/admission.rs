@@ -222,6 +222,11 @@ impl AdmissionQueue {
         self.0.tenants.of(tenant)
     }
 
+    /// Returns the exchanges in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.0.lock().in_flight
+    }
+
     /// Returns the estimated limit of exchanges in flight; below one, a rate.
     pub(crate) fn limit(&self) -> f64 {
         self.0.lock().limit.current()

@@ -189,6 +189,11 @@ impl Gateway {
         }
     }
 
+    /// Returns the exchanges in flight.
+    pub fn in_flight(&self) -> usize {
+        self.admission.in_flight()
+    }
+
     /// Returns the estimated concurrency limit of the provider; below one, a rate.
     pub fn limit(&self) -> f64 {
         self.admission.limit()

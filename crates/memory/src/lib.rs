@@ -35,11 +35,13 @@
 #![warn(unreachable_pub)]
 
 mod config;
+mod metrics;
 mod pool;
 
 use std::sync::Arc;
 
 pub use config::{Budget, MemoryConfig};
+pub use metrics::METRICS;
 pub use pool::{Pool, Reservation};
 
 /// Name of a plugin or tenant that shares a pool, or `plugin/tenant`.

@@ -134,6 +134,17 @@ impl Pool {
         !self.lock().waiting.is_empty()
     }
 
+    /// Returns the reserved bytes, without those of the oversized reservation.
+    pub(crate) fn used(&self) -> usize {
+        let most_free = signed(self.0.size).saturating_sub(self.0.overdraft);
+        usize::try_from(most_free.saturating_sub(self.lock().free)).unwrap_or(0)
+    }
+
+    /// Returns the number of holders with a reservation that waits for bytes.
+    pub(crate) fn waiting_holders(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

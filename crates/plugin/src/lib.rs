@@ -23,6 +23,7 @@ mod sandbox;
 
 pub use config::{PluginsConfig, RequiredPlugins};
 pub use contract::types;
+pub use directory::metrics::METRICS;
 pub use directory::registry::{Registry, check_directory};
 pub use directory::snapshot::{Entry, EntryState, Route, Snapshot};
 pub use directory::watch;

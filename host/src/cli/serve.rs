@@ -56,14 +56,15 @@ impl Serve {
             Some(address) => Some(bind(address, "--admin-listen").await?),
             None => None,
         };
+        let metrics = assemble::metrics(&engine)?;
         engine.start();
-        let app = api::router(&engine, &authenticator, &settings.api, address);
+        let app = api::router(&engine, &authenticator, (&settings.api, address), &metrics);
         let scheme = if tls.is_some() { "https" } else { "http" };
         outln!("listening on {scheme}://{address}");
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         if let Some((listener, address)) = admin {
-            outln!("health on http://{address}");
+            outln!("health and metrics on http://{address}");
             if !address.ip().is_loopback() {
                 tracing::warn!(
                     %address,
@@ -71,7 +72,7 @@ impl Serve {
                 );
             }
             let (router, settings, token) = (
-                api::admin_router(&engine, &settings.api, address),
+                api::admin_router(&engine, (&settings.api, address), &metrics),
                 settings.clone(),
                 shutdown.clone(),
             );

@@ -6,16 +6,23 @@ use toml::Table;
 use super::Source;
 
 /// Each crate, and the crates of this repository that it may depend on.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("batchwright-domain", &[]),
-    ("batchwright-memory", &["domain"]),
+    ("batchwright-telemetry", &[]),
+    ("batchwright-memory", &["domain", "telemetry"]),
     ("batchwright-tenancy", &["domain"]),
     ("batchwright-egress", &["domain", "memory"]),
     ("batchwright-store", &["domain"]),
-    ("batchwright-plugin", &["domain", "memory", "egress"]),
-    ("batchwright-batch", &["domain", "memory", "tenancy", "egress", "store", "plugin"]),
-    ("batchwright-api", &["domain", "memory", "tenancy", "store", "plugin", "batch"]),
-    ("batchwright", &["domain", "memory", "tenancy", "egress", "store", "plugin", "batch", "api"]),
+    ("batchwright-plugin", &["domain", "telemetry", "memory", "egress"]),
+    (
+        "batchwright-batch",
+        &["domain", "telemetry", "memory", "tenancy", "egress", "store", "plugin"],
+    ),
+    ("batchwright-api", &["domain", "telemetry", "memory", "tenancy", "store", "plugin", "batch"]),
+    (
+        "batchwright",
+        &["domain", "telemetry", "memory", "tenancy", "egress", "store", "plugin", "batch", "api"],
+    ),
 ];
 
 /// Returns each dependency between crates that is not allowed.

@@ -31,6 +31,7 @@ const CRATES: [(&str, &[Room]); 2] = [
                 ],
             ),
             ("engine", &["health", "janitor", "online", "parts", "schedule", "service", "worker"]),
+            ("metrics", &["engine"]),
         ],
     ),
     (

@@ -144,6 +144,20 @@ impl<S: Sync> FromRequestParts<S> for UsageReader {
     }
 }
 
+/// Reader of metrics: an administrator, or anyone while the server has no keys.
+pub(crate) struct MetricsReader;
+
+impl<S: Sync> FromRequestParts<S> for MetricsReader {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match principal(&parts.extensions)? {
+            Principal::Project(project) if project.key.is_none() => Ok(Self),
+            _ => Admin::from_request_parts(parts, state).await.map(|_| Self),
+        }
+    }
+}
+
 /// Administrator who sends a request.
 pub(crate) struct Admin(Client);
 

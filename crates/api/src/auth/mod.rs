@@ -24,9 +24,9 @@ use batchwright_tenancy::key::redact;
 use batchwright_tenancy::{Denied, Principal};
 
 pub(crate) use access::{
-    Admin, CancelBatches, Client, CreateBatches, DeleteCredentials, DeleteFiles, ReadBatches,
-    ReadCredentials, ReadFiles, ReadModels, RequestModels, SetCredentials, Tenant, UploadFiles,
-    UsageReader, holder,
+    Admin, CancelBatches, Client, CreateBatches, DeleteCredentials, DeleteFiles, MetricsReader,
+    ReadBatches, ReadCredentials, ReadFiles, ReadModels, RequestModels, SetCredentials, Tenant,
+    UploadFiles, UsageReader, holder,
 };
 pub use authenticator::Authenticator;
 use authenticator::Rejected;

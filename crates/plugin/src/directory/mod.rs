@@ -4,6 +4,7 @@
 //! the
 //! immutable result that requests are routed by, and `order` survives a restart.
 
+pub(crate) mod metrics;
 pub(crate) mod order;
 pub(crate) mod registry;
 pub(crate) mod snapshot;

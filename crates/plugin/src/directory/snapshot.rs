@@ -75,6 +75,10 @@ pub enum EntryState {
 }
 
 impl EntryState {
+    /// All states.
+    pub const ALL: [Self; 5] =
+        [Self::Loaded, Self::Paused, Self::Outdated, Self::Failed, Self::Disabled];
+
     /// Returns the state's name in the API and on the command line.
     pub fn as_str(self) -> &'static str {
         match self {
