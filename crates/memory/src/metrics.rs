@@ -78,5 +78,19 @@ mod tests {
         drop(reservation);
         let text = metrics.text().unwrap();
         has(&text, "batchwright_memory_pool_used_bytes{pool=\"custom_ids\"} 0");
+        // The first gets the overdraft, the second is the oversized one, and the others wait.
+        for holder in ["a", "b", "c", "d"] {
+            let pool = memory.custom_ids.clone();
+            tokio::spawn(async move {
+                let _reservation = pool.reserve(&holder.into(), 600_000).await;
+                std::future::pending::<()>().await;
+            });
+        }
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        let text = metrics.text().unwrap();
+        has(&text, "batchwright_memory_pool_waiting_holders{pool=\"custom_ids\"} 2");
+        has(&text, "batchwright_memory_pool_used_bytes{pool=\"custom_ids\"} 600000");
     }
 }
