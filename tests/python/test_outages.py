@@ -26,6 +26,13 @@ def health(server):
         return json.load(answer)
 
 
+def metric(admin, name):
+    """Returns the value of a metric of the plugin `p`."""
+    with urllib.request.urlopen(f"{admin}/metrics") as answer:
+        text = answer.read().decode()
+    return float(re.search(rf'^{name}{{plugin="p"}} (\S+)$', text, re.M).group(1))
+
+
 def warnings(server):
     return [
         line
@@ -74,7 +81,10 @@ def test_outage_loses_no_line_and_is_reported_everywhere(serve, stub, tmp_path):
     stuck_at = done(server, batch)
     time.sleep(1)
     assert done(server, batch) == stuck_at
-    admin = re.search(r"health on (\S+)", server.read_line()).group(1)
+    admin = re.search(r"health and metrics on (\S+)", server.read_line()).group(1)
+    assert metric(admin, "batchwright_provider_outages") == 1
+    waiting = metric(admin, "batchwright_provider_outage_waiting_requests")
+    assert waiting == 400 - stuck_at
     listed = run_host("plugin", "list", "--server", admin).stdout
     assert re.search(r"^p +adapter .* waiting ", listed, re.M) and "127.0.0.1" in listed, listed
     assert re.search(rf"{400 - stuck_at} requests wait", listed), listed
@@ -82,6 +92,8 @@ def test_outage_loses_no_line_and_is_reported_everywhere(serve, stub, tmp_path):
     try:
         assert_all_answered(server, batch, 400)
         assert health(server)["status"] == "ok" and wait_state(server, batch) is None
+        assert metric(admin, "batchwright_provider_outages") == 0
+        assert metric(admin, "batchwright_provider_outage_waiting_requests") == 0
         _, watched = watching.communicate(timeout=30)
         assert re.search(
             r"^waiting: .*refused.*, (next attempt in \d+ s|retrying now)", watched, re.M
