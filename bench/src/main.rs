@@ -4,6 +4,7 @@
 
 mod keys;
 mod limits;
+mod metrics;
 mod online;
 
 use std::path::{Path, PathBuf};
@@ -49,14 +50,15 @@ async fn main() -> Result<()> {
         Some("start") => start(&paths).await,
         Some("throughput") => throughput(&paths).await,
         Some("keys") => keys::keys(&paths).await,
+        Some("metrics") => metrics::metrics(&paths).await,
         Some("online") => online::online(&paths).await,
         Some("validation") => validation(&paths).await,
         // Takes two minutes, so it runs only by name.
         Some("limits") => limits::limits(&paths).await,
         Some(other) => {
             bail!(
-                "unknown benchmark `{other}`; known are start, throughput, keys, online, \
-                 validation and limits"
+                "unknown benchmark `{other}`; known are start, throughput, keys, metrics, \
+                 online, validation and limits"
             )
         }
     }

@@ -13,9 +13,9 @@ use batchwright_plugin::signature::TrustedKeys;
 use batchwright_plugin::{
     Loader, LoaderConfig, ProjectSecrets, Registry, check_directory, read_secret,
 };
-use batchwright_store::SqliteStore;
 use batchwright_store::objects::LocalObjects;
-use batchwright_telemetry::Metrics;
+use batchwright_store::{MeasuredObjects, SqliteStore};
+use batchwright_telemetry::{Error as MetricsError, Metrics};
 use batchwright_tenancy::SealingKey;
 
 use crate::clock::Clock;
@@ -56,13 +56,13 @@ fn memory(settings: &Settings) -> Memory {
 
 /// Builds a plugin loader.
 pub fn loader(settings: &Settings, options: Options) -> Result<Loader, Error> {
-    loader_with(settings, options, &memory(settings), None)
+    loader_with(settings, options, (&memory(settings), &Metrics::disabled()), None)
 }
 
 fn loader_with(
     settings: &Settings,
     options: Options,
-    memory: &Memory,
+    (memory, metrics): (&Memory, &Metrics),
     project_secrets: Option<Arc<dyn ProjectSecrets>>,
 ) -> Result<Loader, Error> {
     let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
@@ -78,6 +78,7 @@ fn loader_with(
         project_secrets,
         compiler: options.compiler,
         memory: memory.clone(),
+        metrics: metrics.clone(),
     };
     Ok(Loader::new(loading, options.clock)?)
 }
@@ -94,14 +95,22 @@ fn credentials(
     Ok(Some(ProjectCredentials::new(store, key)))
 }
 
-/// Registers the metrics of a server.
-pub fn metrics(engine: &Engine) -> Result<HttpMetrics, Error> {
-    let register = || {
-        let metrics = Metrics::new()?;
-        engine.register_metrics(&metrics)?;
-        HttpMetrics::register(&metrics)
-    };
-    register().map_err(|error| Error::Other(format!("metrics: {error}")))
+/// Registers the metrics of HTTP requests beside those of an engine.
+pub fn http_metrics(engine: &Engine) -> Result<HttpMetrics, Error> {
+    HttpMetrics::register(&engine.parts().metrics).map_err(uncounted)
+}
+
+fn uncounted(error: MetricsError) -> Error {
+    Error::Other(format!("metrics: {error}"))
+}
+
+/// Creates the metrics of a server.
+fn metrics(settings: &Settings) -> Result<Metrics, Error> {
+    if !settings.server.metrics {
+        return Ok(Metrics::disabled());
+    }
+    let metrics = Metrics::new().map_err(uncounted)?;
+    Ok(metrics.with_tenants(settings.server.metrics_max_tenants))
 }
 
 /// Opens the data folder and loads the plugins. Batches are not worked on before
@@ -109,17 +118,19 @@ pub fn metrics(engine: &Engine) -> Result<HttpMetrics, Error> {
 pub async fn engine(settings: &Settings, options: Options) -> Result<Arc<Engine>, Error> {
     let directory = settings.plugins.directory();
     check_directory(&directory)?;
-    let store = SqliteStore::open(&settings.storage.data)?;
-    let objects = LocalObjects::open(&settings.storage.data.join("objects"))?;
+    let metrics = metrics(settings)?;
+    let store = SqliteStore::open_measured(&settings.storage.data, &metrics)?;
+    let objects = Arc::new(LocalObjects::open(&settings.storage.data.join("objects"))?);
+    let objects = MeasuredObjects::new(objects, &metrics).map_err(uncounted)?;
     let memory = memory(settings);
     let clock = options.clock.clone();
     let store = Arc::new(store);
     let credentials = credentials(settings, store.clone())?;
     let secrets = credentials.clone().map(|found| found as Arc<dyn ProjectSecrets>);
-    let loader = loader_with(settings, options, &memory, secrets)?;
+    let loader = loader_with(settings, options, (&memory, &metrics), secrets)?;
     let registry = Registry::open(&directory, loader).await?;
     let config = Arc::new(settings.of_batches());
     let objects = Arc::new(objects);
-    let parts = Parts { store, objects, registry, credentials, clock, config, memory };
-    Ok(Arc::new(Engine::new(parts)))
+    let parts = Parts { store, objects, registry, credentials, clock, config, memory, metrics };
+    Ok(Arc::new(Engine::new(parts).map_err(uncounted)?))
 }

@@ -9,7 +9,7 @@ use batchwright_batch::BatchConfig;
 use batchwright_domain::error_code::{ErrorCode, Place};
 use batchwright_domain::settings::{Given, Section};
 use batchwright_plugin::file_keys::{self, Key};
-use batchwright_telemetry::{DURATION_BUCKETS, Metric};
+use batchwright_telemetry::{DURATION_BUCKETS, LONG_DURATION_BUCKETS, Metric};
 use clap::CommandFactory;
 use serde_json::Value;
 
@@ -99,7 +99,11 @@ fn metrics_page() {
     );
     let crates = [
         batchwright_batch::METRICS,
+        batchwright_batch::OBSERVED_METRICS,
+        batchwright_egress::METRICS,
         batchwright_plugin::METRICS,
+        batchwright_plugin::SANDBOX_METRICS,
+        batchwright_store::METRICS,
         batchwright_memory::METRICS,
         batchwright_api::METRICS,
     ];
@@ -110,8 +114,15 @@ fn metrics_page() {
         assert!(name.starts_with("batchwright_") && !help.ends_with('.'), "{name}");
         assert_eq!(kind == "counter", name.ends_with("_total"), "{name}");
     }
-    let bounds: Vec<_> = DURATION_BUCKETS.iter().map(ToString::to_string).collect();
-    write!(body, "\nBuckets of durations end at, in seconds:\n{}.\n", bounds.join(", ")).unwrap();
+    let bounds =
+        |buckets: &[f64]| buckets.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let (short, long) = (bounds(DURATION_BUCKETS), bounds(LONG_DURATION_BUCKETS));
+    write!(
+        body,
+        "\nBuckets of durations end at, in seconds:\n{short}.\nThose of batches and of whole \
+         requests end at:\n{long}.\n"
+    )
+    .unwrap();
     check("metrics.md", "Metrics", &body);
 }
 

@@ -197,6 +197,12 @@ impl Connections {
         None
     }
 
+    /// Returns the number of open connections and of requests in flight, and the bound on both.
+    pub(crate) fn numbers(&self) -> (usize, usize, usize) {
+        let state = self.lock();
+        (state.open.len(), state.in_flight, self.max)
+    }
+
     /// Returns true if all connections are in use and an evicted one is about to close.
     fn is_evicting(&self) -> bool {
         let state = self.lock();

@@ -32,6 +32,7 @@ use super::connections::{Connection, Connections, IdleTimeouts, ResponseBody};
 use super::data_rate::PacedStream;
 use super::error::ApiError;
 use super::http2_streams::StreamBody;
+use super::metrics::HttpMetrics;
 use super::path::normalized;
 use super::tls::Tls;
 
@@ -70,12 +71,16 @@ pub async fn serve(
     router: Router,
     settings: &ApiConfig,
     tls: Option<Arc<Tls>>,
+    metrics: &HttpMetrics,
     shutdown: impl Future<Output = ()>,
 ) {
     let connections =
         Connections::new(settings.max_connections.get(), settings.max_connections_per_address);
+    if let Err(error) = metrics.register_connections(&connections) {
+        tracing::error!(%error, "connections are not in the metrics");
+    }
     let port = Port { listener, tls };
-    listen(port, router, settings, connections, shutdown).await;
+    listen(port, router, settings, (connections, metrics), shutdown).await;
 }
 
 /// Serves the admin listener until `shutdown`. Its connections do not count toward those of the
@@ -84,10 +89,12 @@ pub async fn serve_admin(
     listener: TcpListener,
     router: Router,
     settings: &ApiConfig,
+    metrics: &HttpMetrics,
     shutdown: impl Future<Output = ()>,
 ) {
     let connections = Connections::new(MAX_ADMIN_CONNECTIONS, 0);
-    listen(Port { listener, tls: None }, router, settings, connections, shutdown).await;
+    let port = Port { listener, tls: None };
+    listen(port, router, settings, (connections, metrics), shutdown).await;
 }
 
 /// Socket that accepts connections, and how they are encrypted.
@@ -100,7 +107,7 @@ async fn listen(
     Port { listener, tls }: Port,
     router: Router,
     settings: &ApiConfig,
-    connections: Arc<Connections>,
+    (connections, metrics): (Arc<Connections>, &HttpMetrics),
     shutdown: impl Future<Output = ()>,
 ) {
     let builder = builder(settings.client_timeout.duration());
@@ -124,6 +131,7 @@ async fn listen(
             () = &mut shutdown => break,
         };
         let Some(connection) = connections.admit(address.ip()).await.map(Arc::new) else {
+            metrics.dropped();
             continue;
         };
         stream.set_nodelay(true).ok();
@@ -132,7 +140,14 @@ async fn listen(
         stream.set_write_timeout(Some(timeout));
         let stream = PacedStream::new(Box::pin(stream), connection.clone(), timeout);
         let address = ClientAddress(address.ip());
-        let context = Context { router: router.clone(), address, connection, timeouts, timeout };
+        let context = Context {
+            router: router.clone(),
+            address,
+            connection,
+            timeouts,
+            timeout,
+            metrics: metrics.clone(),
+        };
         let (builder, draining, tls) = (builder.clone(), draining.clone(), tls.clone());
         tasks.spawn(async move {
             let stream = match tls {
@@ -190,6 +205,7 @@ struct Context {
     timeouts: IdleTimeouts,
     /// Setting `client_timeout`.
     timeout: Duration,
+    metrics: HttpMetrics,
 }
 
 /// Connection without encryption.
@@ -263,7 +279,7 @@ async fn close_grace_over(connection: &Connection) {
 }
 
 async fn respond(context: Context, request: Request<Incoming>) -> Result<Response, Infallible> {
-    let Context { router, address, connection, timeout, .. } = context;
+    let Context { router, address, connection, timeout, metrics, .. } = context;
     let is_multiplexed = request.version() == Version::HTTP_2;
     let guard = connection.begin_request(is_multiplexed);
     let mut request = request.map(Body::new);
@@ -273,6 +289,7 @@ async fn respond(context: Context, request: Request<Incoming>) -> Result<Respons
     }
     let response = if guard.over_limit && !request.uri().path().starts_with("/health/") {
         let mut refused = ApiError::overloaded().into_response();
+        metrics.overloaded(&request, refused.status());
         refused.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         refused
     } else {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use batchwright_telemetry::Error as MetricsError;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
@@ -20,6 +21,8 @@ use rustls::sign::CertifiedKey;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{Accept, TlsAcceptor};
 use tokio_util::sync::CancellationToken;
+
+use crate::metrics::HttpMetrics;
 
 /// Interval between two checks whether a file has changed.
 const FILE_POLL_INTERVAL: Duration = Duration::from_secs(5);
@@ -86,6 +89,12 @@ impl Tls {
         })
     }
 
+    /// Registers the end of the validity of the certificate that is in use.
+    pub fn register_metrics(self: &Arc<Self>, metrics: &HttpMetrics) -> Result<(), MetricsError> {
+        let certificate = self.certificate.clone();
+        metrics.register_certificate(move || expires_at(&certificate.0.load()))
+    }
+
     /// Performs the handshake of a connection.
     pub(crate) fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> Accept<S> {
         // A client that reads slowly holds this much per connection.
@@ -150,6 +159,16 @@ impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.0.load_full())
     }
+}
+
+/// Returns the end of the validity of a chain, in Unix seconds: that of the certificate that
+/// expires first.
+fn expires_at(chain: &CertifiedKey) -> Option<i64> {
+    let ends = chain.cert.iter().filter_map(|certificate| {
+        let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        Some(parsed.validity().not_after.timestamp())
+    });
+    ends.min()
 }
 
 /// Reads a certificate chain and its key, and checks that they belong together.

@@ -3,10 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchwright_telemetry::Error;
 use tokio_util::task::TaskTracker;
 
 use crate::health::Health;
 use crate::janitor::Janitor;
+use crate::metrics::EngineMetrics;
+use crate::observer::{self, Observer};
 use crate::online::Online;
 use crate::parts::{Parts, Shared};
 use crate::schedule::breakers::Breakers;
@@ -25,30 +28,34 @@ pub struct Engine {
     health: Arc<Health>,
     worker: Arc<Worker>,
     janitor: Arc<Janitor>,
+    observer: Arc<Observer>,
     parts: Parts,
     shared: Shared,
     tasks: TaskTracker,
 }
 
 impl Engine {
-    /// Creates the engine. Processing begins with [`Self::start`].
-    pub fn new(parts: Parts) -> Self {
-        let shared = Shared::default();
+    /// Creates the engine and registers its metrics. Processing begins with [`Self::start`].
+    pub fn new(parts: Parts) -> Result<Self, Error> {
+        let shared = Shared::new(EngineMetrics::register(&parts.metrics)?);
         let breakers = Arc::new(Breakers::new(&parts.config.execution));
         let (store, clock, config) =
             (parts.store.clone(), parts.clock.clone(), parts.config.clone());
         let quotas = Arc::new(Quotas::new(store, clock, config));
         let tasks = TaskTracker::new();
-        Self {
+        let engine = Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),
             online: Arc::new(Online::new(&parts, &shared, breakers.clone(), quotas.clone())),
             health: Arc::new(Health::new(&parts, &shared)),
             worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
+            observer: Observer::new(&parts, &shared),
             parts,
             shared,
             tasks,
-        }
+        };
+        observer::register(&engine.parts, &engine.service, &engine.observer)?;
+        Ok(engine)
     }
 
     /// Returns the service that answers clients.
@@ -82,6 +89,9 @@ impl Engine {
             worker.claim_batches().await;
         });
         self.tasks.spawn(self.worker.clone().watch_changes());
+        if self.parts.metrics.is_enabled() {
+            self.tasks.spawn(self.observer.clone().run());
+        }
     }
 
     /// Reports the server as not ready from now on, without stopping any work.

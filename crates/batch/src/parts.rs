@@ -6,11 +6,13 @@ use batchwright_domain::clock::Clock;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
 use batchwright_store::{Objects, Store};
+use batchwright_telemetry::Metrics;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::credentials::ProjectCredentials;
+use crate::metrics::EngineMetrics;
 use crate::objects::AbortedUploads;
 use crate::schedule::gate::Gate;
 use crate::schedule::running::Running;
@@ -32,11 +34,15 @@ pub struct Parts {
     pub config: Arc<Config>,
     /// Memory pools of the server.
     pub memory: Memory,
+    /// Metrics of the server.
+    pub metrics: Metrics,
 }
 
 /// State that the parts of an engine share.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Shared {
+    /// Counted metrics.
+    pub metrics: Arc<EngineMetrics>,
     /// Batches that this process works on.
     pub running: Arc<Running>,
     /// Notified when a batch may be ready to claim.
@@ -51,4 +57,20 @@ pub(crate) struct Shared {
     pub draining: CancellationToken,
     /// Cancelled when the server shuts down and starts no more work.
     pub closing: CancellationToken,
+}
+
+impl Shared {
+    /// Creates the state of an engine that works.
+    pub(crate) fn new(metrics: Arc<EngineMetrics>) -> Self {
+        Self {
+            metrics,
+            running: Arc::default(),
+            work_available: Arc::default(),
+            aborted_uploads: Arc::default(),
+            cleanup_needed: Arc::default(),
+            gate: Gate::default(),
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+        }
+    }
 }

@@ -114,6 +114,12 @@ impl<T: Value + Zero> Value for Positive<T> {
     }
 }
 
+impl Value for bool {
+    fn parse(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("`{text}` is not `true` or `false`"))
+    }
+}
+
 impl Value for u64 {
     fn parse(text: &str) -> Result<Self, String> {
         text.parse().map_err(|_| format!("`{text}` is not a whole number"))

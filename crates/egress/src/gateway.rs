@@ -21,6 +21,7 @@ use super::admission::{AdmissionQueue, Permit, Priority, QueueId};
 use super::dial::Resolver;
 use super::explain::explain;
 use super::in_flight::TenantsInFlight;
+use super::metrics::ExchangeMetrics;
 use super::receive::{Incomplete, Received};
 use super::{
     AllowList, CredentialStore, ExchangeLimits, HttpRequest, HttpResponse, NoCredential, Secrets,
@@ -69,6 +70,8 @@ pub struct Shared {
     pub resolver: Resolver,
     /// Exchanges in flight by tenant.
     pub tenants: Tenants,
+    /// Metrics of exchanges.
+    pub metrics: ExchangeMetrics,
 }
 
 /// Exchanges in flight by tenant, over all gateways.
@@ -92,6 +95,7 @@ pub struct Gateway {
     /// Last URL that passed the checks; an adapter mostly uses one URL.
     last_checked: ArcSwapOption<Checked>,
     last_warned: Mutex<Option<Instant>>,
+    metrics: ExchangeMetrics,
 }
 
 /// Allowed URL, with the credential headers of its host.
@@ -131,6 +135,7 @@ impl Gateway {
             clients: Mutex::default(),
             last_checked: ArcSwapOption::empty(),
             last_warned: Mutex::default(),
+            metrics: shared.metrics.clone(),
         }
     }
 
@@ -213,13 +218,19 @@ impl Gateway {
         permit: &mut Permit,
         reservation: &mut Reservation,
     ) -> Result<HttpResponse, TransportError> {
+        let mut measured = self.metrics.start(&self.plugin);
         let sent = async {
             let begun = self.begin_exchange(tenant, request, permit).await?;
+            measured.head_arrived();
             begun.receive(self.bounds.max_response, reservation).await
         };
         let sent = sent.await;
-        if let Err(error) = &sent {
-            self.report(error);
+        match &sent {
+            Ok(response) => measured.answered(response.status),
+            Err(error) => {
+                measured.failed(error);
+                self.report(error);
+            }
         }
         sent
     }
@@ -233,19 +244,29 @@ impl Gateway {
         permit: &mut Permit,
         reservation: &mut Reservation,
     ) -> Result<Received, TransportError> {
+        let mut measured = self.metrics.start(&self.plugin);
         let sent = async {
             let begun = self.begin_exchange(tenant, request, permit).await?;
+            measured.head_arrived();
             if begun.has_events() {
-                return Ok(Received::Events(begun.into_events(self.bounds.max_response)));
+                return Ok(Ok(begun));
             }
-            let response = begun.receive(self.bounds.max_response, reservation).await?;
-            Ok(Received::Whole(response))
+            begun.receive(self.bounds.max_response, reservation).await.map(Err)
         };
-        let sent = sent.await;
-        if let Err(error) = &sent {
-            self.report(error);
+        match sent.await {
+            Ok(Ok(begun)) => {
+                Ok(Received::Events(begun.into_events(self.bounds.max_response, measured)))
+            }
+            Ok(Err(response)) => {
+                measured.answered(response.status);
+                Ok(Received::Whole(response))
+            }
+            Err(error) => {
+                measured.failed(&error);
+                self.report(&error);
+                Err(error)
+            }
         }
-        sent
     }
 
     /// Sends a request and returns its response when the head has arrived.

@@ -49,6 +49,7 @@ mod explain;
 mod gateway;
 mod hints;
 mod in_flight;
+mod metrics;
 mod receive;
 
 use std::time::Duration;
@@ -63,6 +64,7 @@ pub use credentials::{
 pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};
 pub use hints::RateLimitHints;
+pub use metrics::{ExchangeMetrics, METRICS};
 pub use receive::{Events, Received};
 
 /// HTTP request that an adapter asks the host to send; unchecked input.

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::explain::explain;
+use super::metrics::Measured;
 use super::{HttpResponse, SecretTexts, Secrets, TransportError, TransportErrorKind};
 
 /// Granularity in which an exchange's memory reservation grows.
@@ -121,9 +122,9 @@ impl Incomplete {
     }
 
     /// Returns the body as events of at most `max` bytes each.
-    pub(crate) fn into_events(self, max: usize) -> Events {
-        let (status, headers) = (self.status, self.headers);
-        Events { status, headers, body: self.body, buffer: BytesMut::new(), searched: 0, max }
+    pub(crate) fn into_events(self, max: usize, measured: Measured) -> Events {
+        let Self { status, headers, body, .. } = self;
+        Events { status, headers, body, buffer: BytesMut::new(), searched: 0, max, measured }
     }
 
     /// Receives the whole body, of at most `max` bytes.
@@ -173,6 +174,7 @@ pub struct Events {
     /// Length of the beginning of the buffer that has no end of an event.
     searched: usize,
     max: usize,
+    measured: Measured,
 }
 
 impl Events {
@@ -191,7 +193,9 @@ impl Events {
                 return Ok(Some(event));
             }
             self.searched = self.buffer.len();
-            let Some(data) = self.body.next().await? else {
+            let data = self.body.next().await.inspect_err(|error| self.measured.failed(error))?;
+            let Some(data) = data else {
+                self.measured.answered(self.status);
                 let mut event = std::mem::take(&mut self.buffer).to_vec();
                 self.searched = 0;
                 if event.trim_ascii().is_empty() {
@@ -204,7 +208,8 @@ impl Events {
             };
             let size = self.buffer.len().saturating_add(data.len());
             if size > self.max {
-                return Err(too_large("event", self.max));
+                return Err(too_large("event", self.max))
+                    .inspect_err(|error| self.measured.failed(error));
             }
             // The event, its redacted copy, and what is read of it.
             let bytes = size.saturating_mul(3).next_multiple_of(RESERVATION_STEP_BYTES);

@@ -38,6 +38,7 @@ pub use package::routing::Routing;
 pub use package::schema::add_defaults;
 pub use package::signature;
 pub use plugin::{CLASSIFY_BODY_BYTES, Plugin};
+pub use sandbox::metrics::METRICS as SANDBOX_METRICS;
 
 /// Keys of the files that people write for a plugin, with their types, defaults and meanings.
 pub mod file_keys {

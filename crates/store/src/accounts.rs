@@ -151,7 +151,7 @@ pub struct KeyRecord {
     pub digest: [u8; 32],
     /// Text that shows which key it is.
     pub redacted: String,
-    /// Names of its scopes; none for an admin key.
+    /// Names of its scopes; none for an admin key that may do everything.
     pub scopes: Vec<String>,
     /// Time of creation.
     pub created_at: Timestamp,

@@ -43,6 +43,7 @@
 
 pub mod accounts;
 mod error;
+mod metrics;
 pub mod objects;
 mod private;
 mod records;
@@ -58,13 +59,15 @@ use async_trait::async_trait;
 pub use accounts::Accounts;
 use accounts::StorageBounds;
 pub use error::{Result, StoreError};
+pub use metrics::{METRICS, MeasuredObjects};
 pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
 pub use records::{
-    BatchError, BatchKey, BatchRecord, Cancel, Charge, Claim, Counts, Created, FIRST_ERRORS,
-    FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch, OnlineUsage, Order,
-    Orders, Page, Paged, PluginVersion, Release, ResultKind, ResultRow, Results, Started,
-    StatusTimes, TokenLimit, Validated, WaitCause, Waiting,
+    BatchError, BatchKey, BatchRecord, Cancel, Charge, Claim, Counts, Created, DatedBatch, Disk,
+    FIRST_ERRORS, FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch,
+    OnlineUsage, OpenBatches, Order, Orders, Overview, Page, Paged, PluginVersion, Release,
+    ResultKind, ResultRow, Results, Started, StatusTimes, TokenLimit, Validated, WaitCause,
+    Waiting,
 };
 pub use sqlite::SqliteStore;
 
@@ -272,6 +275,11 @@ pub trait Store: Accounts {
     ) -> Result<Vec<BatchKey>>;
     /// Deletes batches.
     async fn delete_batches(&self, batches: Vec<BatchKey>) -> Result<()>;
+    /// Returns the numbers of open batches, and up to `limit` executing batches with a deadline,
+    /// those with the earliest deadline first.
+    async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview>;
+    /// Returns the size of the database and the space of its file system.
+    async fn disk(&self) -> Result<Disk>;
     /// Returns some free pages to the file system; returns true if more may remain.
     async fn compact(&self) -> Result<bool>;
     /// Ends all reads and writes, then copies the write-ahead log into the database.

@@ -179,6 +179,54 @@ pub struct BatchRecord {
     pub waits_for: Option<WaitCause>,
 }
 
+/// Open batches of a status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenBatches {
+    /// Status.
+    pub status: Status,
+    /// Number of batches.
+    pub number: u64,
+    /// Number of them that no worker holds and that could be worked on.
+    pub waiting: u64,
+    /// Creation time of the oldest.
+    pub oldest: Timestamp,
+    /// Time since which one of the waiting ones has waited for its turn.
+    pub waiting_since: Option<Timestamp>,
+}
+
+/// Progress of an executing batch with a deadline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatedBatch {
+    /// Key.
+    pub key: BatchKey,
+    /// Start of the execution.
+    pub started_at: Timestamp,
+    /// End of the completion window.
+    pub expires_at: Timestamp,
+    /// Request counts.
+    pub counts: Counts,
+}
+
+/// Batches that have not ended, as operators see them.
+#[derive(Clone, Debug, Default)]
+pub struct Overview {
+    /// Numbers by status; a status without batches is absent.
+    pub open: Vec<OpenBatches>,
+    /// Executing batches by deadline, the earliest first.
+    pub dated: Vec<DatedBatch>,
+}
+
+/// Space on disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Size of the database.
+    pub database: u64,
+    /// Space of the file system that the server can use.
+    pub free: u64,
+    /// Size of the file system.
+    pub size: u64,
+}
+
 /// Cause for which a batch waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitCause {

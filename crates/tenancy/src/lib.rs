@@ -27,5 +27,5 @@ pub use key::{IssuedKey, KeyDigest, PresentedKey};
 pub use limits::{TenantDefaults, WhenOverLimit};
 pub use prices::{ModelPrice, Prices};
 pub use principal::{Denied, KeyFacts, Principal, ProjectPrincipal, authenticate};
-pub use scope::{Scope, Scopes};
+pub use scope::{METRICS_SCOPE, Scope, Scopes};
 pub use sealing::{SealingError, SealingKey};

@@ -15,6 +15,8 @@ pub struct KeyFacts {
     pub expires_at: Option<Timestamp>,
     /// Project of the key; none for an admin key.
     pub project: Option<ProjectFacts>,
+    /// True for an admin key that has scopes: it may read the metrics, and nothing else.
+    pub is_restricted: bool,
 }
 
 /// Project of a key, and the scopes of the key.
@@ -35,6 +37,8 @@ pub enum Principal {
     Project(ProjectPrincipal),
     /// Holder of an admin key. An admin key administers projects and reads no data of theirs.
     Admin(KeyId),
+    /// Holder of an admin key that may read the metrics of the server, and nothing else.
+    Monitor(KeyId),
     /// Operator with access to the data folder, through the command line.
     Operator,
 }
@@ -86,6 +90,7 @@ pub fn authenticate(
         return Err(Denied::Expired);
     }
     Ok(match &facts.project {
+        None if facts.is_restricted => Principal::Monitor(presented.id),
         None => Principal::Admin(presented.id),
         Some(project) => Principal::Project(ProjectPrincipal {
             tenant: project.tenant.clone(),
@@ -106,7 +111,12 @@ mod tests {
         let (key, other) = (IssuedKey::new().unwrap(), IssuedKey::new().unwrap());
         let present = |key: &IssuedKey| PresentedKey::parse(&key.value).unwrap();
         let at = Timestamp::from_millis;
-        let facts = KeyFacts { digest: key.digest, expires_at: Some(at(100)), project: None };
+        let facts = KeyFacts {
+            digest: key.digest,
+            expires_at: Some(at(100)),
+            project: None,
+            is_restricted: false,
+        };
         let decide = |presented, facts, now| authenticate(presented, facts, at(now)).map(drop);
         assert_eq!(decide(present(&key), Some(&facts), 99), Ok(()));
         assert_eq!(decide(present(&key), Some(&facts), 100), Err(Denied::Expired));

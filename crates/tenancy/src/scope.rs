@@ -43,6 +43,9 @@ scopes! {
     UsageRead = "api.usage.read";
 }
 
+/// Name of the scope of an admin key that may read the metrics of the server, and nothing else.
+pub const METRICS_SCOPE: &str = "metrics.read";
+
 impl Scope {
     /// Returns the scope with a name.
     pub fn parse(name: &str) -> Option<Self> {

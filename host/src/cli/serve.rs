@@ -56,7 +56,11 @@ impl Serve {
             Some(address) => Some(bind(address, "--admin-listen").await?),
             None => None,
         };
-        let metrics = assemble::metrics(&engine)?;
+        let metrics = assemble::http_metrics(&engine)?;
+        if let Some(tls) = &tls {
+            tls.register_metrics(&metrics)
+                .map_err(|error| Error::Other(format!("metrics: {error}")))?;
+        }
         engine.start();
         let app = api::router(&engine, &authenticator, (&settings.api, address), &metrics);
         let scheme = if tls.is_some() { "https" } else { "http" };
@@ -71,13 +75,12 @@ impl Serve {
                     "admin listener without keys: restrict the address to operators"
                 );
             }
-            let (router, settings, token) = (
-                api::admin_router(&engine, (&settings.api, address), &metrics),
-                settings.clone(),
-                shutdown.clone(),
-            );
+            let router = api::admin_router(&engine, (&settings.api, address), &metrics);
+            let (settings, metrics) = (settings.clone(), metrics.clone());
+            let token = shutdown.clone();
             tasks.spawn(async move {
-                api::serve_admin(listener, router, &settings.api, token.cancelled()).await
+                let stopped = token.cancelled();
+                api::serve_admin(listener, router, &settings.api, &metrics, stopped).await
             });
         }
         tasks.spawn(authenticator.run(shutdown.clone()));
@@ -86,7 +89,7 @@ impl Serve {
         }
         let (api_settings, token) = (settings.clone(), shutdown.clone());
         tasks.spawn(async move {
-            api::serve(listener, app, &api_settings.api, tls, token.cancelled()).await
+            api::serve(listener, app, &api_settings.api, tls, &metrics, token.cancelled()).await
         });
         // The first readiness probe logs at once if the server is not ready.
         let health = engine.health().clone();

@@ -70,6 +70,11 @@ settings! {
         /// Time after SIGTERM in which the server serves requests but reports that it is not ready,
         /// so that load balancers stop sending requests to it
         shutdown_delay: Span = "0s", "TIME";
+        /// Whether metrics are counted and served at `/metrics`
+        metrics: bool = "true", "BOOL";
+        /// Number of projects with a value of their own of the label `tenant` in metrics; further
+        /// ones share the value `other`, and with 0 no metric has the label
+        metrics_max_tenants: usize = "0", "N";
         /// Log filter, such as `info` or `info,batchwright_egress=debug`
         log_filter: LogFilter = "info", "FILTER";
         /// Log format: `text` or `json`

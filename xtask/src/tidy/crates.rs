@@ -11,8 +11,8 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("batchwright-telemetry", &[]),
     ("batchwright-memory", &["domain", "telemetry"]),
     ("batchwright-tenancy", &["domain"]),
-    ("batchwright-egress", &["domain", "memory"]),
-    ("batchwright-store", &["domain"]),
+    ("batchwright-egress", &["domain", "telemetry", "memory"]),
+    ("batchwright-store", &["domain", "telemetry"]),
     ("batchwright-plugin", &["domain", "telemetry", "memory", "egress"]),
     (
         "batchwright-batch",

@@ -10,7 +10,7 @@ use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{KeyId, TenantId};
 use batchwright_memory::Holder;
 use batchwright_store::accounts::Actor;
-use batchwright_tenancy::{Principal, Scope};
+use batchwright_tenancy::{METRICS_SCOPE, Principal, Scope};
 
 use super::ClientAddress;
 use crate::error::ApiError;
@@ -29,7 +29,7 @@ impl<S: Sync> FromRequestParts<S> for Client {
             parts.extensions.get::<ClientAddress>().map(|ClientAddress(ip)| ip.to_string());
         let key = match principal(&parts.extensions)? {
             Principal::Project(project) => project.key.clone(),
-            Principal::Admin(key) => Some(key.clone()),
+            Principal::Admin(key) | Principal::Monitor(key) => Some(key.clone()),
             Principal::Operator => None,
         };
         Ok(Self { key, address })
@@ -108,6 +108,7 @@ impl<S: Sync, A: Access> FromRequestParts<S> for Tenant<A> {
             Principal::Project(project) => {
                 Ok(Self(project.tenant.clone(), project.key.clone(), PhantomData))
             }
+            Principal::Monitor(_) => Err(metrics_only()),
             Principal::Admin(_) | Principal::Operator => Err(ApiError::forbidden(
                 "An admin key has no access to the data of projects; use the key of a project.",
             )
@@ -120,6 +121,14 @@ fn missing_scope(scope: Scope) -> ApiError {
     let scope = scope.as_str();
     ApiError::forbidden(format!(
         "You have insufficient permissions for this operation. Missing scope: {scope}."
+    ))
+    .with_code(ErrorCode::MissingScope)
+}
+
+fn metrics_only() -> ApiError {
+    ApiError::forbidden(format!(
+        "You have insufficient permissions for this operation. This key has the scope \
+         {METRICS_SCOPE} alone."
     ))
     .with_code(ErrorCode::MissingScope)
 }
@@ -140,11 +149,12 @@ impl<S: Sync> FromRequestParts<S> for UsageReader {
                 Ok(Self { tenant: Some(project.tenant.clone()) })
             }
             Principal::Project(_) => Err(missing_scope(Scope::UsageRead)),
+            Principal::Monitor(_) => Err(metrics_only()),
         }
     }
 }
 
-/// Reader of metrics: an administrator, or anyone while the server has no keys.
+/// Reader of metrics: an administrator, a monitor, or anyone while the server has no keys.
 pub(crate) struct MetricsReader;
 
 impl<S: Sync> FromRequestParts<S> for MetricsReader {
@@ -152,6 +162,7 @@ impl<S: Sync> FromRequestParts<S> for MetricsReader {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match principal(&parts.extensions)? {
+            Principal::Monitor(_) => Ok(Self),
             Principal::Project(project) if project.key.is_none() => Ok(Self),
             _ => Admin::from_request_parts(parts, state).await.map(|_| Self),
         }
@@ -176,6 +187,7 @@ impl<S: Sync> FromRequestParts<S> for Admin {
             Principal::Admin(_) | Principal::Operator => {
                 Client::from_request_parts(parts, state).await.map(Self)
             }
+            Principal::Monitor(_) => Err(metrics_only()),
             Principal::Project(project) if project.key.is_none() => Err(ApiError::unauthenticated(
                 "This server has no keys. Create the first admin key with \
                      'batchwright admin key create' while the server is stopped.",

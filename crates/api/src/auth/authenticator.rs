@@ -181,5 +181,6 @@ fn facts_of(key: &KeyRecord) -> KeyFacts {
             is_archived: owner.project.archived_at.is_some(),
             scopes: Scopes::from_stored(&key.scopes),
         }),
+        is_restricted: key.owner.is_none() && !key.scopes.is_empty(),
     }
 }

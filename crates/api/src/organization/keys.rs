@@ -7,7 +7,7 @@ use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{KeyId, ProjectId, ServiceAccountId};
 use batchwright_store::Order;
 use batchwright_store::accounts::{KeyChanges, KeyHolder, ListQuery, NewKey};
-use batchwright_tenancy::{IssuedKey, Scopes};
+use batchwright_tenancy::{IssuedKey, METRICS_SCOPE, Scopes};
 
 use super::{
     Administration, failed, key_not_found, list_query, optional_name, optional_scopes, page,
@@ -181,9 +181,22 @@ pub(crate) async fn delete(
     Ok(Json(DeletedResource { id: id.to_string(), object, deleted: true }))
 }
 
+/// Reads the scopes of an admin key; an empty list means that it may do everything.
+fn admin_scopes(params: &mut Params) -> Result<Vec<String>, ApiError> {
+    let Some(names) = params.optional_strings("scopes")? else { return Ok(Vec::new()) };
+    if names.is_empty() || names.iter().any(|name| name != METRICS_SCOPE) {
+        let message = format!(
+            "Invalid 'scopes'. An admin key has the scope '{METRICS_SCOPE}', or no 'scopes'."
+        );
+        return Err(ApiError::invalid("scopes", ErrorCode::InvalidValue, message));
+    }
+    Ok(vec![METRICS_SCOPE.to_owned()])
+}
+
 /// Creates an admin key
 ///
-/// The response has the complete key, once.
+/// The response has the complete key, once. A key with the scope `metrics.read` may read the
+/// metrics of the server, and nothing else.
 #[utoipa::path(post, path = "/organization/admin_api_keys", tag = "Organization",
     request_body = CreateAdminKey,
     responses((status = 200, body = NewAdminKeyObject, description = "The key"), Errors))]
@@ -193,9 +206,10 @@ pub(crate) async fn create_admin(
     mut params: Params,
 ) -> Result<Json<NewAdminKeyObject>, ApiError> {
     let name = required_name(&mut params)?;
+    let scopes = admin_scopes(&mut params)?;
     let expires_at = organization.expiry(&mut params)?;
     params.reject_unknown()?;
-    let Issued { new, value } = issue(name, Vec::new(), expires_at)?;
+    let Issued { new, value } = issue(name, scopes, expires_at)?;
     let by = admin.actor(organization.clock.now());
     let key = organization.accounts.create_admin_key(new, by).await?;
     Ok(Json(NewAdminKeyObject::new(key, value)))

@@ -216,6 +216,10 @@ pub(crate) struct AdminKey {
     #[schema(required)]
     last_used_at: Option<i64>,
     owner: AdminOwner,
+    /// Scopes of a key that may not do everything.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    scopes: Vec<String>,
 }
 
 /// Owner of an admin key: the key itself, because the server has no users.
@@ -252,6 +256,7 @@ impl From<KeyRecord> for AdminKey {
             expires_at: key.expires_at.map(Timestamp::as_seconds),
             last_used_at: key.last_used_at.map(Timestamp::as_seconds),
             owner,
+            scopes: key.scopes,
         }
     }
 }

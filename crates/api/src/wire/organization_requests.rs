@@ -156,9 +156,20 @@ pub(crate) struct UpdateKey {
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateAdminKey {
     name: Name,
+    /// `metrics.read` for a key that reads the metrics and nothing else; none for a key that may
+    /// do everything.
+    #[schema(min_items = 1)]
+    scopes: Option<Vec<AdminScope>>,
     /// Lifetime of the key, in seconds; no limit if absent.
     #[schema(minimum = 1, maximum = 315360000)]
     expires_in_seconds: Option<u64>,
+}
+
+/// Scope of an admin key.
+#[derive(Deserialize, ToSchema)]
+enum AdminScope {
+    #[serde(rename = "metrics.read")]
+    MetricsRead,
 }
 
 /// Scope of a key. [`crate::openapi`] adds the names.

@@ -72,7 +72,8 @@ impl Online {
         }
         let model = found.requests.into_iter().next().and_then(|request| request.model);
         let route = model.as_deref().and_then(|model| plugins.route(tenant, model));
-        let (Some(model), Some(Route { plugin, model: at_provider })) = (model, route) else {
+        let (Some(model), Some(Route { plugin, model: at_provider, listed })) = (model, route)
+        else {
             let message = "Model parameter is required.";
             return Err(OnlineError::invalid(ErrorCode::InvalidRequest, message, Some("model")));
         };
@@ -101,6 +102,7 @@ impl Online {
             request,
             id,
             provider_model: at_provider,
+            listed,
             plugin,
             body: sent,
             is_stream,

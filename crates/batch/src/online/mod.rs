@@ -17,6 +17,7 @@
 
 mod body;
 mod check;
+mod count;
 mod error;
 mod metering;
 mod scrub;
@@ -43,6 +44,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::formats::result_line::tokens;
+use crate::metrics::EngineMetrics;
+use crate::online::count::{RequestCount, RequestLabels};
 pub use crate::online::error::OnlineError;
 use crate::online::metering::Metering;
 pub use crate::online::stream::OnlineStream;
@@ -111,6 +114,7 @@ pub struct Online {
     config: Arc<Config>,
     breakers: Arc<Breakers>,
     quotas: Arc<Quotas>,
+    metrics: Arc<EngineMetrics>,
     gate: Gate,
     closing: CancellationToken,
     /// Cancelled when the requests in flight must end.
@@ -129,6 +133,8 @@ struct Admitted<'a> {
     id: String,
     /// Model as the provider knows it.
     provider_model: String,
+    /// Entry of the plugin file that names the model.
+    listed: Arc<str>,
     plugin: Arc<Plugin>,
     /// Body to send.
     body: String,
@@ -161,6 +167,7 @@ impl Online {
             config: parts.config.clone(),
             breakers,
             quotas,
+            metrics: shared.metrics.clone(),
             gate: shared.gate.clone(),
             closing: shared.closing.clone(),
             ended: CancellationToken::new(),
@@ -184,7 +191,10 @@ impl Online {
             Err(error) => (None, Err(error)),
             Ok(admitted) => {
                 let (quota, model) = (admitted.quota.clone(), admitted.provider_model.clone());
-                let result = self.send_in_time(admitted).await;
+                let labels = RequestLabels::of(&self.metrics, &admitted);
+                let count = RequestCount::new(labels, started);
+                let mut result = self.send_in_time(admitted).await;
+                count.answered(&mut result);
                 (Some(quota.standing(&model)), result)
             }
         };

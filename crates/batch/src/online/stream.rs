@@ -11,6 +11,7 @@ use batchwright_memory::Reservation;
 use tokio_util::sync::CancellationToken;
 
 use crate::formats::server_event::{self, Event, texts};
+use crate::online::count::RequestCount;
 use crate::online::metering::Metering;
 use crate::online::scrub::Scrubber;
 
@@ -27,6 +28,8 @@ pub struct OnlineStream {
     is_ended: bool,
     /// Absent once the usage is counted.
     metering: Option<Metering>,
+    /// Absent until the client gets the stream, and once the request is counted.
+    count: Option<RequestCount>,
     reservation: Reservation,
     /// Place of the exchange at the provider.
     permit: Option<Permit>,
@@ -51,6 +54,7 @@ impl OnlineStream {
             has_failed: false,
             is_ended: false,
             metering: Some(metering),
+            count: None,
             reservation,
             permit,
             ended,
@@ -110,6 +114,7 @@ impl OnlineStream {
             Event::Done => {
                 // A client that has seen the end finds its usage counted.
                 self.finish().await;
+                self.count_end();
                 self.scrubber.flush();
                 self.scrubber.push_other(event);
             }
@@ -123,6 +128,7 @@ impl OnlineStream {
                 }
                 if data.is_last {
                     self.finish().await;
+                    self.count_end();
                 }
                 // A large event is passed on as it is.
                 let texts = data.values.as_mut().map_or(1, |values| texts(values).len());
@@ -135,13 +141,28 @@ impl OnlineStream {
         }
     }
 
+    /// Takes over the count of the request.
+    pub(super) fn count(&mut self, count: RequestCount) {
+        self.count = Some(count);
+    }
+
     /// Ends the stream, with a last event if one is given.
     fn end(&mut self, last: Option<Vec<u8>>) {
+        // Only an error adds an event.
+        self.has_failed |= last.is_some();
+        self.count_end();
         self.is_ended = true;
         self.permit = None;
         self.scrubber.flush();
         if let Some(last) = last {
             self.scrubber.push_other(last);
+        }
+    }
+
+    /// Counts the request, once.
+    fn count_end(&mut self) {
+        if let Some(count) = self.count.take() {
+            count.ended(!self.has_failed);
         }
     }
 

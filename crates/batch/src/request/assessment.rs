@@ -31,6 +31,26 @@ pub(crate) enum ProviderSignal {
     NotSent,
 }
 
+impl ProviderSignal {
+    /// Returns the name in metrics and traces.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::RateLimited => "rate_limited",
+            Self::TransientError => "transient_error",
+            Self::NoResponse => "no_response",
+            Self::NotSent => "not_sent",
+            Self::Failure(FailureKind::Unreachable) => "unreachable",
+            Self::Failure(FailureKind::Unauthorized) => "unauthorized",
+            Self::Failure(FailureKind::Forbidden) => "forbidden",
+            Self::Failure(FailureKind::Quota) => "quota",
+            Self::Failure(FailureKind::Failed | FailureKind::Plugin | FailureKind::Credential) => {
+                "failed"
+            }
+        }
+    }
+}
+
 /// Verdict and rate limit hints of an exchange.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Assessment {

@@ -42,8 +42,9 @@ use std::time::Duration;
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::NoCredential;
 use batchwright_plugin::types::Request;
-use batchwright_plugin::{Plugin, Route};
+use batchwright_plugin::{Plugin, Route, Snapshot};
 
+use crate::metrics::Source;
 use crate::request::conclusion::EndedSteps;
 use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
@@ -54,21 +55,38 @@ use crate::schedule::quotas::{Hold, QUOTA_RETRY_INTERVAL};
 use crate::schedule::retry_queue::RetryState;
 
 impl Context {
-    /// Makes one attempt at a request.
+    /// Makes one attempt at a request. Returns its outcome, with the entry of the plugin file that
+    /// names the model.
     pub(crate) async fn attempt(
         &self,
         line: Line<'_>,
         mut retry_state: RetryState,
-    ) -> AttemptOutcome {
+    ) -> (Option<Arc<str>>, AttemptOutcome) {
         retry_state.waits = false;
+        let began = *retry_state.began.get_or_insert_with(|| self.clock.now());
         // Looked up at each attempt, because the operator may have fixed the plugin meanwhile.
         let plugins = self.registry.current();
         let route = plugins.route(&self.tenant, line.model);
-        let Some(Route { plugin, model }) =
-            route.filter(|route| route.plugin.handles(self.endpoint))
-        else {
-            return self.missing_plugin(line, retry_state);
+        let Some(route) = route.filter(|route| route.plugin.handles(self.endpoint)) else {
+            return (None, self.missing_plugin(line, retry_state));
         };
+        let (plugin, listed) = (route.plugin.clone(), route.listed.clone());
+        let outcome = self.attempt_at(route, plugins, line, retry_state).await;
+        if let AttemptOutcome::Answered(_) = outcome {
+            let time = began.until(self.clock.now());
+            self.metrics.request_took(Source::Batch, plugin.name(), self.endpoint, time);
+        }
+        (Some(listed), outcome)
+    }
+
+    /// Makes one attempt at a request at the plugin of a route.
+    async fn attempt_at(
+        &self,
+        Route { plugin, model, .. }: Route,
+        plugins: Arc<Snapshot>,
+        line: Line<'_>,
+        mut retry_state: RetryState,
+    ) -> AttemptOutcome {
         let breaker = self.breaker_of(&plugin);
         if let Some(outcome) = self.without_credential(&breaker, &plugin, line, retry_state).await {
             return outcome;

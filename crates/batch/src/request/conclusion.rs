@@ -68,6 +68,23 @@ impl Context {
         mut retry_state: RetryState,
     ) -> AttemptOutcome {
         let signal = self.conclude_job(&ended, &mut retry_state).await;
+        let sent = ended.sent.as_ref().map(|sent| sent.assessment.signal);
+        let plugin = ended.plugin.clone();
+        let outcome = self.conclude_as(signal, ended, retry_state);
+        if let Some(signal) = sent {
+            let is_retried = matches!(outcome, AttemptOutcome::Retry(..));
+            self.metrics.attempted(plugin.name(), signal.as_str(), is_retried);
+        }
+        outcome
+    }
+
+    /// Draws the conclusions from what the provider has signaled.
+    fn conclude_as(
+        &self,
+        signal: ProviderSignal,
+        ended: EndedSteps<'_>,
+        mut retry_state: RetryState,
+    ) -> AttemptOutcome {
         match (signal, ended.retry) {
             (
                 ProviderSignal::Failure(

@@ -11,6 +11,7 @@ use batchwright_plugin::Registry;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::metrics::EngineMetrics;
 use crate::request::jobs::Jobs;
 use crate::schedule::breaker::Breaker;
 use crate::schedule::breakers::Breakers;
@@ -52,6 +53,8 @@ pub(crate) struct Context {
     pub leave: CancellationToken,
     /// Gate that is closed while results cannot be written.
     pub gate: Gate,
+    /// Counted metrics.
+    pub metrics: Arc<EngineMetrics>,
     /// Queue in which the requests of the batch wait for their provider.
     pub queue: QueueId,
     /// Quota of the tenant.

@@ -301,19 +301,16 @@ impl<'a> Exchange<'a> {
 
     /// Creates the error of an attempt with too many steps.
     pub(crate) fn too_many_steps(&self) -> CallError {
-        CallError::Contract {
-            plugin: self.plugin.name().to_owned(),
-            function: "resume",
-            message: format!(
-                "an attempt takes more than {} steps; the limit is [limits] max_steps.",
-                self.plugin.limits().max_steps
-            ),
-        }
+        let message = format!(
+            "an attempt takes more than {} steps; the limit is [limits] max_steps.",
+            self.plugin.limits().max_steps
+        );
+        self.plugin.contract_violation("resume", message)
     }
 
     /// Creates the error of a repeated call that returned a larger step.
     fn not_deterministic(&self, function: &'static str) -> CallError {
         let message = "it returns different results for the same call.".into();
-        CallError::Contract { plugin: self.plugin.name().to_owned(), function, message }
+        self.plugin.contract_violation(function, message)
     }
 }

@@ -37,6 +37,8 @@ pub(crate) struct RetryState {
     pub waits: bool,
     /// True if the provider works on a job of the line and the job state is in the store.
     pub has_job: bool,
+    /// Time of the first attempt in this process.
+    pub began: Option<Timestamp>,
 }
 
 /// Deferred line.

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::metrics::EngineMetrics;
 use crate::parts::{Parts, Shared};
 use crate::schedule::backoff::{Backoff, Backoffs};
 use crate::schedule::breakers::Breakers;
@@ -91,6 +92,7 @@ pub(crate) struct Worker {
     running: Arc<Running>,
     breakers: Arc<Breakers>,
     quotas: Arc<Quotas>,
+    metrics: Arc<EngineMetrics>,
     /// Closed while results cannot be written.
     gate: Gate,
     parked: Parked,
@@ -122,6 +124,7 @@ impl Worker {
             running: shared.running.clone(),
             breakers,
             quotas,
+            metrics: shared.metrics.clone(),
             gate: shared.gate.clone(),
             parked: Parked::default(),
             backoffs: Backoffs::default(),

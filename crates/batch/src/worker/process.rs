@@ -126,6 +126,7 @@ impl Worker {
             status = batch.status.as_str(),
             "batch claimed"
         );
+        self.metrics.claimed(claim, &batch, self.clock.now());
         let expires_at = batch.new.expires_at;
         let expiry = async {
             self.clock.sleep_until(expires_at).await;
@@ -200,6 +201,7 @@ impl Worker {
             if ended.status.is_final() {
                 self.parked.forget(claim);
                 self.quotas.forget(&claim.tenant, &claim.batch_id);
+                self.metrics.batch_ended(&claim.tenant, &ended);
             }
             let counts = ended.counts;
             tracing::info!(

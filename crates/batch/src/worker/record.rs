@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use batchwright_memory::Reservation;
 use batchwright_plugin::Plugin;
-use batchwright_store::{Claim, Result, ResultRow, StoreError};
+use batchwright_store::{Claim, NewBatch, Result, ResultKind, ResultRow, StoreError};
 use tokio::sync::mpsc;
 
+use crate::metrics::{Counted, Outcome, Source};
 use crate::request::served_by::served_by;
 use crate::schedule::backoff::Backoff;
 use crate::schedule::quotas::Hold;
@@ -32,12 +33,14 @@ pub(crate) struct Recorded {
     pub reservation: Option<Reservation>,
     /// What the request has reserved of the quota of its project.
     pub hold: Option<Hold>,
+    /// Entry of the plugin file that names the model.
+    pub listed: Option<Arc<str>>,
 }
 
 impl Recorded {
     /// Creates the result of a request that no plugin answered.
     pub(crate) fn of_host(row: ResultRow) -> Self {
-        Self { row, by: None, reservation: None, hold: None }
+        Self { row, by: None, reservation: None, hold: None, listed: None }
     }
 }
 
@@ -49,6 +52,7 @@ impl Worker {
     pub(super) async fn record(
         &self,
         claim: &Claim,
+        batch: &NewBatch,
         mut results: mpsc::Receiver<Recorded>,
     ) -> Result<()> {
         let mut group = Vec::new();
@@ -61,8 +65,9 @@ impl Worker {
                 }
             }
             let (mut rows, mut memory, mut new) = (Vec::new(), Vec::new(), Vec::new());
-            let mut holds = Vec::new();
-            for Recorded { row, by, reservation, hold } in group.drain(..) {
+            let (mut holds, mut counted) = (Vec::new(), Vec::new());
+            for Recorded { row, by, reservation, hold, listed } in group.drain(..) {
+                counted.push((by.clone(), listed));
                 // A request that no model answered gives its reservation back now.
                 if let Some((hold, charge)) = hold.zip(row.charge.as_ref()) {
                     holds.push((hold, row.usage, charge.price));
@@ -109,6 +114,24 @@ impl Worker {
             drop(memory);
             for (hold, usage, price) in holds {
                 hold.record(usage, price);
+            }
+            for (row, (by, listed)) in rows.iter().zip(counted) {
+                let of = Counted {
+                    source: Source::Batch,
+                    tenant: &claim.tenant,
+                    plugin: by.as_ref().map_or("", |by| by.name()),
+                    model: listed.as_deref().unwrap_or_default(),
+                    endpoint: batch.endpoint,
+                };
+                let outcome = match row.kind {
+                    ResultKind::Completed => Outcome::Succeeded,
+                    ResultKind::Failed => Outcome::Failed,
+                };
+                self.metrics.requests(of, outcome, 1);
+                self.metrics.tokens(of, row.usage);
+            }
+            if self.clock.now() > batch.expires_at {
+                self.metrics.overtaken(&claim.tenant, true, rows.len() as u64);
             }
         }
         Ok(())

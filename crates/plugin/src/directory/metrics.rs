@@ -34,6 +34,10 @@ impl Registry {
     /// Registers the metrics of plugins.
     pub fn register_metrics(self: &Arc<Self>, metrics: &Metrics) -> Result<(), Error> {
         let registry = self.clone();
+        let known = self.clone();
+        metrics.keep("plugin", move |name| {
+            known.current().entries.iter().any(|entry| entry.name == name)
+        });
         metrics.read(METRICS, move |values| {
             let plugins = registry.current();
             for state in EntryState::ALL {

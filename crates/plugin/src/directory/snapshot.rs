@@ -45,6 +45,9 @@ pub struct Route {
     pub plugin: Arc<Plugin>,
     /// Name of the model at the provider.
     pub model: String,
+    /// Entry of the plugin's `models` or `aliases` that names the model: unlike a model that a glob
+    /// matches, it is the operator's choice.
+    pub listed: Arc<str>,
 }
 
 /// Plugins at one moment.
@@ -122,11 +125,12 @@ impl Snapshot {
             .get(model)
             .and_then(|routes| routes.iter().find(|route| route.plugin.serves(tenant)));
         exact.cloned().or_else(|| {
-            let (_, plugin) = self
+            let (glob, plugin) = self
                 .globs
                 .iter()
                 .find(|(glob, plugin)| plugin.serves(tenant) && glob.is_match(model))?;
-            Some(Route { plugin: plugin.clone(), model: model.to_owned() })
+            let listed = glob.glob().glob().into();
+            Some(Route { plugin: plugin.clone(), model: model.to_owned(), listed })
         })
     }
 
@@ -328,7 +332,8 @@ impl Snapshot {
             }
         }
         for (model, provider_model) in exact {
-            let route = Route { plugin: plugin.clone(), model: provider_model };
+            let listed = model.as_str().into();
+            let route = Route { plugin: plugin.clone(), model: provider_model, listed };
             self.exact.entry(model).or_default().push(route);
         }
         self.globs.extend(globs);

@@ -177,8 +177,10 @@ impl Loader {
         let size = bytes.len();
         let engine_kind = EngineKind::of(&bytes);
         let Runtime { engine, linker } = self.runtime(engine_kind).map_err(failed)?;
-        let component =
-            self.compiler.component(&engine, engine_kind, &sha256, &bytes).await.map_err(failed)?;
+        let began = std::time::Instant::now();
+        let compiled = self.compiler.component(&engine, engine_kind, &sha256, &bytes).await;
+        self.instances.metrics.compiled(compiled.is_ok(), began.elapsed());
+        let component = compiled.map_err(failed)?;
         drop(bytes);
         let imports: Vec<String> =
             component.component_type().imports(&engine).map(|(name, _)| name.to_owned()).collect();

@@ -15,14 +15,16 @@ mod checks;
 pub(crate) mod inspect;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::text::printable;
 use batchwright_domain::units::{Size, Span};
-use batchwright_egress::{AllowList, Gateway, Resolver, Shared, Tenants};
+use batchwright_egress::{AllowList, ExchangeMetrics, Gateway, Resolver, Shared, Tenants};
 use batchwright_memory::Memory;
+use batchwright_telemetry::{Error as MetricsError, Metrics};
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use url::Url;
@@ -41,6 +43,7 @@ use crate::package::trust::Trust;
 use crate::plugin::{Plugin, PluginFacts, PluginRuntime};
 use crate::sandbox::engine::EngineKind;
 use crate::sandbox::instances::Instances;
+use crate::sandbox::metrics::SandboxMetrics;
 
 /// Maximum length of an error message about a component, in characters.
 pub(crate) const MAX_MESSAGE_CHARS: usize = 2000;
@@ -71,6 +74,8 @@ pub struct LoaderConfig {
     pub compiler: Option<PathBuf>,
     /// Memory pools that instances and exchanges reserve from.
     pub memory: Memory,
+    /// Metrics that plugins and their exchanges are counted in.
+    pub metrics: Metrics,
 }
 
 /// Loader of plugins, with the engines, the compiler and the state that all plugins share.
@@ -108,7 +113,16 @@ impl Loader {
             project_secrets,
             compiler,
             memory,
+            metrics,
         } = loading;
+        let uncounted = |error: MetricsError| failed(format!("metrics: {error}"));
+        let instances = SandboxMetrics::register(&metrics).map_err(uncounted)?;
+        let instances = Instances::start(memory.instances, instances);
+        let counted = Arc::downgrade(&instances);
+        let live = move || {
+            counted.upgrade().map_or(0, |instances| instances.metrics.live.load(Ordering::Relaxed))
+        };
+        SandboxMetrics::register_instances(&metrics, live).map_err(uncounted)?;
         let compiler =
             Compiler::new(Cache::open(&cache), compiler, compile_timeout, compile_memory);
         let (concurrent, permits) = (OnceLock::new(), Semaphore::new(MAX_CONCURRENT_LOADS));
@@ -121,11 +135,12 @@ impl Loader {
             secrets_folder,
             project_secrets,
             permits,
-            instances: Instances::start(memory.instances),
+            instances,
             shared: Shared {
                 exchanges: memory.exchanges,
                 resolver: Resolver::default(),
                 tenants: Tenants::default(),
+                metrics: ExchangeMetrics::register(&metrics).map_err(uncounted)?,
             },
             clock,
         })

@@ -59,11 +59,7 @@ impl Plugin {
                     "it reported a violation of line {}, which it was not given.",
                     violation.line
                 );
-                return Err(CallError::Contract {
-                    plugin: self.facts.name.clone(),
-                    function: FUNCTION,
-                    message,
-                });
+                return Err(self.contract_violation(FUNCTION, message));
             }
             if bytes >= MAX_VIOLATION_BYTES {
                 unlisted = unlisted.saturating_add(1);
@@ -233,10 +229,6 @@ impl Plugin {
             }
             step => check_step(step),
         };
-        checked.map_err(|message| CallError::Contract {
-            plugin: self.facts.name.clone(),
-            function,
-            message,
-        })
+        checked.map_err(|message| self.contract_violation(function, message))
     }
 }

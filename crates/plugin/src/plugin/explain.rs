@@ -64,9 +64,36 @@ impl Plugin {
         self.logged(explain(&self.facts.name, &self.facts.limits, function, error, refused, output))
     }
 
-    /// Logs an error for the operator and returns it.
+    /// Logs and counts an error for the operator and returns it.
     pub(super) fn logged(&self, error: CallError) -> CallError {
+        self.count(&error);
         self.runtime.log.write_call_error(&error.detail());
         error
+    }
+
+    /// Counts and returns the error of a call that returned a value which the contract forbids.
+    pub fn contract_violation(&self, function: &'static str, message: String) -> CallError {
+        let error = CallError::Contract { plugin: self.facts.name.clone(), function, message };
+        self.count(&error);
+        error
+    }
+
+    /// Counts a failed call.
+    fn count(&self, error: &CallError) {
+        let (metrics, plugin) = (&self.runtime.instances.metrics, &self.facts.name);
+        match error {
+            CallError::Cpu { function, .. } => metrics.failed(plugin, function, "cpu_time"),
+            CallError::DeadlineExceeded { function, .. } => {
+                metrics.failed(plugin, function, "deadline");
+            }
+            CallError::Memory { function, .. } => metrics.failed(plugin, function, "memory"),
+            CallError::Table { function, .. } => metrics.failed(plugin, function, "table"),
+            CallError::Handles { function, .. } => metrics.failed(plugin, function, "handles"),
+            CallError::Stack { function, .. } => metrics.failed(plugin, function, "stack"),
+            CallError::Answer { function, .. } => metrics.failed(plugin, function, "output"),
+            CallError::Trap { function, .. } => metrics.failed(plugin, function, "trap"),
+            CallError::Configure { .. } => metrics.failed(plugin, "configure", "rejected"),
+            CallError::Contract { function, .. } => metrics.violated(plugin, function),
+        }
     }
 }

@@ -85,6 +85,7 @@ impl Plugin {
         let (refused, output) = refused;
         let mut instance =
             created.map_err(|error| self.explain("instantiate", &error, refused, &output))?;
+        self.runtime.instances.metrics.created(&self.facts.name);
         instance.allow(&self.facts.limits, 1);
         let waited = instance.waited.clone();
         let call = instance.exports.configure(&mut instance.store, &self.facts.settings);
@@ -120,8 +121,11 @@ impl Plugin {
         let waited = lease.instance.waited.total().saturating_sub(lease.waited_before);
         let mut turn = lease.turn;
         turn.excuse(waited);
+        let metrics = &self.runtime.instances.metrics;
+        metrics.took(&self.facts.name, turn.took());
         match called {
             Ok(value) => {
+                metrics.returned(&self.facts.name, function);
                 let is_reusable = lease.instance.calls
                     < self.facts.limits.max_calls_per_instance.get()
                     && !lease.instance.is_bloated();

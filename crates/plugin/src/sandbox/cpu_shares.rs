@@ -191,6 +191,11 @@ impl Turn {
         self.waited = self.waited.saturating_add(waited);
     }
 
+    /// Returns the time of the call so far, without its waits for memory.
+    pub(crate) fn took(&self) -> Duration {
+        self.started.elapsed().saturating_sub(self.waited)
+    }
+
     /// Ends the turn without giving its place to the next call.
     fn end(mut self, took: Duration) {
         if let Some(shares) = self.shares.take() {
@@ -202,7 +207,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let Some(shares) = self.shares.take() else { return };
-        let took = self.started.elapsed().saturating_sub(self.waited);
+        let took = self.took();
         shares.lock().end(&self.tenant, took);
         shares.grant();
     }

@@ -169,6 +169,12 @@ pub(crate) enum Refused {
     Table,
 }
 
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        self.instances.metrics.remove_live();
+    }
+}
+
 #[async_trait::async_trait]
 impl ResourceLimiterAsync for MemoryLimit {
     async fn memory_growing(
@@ -297,10 +303,12 @@ impl Instance {
     ) -> (wasmtime::Result<Self>, (Option<Refused>, RecentOutput)) {
         let table_elements = limits.max_table_elements.get() as usize;
         let waited = Arc::new(MemoryWait::default());
+        let reservation = instances.reservation(holder).await;
+        instances.metrics.add_live();
         let memory = MemoryLimit {
             limit: limits.max_memory.in_memory(),
             used: 0,
-            reservation: instances.reservation(holder).await,
+            reservation,
             instances: instances.clone(),
             waited: waited.clone(),
             table_elements,

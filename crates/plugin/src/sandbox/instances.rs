@@ -22,6 +22,7 @@ use tokio::time::Instant;
 
 use crate::sandbox::cpu_shares::CpuShares;
 use crate::sandbox::instance::Instance;
+use crate::sandbox::metrics::SandboxMetrics;
 
 /// Memory of the host for one instance, beside linear memory: store, tables, stack of its calls.
 pub(crate) const HOST_OVERHEAD_BYTES: usize = 128 << 10;
@@ -38,6 +39,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 pub(crate) struct Instances {
     /// Shares of CPU time.
     pub(crate) cpu: Arc<CpuShares>,
+    pub(crate) metrics: SandboxMetrics,
     memory: Pool,
     idle: Mutex<Vec<Weak<IdleInstances>>>,
     /// Notified whenever a call ends and its instance becomes idle or is dropped.
@@ -50,9 +52,10 @@ pub(crate) struct IdleInstances(Mutex<Vec<(Instant, Instance)>>);
 impl Instances {
     /// Creates the registry and starts the task that drops instances after [`IDLE_TIMEOUT`]. The
     /// task ends with the registry.
-    pub(crate) fn start(memory: Pool) -> Arc<Self> {
+    pub(crate) fn start(memory: Pool, metrics: SandboxMetrics) -> Arc<Self> {
         let instances = Arc::new(Self {
             cpu: CpuShares::new(),
+            metrics,
             memory,
             idle: Mutex::default(),
             call_ended: Notify::new(),
@@ -137,6 +140,7 @@ impl Instances {
             let evicted = idle.remove(0);
             drop(idle);
             drop(evicted);
+            self.metrics.evicted();
         }
         true
     }

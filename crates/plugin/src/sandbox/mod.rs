@@ -8,4 +8,5 @@ pub(crate) mod engine;
 pub(crate) mod instance;
 pub(crate) mod instances;
 pub(crate) mod log;
+pub(crate) mod metrics;
 pub(crate) mod wasi;

@@ -10,13 +10,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::Semaphore;
 
 use super::super::{Result, StoreError};
 use super::database_error;
+use super::writer::Reading;
+use crate::metrics::StoreMetrics;
 
 /// Maximum wait of a statement for another process that has locked the database.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -124,12 +126,20 @@ pub(super) struct Readers {
     path: PathBuf,
     idle: Arc<Mutex<Vec<Connection>>>,
     permits: Arc<Semaphore>,
+    metrics: Arc<StoreMetrics>,
 }
 
 impl Readers {
     /// Creates a pool for the database at `path` without any connection.
-    pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, idle: Arc::default(), permits: Arc::new(Semaphore::new(MAX_READERS)) }
+    pub(super) fn new(path: PathBuf, metrics: Arc<StoreMetrics>) -> Self {
+        let permits = Arc::new(Semaphore::new(MAX_READERS));
+        Self { path, idle: Arc::default(), permits, metrics }
+    }
+
+    /// Returns what reads the number of connections in use.
+    pub(super) fn in_use(&self) -> Reading {
+        let permits = self.permits.clone();
+        Box::new(move || MAX_READERS.saturating_sub(permits.available_permits()))
     }
 
     /// Closes all connections after their reads have ended.
@@ -149,7 +159,9 @@ impl Readers {
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
+        let began = Instant::now();
         let permit = self.permits.clone().acquire_owned().await.map_err(|_| StoreError::Closed)?;
+        self.metrics.read_waited(began.elapsed());
         let (path, idle) = (self.path.clone(), self.idle.clone());
         let task = tokio::task::spawn_blocking(move || {
             let _permit = permit;

@@ -19,16 +19,18 @@ mod work;
 mod writer;
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::ObjectKey;
+use batchwright_telemetry::{Error as MetricsError, Metrics};
 use connection::Readers;
 use rusqlite::{Connection, OptionalExtension};
 use writer::Writer;
 
 use super::{Result, StoreError};
+use crate::metrics::StoreMetrics;
 use crate::private;
 
 /// Name of the database in the data folder.
@@ -42,6 +44,7 @@ pub(crate) const OWNER: &str = "holder of the folder's lock";
 pub struct SqliteStore {
     writer: Writer,
     readers: Readers,
+    folder: PathBuf,
     /// Lock that keeps other processes out of the data folder until the store is dropped.
     _lock: Arc<File>,
 }
@@ -56,6 +59,11 @@ impl SqliteStore {
     ///
     /// Fails if another process uses the folder.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_measured(folder, &Metrics::disabled())
+    }
+
+    /// Opens the database like [`Self::open`], with metrics.
+    pub fn open_measured(folder: &Path, metrics: &Metrics) -> Result<Self> {
         let lock = lock_folder(folder)?;
         let path = folder.join(DATABASE_FILE);
         let failed =
@@ -76,11 +84,14 @@ impl SqliteStore {
             );
         }
         work::end_leases(&connection, OWNER)?;
-        Ok(Self {
-            writer: Writer::start(connection)?,
-            readers: Readers::new(path),
-            _lock: Arc::new(lock),
-        })
+        let uncounted = |error: MetricsError| StoreError::Database(format!("metrics: {error}"));
+        let measured = StoreMetrics::register(metrics).map_err(uncounted)?;
+        let writer = Writer::start(connection, measured.clone())?;
+        let readers = Readers::new(path, measured.clone());
+        let state = (writer.waiting(), readers.in_use());
+        let state = move || (state.0(), state.1());
+        measured.register_state(metrics, state).map_err(uncounted)?;
+        Ok(Self { writer, readers, folder: folder.to_owned(), _lock: Arc::new(lock) })
     }
 
     /// Extends or ends the registration of an object; returns false if it is gone.

@@ -1,11 +1,12 @@
-//! Batches that have not ended: their number and their cancellation.
+//! Batches that have not ended: their numbers, their deadlines and their cancellation.
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::status::Status;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Params, Row, params};
 
-use super::super::{Cancel, Result};
-use super::{batches, database_error, tenant_key, to_u64};
+use super::super::{Cancel, Counts, DatedBatch, OpenBatches, Overview, Result};
+use super::keys::BatchRow;
+use super::{batches, database_error, tenant_key, timestamp, to_u64};
 
 /// Returns the number of batches of a tenant that have not ended.
 pub(super) fn count(connection: &Connection, tenant: i64) -> Result<u64> {
@@ -16,6 +17,56 @@ pub(super) fn count(connection: &Connection, tenant: i64) -> Result<u64> {
         .and_then(|mut statement| statement.query_row([tenant], |row| row.get(0)))
         .map(to_u64)
         .map_err(database_error)
+}
+
+/// Returns the numbers of open batches, and the first `limit` executing batches by deadline.
+pub(super) fn overview(connection: &Connection, now: Timestamp, limit: usize) -> Result<Overview> {
+    let sql = "SELECT status, count(*),
+        sum(lease_until <= ?1 AND waits_since <= ?1), min(created_at),
+        min(CASE WHEN lease_until <= ?1 AND waits_since <= ?1
+            THEN waits_since END)
+        FROM batches WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+        GROUP BY status";
+    let open = query(connection, sql, params![now.as_millis()], |row| {
+        Ok(OpenBatches {
+            status: Status::parse(&row.get::<_, String>(0)?).unwrap_or(Status::Failed),
+            number: to_u64(row.get(1)?),
+            waiting: to_u64(row.get(2)?),
+            oldest: timestamp(row.get(3)?),
+            waiting_since: row.get::<_, Option<i64>>(4)?.map(timestamp),
+        })
+    })?;
+    let sql = "SELECT tenant, key, coalesce(in_progress_at, created_at), expires_at, total,
+        completed, failed FROM batches
+        WHERE status = 'in_progress' AND expires_at < ?1 ORDER BY expires_at LIMIT ?2";
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let dated = query(connection, sql, params![Timestamp::NEVER.as_millis(), limit], |row| {
+        Ok(DatedBatch {
+            key: BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key(),
+            started_at: timestamp(row.get(2)?),
+            expires_at: timestamp(row.get(3)?),
+            counts: Counts {
+                total: to_u64(row.get(4)?),
+                completed: to_u64(row.get(5)?),
+                failed: to_u64(row.get(6)?),
+            },
+        })
+    })?;
+    Ok(Overview { open, dated })
+}
+
+/// Returns all rows of a query.
+fn query<T>(
+    connection: &Connection,
+    sql: &str,
+    params: impl Params,
+    from_row: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+) -> Result<Vec<T>> {
+    let rows = || {
+        let mut statement = connection.prepare_cached(sql)?;
+        statement.query_map(params, from_row)?.collect::<rusqlite::Result<_>>()
+    };
+    rows().map_err(database_error)
 }
 
 /// SQL that sets a batch that has not ended to `Cancelling` at the time `?2`; a condition follows.

@@ -13,9 +13,9 @@ use super::{batches, connection, files, jobs, open_batches, results, start, usag
 use crate::accounts::{Refusal, StorageBounds};
 use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, FileQuery, FileRecord, Finish,
-    Idempotency, Job, NewBatch, OnlineUsage, Orders, Paged, PluginVersion, Release, Result,
-    ResultRow, Results, Started, Store, StoreError, Validated, Waiting,
+    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, Disk, FileQuery, FileRecord, Finish,
+    Idempotency, Job, NewBatch, OnlineUsage, Orders, Overview, Paged, PluginVersion, Release,
+    Result, ResultRow, Results, Started, Store, StoreError, Validated, Waiting,
 };
 
 /// Tables that a readiness probe reads.
@@ -389,6 +389,15 @@ impl Store for SqliteStore {
         self.writer.write(move |connection| batches::delete(connection, &batches)).await
     }
 
+    async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview> {
+        self.readers.read(move |connection| open_batches::overview(connection, now, limit)).await
+    }
+
+    async fn disk(&self) -> Result<Disk> {
+        let folder = self.folder.clone();
+        self.readers.read(move |connection| disk(connection, &folder)).await
+    }
+
     async fn compact(&self) -> Result<bool> {
         self.writer.compact().await
     }
@@ -430,4 +439,17 @@ impl Store for SqliteStore {
     async fn newest_files(&self, now: Timestamp, limit: usize) -> Result<Vec<ObjectKey>> {
         self.readers.read(move |connection| files::newest(connection, now, limit)).await
     }
+}
+
+/// Returns the size of the database and the space of its file system.
+fn disk(connection: &rusqlite::Connection, folder: &std::path::Path) -> Result<Disk> {
+    let pragma = |name: &str| {
+        let value = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        value.map(super::to_u64).map_err(database_error)
+    };
+    let database = pragma("page_count")?.saturating_mul(pragma("page_size")?);
+    let found = rustix::fs::statvfs(folder)
+        .map_err(|error| StoreError::Database(format!("statvfs: {error}")))?;
+    let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+    Ok(Disk { database, free: bytes(found.f_bavail), size: bytes(found.f_blocks) })
 }

@@ -25,7 +25,8 @@
 //! [`Writer::close`] truncates the log, so that a clean shutdown leaves a single file.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
@@ -33,6 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::{Result, StoreError};
 use super::connection::{BUSY_TIMEOUT, Compaction, compact};
 use super::database_error;
+use crate::metrics::StoreMetrics;
 
 /// Capacity of the write queue; further callers wait.
 const WRITE_QUEUE_CAPACITY: usize = 1024;
@@ -72,14 +74,17 @@ pub(super) struct Writer {
     jobs: mpsc::Sender<Job>,
 }
 
+/// Number of waiting writes or of reads in progress, read when it is called.
+pub(super) type Reading = Box<dyn Fn() -> usize + Send + Sync>;
+
 impl Writer {
     /// Starts the writer thread on a connection.
-    pub(super) fn start(connection: Connection) -> Result<Self> {
+    pub(super) fn start(connection: Connection, metrics: Arc<StoreMetrics>) -> Result<Self> {
         let (jobs, waiting) = mpsc::channel(WRITE_QUEUE_CAPACITY);
         std::thread::Builder::new()
             .name("store-writer".into())
             .spawn(move || {
-                let closed = run(&connection, waiting);
+                let closed = run(&connection, waiting, &metrics);
                 // The last connection removes the log, so the caller waits for its end.
                 drop(connection);
                 if let Some(closed) = closed {
@@ -90,6 +95,15 @@ impl Writer {
                 StoreError::Database(format!("the writer thread did not start: {error}"))
             })?;
         Ok(Self { jobs })
+    }
+
+    /// Returns what reads the number of writes that wait, without keeping the thread alive.
+    pub(super) fn waiting(&self) -> Reading {
+        let jobs = self.jobs.downgrade();
+        Box::new(move || {
+            let jobs = jobs.upgrade();
+            jobs.map_or(0, |jobs| jobs.max_capacity().saturating_sub(jobs.capacity()))
+        })
     }
 
     /// Runs one write and returns its result after the commit or the rollback.
@@ -191,7 +205,11 @@ impl Wal {
 }
 
 /// Runs jobs until the writer is closed or dropped; returns the sender to report the end to.
-fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) -> Option<oneshot::Sender<()>> {
+fn run(
+    connection: &Connection,
+    mut waiting: mpsc::Receiver<Job>,
+    metrics: &StoreMetrics,
+) -> Option<oneshot::Sender<()>> {
     let mut wal = Wal::new(connection);
     let mut next = waiting.blocking_recv();
     while let Some(job) = next {
@@ -211,7 +229,10 @@ fn run(connection: &Connection, mut waiting: mpsc::Receiver<Job>) -> Option<ones
         wal.checkpoint_if_due(connection);
         let mut replies = Vec::new();
         let mut after = None;
+        let began = Instant::now();
         let committed = commit_group(connection, first, &mut waiting, &mut replies, &mut after);
+        metrics.committed(began, replies.len(), committed.is_ok());
+        metrics.wal(WAL_PAGES.get().saturating_mul(wal.page_size));
         if let Err(error) = &committed {
             tracing::error!(%error, "write group failed");
             if !connection.is_autocommit() {
@@ -282,6 +303,11 @@ mod tests {
     use super::super::connection::open;
     use super::*;
 
+    fn start(connection: Connection) -> Writer {
+        let metrics = batchwright_telemetry::Metrics::disabled();
+        Writer::start(connection, StoreMetrics::register(&metrics).unwrap()).unwrap()
+    }
+
     fn insert(x: i64) -> impl FnOnce(&Connection) -> Result<usize> + Send + 'static {
         move |db| db.execute("INSERT INTO t VALUES (?1)", [x]).map_err(database_error)
     }
@@ -291,7 +317,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let connection = open(&folder.path().join("db")).unwrap();
         connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
-        let writer = Writer::start(connection).unwrap();
+        let writer = start(connection);
         let (gate, open_gate) = std::sync::mpsc::sync_channel::<()>(1);
         // The first write blocks the thread until the others are queued: all share one group.
         let first = writer.write(move |_| open_gate.recv().map_err(|_| StoreError::Closed));
@@ -337,7 +363,7 @@ mod tests {
             _ => Authorization::Allow,
         };
         connection.authorizer(Some(deny)).unwrap();
-        let writer = Writer::start(connection).unwrap();
+        let writer = start(connection);
         let refused = writer.write(insert(1)).await;
         assert!(matches!(refused, Err(StoreError::Database(_))), "{refused:?}");
     }
@@ -348,7 +374,7 @@ mod tests {
         let path = folder.path().join("db");
         let connection = open(&path).unwrap();
         connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY, y)").unwrap();
-        let writer = Writer::start(connection).unwrap();
+        let writer = start(connection);
         let execute = |sql: &'static str| {
             writer.write(move |db| db.execute(sql, []).map(drop).map_err(database_error))
         };
@@ -370,7 +396,7 @@ mod tests {
             let path = folder.path().join("db");
             let connection = open(&path).unwrap();
             connection.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)").unwrap();
-            let writer = Writer::start(connection).unwrap();
+            let writer = start(connection);
             writer.write(insert(1)).await.unwrap();
             writer.close().await;
             assert!(!folder.path().join("db-wal").exists());

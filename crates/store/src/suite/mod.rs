@@ -44,6 +44,7 @@ macro_rules! store_suite {
             claim_succeeds_once_and_returns_in_the_order_of_the_lane
             batch_whose_window_is_about_to_end_is_found_behind_older_ones
             batch_without_a_deadline_hides_no_other_and_never_expires
+            overview_counts_open_batches_and_orders_them_by_deadline
             expired_lease_is_not_taken_over_by_its_own_holder
             stale_claim_changes_nothing
             renewal_returns_the_order_to_cancel

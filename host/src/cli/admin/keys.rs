@@ -27,8 +27,9 @@ pub(super) enum Key {
         /// Lifetime of the key, such as 90d; no limit if absent
         #[arg(long, value_name = "TIME")]
         expires_in: Option<Span>,
-        /// Scopes of the key, separated by commas, such as api.batch.read; all if absent
-        #[arg(long, value_delimiter = ',', value_name = "LIST", requires = "project")]
+        /// Scopes of the key, separated by commas, such as api.batch.read; all if absent; of an
+        /// admin key, metrics.read
+        #[arg(long, value_delimiter = ',', value_name = "LIST")]
         scopes: Vec<String>,
     },
     /// List keys, without their secrets
@@ -65,15 +66,12 @@ impl Key {
             Self::Create { project, name, expires_in, scopes } => {
                 let name = name.unwrap_or_else(|| DEFAULT_NAME.to_owned());
                 let lifetime = expires_in.map(|span| span.duration().as_secs());
+                let scopes = (!scopes.is_empty()).then_some(scopes);
                 let created = match project {
-                    None => {
-                        let body = with_lifetime(json!({"name": name}), lifetime);
-                        transport.post("organization/admin_api_keys", &body).await?
-                    }
+                    None => new_admin_key(transport, &name, scopes, lifetime).await?,
                     Some(project) => {
                         let project = projects::path_of(transport, &project).await?;
                         let account = account(transport, &project, &name).await?;
-                        let scopes = (!scopes.is_empty()).then_some(scopes);
                         let new = NewKey { account, name, scopes, lifetime };
                         new.create(transport, &project).await?
                     }
@@ -119,21 +117,27 @@ struct NewKey {
 
 impl NewKey {
     async fn create(self, transport: &Transport, project: &str) -> Result<Value, Error> {
-        let mut body = with_lifetime(json!({"name": self.name}), self.lifetime);
-        if let (Some(scopes), Some(body)) = (self.scopes, body.as_object_mut()) {
-            body.insert("scopes".to_owned(), json!(scopes));
-        }
+        let body = new_key(&self.name, self.scopes, self.lifetime);
         let account = path_segment(&self.account);
         transport.post(&format!("{project}/service_accounts/{account}/api_keys"), &body).await
     }
 }
 
-/// Adds the lifetime of a key to the body of its creation.
-fn with_lifetime(mut body: Value, seconds: Option<u64>) -> Value {
-    if let (Some(seconds), Some(body)) = (seconds, body.as_object_mut()) {
-        body.insert("expires_in_seconds".to_owned(), json!(seconds));
-    }
-    body
+/// Returns the body of the creation of a key.
+fn new_key(name: &str, scopes: Option<Vec<String>>, lifetime: Option<u64>) -> Value {
+    let mut body = Map::from_iter([("name".to_owned(), json!(name))]);
+    body.extend(scopes.map(|scopes| ("scopes".to_owned(), json!(scopes))));
+    body.extend(lifetime.map(|seconds| ("expires_in_seconds".to_owned(), json!(seconds))));
+    Value::Object(body)
+}
+
+async fn new_admin_key(
+    transport: &Transport,
+    name: &str,
+    scopes: Option<Vec<String>>,
+    lifetime: Option<u64>,
+) -> Result<Value, Error> {
+    transport.post("organization/admin_api_keys", &new_key(name, scopes, lifetime)).await
 }
 
 /// Returns the id of the service account with a name, and creates the account if there is none.
@@ -165,13 +169,13 @@ async fn replacement(transport: &Transport, keys: &str, old: &Value) -> Result<V
         .zip(number("/created_at"))
         .map(|(end, start)| end.saturating_sub(start).max(1));
     let name = text(old, "/name");
+    let scopes = old
+        .get("scopes")
+        .and_then(Value::as_array)
+        .map(|scopes| scopes.iter().filter_map(Value::as_str).map(str::to_owned).collect());
     match keys.strip_suffix("/api_keys") {
-        None => transport.post(keys, &with_lifetime(json!({"name": name}), lifetime)).await,
+        None => new_admin_key(transport, &name, scopes, lifetime).await,
         Some(project) => {
-            let scopes = old
-                .get("scopes")
-                .and_then(Value::as_array)
-                .map(|scopes| scopes.iter().filter_map(Value::as_str).map(str::to_owned).collect());
             let account = text(old, "/owner/service_account/id");
             NewKey { account, name, scopes, lifetime }.create(transport, project).await
         }

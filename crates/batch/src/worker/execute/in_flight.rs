@@ -85,7 +85,8 @@ impl Task {
         };
         let id = request_id(batch, number);
         let line = Line { id: &id, custom_id, model, body, number, mark: mark(batch, number) };
-        match self.context.attempt(line, self.entry.retry_state).await {
+        let (listed, outcome) = self.context.attempt(line, self.entry.retry_state).await;
+        match outcome {
             AttemptOutcome::Stopped => TaskOutcome::Stopped,
             AttemptOutcome::Retry(at, retry_state) => TaskOutcome::Retry(at, retry_state),
             AttemptOutcome::Answered(FinalAnswer { answer, by, mut reservation, metered }) => {
@@ -102,7 +103,7 @@ impl Task {
                     let price = hold.price(&model);
                     row.charge = Some(Charge { model, price });
                 }
-                TaskOutcome::Recorded(Recorded { row, by, reservation, hold })
+                TaskOutcome::Recorded(Recorded { row, by, reservation, hold, listed })
             }
         }
     }

@@ -141,6 +141,7 @@ impl Worker {
             stop: stop.clone(),
             leave: stop.child(),
             gate: self.gate.clone(),
+            metrics: self.metrics.clone(),
             queue: self.next_queue(&claim.tenant),
             quota: self.quotas.of(&claim.tenant),
             share: BatchShare {
@@ -149,7 +150,7 @@ impl Worker {
             },
         });
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
-        let recording = self.record(claim, to_record);
+        let recording = self.record(claim, &batch.new, to_record);
         let working = async {
             let kill = CancellationToken::new();
             // Dropping this future also drops the requests that it has spawned.

@@ -189,9 +189,10 @@ pub(super) fn delete(
 ) -> Result<()> {
     let key = found(connection, holder, id)?;
     let now = by.at.as_millis();
-    if *holder == KeyHolder::Organization && key.expires_at.is_none_or(|end| end > by.at) {
+    let is_admin = *holder == KeyHolder::Organization && key.scopes.is_empty();
+    if is_admin && key.expires_at.is_none_or(|end| end > by.at) {
         let sql = "SELECT 1 FROM api_keys WHERE tenant IS NULL AND deleted_at IS NULL
-            AND id <> ?1 AND (expires_at IS NULL OR expires_at > ?2)";
+            AND id <> ?1 AND scopes = '' AND (expires_at IS NULL OR expires_at > ?2)";
         if find(connection, sql, params![id.as_str(), now], |_| Ok(()))?.is_none() {
             return refused(Refusal::LastAdminKey);
         }

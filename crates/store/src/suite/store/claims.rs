@@ -8,7 +8,10 @@ use batchwright_domain::window::{self, Urgency};
 
 use super::*;
 use crate::suite::Fixture;
-use crate::{Cancel, Job, Lane, Orders, Release, ResultKind, StoreError, WaitCause};
+use crate::{
+    Cancel, Counts, Job, Lane, OpenBatches, Orders, Overview, Release, ResultKind, StoreError,
+    WaitCause,
+};
 
 pub(crate) async fn reopened_store_ends_the_registrations_and_claims_of_its_owner(
     fixture: impl Fixture,
@@ -190,4 +193,38 @@ pub(crate) async fn backoff_delays_a_batch_until_it_ends_or_is_ended(fixture: im
     store.release(&held, backoff()).await.unwrap();
     cancel(&*store, "b").await;
     assert!(claim_at(&*store, &Lane::Finish, NOW).await.is_some());
+}
+
+pub(crate) async fn overview_counts_open_batches_and_orders_them_by_deadline(
+    fixture: impl Fixture,
+) {
+    let store = open(&fixture).await;
+    assert_eq!(store.overview(NOW, 9).await.unwrap().open, []);
+    let first = executing(&*store, "first", 3).await;
+    let row = row(1, ResultKind::Completed, b"{}");
+    store.insert_results(&first, Arc::new(vec![row]), vec![], NOW).await.unwrap();
+    let mut sooner = new_batch("sooner");
+    sooner.expires_at = at(70_000_000);
+    store.create_batch(&tenant(), sooner, None, None).await.unwrap();
+    let validating = claim(&*store, &Lane::Validate).await;
+    store.start_execution(&validating, validated(5), NOW, false).await.unwrap();
+    create(&*store, "third").await;
+    let Overview { open, dated } = store.overview(at(1_000_001), 9).await.unwrap();
+    let of = |status| open.iter().find(|found| found.status == status).copied();
+    let expected = |status, number, waiting| OpenBatches {
+        status,
+        number,
+        waiting,
+        oldest: NOW,
+        waiting_since: Some(NOW),
+    };
+    assert_eq!(of(Status::Validating), Some(expected(Status::Validating, 1, 1)));
+    assert_eq!(of(Status::InProgress), Some(expected(Status::InProgress, 2, 1)));
+    assert_eq!(open.len(), 2);
+    let counts: Vec<_> = dated.iter().map(|found| (found.counts, found.expires_at)).collect();
+    let counted = |total, completed| Counts { total, completed, failed: 0 };
+    assert_eq!(counts, [(counted(5, 0), at(70_000_000)), (counted(3, 1), EXPIRY)]);
+    assert_eq!(store.overview(NOW, 1).await.unwrap().dated, dated[..1]);
+    let disk = store.disk().await.unwrap();
+    assert!(disk.database > 0 && disk.free <= disk.size, "{disk:?}");
 }
