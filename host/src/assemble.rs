@@ -15,7 +15,7 @@ use batchwright_plugin::{
 };
 use batchwright_store::objects::LocalObjects;
 use batchwright_store::{MeasuredObjects, SqliteStore};
-use batchwright_telemetry::{Error as MetricsError, Metrics};
+use batchwright_telemetry::{Error as MetricsError, Metrics, Otlp, OtlpConfig};
 use batchwright_tenancy::SealingKey;
 
 use crate::clock::Clock;
@@ -105,7 +105,7 @@ fn uncounted(error: MetricsError) -> Error {
 }
 
 /// Creates the metrics of a server.
-fn metrics(settings: &Settings) -> Result<Metrics, Error> {
+pub fn metrics(settings: &Settings) -> Result<Metrics, Error> {
     if !settings.server.metrics {
         return Ok(Metrics::disabled());
     }
@@ -113,12 +113,40 @@ fn metrics(settings: &Settings) -> Result<Metrics, Error> {
     Ok(metrics.with_tenants(settings.server.metrics_max_tenants))
 }
 
-/// Opens the data folder and loads the plugins. Batches are not worked on before
-/// [`Engine::start`].
+/// Starts the exporters of traces and of the metrics of generative AI, if there is a collector.
+pub fn otlp(settings: &Settings, metrics: &Metrics) -> Result<Option<Otlp>, Error> {
+    let endpoint = settings.server.otlp_endpoint.clone();
+    // The variable that other programs use, too.
+    let endpoint = endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok());
+    let Some(endpoint) = endpoint.filter(|endpoint| !endpoint.is_empty()) else { return Ok(None) };
+    let config = OtlpConfig {
+        endpoint,
+        request_ratio: settings.server.trace_requests.ratio(),
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    let started = Otlp::start(&config, metrics);
+    let started = started.map_err(|error| ConfigError::Value {
+        setting: "otlp_endpoint",
+        message: error.to_string(),
+    });
+    Ok(Some(started?))
+}
+
+/// Opens the data folder and loads the plugins, without exporters. Batches are not worked on
+/// before [`Engine::start`].
 pub async fn engine(settings: &Settings, options: Options) -> Result<Arc<Engine>, Error> {
+    engine_with(settings, options, metrics(settings)?, None).await
+}
+
+/// Opens the data folder and loads the plugins like [`engine()`], with exporters.
+pub async fn engine_with(
+    settings: &Settings,
+    options: Options,
+    metrics: Metrics,
+    otlp: Option<&Otlp>,
+) -> Result<Arc<Engine>, Error> {
     let directory = settings.plugins.directory();
     check_directory(&directory)?;
-    let metrics = metrics(settings)?;
     let store = SqliteStore::open_measured(&settings.storage.data, &metrics)?;
     let objects = Arc::new(LocalObjects::open(&settings.storage.data.join("objects"))?);
     let objects = MeasuredObjects::new(objects, &metrics).map_err(uncounted)?;
@@ -131,6 +159,19 @@ pub async fn engine(settings: &Settings, options: Options) -> Result<Arc<Engine>
     let registry = Registry::open(&directory, loader).await?;
     let config = Arc::new(settings.of_batches());
     let objects = Arc::new(objects);
-    let parts = Parts { store, objects, registry, credentials, clock, config, memory, metrics };
+    let (traces, gen_ai) =
+        otlp.map(|otlp| (otlp.traces.clone(), otlp.gen_ai.clone())).unwrap_or_default();
+    let parts = Parts {
+        store,
+        objects,
+        registry,
+        credentials,
+        clock,
+        config,
+        memory,
+        metrics,
+        traces,
+        gen_ai,
+    };
     Ok(Arc::new(Engine::new(parts).map_err(uncounted)?))
 }

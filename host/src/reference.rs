@@ -106,6 +106,7 @@ fn metrics_page() {
         batchwright_store::METRICS,
         batchwright_memory::METRICS,
         batchwright_api::METRICS,
+        batchwright_telemetry::otlp::METRICS,
     ];
     for Metric { name, kind, labels, help } in crates.into_iter().flatten() {
         let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();

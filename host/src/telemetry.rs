@@ -32,6 +32,26 @@ impl FromStr for LogFormat {
     }
 }
 
+/// Number from 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ratio(f64);
+
+impl Ratio {
+    /// Returns the number.
+    pub fn ratio(self) -> f64 {
+        self.0
+    }
+}
+
+impl FromStr for Ratio {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.parse::<f64>().ok().filter(|number| (0.0..=1.0).contains(number));
+        number.map(Self).ok_or_else(|| format!("`{text}` is not a number from 0 to 1"))
+    }
+}
+
 /// Valid filter in the syntax of `tracing_subscriber::EnvFilter`, such as `info` or
 /// `info,batchwright_egress=debug`.
 #[derive(Clone, Debug, PartialEq, Eq)]

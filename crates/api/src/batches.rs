@@ -19,6 +19,7 @@ use super::query_params::QueryParams;
 use super::wire::{Batch, CreateBatch, List};
 use crate::auth::{CancelBatches, CreateBatches, ReadBatches, Tenant};
 use crate::state::ApiState;
+use crate::traces::CreatedId;
 
 /// Request header with the idempotency key; a parameter of the body has the same meaning.
 const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
@@ -67,7 +68,10 @@ pub(crate) async fn create(
         return Err(ApiError::invalid("input_file_id", ErrorCode::StringAboveMaxLength, message));
     }
     let batch = create_detached(app.clone(), tenant.0.clone(), request).await?;
-    batch_response(&app, &tenant.0, batch).await
+    let created = CreatedId(batch.new.id.to_string());
+    let mut response = batch_response(&app, &tenant.0, batch).await?;
+    response.extensions_mut().insert(created);
+    Ok(response)
 }
 
 /// Creates a batch on a separate task, so that a client that disconnects does not interrupt it.

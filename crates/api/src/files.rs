@@ -3,9 +3,9 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
+use axum::{Extension, Json};
 use batchwright_batch::{NewFile, Upload};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::FileId;
@@ -22,6 +22,7 @@ use super::params::{Params, check_anchor, check_lifetime, missing_parameter};
 use super::query_params::QueryParams;
 use super::wire::{Deleted, Direction, File, List, UploadForm};
 use crate::auth::{DeleteFiles, ReadFiles, Tenant, UploadFiles};
+use crate::traces::CreatedId;
 
 /// Purposes that an upload may have. The server itself uses `batch_output` for result files.
 const PURPOSES: [&str; 6] = ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"];
@@ -38,7 +39,7 @@ pub(crate) async fn upload(
     State(app): App,
     tenant: Tenant<UploadFiles>,
     request: Request,
-) -> Result<Json<File>, ApiError> {
+) -> Result<(Extension<CreatedId>, Json<File>), ApiError> {
     let mut form = Form::read(request)?;
     let mut upload = app.service.upload(&tenant.0).await?;
     let parts = read_parts(&mut form, &mut upload).await;
@@ -49,7 +50,9 @@ pub(crate) async fn upload(
             return Err(error);
         }
     };
-    Ok(Json(upload.finish(new).await?.into()))
+    let file = upload.finish(new).await?;
+    let created = CreatedId(file.id.to_string());
+    Ok((Extension(created), Json(file.into())))
 }
 
 /// Text parts of an upload form, and the name of the uploaded file.

@@ -35,6 +35,7 @@ mod query_params;
 mod server;
 mod state;
 mod tls;
+mod traces;
 mod wire;
 
 use std::net::SocketAddr;
@@ -165,6 +166,7 @@ pub fn router(
         None => router,
     };
     router
+        .layer(middleware::from_fn_with_state(parts.traces.clone(), traces::record))
         .layer(middleware::from_fn(tag_response))
         .layer(middleware::from_fn_with_state(metrics.clone(), metrics::count))
 }

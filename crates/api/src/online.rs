@@ -26,6 +26,7 @@ use super::error::{ApiError, whole_seconds};
 use super::json_response::{UNRESERVED_BYTES, with_reservation};
 use super::openapi::Errors;
 use super::params::{BYTE_ORDER_MARK, check_json, unreadable_body};
+use super::traces::trace_of;
 use super::wire::{OnlineBody, OnlineResponse};
 use crate::auth::{RequestModels, Tenant, holder};
 use crate::state::ApiState;
@@ -90,10 +91,12 @@ async fn answer(
     let log_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
     let client_id = CLIENT_REQUEST_IDS.iter().find_map(|name| request.headers().get(*name));
     let client_id = client_id.and_then(|id| id.to_str().ok()).map(truncate_for_message);
+    let trace = trace_of(request.headers());
     let (body, reservation) = read_body(app, request).await?;
     let (tenant, key) = (tenant.0, tenant.1);
     let log_id = log_id.unwrap_or_default();
-    let request = OnlineRequest { tenant, key, endpoint, body, idempotency_key, log_id, client_id };
+    let request =
+        OnlineRequest { tenant, key, endpoint, body, idempotency_key, log_id, client_id, trace };
     let Answered { standing, result } = app.online.answer(request).await;
     drop(reservation);
     let mut response = match result {

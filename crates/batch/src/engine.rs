@@ -16,6 +16,7 @@ use crate::schedule::breakers::Breakers;
 use crate::schedule::quotas::Quotas;
 use crate::schedule::stop::Reason;
 use crate::service::Service;
+use crate::spans::Spans;
 use crate::worker::Worker;
 
 /// Timeout for closing the store. A store that is not closed in time loses no committed data.
@@ -37,7 +38,10 @@ pub struct Engine {
 impl Engine {
     /// Creates the engine and registers its metrics. Processing begins with [`Self::start`].
     pub fn new(parts: Parts) -> Result<Self, Error> {
-        let shared = Shared::new(EngineMetrics::register(&parts.metrics)?);
+        let shared = Shared::new(
+            EngineMetrics::register(&parts.metrics)?,
+            Spans { traces: parts.traces.clone(), gen_ai: parts.gen_ai.clone() },
+        );
         let breakers = Arc::new(Breakers::new(&parts.config.execution));
         let (store, clock, config) =
             (parts.store.clone(), parts.clock.clone(), parts.config.clone());

@@ -37,6 +37,7 @@ mod request;
 mod rules;
 mod schedule;
 mod service;
+mod spans;
 mod worker;
 
 pub use config::{BatchConfig, Config, ExecutionConfig, OnlineConfig, RetentionConfig};

@@ -6,7 +6,7 @@ use batchwright_domain::clock::Clock;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
 use batchwright_store::{Objects, Store};
-use batchwright_telemetry::Metrics;
+use batchwright_telemetry::{GenAi, Metrics, Traces};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +16,7 @@ use crate::metrics::EngineMetrics;
 use crate::objects::AbortedUploads;
 use crate::schedule::gate::Gate;
 use crate::schedule::running::Running;
+use crate::spans::Spans;
 
 /// Parts that the engine uses and that the composition root creates.
 #[derive(Clone)]
@@ -36,6 +37,10 @@ pub struct Parts {
     pub memory: Memory,
     /// Metrics of the server.
     pub metrics: Metrics,
+    /// Where spans go.
+    pub traces: Traces,
+    /// Where the metrics of requests to providers go.
+    pub gen_ai: GenAi,
 }
 
 /// State that the parts of an engine share.
@@ -43,6 +48,8 @@ pub struct Parts {
 pub(crate) struct Shared {
     /// Counted metrics.
     pub metrics: Arc<EngineMetrics>,
+    /// Spans of batches and requests.
+    pub spans: Spans,
     /// Batches that this process works on.
     pub running: Arc<Running>,
     /// Notified when a batch may be ready to claim.
@@ -61,9 +68,10 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Creates the state of an engine that works.
-    pub(crate) fn new(metrics: Arc<EngineMetrics>) -> Self {
+    pub(crate) fn new(metrics: Arc<EngineMetrics>, spans: Spans) -> Self {
         Self {
             metrics,
+            spans,
             running: Arc::default(),
             work_available: Arc::default(),
             aborted_uploads: Arc::default(),

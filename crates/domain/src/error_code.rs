@@ -24,6 +24,14 @@ macro_rules! error_codes {
             /// Every code, in alphabetical order of its text.
             pub const ALL: &[Self] = &[$(Self::$name),+];
 
+            /// Returns the code with a name.
+            pub fn parse(text: &str) -> Option<Self> {
+                match text {
+                    $($text => Some(Self::$name),)+
+                    _ => None,
+                }
+            }
+
             /// Returns the code as clients see it.
             pub const fn as_str(self) -> &'static str {
                 match self {

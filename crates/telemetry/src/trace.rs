@@ -85,8 +85,11 @@ impl Context {
         }
         let (trace, span) = (TraceId::from_hex(trace).ok()?, SpanId::from_hex(span).ok()?);
         let is_sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
-        (trace != TraceId::INVALID && span != SpanId::INVALID)
-            .then_some(Self { trace, span, is_sampled })
+        (trace != TraceId::INVALID && span != SpanId::INVALID).then_some(Self {
+            trace,
+            span,
+            is_sampled,
+        })
     }
 
     /// Returns the value of the header `traceparent`.
@@ -230,7 +233,7 @@ impl Traces {
     ) -> (Self, Exporting<impl SpanExporter + 'static>) {
         let (spans, waiting) = mpsc::channel(QUEUE_SPANS);
         let queue = Queue { spans, ratio, dropped: dropped.clone() };
-        (Self(Some(Arc::new(queue))), Exporting { waiting, exporter, dropped })
+        (Self(Some(Arc::new(queue))), Exporting { waiting, exporter, dropped, is_failing: false })
     }
 
     /// Returns true if spans are exported.
@@ -261,6 +264,8 @@ pub(crate) struct Exporting<E> {
     waiting: mpsc::Receiver<SpanData>,
     exporter: E,
     dropped: Counter,
+    /// True if the last export has failed.
+    is_failing: bool,
 }
 
 impl<E: SpanExporter> Exporting<E> {
@@ -305,16 +310,24 @@ impl<E: SpanExporter> Exporting<E> {
         tokio::time::timeout(END_TIMEOUT, rest).await.ok();
     }
 
-    async fn export(&self, spans: Vec<SpanData>) {
+    async fn export(&mut self, spans: Vec<SpanData>) {
         let number = spans.len();
         let exported = tokio::time::timeout(EXPORT_TIMEOUT, self.exporter.export(spans)).await;
         let error = match exported {
-            Ok(Ok(())) => return,
+            Ok(Ok(())) => {
+                self.is_failing = false;
+                return;
+            }
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {EXPORT_TIMEOUT:?}"),
         };
         self.dropped.add(&["export_failed"], crate::number(number as u64));
-        tracing::warn!(spans = number, error, "spans not exported");
+        // A collector that is away for hours must not fill the log.
+        if std::mem::replace(&mut self.is_failing, true) {
+            tracing::debug!(spans = number, error, "spans not exported");
+        } else {
+            tracing::warn!(spans = number, error, "spans not exported, further failures at debug");
+        }
     }
 }
 

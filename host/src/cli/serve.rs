@@ -48,7 +48,10 @@ impl Serve {
         umask();
         let settings = Arc::new(settings);
         let tls = tls(&settings)?;
-        let engine = assemble::engine(&settings, Options::of_server(&settings)).await?;
+        let metrics = assemble::metrics(&settings)?;
+        let otlp = assemble::otlp(&settings, &metrics)?;
+        let options = Options::of_server(&settings);
+        let engine = assemble::engine_with(&settings, options, metrics, otlp.as_ref()).await?;
         let authenticator = authenticator(&engine, &settings, self.insecure).await?;
         let _watcher = watch(&engine.parts().registry);
         let (listener, address) = bind(settings.server.listen, "--listen").await?;
@@ -108,8 +111,14 @@ impl Serve {
             }
         };
         let second_signal = async { while signals.next().await == ProcessSignal::Hangup {} };
+        let stopping = async {
+            shut_down(&settings, &engine, signal, &shutdown, &tasks).await;
+            if let Some(otlp) = otlp {
+                otlp.end().await;
+            }
+        };
         tokio::select! {
-            () = shut_down(&settings, &engine, signal, &shutdown, &tasks) => {
+            () = stopping => {
                 tracing::info!("server stopped");
             }
             () = second_signal => {

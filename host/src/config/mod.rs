@@ -22,7 +22,7 @@ use batchwright_memory::MemoryConfig;
 use batchwright_plugin::PluginsConfig;
 use batchwright_tenancy::{Prices, TenantDefaults};
 
-use crate::telemetry::{LogFilter, LogFormat};
+use crate::telemetry::{LogFilter, LogFormat, Ratio};
 
 pub use arguments::{All, LoaderSettings, PluginFolder, SettingsArgs};
 pub use environment::unknown_variables;
@@ -75,6 +75,12 @@ settings! {
         /// Number of projects with a value of their own of the label `tenant` in metrics; further
         /// ones share the value `other`, and with 0 no metric has the label
         metrics_max_tenants: usize = "0", "N";
+        /// URL of an OpenTelemetry collector that speaks OTLP over HTTP, such as
+        /// http://127.0.0.1:4318; traces and the metrics of generative AI go there
+        otlp_endpoint: Option<String> = "" (shown "OTEL_EXPORTER_OTLP_ENDPOINT, or none"), "URL";
+        /// Part of the successful requests whose traces are kept, from 0 to 1; traces of failed
+        /// requests are always kept
+        trace_requests: Ratio = "0.01", "RATIO";
         /// Log filter, such as `info` or `info,batchwright_egress=debug`
         log_filter: LogFilter = "info", "FILTER";
         /// Log format: `text` or `json`
@@ -90,7 +96,7 @@ settings! {
     }
 }
 
-value_from_str!(LogFilter LogFormat);
+value_from_str!(LogFilter LogFormat Ratio);
 
 /// Settings that had another name, with the name that they have now.
 const RENAMED: [(&str, &str); 2] =

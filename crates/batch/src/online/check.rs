@@ -1,18 +1,21 @@
 //! Check of an online request before anything is sent: its rules, its model and its plugin.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::text::truncate_for_message;
-use batchwright_plugin::Route;
 use batchwright_plugin::types::BatchContext;
+use batchwright_plugin::{Plugin, Route};
 use batchwright_store::StoreError;
+use batchwright_telemetry::Context;
 use uuid::Uuid;
 
 use crate::formats::input::InputLine;
 use crate::formats::line::{RequestLine, with_model};
 use crate::formats::result_line::online_request_id;
 use crate::online::body::OnlineBody;
+use crate::online::count::RequestFacts;
 use crate::online::{Admitted, Online, OnlineError, OnlineRequest};
 use crate::rules::ChunkValidator;
 
@@ -98,17 +101,48 @@ impl Online {
             metadata = body.about.metadata.as_deref(),
             "online request valid"
         );
+        let facts = self.facts(request, &id, &plugin, listed);
         Ok(Admitted {
             request,
             id,
             provider_model: at_provider,
-            listed,
+            facts,
             plugin,
             body: sent,
             is_stream,
             wants_usage: body.wants_usage,
             breaker,
             quota,
+        })
+    }
+
+    /// Returns what a valid request is counted by.
+    fn facts(
+        &self,
+        request: &OnlineRequest,
+        id: &str,
+        plugin: &Arc<Plugin>,
+        listed: Arc<str>,
+    ) -> Arc<RequestFacts> {
+        let context = request.trace.map_or_else(|| Context::of(id), |parent| parent.child());
+        let attempt = match request.trace {
+            // Without spans of our own, the provider continues the trace of the client.
+            Some(parent) if !self.spans.traces.is_enabled() => Some(parent),
+            Some(_) => Some(context.child()),
+            None => self.spans.attempt(context),
+        };
+        Arc::new(RequestFacts {
+            metrics: self.metrics.clone(),
+            spans: self.spans.clone(),
+            tenant: request.tenant.clone(),
+            plugin: plugin.clone(),
+            listed,
+            endpoint: request.endpoint,
+            id: id.to_owned(),
+            parent: request.trace,
+            context,
+            attempt,
+            usage: Mutex::default(),
         })
     }
 }

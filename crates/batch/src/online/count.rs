@@ -1,44 +1,49 @@
-//! Count of an online request in the metrics: once, however the request ends.
+//! Count of an online request in metrics and traces: once, however the request ends.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::usage::TokenUsage;
 use batchwright_plugin::Plugin;
+use batchwright_telemetry::Context;
 use tokio::time::Instant;
 
 use crate::metrics::{Counted, EngineMetrics, Outcome, Source};
-use crate::online::{Admitted, OnlineAnswer, OnlineError};
+use crate::online::{OnlineAnswer, OnlineError};
+use crate::spans::{Attempted, Ended, Spans};
 
 /// Request that is counted when dropped: without an outcome, as one whose client has left.
 pub(super) struct RequestCount {
-    labels: RequestLabels,
+    facts: Arc<RequestFacts>,
     began: Instant,
     outcome: Outcome,
+    /// HTTP status, if the provider has answered.
+    status: Option<u16>,
 }
 
 /// What a request and its tokens are counted by.
-#[derive(Clone)]
-pub(super) struct RequestLabels {
-    metrics: Arc<EngineMetrics>,
-    tenant: TenantId,
-    plugin: Arc<Plugin>,
-    listed: Arc<str>,
-    endpoint: Endpoint,
+pub(super) struct RequestFacts {
+    pub metrics: Arc<EngineMetrics>,
+    pub spans: Spans,
+    pub tenant: TenantId,
+    pub plugin: Arc<Plugin>,
+    pub listed: Arc<str>,
+    pub endpoint: Endpoint,
+    /// Id of the request.
+    pub id: String,
+    /// Span of the client.
+    pub parent: Option<Context>,
+    /// Context of the request.
+    pub context: Context,
+    /// Context that the provider gets.
+    pub attempt: Option<Context>,
+    /// Tokens, once they are known.
+    pub usage: Mutex<TokenUsage>,
 }
 
-impl RequestLabels {
-    pub(super) fn of(metrics: &Arc<EngineMetrics>, admitted: &Admitted<'_>) -> Self {
-        Self {
-            metrics: metrics.clone(),
-            tenant: admitted.request.tenant.clone(),
-            plugin: admitted.plugin.clone(),
-            listed: admitted.listed.clone(),
-            endpoint: admitted.request.endpoint,
-        }
-    }
-
+impl RequestFacts {
     fn counted(&self) -> Counted<'_> {
         Counted {
             source: Source::Online,
@@ -52,20 +57,28 @@ impl RequestLabels {
     /// Counts the tokens of the request.
     pub(super) fn tokens(&self, usage: TokenUsage) {
         self.metrics.tokens(self.counted(), usage);
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
     }
 }
 
 impl RequestCount {
-    pub(super) fn new(labels: RequestLabels, began: Instant) -> Self {
-        Self { labels, began, outcome: Outcome::Abandoned }
+    pub(super) fn new(facts: Arc<RequestFacts>, began: Instant) -> Self {
+        Self { facts, began, outcome: Outcome::Abandoned, status: None }
     }
 
     /// Sets the outcome, or passes the count on to a stream.
     pub(super) fn answered(mut self, result: &mut Result<OnlineAnswer, OnlineError>) {
         self.outcome = match result {
-            Ok(OnlineAnswer::Stream(stream)) => return stream.count(self),
-            Ok(OnlineAnswer::Whole { status: 200..=299, .. }) => Outcome::Succeeded,
-            Ok(OnlineAnswer::Whole { .. }) | Err(OnlineError::Failed { .. }) => Outcome::Failed,
+            Ok(OnlineAnswer::Stream(stream)) => {
+                self.status = Some(200);
+                return stream.count(self);
+            }
+            Ok(OnlineAnswer::Whole { status, .. }) => {
+                self.status = Some(*status);
+                let has_succeeded = (200..300).contains(status);
+                if has_succeeded { Outcome::Succeeded } else { Outcome::Failed }
+            }
+            Err(OnlineError::Failed { .. }) => Outcome::Failed,
             Err(_) => Outcome::Refused,
         };
     }
@@ -74,12 +87,51 @@ impl RequestCount {
     pub(super) fn ended(mut self, succeeded: bool) {
         self.outcome = if succeeded { Outcome::Succeeded } else { Outcome::Failed };
     }
+
+    /// Records the spans of the request.
+    fn record(&self, took: Duration) {
+        let facts = &*self.facts;
+        let began = SystemTime::now().checked_sub(took).unwrap_or(SystemTime::UNIX_EPOCH);
+        let has_succeeded = self.outcome == Outcome::Succeeded;
+        if self.outcome != Outcome::Refused {
+            facts.spans.attempted(&Attempted {
+                context: facts.attempt,
+                request: facts.context,
+                began,
+                duration: took,
+                plugin: facts.plugin.name(),
+                provider: &facts.plugin.description().name,
+                model: &facts.listed,
+                endpoint: facts.endpoint,
+                verdict: self.outcome.as_str(),
+                // A stream that broke off had begun with a success.
+                status: self.status.filter(|status| has_succeeded || *status >= 300),
+                usage: *facts.usage.lock().unwrap_or_else(PoisonError::into_inner),
+            });
+        }
+        let status = self.status.filter(|status| *status >= 300);
+        let error = status.map_or_else(|| self.outcome.as_str().to_owned(), |it| it.to_string());
+        facts.spans.ended(Ended {
+            context: facts.context,
+            parent: facts.parent,
+            line: None,
+            id: &facts.id,
+            began,
+            tenant: &facts.tenant,
+            plugin: facts.plugin.name(),
+            model: &facts.listed,
+            endpoint: facts.endpoint,
+            error: (!has_succeeded).then_some(error),
+        });
+    }
 }
 
 impl Drop for RequestCount {
     fn drop(&mut self) {
-        let RequestLabels { metrics, plugin, endpoint, .. } = &self.labels;
-        metrics.requests(self.labels.counted(), self.outcome, 1);
-        metrics.request_took(Source::Online, plugin.name(), *endpoint, self.began.elapsed());
+        let took = self.began.elapsed();
+        let RequestFacts { metrics, plugin, endpoint, .. } = &*self.facts;
+        metrics.requests(self.facts.counted(), self.outcome, 1);
+        metrics.request_took(Source::Online, plugin.name(), *endpoint, took);
+        self.record(took);
     }
 }

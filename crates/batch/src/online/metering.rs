@@ -13,7 +13,7 @@ use batchwright_domain::usage::TokenUsage;
 use batchwright_store::{Charge, OnlineUsage, StoreError};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use crate::online::count::RequestLabels;
+use crate::online::count::RequestFacts;
 use crate::online::{Admitted, Online};
 use crate::schedule::backoff::Backoff;
 use crate::schedule::quotas::{Hold, estimated_tokens};
@@ -28,7 +28,7 @@ pub(super) struct Metering {
     key: Option<KeyId>,
     endpoint: Endpoint,
     model: Arc<str>,
-    labels: RequestLabels,
+    facts: Arc<RequestFacts>,
     /// Estimated usage so far.
     seen: TokenUsage,
     /// Usage that the provider has reported.
@@ -46,7 +46,7 @@ impl Metering {
         let input = estimated_tokens(admitted.body.len());
         Self {
             reported: None,
-            labels: RequestLabels::of(&online.metrics, admitted),
+            facts: admitted.facts.clone(),
             _pending: online.tasks.token(),
             online,
             tenant: admitted.request.tenant.clone(),
@@ -100,7 +100,7 @@ impl Metering {
     /// Begins to write the usage, on a task that a client who leaves does not end.
     fn write(&mut self, usage: TokenUsage) -> Option<tokio::task::JoinHandle<()>> {
         let hold = self.hold.take()?;
-        self.labels.tokens(usage);
+        self.facts.tokens(usage);
         let (online, tenant, model) =
             (self.online.clone(), self.tenant.clone(), self.model.clone());
         let price = hold.price(&model);

@@ -37,6 +37,7 @@ use batchwright_memory::Reservation;
 use batchwright_plugin::types::{Answer, Outcome, Request, Response, Step};
 use batchwright_plugin::{CallError, Plugin, Registry};
 use batchwright_store::{Store, StoreError};
+use batchwright_telemetry::Context;
 use batchwright_tenancy::quota::{Blocked, Standing};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +46,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::formats::result_line::tokens;
 use crate::metrics::EngineMetrics;
-use crate::online::count::{RequestCount, RequestLabels};
+use crate::online::count::{RequestCount, RequestFacts};
 pub use crate::online::error::OnlineError;
 use crate::online::metering::Metering;
 pub use crate::online::stream::OnlineStream;
@@ -58,6 +59,7 @@ use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, FailureVer
 use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
 use crate::schedule::quotas::{Quotas, TenantQuota};
+use crate::spans::Spans;
 
 /// Time after which a client may try again when nothing better is known.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
@@ -79,6 +81,8 @@ pub struct OnlineRequest {
     pub log_id: String,
     /// Id that the client gives to the request, for the log.
     pub client_id: Option<String>,
+    /// Span of the client that the request belongs to.
+    pub trace: Option<Context>,
 }
 
 /// Answer to an online request.
@@ -115,6 +119,7 @@ pub struct Online {
     breakers: Arc<Breakers>,
     quotas: Arc<Quotas>,
     metrics: Arc<EngineMetrics>,
+    spans: Spans,
     gate: Gate,
     closing: CancellationToken,
     /// Cancelled when the requests in flight must end.
@@ -133,8 +138,8 @@ struct Admitted<'a> {
     id: String,
     /// Model as the provider knows it.
     provider_model: String,
-    /// Entry of the plugin file that names the model.
-    listed: Arc<str>,
+    /// What the request is counted by.
+    facts: Arc<RequestFacts>,
     plugin: Arc<Plugin>,
     /// Body to send.
     body: String,
@@ -168,6 +173,7 @@ impl Online {
             breakers,
             quotas,
             metrics: shared.metrics.clone(),
+            spans: shared.spans.clone(),
             gate: shared.gate.clone(),
             closing: shared.closing.clone(),
             ended: CancellationToken::new(),
@@ -191,8 +197,7 @@ impl Online {
             Err(error) => (None, Err(error)),
             Ok(admitted) => {
                 let (quota, model) = (admitted.quota.clone(), admitted.provider_model.clone());
-                let labels = RequestLabels::of(&self.metrics, &admitted);
-                let count = RequestCount::new(labels, started);
+                let count = RequestCount::new(admitted.facts.clone(), started);
                 let mut result = self.send_in_time(admitted).await;
                 count.answered(&mut result);
                 (Some(quota.standing(&model)), result)
@@ -249,6 +254,7 @@ impl Online {
             .map_err(|blocked| self.limited(blocked))?;
         let permit = self.permit(&admitted).await?;
         let mut exchange = Exchange::new(plugin, tenant, Refusals::default());
+        exchange.trace = admitted.facts.attempt;
         exchange.permit = Some(permit);
         exchange.has_rate_permit = true;
         exchange.reservation.grow_to(plugin.gateway().expected_response_bytes()).await;

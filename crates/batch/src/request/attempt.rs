@@ -37,22 +37,24 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::NoCredential;
 use batchwright_plugin::types::Request;
 use batchwright_plugin::{Plugin, Route, Snapshot};
+use batchwright_telemetry::Context as TraceContext;
 
 use crate::metrics::Source;
 use crate::request::conclusion::EndedSteps;
 use crate::request::context::{Context, DEFER_THRESHOLD, Line};
 use crate::request::exchange::Exchange;
-use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, failure, identity};
+use crate::request::outcome::{AttemptOutcome, FinalAnswer, Metered, error_of, failure, identity};
 use crate::request::steps::StepOutcome;
 use crate::schedule::breaker::{Breaker, BreakerDecision, FailureKind, Probe};
 use crate::schedule::quotas::{Hold, QUOTA_RETRY_INTERVAL};
 use crate::schedule::retry_queue::RetryState;
+use crate::spans::Ended;
 
 impl Context {
     /// Makes one attempt at a request. Returns its outcome, with the entry of the plugin file that
@@ -72,9 +74,21 @@ impl Context {
         };
         let (plugin, listed) = (route.plugin.clone(), route.listed.clone());
         let outcome = self.attempt_at(route, plugins, line, retry_state).await;
-        if let AttemptOutcome::Answered(_) = outcome {
+        if let AttemptOutcome::Answered(FinalAnswer { answer, .. }) = &outcome {
             let time = began.until(self.clock.now());
             self.metrics.request_took(Source::Batch, plugin.name(), self.endpoint, time);
+            self.spans.ended(Ended {
+                context: TraceContext::of(line.id),
+                parent: None,
+                line: Some((&self.batch, line.number)),
+                id: line.id,
+                began: SystemTime::now().checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH),
+                tenant: &self.tenant,
+                plugin: plugin.name(),
+                model: &listed,
+                endpoint: self.endpoint,
+                error: error_of(answer),
+            });
         }
         (Some(listed), outcome)
     }
@@ -82,7 +96,7 @@ impl Context {
     /// Makes one attempt at a request at the plugin of a route.
     async fn attempt_at(
         &self,
-        Route { plugin, model, .. }: Route,
+        Route { plugin, model, listed }: Route,
         plugins: Arc<Snapshot>,
         line: Line<'_>,
         mut retry_state: RetryState,
@@ -95,7 +109,9 @@ impl Context {
             ControlFlow::Continue(probe) => probe,
             ControlFlow::Break(outcome) => return outcome,
         };
+        let trace = (self.spans.attempt(TraceContext::of(line.id)), SystemTime::now());
         let mut exchange = Exchange::new(&plugin, &self.tenant, retry_state.refusals);
+        exchange.trace = trace.0;
         if !self.load_job(&mut exchange, line, retry_state.has_job).await {
             return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
         }
@@ -161,6 +177,8 @@ impl Context {
         let ended = EndedSteps {
             line,
             plugin: plugin.clone(),
+            listed,
+            trace,
             breaker: &breaker,
             is_probe: probe.is_some(),
             sent: exchange.last,

@@ -1,14 +1,16 @@
 //! Conclusion of an attempt: what its answer means for the breaker, the job and the next attempt.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::refusal_pause;
 use batchwright_memory::Reservation;
 use batchwright_plugin::Plugin;
 use batchwright_plugin::types::Answer;
+use batchwright_telemetry::Context as TraceContext;
 
+use crate::formats::result_line::tokens;
 use crate::request::assessment::ProviderSignal;
 use crate::request::context::{Context, Line};
 use crate::request::exchange::ExchangeSummary;
@@ -16,6 +18,7 @@ use crate::request::failures::describe_trouble;
 use crate::request::outcome::{AttemptOutcome, FinalAnswer, milliseconds};
 use crate::schedule::breaker::{Breaker, FailureKind, FailureVerdict};
 use crate::schedule::retry_queue::RetryState;
+use crate::spans::Attempted;
 
 /// Steps of an attempt that have ended with an answer, or with the adapter's request to retry.
 pub(super) struct EndedSteps<'a> {
@@ -23,6 +26,10 @@ pub(super) struct EndedSteps<'a> {
     pub line: Line<'a>,
     /// Plugin of the attempt.
     pub plugin: Arc<Plugin>,
+    /// Entry of the plugin file that names the model.
+    pub listed: Arc<str>,
+    /// Context of the attempt, if it is traced, and its start.
+    pub trace: (Option<TraceContext>, SystemTime),
     /// Breaker of the plugin.
     pub breaker: &'a Breaker,
     /// True if the attempt was the half-open probe of the breaker.
@@ -69,6 +76,9 @@ impl Context {
     ) -> AttemptOutcome {
         let signal = self.conclude_job(&ended, &mut retry_state).await;
         let sent = ended.sent.as_ref().map(|sent| sent.assessment.signal);
+        if let Some(signal) = sent {
+            self.record_attempt(&ended, signal);
+        }
         let plugin = ended.plugin.clone();
         let outcome = self.conclude_as(signal, ended, retry_state);
         if let Some(signal) = sent {
@@ -76,6 +86,28 @@ impl Context {
             self.metrics.attempted(plugin.name(), signal.as_str(), is_retried);
         }
         outcome
+    }
+
+    /// Records the span of an attempt, and its tokens.
+    fn record_attempt(&self, ended: &EndedSteps<'_>, signal: ProviderSignal) {
+        let (context, began) = ended.trace;
+        let (status, usage) = match &ended.answer {
+            Answer::Response(response) => (Some(response.status), response.usage.map(tokens)),
+            Answer::Failure(_) => (None, None),
+        };
+        self.spans.attempted(&Attempted {
+            context,
+            request: TraceContext::of(ended.line.id),
+            began,
+            duration: ended.duration,
+            plugin: ended.plugin.name(),
+            provider: &ended.plugin.description().name,
+            model: &ended.listed,
+            endpoint: self.endpoint,
+            verdict: signal.as_str(),
+            status,
+            usage: usage.unwrap_or_default(),
+        });
     }
 
     /// Draws the conclusions from what the provider has signaled.

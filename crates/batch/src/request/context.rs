@@ -18,6 +18,7 @@ use crate::schedule::breakers::Breakers;
 use crate::schedule::gate::Gate;
 use crate::schedule::quotas::{BatchShare, TenantQuota};
 use crate::schedule::stop::Stop;
+use crate::spans::Spans;
 
 /// Minimum wait for which a request with a stored job leaves memory. It is also the pause after a
 /// failed read of a job state.
@@ -55,6 +56,8 @@ pub(crate) struct Context {
     pub gate: Gate,
     /// Counted metrics.
     pub metrics: Arc<EngineMetrics>,
+    /// Spans of requests.
+    pub spans: Spans,
     /// Queue in which the requests of the batch wait for their provider.
     pub queue: QueueId,
     /// Quota of the tenant.

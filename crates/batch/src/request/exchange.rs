@@ -13,6 +13,7 @@ use batchwright_egress::{
 use batchwright_memory::Reservation;
 use batchwright_plugin::types::{Answer, Classification, Outcome, Request, Response, Step};
 use batchwright_plugin::{CallError, Plugin};
+use batchwright_telemetry::Context;
 
 use crate::formats::server_event;
 use crate::request::assessment::{Assessment, CLASSIFY_BODY_BYTES, ProviderSignal};
@@ -51,6 +52,8 @@ pub(crate) struct Exchange<'a> {
     pub job_is_kept: bool,
     /// Refusals of the request so far.
     pub refusals: Refusals,
+    /// Context that the provider gets; none if nothing is traced.
+    pub trace: Option<Context>,
 }
 
 /// Returns true if the classification of the adapter may change the verdict.
@@ -61,6 +64,9 @@ fn may_be_error(response: &HttpResponse, assessment: &Assessment) -> bool {
         || (response.body.len() < CLASSIFY_BODY_BYTES
             && memchr::memmem::find(&response.body, b"\"error\"").is_some())
 }
+
+/// Header with the context of a request, of W3C Trace Context.
+const TRACE_HEADER: &str = "traceparent";
 
 /// Beginning of a stream.
 enum First {
@@ -108,6 +114,7 @@ impl<'a> Exchange<'a> {
             job: None,
             job_is_kept: false,
             refusals,
+            trace: None,
         }
     }
 
@@ -146,10 +153,11 @@ impl<'a> Exchange<'a> {
     pub(crate) async fn send(
         &mut self,
         tenant: &TenantId,
-        request: HttpRequest,
+        mut request: HttpRequest,
         clock: &Clock,
     ) -> Outcome {
         self.begin_send(clock).await;
+        self.pass_trace(&mut request);
         let Some(permit) = &mut self.permit else { return Outcome::Elapsed };
         let gateway = self.plugin.gateway();
         let outcome = match gateway.send(tenant, request, permit, &mut self.reservation).await {
@@ -168,10 +176,11 @@ impl<'a> Exchange<'a> {
     pub(crate) async fn send_for_events(
         &mut self,
         tenant: &TenantId,
-        request: HttpRequest,
+        mut request: HttpRequest,
         clock: &Clock,
     ) -> Result<(Events, Vec<u8>), Outcome> {
         self.begin_send(clock).await;
+        self.pass_trace(&mut request);
         let Some(permit) = &mut self.permit else { return Err(Outcome::Elapsed) };
         let gateway = self.plugin.gateway();
         let reservation = &mut self.reservation;
@@ -203,6 +212,13 @@ impl<'a> Exchange<'a> {
         };
         self.assess(tenant, &outcome, clock).await;
         Err(outcome)
+    }
+
+    /// Adds the context of the attempt to a request.
+    fn pass_trace(&self, request: &mut HttpRequest) {
+        let Some(context) = self.trace else { return };
+        request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case(TRACE_HEADER));
+        request.headers.push((TRACE_HEADER.to_owned(), context.traceparent()));
     }
 
     /// Waits for `requests_per_minute` if the attempt has not done so, and starts the time.

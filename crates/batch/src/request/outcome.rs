@@ -47,6 +47,19 @@ pub(crate) fn identity(plugin: &Plugin) -> usize {
     std::ptr::from_ref(plugin) as usize
 }
 
+/// Returns the HTTP status or the code of an answer that is a failure, for the traces.
+pub(crate) fn error_of(answer: &Answer) -> Option<String> {
+    match answer {
+        Answer::Response(response) if (200..300).contains(&response.status) => None,
+        Answer::Response(response) => Some(response.status.to_string()),
+        // A guest may write anything into the code of a failure.
+        Answer::Failure(failure) => Some(match ErrorCode::parse(&failure.code) {
+            Some(code) => code.as_str().to_owned(),
+            None => "plugin_failure".to_owned(),
+        }),
+    }
+}
+
 /// Converts a duration to milliseconds, for the log.
 pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::ids::{FileId, ObjectKey, TenantId};
 use batchwright_domain::units::Size;
@@ -54,6 +54,7 @@ pub struct Upload {
     reservation: Reservation,
     /// Bytes that count toward the limit of the project until the record exists.
     counted: UploadingBytes,
+    began: SystemTime,
 }
 
 /// Registered object of an upload. Dropped without a record, the object is left to the janitor.
@@ -84,9 +85,10 @@ impl Service {
         let reservation = self.memory.clients.reservation(&tenant.as_str().into());
         // On a separate task: if the client disconnects now, the object is registered, and its
         // upload is dropped and abandoned after that.
+        let began = SystemTime::now();
         let creating = tokio::spawn(async move {
             let writer = RegisteredWriter::create(store, objects, clock, key).await?;
-            Ok(Upload { object, writer, reservation, counted })
+            Ok(Upload { object, writer, reservation, counted, began })
         });
         creating.await.unwrap_or(Err(StoreError::Closed))
     }
@@ -188,7 +190,7 @@ impl Upload {
             self.writer.abort().await;
             return Err(UploadError::Empty);
         }
-        let Self { mut object, writer, reservation, counted: _counted } = self;
+        let Self { mut object, writer, reservation, counted: _counted, began } = self;
         let bytes = writer.finish().await?;
         drop(reservation);
         let service = object.service.clone();
@@ -207,6 +209,7 @@ impl Upload {
         let bounds = service.policy(tenant).await?.storage();
         service.store.insert_file(tenant, file.clone(), bounds).await?;
         object.is_recorded = true;
+        service.spans.uploaded(tenant, &file.id, file.bytes, began);
         Ok(file)
     }
 

@@ -33,6 +33,7 @@ use crate::schedule::quotas::Quotas;
 use crate::schedule::running::Running;
 use crate::schedule::stop::Reason;
 use crate::service::uploading::{Uploading, UploadingBytes};
+use crate::spans::Spans;
 
 /// Batches and files of all tenants, as clients see them.
 pub struct Service {
@@ -48,6 +49,7 @@ pub struct Service {
     quotas: Arc<Quotas>,
     work_available: Arc<Notify>,
     aborted_uploads: Arc<AbortedUploads>,
+    spans: Spans,
     uploading: Arc<Uploading>,
     cleanup_needed: Arc<Notify>,
 }
@@ -81,6 +83,7 @@ impl Service {
             quotas,
             work_available: shared.work_available.clone(),
             aborted_uploads: shared.aborted_uploads.clone(),
+            spans: shared.spans.clone(),
             uploading: Arc::default(),
             cleanup_needed: shared.cleanup_needed.clone(),
         }

@@ -32,6 +32,7 @@ use crate::schedule::lanes::{Lanes, Next};
 use crate::schedule::parked::Parked;
 use crate::schedule::quotas::Quotas;
 use crate::schedule::running::Running;
+use crate::spans::Spans;
 
 /// Duration of a lease without renewal.
 const LEASE_DURATION: Duration = Duration::from_secs(30);
@@ -93,6 +94,7 @@ pub(crate) struct Worker {
     breakers: Arc<Breakers>,
     quotas: Arc<Quotas>,
     metrics: Arc<EngineMetrics>,
+    spans: Spans,
     /// Closed while results cannot be written.
     gate: Gate,
     parked: Parked,
@@ -125,6 +127,7 @@ impl Worker {
             breakers,
             quotas,
             metrics: shared.metrics.clone(),
+            spans: shared.spans.clone(),
             gate: shared.gate.clone(),
             parked: Parked::default(),
             backoffs: Backoffs::default(),

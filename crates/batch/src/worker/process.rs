@@ -2,7 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
@@ -202,6 +202,7 @@ impl Worker {
                 self.parked.forget(claim);
                 self.quotas.forget(&claim.tenant, &claim.batch_id);
                 self.metrics.batch_ended(&claim.tenant, &ended);
+                self.spans.batch_ended(&claim.tenant, &ended);
             }
             let counts = ended.counts;
             tracing::info!(
@@ -238,12 +239,19 @@ impl Worker {
         batch: &BatchRecord,
         end: BatchEnd,
     ) -> Result<()> {
+        let began = SystemTime::now();
         let too_late = async {
             self.closing.cancelled().await;
             self.clock.sleep(self.config.execution.shutdown_grace.duration()).await;
         };
         tokio::select! {
-            finalized = self.finalize(claim, batch, end) => finalized,
+            finalized = self.finalize(claim, batch, end) => {
+                let has_failed = finalized.is_err();
+                self.spans.part("finalize", (&claim.tenant, &claim.batch_id), began, |span| {
+                    if has_failed { span.failed("store") } else { span }
+                });
+                finalized
+            }
             () = too_late => self.store.release(claim, Release::KeepPosition).await,
         }
     }

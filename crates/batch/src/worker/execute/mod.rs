@@ -35,7 +35,7 @@ mod in_flight;
 mod targets;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_memory::Holder;
@@ -142,6 +142,7 @@ impl Worker {
             leave: stop.child(),
             gate: self.gate.clone(),
             metrics: self.metrics.clone(),
+            spans: self.spans.clone(),
             queue: self.next_queue(&claim.tenant),
             quota: self.quotas.of(&claim.tenant),
             share: BatchShare {
@@ -149,6 +150,7 @@ impl Worker {
                 expires_at: batch.new.expires_at,
             },
         });
+        let began = SystemTime::now();
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, &batch.new, to_record);
         let working = async {
@@ -173,6 +175,7 @@ impl Worker {
         };
         // Answers are recorded even if the input cannot be read to its end.
         let ((), taken) = tokio::try_join!(recording, async { Ok(working.await) })?;
+        self.spans.part("execute", (&claim.tenant, &claim.batch_id), began, |span| span);
         Ok(match (taken?, stop.reason()) {
             (_, Some(reason)) => ExecutionOutcome::Stopped(reason),
             (Pause::TurnOver, None) => ExecutionOutcome::TurnOver,

@@ -8,9 +8,10 @@ mod chunks;
 mod file;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use batchwright_domain::error_code::ErrorCode;
-use batchwright_domain::ids::{FileId, ObjectKey};
+use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 use batchwright_domain::limits::Limit;
 use batchwright_memory::{Holder, Reservation};
 use batchwright_plugin::CallError;
@@ -118,7 +119,8 @@ impl Worker {
         let chunks = stream::iter(first.map(Ok)).chain(rest);
         let max_requests =
             max_requests.unwrap_or(u64::MAX).min(*self.config.batch.max_requests_per_file);
-        match self.validate_chunks(chunks, Arc::new(validator), max_requests).await? {
+        let of = (tenant.clone(), batch.new.id.clone());
+        match self.validate_chunks(of, chunks, Arc::new(validator), max_requests).await? {
             Ok(mut whole) => {
                 whole.explain_models(&plugins, tenant, &permissions);
                 Ok(whole.verdict(judged_by))
@@ -130,6 +132,7 @@ impl Worker {
     /// Validates chunks in parallel and merges their results in order.
     async fn validate_chunks(
         &self,
+        of: (TenantId, BatchId),
         chunks: impl Stream<Item = Result<(Vec<InputLine>, Reservation)>>,
         validator: Arc<ChunkValidator>,
         max_requests: u64,
@@ -137,13 +140,22 @@ impl Worker {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let validated = chunks
             .map(|chunk| {
-                let validator = validator.clone();
+                let (validator, spans, of) = (validator.clone(), self.spans.clone(), of.clone());
                 async move {
                     let (chunk, memory) = chunk?;
                     // Each chunk has its own task, so that all cores are used.
                     let validating = AbortOnDropHandle::new(tokio::spawn(async move {
+                        let (began, lines) = (SystemTime::now(), chunk.len() as u64);
                         let validated = validator.validate(chunk).await;
                         drop(memory);
+                        let code = validated.as_ref().err().map(CallError::code);
+                        spans.part("validate", (&of.0, &of.1), began, |span| {
+                            let span = span.number("lines", lines);
+                            match code {
+                                Some(code) => span.failed(code.as_str()),
+                                None => span,
+                            }
+                        });
                         validated
                     }));
                     Ok::<_, StoreError>(validating.await)
