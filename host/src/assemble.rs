@@ -17,6 +17,7 @@ use batchwright_store::objects::LocalObjects;
 use batchwright_store::{MeasuredObjects, SqliteStore};
 use batchwright_telemetry::{Error as MetricsError, Metrics, Otlp, OtlpConfig};
 use batchwright_tenancy::SealingKey;
+use batchwright_webhooks::{Deliverer, WebhookService};
 
 use crate::clock::Clock;
 use crate::config::{ConfigError, Settings};
@@ -83,16 +84,30 @@ fn loader_with(
     Ok(Loader::new(loading, options.clock)?)
 }
 
-/// Returns the credentials that projects set, if there is a key to seal them.
-fn credentials(
-    settings: &Settings,
-    store: Arc<SqliteStore>,
-) -> Result<Option<Arc<ProjectCredentials>>, Error> {
+/// Returns the key that seals secrets of projects, if there is one.
+fn sealing_key(settings: &Settings) -> Result<Option<SealingKey>, Error> {
     let Some(source) = &settings.plugins.credential_key else { return Ok(None) };
     let invalid = |message: String| ConfigError::Value { setting: "credential_key", message };
     let text = read_secret(source).map_err(invalid)?;
     let key = SealingKey::parse(&text).map_err(|error| invalid(error.to_string()))?;
-    Ok(Some(ProjectCredentials::new(store, key)))
+    Ok(Some(key))
+}
+
+/// Builds the webhooks of a server, and what delivers their events.
+pub fn webhooks(
+    settings: &Settings,
+    engine: &Engine,
+) -> Result<(Arc<WebhookService>, Arc<Deliverer>), Error> {
+    let parts = engine.parts();
+    let (store, clock) = (parts.store.clone(), parts.clock.clone());
+    let key = sealing_key(settings)?;
+    let service = WebhookService::new(store, clock, settings.webhooks.clone(), key);
+    let service = Arc::new(service.map_err(|error| ConfigError::Value {
+        setting: "webhook_allow_http",
+        message: error.to_string(),
+    })?);
+    let deliverer = Deliverer::new(service.clone(), &parts.metrics).map_err(uncounted)?;
+    Ok((service, deliverer))
 }
 
 /// Registers the metrics of HTTP requests beside those of an engine.
@@ -153,7 +168,7 @@ pub async fn engine_with(
     let memory = memory(settings);
     let clock = options.clock.clone();
     let store = Arc::new(store);
-    let credentials = credentials(settings, store.clone())?;
+    let credentials = sealing_key(settings)?.map(|key| ProjectCredentials::new(store.clone(), key));
     let secrets = credentials.clone().map(|found| found as Arc<dyn ProjectSecrets>);
     let loader = loader_with(settings, options, (&memory, &metrics), secrets)?;
     let registry = Registry::open(&directory, loader).await?;

@@ -104,6 +104,7 @@ fn metrics_page() {
         batchwright_plugin::METRICS,
         batchwright_plugin::SANDBOX_METRICS,
         batchwright_store::METRICS,
+        batchwright_webhooks::METRICS,
         batchwright_memory::METRICS,
         batchwright_api::METRICS,
         batchwright_telemetry::otlp::METRICS,

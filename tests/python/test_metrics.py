@@ -14,6 +14,7 @@ ADMIN_LISTENER = ("--admin-listen", "127.0.0.1:0")
 
 # Metrics that have no series until something happens: other tests make it happen.
 RARE = {
+    "batchwright_webhook_attempts",
     "batchwright_trace_spans_dropped",
     "batchwright_plugin_contract_violations",
     "batchwright_request_retries",

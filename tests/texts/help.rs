@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 45] = [
+const COMMANDS: [&str; 53] = [
     "",
     "serve",
     "run",
@@ -50,6 +50,14 @@ const COMMANDS: [&str; 45] = [
     "batch download",
     "file list",
     "file delete",
+    "webhook create",
+    "webhook list",
+    "webhook update",
+    "webhook delete",
+    "webhook rotate-secret",
+    "webhook test",
+    "webhook deliveries",
+    "webhook redeliver",
 ];
 
 #[test]

@@ -120,6 +120,11 @@ impl ApiError {
                 return Self { retry_after: Some(OPEN_BATCH_RETRY_SECONDS), ..error }
                     .with_code(ErrorCode::OpenBatchLimitExceeded);
             }
+            Refusal::Webhooks(limit) => {
+                return Self::bad_request(format!(
+                    "The project has {limit} webhook endpoints already; delete some."
+                ));
+            }
             Refusal::Secrets(limit) => {
                 return Self::bad_request(format!(
                     "The project has {limit} credentials already; delete some."

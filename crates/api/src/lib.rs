@@ -8,6 +8,7 @@
 #![warn(unreachable_pub)]
 
 mod auth;
+mod batch_events;
 mod batches;
 mod config;
 mod connections;
@@ -36,6 +37,7 @@ mod server;
 mod state;
 mod tls;
 mod traces;
+mod webhooks;
 mod wire;
 
 use std::net::SocketAddr;
@@ -50,6 +52,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use batchwright_batch::{BatchConfig, Engine};
 use batchwright_domain::text::truncate_for_message;
+use batchwright_webhooks::WebhookService;
 pub use config::ApiConfig;
 use error::ApiError;
 pub use metrics::{HttpMetrics, METRICS};
@@ -87,11 +90,20 @@ fn routes() -> (Router<Arc<ApiState>>, OpenApi) {
         .routes(routes!(batches::create, batches::list))
         .routes(routes!(batches::get))
         .routes(routes!(batches::cancel))
+        .routes(routes!(batch_events::of_project))
+        .routes(routes!(batch_events::of_batch))
         .routes(routes!(plugins::list))
         .routes(routes!(plugins::of_batch))
         .routes(routes!(models::list))
         .routes(routes!(credentials::list, credentials::set))
         .routes(routes!(credentials::delete))
+        .routes(routes!(webhooks::create, webhooks::list))
+        .routes(routes!(webhooks::get, webhooks::update, webhooks::delete))
+        .routes(routes!(webhooks::rotate_secret))
+        .routes(routes!(webhooks::test))
+        .routes(routes!(webhooks::deliveries))
+        .routes(routes!(webhooks::redeliver))
+        .routes(routes!(webhooks::event_types))
         .routes(routes!(online::chat_completions).layer(DefaultBodyLimit::disable()))
         .routes(routes!(online::completions).layer(DefaultBodyLimit::disable()))
         .routes(routes!(online::embeddings).layer(DefaultBodyLimit::disable()))
@@ -116,12 +128,12 @@ pub fn openapi_document(limits: &BatchConfig) -> serde_json::Value {
 ///
 /// `authenticator` decides who sends a request.
 pub fn router(
-    engine: &Engine,
+    (engine, webhooks): (&Engine, &Arc<WebhookService>),
     authenticator: &Arc<Authenticator>,
     (settings, address): (&ApiConfig, SocketAddr),
     metrics: &HttpMetrics,
 ) -> Router {
-    let app = ApiState::new(engine);
+    let app = ApiState::new(engine, webhooks);
     let parts = engine.parts();
     let administration = Organization::of_server(
         parts.store.clone(),
@@ -181,7 +193,7 @@ fn health_routes() -> Router<Arc<ApiState>> {
 /// Returns the router of the admin listener: health, metrics, and the plugins with the outages of
 /// all tenants.
 pub fn admin_router(
-    engine: &Engine,
+    (engine, webhooks): (&Engine, &Arc<WebhookService>),
     (settings, address): (&ApiConfig, SocketAddr),
     metrics: &HttpMetrics,
 ) -> Router {
@@ -200,7 +212,7 @@ pub fn admin_router(
         ))
         .layer(middleware::from_fn(tag_response))
         .layer(middleware::from_fn_with_state(metrics.clone(), metrics::count))
-        .with_state(ApiState::new(engine))
+        .with_state(ApiState::new(engine, webhooks))
 }
 
 /// Id of a request, for the response and the log.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use batchwright_batch::BatchConfig;
 use batchwright_domain::endpoint::Endpoint;
+use batchwright_domain::webhook::EventType;
 use batchwright_tenancy::Scopes;
 use serde_json::{Value, json};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
@@ -74,6 +75,13 @@ pub(crate) fn document(mut generated: OpenApi, settings: &BatchConfig) -> Value 
         (
             "/components/schemas/CreateBatch/properties/metadata/propertyNames",
             json!({"type": "string", "maxLength": settings.max_metadata_key}),
+        ),
+        (
+            "/components/schemas/WebhookEventType",
+            json!({
+                "type": "string",
+                "enum": EventType::ALL.iter().map(|event| event.as_str()).collect::<Vec<_>>(),
+            }),
         ),
         ("/components/schemas/KeyScope", json!({"type": "string", "enum": Scopes::all().names()})),
         (

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use batchwright_batch::{Config, Engine, Health, Online, Service};
+use batchwright_batch::{Config, Engine, Health, Online, ProgressHub, Service};
 use batchwright_domain::clock::Clock;
 use batchwright_memory::Memory;
 use batchwright_plugin::Registry;
+use batchwright_webhooks::WebhookService;
 
 /// State of the API, which all requests share.
 pub(crate) struct ApiState {
@@ -13,6 +14,10 @@ pub(crate) struct ApiState {
     pub service: Arc<Service>,
     /// Answers online requests.
     pub online: Arc<Online>,
+    /// Progress of batches, for listeners.
+    pub progress: Arc<ProgressHub>,
+    /// Webhooks of all tenants.
+    pub webhooks: Arc<WebhookService>,
     /// Probes of the server.
     pub health: Arc<Health>,
     /// Plugins that serve now.
@@ -27,11 +32,13 @@ pub(crate) struct ApiState {
 
 impl ApiState {
     /// Returns the state of the API of an engine.
-    pub(crate) fn new(engine: &Engine) -> Arc<Self> {
+    pub(crate) fn new(engine: &Engine, webhooks: &Arc<WebhookService>) -> Arc<Self> {
         let parts = engine.parts();
         Arc::new(Self {
             service: engine.service().clone(),
             online: engine.online().clone(),
+            progress: engine.progress().clone(),
+            webhooks: webhooks.clone(),
             health: engine.health().clone(),
             registry: parts.registry.clone(),
             memory: parts.memory.clone(),

@@ -12,6 +12,7 @@ use crate::metrics::EngineMetrics;
 use crate::observer::{self, Observer};
 use crate::online::Online;
 use crate::parts::{Parts, Shared};
+use crate::progress::ProgressHub;
 use crate::schedule::breakers::Breakers;
 use crate::schedule::quotas::Quotas;
 use crate::schedule::stop::Reason;
@@ -30,6 +31,7 @@ pub struct Engine {
     worker: Arc<Worker>,
     janitor: Arc<Janitor>,
     observer: Arc<Observer>,
+    progress: Arc<ProgressHub>,
     parts: Parts,
     shared: Shared,
     tasks: TaskTracker,
@@ -54,6 +56,7 @@ impl Engine {
             worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
             observer: Observer::new(&parts, &shared),
+            progress: ProgressHub::new(&parts, &shared),
             parts,
             shared,
             tasks,
@@ -70,6 +73,11 @@ impl Engine {
     /// Returns what answers online requests.
     pub fn online(&self) -> &Arc<Online> {
         &self.online
+    }
+
+    /// Returns the progress of batches, for listeners.
+    pub fn progress(&self) -> &Arc<ProgressHub> {
+        &self.progress
     }
 
     /// Returns the probes of the server.
@@ -93,6 +101,7 @@ impl Engine {
             worker.claim_batches().await;
         });
         self.tasks.spawn(self.worker.clone().watch_changes());
+        self.tasks.spawn(self.progress.clone().run());
         if self.parts.metrics.is_enabled() {
             self.tasks.spawn(self.observer.clone().run());
         }

@@ -182,6 +182,8 @@ error_codes! {
     UnsupportedContentEncoding = "unsupported_content_encoding" in Call;
     /// The body has another content type than the method needs.
     UnsupportedContentType = "unsupported_content_type" in Call;
+    /// The webhook endpoint could not be reached by a test; the message says why.
+    WebhookEndpointUnreachable = "webhook_endpoint_unreachable" in Call;
 }
 
 impl std::fmt::Display for ErrorCode {

@@ -73,6 +73,16 @@ id! {
 }
 
 id! {
+    /// Id of a webhook endpoint, such as `whe_8d0c…`, unique for its tenant.
+    WebhookId
+}
+
+id! {
+    /// Id of an event, such as `evt_8d0c…`, the same in every delivery.
+    EventId
+}
+
+id! {
     /// Id of a batch, unique for its tenant.
     BatchId
 }

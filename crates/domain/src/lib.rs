@@ -16,4 +16,5 @@ pub mod status;
 pub mod text;
 pub mod units;
 pub mod usage;
+pub mod webhook;
 pub mod window;

@@ -24,6 +24,8 @@ enum Pattern {
     Host(Host<String>),
     /// All hosts below a domain, which is stored with a leading dot.
     Subdomains(String),
+    /// All hosts, as long as their addresses are public.
+    Public,
 }
 
 #[derive(Clone, Debug)]
@@ -34,6 +36,8 @@ struct Entry {
     /// Scheme of the URL that the entry comes from, or https if the entry has no port; any scheme
     /// if absent.
     scheme: Option<String>,
+    /// True if every port matches.
+    has_any_port: bool,
 }
 
 /// Hosts that one plugin may reach.
@@ -66,6 +70,7 @@ impl AllowList {
                 pattern: Pattern::Host(host),
                 port: url.port_or_known_default(),
                 scheme: Some(url.scheme().to_owned()),
+                has_any_port: false,
             })
         };
         let mut entries: Vec<Entry> = urls.iter().filter_map(of_url).collect();
@@ -73,6 +78,35 @@ impl AllowList {
             entries.push(parse_entry(entry).ok_or_else(|| InvalidAllow { entry: entry.clone() })?);
         }
         Ok(Self { file, entries })
+    }
+
+    /// Returns the list for URLs of tenants: public addresses by HTTPS, and `hosts`, each `host` or
+    /// `host:port`, also by plain HTTP and at private addresses.
+    pub(crate) fn public(hosts: &[String]) -> Result<Self, InvalidAllow> {
+        let all = Entry {
+            pattern: Pattern::Public,
+            port: None,
+            scheme: Some("https".to_owned()),
+            has_any_port: true,
+        };
+        let mut entries = vec![all];
+        for host in hosts {
+            let parsed =
+                parse_entry(host).filter(|entry| matches!(entry.pattern, Pattern::Host(_)));
+            let parsed = parsed.ok_or_else(|| InvalidAllow { entry: host.clone() })?;
+            entries.push(Entry { has_any_port: parsed.port.is_none(), scheme: None, ..parsed });
+        }
+        Ok(Self { file: "webhook_allow_http".to_owned(), entries })
+    }
+
+    /// Checks a URL of a tenant, and its address if the host is one.
+    pub(crate) fn check_url(&self, url: &Url) -> Result<(), TransportError> {
+        let target = self.check(url)?;
+        match &target.host {
+            Host::Ipv4(address) => target.check_address(IpAddr::from(*address)),
+            Host::Ipv6(address) => target.check_address(IpAddr::from(*address)),
+            Host::Domain(_) => Ok(()),
+        }
     }
 
     /// Returns the target of an allowed URL, or a [`TransportErrorKind::NotAllowed`] error.
@@ -98,7 +132,7 @@ impl AllowList {
         let max_reach = self
             .entries
             .iter()
-            .filter(|entry| entry.port.unwrap_or(443) == port)
+            .filter(|entry| entry.has_any_port || entry.port.unwrap_or(443) == port)
             .filter(|entry| entry.scheme.as_ref().is_none_or(|scheme| scheme == url.scheme()))
             .filter_map(|entry| Some(entry.pattern.max_reach(&host)?.min(entry.max_reach())))
             .max();
@@ -175,6 +209,7 @@ impl Pattern {
             {
                 Some(Reach::Public)
             }
+            (Self::Public, _) => Some(Reach::Public),
             _ => None,
         }
     }
@@ -213,6 +248,7 @@ fn parse_entry(entry: &str) -> Option<Entry> {
             pattern: Pattern::Subdomains(format!(".{domain}")),
             port,
             scheme: default_scheme(port),
+            has_any_port: false,
         });
     }
     if entry.contains('*') {
@@ -228,6 +264,7 @@ fn parse_entry(entry: &str) -> Option<Entry> {
         pattern: Pattern::Host(Host::parse(&host).ok()?),
         port,
         scheme: default_scheme(port),
+        has_any_port: false,
     })
 }
 
@@ -328,5 +365,41 @@ mod tests {
         {
             assert!(AllowList::new(String::new(), &[], &[entry.into()]).is_err(), "{entry}");
         }
+    }
+
+    #[test]
+    fn urls_of_tenants_reach_public_addresses_by_https_and_what_the_operator_named() {
+        let list = AllowList::public(&["10.0.0.5:8080".into(), "hooks.internal".into()]).unwrap();
+        let check = |url: &str| list.check_url(&Url::parse(url).unwrap());
+        for url in [
+            "https://example.com/hook",
+            "https://example.com:8443/hook",
+            "https://93.184.216.34/",
+            "http://10.0.0.5:8080/",
+            "https://hooks.internal:444/",
+            "http://hooks.internal/",
+        ] {
+            assert!(check(url).is_ok(), "{url}");
+        }
+        for url in [
+            "http://example.com/",
+            "https://127.0.0.1/",
+            "https://[::1]/",
+            "https://[::ffff:127.0.0.1]/",
+            "https://[64:ff9b::7f00:1]/",
+            "https://169.254.169.254/latest",
+            "https://10.0.0.6/",
+            "http://10.0.0.5:8081/",
+            "https://0x7f.1/",
+            "ftp://example.com/",
+            "https://user:password@example.com/",
+        ] {
+            assert!(check(url).is_err(), "{url}");
+        }
+        assert!(AllowList::public(&["*.example.com".into()]).is_err());
+        // A name that resolves to an address inside is refused when it is dialed.
+        let target = list.check(&Url::parse("https://example.com/").unwrap()).unwrap();
+        assert!(target.check_address("127.0.0.1".parse().unwrap()).is_err());
+        assert!(target.check_address("93.184.216.34".parse().unwrap()).is_ok());
     }
 }

@@ -40,7 +40,7 @@ pub fn https() -> HttpsConnectorBuilder<WantsSchemes> {
     }
 }
 
-fn client<C>(connector: C) -> Client<C, Full<Bytes>>
+pub(super) fn client<C>(connector: C) -> Client<C, Full<Bytes>>
 where
     C: hyper_util::client::legacy::connect::Connect + Clone,
 {

@@ -50,12 +50,13 @@ mod gateway;
 mod hints;
 mod in_flight;
 mod metrics;
+mod outbound;
 mod receive;
 
 use std::time::Duration;
 
 pub use admission::{Permit, Priority, QueueId, Refusals, ShareBy};
-pub use allow::{AllowList, is_loopback};
+pub use allow::{AllowList, InvalidAllow, is_loopback};
 pub use clients::https;
 pub use concurrency::LimitFeedback;
 pub use credentials::{
@@ -65,6 +66,7 @@ pub use dial::Resolver;
 pub use gateway::{Gateway, Shared, Tenants, is_host_header};
 pub use hints::RateLimitHints;
 pub use metrics::{ExchangeMetrics, METRICS};
+pub use outbound::{Outbound, OutboundAnswer};
 pub use receive::{Events, Received};
 
 /// HTTP request that an adapter asks the host to send; unchecked input.

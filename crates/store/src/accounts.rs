@@ -298,6 +298,9 @@ pub enum Refusal {
     /// Number of secrets of a project, with its maximum.
     #[error("the project has {0} secrets already")]
     Secrets(usize),
+    /// Number of webhook endpoints of a project, with its maximum.
+    #[error("the project has {0} webhook endpoints already")]
+    Webhooks(u64),
     /// Admin key without which nobody could administer the server.
     #[error("this is the last admin key")]
     LastAdminKey,

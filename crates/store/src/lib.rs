@@ -51,6 +51,7 @@ mod sqlite;
 #[cfg(test)]
 mod suite;
 pub mod usage;
+pub mod webhooks;
 
 use std::sync::Arc;
 
@@ -63,13 +64,14 @@ pub use metrics::{METRICS, MeasuredObjects};
 pub use objects::{ObjectWriter, Objects};
 pub use private::{umask, users_mode};
 pub use records::{
-    BatchError, BatchKey, BatchRecord, Cancel, Charge, Claim, Counts, Created, DatedBatch, Disk,
-    FIRST_ERRORS, FileQuery, FileRecord, Finish, Idempotency, Job, Lane, Metadata, NewBatch,
-    OnlineUsage, OpenBatches, Order, Orders, Overview, Page, Paged, PluginVersion, Release,
-    ResultKind, ResultRow, Results, Started, StatusTimes, TokenLimit, Validated, WaitCause,
-    Waiting,
+    BatchError, BatchKey, BatchProgress, BatchRecord, Cancel, Charge, Claim, Counts, Created,
+    DatedBatch, Disk, FIRST_ERRORS, FileQuery, FileRecord, Finish, Idempotency, Job, Lane,
+    Metadata, NewBatch, OnlineUsage, OpenBatches, Order, Orders, Overview, Page, Paged,
+    PluginVersion, Release, ResultKind, ResultRow, Results, Started, StatusTimes, TokenLimit,
+    Validated, WaitCause, Waiting,
 };
 pub use sqlite::SqliteStore;
+pub use webhooks::Webhooks;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
@@ -79,7 +81,7 @@ use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 /// Each method is one transaction. Methods that take a [`Claim`] and change the batch fail with
 /// [`StoreError::Fenced`] if the batch was claimed again.
 #[async_trait]
-pub trait Store: Accounts {
+pub trait Store: Accounts + Webhooks {
     /// Inserts the record of a file and removes the registration of its object.
     ///
     /// Refused in an archived project, and if the project would exceed the bounds.
@@ -278,6 +280,14 @@ pub trait Store: Accounts {
     /// Returns the numbers of open batches, and up to `limit` executing batches with a deadline,
     /// those with the earliest deadline first.
     async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview>;
+    /// Returns the progress of up to `limit` batches, of a tenant or of all: those that have not
+    /// ended, and those that have ended since a time.
+    async fn batch_progress(
+        &self,
+        tenant: Option<&TenantId>,
+        ended_since: Option<Timestamp>,
+        limit: usize,
+    ) -> Result<Vec<BatchProgress>>;
     /// Returns the size of the database and the space of its file system.
     async fn disk(&self) -> Result<Disk>;
     /// Returns some free pages to the file system; returns true if more may remain.

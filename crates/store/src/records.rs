@@ -207,6 +207,19 @@ pub struct DatedBatch {
     pub counts: Counts,
 }
 
+/// Progress of a batch, as its listeners see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchProgress {
+    /// Tenant.
+    pub tenant: TenantId,
+    /// Id of the batch.
+    pub id: BatchId,
+    /// Current status.
+    pub status: Status,
+    /// Request counts.
+    pub counts: Counts,
+}
+
 /// Batches that have not ended, as operators see them.
 #[derive(Clone, Debug, Default)]
 pub struct Overview {

@@ -41,6 +41,10 @@ scopes! {
     ModelRequest = "api.model.request";
     /// Read the usage and the costs of the project.
     UsageRead = "api.usage.read";
+    /// List webhook endpoints and their deliveries, without their secrets.
+    WebhooksRead = "api.webhooks.read";
+    /// Create, change, test and delete webhook endpoints.
+    WebhooksWrite = "api.webhooks.write";
 }
 
 /// Name of the scope of an admin key that may read the metrics of the server, and nothing else.

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::client::{Client, Server, path_segment};
+use futures_util::StreamExt;
+
+use super::client::{Client, EventStream, Server, path_segment};
 use super::failures::Failures;
 use super::file::utc_time;
 use super::place::{Target, check};
@@ -21,8 +23,11 @@ use crate::error::Error;
 /// Time without progress before the command requests the cause of a wait.
 const STALL_CHECK_DELAY: Duration = Duration::from_secs(1);
 
-/// Interval between two requests for the status of a batch.
+/// Interval between two requests for the status of a batch, without events.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Maximum time between two requests for the status of a batch, with events.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Arguments of `batchwright batch`.
 #[derive(Args)]
@@ -187,6 +192,7 @@ async fn new_batch(
 async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Error> {
     let mut progress = Progress::new();
     let mut last = (0, Instant::now());
+    let mut events = client.events(&format!("batches/{}/events", path_segment(id))).await;
     loop {
         let batch = client.get(&format!("batches/{}", path_segment(id))).await?;
         let (done, failed, total) = counts(&batch);
@@ -207,7 +213,20 @@ async fn follow(client: &Client, id: &str, as_json: bool) -> Result<ExitCode, Er
             let succeeded = status == "completed" && failed == 0;
             return Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        tokio::time::sleep(POLL_INTERVAL).await;
+        wait_for_change(&mut events).await;
+    }
+}
+
+/// Waits for the next event of a batch, for a moment; without events, until the next poll.
+async fn wait_for_change(events: &mut Option<EventStream>) {
+    let Some(stream) = events else { return tokio::time::sleep(POLL_INTERVAL).await };
+    match tokio::time::timeout(REFRESH_INTERVAL, stream.next()).await {
+        // What waits is looked up now and then, also without a change.
+        Ok(Some(Ok(_))) | Err(_) => {}
+        Ok(None | Some(Err(_))) => {
+            *events = None;
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! HTTP client of the Batch API, for the commands that work with a server.
 
 use std::path::Path;
+use std::pin::Pin;
 
 use batchwright_egress::https;
 use bytes::Bytes;
@@ -22,6 +23,9 @@ use url::Url;
 use crate::error::Error;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// Stream of server-sent events, in pieces.
+pub type EventStream = Pin<Box<dyn Stream<Item = Result<Bytes, hyper::Error>> + Send>>;
 
 /// Maximum size of a response that is not file content, in bytes.
 const MAX_JSON_BODY_BYTES: usize = 64 << 20;
@@ -130,6 +134,14 @@ impl Client {
         let failed =
             |error: hyper::Error| Error::Other(format!("the download was interrupted: {error}"));
         Ok(response.into_body().into_data_stream().map_err(failed))
+    }
+
+    /// Opens a stream of server-sent events; none if the server has none.
+    pub async fn events(&self, path: &str) -> Option<EventStream> {
+        let response =
+            self.send(self.request(Method::GET, path, None, empty()).ok()?).await.ok()?;
+        let is_stream = response.status() == StatusCode::OK;
+        is_stream.then(|| Box::pin(response.into_body().into_data_stream()) as EventStream)
     }
 
     /// Builds a request for a path below `/v1/`, with the API key.

@@ -12,6 +12,7 @@ mod progress;
 mod run;
 mod serve;
 mod terminal;
+mod webhook;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,6 +56,8 @@ enum Command {
     Batch(batch::Batch),
     /// List and delete the files of a server
     File(file::File),
+    /// Manage the webhook endpoints of a project
+    Webhook(webhook::Webhook),
     /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
             Command::Admin(admin) => admin.run().await,
             Command::Batch(batch) => batch.run().await,
             Command::File(file) => file.run().await,
+            Command::Webhook(webhook) => webhook.run().await,
             Command::Compile(process) => Ok(process.run()),
         }
     });

@@ -65,7 +65,9 @@ impl Serve {
                 .map_err(|error| Error::Other(format!("metrics: {error}")))?;
         }
         engine.start();
-        let app = api::router(&engine, &authenticator, (&settings.api, address), &metrics);
+        let (webhooks, deliverer) = assemble::webhooks(&settings, &engine)?;
+        let served = (&*engine, &webhooks);
+        let app = api::router(served, &authenticator, (&settings.api, address), &metrics);
         let scheme = if tls.is_some() { "https" } else { "http" };
         outln!("listening on {scheme}://{address}");
         let shutdown = CancellationToken::new();
@@ -78,7 +80,7 @@ impl Serve {
                     "admin listener without keys: restrict the address to operators"
                 );
             }
-            let router = api::admin_router(&engine, (&settings.api, address), &metrics);
+            let router = api::admin_router(served, (&settings.api, address), &metrics);
             let (settings, metrics) = (settings.clone(), metrics.clone());
             let token = shutdown.clone();
             tasks.spawn(async move {
@@ -87,6 +89,7 @@ impl Serve {
             });
         }
         tasks.spawn(authenticator.run(shutdown.clone()));
+        tasks.spawn(deliverer.run(shutdown.clone()));
         if let Some(tls) = &tls {
             tasks.spawn(tls.clone().watch(shutdown.clone()));
         }

@@ -21,6 +21,7 @@ use batchwright_domain::{settings, value_from_str};
 use batchwright_memory::MemoryConfig;
 use batchwright_plugin::PluginsConfig;
 use batchwright_tenancy::{Prices, TenantDefaults};
+use batchwright_webhooks::WebhookConfig;
 
 use crate::telemetry::{LogFilter, LogFormat, Ratio};
 
@@ -125,6 +126,8 @@ pub struct Settings {
     pub tenant_defaults: TenantDefaults,
     /// Prices of models.
     pub prices: Prices,
+    /// Webhooks.
+    pub webhooks: WebhookConfig,
     /// Memory.
     pub memory: MemoryConfig,
 }
@@ -142,6 +145,7 @@ impl Settings {
             ExecutionConfig::SETTINGS,
             OnlineConfig::SETTINGS,
             TenantDefaults::SETTINGS,
+            WebhookConfig::SETTINGS,
             MemoryConfig::SETTINGS,
         ];
         sections.into_iter().flatten()
@@ -162,6 +166,7 @@ impl Settings {
         let execution = ExecutionConfig::read(given);
         let online = OnlineConfig::read(given);
         let tenant_defaults = TenantDefaults::read(given);
+        let webhooks = WebhookConfig::read(given);
         let memory = MemoryConfig::read(given);
         let errors = given.errors().to_vec();
         let settings = || {
@@ -176,6 +181,7 @@ impl Settings {
                 online: online?,
                 tenant_defaults: tenant_defaults?,
                 prices: Prices::new(prices.unwrap_or_default()),
+                webhooks: webhooks?,
                 memory: memory?,
             })
         };

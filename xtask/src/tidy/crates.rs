@@ -6,7 +6,7 @@ use toml::Table;
 use super::Source;
 
 /// Each crate, and the crates of this repository that it may depend on.
-const ALLOWED: [(&str, &[&str]); 10] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("batchwright-domain", &[]),
     ("batchwright-telemetry", &[]),
     ("batchwright-memory", &["domain", "telemetry"]),
@@ -14,14 +14,29 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("batchwright-egress", &["domain", "telemetry", "memory"]),
     ("batchwright-store", &["domain", "telemetry"]),
     ("batchwright-plugin", &["domain", "telemetry", "memory", "egress"]),
+    ("batchwright-webhooks", &["domain", "telemetry", "tenancy", "egress", "store"]),
     (
         "batchwright-batch",
         &["domain", "telemetry", "memory", "tenancy", "egress", "store", "plugin"],
     ),
-    ("batchwright-api", &["domain", "telemetry", "memory", "tenancy", "store", "plugin", "batch"]),
+    (
+        "batchwright-api",
+        &["domain", "telemetry", "memory", "tenancy", "store", "plugin", "webhooks", "batch"],
+    ),
     (
         "batchwright",
-        &["domain", "telemetry", "memory", "tenancy", "egress", "store", "plugin", "batch", "api"],
+        &[
+            "domain",
+            "telemetry",
+            "memory",
+            "tenancy",
+            "egress",
+            "store",
+            "plugin",
+            "webhooks",
+            "batch",
+            "api",
+        ],
     ),
 ];
 

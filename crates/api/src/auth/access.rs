@@ -84,6 +84,10 @@ accesses! {
     SetCredentials: CredentialsWrite, creates true;
     /// Deletes credentials.
     DeleteCredentials: CredentialsWrite;
+    /// Reads webhooks.
+    ReadWebhooks: WebhooksRead;
+    /// Creates, changes and deletes webhooks.
+    WriteWebhooks: WebhooksWrite;
     /// Reads models and plugins.
     ReadModels: ModelRead;
     /// Sends online requests.

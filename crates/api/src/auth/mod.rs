@@ -25,8 +25,8 @@ use batchwright_tenancy::{Denied, Principal};
 
 pub(crate) use access::{
     Admin, CancelBatches, Client, CreateBatches, DeleteCredentials, DeleteFiles, MetricsReader,
-    ReadBatches, ReadCredentials, ReadFiles, ReadModels, RequestModels, SetCredentials, Tenant,
-    UploadFiles, UsageReader, holder,
+    ReadBatches, ReadCredentials, ReadFiles, ReadModels, ReadWebhooks, RequestModels,
+    SetCredentials, Tenant, UploadFiles, UsageReader, WriteWebhooks, holder,
 };
 pub use authenticator::Authenticator;
 use authenticator::Rejected;

@@ -6,6 +6,7 @@ pub(crate) mod organization_money;
 pub(crate) mod organization_requests;
 mod plugins;
 pub(crate) mod usage;
+pub(crate) mod webhooks;
 
 use std::collections::BTreeMap;
 
@@ -16,7 +17,7 @@ pub(crate) use credentials::{Credential, DeletedCredential, SetCredential};
 pub(crate) use plugins::{BatchPlugins, OperatorPlugin, Plugin};
 
 use batchwright_domain::clock::Timestamp;
-use batchwright_store::{BatchError, BatchRecord, FileRecord, Metadata};
+use batchwright_store::{BatchError, BatchProgress, BatchRecord, Counts, FileRecord, Metadata};
 
 /// Body of an error response.
 #[derive(Serialize, ToSchema)]
@@ -258,6 +259,26 @@ pub(crate) struct Batch {
     metadata: Option<Metadata>,
 }
 
+/// State of a batch, in an event.
+#[derive(Serialize)]
+pub(crate) struct BatchState {
+    id: String,
+    object: &'static str,
+    status: &'static str,
+    request_counts: RequestCounts,
+}
+
+impl From<BatchProgress> for BatchState {
+    fn from(progress: BatchProgress) -> Self {
+        Self {
+            id: progress.id.to_string(),
+            object: "batch",
+            status: progress.status.as_str(),
+            request_counts: progress.counts.into(),
+        }
+    }
+}
+
 #[derive(Serialize, ToSchema)]
 struct Errors {
     #[schema(pattern = "^list$")]
@@ -280,6 +301,13 @@ struct RequestCounts {
     total: u64,
     completed: u64,
     failed: u64,
+}
+
+impl From<Counts> for RequestCounts {
+    fn from(counts: Counts) -> Self {
+        let Counts { total, completed, failed } = counts;
+        Self { total, completed, failed }
+    }
 }
 
 #[derive(Serialize, ToSchema)]
@@ -330,11 +358,7 @@ impl From<BatchRecord> for Batch {
             expired_at: seconds(times.expired_at),
             cancelling_at: seconds(times.cancelling_at),
             cancelled_at: seconds(times.cancelled_at),
-            request_counts: RequestCounts {
-                total: batch.counts.total,
-                completed: batch.counts.completed,
-                failed: batch.counts.failed,
-            },
+            request_counts: batch.counts.into(),
             usage: Usage {
                 input_tokens: usage.input,
                 input_tokens_details: InputTokens { cached_tokens: usage.cached_input },

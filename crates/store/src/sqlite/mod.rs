@@ -15,6 +15,7 @@ mod query;
 mod schema;
 mod start;
 mod usage;
+mod webhooks;
 mod work;
 mod writer;
 

@@ -1,10 +1,11 @@
 //! Batches that have not ended: their numbers, their deadlines and their cancellation.
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::ids::TenantId;
 use batchwright_domain::status::Status;
 use rusqlite::{Connection, Params, Row, params};
 
-use super::super::{Cancel, Counts, DatedBatch, OpenBatches, Overview, Result};
+use super::super::{BatchProgress, Cancel, Counts, DatedBatch, OpenBatches, Overview, Result};
 use super::keys::BatchRow;
 use super::{batches, database_error, tenant_key, timestamp, to_u64};
 
@@ -53,6 +54,50 @@ pub(super) fn overview(connection: &Connection, now: Timestamp, limit: usize) ->
         })
     })?;
     Ok(Overview { open, dated })
+}
+
+/// Returns the progress of batches that have not ended, and of those that have ended since a time.
+pub(super) fn progress(
+    connection: &Connection,
+    tenant: Option<&TenantId>,
+    ended_since: Option<Timestamp>,
+    limit: usize,
+) -> Result<Vec<BatchProgress>> {
+    let key = match tenant {
+        Some(tenant) => match tenant_key(connection, tenant.as_str())? {
+            Some(key) => Some(key),
+            None => return Ok(Vec::new()),
+        },
+        None => None,
+    };
+    // Two indexes: of the batches that have not ended, and by the time of the end.
+    let sql = "SELECT tenants.name, id, status, total, completed, failed FROM (
+            SELECT * FROM (
+                SELECT tenant, id, status, total, completed, failed FROM batches
+                WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                AND (?1 IS NULL OR tenant = ?1) LIMIT ?3
+            )
+            UNION ALL
+            SELECT * FROM (
+                SELECT tenant, id, status, total, completed, failed FROM batches
+                WHERE coalesce(completed_at, failed_at, expired_at, cancelled_at) >= ?2
+                AND status NOT IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+                AND (?1 IS NULL OR tenant = ?1) LIMIT ?3
+            )
+        ) AS found JOIN tenants ON tenants.key = found.tenant LIMIT ?3";
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    query(connection, sql, params![key, ended_since.map(Timestamp::as_millis), limit], |row| {
+        Ok(BatchProgress {
+            tenant: row.get::<_, String>(0)?.into(),
+            id: row.get::<_, String>(1)?.into(),
+            status: Status::parse(&row.get::<_, String>(2)?).unwrap_or(Status::Failed),
+            counts: Counts {
+                total: to_u64(row.get(3)?),
+                completed: to_u64(row.get(4)?),
+                failed: to_u64(row.get(5)?),
+            },
+        })
+    })
 }
 
 /// Returns all rows of a query.

@@ -400,6 +400,56 @@ CREATE TABLE project_secrets (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Adds webhook endpoints and the outbox of their events.
+const MIGRATION_12: &str = "
+CREATE TABLE webhooks (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (key),
+    id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    url TEXT NOT NULL,
+    -- Names, separated by spaces.
+    event_types TEXT NOT NULL,
+    secret BLOB NOT NULL,
+    secret_is_sealed INTEGER NOT NULL,
+    -- The secret before the last rotation, while it signs, too.
+    old_secret BLOB,
+    old_secret_is_sealed INTEGER,
+    old_secret_until INTEGER,
+    hint TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL,
+    -- The first failed attempt since the last success.
+    failing_since INTEGER,
+    disabled_at INTEGER,
+    UNIQUE (tenant, id)
+) STRICT;
+
+CREATE TABLE webhook_deliveries (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    webhook INTEGER NOT NULL REFERENCES webhooks (key),
+    event TEXT NOT NULL,
+    event_type TEXT NOT NULL,
+    -- The id of the batch.
+    subject TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    -- The time of the event, or of the last call for another delivery.
+    retry_since INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    -- The next attempt, or the end of the lease of a running one; null at the end.
+    next_at INTEGER,
+    last_at INTEGER,
+    status INTEGER,
+    detail TEXT,
+    UNIQUE (webhook, event)
+) STRICT;
+CREATE INDEX webhook_deliveries_due ON webhook_deliveries (webhook, next_at)
+    WHERE next_at IS NOT NULL;
+CREATE INDEX webhook_deliveries_next ON webhook_deliveries (next_at) WHERE next_at IS NOT NULL;
+CREATE INDEX webhook_deliveries_ended ON webhook_deliveries (created_at) WHERE next_at IS NULL;
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -414,6 +464,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_9),
         M::up(MIGRATION_10),
         M::up(MIGRATION_11),
+        M::up(MIGRATION_12),
     ])
 }
 

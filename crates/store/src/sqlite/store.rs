@@ -13,13 +13,14 @@ use super::{batches, connection, files, jobs, open_batches, results, start, usag
 use crate::accounts::{Refusal, StorageBounds};
 use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
-    BatchError, BatchKey, BatchRecord, Cancel, Claim, Created, Disk, FileQuery, FileRecord, Finish,
-    Idempotency, Job, NewBatch, OnlineUsage, Orders, Overview, Paged, PluginVersion, Release,
-    Result, ResultRow, Results, Started, Store, StoreError, Validated, Waiting,
+    BatchError, BatchKey, BatchProgress, BatchRecord, Cancel, Claim, Created, Disk, FileQuery,
+    FileRecord, Finish, Idempotency, Job, NewBatch, OnlineUsage, Orders, Overview, Paged,
+    PluginVersion, Release, Result, ResultRow, Results, Started, Store, StoreError, Validated,
+    Waiting,
 };
 
 /// Tables that a readiness probe reads.
-const TABLES: [&str; 15] = [
+const TABLES: [&str; 17] = [
     "tenants",
     "files",
     "batches",
@@ -35,6 +36,8 @@ const TABLES: [&str; 15] = [
     "model_limits",
     "batch_tokens",
     "project_secrets",
+    "webhooks",
+    "webhook_deliveries",
 ];
 
 #[async_trait]
@@ -391,6 +394,20 @@ impl Store for SqliteStore {
 
     async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview> {
         self.readers.read(move |connection| open_batches::overview(connection, now, limit)).await
+    }
+
+    async fn batch_progress(
+        &self,
+        tenant: Option<&TenantId>,
+        ended_since: Option<Timestamp>,
+        limit: usize,
+    ) -> Result<Vec<BatchProgress>> {
+        let tenant = tenant.cloned();
+        self.readers
+            .read(move |connection| {
+                open_batches::progress(connection, tenant.as_ref(), ended_since, limit)
+            })
+            .await
     }
 
     async fn disk(&self) -> Result<Disk> {

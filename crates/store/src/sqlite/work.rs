@@ -13,7 +13,7 @@ use super::super::{
     BatchError, Claim, Finish, Lane, Orders, PluginVersion, Release, Result, StoreError, Waiting,
 };
 use super::keys::BatchRow;
-use super::{database_error, enqueued, files, timestamp, to_i64};
+use super::{database_error, enqueued, files, timestamp, to_i64, webhooks};
 
 /// Maximum number of pairs of a lane and a tenant that are looked at.
 const MAX_WAITING: i64 = 100_000;
@@ -282,6 +282,7 @@ pub(super) fn fail(
         &[&at.as_millis()],
     )?;
     enqueued::give_back(connection, BatchRow::of(&claim.key), at)?;
+    webhooks::insert_events(connection, BatchRow::of(&claim.key), at)?;
     insert_errors(connection, claim, errors)
 }
 
@@ -361,5 +362,6 @@ pub(super) fn finish(connection: &Connection, claim: &Claim, finish: &Finish) ->
         &[&finish.at.as_millis()],
     )?;
     enqueued::give_back(connection, held, finish.at)?;
+    webhooks::insert_events(connection, held, finish.at)?;
     insert_errors(connection, claim, &finish.errors)
 }

@@ -46,6 +46,10 @@ macro_rules! store_suite {
             batch_without_a_deadline_hides_no_other_and_never_expires
             overview_counts_open_batches_and_orders_them_by_deadline
             expired_lease_is_not_taken_over_by_its_own_holder
+            end_of_a_batch_inserts_an_event_for_each_endpoint_that_asks
+            delivery_is_claimed_once_in_order_and_again_after_its_lease
+            failing_endpoint_is_disabled_and_enabled_by_a_change
+            progress_has_open_batches_and_those_that_ended_since
             stale_claim_changes_nothing
             renewal_returns_the_order_to_cancel
             backoff_delays_a_batch_until_it_ends_or_is_ended

@@ -13,7 +13,7 @@ use crate::accounts::{Actor, AuditEntry, AuditQuery};
 use crate::{Order, Paged, Result};
 
 /// Writes an entry about a change, in the transaction of the change.
-pub(super) fn record(
+pub(in super::super) fn record(
     connection: &Connection,
     by: &Actor,
     event: &str,

@@ -1,13 +1,13 @@
 //! Projects, service accounts, keys and the audit log in SQLite.
 
-mod audit;
+pub(super) mod audit;
 mod keys;
 mod policies;
 mod projects;
 mod secrets;
 mod service_accounts;
 
-pub(super) use projects::creating_tenant;
+pub(super) use projects::{creating_tenant, project_of_tenant};
 
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;

@@ -51,6 +51,16 @@ pub(in super::super) fn creating_tenant(connection: &Connection, tenant: &Tenant
     active(lookup(connection, "name", tenant.as_str())?)
 }
 
+/// Returns the id of the project with a row key.
+pub(in super::super) fn project_of_tenant(
+    connection: &Connection,
+    tenant: i64,
+) -> Result<Option<ProjectId>> {
+    let sql = "SELECT project_id FROM tenants WHERE key = ?1";
+    let found = find(connection, sql, [tenant], |row| row.get::<_, Option<String>>(0))?;
+    Ok(found.flatten().map(ProjectId::from))
+}
+
 /// Returns the row key of a project, and true if the project is archived.
 fn lookup(connection: &Connection, column: &str, value: &str) -> Result<Option<(i64, bool)>> {
     let sql = format!("SELECT key, archived_at IS NOT NULL FROM tenants WHERE {column} = ?1");

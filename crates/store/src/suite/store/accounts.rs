@@ -219,10 +219,13 @@ pub(crate) async fn last_admin_key_is_not_deleted(fixture: impl Fixture) {
     let store = open(&fixture).await;
     let keys = KeyHolder::Organization;
     let create = async |id: &str, expires_at| {
-        let new = NewKey { expires_at, ..new_key(id) };
+        let new = NewKey { expires_at, scopes: Vec::new(), ..new_key(id) };
         store.create_admin_key(new, by(NOW)).await.unwrap();
     };
     create("key_1", None).await;
+    // A key with scopes cannot administer the server.
+    let restricted = NewKey { expires_at: None, ..new_key("key_0") };
+    store.create_admin_key(restricted, by(NOW)).await.unwrap();
     create("key_2", Some(at(NOW.as_millis() + 1))).await;
     let delete = async |id: &str, at| store.delete_key(&keys, &id.into(), by(at)).await;
     let later = at(NOW.as_millis() + 1);
@@ -231,6 +234,7 @@ pub(crate) async fn last_admin_key_is_not_deleted(fixture: impl Fixture) {
     create("key_3", None).await;
     delete("key_1", later).await.unwrap();
     assert_eq!(refusal(delete("key_3", later).await), Refusal::LastAdminKey);
+    delete("key_0", later).await.unwrap();
 }
 
 pub(crate) async fn last_use_of_a_key_never_goes_back(fixture: impl Fixture) {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchwright_domain::ids::TenantId;
 use batchwright_domain::status::Status;
 use batchwright_domain::window::{self, Urgency};
 
@@ -227,4 +228,32 @@ pub(crate) async fn overview_counts_open_batches_and_orders_them_by_deadline(
     assert_eq!(store.overview(NOW, 1).await.unwrap().dated, dated[..1]);
     let disk = store.disk().await.unwrap();
     assert!(disk.database > 0 && disk.free <= disk.size, "{disk:?}");
+}
+
+pub(crate) async fn progress_has_open_batches_and_those_that_ended_since(fixture: impl Fixture) {
+    let store = open(&fixture).await;
+    insert_file(&*store, file("file-in")).await;
+    create(&*store, "waits").await;
+    let other = store.create_batch(&"other".into(), new_batch("theirs"), None, None).await;
+    assert!(other.is_ok());
+    let held = claim(&*store, &Lane::Validate).await;
+    store.fail(&held, Vec::new(), Vec::new(), NOW).await.unwrap();
+    let found = async |tenant: Option<&str>, since: Option<Timestamp>| {
+        let tenant = tenant.map(TenantId::from);
+        let progress = store.batch_progress(tenant.as_ref(), since, 9).await.unwrap();
+        let mut facts: Vec<_> =
+            progress.iter().map(|one| format!("{} {:?}", one.id, one.status)).collect();
+        facts.sort();
+        facts
+    };
+    let ended = format!("{} Failed", held.batch_id);
+    let open = if held.batch_id.as_str() == "waits" { "theirs" } else { "waits" };
+    let open = format!("{open} Validating");
+    assert_eq!(found(None, None).await, [open.clone()]);
+    let mut both = [open.clone(), ended.clone()];
+    both.sort();
+    assert_eq!(found(None, Some(NOW)).await, both);
+    assert_eq!(found(None, Some(at(NOW.as_millis() + 1))).await, [open]);
+    assert_eq!(found(Some(held.tenant.as_str()), Some(NOW)).await, [ended]);
+    assert_eq!(store.batch_progress(None, Some(NOW), 1).await.unwrap().len(), 1);
 }

@@ -6,6 +6,7 @@ mod claims;
 mod files;
 mod limits;
 mod usage;
+mod webhooks;
 
 pub(crate) use accounts::*;
 pub(crate) use batches::*;
@@ -13,6 +14,7 @@ pub(crate) use claims::*;
 pub(crate) use files::*;
 pub(crate) use limits::*;
 pub(crate) use usage::*;
+pub(crate) use webhooks::*;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

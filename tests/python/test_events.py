@@ -1,0 +1,151 @@
+"""Server-sent events of batches: at most one a second, and no stream that holds anything."""
+
+import itertools
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import chat, wait_for
+
+
+class Stream(threading.Thread):
+    """Listener that keeps the states that it gets."""
+
+    def __init__(self, url, key=None):
+        super().__init__(daemon=True)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.answer = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=60
+        )
+        self.states, self.times, self.comments, self.is_over = [], [], 0, False
+        self.start()
+
+    def run(self):
+        name = None
+        for line in self.answer:
+            line = line.decode().rstrip("\n")
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                assert name == "batch"
+                self.states.append(json.loads(line.removeprefix("data: ")))
+                self.times.append(time.monotonic())
+            elif line.startswith(":"):
+                self.comments += 1
+        self.is_over = True
+
+
+def slow(number):
+    return [chat(f"line-{place}", "!delay 900 slow", model="m") for place in range(number)]
+
+
+def test_stream_of_a_batch_has_its_states_and_ends_with_the_last(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 1\n")})
+    batch = server.create(slow(4))
+    stream = Stream(f"{server.url}/v1/batches/{batch.id}/events")
+    assert stream.answer.headers["content-type"].startswith("text/event-stream")
+    assert stream.answer.headers["x-accel-buffering"] == "no"
+    assert stream.answer.headers["cache-control"] == "no-cache"
+    done = server.ended(batch.id)
+    stream.join(20)
+    assert stream.is_over, "the stream ends with the final state"
+    assert {state["id"] for state in stream.states} == {batch.id}
+    last = stream.states[-1]
+    assert (last["object"], last["status"]) == ("batch", done.status)
+    assert last["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+    # An older state never follows a later one.
+    finished = [state["request_counts"]["completed"] for state in stream.states]
+    assert finished == sorted(finished) and len(set(finished)) >= 3
+    gaps = [later - earlier for earlier, later in itertools.pairwise(stream.times[1:])]
+    assert all(gap > 0.5 for gap in gaps), gaps
+    # The stream of a batch that has ended has one state.
+    again = Stream(f"{server.url}/v1/batches/{batch.id}/events")
+    again.join(10)
+    assert again.is_over and [state["status"] for state in again.states] == ["completed"]
+
+
+def test_stream_of_a_project_shows_its_batches_only(tenants):
+    _, one, client = tenants.project("one")
+    _, other, _ = tenants.project("other")
+    url = f"{tenants.server.url}/v1/batches/events"
+    ours = Stream(url, one.api_key.value)
+    theirs = Stream(url, other.api_key.value)
+    file = client.files.create(file=("in.jsonl", json.dumps(chat("a")).encode()), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    wait_for(lambda: any(state["status"] == "completed" for state in ours.states), what="the end")
+    assert {state["id"] for state in ours.states} == {batch.id}
+    time.sleep(1.5)
+    assert theirs.states == [] and not theirs.is_over
+    with pytest.raises(urllib.error.HTTPError) as unknown:
+        path = f"{tenants.server.url}/v1/batches/{batch.id}/events"
+        headers = {"authorization": f"Bearer {other.api_key.value}"}
+        urllib.request.urlopen(urllib.request.Request(path, headers=headers))
+    assert unknown.value.code == 404
+
+
+def test_idle_streams_and_readers_that_never_read_hold_no_shutdown(serve, stub):
+    server = serve(plugins={"p": stub.plugin(["m"])})
+    idle = [Stream(f"{server.url}/v1/batches/events") for _ in range(20)]
+    host, port = server.url.removeprefix("http://").split(":")
+    deaf = []
+    for _ in range(20):
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(f"GET /v1/batches/events HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+        deaf.append(connection)
+    server.run([chat("a", model="m")])
+    wait_for(lambda: all(stream.states for stream in idle), what="states for everyone")
+    began = time.monotonic()
+    assert server.stop() == 0
+    took = time.monotonic() - began
+    print(f"stopped in {took:.1f} s with 40 listeners")
+    assert took < 10
+    for stream in idle:
+        stream.join(10)
+        assert stream.is_over
+    for connection in deaf:
+        connection.close()
+
+
+def test_idle_stream_is_kept_alive_by_comments(serve, long):
+    server = serve()
+    stream = Stream(f"{server.url}/v1/batches/events")
+    if not long:
+        pytest.skip("takes 20 seconds: --long")
+    wait_for(lambda: stream.comments >= 1, 25, "a comment")
+
+
+@pytest.mark.quiet
+def test_hundreds_of_listeners_cost_about_as_much_as_one(serve, stub):
+    server = serve("--max-connections", "1000", plugins={"p": stub.plugin(["m"])})
+    for _ in range(20):
+        server.create([chat("a", "!delay 60000 slow", model="m")])
+    wait_for(
+        lambda: all(batch.status == "in_progress" for batch in server.client.batches.list()),
+        what="open batches",
+    )
+
+    def cpu(listeners):
+        streams = [Stream(f"{server.url}/v1/batches/events") for _ in range(listeners)]
+        wait_for(lambda: all(len(one.states) >= 20 for one in streams), what="first states")
+        begin = cpu_seconds(server)
+        time.sleep(4)
+        used = cpu_seconds(server) - begin
+        for one in streams:
+            one.answer.close()
+        return used
+
+    one, many = cpu(1), cpu(300)
+    print(f"CPU time in 4 s with 1 listener {one:.2f} s, with 300 {many:.2f} s")
+    assert many < one + 0.4
+
+
+def cpu_seconds(server):
+    with open(f"/proc/{server.child.pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / 100
