@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 53] = [
+const COMMANDS: [&str; 55] = [
     "",
     "serve",
     "run",
@@ -50,6 +50,8 @@ const COMMANDS: [&str; 53] = [
     "batch download",
     "file list",
     "file delete",
+    "backup",
+    "restore",
     "webhook create",
     "webhook list",
     "webhook update",

@@ -42,6 +42,7 @@
 #![warn(unreachable_pub)]
 
 pub mod accounts;
+pub mod backup;
 mod error;
 mod metrics;
 pub mod objects;

@@ -1,6 +1,7 @@
 //! Command line: the subcommands, their settings, exit codes and signals.
 
 mod admin;
+mod backup;
 mod batch;
 mod client;
 mod failures;
@@ -58,6 +59,10 @@ enum Command {
     File(file::File),
     /// Manage the webhook endpoints of a project
     Webhook(webhook::Webhook),
+    /// Back up a data folder, also of a running server
+    Backup(backup::Backup),
+    /// Restore a backup into a new data folder
+    Restore(backup::Restore),
     /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
@@ -86,6 +91,8 @@ pub fn main() -> ExitCode {
             Command::Batch(batch) => batch.run().await,
             Command::File(file) => file.run().await,
             Command::Webhook(webhook) => webhook.run().await,
+            Command::Backup(backup) => backup.run().await.map(|()| ExitCode::SUCCESS),
+            Command::Restore(restore) => restore.run().await.map(|()| ExitCode::SUCCESS),
             Command::Compile(process) => Ok(process.run()),
         }
     });

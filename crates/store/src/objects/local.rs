@@ -62,6 +62,12 @@ impl LocalObjects {
         Path::from_iter([key.tenant.as_str(), "files", key.file.as_str()])
     }
 
+    /// Returns the path of an object below the folder of the object store.
+    pub(crate) fn relative_path(tenant: &str, file: &str) -> PathBuf {
+        let key = ObjectKey { tenant: tenant.into(), file: file.into() };
+        PathBuf::from(Self::path(&key).as_ref())
+    }
+
     /// Tests that the folder is the one that was opened.
     ///
     /// If the disk of the folder is not mounted, objects are unavailable and not missing: the disk

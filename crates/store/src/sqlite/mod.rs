@@ -35,7 +35,7 @@ use crate::metrics::StoreMetrics;
 use crate::private;
 
 /// Name of the database in the data folder.
-const DATABASE_FILE: &str = "batchwright.db";
+pub(crate) const DATABASE_FILE: &str = "batchwright.db";
 
 /// Owner of all claims and registrations: the holder of the data folder's lock, since no other
 /// process can write to the database.
@@ -108,7 +108,7 @@ impl SqliteStore {
 }
 
 /// Creates the data folder if it does not exist and locks it for this process.
-fn lock_folder(folder: &Path) -> Result<File> {
+pub(crate) fn lock_folder(folder: &Path) -> Result<File> {
     let failed =
         |message: String| StoreError::Folder { folder: folder.display().to_string(), message };
     private::create_folder(folder).map_err(|error| {

@@ -1,0 +1,476 @@
+//! Backup of a data folder, also of a running server, and its restoration.
+//!
+//! **Consistent.** The database is copied in one read transaction. The objects that the *copy*
+//! names are copied after it: an object that has a record is complete and never changes, so a later
+//! copy of it is the same. An object that is deleted meanwhile is counted as missing.
+//!
+//! **Incremental.** An object that the backup has already is not copied again.
+//!
+//! **Whole or not at all.** A backup is described by its manifest, which is replaced last. Until
+//! then the backup before it stays valid. The manifest has the size and the SHA-256 of everything,
+//! and a last line, without which it is not complete.
+//!
+//! **Restoration.** Everything is compared with the manifest before the database appears in the new
+//! folder. A folder that a server uses, or that has a database or a write-ahead log, is refused: an
+//! old log beside a restored database would damage it.
+//!
+//! **Bounds.** The manifest and the records of objects are read side by side, in the same order, so
+//! that memory does not depend on their number.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::objects::LocalObjects;
+use crate::private::create_folder;
+use crate::sqlite::{DATABASE_FILE, lock_folder};
+use crate::{Result, StoreError};
+
+/// Name of the manifest.
+const MANIFEST: &str = "manifest.jsonl";
+
+/// Version of the format of the manifest.
+const FORMAT: u32 = 1;
+
+/// Files of the data folder beside the database and the objects.
+const SMALL_FILES: [&str; 2] = ["serials", "plugin-order"];
+
+/// Size of a copy buffer, in bytes.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Line of the manifest.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+enum Line {
+    /// First line.
+    Backup {
+        format: u32,
+        /// Version of the program.
+        version: String,
+        /// Time of the copy of the database, in Unix seconds.
+        created_at: i64,
+    },
+    /// Copy of the database, or another file of the data folder.
+    File { name: String, restored_as: String, bytes: u64, sha256: String },
+    /// Object, in the order of tenants and ids.
+    Object { tenant: String, id: String, bytes: u64, sha256: String },
+    /// Last line, with the number of objects.
+    End { objects: u64 },
+}
+
+/// What a backup or a restoration has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackupReport {
+    /// Size of the database, in bytes.
+    pub database_bytes: u64,
+    /// Number of objects in the backup.
+    pub objects: u64,
+    /// Number of objects that were copied.
+    pub copied: u64,
+    /// Size of the objects that were copied, in bytes.
+    pub copied_bytes: u64,
+    /// Number of objects that were deleted while the backup ran, or that are lost.
+    pub missing: u64,
+}
+
+fn failed(path: &Path, what: &str, error: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Folder { folder: path.display().to_string(), message: format!("{what}: {error}") }
+}
+
+/// Copies a file into another one, which is flushed to disk. Returns its size and its SHA-256.
+fn copy(from: &Path, to: &Path) -> std::io::Result<(u64, String)> {
+    let (mut source, mut target) = (File::open(from)?, File::create(to)?);
+    let found = read_through(&mut source, Some(&mut target))?;
+    target.sync_all()?;
+    Ok(found)
+}
+
+/// Reads a file to its end. Returns its size and its SHA-256.
+fn read_through(
+    source: &mut File,
+    mut target: Option<&mut File>,
+) -> std::io::Result<(u64, String)> {
+    let (mut buffer, mut digest, mut bytes) = (vec![0; BUFFER_BYTES], Sha256::new(), 0_u64);
+    loop {
+        let read = source.read(&mut buffer)?;
+        let data = buffer.get(..read).unwrap_or_default();
+        if data.is_empty() {
+            break;
+        }
+        digest.update(data);
+        if let Some(target) = &mut target {
+            target.write_all(data)?;
+        }
+        bytes = bytes.saturating_add(read as u64);
+    }
+    let sha256 = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((bytes, sha256))
+}
+
+/// Copies a file under a temporary name, and renames it when it is complete.
+fn copy_whole(from: &Path, to: &Path) -> std::io::Result<(u64, String)> {
+    if let Some(folder) = to.parent() {
+        create_folder(folder)?;
+    }
+    let draft = with_suffix(to, ".part");
+    let copied = copy(from, &draft);
+    match copied {
+        Ok(found) => std::fs::rename(&draft, to).map(|()| found),
+        Err(error) => {
+            std::fs::remove_file(&draft).ok();
+            Err(error)
+        }
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Flushes the entries of a folder to disk.
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Copies the database of a data folder, which a server may use, and checks the copy.
+fn copy_database(data: &Path, to: &Path) -> Result<()> {
+    let from = data.join(DATABASE_FILE);
+    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let copying = || {
+        let source = Connection::open_with_flags(&from, readable)?;
+        source.busy_timeout(std::time::Duration::from_secs(10))?;
+        let mut target = Connection::open(to)?;
+        let backup = rusqlite::backup::Backup::new(&source, &mut target)?;
+        // In one step, so that writes of the server do not start it again.
+        let mut step = backup.step(-1)?;
+        while step != rusqlite::backup::StepResult::Done {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            step = backup.step(-1)?;
+        }
+        drop(backup);
+        // One file, without a log beside it.
+        target.pragma_update(None, "journal_mode", "DELETE")?;
+        target.query_row("PRAGMA quick_check", [], |row| row.get::<_, String>(0))
+    };
+    match copying() {
+        Ok(verdict) if verdict == "ok" => Ok(()),
+        Ok(verdict) => Err(failed(&from, "the database is damaged", &verdict)),
+        Err(error) => Err(failed(&from, "the database cannot be copied", &error)),
+    }
+}
+
+/// Lines of a manifest, with a check of its beginning and of its end.
+struct Manifest {
+    path: PathBuf,
+    lines: std::io::Lines<BufReader<File>>,
+    objects: u64,
+}
+
+impl Manifest {
+    /// Opens the manifest of a backup; none if there is none.
+    fn open(backup: &Path) -> Result<Option<Self>> {
+        let path = backup.join(MANIFEST);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(&path, "cannot be read", &error)),
+        };
+        let mut manifest = Self { path, lines: BufReader::new(file).lines(), objects: 0 };
+        match manifest.next()? {
+            Some(Line::Backup { format: FORMAT, .. }) => Ok(Some(manifest)),
+            Some(Line::Backup { format, .. }) => {
+                Err(manifest.damaged(&format!("its format {format} is unknown to this version")))
+            }
+            _ => Err(manifest.damaged("it does not begin with a backup")),
+        }
+    }
+
+    fn damaged(&self, message: &str) -> StoreError {
+        failed(&self.path, "the backup is damaged", &message)
+    }
+
+    /// Returns the next line; none after the last one.
+    fn next(&mut self) -> Result<Option<Line>> {
+        let Some(line) = self.lines.next() else {
+            return Err(self.damaged("its manifest is cut off"));
+        };
+        let line = line.map_err(|error| failed(&self.path, "cannot be read", &error))?;
+        let line = serde_json::from_str(&line)
+            .map_err(|error| failed(&self.path, "the backup is damaged", &error))?;
+        match line {
+            Line::End { objects } if objects == self.objects => Ok(None),
+            Line::End { .. } => Err(self.damaged("its manifest lacks objects")),
+            Line::Object { .. } => {
+                self.objects = self.objects.saturating_add(1);
+                Ok(Some(line))
+            }
+            line => Ok(Some(line)),
+        }
+    }
+}
+
+/// Backs up a data folder, whose server may be running, into a folder.
+///
+/// `now` is the time in Unix seconds, and `version` that of the program.
+pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupReport> {
+    if !data.join(DATABASE_FILE).exists() {
+        let message = "has no database; name the folder that the server has as --data".to_owned();
+        return Err(StoreError::Folder { folder: data.display().to_string(), message });
+    }
+    create_folder(to).map_err(|error| failed(to, "cannot be created", &error))?;
+    let cannot_write = |error: std::io::Error| failed(to, "cannot be written", &error);
+    let mut before = Manifest::open(to)?;
+    let old_files = files_of(before.as_mut())?;
+    // A name of its own, so that the database of the backup before stays until the end.
+    let mut number = 0_u32;
+    let name = loop {
+        let name = format!("batchwright-{now}-{number}.db");
+        if !to.join(&name).exists() {
+            break name;
+        }
+        number = number.saturating_add(1);
+    };
+    let database = to.join(&name);
+    let draft = with_suffix(&database, ".part");
+    std::fs::remove_file(&draft).ok();
+    copy_database(data, &draft)?;
+    std::fs::rename(&draft, &database).map_err(cannot_write)?;
+    let manifest_draft = to.join(format!("{MANIFEST}.part"));
+    let mut manifest = BufWriter::new(File::create(&manifest_draft).map_err(cannot_write)?);
+    let mut write = |line: &Line| -> Result<()> {
+        let text = serde_json::to_string(line)
+            .map_err(|error| failed(to, "the manifest cannot be written", &error))?;
+        writeln!(manifest, "{text}").map_err(cannot_write)
+    };
+    write(&Line::Backup { format: FORMAT, version: version.to_owned(), created_at: now })?;
+    let mut opened = File::open(&database).map_err(cannot_write)?;
+    let (bytes, sha256) = read_through(&mut opened, None).map_err(cannot_write)?;
+    let mut report = BackupReport { database_bytes: bytes, ..BackupReport::default() };
+    write(&Line::File { name: name.clone(), restored_as: DATABASE_FILE.into(), bytes, sha256 })?;
+    let mut new_files = vec![name];
+    for small in SMALL_FILES {
+        let from = data.join(small);
+        if from.exists() {
+            let name = format!("{small}-{now}-{number}");
+            let (bytes, sha256) = copy_whole(&from, &to.join(&name)).map_err(cannot_write)?;
+            let restored_as = small.to_owned();
+            write(&Line::File { name: name.clone(), restored_as, bytes, sha256 })?;
+            new_files.push(name);
+        }
+    }
+    copy_objects((data, to), &database, before, &mut report, &mut write)?;
+    write(&Line::End { objects: report.objects })?;
+    let file = manifest.into_inner().map_err(|error| failed(to, "cannot be written", &error))?;
+    file.sync_all().map_err(cannot_write)?;
+    std::fs::rename(&manifest_draft, to.join(MANIFEST)).map_err(cannot_write)?;
+    sync_folder(to).map_err(cannot_write)?;
+    for old in old_files.iter().filter(|old| !new_files.contains(old)) {
+        std::fs::remove_file(to.join(old)).ok();
+    }
+    remove_objects_that_are_gone(to, &database)?;
+    Ok(report)
+}
+
+/// Returns the names of the files of a backup, and leaves its objects to be read.
+fn files_of(manifest: Option<&mut Manifest>) -> Result<Vec<String>> {
+    let Some(manifest) = manifest else { return Ok(Vec::new()) };
+    let mut files = Vec::new();
+    let mut lines = Manifest::open(manifest.path.parent().unwrap_or(Path::new(".")))?;
+    while let Some(Line::File { name, .. }) =
+        lines.as_mut().map(Manifest::next).transpose()?.flatten()
+    {
+        files.push(name);
+    }
+    Ok(files)
+}
+
+/// Objects of a copied database, in the order of tenants and ids.
+fn each_object(database: &Path, mut each: impl FnMut(String, String) -> Result<()>) -> Result<()> {
+    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let unreadable = |error: rusqlite::Error| failed(database, "cannot be read", &error);
+    let connection = Connection::open_with_flags(database, readable).map_err(unreadable)?;
+    let sql = "SELECT tenants.name, files.id FROM files
+        JOIN tenants ON tenants.key = files.tenant WHERE NOT removed
+        ORDER BY tenants.name, files.id";
+    let mut statement = connection.prepare(sql).map_err(unreadable)?;
+    let mut rows = statement.query([]).map_err(unreadable)?;
+    while let Some(row) = rows.next().map_err(unreadable)? {
+        each(row.get(0).map_err(unreadable)?, row.get(1).map_err(unreadable)?)?;
+    }
+    Ok(())
+}
+
+/// Copies the objects that the backup does not have yet.
+fn copy_objects(
+    (data, to): (&Path, &Path),
+    database: &Path,
+    mut before: Option<Manifest>,
+    report: &mut BackupReport,
+    write: &mut impl FnMut(&Line) -> Result<()>,
+) -> Result<()> {
+    let mut known = next_object(&mut before)?;
+    each_object(database, |tenant, id| {
+        let path = LocalObjects::relative_path(&tenant, &id);
+        let target = to.join("objects").join(&path);
+        while known.as_ref().is_some_and(|(key, ..)| *key < (tenant.clone(), id.clone())) {
+            known = next_object(&mut before)?;
+        }
+        let kept = known.as_ref().filter(|(key, bytes, _)| {
+            *key == (tenant.clone(), id.clone())
+                && std::fs::metadata(&target).is_ok_and(|found| found.len() == *bytes)
+        });
+        let (bytes, sha256) = match kept {
+            Some((_, bytes, sha256)) => (*bytes, sha256.clone()),
+            None => match copy_whole(&data.join("objects").join(&path), &target) {
+                Ok(copied) => {
+                    report.copied = report.copied.saturating_add(1);
+                    report.copied_bytes = report.copied_bytes.saturating_add(copied.0);
+                    copied
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    report.missing = report.missing.saturating_add(1);
+                    return Ok(());
+                }
+                Err(error) => return Err(failed(&target, "an object cannot be copied", &error)),
+            },
+        };
+        report.objects = report.objects.saturating_add(1);
+        write(&Line::Object { tenant, id, bytes, sha256 })
+    })
+}
+
+/// Object of a manifest: its tenant and id, its size and its SHA-256.
+type Known = ((String, String), u64, String);
+
+/// Returns the next object of a manifest.
+fn next_object(manifest: &mut Option<Manifest>) -> Result<Option<Known>> {
+    while let Some(line) = manifest.as_mut().map(Manifest::next).transpose()?.flatten() {
+        if let Line::Object { tenant, id, bytes, sha256 } = line {
+            return Ok(Some(((tenant, id), bytes, sha256)));
+        }
+    }
+    *manifest = None;
+    Ok(None)
+}
+
+/// Removes the objects of earlier backups that the database does not name any more.
+fn remove_objects_that_are_gone(to: &Path, database: &Path) -> Result<()> {
+    let unreadable = |error: rusqlite::Error| failed(database, "cannot be read", &error);
+    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(database, readable).map_err(unreadable)?;
+    let sql = "SELECT 1 FROM files JOIN tenants ON tenants.key = files.tenant
+        WHERE NOT removed AND tenants.name = ?1 AND files.id = ?2";
+    let folders = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+    for tenant in folders(&to.join("objects")) {
+        for object in folders(&tenant.path().join("files")) {
+            let (tenant, id) = (tenant.file_name(), object.file_name());
+            let (tenant, id) = (tenant.to_string_lossy(), id.to_string_lossy());
+            let known = connection.query_row(sql, [&*tenant, &*id], |_| Ok(()));
+            if matches!(known, Err(rusqlite::Error::QueryReturnedNoRows)) {
+                std::fs::remove_file(object.path()).ok();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Compares everything in a backup with its manifest.
+pub fn verify(backup: &Path) -> Result<BackupReport> {
+    each_file(backup, |from, _, expected| {
+        let mut file = File::open(from).map_err(|error| failed(from, "cannot be read", &error))?;
+        let found = read_through(&mut file, None)
+            .map_err(|error| failed(from, "cannot be read", &error))?;
+        compare(from, &found, expected)
+    })
+}
+
+/// Calls a function with each file of a backup: its path, its place in a data folder, its size and
+/// its SHA-256. The database is the last one.
+fn each_file(
+    backup: &Path,
+    mut each: impl FnMut(&Path, &Path, (u64, &str)) -> Result<()>,
+) -> Result<BackupReport> {
+    let no_backup = || {
+        let message = format!("is no backup: it has no {MANIFEST}");
+        StoreError::Folder { folder: backup.display().to_string(), message }
+    };
+    let mut manifest = Manifest::open(backup)?.ok_or_else(no_backup)?;
+    let (mut report, mut database) = (BackupReport::default(), None);
+    while let Some(line) = manifest.next()? {
+        match line {
+            Line::File { name, restored_as, bytes, sha256 } if restored_as == DATABASE_FILE => {
+                report.database_bytes = bytes;
+                database = Some((checked_name(&manifest, name)?, bytes, sha256));
+            }
+            Line::File { name, restored_as, bytes, sha256 } => {
+                let (name, to) =
+                    (checked_name(&manifest, name)?, checked_name(&manifest, restored_as)?);
+                each(&backup.join(name), Path::new(&to), (bytes, &sha256))?;
+            }
+            Line::Object { tenant, id, bytes, sha256 } => {
+                let path = LocalObjects::relative_path(&tenant, &id);
+                let path = Path::new("objects").join(path);
+                each(&backup.join(&path), &path, (bytes, &sha256))?;
+                report.objects = report.objects.saturating_add(1);
+                report.copied = report.copied.saturating_add(1);
+                report.copied_bytes = report.copied_bytes.saturating_add(bytes);
+            }
+            Line::Backup { .. } | Line::End { .. } => {}
+        }
+    }
+    let Some((name, bytes, sha256)) = database else {
+        return Err(manifest.damaged("it has no database"));
+    };
+    each(&backup.join(name), Path::new(DATABASE_FILE), (bytes, &sha256))?;
+    Ok(report)
+}
+
+/// Returns the name of a file, which must not lead out of its folder.
+fn checked_name(manifest: &Manifest, name: String) -> Result<String> {
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err(manifest.damaged("it names a file outside of its folder"));
+    }
+    Ok(name)
+}
+
+fn compare(path: &Path, found: &(u64, String), expected: (u64, &str)) -> Result<()> {
+    if (found.0, found.1.as_str()) == expected {
+        return Ok(());
+    }
+    let message = "the backup is damaged";
+    let (found, expected) = ((found.0, &found.1), expected);
+    let detail = format!(
+        "expected {} bytes with the SHA-256 {}, found {} bytes with {}",
+        expected.0, expected.1, found.0, found.1
+    );
+    Err(failed(path, message, &detail))
+}
+
+/// Restores a backup into a data folder without a database, which no server uses.
+pub fn restore(backup: &Path, data: &Path) -> Result<BackupReport> {
+    let _lock = lock_folder(data)?;
+    for name in ["", "-wal", "-shm", "-journal"] {
+        if with_suffix(&data.join(DATABASE_FILE), name).exists() {
+            let message = format!(
+                "has the file {DATABASE_FILE}{name} already; restore into a new folder, or move \
+                 the old files away"
+            );
+            return Err(StoreError::Folder { folder: data.display().to_string(), message });
+        }
+    }
+    let report = each_file(backup, |from, to, expected| {
+        let to = data.join(to);
+        let copied =
+            copy_whole(from, &to).map_err(|error| failed(from, "cannot be restored", &error))?;
+        // The database comes last, so a damaged object leaves no database behind.
+        compare(from, &copied, expected).inspect_err(|_| drop(std::fs::remove_file(&to)))
+    })?;
+    sync_folder(data).map_err(|error| failed(data, "cannot be written", &error))?;
+    Ok(report)
+}

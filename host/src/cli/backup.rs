@@ -1,0 +1,88 @@
+//! `batchwright backup` and `batchwright restore`: copies of a data folder.
+
+use std::path::PathBuf;
+
+use batchwright_store::backup::{self, BackupReport};
+use batchwright_store::umask;
+use clap::Args;
+
+use super::terminal::{errln, outln};
+use crate::clock::Clock;
+use crate::error::Error;
+
+/// Arguments of `batchwright backup`.
+#[derive(Args)]
+pub struct Backup {
+    /// Folder of the backup; a later backup into the same folder copies what is new
+    folder: PathBuf,
+    /// Data folder, whose server may be running
+    #[arg(long, env = "BATCHWRIGHT_DATA", default_value = "batchwright-data")]
+    data: PathBuf,
+    /// Only compare the backup with its manifest
+    #[arg(long)]
+    verify: bool,
+}
+
+/// Arguments of `batchwright restore`.
+#[derive(Args)]
+pub struct Restore {
+    /// Folder of the backup
+    folder: PathBuf,
+    /// Data folder to create; it must not have a database
+    #[arg(long, env = "BATCHWRIGHT_DATA", default_value = "batchwright-data")]
+    data: PathBuf,
+}
+
+impl Backup {
+    /// Runs the command.
+    pub async fn run(self) -> Result<(), Error> {
+        umask();
+        let (folder, data) = (self.folder.clone(), self.data);
+        let now = Clock::system().now().as_seconds();
+        let is_check = self.verify;
+        let running = tokio::task::spawn_blocking(move || match is_check {
+            true => backup::verify(&folder),
+            false => backup::backup(&data, &folder, now, env!("CARGO_PKG_VERSION")),
+        });
+        let report = ended(running).await?;
+        let shown = self.folder.display();
+        if self.verify {
+            outln!("{shown} is complete: {}", contents(&report));
+            return Ok(());
+        }
+        let size = bytesize::ByteSize(report.copied_bytes).display().iec();
+        outln!("backed up to {shown}: {}; {} copied, {size}", contents(&report), report.copied);
+        if report.missing > 0 {
+            errln!(
+                "warning: {} objects were deleted meanwhile, or are lost; another backup names only \
+                 those that are lost",
+                report.missing
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Restore {
+    /// Runs the command.
+    pub async fn run(self) -> Result<(), Error> {
+        umask();
+        let (folder, data) = (self.folder, self.data.clone());
+        let running = tokio::task::spawn_blocking(move || backup::restore(&folder, &data));
+        let report = ended(running).await?;
+        outln!("restored to {}: {}", self.data.display(), contents(&report));
+        Ok(())
+    }
+}
+
+async fn ended(
+    running: tokio::task::JoinHandle<batchwright_store::Result<BackupReport>>,
+) -> Result<BackupReport, Error> {
+    let ended = running.await.map_err(|error| Error::Other(error.to_string()))?;
+    Ok(ended?)
+}
+
+fn contents(report: &BackupReport) -> String {
+    let size = bytesize::ByteSize(report.database_bytes).display().iec();
+    format!("database {size}, {} objects", report.objects)
+}
