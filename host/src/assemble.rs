@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use batchwright_api::HttpMetrics;
+use batchwright_api::{HttpMetrics, Tls};
 use batchwright_batch::{Engine, Parts, ProjectCredentials};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
@@ -66,13 +66,11 @@ fn loader_with(
     (memory, metrics): (&Memory, &Metrics),
     project_secrets: Option<Arc<dyn ProjectSecrets>>,
 ) -> Result<Loader, Error> {
-    let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
     let loading = LoaderConfig {
         cache: settings.cache(),
         compile_timeout: *settings.plugins.compile_timeout,
         compile_memory: *settings.plugins.compile_memory,
-        trusted_keys: keys
-            .map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?,
+        trusted_keys: trusted_keys(settings)?,
         serials: options.serials,
         order: options.order,
         secrets_folder: settings.plugins.secrets.clone(),
@@ -91,6 +89,41 @@ fn sealing_key(settings: &Settings) -> Result<Option<SealingKey>, Error> {
     let text = read_secret(source).map_err(invalid)?;
     let key = SealingKey::parse(&text).map_err(|error| invalid(error.to_string()))?;
     Ok(Some(key))
+}
+
+/// Checks the files that the settings name. Returns every error.
+pub fn check(settings: &Settings) -> Vec<String> {
+    let mut errors = Vec::new();
+    let mut add = |error: Result<(), Error>| errors.extend(error.err().map(|it| it.to_string()));
+    add(tls(settings).map(drop));
+    add(sealing_key(settings).map(drop));
+    add(check_directory(&settings.plugins.directory()).map_err(Error::from));
+    add(trusted_keys(settings).map(drop));
+    errors
+}
+
+/// Reads the certificate and the key, if the settings name them.
+pub fn tls(settings: &Settings) -> Result<Option<Arc<Tls>>, Error> {
+    let invalid = |setting, message| ConfigError::Value { setting, message };
+    match (&settings.api.tls_certificate, &settings.api.tls_key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => Tls::open(certificate, key)
+            .map(|tls| Some(Arc::new(tls)))
+            .map_err(|error| invalid("tls_certificate and tls_key", error.to_string()).into()),
+        (Some(_), None) => {
+            Err(invalid("tls_key", "is missing; TLS needs a certificate and its key".into()).into())
+        }
+        (None, Some(_)) => {
+            let message = "is missing; TLS needs a certificate and its key";
+            Err(invalid("tls_certificate", message.into()).into())
+        }
+    }
+}
+
+/// Reads the keys that plugins must be signed with, if the settings name them.
+fn trusted_keys(settings: &Settings) -> Result<Option<TrustedKeys>, Error> {
+    let keys = settings.plugins.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
+    Ok(keys.map_err(|message| ConfigError::Value { setting: "trusted_keys", message })?)
 }
 
 /// Builds the webhooks of a server, and what delivers their events.

@@ -9,6 +9,7 @@ mod error;
 mod lifecycle;
 #[cfg(test)]
 mod reference;
+mod reload;
 mod telemetry;
 
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use batchwright_domain::text::nearest;
 use tracing_subscriber::EnvFilter;
@@ -85,16 +86,52 @@ impl fmt::Display for LogFilter {
     }
 }
 
+/// Control of the log filter of the process.
+#[derive(Clone)]
+pub struct LogControl(Arc<Control>);
+
+struct Control {
+    /// Filter that is in use.
+    current: Mutex<LogFilter>,
+    set: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>,
+}
+
+impl LogControl {
+    /// Returns the filter that is in use.
+    pub fn current(&self) -> LogFilter {
+        self.0.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the filter, from now on.
+    pub fn set(&self, filter: &LogFilter) -> Result<(), String> {
+        (self.0.set)(EnvFilter::new(&filter.0))?;
+        *self.0.current.lock().unwrap_or_else(PoisonError::into_inner) = filter.clone();
+        Ok(())
+    }
+}
+
 /// Starts logging.
-pub fn start(filter: &LogFilter, format: LogFormat) {
+pub fn start(filter: &LogFilter, format: LogFormat) -> LogControl {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&filter.0))
         // The library would report a failed write to the same stream, and panic.
         .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => builder.with_target(false).init(),
-        LogFormat::Json => builder.json().init(),
-    }
+    type Set = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
+    let set: Set = match format {
+        LogFormat::Text => {
+            let builder = builder.with_target(false).with_filter_reloading();
+            let handle = builder.reload_handle();
+            builder.init();
+            Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
+        }
+        LogFormat::Json => {
+            let builder = builder.json().with_filter_reloading();
+            let handle = builder.reload_handle();
+            builder.init();
+            Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
+        }
+    };
+    LogControl(Arc::new(Control { current: Mutex::new(filter.clone()), set }))
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 55] = [
+const COMMANDS: [&str; 59] = [
     "",
     "serve",
     "run",
@@ -50,6 +50,10 @@ const COMMANDS: [&str; 55] = [
     "batch download",
     "file list",
     "file delete",
+    "audit",
+    "doctor",
+    "config check",
+    "config show",
     "backup",
     "restore",
     "webhook create",

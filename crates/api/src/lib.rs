@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 #![warn(unreachable_pub)]
 
+mod admin_actions;
 mod auth;
 mod batch_events;
 mod batches;
@@ -43,6 +44,7 @@ mod wire;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+pub use admin_actions::{Process, ReloadOutcome};
 pub use auth::Authenticator;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
@@ -190,12 +192,13 @@ fn health_routes() -> Router<Arc<ApiState>> {
         .route("/health/ready", get(health::ready))
 }
 
-/// Returns the router of the admin listener: health, metrics, and the plugins with the outages of
-/// all tenants.
+/// Returns the router of the admin listener: health, metrics, the plugins with the outages of all
+/// tenants, and actions on the process.
 pub fn admin_router(
     (engine, webhooks): (&Engine, &Arc<WebhookService>),
     (settings, address): (&ApiConfig, SocketAddr),
     metrics: &HttpMetrics,
+    process: Arc<dyn Process>,
 ) -> Router {
     let scrape = Router::new()
         .route("/metrics", get(metrics::scrape_for_operator))
@@ -204,6 +207,7 @@ pub fn admin_router(
     health_routes()
         .merge(plugins)
         .merge(scrape)
+        .merge(admin_actions::routes(process).with_state(()))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(

@@ -19,6 +19,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
 use tokio_rustls::{Accept, TlsAcceptor};
 use tokio_util::sync::CancellationToken;
 
@@ -63,6 +64,7 @@ pub struct Tls {
     /// State of the files when they were read first.
     seen: FileStates,
     provider: Arc<CryptoProvider>,
+    read_requested: Notify,
 }
 
 impl Tls {
@@ -86,6 +88,7 @@ impl Tls {
             files,
             seen,
             provider,
+            read_requested: Notify::new(),
         })
     }
 
@@ -93,6 +96,11 @@ impl Tls {
     pub fn register_metrics(self: &Arc<Self>, metrics: &HttpMetrics) -> Result<(), MetricsError> {
         let certificate = self.certificate.clone();
         metrics.register_certificate(move || expires_at(&certificate.0.load()))
+    }
+
+    /// Returns the end of the validity of the certificate that is in use, in Unix seconds.
+    pub fn expires_at(&self) -> Option<i64> {
+        expires_at(&self.certificate.0.load())
     }
 
     /// Performs the handshake of a connection.
@@ -103,13 +111,29 @@ impl Tls {
         })
     }
 
+    /// Reads the files again soon, although they seem unchanged.
+    pub fn request_read(&self) {
+        self.read_requested.notify_one();
+    }
+
     /// Reads the files again when they change, until `closing`. A failed read is repeated.
     pub async fn watch(self: Arc<Self>, closing: CancellationToken) {
         let (mut in_use, mut reported) = (self.seen, None);
-        while closing.run_until_cancelled(tokio::time::sleep(FILE_POLL_INTERVAL)).await.is_some() {
+        loop {
+            let pause = async {
+                tokio::select! {
+                    () = tokio::time::sleep(FILE_POLL_INTERVAL) => false,
+                    () = self.read_requested.notified() => true,
+                }
+            };
+            let Some(is_requested) = closing.run_until_cancelled(pause).await else { return };
             let now = state_of(&self.files);
-            if now == in_use {
+            if now == in_use && !is_requested {
                 continue;
+            }
+            if is_requested {
+                // A failure is reported once more.
+                reported = None;
             }
             let tls = self.clone();
             // Reading blocks.

@@ -67,6 +67,8 @@ settings! {
         /// Lifetime of an error file whose batch sets none; 0s keeps the file forever; a change
         /// applies to new files
         error_file_lifetime: Span = "0s", "TIME";
+        /// Time that entries of the audit log are kept; 0s keeps them forever
+        audit_lifetime: Span = "0s", "TIME";
         /// Time that a batch is kept after its end; a batch with a result file is kept until the
         /// file is deleted
         batch_lifetime: Positive<Span> = "90d", "TIME";

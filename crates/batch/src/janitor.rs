@@ -43,6 +43,7 @@ enum Garbage {
     Tombstones,
     Batches,
     Usage,
+    Audit,
     DiskSpace,
 }
 
@@ -99,9 +100,10 @@ impl Janitor {
             Garbage::Tombstones,
             Garbage::Batches,
             Garbage::Usage,
+            Garbage::Audit,
             Garbage::DiskSpace,
         ] {
-            if matches!(garbage, Garbage::Batches | Garbage::Usage) && !search {
+            if matches!(garbage, Garbage::Batches | Garbage::Usage | Garbage::Audit) && !search {
                 continue;
             }
             self.remove_all(garbage).await;
@@ -142,6 +144,13 @@ impl Janitor {
             Garbage::Usage => {
                 let before = self.clock.now().before(USAGE_BY_MINUTE_AGE);
                 self.store.merge_usage(before, STEP_FILES).await
+            }
+            Garbage::Audit => {
+                let lifetime = self.config.retention.audit_lifetime.duration();
+                if lifetime.is_zero() {
+                    return Ok(false);
+                }
+                self.store.purge_audit_log(self.clock.now().before(lifetime), STEP_ROWS).await
             }
             Garbage::DiskSpace => self.store.compact().await,
         }

@@ -211,6 +211,17 @@ impl Given {
         self.texts.contains_key(name)
     }
 
+    /// Returns the text of a setting that was given, and where; none if its default counts.
+    pub fn text_of(&self, name: &str) -> Option<(&str, &str)> {
+        self.texts.get(name).map(|given| (given.text.as_str(), given.origin.as_str()))
+    }
+
+    /// Replaces the text of a setting.
+    pub fn replace(&mut self, name: &str, text: String) {
+        let origin = self.texts.remove(name).map(|before| before.origin).unwrap_or_default();
+        self.texts.insert(name.to_owned(), Text { text, origin });
+    }
+
     /// Parses a setting, or its default if it was not given.
     pub fn take<T: Value>(&mut self, setting: &Setting) -> Option<T> {
         let given = self.texts.get(setting.name);

@@ -453,4 +453,7 @@ pub trait Accounts: Send + Sync {
 
     /// Lists entries of the audit log, newest first.
     async fn audit_log(&self, query: AuditQuery) -> Result<Paged<AuditEntry>>;
+    /// Removes up to `limit` entries of the audit log from before a time; returns true if more may
+    /// remain.
+    async fn purge_audit_log(&self, before: Timestamp, limit: usize) -> Result<bool>;
 }

@@ -44,6 +44,7 @@
 pub mod accounts;
 pub mod backup;
 mod error;
+pub mod inspect;
 mod metrics;
 pub mod objects;
 mod private;

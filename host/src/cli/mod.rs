@@ -4,6 +4,8 @@ mod admin;
 mod backup;
 mod batch;
 mod client;
+mod config;
+mod doctor;
 mod failures;
 mod file;
 mod path_text;
@@ -59,6 +61,13 @@ enum Command {
     File(file::File),
     /// Manage the webhook endpoints of a project
     Webhook(webhook::Webhook),
+    /// Export the audit log as JSON lines, of a running server or of a data folder
+    Audit(admin::Audit),
+    /// Check what a server needs on this machine, and say what to do
+    Doctor(doctor::Doctor),
+    /// Check and show the settings of a server
+    #[command(subcommand)]
+    Config(config::Config),
     /// Back up a data folder, also of a running server
     Backup(backup::Backup),
     /// Restore a backup into a new data folder
@@ -91,6 +100,9 @@ pub fn main() -> ExitCode {
             Command::Batch(batch) => batch.run().await,
             Command::File(file) => file.run().await,
             Command::Webhook(webhook) => webhook.run().await,
+            Command::Audit(audit) => audit.run().await,
+            Command::Doctor(doctor) => doctor.run().await,
+            Command::Config(config) => config.run().map(|()| ExitCode::SUCCESS),
             Command::Backup(backup) => backup.run().await.map(|()| ExitCode::SUCCESS),
             Command::Restore(restore) => restore.run().await.map(|()| ExitCode::SUCCESS),
             Command::Compile(process) => Ok(process.run()),

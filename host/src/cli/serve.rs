@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchwright_api as api;
-use batchwright_api::{Authenticator, Tls};
+use batchwright_api::Authenticator;
 use batchwright_batch::Engine;
 use batchwright_plugin::watch::watch;
 use batchwright_store::umask;
@@ -21,6 +21,8 @@ use crate::assemble::Options;
 use crate::cli::terminal::outln;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::error::Error;
+use crate::reload::{Reloaded, Reloader};
+use crate::telemetry::LogFilter;
 use crate::{assemble, telemetry};
 
 /// Minimum time for clients to receive responses in flight, after all other work has ended.
@@ -39,15 +41,16 @@ pub struct Serve {
 impl Serve {
     /// Runs the server until shutdown.
     pub async fn run(self) -> Result<ExitCode, Error> {
-        let settings = self.settings.resolve()?;
-        telemetry::start(&settings.server.log_filter, settings.server.log_format);
+        let (settings, given) = self.settings.clone().explain();
+        let settings = settings?;
+        let log = telemetry::start(&settings.server.log_filter, settings.server.log_format);
         warn_unknown_variables();
         // From here on, a signal no longer ends the process automatically.
         let mut signals = ProcessSignals::listen()?;
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
-        let tls = tls(&settings)?;
+        let tls = assemble::tls(&settings)?;
         let metrics = assemble::metrics(&settings)?;
         let otlp = assemble::otlp(&settings, &metrics)?;
         let options = Options::of_server(&settings);
@@ -60,6 +63,8 @@ impl Serve {
             None => None,
         };
         let metrics = assemble::http_metrics(&engine)?;
+        let reloader =
+            Arc::new(Reloader::new(self.settings, given, engine.clone(), tls.clone(), log));
         if let Some(tls) = &tls {
             tls.register_metrics(&metrics)
                 .map_err(|error| Error::Other(format!("metrics: {error}")))?;
@@ -80,7 +85,10 @@ impl Serve {
                     "admin listener without keys: restrict the address to operators"
                 );
             }
-            let router = api::admin_router(served, (&settings.api, address), &metrics);
+            let router = {
+                let process = Arc::new(OperatedProcess(reloader.clone()));
+                api::admin_router(served, (&settings.api, address), &metrics, process)
+            };
             let (settings, metrics) = (settings.clone(), metrics.clone());
             let token = shutdown.clone();
             tasks.spawn(async move {
@@ -104,11 +112,13 @@ impl Serve {
         let signal = loop {
             match signals.next().await {
                 ProcessSignal::Hangup => {
-                    tracing::info!(
-                        signal = "SIGHUP",
-                        "reloading plugins, secrets and trusted keys"
-                    );
-                    engine.parts().registry.request_read();
+                    tracing::info!(signal = "SIGHUP", "reloading");
+                    if let Err(error) = reloader.reload() {
+                        tracing::error!(
+                            %error,
+                            "settings not reloaded, nothing was changed; the next SIGHUP tries again"
+                        );
+                    }
                 }
                 signal => break signal,
             }
@@ -132,21 +142,23 @@ impl Serve {
     }
 }
 
-/// Reads the certificate and the key, if the settings name them.
-fn tls(settings: &Settings) -> Result<Option<Arc<Tls>>, Error> {
-    let invalid = |setting, message| ConfigError::Value { setting, message };
-    match (&settings.api.tls_certificate, &settings.api.tls_key) {
-        (None, None) => Ok(None),
-        (Some(certificate), Some(key)) => Tls::open(certificate, key)
-            .map(|tls| Some(Arc::new(tls)))
-            .map_err(|error| invalid("tls_certificate and tls_key", error.to_string()).into()),
-        (Some(_), None) => {
-            Err(invalid("tls_key", "is missing; TLS needs a certificate and its key".into()).into())
-        }
-        (None, Some(_)) => {
-            let message = "is missing; TLS needs a certificate and its key";
-            Err(invalid("tls_certificate", message.into()).into())
-        }
+/// Process of the server, for its admin listener.
+struct OperatedProcess(Arc<Reloader>);
+
+impl api::Process for OperatedProcess {
+    fn reload(&self) -> Result<api::ReloadOutcome, String> {
+        let reloaded = self.0.reload().map_err(|error| error.to_string())?;
+        let Reloaded { applied, needs_restart } = reloaded;
+        Ok(api::ReloadOutcome { applied, needs_restart })
+    }
+
+    fn log_filter(&self) -> String {
+        self.0.filter().to_string()
+    }
+
+    fn set_log_filter(&self, filter: &str) -> Result<(), String> {
+        let filter: LogFilter = filter.parse()?;
+        self.0.set_filter(&filter).map_err(|error| error.to_string())
     }
 }
 

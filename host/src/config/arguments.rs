@@ -59,6 +59,12 @@ impl<S> SettingsArgs<S> {
         Settings::resolve(self.given, self.config.as_deref())
     }
 
+    /// Resolves all settings, and returns beside them what was given and where.
+    pub fn explain(mut self) -> (Result<Settings, ConfigError>, Given) {
+        let settings = Settings::resolve_in(&mut self.given, self.config.as_deref());
+        (settings, self.given)
+    }
+
     /// Returns true if a flag or a variable gives the setting.
     pub fn has(&self, name: &str) -> bool {
         self.given.has(name)

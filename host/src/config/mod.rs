@@ -155,8 +155,12 @@ impl Settings {
     ///
     /// The error lists every invalid value of all sources.
     pub fn resolve(mut given: Given, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let prices = file.map(|file| file::read(file, &mut given)).transpose()?;
-        let given = &mut given;
+        Self::resolve_in(&mut given, file)
+    }
+
+    /// Resolves like [`Self::resolve`], and leaves in `given` what the config file gives.
+    pub fn resolve_in(given: &mut Given, file: Option<&Path>) -> Result<Self, ConfigError> {
+        let prices = file.map(|file| file::read(file, given)).transpose()?;
         let server = ServerConfig::read(given);
         let api = ApiConfig::read(given);
         let storage = StorageConfig::read(given);

@@ -112,6 +112,12 @@ impl Plugin {
         pools.values().map(|pool| pool.idle.max_memory()).max().unwrap_or(0)
     }
 
+    /// Returns a setting that is a text, as `configure` gets it.
+    pub fn setting(&self, name: &str) -> Option<String> {
+        let settings: serde_json::Value = serde_json::from_str(&self.facts.settings).ok()?;
+        settings.get(name)?.as_str().map(str::to_owned)
+    }
+
     /// Returns the gateway for the exchanges that steps ask for.
     pub fn gateway(&self) -> &Gateway {
         &self.runtime.gateway

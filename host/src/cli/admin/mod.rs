@@ -44,6 +44,30 @@ struct Target {
     json: bool,
 }
 
+/// Arguments of `batchwright audit`.
+#[derive(Args)]
+pub struct Audit {
+    #[command(flatten)]
+    target: Target,
+    /// First time of the entries to export, in Unix seconds
+    #[arg(long, value_name = "SECONDS")]
+    since: Option<i64>,
+}
+
+impl Audit {
+    /// Writes the audit log as JSON lines, newest first, page by page.
+    pub async fn run(self) -> Result<ExitCode, Error> {
+        let transport = Transport::open(&self.target, false)?;
+        let mut path = "organization/audit_logs".to_owned();
+        if let Some(since) = self.since {
+            path.push_str(&format!("?effective_at[gte]={since}"));
+        }
+        let done = transport.for_each(&path, |entry| outln!("{entry}")).await;
+        transport.close().await;
+        done.map(|()| ExitCode::SUCCESS)
+    }
+}
+
 #[derive(Subcommand)]
 enum Action {
     /// Manage projects, each of which is a tenant

@@ -87,6 +87,21 @@ impl Transport {
         }
     }
 
+    /// Calls a function with each entry of a list, and holds one page at a time.
+    pub(super) async fn for_each(&self, path: &str, each: impl Fn(&Value)) -> Result<(), Error> {
+        let separator = if path.contains('?') { '&' } else { '?' };
+        let mut after = String::new();
+        loop {
+            let page = self.get(&format!("{path}{separator}limit={PAGE_ENTRIES}{after}")).await?;
+            page.get("data").and_then(Value::as_array).into_iter().flatten().for_each(&each);
+            if page.get("has_more") != Some(&Value::Bool(true)) {
+                return Ok(());
+            }
+            let last = page.get("last_id").and_then(Value::as_str).unwrap_or_default();
+            after = format!("&after={}", path_segment(last));
+        }
+    }
+
     /// Returns the entries of a list, page by page, up to `max`.
     pub(super) async fn list(&self, path: &str, max: Option<usize>) -> Result<Vec<Value>, Error> {
         let (mut entries, mut after) = (Vec::new(), String::new());

@@ -51,6 +51,14 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<AuditEntry> {
     })
 }
 
+/// Removes entries from before a time; returns true if more may remain.
+pub(super) fn purge(connection: &Connection, before: Timestamp, limit: usize) -> Result<bool> {
+    let sql = "DELETE FROM audit WHERE key IN (
+        SELECT key FROM audit WHERE at < ?1 ORDER BY key LIMIT ?2)";
+    let limit_rows = i64::try_from(limit).unwrap_or(i64::MAX);
+    Ok(execute(connection, sql, params![before.as_millis(), limit_rows])? >= limit)
+}
+
 pub(super) fn page(connection: &Connection, query: &AuditQuery) -> Result<Paged<AuditEntry>> {
     let (mut condition, mut values) = ("TRUE".to_owned(), Vec::new());
     for (column, wanted) in [

@@ -290,6 +290,10 @@ impl Accounts for SqliteStore {
         self.writer.write(move |connection| keys::delete(connection, &holder, &id, &by)).await
     }
 
+    async fn purge_audit_log(&self, before: Timestamp, limit: usize) -> Result<bool> {
+        self.writer.write(move |connection| audit::purge(connection, before, limit)).await
+    }
+
     async fn audit_log(&self, query: AuditQuery) -> Result<Paged<AuditEntry>> {
         self.readers.read(move |connection| audit::page(connection, &query)).await
     }
