@@ -1,5 +1,6 @@
 """Backup of a running server and its restoration, with batches in every state."""
 
+import fcntl
 import json
 import shutil
 import threading
@@ -194,6 +195,33 @@ def test_interrupted_backup_leaves_the_one_before_it_valid(serve, tmp_path):
     time.sleep(1)
     server.run([chat("b")])
     assert "4 objects" in backup(server, target).stdout
+    assert not list(target.glob("*.part")), "what was left behind is removed"
     copy = restored(server, target, tmp_path / "copy")
     assert len(list(copy.client.batches.list())) == 2
     copy.kill()
+
+
+def test_backups_do_not_overlap(serve, tmp_path):
+    server = serve()
+    server.run([chat("a")])
+    for folder in (server.data, server.data / "backup", server.data.parent):
+        done = run_host("backup", folder, "--data", server.data)
+        assert done.returncode == 5 and "overlaps" in done.stderr, done.stderr
+    target = tmp_path / "backup"
+    backup(server, target)
+    with (target / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_host("backup", target, "--data", server.data)
+    assert done.returncode == 5 and "another backup" in done.stderr
+    backup(server, target)
+
+
+def test_lost_file_is_said_by_backup_check_and_restoration(serve, tmp_path):
+    server = serve()
+    batch = server.run([chat("a")])
+    next((server.data / "objects").rglob(batch.output_file_id)).unlink()
+    target = tmp_path / "backup"
+    assert "1 files have no content" in backup(server, target).stderr
+    assert "1 files have no content" in backup(server, target, "--verify").stderr
+    done = run_host("restore", target, "--data", tmp_path / "data")
+    assert done.returncode == 0 and "1 files have no content" in done.stderr

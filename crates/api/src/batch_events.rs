@@ -11,9 +11,8 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use batchwright_batch::ProgressListener;
+use batchwright_batch::{ListenError, ProgressListener};
 use batchwright_domain::ids::BatchId;
-use batchwright_store::BatchProgress;
 
 use super::App;
 use super::batches::batch_not_found;
@@ -31,7 +30,7 @@ const NO_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 /// Streams the progress of a batch
 ///
 /// Server-sent events with the name `batch`: the current state, then each change, at most one a
-/// second. The stream ends after the final state.
+/// second. The stream ends after the final state, or after 15 minutes.
 #[utoipa::path(get, path = "/batches/{id}/events", tag = "Batches",
     params(("id" = String, Path, description = "Id of the batch")),
     responses((status = 200, description = "Events",
@@ -41,17 +40,14 @@ pub(crate) async fn of_batch(
     tenant: Tenant<ReadBatches>,
     Path(id): Path<BatchId>,
 ) -> Result<Response, ApiError> {
-    let batch = app.service.get(&tenant.0, &id).await?;
-    let batch = batch.ok_or_else(|| batch_not_found(id.as_str()))?;
-    let now =
-        BatchProgress { tenant: tenant.0.clone(), id, status: batch.status, counts: batch.counts };
-    Ok(events(app.progress.listen(&tenant.0, Some(now)).await?))
+    let found = app.progress.follow(&tenant.0, &id).await.map_err(refused)?;
+    found.map(events).ok_or_else(|| batch_not_found(id.as_str()))
 }
 
 /// Streams the progress of all batches of the project
 ///
-/// Server-sent events with the name `batch`: the batches that have not ended, then each change, at
-/// most one a second and batch.
+/// Server-sent events with the name `batch`: the batches that have not ended, then their changes.
+/// The stream ends after 15 minutes.
 #[utoipa::path(get, path = "/batches/events", tag = "Batches",
     responses((status = 200, description = "Events",
         content((String = "text/event-stream"))), Errors))]
@@ -59,7 +55,14 @@ pub(crate) async fn of_project(
     State(app): App,
     tenant: Tenant<ReadBatches>,
 ) -> Result<Response, ApiError> {
-    Ok(events(app.progress.listen(&tenant.0, None).await?))
+    Ok(events(app.progress.follow_all(&tenant.0).await.map_err(refused)?))
+}
+
+fn refused(error: ListenError) -> ApiError {
+    match error {
+        ListenError::TooMany => ApiError::too_many_requests(error.to_string()),
+        ListenError::Store(error) => error.into(),
+    }
 }
 
 /// Returns a stream that is read as fast as its client reads it.

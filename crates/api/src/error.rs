@@ -120,6 +120,11 @@ impl ApiError {
                 return Self { retry_after: Some(OPEN_BATCH_RETRY_SECONDS), ..error }
                     .with_code(ErrorCode::OpenBatchLimitExceeded);
             }
+            Refusal::DisabledWebhook => {
+                return Self::conflict(
+                    "The webhook endpoint is disabled; update it, and try again.",
+                );
+            }
             Refusal::Webhooks(limit) => {
                 return Self::bad_request(format!(
                     "The project has {limit} webhook endpoints already; delete some."
@@ -148,6 +153,11 @@ impl ApiError {
     /// Returns a 405.
     pub(crate) fn method_not_allowed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// Returns a 429 for more concurrent calls than a project may have.
+    pub(crate) fn too_many_requests(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
     }
 
     /// Returns a 409. A retry cannot succeed, so the SDKs are told not to retry.

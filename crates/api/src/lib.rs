@@ -151,6 +151,7 @@ pub fn router(
         .with_state(app.clone())
         .merge(organization::routes().0.with_state(administration))
         .layer(middleware::from_fn_with_state(app.clone(), decompress::decompress))
+        .layer(middleware::from_fn_with_state(parts.traces.clone(), traces::record))
         .layer(middleware::from_fn_with_state(authenticator.clone(), auth::identify))
         .with_state(());
     let scrape = Router::new()
@@ -180,7 +181,6 @@ pub fn router(
         None => router,
     };
     router
-        .layer(middleware::from_fn_with_state(parts.traces.clone(), traces::record))
         .layer(middleware::from_fn(tag_response))
         .layer(middleware::from_fn_with_state(metrics.clone(), metrics::count))
 }

@@ -39,7 +39,13 @@ pub(crate) async fn record(State(traces): State<Traces>, request: Request, next:
     let response = next.run(request).await;
     let route = route.as_ref().map_or("unknown", MatchedPath::as_str);
     let context = parent.map_or_else(|| Context::of(&id), |parent| parent.child());
-    if !context.is_sampled() && !response.status().is_server_error() {
+    let created = response.extensions().get::<CreatedId>().cloned();
+    // A request of a client that traces nothing is worth a span if it has made something.
+    let is_kept = match parent {
+        Some(parent) => parent.is_sampled(),
+        None => created.is_some(),
+    };
+    if !is_kept && !response.status().is_server_error() {
         return response;
     }
     let span = Span::new(format!("{method} {route}"), context, began)
@@ -52,8 +58,8 @@ pub(crate) async fn record(State(traces): State<Traces>, request: Request, next:
         Some(parent) => span.remote_parent(parent),
         None => span,
     };
-    let span = match response.extensions().get::<CreatedId>() {
-        Some(CreatedId(id)) => span.link(Context::of(id)),
+    let span = match created {
+        Some(CreatedId(id)) => span.link(Context::of(&id)),
         None => span,
     };
     traces.record(match response.status().is_server_error() {

@@ -253,6 +253,7 @@ fn failed(error: WebhookError) -> ApiError {
         WebhookError::Unreachable(message) => {
             ApiError::bad_request(message).with_code(ErrorCode::WebhookEndpointUnreachable)
         }
+        WebhookError::TestRunning => ApiError::too_many_requests(error.to_string()),
         WebhookError::Secret(error) => ApiError::internal(error),
         WebhookError::Store(error) => error.into(),
     }

@@ -49,7 +49,7 @@ pub use metrics::METRICS;
 pub use observer::OBSERVED_METRICS;
 pub use online::{Answered, Online, OnlineAnswer, OnlineError, OnlineRequest, OnlineStream};
 pub use parts::Parts;
-pub use progress::{ProgressHub, ProgressListener};
+pub use progress::{ListenError, ProgressHub, ProgressListener};
 pub use schedule::breaker::Outage;
 pub use schedule::breakers::BreakerKey;
 pub use service::create::{CreateError, NewBatchRequest};

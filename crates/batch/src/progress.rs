@@ -6,8 +6,9 @@
 //! **Hub.** While there are listeners, a task reads all batches that have not ended, and those that
 //! have ended since, once a second, and publishes what has changed. A listener gets the changes of
 //! its tenant through a bounded channel. One that falls behind skips what it has missed and gets
-//! the current state of everything it follows: states are absolute, so nothing is lost, and an older
-//! state never follows a later one.
+//! the current state of everything it follows: states are absolute, so nothing is lost, and an
+//! older state never follows a later one. The number of listeners is bounded, and a stream ends
+//! after a while, so that a key that was deleted shows nothing for long.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,8 +16,9 @@ use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_store::{BatchProgress, Result, Store};
+use batchwright_store::{BatchProgress, Result, Store, StoreError};
 use tokio::sync::{Notify, broadcast};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::parts::{Parts, Shared};
@@ -31,6 +33,18 @@ const END_WINDOW: Duration = Duration::from_secs(120);
 /// Number of reads that a listener may fall behind.
 const CHANNEL_READS: usize = 16;
 
+/// Maximum number of listeners of a tenant.
+const MAX_OF_TENANT: usize = 100;
+
+/// Maximum number of listeners of all tenants.
+const MAX_LISTENERS: usize = 512;
+
+/// Maximum number of states that a listener holds.
+const MAX_SHOWN: usize = 1000;
+
+/// Time after which a stream ends.
+const MAX_LIFETIME: Duration = Duration::from_secs(15 * 60);
+
 /// Maximum number of batches that are followed.
 const MAX_FOLLOWED: usize = 20_000;
 
@@ -44,8 +58,21 @@ pub struct ProgressHub {
     changes: broadcast::Sender<Changes>,
     /// What was read last, by tenant and id.
     known: Mutex<HashMap<(TenantId, BatchId), BatchProgress>>,
+    /// Number of listeners by tenant.
+    listeners: Mutex<HashMap<TenantId, usize>>,
     listener_added: Notify,
     draining: CancellationToken,
+}
+
+/// Reason why a stream is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The tenant, or all tenants together, have as many listeners as they may.
+    #[error("There are too many streams of events; close some, or poll.")]
+    TooMany,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Listener of one tenant, or of one of its batches.
@@ -57,7 +84,23 @@ pub struct ProgressListener {
     changes: broadcast::Receiver<Changes>,
     /// States that are passed on next.
     ready: std::vec::IntoIter<BatchProgress>,
+    /// Finished requests that were shown last, of batches that have not ended.
+    shown: HashMap<BatchId, u64>,
+    /// End of the stream. The client opens another one, and shows its key again.
+    ends_at: Instant,
     is_over: bool,
+}
+
+impl Drop for ProgressListener {
+    fn drop(&mut self) {
+        let mut listeners = self.hub.listeners();
+        if let Some(own) = listeners.get_mut(&self.tenant) {
+            *own = own.saturating_sub(1);
+            if *own == 0 {
+                listeners.remove(&self.tenant);
+            }
+        }
+    }
 }
 
 impl ProgressHub {
@@ -67,26 +110,68 @@ impl ProgressHub {
             clock: parts.clock.clone(),
             changes: broadcast::Sender::new(CHANNEL_READS),
             known: Mutex::default(),
+            listeners: Mutex::default(),
             listener_added: Notify::new(),
             draining: shared.draining.clone(),
         })
     }
 
-    /// Follows a batch from its state `now`, or all batches of a tenant.
-    pub async fn listen(
+    /// Follows a batch; none if it is unknown.
+    pub async fn follow(
         self: &Arc<Self>,
         tenant: &TenantId,
-        batch: Option<BatchProgress>,
-    ) -> Result<ProgressListener> {
-        let changes = self.changes.subscribe();
-        let (batch, ready) = match batch {
-            Some(progress) => (Some(progress.id.clone()), vec![progress]),
-            None => (None, self.store.batch_progress(Some(tenant), None, MAX_FOLLOWED).await?),
-        };
+        id: &BatchId,
+    ) -> std::result::Result<Option<ProgressListener>, ListenError> {
+        // Subscribed before the batch is read, so that no change falls between.
+        let mut listener = self.subscribe(tenant, Some(id.clone()))?;
+        let Some(batch) = self.store.batch(tenant, id).await? else { return Ok(None) };
+        let (tenant, id, counts) = (tenant.clone(), id.clone(), batch.counts);
+        let now = BatchProgress { tenant, id, status: batch.status, counts };
+        listener.ready = vec![now].into_iter();
         self.listener_added.notify_one();
-        let (hub, ready) = (self.clone(), ready.into_iter());
-        let tenant = tenant.clone();
-        Ok(ProgressListener { hub, tenant, batch, changes, ready, is_over: false })
+        Ok(Some(listener))
+    }
+
+    /// Follows the batches of a tenant: the first [`MAX_SHOWN`] that have not ended, and all
+    /// changes.
+    pub async fn follow_all(
+        self: &Arc<Self>,
+        tenant: &TenantId,
+    ) -> std::result::Result<ProgressListener, ListenError> {
+        let mut listener = self.subscribe(tenant, None)?;
+        let open = self.store.batch_progress(Some(tenant), None, MAX_SHOWN).await?;
+        listener.ready = open.into_iter();
+        self.listener_added.notify_one();
+        Ok(listener)
+    }
+
+    fn subscribe(
+        self: &Arc<Self>,
+        tenant: &TenantId,
+        batch: Option<BatchId>,
+    ) -> std::result::Result<ProgressListener, ListenError> {
+        let mut listeners = self.listeners();
+        let all: usize = listeners.values().sum();
+        let own = listeners.entry(tenant.clone()).or_default();
+        if *own >= MAX_OF_TENANT || all >= MAX_LISTENERS {
+            return Err(ListenError::TooMany);
+        }
+        *own = own.saturating_add(1);
+        drop(listeners);
+        Ok(ProgressListener {
+            hub: self.clone(),
+            tenant: tenant.clone(),
+            batch,
+            changes: self.changes.subscribe(),
+            ready: Vec::new().into_iter(),
+            shown: HashMap::new(),
+            ends_at: Instant::now() + MAX_LIFETIME,
+            is_over: false,
+        })
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, HashMap<TenantId, usize>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads and publishes until the server drains.
@@ -140,19 +225,38 @@ impl ProgressListener {
             && self.batch.as_ref().is_none_or(|batch| *batch == progress.id)
     }
 
+    /// Returns true if a state is older than the one that was shown, as its read began earlier.
+    fn is_older(&mut self, progress: &BatchProgress) -> bool {
+        let done = progress.counts.completed.saturating_add(progress.counts.failed);
+        if progress.status.is_final() {
+            self.shown.remove(&progress.id);
+            return false;
+        }
+        let shown = self.shown.get(&progress.id).copied();
+        if shown.is_none() && self.shown.len() >= MAX_SHOWN {
+            self.shown.clear();
+        }
+        self.shown.insert(progress.id.clone(), shown.unwrap_or(0).max(done));
+        shown.is_some_and(|shown| shown > done)
+    }
+
     /// Returns the next state, or none at the end: after the final state of the batch that is
-    /// followed, or when the server drains.
+    /// followed, after [`MAX_LIFETIME`], or when the server drains.
     pub async fn next(&mut self) -> Option<BatchProgress> {
         loop {
             if self.is_over {
                 return None;
             }
             if let Some(progress) = self.ready.next() {
+                if self.is_older(&progress) {
+                    continue;
+                }
                 self.is_over = self.batch.is_some() && progress.status.is_final();
                 return Some(progress);
             }
             let draining = self.hub.draining.clone();
-            match draining.run_until_cancelled(self.changes.recv()).await? {
+            let next = tokio::time::timeout_at(self.ends_at, self.changes.recv());
+            match draining.run_until_cancelled(next).await?.ok()? {
                 Ok(changes) => {
                     let ours = changes.iter().filter(|change| self.follows(change)).cloned();
                     self.ready = ours.collect::<Vec<_>>().into_iter();
@@ -160,7 +264,7 @@ impl ProgressListener {
                 Err(broadcast::error::RecvError::Lagged(_)) => {
                     let known = self.hub.lock();
                     let ours = known.values().filter(|known| self.follows(known)).cloned();
-                    let ours: Vec<_> = ours.collect();
+                    let ours: Vec<_> = ours.take(MAX_SHOWN).collect();
                     drop(known);
                     self.ready = ours.into_iter();
                 }

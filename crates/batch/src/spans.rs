@@ -6,8 +6,8 @@
 //! requests that succeed, a part is kept; every request that fails, and every failed attempt, is
 //! kept.
 //!
-//! Each span has the same names for the same things: `tenant`, `batch`, `request`, `line`, `plugin`,
-//! `model`, `endpoint`. No attribute holds text of a client or of a provider.
+//! Each span has the same names for the same things: `tenant`, `batch`, `request`, `line`,
+//! `plugin`, `model`, `endpoint`. No attribute holds text of a client or of a provider.
 
 use std::time::{Duration, SystemTime};
 

@@ -60,6 +60,11 @@ impl Resolver {
         Self { all: self.all.clone(), own: Arc::new(Semaphore::new(MAX_LOOKUPS_PER_PLUGIN)) }
     }
 
+    /// Returns a resolver like [`Self::beside`], with a limit of its own.
+    pub(crate) fn beside_with(&self, lookups: usize) -> Self {
+        Self { all: self.all.clone(), own: Arc::new(Semaphore::new(lookups)) }
+    }
+
     async fn lookup(&self, name: &str, port: u16) -> std::io::Result<Vec<IpAddr>> {
         // Both results are `Ok`, because the semaphores are never closed.
         let permits =

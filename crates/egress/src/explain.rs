@@ -58,7 +58,7 @@ pub(crate) fn explain(secrets: &Secrets, error: &(dyn Error + 'static)) -> Trans
 
 /// Returns the TLS error that an error is or wraps. An I/O error may wrap another I/O error, which
 /// `source` does not return.
-fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+pub(super) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut wrapped = Some(error);
     while let Some(io) = wrapped.and_then(|error| error.downcast_ref::<std::io::Error>()) {
         wrapped = io.get_ref().map(|inner| inner as &(dyn Error + 'static));
@@ -67,7 +67,7 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
 }
 
 /// Returns the client's text of a TLS error, without the names in the certificate.
-fn tls_message(error: &rustls::Error) -> &'static str {
+pub(super) fn tls_message(error: &rustls::Error) -> &'static str {
     use rustls::CertificateError::{
         Expired, ExpiredContext, NotValidForName, NotValidForNameContext, UnknownIssuer,
     };

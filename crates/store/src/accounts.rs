@@ -301,6 +301,9 @@ pub enum Refusal {
     /// Number of webhook endpoints of a project, with its maximum.
     #[error("the project has {0} webhook endpoints already")]
     Webhooks(u64),
+    /// Webhook endpoint that is disabled.
+    #[error("the webhook endpoint is disabled")]
+    DisabledWebhook,
     /// Admin key without which nobody could administer the server.
     #[error("this is the last admin key")]
     LastAdminKey,

@@ -56,6 +56,8 @@ enum Line {
     },
     /// Copy of the database, or another file of the data folder.
     File { name: String, restored_as: String, bytes: u64, sha256: String },
+    /// Object that was deleted while the backup ran, or that is lost.
+    Missing { tenant: String, id: String },
     /// Object, in the order of tenants and ids.
     Object { tenant: String, id: String, bytes: u64, sha256: String },
     /// Last line, with the number of objects.
@@ -111,20 +113,34 @@ fn read_through(
     Ok((bytes, sha256))
 }
 
-/// Copies a file under a temporary name, and renames it when it is complete.
-fn copy_whole(from: &Path, to: &Path) -> std::io::Result<(u64, String)> {
-    if let Some(folder) = to.parent() {
-        create_folder(folder)?;
-    }
+/// Copies a file under a temporary name, and renames it when it is complete and, if an `expected`
+/// size and SHA-256 are given, equal to them.
+fn copy_whole(from: &Path, to: &Path, expected: Option<(u64, &str)>) -> Result<(u64, String)> {
     let draft = with_suffix(to, ".part");
-    let copied = copy(from, &draft);
-    match copied {
-        Ok(found) => std::fs::rename(&draft, to).map(|()| found),
-        Err(error) => {
-            std::fs::remove_file(&draft).ok();
-            Err(error)
+    let copying = || {
+        if let Some(folder) = to.parent() {
+            create_folder(folder)?;
         }
+        copy(from, &draft)
+    };
+    let copied = copying().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => StoreError::Missing(error.to_string()),
+        _ => failed(from, "cannot be copied", &error),
+    });
+    let whole = copied.and_then(|found| {
+        if let Some(expected) = expected {
+            compare(from, &found, expected)?;
+        }
+        let renamed = std::fs::rename(&draft, to).and_then(|()| match to.parent() {
+            Some(folder) => sync_folder(folder),
+            None => Ok(()),
+        });
+        renamed.map(|()| found).map_err(|error| failed(to, "cannot be written", &error))
+    });
+    if whole.is_err() {
+        std::fs::remove_file(&draft).ok();
     }
+    whole
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -223,10 +239,23 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
         let message = "has no database; name the folder that the server has as --data".to_owned();
         return Err(StoreError::Folder { folder: data.display().to_string(), message });
     }
+    if !data.join("objects").is_dir() {
+        let message = "has no folder `objects`; mount or restore it".to_owned();
+        return Err(StoreError::Folder { folder: data.display().to_string(), message });
+    }
     create_folder(to).map_err(|error| failed(to, "cannot be created", &error))?;
+    check_apart(data, to)?;
     let cannot_write = |error: std::io::Error| failed(to, "cannot be written", &error);
+    // Two backups into the same folder would mix.
+    let lock = File::options().create(true).truncate(false).write(true).open(to.join("lock"));
+    let lock = lock.map_err(cannot_write)?;
+    if lock.try_lock().is_err() {
+        let message = "is in use by another backup; wait for its end".to_owned();
+        return Err(StoreError::Folder { folder: to.display().to_string(), message });
+    }
     let mut before = Manifest::open(to)?;
     let old_files = files_of(before.as_mut())?;
+    remove_leftovers(to, &old_files);
     // A name of its own, so that the database of the backup before stays until the end.
     let mut number = 0_u32;
     let name = loop {
@@ -258,7 +287,7 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
         let from = data.join(small);
         if from.exists() {
             let name = format!("{small}-{now}-{number}");
-            let (bytes, sha256) = copy_whole(&from, &to.join(&name)).map_err(cannot_write)?;
+            let (bytes, sha256) = copy_whole(&from, &to.join(&name), None)?;
             let restored_as = small.to_owned();
             write(&Line::File { name: name.clone(), restored_as, bytes, sha256 })?;
             new_files.push(name);
@@ -275,6 +304,34 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
     }
     remove_objects_that_are_gone(to, &database)?;
     Ok(report)
+}
+
+/// Refuses a backup folder that is the data folder, or one of which contains the other.
+fn check_apart(data: &Path, to: &Path) -> Result<()> {
+    let canonical = |path: &Path| {
+        path.canonicalize().map_err(|error| failed(path, "cannot be resolved", &error))
+    };
+    let (data, to) = (canonical(data)?, canonical(to)?);
+    if data.starts_with(&to) || to.starts_with(&data) {
+        let message = "overlaps the data folder; name a folder outside of it".to_owned();
+        return Err(StoreError::Folder { folder: to.display().to_string(), message });
+    }
+    Ok(())
+}
+
+/// Removes what an interrupted backup has left: files that the manifest does not name.
+fn remove_leftovers(to: &Path, known: &[String]) {
+    for file in std::fs::read_dir(to).into_iter().flatten().flatten() {
+        let name = file.file_name();
+        let name = name.to_string_lossy();
+        let is_ours = name.starts_with("batchwright-")
+            || name.ends_with(".part")
+            || SMALL_FILES.iter().any(|small| name.starts_with(&format!("{small}-")));
+        let is_file = file.file_type().is_ok_and(|kind| kind.is_file());
+        if is_ours && is_file && !known.iter().any(|known| *known == name) {
+            std::fs::remove_file(file.path()).ok();
+        }
+    }
 }
 
 /// Returns the names of the files of a backup, and leaves its objects to be read.
@@ -327,17 +384,17 @@ fn copy_objects(
         });
         let (bytes, sha256) = match kept {
             Some((_, bytes, sha256)) => (*bytes, sha256.clone()),
-            None => match copy_whole(&data.join("objects").join(&path), &target) {
+            None => match copy_whole(&data.join("objects").join(&path), &target, None) {
                 Ok(copied) => {
                     report.copied = report.copied.saturating_add(1);
                     report.copied_bytes = report.copied_bytes.saturating_add(copied.0);
                     copied
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(StoreError::Missing(_)) => {
                     report.missing = report.missing.saturating_add(1);
-                    return Ok(());
+                    return write(&Line::Missing { tenant, id });
                 }
-                Err(error) => return Err(failed(&target, "an object cannot be copied", &error)),
+                Err(error) => return Err(error),
             },
         };
         report.objects = report.objects.saturating_add(1);
@@ -421,6 +478,7 @@ fn each_file(
                 report.copied = report.copied.saturating_add(1);
                 report.copied_bytes = report.copied_bytes.saturating_add(bytes);
             }
+            Line::Missing { .. } => report.missing = report.missing.saturating_add(1),
             Line::Backup { .. } | Line::End { .. } => {}
         }
     }
@@ -465,11 +523,8 @@ pub fn restore(backup: &Path, data: &Path) -> Result<BackupReport> {
         }
     }
     let report = each_file(backup, |from, to, expected| {
-        let to = data.join(to);
-        let copied =
-            copy_whole(from, &to).map_err(|error| failed(from, "cannot be restored", &error))?;
         // The database comes last, so a damaged object leaves no database behind.
-        compare(from, &copied, expected).inspect_err(|_| drop(std::fs::remove_file(&to)))
+        copy_whole(from, &data.join(to), Some(expected)).map(drop)
     })?;
     sync_folder(data).map_err(|error| failed(data, "cannot be written", &error))?;
     Ok(report)

@@ -1,11 +1,11 @@
 //! Webhooks: endpoints of projects, and the outbox of events that go to them.
 //!
-//! **Outbox.** The transaction that ends a batch inserts a delivery for each endpoint of the project
-//! that asks for the event. So no event is lost between the end of a batch and a queue, and none is
+//! **Outbox.** The transaction that ends a batch inserts a delivery for each endpoint of the
+//! project that asks for the event. So no event is lost between the end of a batch and a queue, and none is
 //! sent for an end that was rolled back.
 //!
-//! **Deliveries.** A delivery is due at a time, is claimed for an attempt until a lease ends, and is
-//! attempted again until it succeeds or its time is over. A process that dies during an attempt
+//! **Deliveries.** A delivery is due at a time, is claimed for an attempt until a lease ends, and
+//! is attempted again until it succeeds or its time is over. A process that dies during an attempt
 //! leaves a lease that ends: the event is sent again, with the same id. Deliveries that have ended
 //! stay for a while as the log of the endpoint.
 
@@ -135,6 +135,8 @@ pub struct DeliveryRecord {
 pub struct DueDelivery {
     /// Key of the delivery in the store.
     pub key: i64,
+    /// End of the lease, by which the claim is known.
+    pub lease: Timestamp,
     /// Tenant.
     pub tenant: TenantId,
     /// Endpoint.
@@ -146,6 +148,12 @@ pub struct DueDelivery {
 /// Outcome of an attempt.
 #[derive(Clone, Debug)]
 pub struct AttemptResult {
+    /// End of the lease of the claim. A delivery that was claimed or called for again since stays
+    /// as it is.
+    pub lease: Timestamp,
+    /// Last change of the endpoint when the attempt began. An endpoint that was changed since is
+    /// neither disabled nor failing because of it.
+    pub webhook_updated_at: Timestamp,
     /// Time of the attempt.
     pub at: Timestamp,
     /// HTTP status; none without an answer.
@@ -204,6 +212,7 @@ pub trait Webhooks: Send + Sync {
         part: ListQuery,
     ) -> Result<Option<Paged<DeliveryRecord>>>;
     /// Makes a delivery due again, whatever its state; returns none if there is no such delivery.
+    /// Refused for a disabled endpoint, which gets nothing.
     async fn redeliver(
         &self,
         tenant: &TenantId,

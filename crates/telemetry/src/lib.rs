@@ -1,8 +1,8 @@
 //! What the server tells about itself: metrics for Prometheus ([`metrics`]), traces ([`trace`]) and
 //! their export ([`otlp`]).
 //!
-//! Nothing here holds a prompt, an answer or a credential: labels and attributes are ids, names that
-//! the operator chose, codes and numbers.
+//! Nothing here holds a prompt, an answer or a credential: labels and attributes are ids, names
+//! that the operator chose, codes and numbers.
 //!
 //! Architecture invariant: this crate imports no other crate of the project, so any may use it.
 

@@ -165,9 +165,10 @@ impl Otlp {
         // Blocks until its own thread has sent the last metrics.
         let metrics =
             tokio::task::spawn_blocking(move || meters.shutdown_with_timeout(END_TIMEOUT));
-        let (_, sent) = tokio::join!(self.exporting, tokio::time::timeout(END_TIMEOUT, metrics));
-        if sent.is_err() {
-            tracing::warn!("last metrics not sent to the collector in time");
+        let exporting = tokio::time::timeout(END_TIMEOUT, self.exporting);
+        let (exported, sent) = tokio::join!(exporting, tokio::time::timeout(END_TIMEOUT, metrics));
+        if exported.is_err() || sent.is_err() {
+            tracing::warn!("last spans or metrics not sent to the collector in time");
         }
     }
 }
@@ -215,7 +216,7 @@ impl HttpClient for RuntimeClient {
 pub struct Inference<'a> {
     /// Operation: `chat`, `text_completion`, `embeddings`, or `moderation`.
     pub operation: &'static str,
-    /// Name of the adapter, which stands for the provider.
+    /// Name of the adapter, used as the name of the provider.
     pub provider: &'a str,
     /// Entry of the plugin file that names the model.
     pub model: &'a str,

@@ -44,6 +44,9 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(15);
 /// Maximum number of deliveries that one step removes.
 const PURGE_ROWS: usize = 1000;
 
+/// Maximum number of such steps in a row.
+const MAX_PURGES: usize = 10;
+
 /// First pause before another attempt.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -102,7 +105,7 @@ pub(crate) async fn post(
     }
     let url = Url::parse(&webhook.url).map_err(|error| error.to_string())?;
     let bounds = (service.config.webhook_timeout.duration(), MAX_ANSWER_BYTES);
-    let answer = service.outbound.post(&url, headers, Bytes::from(body), bounds).await;
+    let answer = service.outbound.post(tenant, &url, headers, Bytes::from(body), bounds).await;
     answer.map_err(|error| {
         tracing::debug!(%tenant, webhook = %webhook.id, error = error.detail(), "webhook not sent");
         error.message
@@ -176,7 +179,11 @@ impl Deliverer {
         }
         let lifetime = service.config.webhook_delivery_lifetime.duration();
         let before = now.before(lifetime);
-        while let Ok(true) = service.store.purge_deliveries(before, PURGE_ROWS).await {}
+        for _ in 0..MAX_PURGES {
+            if !matches!(service.store.purge_deliveries(before, PURGE_ROWS).await, Ok(true)) {
+                break;
+            }
+        }
     }
 
     /// Claims due deliveries for which there is room.
@@ -199,7 +206,7 @@ impl Deliverer {
     /// Makes one attempt, and records its outcome.
     async fn attempt(&self, due: DueDelivery) {
         let service = &self.service;
-        let DueDelivery { key, tenant, webhook, delivery } = due;
+        let DueDelivery { key, lease, tenant, webhook, delivery } = due;
         let envelope = Envelope {
             id: &delivery.event,
             event: delivery.event_type,
@@ -225,8 +232,10 @@ impl Deliverer {
         self.metrics.attempted(outcome, began.elapsed());
         let retry_time = service.config.webhook_retry_time.duration();
         let is_over = delivery.retry_since.until(at) >= retry_time;
-        let has_failed_long =
-            webhook.failing_since.is_some_and(|since| since.until(at) >= retry_time);
+        // The first failure ends a timeout after its attempt began.
+        let timeout = service.config.webhook_timeout.duration().saturating_mul(2);
+        let began_by = delivery.retry_since.after(timeout);
+        let has_failed_long = webhook.failing_since.is_some_and(|since| since <= began_by);
         // 410 means that the receiver is gone for good.
         let disables = !is_delivered && (status == Some(410) || is_over && has_failed_long);
         let next_at = (!is_delivered && !is_over && !disables).then(|| {
@@ -238,7 +247,16 @@ impl Deliverer {
             tracing::debug!(%tenant, webhook = %webhook.id, status, "webhook attempt failed");
         }
         let detail = Some(detail).filter(|detail| !detail.is_empty());
-        let result = AttemptResult { at, status, detail, is_delivered, next_at, disables };
+        let result = AttemptResult {
+            lease,
+            webhook_updated_at: webhook.updated_at,
+            at,
+            status,
+            detail,
+            is_delivered,
+            next_at,
+            disables,
+        };
         if let Err(error) = service.store.record_attempt(key, result).await {
             // It is attempted again when its lease ends, under the same id.
             tracing::warn!(%tenant, webhook = %webhook.id, %error, "webhook attempt not recorded");

@@ -1,6 +1,7 @@
 //! Endpoints of projects: what clients ask for.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use batchwright_domain::clock::{Clock, Timestamp};
 use batchwright_domain::ids::{EventId, TenantId, WebhookId};
@@ -25,6 +26,9 @@ const MAX_NAME_CHARS: usize = 256;
 /// Maximum length of a URL, in bytes.
 const MAX_URL_BYTES: usize = 2048;
 
+/// Maximum number of tests that run at a time.
+const MAX_TESTS: usize = 32;
+
 /// Time for which an old secret signs after a rotation that keeps it.
 const OLD_SECRET_LIFETIME: std::time::Duration = std::time::Duration::from_secs(86_400);
 
@@ -48,6 +52,9 @@ pub enum WebhookError {
     /// Endpoint that a test has not reached.
     #[error("{0}")]
     Unreachable(String),
+    /// Test beside another one of the project, or beside too many of others.
+    #[error("A test of a webhook endpoint is running; try again when it has ended.")]
+    TestRunning,
     /// Secret that cannot be made, sealed or opened. The text is for the operator.
     #[error("{0}")]
     Secret(String),
@@ -87,6 +94,20 @@ pub struct WebhookService {
     pub(crate) outbound: Outbound,
     /// Key that seals secrets; without one they are stored as they are.
     key: Option<SealingKey>,
+    /// Tenants with a running test.
+    testing: Mutex<HashSet<TenantId>>,
+}
+
+/// Test that is running until dropped.
+struct RunningTest<'a> {
+    service: &'a WebhookService,
+    tenant: &'a TenantId,
+}
+
+impl Drop for RunningTest<'_> {
+    fn drop(&mut self) {
+        self.service.testing().remove(self.tenant);
+    }
 }
 
 /// Checked values of an endpoint.
@@ -105,7 +126,20 @@ impl WebhookService {
         key: Option<SealingKey>,
     ) -> Result<Self, InvalidAllow> {
         let outbound = Outbound::new(&config.webhook_allow_http.0)?;
-        Ok(Self { store, clock, config, outbound, key })
+        Ok(Self { store, clock, config, outbound, key, testing: Mutex::default() })
+    }
+
+    fn testing(&self) -> MutexGuard<'_, HashSet<TenantId>> {
+        self.testing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a test: one of a tenant at a time, and [`MAX_TESTS`] of all.
+    fn begin_test<'a>(&'a self, tenant: &'a TenantId) -> Result<RunningTest<'a>, WebhookError> {
+        let mut testing = self.testing();
+        if testing.len() >= MAX_TESTS || !testing.insert(tenant.clone()) {
+            return Err(WebhookError::TestRunning);
+        }
+        Ok(RunningTest { service: self, tenant })
     }
 
     /// Returns the time of the server.
@@ -207,6 +241,7 @@ impl WebhookService {
     ) -> Result<Tested, WebhookError> {
         let event = parse_event("event_type", event)?;
         let webhook = self.get(tenant, id).await?;
+        let _running = self.begin_test(tenant)?;
         let event_id: EventId = format!("evt_{}", Uuid::new_v4().simple()).into();
         let envelope = Envelope {
             id: &event_id,

@@ -48,17 +48,12 @@ impl Backup {
         let shown = self.folder.display();
         if self.verify {
             outln!("{shown} is complete: {}", contents(&report));
+            warn_missing(&report);
             return Ok(());
         }
         let size = bytesize::ByteSize(report.copied_bytes).display().iec();
         outln!("backed up to {shown}: {}; {} copied, {size}", contents(&report), report.copied);
-        if report.missing > 0 {
-            errln!(
-                "warning: {} objects were deleted meanwhile, or are lost; another backup names only \
-                 those that are lost",
-                report.missing
-            );
-        }
+        warn_missing(&report);
         Ok(())
     }
 }
@@ -71,6 +66,7 @@ impl Restore {
         let running = tokio::task::spawn_blocking(move || backup::restore(&folder, &data));
         let report = ended(running).await?;
         outln!("restored to {}: {}", self.data.display(), contents(&report));
+        warn_missing(&report);
         Ok(())
     }
 }
@@ -85,4 +81,15 @@ async fn ended(
 fn contents(report: &BackupReport) -> String {
     let size = bytesize::ByteSize(report.database_bytes).display().iec();
     format!("database {size}, {} objects", report.objects)
+}
+
+/// Warns of files whose content the backup does not have.
+fn warn_missing(report: &BackupReport) {
+    if report.missing > 0 {
+        errln!(
+            "warning: {} files have no content: they were deleted during the backup, or are lost; \
+             another backup counts those that are lost",
+            report.missing
+        );
+    }
 }

@@ -367,12 +367,13 @@ async fn provider(plugin: &Plugin, findings: &mut Findings) {
 
 /// Returns what a bundle shows of the data folder.
 fn described(inspection: &Inspection) -> Value {
+    let open: std::collections::BTreeMap<_, _> = inspection.open.iter().cloned().collect();
     json!({
         "database_bytes": inspection.database_bytes,
         "wal_bytes": inspection.wal_bytes,
         "disk_free_bytes": inspection.disk.0,
         "disk_size_bytes": inspection.disk.1,
-        "open_batches": inspection.open.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+        "open_batches": open,
         "webhook_endpoints_disabled": inspection.webhooks.0,
         "webhook_deliveries_pending": inspection.webhooks.1,
     })

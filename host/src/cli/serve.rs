@@ -116,7 +116,7 @@ impl Serve {
                     if let Err(error) = reloader.reload() {
                         tracing::error!(
                             %error,
-                            "settings not reloaded, nothing was changed; the next SIGHUP tries again"
+                            "settings not reloaded, nothing changed; the next SIGHUP tries again"
                         );
                     }
                 }

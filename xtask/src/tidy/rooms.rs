@@ -27,7 +27,10 @@ const CRATES: [(&str, &[Room]); 2] = [
             ),
             ("health", &["config", "parts"]),
             ("janitor", &["config", "objects", "parts"]),
-            ("online", &["config", "formats", "metrics", "parts", "request", "rules", "schedule"]),
+            (
+                "online",
+                &["config", "formats", "metrics", "parts", "request", "rules", "schedule", "spans"],
+            ),
             (
                 "worker",
                 &[

@@ -84,7 +84,7 @@ pub(super) fn progress(
                 AND status NOT IN ('validating', 'in_progress', 'finalizing', 'cancelling')
                 AND (?1 IS NULL OR tenant = ?1) LIMIT ?3
             )
-        ) AS found JOIN tenants ON tenants.key = found.tenant LIMIT ?3";
+        ) AS found JOIN tenants ON tenants.key = found.tenant";
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     query(connection, sql, params![key, ended_since.map(Timestamp::as_millis), limit], |row| {
         Ok(BatchProgress {

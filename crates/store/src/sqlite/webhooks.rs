@@ -1,5 +1,6 @@
 //! Webhooks: endpoints, the outbox of events, and the deliveries.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -256,6 +257,10 @@ fn redeliver(
     now: Timestamp,
 ) -> Result<Option<DeliveryRecord>> {
     let Some(webhook) = row_key(connection, tenant, id)? else { return Ok(None) };
+    let sql = "SELECT 1 FROM webhooks WHERE key = ?1 AND disabled_at IS NOT NULL";
+    if find(connection, sql, [webhook], |_| Ok(()))?.is_some() {
+        return Err(StoreError::Refused(Refusal::DisabledWebhook));
+    }
     let sql = "UPDATE webhook_deliveries SET state = 'pending', next_at = ?3, retry_since = ?3,
         attempts = 0 WHERE webhook = ?1 AND event = ?2 RETURNING key";
     let row = params![webhook, event.as_str(), now.as_millis()];
@@ -296,13 +301,25 @@ fn claim(
                 tenant: row.get::<_, String>(0)?.into(),
                 webhook: webhook_at(row, 1)?,
                 key: row.get(15)?,
+                lease: until,
                 delivery: delivery_from(row, 16)?,
             })
         })
         .map_err(database_error)?;
+    let mut candidates = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
+    // Tenants take turns: the first delivery of each goes before the second one of any.
+    let mut of_tenant_so_far: HashMap<TenantId, usize> = HashMap::new();
+    for (tenant, _) in busy {
+        let number = of_tenant_so_far.entry(tenant.clone()).or_default();
+        *number = number.saturating_add(1);
+    }
+    candidates.sort_by_cached_key(|due| {
+        let number = of_tenant_so_far.entry(due.tenant.clone()).or_default();
+        *number = number.saturating_add(1);
+        *number
+    });
     let (mut claimed, mut running) = (Vec::<DueDelivery>::new(), busy.to_vec());
-    for row in rows {
-        let due = row.map_err(database_error)?;
+    for due in candidates {
         let of_this = running.iter().filter(|(tenant, _)| *tenant == due.tenant);
         let is_busy = of_this.clone().any(|(_, id)| *id == due.webhook.id);
         if is_busy || of_this.count() >= of_tenant {
@@ -329,24 +346,28 @@ fn record_attempt(connection: &Connection, key: i64, result: &AttemptResult) -> 
     };
     let next_at = result.next_at.filter(|_| !result.is_delivered).map(Timestamp::as_millis);
     let sql = "UPDATE webhook_deliveries SET state = ?2, attempts = attempts + 1, next_at = ?3,
-        last_at = ?4, status = ?5, detail = ?6 WHERE key = ?1 RETURNING webhook";
+        last_at = ?4, status = ?5, detail = ?6 WHERE key = ?1 AND next_at = ?7
+        RETURNING webhook";
     let row = params![
         key,
         state,
         next_at,
         result.at.as_millis(),
         result.status.map(i64::from),
-        result.detail
+        result.detail,
+        result.lease.as_millis()
     ];
-    // The endpoint may have been deleted meanwhile, with its deliveries.
+    // The endpoint may have been deleted meanwhile, or the delivery called for again.
     let Some(webhook): Option<i64> = find(connection, sql, row, |row| row.get(0))? else {
         return Ok(());
     };
     let sql = "UPDATE webhooks SET
         failing_since = CASE WHEN ?2 THEN NULL ELSE coalesce(failing_since, ?3) END
-        WHERE key = ?1";
-    execute(connection, sql, params![webhook, result.is_delivered, result.at.as_millis()])?;
-    if result.disables {
+        WHERE key = ?1 AND updated_at = ?4";
+    let updated_at = result.webhook_updated_at.as_millis();
+    let row = params![webhook, result.is_delivered, result.at.as_millis(), updated_at];
+    let is_unchanged = execute(connection, sql, row)? > 0;
+    if result.disables && is_unchanged {
         let sql = "UPDATE webhooks SET disabled_at = ?2 WHERE key = ?1 AND disabled_at IS NULL";
         execute(connection, sql, params![webhook, result.at.as_millis()])?;
         // They can be delivered again when the endpoint works.
@@ -358,9 +379,10 @@ fn record_attempt(connection: &Connection, key: i64, result: &AttemptResult) -> 
 }
 
 fn counts(connection: &Connection) -> Result<WebhookCounts> {
-    let sql = "SELECT count(*), min(created_at),
+    let sql = "SELECT count(*), min(webhook_deliveries.created_at),
         (SELECT count(*) FROM webhooks WHERE disabled_at IS NOT NULL)
-        FROM webhook_deliveries WHERE next_at IS NOT NULL";
+        FROM webhook_deliveries JOIN webhooks ON webhooks.key = webhook
+        WHERE next_at IS NOT NULL AND disabled_at IS NULL";
     let found = find(connection, sql, [], |row| {
         Ok(WebhookCounts {
             pending: to_u64(row.get(0)?),
@@ -498,7 +520,8 @@ impl Webhooks for SqliteStore {
             .write(move |connection| {
                 let sql = "DELETE FROM webhook_deliveries WHERE key IN (
                     SELECT key FROM webhook_deliveries
-                    WHERE next_at IS NULL AND created_at < ?1 LIMIT ?2)";
+                    WHERE next_at IS NULL AND created_at < ?1
+                    AND coalesce(last_at, created_at) < ?1 LIMIT ?2)";
                 let row = params![ended_before.as_millis(), to_i64(limit as u64)];
                 Ok(execute(connection, sql, row)? >= limit)
             })

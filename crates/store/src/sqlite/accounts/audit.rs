@@ -53,8 +53,9 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<AuditEntry> {
 
 /// Removes entries from before a time; returns true if more may remain.
 pub(super) fn purge(connection: &Connection, before: Timestamp, limit: usize) -> Result<bool> {
+    // Keys are in the order of time, so that the first ones tell whether there is more.
     let sql = "DELETE FROM audit WHERE key IN (
-        SELECT key FROM audit WHERE at < ?1 ORDER BY key LIMIT ?2)";
+        SELECT key FROM (SELECT key, at FROM audit ORDER BY key LIMIT ?2) WHERE at < ?1)";
     let limit_rows = i64::try_from(limit).unwrap_or(i64::MAX);
     Ok(execute(connection, sql, params![before.as_millis(), limit_rows])? >= limit)
 }

@@ -47,9 +47,17 @@ async fn log(store: &dyn Store, id: &str) -> Vec<DeliveryRecord> {
     }
 }
 
-fn result(is_delivered: bool, next_at: Option<Timestamp>) -> AttemptResult {
-    let status = Some(if is_delivered { 200 } else { 500 });
-    AttemptResult { at: NOW, status, detail: None, is_delivered, next_at, disables: false }
+fn result(due: &DueDelivery, is_delivered: bool, next_at: Option<Timestamp>) -> AttemptResult {
+    AttemptResult {
+        lease: due.lease,
+        webhook_updated_at: due.webhook.updated_at,
+        at: NOW,
+        status: Some(if is_delivered { 200 } else { 500 }),
+        detail: None,
+        is_delivered,
+        next_at,
+        disables: false,
+    }
 }
 
 pub(crate) async fn end_of_a_batch_inserts_an_event_for_each_endpoint_that_asks(
@@ -78,10 +86,6 @@ pub(crate) async fn end_of_a_batch_inserts_an_event_for_each_endpoint_that_asks(
     let part = ListQuery { after: None, limit: 9, order: Order::NewestFirst };
     assert!(store.deliveries(&"other".into(), &"all".into(), part).await.unwrap().is_none());
     assert!(store.webhook(&"other".into(), &"all".into()).await.unwrap().is_none());
-    // A claim that is not valid any more ends no batch and inserts nothing.
-    let stale = store.finish(&validating, finish(Status::Completed, None)).await;
-    assert!(stale.is_err());
-    assert_eq!(log(&*store, "all").await.len(), 2);
 }
 
 pub(crate) async fn delivery_is_claimed_once_in_order_and_again_after_its_lease(
@@ -93,26 +97,35 @@ pub(crate) async fn delivery_is_claimed_once_in_order_and_again_after_its_lease(
         add(&*store, endpoint).await;
     }
     end(&*store, "a", Status::Completed).await;
-    end(&*store, "b", Status::Completed).await;
     let before = at(NOW.as_millis() - 1);
     assert!(claim_all(&*store, before).await.is_empty(), "claimed before it is due");
-    // One for each endpoint, the oldest event first, and as many of a tenant as allowed.
+    // One for each endpoint, and as many of a tenant as allowed, with those in flight.
     let busy = vec![(tenant(), WebhookId::from("one"))];
     let first = store.claim_deliveries(busy, (9, 2), NOW, LEASE).await.unwrap();
     assert_eq!(first.len(), 1);
+    assert_eq!((first[0].delivery.subject.as_str(), &first[0].tenant), ("a", &tenant()));
     let rest = claim_all(&*store, NOW).await;
-    let claimed: Vec<_> = first.iter().chain(&rest).collect();
-    let of: BTreeSet<_> = claimed.iter().map(|due| due.webhook.id.as_str().to_owned()).collect();
-    assert_eq!(of, ["one", "three", "two"].map(str::to_owned).into());
-    for due in &first {
-        assert_eq!((due.delivery.subject.as_str(), &due.tenant), ("a", &tenant()));
-    }
-    let again = claim_all(&*store, LEASE).await;
-    assert!(again.iter().any(|due| due.key == first[0].key), "the lease has ended");
-    store.record_attempt(first[0].key, result(true, None)).await.unwrap();
-    let sent = log(&*store, first[0].webhook.id.as_str()).await;
-    assert_eq!((sent[1].state, sent[1].attempts), (DeliveryState::Delivered, 1));
-    assert_eq!(sent[1].next_at, None);
+    let claimed = first.iter().chain(&rest).map(|due| due.webhook.id.as_str().to_owned());
+    assert_eq!(claimed.collect::<BTreeSet<_>>(), ["one", "three", "two"].map(str::to_owned).into());
+    assert!(claim_all(&*store, NOW).await.is_empty(), "claimed twice");
+    // The lease has ended, and another claim counts.
+    let end_of_second = at(LEASE.as_millis() + 9);
+    let again = store.claim_deliveries(Vec::new(), (9, 9), LEASE, end_of_second).await.unwrap();
+    let again = again.iter().find(|due| due.key == first[0].key).unwrap();
+    let endpoint = first[0].webhook.id.as_str();
+    store.record_attempt(first[0].key, result(&first[0], true, None)).await.unwrap();
+    assert_eq!(log(&*store, endpoint).await[0].state, DeliveryState::Pending);
+    store.record_attempt(again.key, result(again, true, None)).await.unwrap();
+    let sent = log(&*store, endpoint).await.remove(0);
+    assert_eq!((sent.state, sent.attempts), (DeliveryState::Delivered, 1));
+    assert_eq!(sent.next_at, None);
+    // The older event of an endpoint goes first.
+    end(&*store, "b", Status::Completed).await;
+    let next = at(LEASE.as_millis() + 10);
+    let last = at(LEASE.as_millis() + 20);
+    let due = store.claim_deliveries(Vec::new(), (9, 9), next, last).await.unwrap();
+    let of = |id: &str| due.iter().find(|due| due.webhook.id.as_str() == id).unwrap();
+    assert_eq!(of(endpoint).delivery.subject, "b");
 }
 
 pub(crate) async fn failing_endpoint_is_disabled_and_enabled_by_a_change(fixture: impl Fixture) {
@@ -123,25 +136,36 @@ pub(crate) async fn failing_endpoint_is_disabled_and_enabled_by_a_change(fixture
     end(&*store, "b", Status::Completed).await;
     let due = claim_all(&*store, NOW).await.remove(0);
     let later = at(NOW.as_millis() + 50);
-    store.record_attempt(due.key, result(false, Some(later))).await.unwrap();
+    store.record_attempt(due.key, result(&due, false, Some(later))).await.unwrap();
     let endpoint = async || store.webhook(&tenant(), &"w".into()).await.unwrap().unwrap();
     assert_eq!(endpoint().await.failing_since, Some(NOW));
     let again = claim_all(&*store, later).await;
     let again = again.iter().find(|due| due.delivery.subject == "b" || due.delivery.attempts == 1);
-    let disabling = AttemptResult { disables: true, ..result(false, None) };
-    store.record_attempt(again.unwrap().key, disabling).await.unwrap();
+    let again = again.unwrap();
+    let disabling = AttemptResult { disables: true, ..result(again, false, None) };
+    let outdated = AttemptResult { webhook_updated_at: at(1), ..disabling.clone() };
+    store
+        .record_attempt(again.key, AttemptResult { next_at: Some(later), ..outdated })
+        .await
+        .unwrap();
+    assert_eq!(endpoint().await.disabled_at, None, "the endpoint was changed since");
+    let again = claim_all(&*store, later).await.remove(0);
+    let disabling = AttemptResult { lease: again.lease, ..disabling };
+    store.record_attempt(again.key, disabling).await.unwrap();
     assert_eq!(endpoint().await.disabled_at, Some(NOW));
     assert_eq!(store.next_delivery().await.unwrap(), None);
     assert!(log(&*store, "w").await.iter().all(|one| one.state == DeliveryState::Failed));
     end(&*store, "c", Status::Completed).await;
     assert_eq!(log(&*store, "w").await.len(), 2, "a disabled endpoint gets no events");
+    let old = log(&*store, "w").await.remove(1);
+    let event: EventId = old.event.clone();
+    let refused = store.redeliver(&tenant(), &"w".into(), &event, later).await;
+    assert_eq!(refusal(refused), Refusal::DisabledWebhook);
     let changes = WebhookChanges { name: Some("new".into()), ..WebhookChanges::default() };
     let changed = store.update_webhook(&tenant(), &"w".into(), changes, operator()).await;
     let changed = changed.unwrap().unwrap();
     assert_eq!((changed.disabled_at, changed.failing_since), (None, None));
     // An event of before can be delivered again, under its id and with its time.
-    let old = log(&*store, "w").await.remove(1);
-    let event: EventId = old.event.clone();
     let again = store.redeliver(&tenant(), &"w".into(), &event, later).await.unwrap().unwrap();
     assert_eq!((again.state, again.created_at), (DeliveryState::Pending, old.created_at));
     assert_eq!((again.retry_since, again.attempts), (later, 0));
@@ -152,5 +176,5 @@ pub(crate) async fn failing_endpoint_is_disabled_and_enabled_by_a_change(fixture
     assert!(!store.delete_webhook(&tenant(), &"w".into(), operator()).await.unwrap());
     assert_eq!(store.webhook_counts().await.unwrap(), Default::default());
     // What was in flight is recorded nowhere.
-    store.record_attempt(due.key, result(true, None)).await.unwrap();
+    store.record_attempt(due.key, result(&due, true, None)).await.unwrap();
 }
