@@ -2,8 +2,6 @@
 //!
 //! Requests that only read are not recorded: clients poll.
 
-use std::time::SystemTime;
-
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, Method};
 use axum::middleware::Next;
@@ -32,7 +30,7 @@ pub(crate) async fn record(State(traces): State<Traces>, request: Request, next:
     if !traces.is_enabled() || !is_write {
         return next.run(request).await;
     }
-    let (began, method) = (SystemTime::now(), request.method().clone());
+    let (began, method) = (batchwright_telemetry::trace::now(), request.method().clone());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
     let parent = trace_of(request.headers());

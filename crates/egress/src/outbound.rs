@@ -100,8 +100,8 @@ impl Outbound {
         self.allow.check_url(url)
     }
 
-    /// Sends a request, and returns the status with the first `max` bytes of the answer. The timeout
-    /// is that of the status.
+    /// Sends a request, and returns the status with the first `max` bytes of the answer. The
+    /// timeout is that of the status.
     pub async fn post(
         &self,
         tenant: &TenantId,

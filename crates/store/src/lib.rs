@@ -282,8 +282,8 @@ pub trait Store: Accounts + Webhooks {
     /// Returns the numbers of open batches, and up to `limit` executing batches with a deadline,
     /// those with the earliest deadline first.
     async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview>;
-    /// Returns the progress of batches of a tenant or of all: up to `limit` that have not ended, and
-    /// up to `limit` that have ended since a time.
+    /// Returns the progress of batches of a tenant or of all: up to `limit` that have not ended,
+    /// and up to `limit` that have ended since a time.
     async fn batch_progress(
         &self,
         tenant: Option<&TenantId>,

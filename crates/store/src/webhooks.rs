@@ -1,13 +1,14 @@
 //! Webhooks: endpoints of projects, and the outbox of events that go to them.
 //!
 //! **Outbox.** The transaction that ends a batch inserts a delivery for each endpoint of the
-//! project that asks for the event. So no event is lost between the end of a batch and a queue, and none is
-//! sent for an end that was rolled back.
+//! project that asks for the event. So no event is lost between the end of a batch and a queue, and
+//! none is sent for an end that was rolled back.
 //!
 //! **Deliveries.** A delivery is due at a time, is claimed for an attempt until a lease ends, and
 //! is attempted again until it succeeds or its time is over. A process that dies during an attempt
-//! leaves a lease that ends: the event is sent again, with the same id. Deliveries that have ended
-//! stay for a while as the log of the endpoint.
+//! leaves a lease that ends: the event is sent again, with the same id. The outcome of an attempt
+//! counts only while its lease is that of the delivery. Deliveries that have ended stay for a while
+//! as the log of the endpoint.
 
 use std::sync::Arc;
 

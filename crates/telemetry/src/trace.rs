@@ -43,6 +43,15 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum time in which the spans that wait are exported when the server ends.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Returns the time for a span.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "spans are no durable times, and no test advances them"
+)]
+pub fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 /// Identity of a span in its trace, as W3C Trace Context passes it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {
@@ -147,7 +156,7 @@ impl Span {
             span_kind: SpanKind::Internal,
             name: name.into(),
             start_time: began,
-            end_time: SystemTime::now().max(began),
+            end_time: now().max(began),
             attributes: Vec::new(),
             dropped_attributes_count: 0,
             events: SpanEvents::default(),

@@ -91,7 +91,8 @@ impl RequestCount {
     /// Records the spans of the request.
     fn record(&self, took: Duration) {
         let facts = &*self.facts;
-        let began = SystemTime::now().checked_sub(took).unwrap_or(SystemTime::UNIX_EPOCH);
+        let began =
+            batchwright_telemetry::trace::now().checked_sub(took).unwrap_or(SystemTime::UNIX_EPOCH);
         let has_succeeded = self.outcome == Outcome::Succeeded;
         if self.outcome != Outcome::Refused {
             facts.spans.attempted(&Attempted {

@@ -82,7 +82,9 @@ impl Context {
                 parent: None,
                 line: Some((&self.batch, line.number)),
                 id: line.id,
-                began: SystemTime::now().checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH),
+                began: batchwright_telemetry::trace::now()
+                    .checked_sub(time)
+                    .unwrap_or(SystemTime::UNIX_EPOCH),
                 tenant: &self.tenant,
                 plugin: plugin.name(),
                 model: &listed,
@@ -109,7 +111,8 @@ impl Context {
             ControlFlow::Continue(probe) => probe,
             ControlFlow::Break(outcome) => return outcome,
         };
-        let trace = (self.spans.attempt(TraceContext::of(line.id)), SystemTime::now());
+        let trace =
+            (self.spans.attempt(TraceContext::of(line.id)), batchwright_telemetry::trace::now());
         let mut exchange = Exchange::new(&plugin, &self.tenant, retry_state.refusals);
         exchange.trace = trace.0;
         if !self.load_job(&mut exchange, line, retry_state.has_job).await {

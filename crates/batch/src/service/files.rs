@@ -85,7 +85,7 @@ impl Service {
         let reservation = self.memory.clients.reservation(&tenant.as_str().into());
         // On a separate task: if the client disconnects now, the object is registered, and its
         // upload is dropped and abandoned after that.
-        let began = SystemTime::now();
+        let began = batchwright_telemetry::trace::now();
         let creating = tokio::spawn(async move {
             let writer = RegisteredWriter::create(store, objects, clock, key).await?;
             Ok(Upload { object, writer, reservation, counted, began })

@@ -2,7 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
@@ -239,7 +239,7 @@ impl Worker {
         batch: &BatchRecord,
         end: BatchEnd,
     ) -> Result<()> {
-        let began = SystemTime::now();
+        let began = batchwright_telemetry::trace::now();
         let too_late = async {
             self.closing.cancelled().await;
             self.clock.sleep(self.config.execution.shutdown_grace.duration()).await;

@@ -35,7 +35,7 @@ mod in_flight;
 mod targets;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_memory::Holder;
@@ -150,7 +150,7 @@ impl Worker {
                 expires_at: batch.new.expires_at,
             },
         });
-        let began = SystemTime::now();
+        let began = batchwright_telemetry::trace::now();
         let (results, to_record) = mpsc::channel(MAX_GROUP_ROWS);
         let recording = self.record(claim, &batch.new, to_record);
         let working = async {

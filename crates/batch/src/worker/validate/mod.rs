@@ -8,7 +8,6 @@ mod chunks;
 mod file;
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
@@ -145,7 +144,8 @@ impl Worker {
                     let (chunk, memory) = chunk?;
                     // Each chunk has its own task, so that all cores are used.
                     let validating = AbortOnDropHandle::new(tokio::spawn(async move {
-                        let (began, lines) = (SystemTime::now(), chunk.len() as u64);
+                        let (began, lines) =
+                            (batchwright_telemetry::trace::now(), chunk.len() as u64);
                         let validated = validator.validate(chunk).await;
                         drop(memory);
                         let code = validated.as_ref().err().map(CallError::code);

@@ -249,7 +249,7 @@ pub(crate) async fn progress_has_open_batches_and_those_that_ended_since(fixture
     let ended = format!("{} Failed", held.batch_id);
     let open = if held.batch_id.as_str() == "waits" { "theirs" } else { "waits" };
     let open = format!("{open} Validating");
-    assert_eq!(found(None, None).await, [open.clone()]);
+    assert_eq!(found(None, None).await, std::slice::from_ref(&open));
     let mut both = [open.clone(), ended.clone()];
     both.sort();
     assert_eq!(found(None, Some(NOW)).await, both);
