@@ -47,6 +47,14 @@ def samples(url, key=None):
     }
 
 
+def answered(url):
+    """Returns the answer of a request, or nothing if it is refused."""
+    try:
+        return urllib.request.urlopen(url, timeout=60)
+    except urllib.error.HTTPError:
+        return None
+
+
 def labels(found, name, label):
     """Returns the values of a label of a metric."""
     return {dict(pairs)[label] for metric, pairs in found if metric == name}
@@ -289,13 +297,9 @@ def test_key_with_the_scope_of_metrics_reads_nothing_else(serve, tmp_path):
 
 def test_refused_requests_of_a_full_listener_count(serve, stub):
     server = serve("--max-connections", "1", plugins={"p": stub.plugin(["m"])})
-    host, port = server.url.removeprefix("http://").split(":")
-    held = socket.create_connection((host, int(port)))
-    try:
-        held.sendall(
-            f"POST /v1/files HTTP/1.1\r\nhost: {host}\r\ncontent-length: 100\r\n"
-            "content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n".encode()
-        )
+    # A stream of events holds the connection for as long as its client listens.
+    url = f"{server.url}/v1/batches/events"
+    with wait_for(lambda: answered(url), what="the only connection"):
 
         def refused():
             try:
@@ -304,8 +308,6 @@ def test_refused_requests_of_a_full_listener_count(serve, stub):
                 return error.code == 503
 
         wait_for(refused, what="a refused request")
-    finally:
-        held.close()
     found = wait_for(
         lambda: scrape(server.url)[0] == 200 and samples(server.url), what="a free connection"
     )
