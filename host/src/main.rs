@@ -10,6 +10,7 @@ mod lifecycle;
 #[cfg(test)]
 mod reference;
 mod reload;
+mod supervisor;
 mod telemetry;
 
 use std::process::ExitCode;

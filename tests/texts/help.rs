@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 59] = [
+const COMMANDS: [&str; 60] = [
     "",
     "serve",
     "run",
@@ -54,6 +54,7 @@ const COMMANDS: [&str; 59] = [
     "doctor",
     "config check",
     "config show",
+    "gc",
     "backup",
     "restore",
     "webhook create",

@@ -37,9 +37,10 @@ const TO_TEST: [Need; 4] = [
 ];
 
 /// Required by some tests, which are skipped without them.
-const FOR_SOME_TESTS: [Need; 2] = [
+const FOR_SOME_TESTS: [Need; 3] = [
     need("docker-registry", &["sh", "-c", "command -v docker-registry"], "docker-registry"),
     need("ssh-keygen", &["sh", "-c", "command -v ssh-keygen"], "openssh-client"),
+    need("systemd-analyze", &["systemd-analyze", "--version"], "systemd"),
 ];
 
 impl Need {

@@ -8,6 +8,7 @@ mod config;
 mod doctor;
 mod failures;
 mod file;
+mod gc;
 mod path_text;
 mod place;
 mod plugin;
@@ -68,6 +69,8 @@ enum Command {
     /// Check and show the settings of a server
     #[command(subcommand)]
     Config(config::Config),
+    /// Say what the cleanup of a data folder would remove
+    Gc(gc::Gc),
     /// Back up a data folder, also of a running server
     Backup(backup::Backup),
     /// Restore a backup into a new data folder
@@ -103,6 +106,7 @@ pub fn main() -> ExitCode {
             Command::Audit(audit) => audit.run().await,
             Command::Doctor(doctor) => doctor.run().await,
             Command::Config(config) => config.run().map(|()| ExitCode::SUCCESS),
+            Command::Gc(gc) => gc.run().await.map(|()| ExitCode::SUCCESS),
             Command::Backup(backup) => backup.run().await.map(|()| ExitCode::SUCCESS),
             Command::Restore(restore) => restore.run().await.map(|()| ExitCode::SUCCESS),
             Command::Compile(process) => Ok(process.run()),

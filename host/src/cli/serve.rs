@@ -22,6 +22,7 @@ use crate::cli::terminal::outln;
 use crate::config::{All, ConfigError, Settings, SettingsArgs};
 use crate::error::Error;
 use crate::reload::{Reloaded, Reloader};
+use crate::supervisor::Supervisor;
 use crate::telemetry::LogFilter;
 use crate::{assemble, telemetry};
 
@@ -47,6 +48,7 @@ impl Serve {
         warn_unknown_variables();
         // From here on, a signal no longer ends the process automatically.
         let mut signals = ProcessSignals::listen()?;
+        let mut supervisor = Supervisor::starting();
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
@@ -109,20 +111,27 @@ impl Serve {
         let health = engine.health().clone();
         tokio::spawn(async move { health.readiness().await });
         log_start(&settings, &engine, address);
+        let serving = format!("serving on {scheme}://{address}");
+        supervisor.ready(&serving);
         let signal = loop {
             match signals.next().await {
                 ProcessSignal::Hangup => {
                     tracing::info!(signal = "SIGHUP", "reloading");
+                    supervisor.reloading();
                     if let Err(error) = reloader.reload() {
                         tracing::error!(
                             %error,
                             "settings not reloaded, nothing changed; the next SIGHUP tries again"
                         );
+                        supervisor.ready(&format!("{serving}; the last reload failed"));
+                    } else {
+                        supervisor.ready(&serving);
                     }
                 }
                 signal => break signal,
             }
         };
+        supervisor.stopping(stop_time(&settings));
         let second_signal = async { while signals.next().await == ProcessSignal::Hangup {} };
         let stopping = async {
             shut_down(&settings, &engine, signal, &shutdown, &tasks).await;
@@ -215,6 +224,13 @@ fn log_start(settings: &Settings, engine: &Engine, address: SocketAddr) {
         instance_memory = %*settings.memory.instance_memory,
         "server started"
     );
+}
+
+/// Returns the time that a shutdown takes at most, beside that of the store.
+fn stop_time(settings: &Settings) -> Duration {
+    let delay = settings.server.shutdown_delay.duration();
+    let grace = settings.execution.shutdown_grace.duration();
+    delay.saturating_add(grace).saturating_add(FINAL_RESPONSE_GRACE)
 }
 
 /// Shuts down in three steps.

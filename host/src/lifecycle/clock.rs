@@ -2,6 +2,7 @@
 
 use batchwright_domain::ids::{BatchId, ObjectKey};
 use batchwright_domain::status::Status;
+use batchwright_store::inspect::{Horizon, garbage};
 
 use super::*;
 
@@ -196,6 +197,18 @@ async fn batch_is_removed_after_its_lifetime_and_its_files() {
     }
     let known =
         async |id: &BatchId| server.service().get(&TENANT.into(), id).await.unwrap().is_some();
+    // A dry run counts what goes now, and what goes later.
+    let expected = |after: Duration| {
+        let now = server.clock.now().after(after);
+        let batches_ended_before = now.before(HOUR * 240);
+        let horizon = Horizon { now, batches_ended_before, audit_before: Some(now) };
+        garbage(&server.folder.path().join("data"), &horizon).unwrap()
+    };
+    assert_eq!(expected(Duration::ZERO).batches, 0);
+    let later = expected(HOUR * 48);
+    assert_eq!((later.batches, later.files, later.files_in_use), (2, (0, 0), (0, 0)));
+    // The input files expire after 30 days, and the output file never does.
+    assert_eq!(expected(HOUR * 24 * 40).files.0, 2);
     let removed = async || {
         server.clock.advance(HOUR * 5);
         (!known(&without).await && !known(&failed).await).then_some(())
