@@ -30,6 +30,7 @@ mod online;
 mod openapi;
 mod organization;
 mod origin_guard;
+mod pages;
 mod params;
 mod path;
 mod plugins;

@@ -1,35 +1,28 @@
 //! `/webhook_endpoints` and `/webhook_event_types`, in the shapes of the official SDKs
 //! (`client.webhooks`, openai 3.57), and the deliveries of an endpoint.
 
-use std::ops::RangeInclusive;
-
 use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{EventId, WebhookId};
 use batchwright_domain::text::truncate_for_message;
 use batchwright_domain::webhook::EventType;
-use batchwright_store::accounts::ListQuery;
-use batchwright_store::{Order, Paged};
+use batchwright_store::Order;
 use batchwright_webhooks::{NewEndpoint, WebhookError};
 
 use super::App;
-use super::batches::unknown_after;
 use super::error::ApiError;
 use super::openapi::Errors;
+use super::pages::{list_query, page};
 use super::params::{Params, missing_parameter};
 use super::query_params::QueryParams;
-use super::wire::{Identified, List};
+use super::wire::List;
 use crate::auth::{Client, ReadWebhooks, Tenant, WriteWebhooks};
 use crate::wire::webhooks::{
     CreateWebhookEndpoint, DeletedWebhookEndpoint, RotateWebhookSecret, TestWebhookEndpoint,
     UpdateWebhookEndpoint, WebhookDelivery, WebhookEndpoint, WebhookEndpointWithSecret,
     WebhookEventTypes, WebhookTest,
 };
-
-/// Number of entries of a page if the client asks for none, and maximum.
-const DEFAULT_PAGE_ENTRIES: u64 = 20;
-const PAGE_ENTRIES: RangeInclusive<u64> = 1..=100;
 
 /// Creates a webhook endpoint
 ///
@@ -67,9 +60,9 @@ pub(crate) async fn list(
     tenant: Tenant<ReadWebhooks>,
     query: QueryParams,
 ) -> Result<Json<List<WebhookEndpoint>>, ApiError> {
-    let part = part(&query, Order::OldestFirst)?;
+    let part = list_query(&query, Order::OldestFirst)?;
     let found = app.webhooks.list(&tenant.0, part.clone()).await.map_err(failed)?;
-    page(found, &part, WebhookEndpoint::from)
+    page(found, "webhook endpoint", part.after.as_deref(), WebhookEndpoint::from)
 }
 
 /// Returns a webhook endpoint
@@ -190,9 +183,9 @@ pub(crate) async fn deliveries(
     Path(id): Path<WebhookId>,
     query: QueryParams,
 ) -> Result<Json<List<WebhookDelivery>>, ApiError> {
-    let part = part(&query, Order::NewestFirst)?;
+    let part = list_query(&query, Order::NewestFirst)?;
     let found = app.webhooks.deliveries(&tenant.0, &id, part.clone()).await.map_err(failed)?;
-    page(found, &part, WebhookDelivery::from)
+    page(found, "event", part.after.as_deref(), WebhookDelivery::from)
 }
 
 /// Delivers an event again, under the same id
@@ -213,26 +206,6 @@ pub(crate) async fn redeliver(
 /// Reads the events of a new endpoint.
 fn required_events(params: &mut Params) -> Result<Vec<String>, ApiError> {
     params.optional_strings("event_types")?.ok_or_else(|| missing_parameter("event_types"))
-}
-
-fn part(query: &QueryParams, order: Order) -> Result<ListQuery, ApiError> {
-    let limit = query.limit(PAGE_ENTRIES, DEFAULT_PAGE_ENTRIES)?;
-    Ok(ListQuery { after: query.text("after"), limit, order })
-}
-
-fn page<R, T: Identified>(
-    found: Paged<R>,
-    part: &ListQuery,
-    to_wire: impl Fn(R) -> T,
-) -> Result<Json<List<T>>, ApiError> {
-    match found {
-        Paged::Page(page) => {
-            Ok(Json(List::new(page.items.into_iter().map(to_wire).collect(), page.has_more)))
-        }
-        Paged::UnknownAfter => {
-            Err(unknown_after("entry", part.after.as_deref().unwrap_or_default()))
-        }
-    }
 }
 
 fn failed(error: WebhookError) -> ApiError {

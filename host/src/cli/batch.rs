@@ -13,6 +13,7 @@ use futures_util::StreamExt;
 use super::client::{Client, EventStream, Server, path_segment};
 use super::failures::Failures;
 use super::file::utc_time;
+use super::list::{self, entries, page};
 use super::place::{Target, check};
 use super::progress::Progress;
 use super::run::create::endpoint_of_first_line;
@@ -115,14 +116,12 @@ impl Batch {
                 show(&client, &batch, as_json).await;
             }
             Action::List { limit, after } => {
-                let after =
-                    after.map(|id| format!("&after={}", path_segment(&id))).unwrap_or_default();
-                list(
-                    &client,
-                    &client.get(&format!("batches?limit={limit}{after}")).await?,
-                    as_json,
-                )
-                .await;
+                let found = client.get(&page("batches", limit, &[("after", after)])).await?;
+                let names = match as_json {
+                    true => HashMap::new(),
+                    false => input_file_names(&client, entries(&found)).await,
+                };
+                list::show(&found, as_json, "batches", |batch| show_line(batch, &names));
             }
             Action::Get { id } => {
                 show(
@@ -367,25 +366,14 @@ async fn show(client: &Client, batch: &Value, as_json: bool) {
     }
 }
 
-/// Prints a page of batches, as text or as the JSON of the server.
-async fn list(client: &Client, list: &Value, as_json: bool) {
-    if as_json {
-        outln!("{list:#}");
-        return;
-    }
-    let data = list.get("data").and_then(Value::as_array);
-    let names = input_file_names(client, data.into_iter().flatten()).await;
-    for batch in data.into_iter().flatten() {
-        let (done, failed, total) = counts(batch);
-        let created = utc_time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
-        let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
-        let (id, status) = (text(batch, "id"), text(batch, "status"));
-        outln!(
-            "{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}",
-            one_line(name)
-        );
-    }
-    if list.get("has_more") == Some(&Value::Bool(true)) {
-        errln!("more batches follow: --after {}", text(list, "last_id"));
-    }
+/// Prints a batch of a list, with the name of its input file.
+fn show_line(batch: &Value, names: &HashMap<String, String>) {
+    let (done, failed, total) = counts(batch);
+    let created = utc_time(batch.get("created_at").and_then(Value::as_i64).unwrap_or(0));
+    let name = names.get(text(batch, "input_file_id")).map(String::as_str).unwrap_or_default();
+    let (id, status) = (text(batch, "id"), text(batch, "status"));
+    outln!(
+        "{id}  {created}  {status:11}  {done}/{total} done, {failed} failed  {}",
+        one_line(name)
+    );
 }

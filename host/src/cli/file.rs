@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::client::{Client, Server, path_segment};
+use super::list::{page, show};
 use super::terminal::{errln, one_line, outln};
 use crate::error::Error;
 
@@ -46,14 +47,8 @@ impl File {
         let client = self.server.client()?;
         match self.action {
             Action::List { limit, after, purpose } => {
-                let mut query = url::form_urlencoded::Serializer::new(String::new());
-                query.append_pair("limit", &limit.to_string());
-                for (name, value) in [("after", after), ("purpose", purpose)] {
-                    if let Some(value) = value {
-                        query.append_pair(name, &value);
-                    }
-                }
-                list(&client.get(&format!("files?{}", query.finish())).await?, self.server.json);
+                let page = page("files", limit, &[("after", after), ("purpose", purpose)]);
+                show(&client.get(&page).await?, self.server.json, "files", show_file);
                 Ok(ExitCode::SUCCESS)
             }
             Action::Delete { ids } => delete(&client, &ids).await,
@@ -76,33 +71,21 @@ async fn delete(client: &Client, ids: &[String]) -> Result<ExitCode, Error> {
     Ok(if all_deleted { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Prints a page of files, as text or as the JSON of the server.
-fn list(list: &Value, as_json: bool) {
-    if as_json {
-        outln!("{list:#}");
-        return;
-    }
-    let text = |file: &Value, key: &str| {
-        file.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
-    for file in list.get("data").and_then(Value::as_array).into_iter().flatten() {
-        let number = |key: &str| file.get(key).and_then(Value::as_i64);
-        let size = bytesize::ByteSize(
-            number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
-        );
-        let expires = number("expires_at")
-            .map_or_else(|| "never expires".into(), |at| format!("expires {}", utc_time(at)));
-        let created = utc_time(number("created_at").unwrap_or(0));
-        let (id, purpose, name) =
-            (text(file, "id"), text(file, "purpose"), one_line(&text(file, "filename")));
-        outln!(
-            "{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}",
-            size.display().iec().to_string()
-        );
-    }
-    if list.get("has_more") == Some(&Value::Bool(true)) {
-        errln!("more files follow: --after {}", text(list, "last_id"));
-    }
+/// Prints a file.
+fn show_file(file: &Value) {
+    let text = |key: &str| file.get(key).and_then(Value::as_str).unwrap_or_default();
+    let number = |key: &str| file.get(key).and_then(Value::as_i64);
+    let size = bytesize::ByteSize(
+        number("bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
+    );
+    let expires = number("expires_at")
+        .map_or_else(|| "never expires".into(), |at| format!("expires {}", utc_time(at)));
+    let created = utc_time(number("created_at").unwrap_or(0));
+    let (id, purpose, name) = (text("id"), text("purpose"), one_line(text("filename")));
+    outln!(
+        "{id}  {created}  {purpose:12}  {:>10}  {expires}  {name}",
+        size.display().iec().to_string()
+    );
 }
 
 /// Formats Unix seconds as an RFC 3339 time in UTC.

@@ -9,6 +9,7 @@ mod doctor;
 mod failures;
 mod file;
 mod gc;
+mod list;
 mod path_text;
 mod place;
 mod plugin;

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::client::{Client, Server, path_segment};
 use super::file::utc_time;
+use super::list::{self, entries, page};
 use super::terminal::{errln, one_line, outln, write_secret};
 use crate::error::Error;
 
@@ -107,8 +108,9 @@ impl Webhook {
                 show_secret(&client.post("webhook_endpoints", &body).await?, as_json)?;
             }
             Action::List { limit, after } => {
-                let found = client.get(&page("webhook_endpoints", limit, after)).await?;
-                show_list(&found, as_json, show_endpoint);
+                let found =
+                    client.get(&page("webhook_endpoints", limit, &[("after", after)])).await?;
+                list::show(&found, as_json, "endpoints", show_endpoint);
             }
             Action::Update { id, endpoint, name, events } => {
                 let mut body = Map::new();
@@ -141,7 +143,8 @@ impl Webhook {
             }
             Action::Deliveries { id, limit, after } => {
                 let path = format!("{}/deliveries", path(&id));
-                show_list(&client.get(&page(&path, limit, after)).await?, as_json, show_delivery);
+                let found = client.get(&page(&path, limit, &[("after", after)])).await?;
+                list::show(&found, as_json, "deliveries", show_delivery);
             }
             Action::Redeliver { id, event } => {
                 let path = format!("{}/deliveries/{}/redeliver", path(&id), path_segment(&event));
@@ -156,20 +159,10 @@ fn path(id: &str) -> String {
     format!("webhook_endpoints/{}", path_segment(id))
 }
 
-fn page(path: &str, limit: u32, after: Option<String>) -> String {
-    let mut query = url::form_urlencoded::Serializer::new(String::new());
-    query.append_pair("limit", &limit.to_string());
-    if let Some(after) = after {
-        query.append_pair("after", &after);
-    }
-    format!("{path}?{}", query.finish())
-}
-
 /// Returns every event that the server has.
 async fn all_events(client: &Client) -> Result<Vec<String>, Error> {
     let found = client.get("webhook_event_types").await?;
-    let names = found.get("data").and_then(Value::as_array).into_iter().flatten();
-    Ok(names.filter_map(Value::as_str).map(str::to_owned).collect())
+    Ok(entries(&found).filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
 fn text(object: &Value, key: &str) -> String {
@@ -201,17 +194,6 @@ fn show_one(object: &Value, as_json: bool, show: impl Fn(&Value)) {
         outln!("{object}");
     } else {
         show(object);
-    }
-}
-
-fn show_list(list: &Value, as_json: bool, show: impl Fn(&Value)) {
-    if as_json {
-        outln!("{list:#}");
-        return;
-    }
-    list.get("data").and_then(Value::as_array).into_iter().flatten().for_each(show);
-    if list.get("has_more") == Some(&Value::Bool(true)) {
-        errln!("more follow: --after {}", text(list, "last_id"));
     }
 }
 

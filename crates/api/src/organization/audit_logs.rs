@@ -6,9 +6,10 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_store::accounts::AuditQuery;
 
-use super::{Administration, DEFAULT_PAGE_ENTRIES, PAGE_ENTRIES, page};
+use super::Administration;
 use crate::error::ApiError;
 use crate::openapi::Errors;
+use crate::pages::{DEFAULT_PAGE_ENTRIES, PAGE_ENTRIES, page};
 use crate::query_params::QueryParams;
 use crate::wire::List;
 use crate::wire::organization::AuditLog;
@@ -59,5 +60,5 @@ pub(crate) async fn list(
     };
     let after = part.after.clone();
     let found = organization.accounts.audit_log(part).await?;
-    page(found, "entry", after.as_deref(), AuditLog::from).map(Json)
+    page(found, "entry", after.as_deref(), AuditLog::from)
 }

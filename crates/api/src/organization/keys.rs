@@ -10,12 +10,13 @@ use batchwright_store::accounts::{KeyChanges, KeyHolder, ListQuery, NewKey};
 use batchwright_tenancy::{IssuedKey, METRICS_SCOPE, Scopes};
 
 use super::{
-    Administration, failed, key_not_found, list_query, optional_name, optional_scopes, page,
-    project_not_found, required_name,
+    Administration, failed, key_not_found, optional_name, optional_scopes, project_not_found,
+    required_name,
 };
 use crate::auth::Admin;
 use crate::error::ApiError;
 use crate::openapi::Errors;
+use crate::pages::{list_query, page};
 use crate::params::Params;
 use crate::query_params::QueryParams;
 use crate::wire::List;
@@ -91,7 +92,7 @@ pub(crate) async fn list(
 ) -> Result<Json<List<ProjectKey>>, ApiError> {
     // The access of a key's owner follows from the project: all of its keys, or none.
     let access = query.text("owner_project_access");
-    let part = list_query(&query)?;
+    let part = list_query(&query, Order::OldestFirst)?;
     let wants = match access.as_deref() {
         None | Some("any") => None,
         Some("active") => Some(true),
@@ -116,7 +117,7 @@ pub(crate) async fn list(
     let holder = KeyHolder::Project(project.clone());
     let found = organization.accounts.keys(&holder, part.clone()).await;
     let found = found.map_err(|error| failed(error, Some(&project), ""))?;
-    page(found, "API key", part.after.as_deref(), ProjectKey::from).map(Json)
+    page(found, "API key", part.after.as_deref(), ProjectKey::from)
 }
 
 /// Returns a key of a project, without its secret
@@ -227,10 +228,10 @@ pub(crate) async fn list_admin(
     State(organization): Administration,
     query: QueryParams,
 ) -> Result<Json<List<AdminKey>>, ApiError> {
-    let part = list_query(&query)?;
+    let part = list_query(&query, Order::OldestFirst)?;
     let part = ListQuery { order: query.order(Order::OldestFirst)?, ..part };
     let found = organization.accounts.keys(&KeyHolder::Organization, part.clone()).await?;
-    page(found, "API key", part.after.as_deref(), AdminKey::from).map(Json)
+    page(found, "API key", part.after.as_deref(), AdminKey::from)
 }
 
 /// Returns an admin key, without its secret

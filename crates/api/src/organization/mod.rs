@@ -29,8 +29,8 @@ use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::ProjectId;
 use batchwright_domain::text::truncate_for_message;
 use batchwright_memory::Memory;
-use batchwright_store::accounts::{ListQuery, Refusal};
-use batchwright_store::{Accounts, Order, Paged, StoreError};
+use batchwright_store::accounts::Refusal;
+use batchwright_store::{Accounts, StoreError};
 use batchwright_tenancy::project::check_name;
 use batchwright_tenancy::{Principal, Scopes};
 use bytes::Bytes;
@@ -41,18 +41,9 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::auth::{Admin, Authenticator};
-use crate::batches::unknown_after;
 use crate::error::ApiError;
 use crate::params::{HasMemory, Params};
-use crate::query_params::QueryParams;
-use crate::wire::{Identified, List};
 use crate::{method_not_allowed, tag_response, unknown_route};
-
-/// Number of entries of a page without a `limit`.
-const DEFAULT_PAGE_ENTRIES: u64 = 20;
-
-/// Valid numbers of entries of a page.
-const PAGE_ENTRIES: RangeInclusive<u64> = 1..=100;
 
 /// Valid lifetimes of a key, in seconds: up to ten years.
 const KEY_LIFETIME_SECONDS: RangeInclusive<u64> = 1..=315_360_000;
@@ -236,27 +227,6 @@ fn optional_scopes(params: &mut Params) -> Result<Option<Scopes>, ApiError> {
         };
         ApiError::invalid("scopes", ErrorCode::InvalidValue, message)
     })
-}
-
-/// Reads the part of a list that a client asks for.
-fn list_query(query: &QueryParams) -> Result<ListQuery, ApiError> {
-    let limit = query.limit(PAGE_ENTRIES, DEFAULT_PAGE_ENTRIES)?;
-    Ok(ListQuery { after: query.text("after"), limit, order: Order::OldestFirst })
-}
-
-/// Builds the wire objects of a page. `kind` is the kind of its entries.
-fn page<R, T: Identified>(
-    paged: Paged<R>,
-    kind: &str,
-    after: Option<&str>,
-    to_wire: impl Fn(R) -> T,
-) -> Result<List<T>, ApiError> {
-    match paged {
-        Paged::Page(page) => {
-            Ok(List::new(page.items.into_iter().map(to_wire).collect(), page.has_more))
-        }
-        Paged::UnknownAfter => Err(unknown_after(kind, after.unwrap_or_default())),
-    }
 }
 
 /// Returns the error of an operation on a project, or on a resource of a project.

@@ -3,16 +3,15 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::ids::ProjectId;
+use batchwright_store::Order;
 use batchwright_store::accounts::{NewProject, ProjectRecord};
 use batchwright_tenancy::project::slug;
 
-use super::{
-    Administration, failed, list_query, new_id, optional_name, page, project_not_found,
-    required_name,
-};
+use super::{Administration, failed, new_id, optional_name, project_not_found, required_name};
 use crate::auth::Admin;
 use crate::error::ApiError;
 use crate::openapi::Errors;
+use crate::pages::{list_query, page};
 use crate::params::{AnyJson, Params};
 use crate::query_params::QueryParams;
 use crate::wire::List;
@@ -65,9 +64,9 @@ pub(crate) async fn list(
     query: QueryParams,
 ) -> Result<Json<List<Project>>, ApiError> {
     let archived = query.boolean("include_archived")?.unwrap_or(false);
-    let part = list_query(&query)?;
+    let part = list_query(&query, Order::OldestFirst)?;
     let found = organization.accounts.projects(part.clone(), archived).await?;
-    page(found, "project", part.after.as_deref(), Project::from).map(Json)
+    page(found, "project", part.after.as_deref(), Project::from)
 }
 
 /// Changes the name of a project

@@ -4,17 +4,16 @@ use axum::Json;
 use axum::extract::{Path, State};
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::{ProjectId, ServiceAccountId};
+use batchwright_store::Order;
 use batchwright_store::accounts::NewServiceAccount;
 use batchwright_tenancy::Scopes;
 
 use super::keys::{DEFAULT_KEY_NAME, Issued, issue};
-use super::{
-    Administration, account_not_found, failed, list_query, new_id, optional_name, page,
-    required_name,
-};
+use super::{Administration, account_not_found, failed, new_id, optional_name, required_name};
 use crate::auth::Admin;
 use crate::error::ApiError;
 use crate::openapi::Errors;
+use crate::pages::{list_query, page};
 use crate::params::Params;
 use crate::query_params::QueryParams;
 use crate::wire::List;
@@ -81,10 +80,10 @@ pub(crate) async fn list(
     Path(project): Path<ProjectId>,
     query: QueryParams,
 ) -> Result<Json<List<ServiceAccount>>, ApiError> {
-    let part = list_query(&query)?;
+    let part = list_query(&query, Order::OldestFirst)?;
     let found = organization.accounts.accounts(&project, part.clone()).await;
     let found = found.map_err(|error| failed(error, Some(&project), ""))?;
-    page(found, "service account", part.after.as_deref(), ServiceAccount::from).map(Json)
+    page(found, "service account", part.after.as_deref(), ServiceAccount::from)
 }
 
 /// Changes the name of a service account
