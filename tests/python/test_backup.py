@@ -209,7 +209,7 @@ def test_backups_do_not_overlap(serve, tmp_path):
         assert done.returncode == 5 and "overlaps" in done.stderr, done.stderr
     target = tmp_path / "backup"
     backup(server, target)
-    with (target / "lock").open("w") as lock:
+    with (target / "backup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run_host("backup", target, "--data", server.data)
     assert done.returncode == 5 and "another backup" in done.stderr
@@ -225,3 +225,39 @@ def test_lost_file_is_said_by_backup_check_and_restoration(serve, tmp_path):
     assert "1 files have no content" in backup(server, target, "--verify").stderr
     done = run_host("restore", target, "--data", tmp_path / "data")
     assert done.returncode == 0 and "1 files have no content" in done.stderr
+
+
+def test_folder_with_other_files_is_refused_and_keeps_them(serve, tmp_path):
+    server = serve()
+    other = tmp_path / "archive"
+    other.mkdir()
+    (other / "batchwright-2025.db").write_text("precious")
+    refused = run_host("backup", other, "--data", server.data)
+    assert refused.returncode == 5 and "other files than a backup" in refused.stderr
+    # Also the data folder of another server.
+    second = serve(name="second")
+    second.upload([chat("a", "hi")])
+    second.stop()
+    refused = run_host("backup", second.data, "--data", server.data)
+    assert refused.returncode == 5 and list(second.data.glob("objects/*/files/*"))
+    assert (other / "batchwright-2025.db").read_text() == "precious"
+    # A file that is put into a backup later stays, too.
+    target = tmp_path / "backup"
+    assert run_host("backup", target, "--data", server.data).returncode == 0
+    (target / "batchwright-2025.tar.gz").write_text("precious")
+    (target / "batchwright-1-0.db").write_text("left by an interrupted backup")
+    assert run_host("backup", target, "--data", server.data).returncode == 0
+    assert (target / "batchwright-2025.tar.gz").exists()
+    assert not (target / "batchwright-1-0.db").exists()
+
+
+def test_commands_leave_no_log_beside_a_stopped_server(serve, tmp_path):
+    server = serve()
+    server.upload([chat("a", "hi")])
+    server.stop()
+    before = sorted(path.name for path in server.data.iterdir())
+    assert not [name for name in before if name.endswith(("-wal", "-shm"))]
+    run_host("backup", tmp_path / "backup", "--data", server.data)
+    run_host("gc", "--dry-run", "--data", server.data)
+    run_host("doctor", "--data", server.data, "--plugins", server.plugins)
+    assert sorted(path.name for path in server.data.iterdir()) == before

@@ -21,23 +21,31 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use rusqlite::backup::StepResult;
 use rusqlite::{Connection, OpenFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::objects::LocalObjects;
 use crate::private::create_folder;
-use crate::sqlite::{DATABASE_FILE, lock_folder};
+use crate::sqlite::{DATABASE_FILE, lock_folder, open_beside_server};
 use crate::{Result, StoreError};
 
 /// Name of the manifest.
 const MANIFEST: &str = "manifest.jsonl";
+
+/// Lock of a backup folder, which also marks it: other folders are refused.
+const LOCK: &str = "backup.lock";
 
 /// Version of the format of the manifest.
 const FORMAT: u32 = 1;
 
 /// Files of the data folder beside the database and the objects.
 const SMALL_FILES: [&str; 2] = ["serials", "plugin-order"];
+
+/// Maximum number of steps of the copy of a database that another program locks; each waits for
+/// seconds.
+const MAX_LOCKED_STEPS: usize = 30;
 
 /// Size of a copy buffer, in bytes.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -157,26 +165,30 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
 /// Copies the database of a data folder, which a server may use, and checks the copy.
 fn copy_database(data: &Path, to: &Path) -> Result<()> {
     let from = data.join(DATABASE_FILE);
-    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let copying = || {
-        let source = Connection::open_with_flags(&from, readable)?;
-        source.busy_timeout(std::time::Duration::from_secs(10))?;
+        let source = open_beside_server(&from)?;
         let mut target = Connection::open(to)?;
         let backup = rusqlite::backup::Backup::new(&source, &mut target)?;
-        // In one step, so that writes of the server do not start it again.
+        // In one step, so that writes of the server do not start it again. A step waits for a lock.
         let mut step = backup.step(-1)?;
-        while step != rusqlite::backup::StepResult::Done {
+        for _ in 0..MAX_LOCKED_STEPS {
+            if step == StepResult::Done {
+                break;
+            }
             std::thread::sleep(std::time::Duration::from_millis(20));
             step = backup.step(-1)?;
         }
         drop(backup);
+        if step != StepResult::Done {
+            return Ok("another program locks it; stop that program".to_owned());
+        }
         // One file, without a log beside it.
         target.pragma_update(None, "journal_mode", "DELETE")?;
         target.query_row("PRAGMA quick_check", [], |row| row.get::<_, String>(0))
     };
     match copying() {
         Ok(verdict) if verdict == "ok" => Ok(()),
-        Ok(verdict) => Err(failed(&from, "the database is damaged", &verdict)),
+        Ok(fault) => Err(failed(&from, "the database cannot be copied", &fault)),
         Err(error) => Err(failed(&from, "the database cannot be copied", &error)),
     }
 }
@@ -245,16 +257,17 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
     }
     create_folder(to).map_err(|error| failed(to, "cannot be created", &error))?;
     check_apart(data, to)?;
+    check_is_backup(to)?;
     let cannot_write = |error: std::io::Error| failed(to, "cannot be written", &error);
     // Two backups into the same folder would mix.
-    let lock = File::options().create(true).truncate(false).write(true).open(to.join("lock"));
+    let lock = File::options().create(true).truncate(false).write(true).open(to.join(LOCK));
     let lock = lock.map_err(cannot_write)?;
     if lock.try_lock().is_err() {
         let message = "is in use by another backup; wait for its end".to_owned();
         return Err(StoreError::Folder { folder: to.display().to_string(), message });
     }
-    let mut before = Manifest::open(to)?;
-    let old_files = files_of(before.as_mut())?;
+    let before = Manifest::open(to)?;
+    let old_files = files_of(to)?;
     remove_leftovers(to, &old_files);
     // A name of its own, so that the database of the backup before stays until the end.
     let mut number = 0_u32;
@@ -319,39 +332,69 @@ fn check_apart(data: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a folder with other contents than a backup, since a backup removes what it replaces.
+fn check_is_backup(to: &Path) -> Result<()> {
+    let is_marked = to.join(LOCK).exists();
+    let mut entries = to.read_dir().map_err(|error| failed(to, "cannot be read", &error))?;
+    if is_marked || entries.next().is_none() {
+        return Ok(());
+    }
+    let message = "has other files than a backup; name a new or empty folder, or that of an \
+                   earlier backup"
+        .to_owned();
+    Err(StoreError::Folder { folder: to.display().to_string(), message })
+}
+
 /// Removes what an interrupted backup has left: files that the manifest does not name.
 fn remove_leftovers(to: &Path, known: &[String]) {
     for file in std::fs::read_dir(to).into_iter().flatten().flatten() {
         let name = file.file_name();
         let name = name.to_string_lossy();
-        let is_ours = name.starts_with("batchwright-")
-            || name.ends_with(".part")
-            || SMALL_FILES.iter().any(|small| name.starts_with(&format!("{small}-")));
         let is_file = file.file_type().is_ok_and(|kind| kind.is_file());
-        if is_ours && is_file && !known.iter().any(|known| *known == name) {
+        if is_of_backup(&name) && is_file && !known.iter().any(|known| *known == name) {
             std::fs::remove_file(file.path()).ok();
         }
     }
 }
 
-/// Returns the names of the files of a backup, and leaves its objects to be read.
-fn files_of(manifest: Option<&mut Manifest>) -> Result<Vec<String>> {
-    let Some(manifest) = manifest else { return Ok(Vec::new()) };
+/// Returns true for the names of a backup's files beside the manifest, and of their drafts:
+/// `NAME-TIME-NUMBER`, with an ending.
+fn is_of_backup(name: &str) -> bool {
+    let is_numbered = |prefix: &str| {
+        let number = name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('-'));
+        number.filter(|number| number.starts_with(|c: char| c.is_ascii_digit())).is_some_and(
+            |number| {
+                let ending = number.trim_start_matches(|c: char| c.is_ascii_digit() || c == '-');
+                let of_draft = [".part", ".db.part", ".db.part-journal", ".db.part-wal"];
+                ending.is_empty() || ending == ".db" || of_draft.contains(&ending)
+            },
+        )
+    };
+    name == format!("{MANIFEST}.part")
+        || is_numbered("batchwright")
+        || SMALL_FILES.iter().any(|small| is_numbered(small))
+}
+
+/// Returns the names of the files of a backup beside its objects.
+fn files_of(backup: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
-    let mut lines = Manifest::open(manifest.path.parent().unwrap_or(Path::new(".")))?;
-    while let Some(Line::File { name, .. }) =
-        lines.as_mut().map(Manifest::next).transpose()?.flatten()
-    {
+    let Some(mut lines) = Manifest::open(backup)? else { return Ok(files) };
+    while let Some(Line::File { name, .. }) = lines.next()? {
         files.push(name);
     }
     Ok(files)
 }
 
+/// Opens the copy of a database, which nothing else uses.
+fn open_copy(database: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(database, flags)
+}
+
 /// Objects of a copied database, in the order of tenants and ids.
 fn each_object(database: &Path, mut each: impl FnMut(String, String) -> Result<()>) -> Result<()> {
-    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let unreadable = |error: rusqlite::Error| failed(database, "cannot be read", &error);
-    let connection = Connection::open_with_flags(database, readable).map_err(unreadable)?;
+    let connection = open_copy(database).map_err(unreadable)?;
     let sql = "SELECT tenants.name, files.id FROM files
         JOIN tenants ON tenants.key = files.tenant WHERE NOT removed
         ORDER BY tenants.name, files.id";
@@ -419,16 +462,16 @@ fn next_object(manifest: &mut Option<Manifest>) -> Result<Option<Known>> {
 /// Removes the objects of earlier backups that the database does not name any more.
 fn remove_objects_that_are_gone(to: &Path, database: &Path) -> Result<()> {
     let unreadable = |error: rusqlite::Error| failed(database, "cannot be read", &error);
-    let readable = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(database, readable).map_err(unreadable)?;
+    let connection = open_copy(database).map_err(unreadable)?;
     let sql = "SELECT 1 FROM files JOIN tenants ON tenants.key = files.tenant
         WHERE NOT removed AND tenants.name = ?1 AND files.id = ?2";
+    let mut statement = connection.prepare(sql).map_err(unreadable)?;
     let folders = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
     for tenant in folders(&to.join("objects")) {
         for object in folders(&tenant.path().join("files")) {
             let (tenant, id) = (tenant.file_name(), object.file_name());
             let (tenant, id) = (tenant.to_string_lossy(), id.to_string_lossy());
-            let known = connection.query_row(sql, [&*tenant, &*id], |_| Ok(()));
+            let known = statement.query_row([&*tenant, &*id], |_| Ok(()));
             if matches!(known, Err(rusqlite::Error::QueryReturnedNoRows)) {
                 std::fs::remove_file(object.path()).ok();
             }
@@ -475,8 +518,6 @@ fn each_file(
                 let path = Path::new("objects").join(path);
                 each(&backup.join(&path), &path, (bytes, &sha256))?;
                 report.objects = report.objects.saturating_add(1);
-                report.copied = report.copied.saturating_add(1);
-                report.copied_bytes = report.copied_bytes.saturating_add(bytes);
             }
             Line::Missing { .. } => report.missing = report.missing.saturating_add(1),
             Line::Backup { .. } | Line::End { .. } => {}

@@ -44,7 +44,6 @@
 pub mod accounts;
 pub mod backup;
 mod error;
-pub mod inspect;
 mod metrics;
 pub mod objects;
 mod private;
@@ -72,7 +71,7 @@ pub use records::{
     PluginVersion, Release, ResultKind, ResultRow, Results, Started, StatusTimes, TokenLimit,
     Validated, WaitCause, Waiting,
 };
-pub use sqlite::SqliteStore;
+pub use sqlite::{SqliteStore, inspect};
 pub use webhooks::Webhooks;
 
 use batchwright_domain::clock::Timestamp;

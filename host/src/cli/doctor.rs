@@ -222,8 +222,7 @@ fn database(data: &Path, deep: bool, findings: &mut Findings) -> Option<Inspecti
             return None;
         }
         Err(error) => {
-            let message = format!("{error}; restore a backup (batchwright restore)");
-            findings.fail("database", message);
+            findings.fail("database", error.to_string());
             return None;
         }
     };

@@ -14,7 +14,7 @@ use crate::error::Error;
 pub struct Gc {
     #[command(flatten)]
     settings: SettingsArgs<All>,
-    /// Only say what would go; a running server removes it by itself, every minute
+    /// Only say what would go; a running server removes it by itself, within the hour
     #[arg(long, required = true)]
     dry_run: bool,
     /// Also count what becomes removable within this time

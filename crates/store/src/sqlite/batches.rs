@@ -309,6 +309,15 @@ pub(super) fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
+/// Condition on `batches`: the batch ended before the first parameter.
+pub(super) const ENDED_BEFORE: &str = "(
+    coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1
+    AND status IN ('completed', 'failed', 'expired', 'cancelled'))";
+
+/// Condition on `files` in a query over `batches`: the file has results of the batch.
+pub(super) const RESULT_FILE: &str = "(files.tenant = batches.tenant AND NOT files.removed
+    AND files.id IN (batches.output_file_id, batches.error_file_id))";
+
 /// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
 /// discarded.
 pub(super) fn removable(
@@ -316,18 +325,11 @@ pub(super) fn removable(
     ended_before: Timestamp,
     limit: usize,
 ) -> Result<Vec<BatchKey>> {
-    let mut statement = connection
-        .prepare_cached(
-            "SELECT tenant, key FROM batches
-             WHERE coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1
-             AND status IN ('completed', 'failed', 'expired', 'cancelled') AND has_results = 0
-             AND NOT EXISTS (
-                 SELECT 1 FROM files WHERE files.tenant = batches.tenant
-                 AND files.id IN (batches.output_file_id, batches.error_file_id)
-                 AND NOT files.removed
-             ) LIMIT ?2",
-        )
-        .map_err(database_error)?;
+    let sql = format!(
+        "SELECT tenant, key FROM batches WHERE {ENDED_BEFORE} AND has_results = 0
+         AND NOT EXISTS (SELECT 1 FROM files WHERE {RESULT_FILE}) LIMIT ?2"
+    );
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
     let rows = statement
         .query_map(params![ended_before.as_millis(), to_i64(limit as u64)], |row| {
             Ok(BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key())

@@ -65,6 +65,22 @@ pub(super) fn open(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
+/// Opens an existing database to read it, whether a server uses it or not.
+///
+/// The connection may write to the log, so that the last one to close removes it: a read-only one
+/// leaves the log beside the database of a stopped server, and restoration refuses such a folder.
+/// Where the user may not write, it is read-only.
+pub(crate) fn open_beside_server(path: &Path) -> rusqlite::Result<Connection> {
+    let open = |mode| Connection::open_with_flags(path, mode | OpenFlags::SQLITE_OPEN_NO_MUTEX);
+    let connection = open(OpenFlags::SQLITE_OPEN_READ_WRITE)
+        .or_else(|_| open(OpenFlags::SQLITE_OPEN_READ_ONLY))?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "query_only", true)?;
+    // Fails here, and not at the first use, if the file is no database.
+    connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+    Ok(connection)
+}
+
 /// Free pages that the database keeps for the next batch: 64 MiB.
 const MIN_FREE_PAGES: i64 = 4096;
 

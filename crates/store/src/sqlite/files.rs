@@ -210,26 +210,27 @@ pub(super) fn delete(
     Ok(changed == 1)
 }
 
+/// Condition on `files`: a running batch reads the file.
+pub(super) const IN_USE: &str = "EXISTS (
+    SELECT 1 FROM batches AS readers WHERE readers.input_file = files.key
+    AND readers.status IN ('validating', 'in_progress', 'finalizing', 'cancelling'))";
+
 /// Returns deleted and expired files that no running batch reads.
 pub(super) fn removable(
     connection: &Connection,
     now: Timestamp,
     limit: usize,
 ) -> Result<Vec<ObjectKey>> {
-    let mut statement = connection
-        .prepare_cached(
-            "WITH gone (key) AS (
-                 SELECT key FROM files WHERE deleted_at IS NOT NULL
-                 UNION SELECT key FROM files WHERE expires_at <= ?1
-             )
-             SELECT tenants.name, files.id FROM gone CROSS JOIN files USING (key)
-             JOIN tenants ON tenants.key = files.tenant
-             WHERE NOT files.removed AND NOT EXISTS (
-                 SELECT 1 FROM batches WHERE batches.input_file = files.key
-                 AND batches.status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-             ) LIMIT ?2",
-        )
-        .map_err(database_error)?;
+    let sql = format!(
+        "WITH gone (key) AS (
+             SELECT key FROM files WHERE deleted_at IS NOT NULL
+             UNION SELECT key FROM files WHERE expires_at <= ?1
+         )
+         SELECT tenants.name, files.id FROM gone CROSS JOIN files USING (key)
+         JOIN tenants ON tenants.key = files.tenant
+         WHERE NOT files.removed AND NOT {IN_USE} LIMIT ?2"
+    );
+    let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
     let rows = statement
         .query_map(params![now.as_millis(), to_i64(limit as u64)], object_key)
         .map_err(database_error)?;

@@ -8,6 +8,7 @@ mod batches;
 mod connection;
 mod enqueued;
 mod files;
+pub mod inspect;
 mod jobs;
 mod keys;
 mod open_batches;
@@ -27,6 +28,7 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::ObjectKey;
 use batchwright_telemetry::{Error as MetricsError, Metrics};
 use connection::Readers;
+pub(crate) use connection::open_beside_server;
 use rusqlite::{Connection, OptionalExtension};
 use writer::Writer;
 

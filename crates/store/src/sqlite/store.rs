@@ -465,8 +465,14 @@ fn disk(connection: &rusqlite::Connection, folder: &std::path::Path) -> Result<D
         value.map(super::to_u64).map_err(database_error)
     };
     let database = pragma("page_count")?.saturating_mul(pragma("page_size")?);
-    let found = rustix::fs::statvfs(folder)
-        .map_err(|error| StoreError::Database(format!("statvfs: {error}")))?;
+    let (free, size) =
+        file_system(folder).map_err(|error| StoreError::Database(format!("statvfs: {error}")))?;
+    Ok(Disk { database, free, size })
+}
+
+/// Returns the space of a file system that the server can use, and its size, in bytes.
+pub(super) fn file_system(folder: &std::path::Path) -> std::io::Result<(u64, u64)> {
+    let found = rustix::fs::statvfs(folder)?;
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
-    Ok(Disk { database, free: bytes(found.f_bavail), size: bytes(found.f_blocks) })
+    Ok((bytes(found.f_bavail), bytes(found.f_blocks)))
 }
