@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use batchwright_api::Tls;
 use batchwright_batch::Engine;
 use batchwright_domain::settings::Given;
+use batchwright_tenancy::Prices;
 
 use crate::config::{All, Settings, SettingsArgs};
 use crate::error::Error;
@@ -29,6 +30,7 @@ pub struct Reloader {
     engine: Arc<Engine>,
     tls: Option<Arc<Tls>>,
     log: LogControl,
+    prices: Prices,
     /// What was given when the server started, and what was applied since.
     in_use: Mutex<Given>,
 }
@@ -37,19 +39,21 @@ impl Reloader {
     /// Creates a reloader of a server that was started with these arguments.
     pub fn new(
         args: SettingsArgs<All>,
-        given: Given,
+        (settings, given): (&Settings, Given),
         engine: Arc<Engine>,
         tls: Option<Arc<Tls>>,
         log: LogControl,
     ) -> Self {
-        Self { args, engine, tls, log, in_use: Mutex::new(given) }
+        let prices = settings.prices.clone();
+        Self { args, engine, tls, log, prices, in_use: Mutex::new(given) }
     }
 
     /// Reads the settings again and applies what can change.
     pub fn reload(&self) -> Result<Reloaded, Error> {
+        // Two reloads at once: the one that reads the file last applies it last.
+        let mut in_use = self.in_use.lock().unwrap_or_else(PoisonError::into_inner);
         let (settings, given) = self.args.clone().explain();
         let settings = settings?;
-        let mut in_use = self.in_use.lock().unwrap_or_else(PoisonError::into_inner);
         let mut reloaded = Reloaded::default();
         for setting in Settings::all() {
             let text = |given: &Given| {
@@ -65,6 +69,9 @@ impl Reloader {
             } else {
                 reloaded.needs_restart.push(setting.name);
             }
+        }
+        if settings.prices != self.prices {
+            reloaded.needs_restart.push("prices");
         }
         drop(in_use);
         self.engine.parts().registry.request_read();

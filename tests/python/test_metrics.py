@@ -18,7 +18,6 @@ RARE = {
     "batchwright_trace_spans_dropped",
     "batchwright_plugin_contract_violations",
     "batchwright_request_retries",
-    "batchwright_requests_after_deadline",
     "batchwright_batch_deadline_margin_seconds",
     "batchwright_tls_certificate_expiry_timestamp_seconds",
 }

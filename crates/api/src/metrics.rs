@@ -119,6 +119,9 @@ impl HttpMetrics {
     pub fn register(metrics: &Metrics) -> Result<Self, Error> {
         let (requests, durations) = (metrics.counter(&REQUESTS)?, metrics.histogram(&DURATION)?);
         let dropped = metrics.counter(&DROPPED)?;
+        for method in ["GET", "POST"] {
+            requests.prepare(&[method, OVERLOADED_ROUTE, "503"]);
+        }
         Ok(Self { metrics: metrics.clone(), requests, durations, dropped })
     }
 

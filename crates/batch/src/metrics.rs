@@ -33,7 +33,7 @@ const ATTEMPTS: Metric = Metric {
     kind: Kind::Counter,
     labels: &["plugin", "verdict"],
     help: "Attempts at requests of batches that a provider was asked for, by the verdict on the \
-           last exchange: `answered`, `rate_limited`, `transient_error`, `unreachable`, \
+           last exchange; a poll of a job that goes on is none: `answered`, `rate_limited`, `transient_error`, `unreachable`, \
            `unauthorized`, `forbidden`, `quota`, `failed`, `no_response`, `not_sent`",
 };
 const RETRIES: Metric = Metric {
@@ -46,13 +46,14 @@ const TOKENS: Metric = Metric {
     name: "batchwright_tokens_total",
     kind: Kind::Counter,
     labels: &["source", "plugin", "model", "type", "tenant"],
-    help: "Tokens that providers report: `input`, of these `cached_input`, `output`, of these \
+    help: "Tokens that providers report, or, without a report, an estimate for online requests: \
+           `input`, of these `cached_input`, `output`, of these \
            `reasoning`",
 };
 const LATE: Metric = Metric {
     name: "batchwright_requests_after_deadline_total",
     kind: Kind::Counter,
-    labels: &["outcome", "tenant"],
+    labels: &["outcome"],
     help: "Requests of batches that the deadline has overtaken: `finished` after it, while the \
            batch ended, or `expired` without an answer",
 };
@@ -171,13 +172,16 @@ pub(crate) struct EngineMetrics {
 impl EngineMetrics {
     /// Registers the metrics.
     pub(crate) fn register(metrics: &Metrics) -> Result<Arc<Self>, Error> {
+        let late = metrics.counter(&LATE)?;
+        late.prepare(&["finished"]);
+        late.prepare(&["expired"]);
         Ok(Arc::new(Self {
             requests: metrics.counter(&REQUESTS)?,
             duration: metrics.histogram(&DURATION)?,
             attempts: metrics.counter(&ATTEMPTS)?,
             retries: metrics.counter(&RETRIES)?,
             tokens: metrics.counter(&TOKENS)?,
-            late: metrics.counter(&LATE)?,
+            late,
             finished: metrics.counter(&FINISHED)?,
             batch_duration: metrics.histogram(&BATCH_DURATION)?,
             state_duration: metrics.histogram(&STATE_DURATION)?,
@@ -232,10 +236,9 @@ impl EngineMetrics {
     }
 
     /// Counts requests that the deadline of their batch has overtaken.
-    pub(crate) fn overtaken(&self, tenant: &TenantId, has_result: bool, count: u64) {
-        let tenant = self.metrics.tenant_label(tenant.as_str());
+    pub(crate) fn overtaken(&self, has_result: bool, count: u64) {
         let outcome = if has_result { "finished" } else { "expired" };
-        self.late.add(&[outcome, tenant], number(count));
+        self.late.add(&[outcome], number(count));
     }
 
     /// Records the time that a claimed batch waited for a place.
@@ -289,7 +292,7 @@ impl EngineMetrics {
             let of = Counted { source: Source::Batch, tenant, plugin: "", model: "", endpoint };
             self.requests(of, outcome, left);
             if outcome == Outcome::Expired {
-                self.overtaken(tenant, false, left);
+                self.overtaken(false, left);
             }
         }
     }

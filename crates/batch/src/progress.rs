@@ -4,10 +4,10 @@
 //! listener that reads slowly must not grow a queue, and none may hold the shutdown.
 //!
 //! **Hub.** While there are listeners, a task reads all batches that have not ended, and those that
-//! have ended since, once a second, and publishes what has changed. A listener gets the changes of
-//! its tenant through a bounded channel. One that falls behind skips what it has missed and gets
-//! the current state of everything it follows: states are absolute, so nothing is lost, and an
-//! older state never follows a later one. The number of listeners is bounded, and a stream ends
+//! have ended since, once a second, and publishes what has changed, by tenant: listeners share the
+//! list of their tenant and copy one state at a time. One that falls behind skips what it has
+//! missed and gets the current state of everything it follows: states are absolute, so nothing is
+//! lost, and an older state never follows a later one. The number of listeners is bounded, and a stream ends
 //! after a while, so that a key that was deleted shows nothing for long.
 
 use std::collections::HashMap;
@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::{BatchId, TenantId};
+use batchwright_domain::status::Status;
 use batchwright_store::{BatchProgress, Result, Store, StoreError};
 use tokio::sync::{Notify, broadcast};
 use tokio::time::Instant;
@@ -39,7 +40,7 @@ const MAX_OF_TENANT: usize = 100;
 /// Maximum number of listeners of all tenants.
 const MAX_LISTENERS: usize = 512;
 
-/// Maximum number of states that a listener holds.
+/// Maximum number of batches whose last state a listener remembers, and that a new one is shown.
 const MAX_SHOWN: usize = 1000;
 
 /// Time after which a stream ends.
@@ -48,16 +49,19 @@ const MAX_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// Maximum number of batches that are followed.
 const MAX_FOLLOWED: usize = 20_000;
 
-/// Changes of one read.
-type Changes = Arc<Vec<BatchProgress>>;
+/// States of the batches of a tenant, in the order of their ids.
+type States = Arc<[BatchProgress]>;
+
+/// Changes of one read, by tenant.
+type Changes = Arc<HashMap<TenantId, States>>;
 
 /// Progress of the batches of all tenants.
 pub struct ProgressHub {
     store: Arc<dyn Store>,
     clock: Clock,
     changes: broadcast::Sender<Changes>,
-    /// What was read last, by tenant and id.
-    known: Mutex<HashMap<(TenantId, BatchId), BatchProgress>>,
+    /// What was read last, by tenant.
+    known: Mutex<HashMap<TenantId, States>>,
     /// Number of listeners by tenant.
     listeners: Mutex<HashMap<TenantId, usize>>,
     listener_added: Notify,
@@ -82,10 +86,10 @@ pub struct ProgressListener {
     /// Batch that is followed; none follows all.
     batch: Option<BatchId>,
     changes: broadcast::Receiver<Changes>,
-    /// States that are passed on next.
-    ready: std::vec::IntoIter<BatchProgress>,
-    /// Finished requests that were shown last, of batches that have not ended.
-    shown: HashMap<BatchId, u64>,
+    /// States that are passed on next, and the place of the first one.
+    ready: (States, usize),
+    /// What was shown last of batches that have not ended: the step, and the finished requests.
+    shown: HashMap<BatchId, (u8, u64)>,
     /// End of the stream. The client opens another one, and shows its key again.
     ends_at: Instant,
     is_over: bool,
@@ -127,7 +131,7 @@ impl ProgressHub {
         let Some(batch) = self.store.batch(tenant, id).await? else { return Ok(None) };
         let (tenant, id, counts) = (tenant.clone(), id.clone(), batch.counts);
         let now = BatchProgress { tenant, id, status: batch.status, counts };
-        listener.ready = vec![now].into_iter();
+        listener.ready = (Arc::new([now]), 0);
         self.listener_added.notify_one();
         Ok(Some(listener))
     }
@@ -140,7 +144,7 @@ impl ProgressHub {
     ) -> std::result::Result<ProgressListener, ListenError> {
         let mut listener = self.subscribe(tenant, None)?;
         let open = self.store.batch_progress(Some(tenant), None, MAX_SHOWN).await?;
-        listener.ready = open.into_iter();
+        listener.ready = (open.into(), 0);
         self.listener_added.notify_one();
         Ok(listener)
     }
@@ -152,18 +156,18 @@ impl ProgressHub {
     ) -> std::result::Result<ProgressListener, ListenError> {
         let mut listeners = self.listeners();
         let all: usize = listeners.values().sum();
-        let own = listeners.entry(tenant.clone()).or_default();
-        if *own >= MAX_OF_TENANT || all >= MAX_LISTENERS {
+        let own = listeners.get(tenant).copied().unwrap_or(0);
+        if own >= MAX_OF_TENANT || all >= MAX_LISTENERS {
             return Err(ListenError::TooMany);
         }
-        *own = own.saturating_add(1);
+        listeners.insert(tenant.clone(), own.saturating_add(1));
         drop(listeners);
         Ok(ProgressListener {
             hub: self.clone(),
             tenant: tenant.clone(),
             batch,
             changes: self.changes.subscribe(),
-            ready: Vec::new().into_iter(),
+            ready: (Arc::new([]), 0),
             shown: HashMap::new(),
             ends_at: Instant::now() + MAX_LIFETIME,
             is_over: false,
@@ -195,49 +199,72 @@ impl ProgressHub {
         // A batch that ended between two reads is found by the time of its end.
         let since = self.clock.now().before(END_WINDOW);
         let found = self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?;
-        let mut known = self.lock();
-        let mut changed = Vec::new();
-        let mut next = HashMap::with_capacity(found.len());
+        let mut of_tenant: HashMap<TenantId, Vec<BatchProgress>> = HashMap::new();
         for progress in found {
-            let key = (progress.tenant.clone(), progress.id.clone());
-            if known.get(&key) != Some(&progress) {
-                changed.push(progress.clone());
+            of_tenant.entry(progress.tenant.clone()).or_default().push(progress);
+        }
+        let (mut next, mut changes) = (HashMap::new(), HashMap::new());
+        let mut known = self.lock();
+        for (tenant, mut states) in of_tenant {
+            states.sort_unstable_by(|one, other| one.id.cmp(&other.id));
+            let before = known.get(&tenant).map_or(&[] as &[_], |states| states);
+            let is_known = |progress: &BatchProgress| {
+                let place = before.binary_search_by(|known| known.id.cmp(&progress.id));
+                place.is_ok_and(|place| before.get(place) == Some(progress))
+            };
+            let changed: States =
+                states.iter().filter(|progress| !is_known(progress)).cloned().collect();
+            if !changed.is_empty() {
+                changes.insert(tenant.clone(), changed);
             }
-            next.insert(key, progress);
+            next.insert(tenant, states.into());
         }
         *known = next;
         drop(known);
-        if !changed.is_empty() {
+        if !changes.is_empty() {
             // Without listeners there is nobody to tell.
-            self.changes.send(Arc::new(changed)).ok();
+            self.changes.send(Arc::new(changes)).ok();
         }
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(TenantId, BatchId), BatchProgress>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, States>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ProgressListener {
-    fn follows(&self, progress: &BatchProgress) -> bool {
-        progress.tenant == self.tenant
-            && self.batch.as_ref().is_none_or(|batch| *batch == progress.id)
+    /// Takes the next ready state of what is followed.
+    fn take_ready(&mut self) -> Option<BatchProgress> {
+        loop {
+            let (states, place) = &mut self.ready;
+            let progress = states.get(*place)?;
+            *place = place.saturating_add(1);
+            if self.batch.as_ref().is_none_or(|batch| *batch == progress.id) {
+                return Some(progress.clone());
+            }
+        }
     }
 
     /// Returns true if a state is older than the one that was shown, as its read began earlier.
     fn is_older(&mut self, progress: &BatchProgress) -> bool {
-        let done = progress.counts.completed.saturating_add(progress.counts.failed);
-        if progress.status.is_final() {
-            self.shown.remove(&progress.id);
-            return false;
-        }
+        let step = match progress.status {
+            Status::Validating => 0,
+            Status::InProgress => 1,
+            Status::Finalizing => 2,
+            Status::Cancelling => 3,
+            Status::Failed | Status::Completed | Status::Expired | Status::Cancelled => {
+                self.shown.remove(&progress.id);
+                return false;
+            }
+        };
+        let now = (step, progress.counts.completed.saturating_add(progress.counts.failed));
         let shown = self.shown.get(&progress.id).copied();
         if shown.is_none() && self.shown.len() >= MAX_SHOWN {
             self.shown.clear();
         }
-        self.shown.insert(progress.id.clone(), shown.unwrap_or(0).max(done));
-        shown.is_some_and(|shown| shown > done)
+        self.shown.insert(progress.id.clone(), shown.unwrap_or(now).max(now));
+        shown.is_some_and(|shown| shown > now)
     }
 
     /// Returns the next state, or none at the end: after the final state of the batch that is
@@ -247,7 +274,7 @@ impl ProgressListener {
             if self.is_over {
                 return None;
             }
-            if let Some(progress) = self.ready.next() {
+            if let Some(progress) = self.take_ready() {
                 if self.is_older(&progress) {
                     continue;
                 }
@@ -258,15 +285,13 @@ impl ProgressListener {
             let next = tokio::time::timeout_at(self.ends_at, self.changes.recv());
             match draining.run_until_cancelled(next).await?.ok()? {
                 Ok(changes) => {
-                    let ours = changes.iter().filter(|change| self.follows(change)).cloned();
-                    self.ready = ours.collect::<Vec<_>>().into_iter();
+                    self.ready = (changes.get(&self.tenant).cloned().unwrap_or_default(), 0);
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => {
-                    let known = self.hub.lock();
-                    let ours = known.values().filter(|known| self.follows(known)).cloned();
-                    let ours: Vec<_> = ours.take(MAX_SHOWN).collect();
-                    drop(known);
-                    self.ready = ours.into_iter();
+                    // The changes that the channel still holds are older than what is known.
+                    self.changes = self.changes.resubscribe();
+                    let known = self.hub.lock().get(&self.tenant).cloned();
+                    self.ready = (known.unwrap_or_default(), 0);
                 }
                 Err(broadcast::error::RecvError::Closed) => return None,
             }

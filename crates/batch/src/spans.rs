@@ -27,10 +27,8 @@ pub(crate) struct Spans {
 
 /// Attempt at a request, as its spans and metrics show it.
 pub(crate) struct Attempted<'a> {
-    /// Context of the attempt; none if nothing is traced.
-    pub context: Option<Context>,
-    /// Context of the request.
-    pub request: Context,
+    /// Contexts of the attempt and of its request; none if nothing is traced.
+    pub contexts: Option<(Context, Context)>,
     pub began: SystemTime,
     /// Duration since the first exchange.
     pub duration: Duration,
@@ -81,6 +79,11 @@ fn system_time(at: Timestamp) -> SystemTime {
 }
 
 impl Spans {
+    /// Returns the context of a line's request; none if nothing is traced.
+    pub(crate) fn request(&self, id: &str) -> Option<Context> {
+        self.traces.is_enabled().then(|| Context::of(id))
+    }
+
     /// Returns the context of an attempt at a request; none if nothing is traced.
     pub(crate) fn attempt(&self, request: Context) -> Option<Context> {
         self.traces.is_enabled().then(|| request.child().sampled(self.traces.samples(request)))
@@ -139,7 +142,7 @@ impl Spans {
         let Attempted { plugin, provider, model, endpoint, verdict, status, usage, .. } =
             *attempted;
         let has_succeeded = status.is_some_and(|status| (200..300).contains(&status));
-        let code = status.map(|status| status.to_string());
+        let code = status.filter(|_| !has_succeeded).map(|status| status.to_string());
         let error = (!has_succeeded).then(|| code.as_deref().unwrap_or(verdict));
         let operation = operation(endpoint);
         let usage = usage.plausible();
@@ -151,12 +154,12 @@ impl Spans {
             duration: attempted.duration,
             tokens: [usage.input, usage.cached_input, usage.output, usage.reasoning],
         });
-        let Some(context) = attempted.context else { return };
+        let Some((context, request)) = attempted.contexts else { return };
         if !self.traces.is_enabled() || !(context.is_sampled() || error.is_some()) {
             return;
         }
         let span = Span::new(format!("{operation} {model}"), context, attempted.began)
-            .parent(attempted.request)
+            .parent(request)
             .role(Role::Client)
             .text("plugin", plugin)
             .text("verdict", verdict)

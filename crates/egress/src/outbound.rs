@@ -110,7 +110,10 @@ impl Outbound {
         body: Bytes,
         (timeout, max): (Duration, usize),
     ) -> Result<OutboundAnswer, TransportError> {
-        self.check(url)?;
+        self.check(url).map_err(|error| {
+            let message = "The URL of the endpoint is not allowed.";
+            TransportError::new(error.fault, message).with_detail(error.detail())
+        })?;
         let clients = self.clients(tenant);
         let answered = tokio::time::timeout(timeout, self.send(&clients, url, headers, body)).await;
         let response = answered.unwrap_or_else(|_| {

@@ -81,8 +81,10 @@ pub(crate) struct StoreMetrics {
 
 impl StoreMetrics {
     pub(crate) fn register(metrics: &Metrics) -> std::result::Result<Arc<Self>, Error> {
+        let commit = metrics.histogram(&COMMIT)?;
+        commit.prepare(&["failed"]);
         Ok(Arc::new(Self {
-            commit: metrics.histogram(&COMMIT)?,
+            commit,
             group: metrics.histogram(&GROUP)?,
             read_wait: metrics.counter(&READ_WAIT)?,
             wal_bytes: Arc::default(),

@@ -161,6 +161,11 @@ fn gauge(metric: &Metric) -> Result<GaugeVec, Error> {
 pub struct Counter(Option<CounterVec>);
 
 impl Counter {
+    /// Creates a series at 0: an alert sees its first increase.
+    pub fn prepare(&self, labels: &[&str]) {
+        self.add(labels, 0.0);
+    }
+
     /// Adds one for the values of the labels.
     pub fn increment(&self, labels: &[&str]) {
         self.add(labels, 1.0);
@@ -180,6 +185,13 @@ impl Counter {
 pub struct Histogram(Option<HistogramVec>);
 
 impl Histogram {
+    /// Creates a series without a value: an alert sees its first increase.
+    pub fn prepare(&self, labels: &[&str]) {
+        if let Some(histogram) = &self.0 {
+            histogram.get_metric_with_label_values(labels).ok();
+        }
+    }
+
     /// Records a value, such as a duration in seconds, for the values of the labels.
     pub fn observe(&self, labels: &[&str], value: f64) {
         let Some(histogram) = &self.0 else { return };

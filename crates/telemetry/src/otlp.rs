@@ -16,8 +16,8 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram, MeterProvider};
+use opentelemetry::{Key, KeyValue};
 use opentelemetry_http::{HttpClient, HttpError};
 use opentelemetry_otlp::{
     MetricExporter, Protocol, SpanExporter, WithExportConfig, WithHttpConfig,
@@ -103,11 +103,20 @@ pub struct Otlp {
     exporting: JoinHandle<()>,
 }
 
+/// Returns what the program says of itself, with the name that the variables give it, if any.
+fn resource(version: &'static str) -> Resource {
+    let name = Resource::builder().build().get(&Key::from_static_str("service.name"));
+    let is_named = name.is_some_and(|name| !name.as_str().starts_with("unknown_service"));
+    let builder = Resource::builder().with_attribute(KeyValue::new("service.version", version));
+    if is_named { builder.build() } else { builder.with_service_name("batchwright").build() }
+}
+
 impl Otlp {
     /// Starts the exporters. Must be called within a runtime, which the requests run on.
     pub fn start(config: &OtlpConfig, metrics: &Metrics) -> Result<Self, OtlpError> {
         let invalid = |error: &dyn std::fmt::Display| OtlpError::Invalid(error.to_string());
         if let Ok(protocol) = std::env::var("OTEL_EXPORTER_OTLP_PROTOCOL")
+            && !protocol.is_empty()
             && protocol != "http/protobuf"
         {
             let message = format!(
@@ -124,12 +133,7 @@ impl Otlp {
             return Err(OtlpError::Invalid(message));
         }
         let client = RuntimeClient::new();
-        let resource = Resource::builder()
-            .with_service_name(
-                std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| "batchwright".to_owned()),
-            )
-            .with_attribute(KeyValue::new("service.version", config.version))
-            .build();
+        let resource = resource(config.version);
         let mut spans = SpanExporter::builder()
             .with_http()
             .with_http_client(client.clone())

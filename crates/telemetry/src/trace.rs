@@ -52,6 +52,11 @@ pub fn now() -> SystemTime {
     SystemTime::now()
 }
 
+/// Returns the time a duration ago, for spans.
+pub fn ago(duration: std::time::Duration) -> SystemTime {
+    now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
 /// Identity of a span in its trace, as W3C Trace Context passes it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {

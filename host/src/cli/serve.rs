@@ -65,14 +65,20 @@ impl Serve {
             None => None,
         };
         let metrics = assemble::http_metrics(&engine)?;
-        let reloader =
-            Arc::new(Reloader::new(self.settings, given, engine.clone(), tls.clone(), log));
+        let reloader = Arc::new(Reloader::new(
+            self.settings,
+            (&settings, given),
+            engine.clone(),
+            tls.clone(),
+            log,
+        ));
         if let Some(tls) = &tls {
             tls.register_metrics(&metrics)
                 .map_err(|error| Error::Other(format!("metrics: {error}")))?;
         }
-        engine.start();
         let (webhooks, deliverer) = assemble::webhooks(&settings, &engine)?;
+        // Nothing that can fail follows: requests are sent from here on.
+        engine.start();
         let served = (&*engine, &webhooks);
         let app = api::router(served, &authenticator, (&settings.api, address), &metrics);
         let scheme = if tls.is_some() { "https" } else { "http" };

@@ -1,6 +1,7 @@
 //! Check of an online request before anything is sent: its rules, its model and its plugin.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use batchwright_domain::error_code::ErrorCode;
@@ -142,6 +143,7 @@ impl Online {
             parent: request.trace,
             context,
             attempt,
+            is_sent: AtomicBool::new(false),
             usage: Mutex::default(),
         })
     }

@@ -1,7 +1,8 @@
 //! Count of an online request in metrics and traces: once, however the request ends.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::TenantId;
@@ -39,6 +40,8 @@ pub(super) struct RequestFacts {
     pub context: Context,
     /// Context that the provider gets.
     pub attempt: Option<Context>,
+    /// True once the request was sent.
+    pub is_sent: AtomicBool,
     /// Tokens, once they are known.
     pub usage: Mutex<TokenUsage>,
 }
@@ -79,6 +82,7 @@ impl RequestCount {
                 if has_succeeded { Outcome::Succeeded } else { Outcome::Failed }
             }
             Err(OnlineError::Failed { .. }) => Outcome::Failed,
+            Err(_) if self.facts.is_sent.load(Ordering::Relaxed) => Outcome::Failed,
             Err(_) => Outcome::Refused,
         };
     }
@@ -91,13 +95,11 @@ impl RequestCount {
     /// Records the spans of the request.
     fn record(&self, took: Duration) {
         let facts = &*self.facts;
-        let began =
-            batchwright_telemetry::trace::now().checked_sub(took).unwrap_or(SystemTime::UNIX_EPOCH);
+        let began = batchwright_telemetry::trace::ago(took);
         let has_succeeded = self.outcome == Outcome::Succeeded;
-        if self.outcome != Outcome::Refused {
+        if facts.is_sent.load(Ordering::Relaxed) {
             facts.spans.attempted(&Attempted {
-                context: facts.attempt,
-                request: facts.context,
+                contexts: facts.attempt.map(|attempt| (attempt, facts.context)),
                 began,
                 duration: took,
                 plugin: facts.plugin.name(),

@@ -5,6 +5,7 @@
 //! that no model answered counts nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use batchwright_domain::endpoint::Endpoint;
@@ -35,8 +36,6 @@ pub(super) struct Metering {
     reported: Option<TokenUsage>,
     /// Lets the server wait at its end until the usage is counted.
     _pending: TaskTrackerToken,
-    /// True once the request was sent.
-    is_sent: bool,
     /// Reservation; none once the usage is counted.
     hold: Option<Hold>,
 }
@@ -54,14 +53,13 @@ impl Metering {
             endpoint: admitted.request.endpoint,
             model: admitted.provider_model.as_str().into(),
             seen: TokenUsage { input, ..TokenUsage::default() },
-            is_sent: false,
             hold: Some(hold),
         }
     }
 
     /// Notes that the request is sent.
-    pub(super) fn begin(&mut self) {
-        self.is_sent = true;
+    pub(super) fn begin(&self) {
+        self.facts.is_sent.store(true, Ordering::Relaxed);
     }
 
     /// Notes an event with text.
@@ -118,7 +116,7 @@ impl Metering {
 
 impl Drop for Metering {
     fn drop(&mut self) {
-        if self.is_sent {
+        if self.facts.is_sent.load(Ordering::Relaxed) {
             // The client has left, or the answer was cut off.
             self.write(self.usage());
         }

@@ -94,6 +94,7 @@ impl OnlineStream {
                     if let Some(permit) = &mut self.permit {
                         permit.finish(LimitFeedback::Accepted, &mut Refusals::default());
                     }
+                    self.finish().await;
                     self.end(None);
                 }
                 Err(error) => {

@@ -37,13 +37,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::NoCredential;
 use batchwright_plugin::types::Request;
 use batchwright_plugin::{Plugin, Route, Snapshot};
-use batchwright_telemetry::Context as TraceContext;
+use batchwright_telemetry::trace;
 
 use crate::metrics::Source;
 use crate::request::conclusion::EndedSteps;
@@ -77,20 +77,20 @@ impl Context {
         if let AttemptOutcome::Answered(FinalAnswer { answer, .. }) = &outcome {
             let time = began.until(self.clock.now());
             self.metrics.request_took(Source::Batch, plugin.name(), self.endpoint, time);
-            self.spans.ended(Ended {
-                context: TraceContext::of(line.id),
-                parent: None,
-                line: Some((&self.batch, line.number)),
-                id: line.id,
-                began: batchwright_telemetry::trace::now()
-                    .checked_sub(time)
-                    .unwrap_or(SystemTime::UNIX_EPOCH),
-                tenant: &self.tenant,
-                plugin: plugin.name(),
-                model: &listed,
-                endpoint: self.endpoint,
-                error: error_of(answer),
-            });
+            if let Some(context) = self.spans.request(line.id) {
+                self.spans.ended(Ended {
+                    context,
+                    parent: None,
+                    line: Some((&self.batch, line.number)),
+                    id: line.id,
+                    began: trace::ago(time),
+                    tenant: &self.tenant,
+                    plugin: plugin.name(),
+                    model: &listed,
+                    endpoint: self.endpoint,
+                    error: error_of(answer),
+                });
+            }
         }
         (Some(listed), outcome)
     }
@@ -111,10 +111,10 @@ impl Context {
             ControlFlow::Continue(probe) => probe,
             ControlFlow::Break(outcome) => return outcome,
         };
-        let trace =
-            (self.spans.attempt(TraceContext::of(line.id)), batchwright_telemetry::trace::now());
+        let contexts = self.spans.request(line.id);
+        let contexts = contexts.and_then(|request| Some((self.spans.attempt(request)?, request)));
         let mut exchange = Exchange::new(&plugin, &self.tenant, retry_state.refusals);
-        exchange.trace = trace.0;
+        exchange.trace = contexts.map(|(attempt, _)| attempt);
         if !self.load_job(&mut exchange, line, retry_state.has_job).await {
             return AttemptOutcome::Retry(self.clock.now().after(DEFER_THRESHOLD), retry_state);
         }
@@ -153,6 +153,10 @@ impl Context {
         let outcome = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
+                if let Some(sent) = &exchange.last {
+                    let verdict = sent.assessment.signal.as_str();
+                    self.metrics.attempted(plugin.name(), verdict, false);
+                }
                 return AttemptOutcome::Answered(FinalAnswer {
                     answer: failure(error.code(), error.to_string()),
                     by: Some(plugin.clone()),
@@ -181,7 +185,7 @@ impl Context {
             line,
             plugin: plugin.clone(),
             listed,
-            trace,
+            contexts,
             breaker: &breaker,
             is_probe: probe.is_some(),
             sent: exchange.last,

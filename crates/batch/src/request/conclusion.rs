@@ -1,14 +1,14 @@
 //! Conclusion of an attempt: what its answer means for the breaker, the job and the next attempt.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
 use batchwright_egress::refusal_pause;
 use batchwright_memory::Reservation;
 use batchwright_plugin::Plugin;
 use batchwright_plugin::types::Answer;
-use batchwright_telemetry::Context as TraceContext;
+use batchwright_telemetry::{Context as TraceContext, trace};
 
 use crate::formats::result_line::tokens;
 use crate::request::assessment::ProviderSignal;
@@ -28,8 +28,8 @@ pub(super) struct EndedSteps<'a> {
     pub plugin: Arc<Plugin>,
     /// Entry of the plugin file that names the model.
     pub listed: Arc<str>,
-    /// Context of the attempt, if it is traced, and its start.
-    pub trace: (Option<TraceContext>, SystemTime),
+    /// Contexts of the attempt and of its request, if they are traced.
+    pub contexts: Option<(TraceContext, TraceContext)>,
     /// Breaker of the plugin.
     pub breaker: &'a Breaker,
     /// True if the attempt was the half-open probe of the breaker.
@@ -90,15 +90,13 @@ impl Context {
 
     /// Records the span of an attempt, and its tokens.
     fn record_attempt(&self, ended: &EndedSteps<'_>, signal: ProviderSignal) {
-        let (context, began) = ended.trace;
         let (status, usage) = match &ended.answer {
             Answer::Response(response) => (Some(response.status), response.usage.map(tokens)),
             Answer::Failure(_) => (None, None),
         };
         self.spans.attempted(&Attempted {
-            context,
-            request: TraceContext::of(ended.line.id),
-            began,
+            contexts: ended.contexts,
+            began: trace::ago(ended.duration),
             duration: ended.duration,
             plugin: ended.plugin.name(),
             provider: &ended.plugin.description().name,

@@ -131,7 +131,7 @@ impl Worker {
                 self.metrics.tokens(of, row.usage);
             }
             if self.clock.now() > batch.expires_at {
-                self.metrics.overtaken(&claim.tenant, true, rows.len() as u64);
+                self.metrics.overtaken(true, rows.len() as u64);
             }
         }
         Ok(())

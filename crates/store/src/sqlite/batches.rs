@@ -33,7 +33,7 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
         |column: &str| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(timestamp));
     let number = |column: &str| Ok::<_, rusqlite::Error>(to_u64(row.get(column)?));
     let metadata: Option<String> = row.get("metadata")?;
-    let (status, endpoint): (String, String) = (row.get("status")?, row.get("endpoint")?);
+    let endpoint: String = row.get("endpoint")?;
     let record = BatchRecord {
         new: NewBatch {
             id: row.get::<_, String>("id")?.into(),
@@ -53,7 +53,7 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
                 .map(|millis| Duration::from_millis(to_u64(millis))),
             api_key: None,
         },
-        status: Status::parse(&status).map_err(|error| damaged(row, "status", &error))?,
+        status: status_from(row)?,
         model: row.get("model")?,
         errors: Vec::new(),
         output_file_id: row.get::<_, Option<String>>("output_file_id")?.map(Into::into),
@@ -86,6 +86,12 @@ fn from_row(row: &Row) -> rusqlite::Result<(i64, BatchRecord)> {
         },
     };
     Ok((row.get("key")?, record))
+}
+
+/// Reads the column `status`.
+pub(super) fn status_from(row: &Row<'_>) -> rusqlite::Result<Status> {
+    let status: String = row.get("status")?;
+    Status::parse(&status).map_err(|error| damaged(row, "status", &error))
 }
 
 /// Returns the error of a column whose text is not what this program writes.

@@ -30,7 +30,7 @@ pub(super) fn overview(connection: &Connection, now: Timestamp, limit: usize) ->
         GROUP BY status";
     let open = query(connection, sql, params![now.as_millis()], |row| {
         Ok(OpenBatches {
-            status: Status::parse(&row.get::<_, String>(0)?).unwrap_or(Status::Failed),
+            status: batches::status_from(row)?,
             number: to_u64(row.get(1)?),
             waiting: to_u64(row.get(2)?),
             oldest: timestamp(row.get(3)?),
@@ -90,7 +90,7 @@ pub(super) fn progress(
         Ok(BatchProgress {
             tenant: row.get::<_, String>(0)?.into(),
             id: row.get::<_, String>(1)?.into(),
-            status: Status::parse(&row.get::<_, String>(2)?).unwrap_or(Status::Failed),
+            status: batches::status_from(row)?,
             counts: Counts {
                 total: to_u64(row.get(3)?),
                 completed: to_u64(row.get(4)?),

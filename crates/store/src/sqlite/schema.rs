@@ -446,6 +446,7 @@ CREATE TABLE webhook_deliveries (
 ) STRICT;
 CREATE INDEX webhook_deliveries_due ON webhook_deliveries (webhook, next_at)
     WHERE next_at IS NOT NULL;
+CREATE INDEX webhook_deliveries_of ON webhook_deliveries (webhook);
 CREATE INDEX webhook_deliveries_next ON webhook_deliveries (next_at) WHERE next_at IS NOT NULL;
 CREATE INDEX webhook_deliveries_ended ON webhook_deliveries (created_at) WHERE next_at IS NULL;
 ";

@@ -1,6 +1,6 @@
 //! Webhooks: endpoints, the outbox of events, and the deliveries.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -268,8 +268,8 @@ fn redeliver(
     delivery(connection, key)
 }
 
-/// Claims due deliveries: the first of each endpoint, those that have waited longest first.
-fn claim(
+/// Chooses due deliveries: the first of each endpoint, those that have waited longest first.
+fn due(
     connection: &Connection,
     busy: &[(TenantId, WebhookId)],
     (limit, of_tenant): (usize, usize),
@@ -307,35 +307,30 @@ fn claim(
         })
         .map_err(database_error)?;
     let mut candidates = rows.collect::<rusqlite::Result<Vec<_>>>().map_err(database_error)?;
+    // One attempt at a time for an endpoint.
+    let is_busy: HashSet<_> = busy.iter().map(|(_, id)| id).collect();
+    candidates.retain(|due| !is_busy.contains(&due.webhook.id));
     // Tenants take turns: the first delivery of each goes before the second one of any.
     let mut of_tenant_so_far: HashMap<TenantId, usize> = HashMap::new();
-    for (tenant, _) in busy {
+    let mut place = |tenant: &TenantId| {
         let number = of_tenant_so_far.entry(tenant.clone()).or_default();
         *number = number.saturating_add(1);
-    }
-    candidates.sort_by_cached_key(|due| {
-        let number = of_tenant_so_far.entry(due.tenant.clone()).or_default();
-        *number = number.saturating_add(1);
         *number
-    });
-    let (mut claimed, mut running) = (Vec::<DueDelivery>::new(), busy.to_vec());
-    for due in candidates {
-        let of_this = running.iter().filter(|(tenant, _)| *tenant == due.tenant);
-        let is_busy = of_this.clone().any(|(_, id)| *id == due.webhook.id);
-        if is_busy || of_this.count() >= of_tenant {
-            continue;
-        }
-        running.push((due.tenant.clone(), due.webhook.id.clone()));
-        claimed.push(due);
-        if claimed.len() >= limit {
-            break;
-        }
+    };
+    for (tenant, _) in busy {
+        place(tenant);
     }
-    for due in &claimed {
-        let sql = "UPDATE webhook_deliveries SET next_at = ?2 WHERE key = ?1";
-        execute(connection, sql, params![due.key, until.as_millis()])?;
-    }
-    Ok(claimed)
+    let mut placed: Vec<_> = candidates.into_iter().map(|due| (place(&due.tenant), due)).collect();
+    placed.retain(|(place, _)| *place <= of_tenant);
+    placed.sort_by_key(|(place, _)| *place);
+    Ok(placed.into_iter().map(|(_, due)| due).take(limit).collect())
+}
+
+/// Claims a delivery; returns false if it is not due any more.
+fn claim(connection: &Connection, due: &DueDelivery) -> Result<bool> {
+    let sql = "UPDATE webhook_deliveries SET next_at = ?2 WHERE key = ?1 AND next_at = ?3";
+    let next_at = due.delivery.next_at.map(Timestamp::as_millis);
+    Ok(execute(connection, sql, params![due.key, due.lease.as_millis(), next_at])? == 1)
 }
 
 fn record_attempt(connection: &Connection, key: i64, result: &AttemptResult) -> Result<()> {
@@ -495,7 +490,23 @@ impl Webhooks for SqliteStore {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Vec<DueDelivery>> {
-        self.writer.write(move |connection| claim(connection, &busy, limits, now, until)).await
+        // Chosen among readers: one busy endpoint with due events would keep the writer at it.
+        let chosen =
+            self.readers.read(move |connection| due(connection, &busy, limits, now, until)).await?;
+        if chosen.is_empty() {
+            return Ok(chosen);
+        }
+        self.writer
+            .write(move |connection| {
+                let mut claimed = Vec::with_capacity(chosen.len());
+                for due in chosen.clone() {
+                    if claim(connection, &due)? {
+                        claimed.push(due);
+                    }
+                }
+                Ok(claimed)
+            })
+            .await
     }
 
     async fn record_attempt(&self, key: i64, result: AttemptResult) -> Result<()> {

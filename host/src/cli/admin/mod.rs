@@ -62,7 +62,7 @@ impl Audit {
         if let Some(since) = self.since {
             path.push_str(&format!("?effective_at[gte]={since}"));
         }
-        let done = transport.for_each(&path, |entry| outln!("{entry}")).await;
+        let done = transport.for_each(&path, None, |entry| outln!("{entry}")).await;
         transport.close().await;
         done.map(|()| ExitCode::SUCCESS)
     }

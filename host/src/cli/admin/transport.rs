@@ -87,41 +87,37 @@ impl Transport {
         }
     }
 
-    /// Calls a function with each entry of a list, and holds one page at a time.
-    pub(super) async fn for_each(&self, path: &str, each: impl Fn(&Value)) -> Result<(), Error> {
+    /// Calls a function with each entry of a list, up to `max`, and holds one page at a time.
+    pub(super) async fn for_each(
+        &self,
+        path: &str,
+        max: Option<usize>,
+        mut each: impl FnMut(Value),
+    ) -> Result<(), Error> {
+        let (mut left, mut after) = (max.unwrap_or(usize::MAX), String::new());
         let separator = if path.contains('?') { '&' } else { '?' };
-        let mut after = String::new();
-        loop {
-            let page = self.get(&format!("{path}{separator}limit={PAGE_ENTRIES}{after}")).await?;
-            page.get("data").and_then(Value::as_array).into_iter().flatten().for_each(&each);
-            if page.get("has_more") != Some(&Value::Bool(true)) {
-                return Ok(());
-            }
-            let last = page.get("last_id").and_then(Value::as_str).unwrap_or_default();
-            after = format!("&after={}", path_segment(last));
-        }
-    }
-
-    /// Returns the entries of a list, page by page, up to `max`.
-    pub(super) async fn list(&self, path: &str, max: Option<usize>) -> Result<Vec<Value>, Error> {
-        let (mut entries, mut after) = (Vec::new(), String::new());
-        let max = max.unwrap_or(usize::MAX);
-        let separator = if path.contains('?') { '&' } else { '?' };
-        while entries.len() < max {
-            let limit = PAGE_ENTRIES.min(max.saturating_sub(entries.len()));
+        while left > 0 {
+            let limit = PAGE_ENTRIES.min(left);
             let mut page = self.get(&format!("{path}{separator}limit={limit}{after}")).await?;
+            let Some(Value::Array(data)) = page.get_mut("data").map(Value::take) else { break };
+            left = left.saturating_sub(data.len());
+            let is_empty = data.is_empty();
+            data.into_iter().for_each(&mut each);
             let has_more = page.get("has_more") == Some(&Value::Bool(true));
-            if let Some(id) = page.get("last_id").and_then(Value::as_str) {
-                after = format!("&after={}", path_segment(id));
-            }
-            match page.get_mut("data").map(Value::take) {
-                Some(Value::Array(data)) if !data.is_empty() => entries.extend(data),
+            match page.get("last_id").and_then(Value::as_str) {
+                Some(last) if has_more && !is_empty => {
+                    after = format!("&after={}", path_segment(last));
+                }
                 _ => break,
             }
-            if !has_more {
-                break;
-            }
         }
+        Ok(())
+    }
+
+    /// Returns the entries of a list, up to `max`.
+    pub(super) async fn list(&self, path: &str, max: Option<usize>) -> Result<Vec<Value>, Error> {
+        let mut entries = Vec::new();
+        self.for_each(path, max, |entry| entries.push(entry)).await?;
         Ok(entries)
     }
 

@@ -174,8 +174,12 @@ impl Worker {
             taken
         };
         // Answers are recorded even if the input cannot be read to its end.
-        let ((), taken) = tokio::try_join!(recording, async { Ok(working.await) })?;
-        self.spans.part("execute", (&claim.tenant, &claim.batch_id), began, |span| span);
+        let done = tokio::try_join!(recording, async { Ok(working.await) });
+        let has_failed = done.is_err();
+        self.spans.part("execute", (&claim.tenant, &claim.batch_id), began, |span| {
+            if has_failed { span.failed("store") } else { span }
+        });
+        let ((), taken) = done?;
         Ok(match (taken?, stop.reason()) {
             (_, Some(reason)) => ExecutionOutcome::Stopped(reason),
             (Pause::TurnOver, None) => ExecutionOutcome::TurnOver,
