@@ -73,6 +73,19 @@ def test_running_server_is_found_healthy(serve):
     assert shown.returncode == FINE and shown.stdout.startswith("ok ")
 
 
+@pytest.mark.parametrize(
+    ("version", "fault"), [(2, "the server migrates it"), (99, "of a newer version")]
+)
+def test_database_of_another_version_is_not_called_damaged(folder, serve, version, fault):
+    server = serve()
+    server.stop()
+    with sqlite3.connect(server.data / "batchwright.db") as database:
+        database.execute(f"PRAGMA user_version = {version}")
+    status, found = doctor(folder, data=server.data)
+    assert status == FAILURE
+    assert fault in found["database"]["message"] and "restore" not in found["database"]["message"]
+
+
 def test_providers_say_what_is_wrong(folder, serve):
     serve_once = serve()
     serve_once.stop()

@@ -54,6 +54,13 @@ def test_log_filter_changes_and_other_settings_are_named(reloadable):
     assert 'applied="log_filter" needs_restart=""' in server.logged()
 
 
+def test_changed_prices_are_named(reloadable):
+    _, config, admin = reloadable
+    with config.open("a") as file:
+        file.write('[[prices]]\nmodel = "stub"\ninput = 9\n')
+    assert call(f"{admin}/reload")[1] == {"applied": [], "needs_restart": ["prices"]}
+
+
 def test_config_file_with_an_error_changes_nothing_and_is_tried_again(reloadable):
     server, config, admin = reloadable
     config.write_text('[server]\nlog_filter = "debug"\nunknown = 1\n')

@@ -33,8 +33,9 @@ const ATTEMPTS: Metric = Metric {
     kind: Kind::Counter,
     labels: &["plugin", "verdict"],
     help: "Attempts at requests of batches that a provider was asked for, by the verdict on the \
-           last exchange; a poll of a job that goes on is none: `answered`, `rate_limited`, `transient_error`, `unreachable`, \
-           `unauthorized`, `forbidden`, `quota`, `failed`, `no_response`, `not_sent`",
+           last exchange: `answered`, `rate_limited`, `transient_error`, `unreachable`, \
+           `unauthorized`, `forbidden`, `quota`, `failed`, `no_response`, `not_sent`; a poll of a \
+           job that goes on is no attempt",
 };
 const RETRIES: Metric = Metric {
     name: "batchwright_request_retries_total",

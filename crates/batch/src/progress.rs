@@ -7,8 +7,8 @@
 //! have ended since, once a second, and publishes what has changed, by tenant: listeners share the
 //! list of their tenant and copy one state at a time. One that falls behind skips what it has
 //! missed and gets the current state of everything it follows: states are absolute, so nothing is
-//! lost, and an older state never follows a later one. The number of listeners is bounded, and a stream ends
-//! after a while, so that a key that was deleted shows nothing for long.
+//! lost, and an older state never follows a later one. The number of listeners is bounded, and a
+//! stream ends after a while, so that a key that was deleted shows nothing for long.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -198,7 +198,12 @@ impl ProgressHub {
     async fn read(&self) -> Result<()> {
         // A batch that ended between two reads is found by the time of its end.
         let since = self.clock.now().before(END_WINDOW);
-        let found = self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?;
+        self.publish(self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?);
+        Ok(())
+    }
+
+    /// Publishes what has changed since the last read.
+    fn publish(&self, found: Vec<BatchProgress>) {
         let mut of_tenant: HashMap<TenantId, Vec<BatchProgress>> = HashMap::new();
         for progress in found {
             of_tenant.entry(progress.tenant.clone()).or_default().push(progress);
@@ -225,7 +230,6 @@ impl ProgressHub {
             // Without listeners there is nobody to tell.
             self.changes.send(Arc::new(changes)).ok();
         }
-        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, States>> {
@@ -296,5 +300,87 @@ impl ProgressListener {
                 Err(broadcast::error::RecvError::Closed) => return None,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use batchwright_store::{Counts, SqliteStore};
+
+    use super::*;
+
+    fn state(id: &str, status: Status, completed: u64) -> BatchProgress {
+        let counts = Counts { total: 100, completed, failed: 0 };
+        BatchProgress { tenant: "tenant".into(), id: id.into(), status, counts }
+    }
+
+    fn hub(folder: &std::path::Path) -> Arc<ProgressHub> {
+        Arc::new(ProgressHub {
+            store: Arc::new(SqliteStore::open(folder).unwrap()),
+            clock: Clock::system(),
+            changes: broadcast::Sender::new(CHANNEL_READS),
+            known: Mutex::default(),
+            listeners: Mutex::default(),
+            listener_added: Notify::new(),
+            draining: CancellationToken::new(),
+        })
+    }
+
+    /// Returns the states that a listener gets before it has to wait.
+    async fn shown(listener: &mut ProgressListener) -> Vec<(String, Status, u64)> {
+        let mut shown = Vec::new();
+        let wait = Duration::from_millis(50);
+        while let Ok(Some(next)) = tokio::time::timeout(wait, listener.next()).await {
+            shown.push((next.id.to_string(), next.status, next.counts.completed));
+        }
+        shown
+    }
+
+    #[tokio::test]
+    async fn listener_that_falls_behind_sees_no_older_state_after_a_later_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = hub(folder.path());
+        let mut listener = hub.follow_all(&"tenant".into()).await.unwrap();
+        // More reads than the channel keeps, and one batch ends on the way.
+        for read in 1..=CHANNEL_READS as u64 * 2 {
+            let a = match read {
+                ..20 => state("a", Status::InProgress, read),
+                _ => state("a", Status::Completed, 20),
+            };
+            hub.publish(vec![state("b", Status::InProgress, read), a]);
+        }
+        let last = CHANNEL_READS as u64 * 2;
+        let expected =
+            [("a".to_owned(), Status::Completed, 20), ("b".to_owned(), Status::InProgress, last)];
+        assert_eq!(shown(&mut listener).await, expected);
+        // It goes on with what changes.
+        hub.publish(vec![state("a", Status::Completed, 20), state("b", Status::Finalizing, last)]);
+        let expected = [("b".to_owned(), Status::Finalizing, last)];
+        assert_eq!(shown(&mut listener).await, expected);
+    }
+
+    #[tokio::test]
+    async fn older_read_after_the_state_of_a_followed_batch_is_not_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = hub(folder.path());
+        let mut listener = hub.subscribe(&"tenant".into(), Some("a".into())).unwrap();
+        listener.ready = (Arc::new([state("a", Status::Finalizing, 7)]), 0);
+        hub.publish(vec![state("a", Status::InProgress, 7), state("b", Status::InProgress, 1)]);
+        hub.publish(vec![state("a", Status::Completed, 7)]);
+        let expected =
+            [("a".to_owned(), Status::Finalizing, 7), ("a".to_owned(), Status::Completed, 7)];
+        assert_eq!(shown(&mut listener).await, expected);
+    }
+
+    #[test]
+    fn refused_listener_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = hub(folder.path());
+        let tenants = (0..MAX_LISTENERS).map(|number| TenantId::from(format!("t{number}")));
+        let open: Vec<_> = tenants.map(|tenant| hub.subscribe(&tenant, None).unwrap()).collect();
+        assert!(matches!(hub.subscribe(&"late".into(), None), Err(ListenError::TooMany)));
+        assert_eq!(hub.listeners().len(), MAX_LISTENERS);
+        drop(open);
+        assert!(hub.listeners().is_empty());
     }
 }

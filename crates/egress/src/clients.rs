@@ -7,9 +7,10 @@ use batchwright_domain::ids::TenantId;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper_rustls::builderstates::WantsSchemes;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use rustls::ClientConfig;
 
 use super::dial::Dialer;
 use super::{TransportError, TransportErrorKind};
@@ -31,13 +32,18 @@ pub(crate) struct Clients {
     tls: OnceLock<Client<HttpsConnector<Dialer>, Full<Bytes>>>,
 }
 
-/// Returns a TLS connector with the system's root certificates, so that an operator's own authority
-/// is trusted. Without system roots, as in some containers, it uses Mozilla's roots.
-pub fn https() -> HttpsConnectorBuilder<WantsSchemes> {
-    match HttpsConnectorBuilder::new().with_native_roots() {
-        Ok(builder) => builder,
-        Err(_) => HttpsConnectorBuilder::new().with_webpki_roots(),
+/// Returns a TLS configuration with the system's root certificates, so that an operator's own
+/// authority is trusted. Without system roots, as in some containers, it uses Mozilla's roots.
+pub(super) fn tls_config() -> ClientConfig {
+    match ClientConfig::builder().with_native_roots() {
+        Ok(builder) => builder.with_no_client_auth(),
+        Err(_) => ClientConfig::builder().with_webpki_roots().with_no_client_auth(),
     }
+}
+
+/// Returns a TLS connector with the same root certificates as requests to providers have.
+pub fn https() -> HttpsConnectorBuilder<WantsSchemes> {
+    HttpsConnectorBuilder::new().with_tls_config(tls_config())
 }
 
 pub(super) fn client<C>(connector: C) -> Client<C, Full<Bytes>>

@@ -57,7 +57,7 @@ impl Default for Resolver {
 impl Resolver {
     /// Returns a resolver for another plugin, with the same limit over all plugins.
     pub fn beside(&self) -> Self {
-        Self { all: self.all.clone(), own: Arc::new(Semaphore::new(MAX_LOOKUPS_PER_PLUGIN)) }
+        self.beside_with(MAX_LOOKUPS_PER_PLUGIN)
     }
 
     /// Returns a resolver like [`Self::beside`], with a limit of its own.

@@ -13,12 +13,12 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use url::Url;
 
 use super::allow::{AllowList, InvalidAllow};
-use super::clients::client;
+use super::clients::{client, tls_config};
 use super::dial::{Dialer, Resolver};
 use super::explain::{tls_error, tls_message};
 use super::{TransportError, TransportErrorKind};
@@ -178,15 +178,6 @@ impl Outbound {
         let builder = HttpsConnectorBuilder::new().with_tls_config(config.await?.clone());
         let connector = builder.https_only().enable_http1().wrap_connector(clients.dialer.clone());
         Ok(clients.tls.get_or_init(|| client(connector)).clone())
-    }
-}
-
-/// Returns a configuration with the roots of the system, or with Mozilla's if it has none.
-fn tls_config() -> rustls::ClientConfig {
-    let builder = rustls::ClientConfig::builder;
-    match builder().with_native_roots() {
-        Ok(builder) => builder.with_no_client_auth(),
-        Err(_) => builder().with_webpki_roots().with_no_client_auth(),
     }
 }
 
