@@ -45,9 +45,24 @@ pub(super) fn record_corruption(error: &rusqlite::Error) {
     }
 }
 
+/// Has SQLite write its temporary files beside the database. A migration or a compaction may need
+/// as much room as the database has, and the temporary folder of the system may be small, in
+/// memory, or, in a container, read-only.
+///
+/// The folder applies to the process, so the first database decides. Where the user may not write,
+/// SQLite looks for another folder.
+fn keep_temporary_files_beside(path: &Path, connection: &Connection) {
+    static DECIDED: OnceLock<()> = OnceLock::new();
+    DECIDED.get_or_init(|| {
+        let folder = path.parent().and_then(Path::to_str).unwrap_or_default();
+        connection.pragma_update(None, "temp_store_directory", folder).ok();
+    });
+}
+
 /// Opens the connection for writing; creates the database if it does not exist.
 pub(super) fn open(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
+    keep_temporary_files_beside(path, &connection);
     // Rows of one or two KiB fit a larger page better. Only a new database takes this setting.
     connection.pragma_update(None, "page_size", 16_384)?;
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
@@ -74,6 +89,7 @@ pub(crate) fn open_beside_server(path: &Path) -> rusqlite::Result<Connection> {
     let open = |mode| Connection::open_with_flags(path, mode | OpenFlags::SQLITE_OPEN_NO_MUTEX);
     let connection = open(OpenFlags::SQLITE_OPEN_READ_WRITE)
         .or_else(|_| open(OpenFlags::SQLITE_OPEN_READ_ONLY))?;
+    keep_temporary_files_beside(path, &connection);
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update(None, "query_only", true)?;
     // Fails here, and not at the first use, if the file is no database.
