@@ -5,7 +5,7 @@ import resource
 import shutil
 
 import pytest
-from conftest import PLUGINS, run_host, wait_for
+from conftest import PLUGINS, plugin_states, run_host, wait_for
 
 
 def swap(link, to):
@@ -119,3 +119,27 @@ def test_inotify_exhaustion_is_logged_and_replaced_by_polling(serve):
     finally:
         for watch in watches:
             os.close(watch)
+
+
+def test_component_is_found_in_a_folder_of_components_and_replaced_there(serve, tmp_path):
+    components = tmp_path / "components"
+    components.mkdir()
+    other = tmp_path / "empty"
+    other.mkdir()
+    server = serve("--components", f"{other},{components}", plugins={})
+    for name in ["echo", "mine"]:
+        server.add_plugin(name, f'component = "{name}.wasm"\nmodels = ["{name}"]\n')
+    wait_for(lambda: "nor in" in server.logged(), what="the error of a missing component")
+    # A component that appears later, and one that takes the place of another, are noticed.
+    for name in ["echo", "mine"]:
+        shutil.copy(PLUGINS / "inference-echo.wasm", components / f"{name}.wasm")
+    wait_for(lambda: server.models() == ["echo", "mine"], what="both models")
+    shutil.copy(PLUGINS / "inference-openai.wasm", components / "new.wasm")
+    (components / "new.wasm").rename(components / "mine.wasm")
+    wait_for(lambda: 'plugin="mine" error=' in server.logged(), what="another component")
+    # Beside the plugin file is looked first.
+    shutil.copy(PLUGINS / "inference-echo.wasm", server.plugins / "mine.wasm")
+    wait_for(lambda: plugin_states(server)["mine"]["state"] == "loaded", what="the one beside")
+    # A file cannot lead out of these folders.
+    server.add_plugin("bad", f'component = "{components}/echo.wasm"\nmodels = ["bad"]\n')
+    wait_for(lambda: "leads out of the plugin directory" in server.logged(), what="an error")

@@ -11,6 +11,9 @@ settings! {
     pub struct PluginsConfig in "plugins" {
         /// Plugin folder, with one TOML file per plugin
         plugins: Option<PathBuf> = "" (shown "the folder `plugins` beside this program"), "DIR";
+        /// Folders where a component is looked up that is not beside its plugin file, separated by
+        /// commas
+        components: Vec<String> = "" (shown "none"), "LIST";
         /// Folder with secrets of projects, each in the file SLUG/PLUGIN/CREDENTIAL
         secrets: Option<PathBuf> = "" (shown "none"), "DIR";
         /// Key that seals the secrets that projects set themselves, as `env:NAME` or `file:PATH`:

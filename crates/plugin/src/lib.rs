@@ -31,7 +31,9 @@ pub use error::{CallError, LoadError};
 pub use load::inspect::Inspected;
 pub use load::{Loader, LoaderConfig, plugin_name};
 pub use package::credentials::ProjectSecrets;
-pub use package::files::{ComponentFile, Files, MAX_COMPONENT_BYTES, signature_file};
+pub use package::files::{
+    ComponentFile, ComponentFolders, Files, MAX_COMPONENT_BYTES, signature_file,
+};
 pub use package::manifest::read_secret;
 pub use package::read::sha256;
 pub use package::routing::Routing;

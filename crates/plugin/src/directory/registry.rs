@@ -192,13 +192,13 @@ impl Registry {
             .and_then(|known| known.serving.clone())
             .filter(|plugin| self.loader.trust.is_still_trusted(plugin.name(), plugin.signature()));
         let _permit = self.loader.permit().await;
-        let read = file.clone();
+        let (read, folders) = (file.clone(), self.loader.components.clone());
         // The fingerprint reads secrets, which may be files, so it is computed here too.
         let files = tokio::task::spawn_blocking(move || {
-            Files::read(&read).map(|files| (files.fingerprint(), files))
+            Files::read(&read, &folders).map(|files| (files.fingerprint(), files))
         })
         .await;
-        let named = named_files(&file);
+        let named = named_files(&file, &self.loader.components);
         let mut fingerprint = String::new();
         let named_files =
             named.or_else(|| known.map(|known| known.named_files.clone())).unwrap_or_default();

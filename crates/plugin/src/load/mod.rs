@@ -35,7 +35,7 @@ use crate::error::LoadError;
 use crate::load::checks::{bounds, check_kind, default_models, urls_in};
 use crate::load::inspect::Runtime;
 use crate::package::credentials::{ProjectSecrets, Sources, secrets};
-use crate::package::files::Files;
+use crate::package::files::{ComponentFolders, Files};
 use crate::package::routing::Routing;
 use crate::package::schema;
 use crate::package::signature::TrustedKeys;
@@ -56,6 +56,8 @@ const MAX_CONCURRENT_LOADS: usize = 8;
 pub struct LoaderConfig {
     /// Folder of compiled components.
     pub cache: PathBuf,
+    /// Folders of components that are not beside their TOML file.
+    pub components: ComponentFolders,
     /// Time limit of one compilation.
     pub compile_timeout: Span,
     /// Memory limit of one compilation.
@@ -84,6 +86,7 @@ pub struct Loader {
     /// Started when the first component needs it.
     concurrent: OnceLock<Runtime>,
     compiler: Compiler,
+    pub(crate) components: ComponentFolders,
     pub(crate) trust: Trust,
     pub(crate) order_file: Option<PathBuf>,
     secrets_folder: Option<PathBuf>,
@@ -104,6 +107,7 @@ impl Loader {
         };
         let LoaderConfig {
             cache,
+            components,
             compile_timeout,
             compile_memory,
             trusted_keys,
@@ -130,6 +134,7 @@ impl Loader {
             plain: Runtime::start(EngineKind::Plain).map_err(failed)?,
             concurrent,
             compiler,
+            components,
             trust: Trust::open(trusted_keys, serials).map_err(failed)?,
             order_file: order,
             secrets_folder,
@@ -154,12 +159,26 @@ impl Loader {
 
     /// Loads the plugin of a TOML file.
     pub async fn load(&self, file: &Path) -> Result<Plugin, LoadError> {
-        self.load_files(read_off_thread(file, Files::read).await?).await
+        self.load_files(self.read_off_thread(file, Files::read).await?).await
     }
 
     /// Loads a plugin for tests without exchanges: a missing secret is replaced by a placeholder.
     pub async fn load_to_test(&self, file: &Path) -> Result<Plugin, LoadError> {
-        self.load_with(read_off_thread(file, Files::read).await?, Some("not-a-secret")).await
+        self.load_with(self.read_off_thread(file, Files::read).await?, Some("not-a-secret")).await
+    }
+
+    /// Reads a plugin's files on a blocking thread.
+    async fn read_off_thread(
+        &self,
+        file: &Path,
+        read: fn(&Path, &ComponentFolders) -> Result<Files, LoadError>,
+    ) -> Result<Files, LoadError> {
+        let (path, folders) = (file.to_owned(), self.components.clone());
+        let files = tokio::task::spawn_blocking(move || read(&path, &folders)).await;
+        files.map_err(|error| LoadError::Manifest {
+            file: file.to_owned(),
+            message: error.to_string(),
+        })?
     }
 
     /// Checks that a file may disable its plugin: if signatures are required, the file must be
@@ -168,7 +187,7 @@ impl Loader {
         if !self.trust.is_required() {
             return Ok(());
         }
-        let files = read_off_thread(file, Files::read_any).await?;
+        let files = self.read_off_thread(file, Files::read_any).await?;
         let name = plugin_name(file)?;
         let signed = self.trust.verify(&name, &files)?;
         self.trust.record_loaded(&name, signed.as_ref());
@@ -266,19 +285,6 @@ impl Loader {
         self.trust.record_loaded(plugin.name(), plugin.signature());
         Ok(plugin)
     }
-}
-
-/// Reads a plugin's files on a blocking thread.
-async fn read_off_thread(
-    file: &Path,
-    read: fn(&Path) -> Result<Files, LoadError>,
-) -> Result<Files, LoadError> {
-    let path = file.to_owned();
-    let files = tokio::task::spawn_blocking(move || read(&path)).await;
-    files.map_err(|error| LoadError::Manifest {
-        file: file.to_owned(),
-        message: error.to_string(),
-    })?
 }
 
 /// Returns the plugin's name: the name of its TOML file without the extension.

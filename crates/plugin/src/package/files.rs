@@ -33,6 +33,29 @@ impl ComponentFile {
     }
 }
 
+/// Folders where a component is looked up that is not beside its TOML file. An operator names them,
+/// so that plugin files alone can be in a folder of settings.
+#[derive(Clone, Debug, Default)]
+pub struct ComponentFolders(Arc<[PathBuf]>);
+
+impl ComponentFolders {
+    /// Creates a list of folders, in the order in which they are searched.
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self(folders.into_iter().collect())
+    }
+
+    /// Returns the path of the component that a TOML file names: beside the file, unless only
+    /// another folder has it.
+    fn find(&self, file: &Path, manifest: &Manifest) -> PathBuf {
+        let beside = file.with_file_name("").join(&manifest.component);
+        if beside.exists() {
+            return beside;
+        }
+        let elsewhere = self.0.iter().map(|folder| folder.join(&manifest.component));
+        elsewhere.into_iter().find(|path| path.exists()).unwrap_or(beside)
+    }
+}
+
 /// TOML file of a plugin, with its component and its signature.
 pub struct Files {
     /// Path of the TOML file.
@@ -49,26 +72,33 @@ pub struct Files {
 
 impl Files {
     /// Reads the files of a plugin. Returns [`LoadError::Disabled`] if the plugin is disabled.
-    pub fn read(file: &Path) -> Result<Self, LoadError> {
-        Self::read_checked(file, true)
+    pub fn read(file: &Path, folders: &ComponentFolders) -> Result<Self, LoadError> {
+        Self::read_checked(file, folders, true)
     }
 
     /// Reads the files of a plugin, even if the plugin is disabled.
-    pub fn read_any(file: &Path) -> Result<Self, LoadError> {
-        Self::read_checked(file, false)
+    pub fn read_any(file: &Path, folders: &ComponentFolders) -> Result<Self, LoadError> {
+        Self::read_checked(file, folders, false)
     }
 
-    fn read_checked(file: &Path, must_be_enabled: bool) -> Result<Self, LoadError> {
+    fn read_checked(
+        file: &Path,
+        folders: &ComponentFolders,
+        must_be_enabled: bool,
+    ) -> Result<Self, LoadError> {
         let text = read_text(file)?;
         let manifest = Manifest::parse(file, &text)?;
         if must_be_enabled && !manifest.enabled {
             return Err(LoadError::Disabled { file: file.to_owned() });
         }
-        let component = file.with_file_name("").join(&manifest.component);
+        let component = folders.find(file, &manifest);
         if !component.exists() {
+            let or_in: Vec<String> =
+                folders.0.iter().map(|folder| format!(", nor in {}", folder.display())).collect();
             let message = format!(
-                "there is no {} beside this file; build or copy the component there",
-                manifest.component.display()
+                "there is no {} beside this file{}; build or copy the component there",
+                manifest.component.display(),
+                or_in.concat()
             );
             return Err(LoadError::Key { file: file.to_owned(), key: "component".into(), message });
         }
@@ -101,7 +131,7 @@ impl Files {
 /// Returns the other files that a TOML file depends on: component, signature and secrets.
 ///
 /// The list includes files that do not exist. None if the TOML file cannot be read or parsed.
-pub(crate) fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
+pub(crate) fn named_files(file: &Path, folders: &ComponentFolders) -> Option<Vec<PathBuf>> {
     let manifest = Manifest::parse(file, &read_text(file).ok()?).ok()?;
     let secrets =
         manifest.credentials.values().flat_map(|given| given.0.sources()).filter_map(|source| {
@@ -110,11 +140,7 @@ pub(crate) fn named_files(file: &Path) -> Option<Vec<PathBuf>> {
                 _ => None,
             }
         });
-    Some(
-        secrets
-            .chain([file.with_file_name("").join(&manifest.component), signature_file(file)])
-            .collect(),
-    )
+    Some(secrets.chain([folders.find(file, &manifest), signature_file(file)]).collect())
 }
 
 /// Returns the path of a TOML file's signature: the path of the file with `.sig` appended.

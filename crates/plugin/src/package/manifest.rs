@@ -19,7 +19,7 @@ keys! {
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct Manifest, manifest_keys {
-        /// File name of the component, relative to this file.
+        /// File name of the component, beside this file or in a folder of the setting `components`.
         pub component: PathBuf, "string", "required";
         /// False disables the plugin: it is not loaded.
         #[serde(default = "enabled_by_default")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use batchwright_plugin::signature::{TrustedKeys, sign, statement};
-use batchwright_plugin::{Files, plugin_name, read_secret, signature_file};
+use batchwright_plugin::{ComponentFolders, Files, plugin_name, read_secret, signature_file};
 use clap::Args;
 use ssh_key::PrivateKey;
 
@@ -58,7 +58,7 @@ fn read(file: &Path) -> Result<(Files, String, String), Error> {
         );
         return Err(Error::Other(message));
     }
-    let files = Files::read_any(file)?;
+    let files = Files::read_any(file, &ComponentFolders::default())?;
     let name = plugin_name(file)?;
     let statement = statement(&name, &files.text, &files.component.sha256);
     Ok((files, name, statement))
