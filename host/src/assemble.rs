@@ -11,12 +11,13 @@ use batchwright_batch::{Engine, Parts, ProjectCredentials};
 use batchwright_memory::Memory;
 use batchwright_plugin::signature::TrustedKeys;
 use batchwright_plugin::{
-    Loader, LoaderConfig, ProjectSecrets, Registry, check_directory, read_secret,
+    ComponentFolders, Loader, LoaderConfig, ProjectSecrets, Registry, check_directory, read_secret,
 };
+use batchwright_store::accounts::{Actor, NewKey};
 use batchwright_store::objects::LocalObjects;
 use batchwright_store::{MeasuredObjects, SqliteStore};
 use batchwright_telemetry::{Error as MetricsError, Metrics, Otlp, OtlpConfig};
-use batchwright_tenancy::SealingKey;
+use batchwright_tenancy::{IssuedKey, SealingKey};
 use batchwright_webhooks::{Deliverer, WebhookService};
 
 use crate::clock::Clock;
@@ -68,6 +69,7 @@ fn loader_with(
 ) -> Result<Loader, Error> {
     let loading = LoaderConfig {
         cache: settings.cache(),
+        components: ComponentFolders::new(settings.plugins.components.iter().map(PathBuf::from)),
         compile_timeout: *settings.plugins.compile_timeout,
         compile_memory: *settings.plugins.compile_memory,
         trusted_keys: trusted_keys(settings)?,
@@ -91,12 +93,49 @@ fn sealing_key(settings: &Settings) -> Result<Option<SealingKey>, Error> {
     Ok(Some(key))
 }
 
+/// Returns the key that a new server has, if the settings name one.
+fn first_admin_key(settings: &Settings) -> Result<Option<IssuedKey>, Error> {
+    let Some(source) = &settings.server.first_admin_key else { return Ok(None) };
+    let invalid = |message: String| ConfigError::Value { setting: "first_admin_key", message };
+    let text = read_secret(source).map_err(invalid)?;
+    let key = IssuedKey::parse(&text).ok_or_else(|| {
+        invalid(format!(
+            "{source} has no key; a key is `bw_`, 16 and, after `_`, 64 hexadecimal digits: \
+             `batchwright admin key generate` prints one"
+        ))
+    })?;
+    Ok(Some(key))
+}
+
+/// Creates the key that a new server has. A server that ever had a key is not changed, so that a
+/// key that was revoked stays revoked.
+pub async fn create_first_key(settings: &Settings, engine: &Engine) -> Result<(), Error> {
+    let parts = engine.parts();
+    if settings.server.first_admin_key.is_none() || parts.store.had_key().await? {
+        return Ok(());
+    }
+    let Some(key) = first_admin_key(settings)? else { return Ok(()) };
+    let new = NewKey {
+        digest: *key.digest.as_bytes(),
+        id: key.id,
+        name: "first".to_owned(),
+        redacted: key.redacted,
+        scopes: Vec::new(),
+        expires_at: None,
+    };
+    let by = Actor { key: None, address: None, at: parts.clock.now() };
+    let created = parts.store.create_admin_key(new, by).await?;
+    tracing::info!(key = %created.id, "first admin key created");
+    Ok(())
+}
+
 /// Checks the files that the settings name. Returns every error.
 pub fn check(settings: &Settings) -> Vec<String> {
     let mut errors = Vec::new();
     let mut add = |error: Result<(), Error>| errors.extend(error.err().map(|it| it.to_string()));
     add(tls(settings).map(drop));
     add(sealing_key(settings).map(drop));
+    add(first_admin_key(settings).map(drop));
     add(check_directory(&settings.plugins.directory()).map_err(Error::from));
     add(trusted_keys(settings).map(drop));
     errors

@@ -248,3 +248,43 @@ def test_commands_of_the_guide_work_in_order(serve, tmp_path):
         [sys.executable, "-c", f"ADMIN_KEY = {key!r}\n{python}"], capture_output=True, text=True
     )
     assert done.stdout.startswith("bw_"), done.stderr
+
+
+def test_first_admin_key_is_read_by_a_server_that_never_had_a_key(serve, tmp_path):
+    def generated():
+        return run_host("admin", "key", "generate").stdout.strip()
+
+    def keys(server, key):
+        env = {"BATCHWRIGHT_ADMIN_KEY": key}
+        return run_host("admin", "key", "list", "--url", server.url, env=env)
+
+    first, second = generated(), generated()
+    assert first != second and re.fullmatch(r"bw_[0-9a-f]{16}_[0-9a-f]{64}", first)
+    file = tmp_path / "key"
+    file.write_text(first + "\n")
+    config = tmp_path / "settings.toml"
+    config.write_text(f'[server]\nfirst_admin_key = "file:{file}"\n')
+    server = serve("--config", config)
+    found = keys(server, first)
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 1, found.stderr
+    assert keys(server, second).returncode == 1
+    # From the first key on, every request needs one.
+    with pytest.raises(openai.AuthenticationError):
+        server.client.batches.list()
+    # Replaced by the operator: the key of the file is never valid again.
+    rotated = run_host(
+        *("admin", "key", "rotate", found.stdout.split()[0], "--url", server.url),
+        env={"BATCHWRIGHT_ADMIN_KEY": first},
+    )
+    assert rotated.returncode == 0, rotated.stderr
+    server.stop()
+    server.start()
+    assert keys(server, first).returncode == 1
+    assert keys(server, rotated.stdout.strip()).returncode == 0
+    # A key of another form is refused at the start, without its text.
+    file.write_text("hunter2\n")
+    data = tmp_path / "other"
+    refused = run_host("serve", "--config", config, "--data", data, "--listen", "127.0.0.1:0")
+    assert refused.returncode == 3 and "first_admin_key" in refused.stderr, refused.stderr
+    assert "hunter2" not in refused.stderr
+    assert "hunter2" not in run_host("config", "check", "--config", config).stderr

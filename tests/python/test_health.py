@@ -15,7 +15,7 @@ import urllib.request
 
 import openai
 import pytest
-from conftest import CHAT, PLUGINS, chat, wait_for
+from conftest import CHAT, PLUGINS, chat, run_host, wait_for
 
 
 def get_json(url):
@@ -270,3 +270,28 @@ def test_batch_with_lost_input_ends(serve, stub, how):
         "input_file_id",
     ) and file.id in error.message
     assert str(server.data) not in error.message
+
+
+def test_health_command_asks_the_server_of_its_settings(serve, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "settings.toml"
+    config.write_text(f'[server]\nadmin_listen = "127.0.0.1:{port}"\n')
+    server = serve("--config", config)
+    for check, answer in {"live": "ok", "serving": "ok", "ready": "ok"}.items():
+        asked = run_host("health", "--config", config, "--check", check)
+        assert (asked.returncode, asked.stdout.strip()) == (0, answer), asked.stderr
+    # Without an admin listener in the settings, the API's own address is asked.
+    asked = run_host("health", env={"BATCHWRIGHT_LISTEN": server.url.removeprefix("http://")})
+    assert asked.returncode == 0
+    # A validator that is gone makes the server unready, and it serves.
+    for name in ["standard.toml", "echo.toml"]:
+        (server.plugins / name).unlink()
+    wait_for(lambda: not ready(server), what="an unready server")
+    asked = run_host("health", "--config", config, "--check", "ready")
+    assert asked.returncode == 1 and "No plugin" in asked.stderr, asked.stderr
+    assert run_host("health", "--config", config).returncode == 0
+    server.kill()
+    asked = run_host("health", "--config", config)
+    assert asked.returncode == 1 and f"127.0.0.1:{port}" in asked.stderr, asked.stderr

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{batchwright, check, report};
 
-const COMMANDS: [&str; 60] = [
+const COMMANDS: [&str; 64] = [
     "",
     "serve",
     "run",
@@ -25,6 +25,7 @@ const COMMANDS: [&str; 60] = [
     "admin project rename",
     "admin project archive",
     "admin key create",
+    "admin key generate",
     "admin key list",
     "admin key revoke",
     "admin key rotate",
@@ -51,12 +52,15 @@ const COMMANDS: [&str; 60] = [
     "file list",
     "file delete",
     "audit",
+    "health",
     "doctor",
     "config check",
     "config show",
     "gc",
     "backup",
     "restore",
+    "completions",
+    "man",
     "webhook create",
     "webhook list",
     "webhook update",

@@ -70,16 +70,24 @@ impl IssuedKey {
         let (mut id, mut secret) = ([0; ID_DIGITS / 2], [0; SECRET_DIGITS / 2]);
         getrandom::fill(&mut id)?;
         getrandom::fill(&mut secret)?;
-        let (id, secret) = (hex(&id), hex(&secret));
+        Ok(Self::of(&hex(&id), &hex(&secret)))
+    }
+
+    /// Takes a key that the operator made; none if no key has this form.
+    pub fn parse(text: &str) -> Option<Self> {
+        parts(text).map(|(id, secret)| Self::of(id, secret))
+    }
+
+    fn of(id: &str, secret: &str) -> Self {
         let value = format!("{KEY_PREFIX}{id}_{secret}");
         let suffix =
             secret.get(secret.len().saturating_sub(SHOWN_SUFFIX_CHARS)..).unwrap_or_default();
-        Ok(Self {
+        Self {
             digest: KeyDigest::of(&value),
             redacted: format!("{KEY_PREFIX}{id}_...{suffix}"),
-            id: key_id(&id),
+            id: key_id(id),
             value,
-        })
+        }
     }
 }
 
@@ -94,14 +102,17 @@ pub struct PresentedKey {
 impl PresentedKey {
     /// Parses what a client sent; none if no key has this form.
     pub fn parse(text: &str) -> Option<Self> {
-        let (id, secret) = text.strip_prefix(KEY_PREFIX)?.split_once('_')?;
-        let is_hex = |text: &str, digits: usize| {
-            text.len() == digits
-                && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-        };
-        (is_hex(id, ID_DIGITS) && is_hex(secret, SECRET_DIGITS))
-            .then(|| Self { id: key_id(id), digest: KeyDigest::of(text) })
+        parts(text).map(|(id, _)| Self { id: key_id(id), digest: KeyDigest::of(text) })
     }
+}
+
+/// Returns the id and the secret of a key; none if no key has this form.
+fn parts(text: &str) -> Option<(&str, &str)> {
+    let (id, secret) = text.strip_prefix(KEY_PREFIX)?.split_once('_')?;
+    let is_hex = |text: &str, digits: usize| {
+        text.len() == digits && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    (is_hex(id, ID_DIGITS) && is_hex(secret, SECRET_DIGITS)).then_some((id, secret))
 }
 
 /// Returns the start and the end of a text that a client sent as a key, for an error message.

@@ -144,6 +144,13 @@ impl Client {
         is_stream.then(|| Box::pin(response.into_body().into_data_stream()) as EventStream)
     }
 
+    /// Sends GET for a path of the server; returns the status and the JSON body, or null.
+    pub async fn probe(&self, path: &str) -> Result<(StatusCode, Value), Error> {
+        let response = self.send(self.request(Method::GET, path, None, empty())?).await?;
+        let status = response.status();
+        Ok((status, serde_json::from_slice(&read_body(response).await?).unwrap_or_default()))
+    }
+
     /// Builds a request for a path below `/v1/`, with the API key.
     fn request(
         &self,

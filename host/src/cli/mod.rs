@@ -9,6 +9,8 @@ mod doctor;
 mod failures;
 mod file;
 mod gc;
+mod generate;
+mod health;
 mod list;
 mod path_text;
 mod place;
@@ -65,6 +67,8 @@ enum Command {
     Webhook(webhook::Webhook),
     /// Export the audit log as JSON lines, of a running server or of a data folder
     Audit(admin::Audit),
+    /// Ask the running server of these settings for its health
+    Health(health::Health),
     /// Check what a server needs on this machine, and say what to do
     Doctor(doctor::Doctor),
     /// Check and show the settings of a server
@@ -76,6 +80,10 @@ enum Command {
     Backup(backup::Backup),
     /// Restore a backup into a new data folder
     Restore(backup::Restore),
+    /// Print the completion script of a shell
+    Completions(generate::Completions),
+    /// Write the manual pages into a folder
+    Man(generate::Man),
     /// Compile a component from standard input to standard output, in a process of its own
     #[command(name = compile::COMMAND, hide = true)]
     Compile(compile::Process),
@@ -105,11 +113,14 @@ pub fn main() -> ExitCode {
             Command::File(file) => file.run().await,
             Command::Webhook(webhook) => webhook.run().await,
             Command::Audit(audit) => audit.run().await,
+            Command::Health(health) => health.run().await.map(|()| ExitCode::SUCCESS),
             Command::Doctor(doctor) => doctor.run().await,
             Command::Config(config) => config.run().map(|()| ExitCode::SUCCESS),
             Command::Gc(gc) => gc.run().await.map(|()| ExitCode::SUCCESS),
             Command::Backup(backup) => backup.run().await.map(|()| ExitCode::SUCCESS),
             Command::Restore(restore) => restore.run().await.map(|()| ExitCode::SUCCESS),
+            Command::Completions(completions) => completions.run().map(|()| ExitCode::SUCCESS),
+            Command::Man(man) => man.run().map(|()| ExitCode::SUCCESS),
             Command::Compile(process) => Ok(process.run()),
         }
     });

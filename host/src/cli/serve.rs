@@ -42,12 +42,13 @@ pub struct Serve {
 impl Serve {
     /// Runs the server until shutdown.
     pub async fn run(self) -> Result<ExitCode, Error> {
+        // From here on, a signal no longer ends the process automatically. The first process of a
+        // container that has no handler does not even notice SIGTERM.
+        let mut signals = ProcessSignals::listen()?;
         let (settings, given) = self.settings.clone().explain();
         let settings = settings?;
         let log = telemetry::start(&settings.server.log_filter, settings.server.log_format);
         warn_unknown_variables();
-        // From here on, a signal no longer ends the process automatically.
-        let mut signals = ProcessSignals::listen()?;
         let mut supervisor = Supervisor::starting();
         raise_file_limit();
         umask();
@@ -57,6 +58,7 @@ impl Serve {
         let otlp = assemble::otlp(&settings, &metrics)?;
         let options = Options::of_server(&settings);
         let engine = assemble::engine_with(&settings, options, metrics, otlp.as_ref()).await?;
+        assemble::create_first_key(&settings, &engine).await?;
         let authenticator = authenticator(&engine, &settings, self.insecure).await?;
         let _watcher = watch(&engine.parts().registry);
         let (listener, address) = bind(settings.server.listen, "--listen").await?;
@@ -192,8 +194,8 @@ async fn authenticator(
     if authenticator.has_no_keys() && !insecure {
         let message = format!(
             "there are no keys, and every client that reaches {address} could read and delete all \
-             data; create a key with `batchwright admin key create --data {} --name NAME`, listen \
-             on 127.0.0.1, or give --insecure",
+             data; create a key with `batchwright admin key create --data {} --name NAME`, set \
+             first_admin_key, listen on 127.0.0.1, or give --insecure",
             settings.storage.data.display()
         );
         return Err(ConfigError::Value { setting: "listen", message }.into());

@@ -31,7 +31,8 @@ pub struct LoaderSettings;
 
 impl Selection for LoaderSettings {
     fn contains(setting: &Setting) -> bool {
-        ["cache", "compile_timeout", "compile_memory", "trusted_keys"].contains(&setting.name)
+        ["cache", "components", "compile_timeout", "compile_memory", "trusted_keys"]
+            .contains(&setting.name)
     }
 }
 
@@ -42,6 +43,16 @@ pub struct PluginFolder;
 impl Selection for PluginFolder {
     fn contains(setting: &Setting) -> bool {
         setting.name == "plugins"
+    }
+}
+
+/// Addresses of the server.
+#[derive(Clone, Debug)]
+pub struct Addresses;
+
+impl Selection for Addresses {
+    fn contains(setting: &Setting) -> bool {
+        ["listen", "admin_listen", "tls_certificate"].contains(&setting.name)
     }
 }
 

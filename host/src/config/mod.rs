@@ -25,7 +25,7 @@ use batchwright_webhooks::WebhookConfig;
 
 use crate::telemetry::{LogFilter, LogFormat, Ratio};
 
-pub use arguments::{All, LoaderSettings, PluginFolder, SettingsArgs};
+pub use arguments::{Addresses, All, LoaderSettings, PluginFolder, SettingsArgs};
 pub use environment::unknown_variables;
 
 /// Error in the settings that an operator gave.
@@ -68,6 +68,9 @@ settings! {
         /// Address of a second listener, for health and for plugin details that only operators may
         /// see; it accepts connections even if the API has none left
         admin_listen: Option<SocketAddr> = "" (shown "none"), "ADDR";
+        /// Admin key that a server has from its first start on, `env:NAME` or `file:PATH`; it is
+        /// read as long as the server has never had a key
+        first_admin_key: Option<String> = "" (shown "none"), "SOURCE";
         /// Time after SIGTERM in which the server serves requests but reports that it is not ready,
         /// so that load balancers stop sending requests to it
         shutdown_delay: Span = "0s", "TIME";

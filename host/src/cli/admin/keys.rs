@@ -1,6 +1,7 @@
 //! `batchwright admin key`
 
 use batchwright_domain::units::Span;
+use batchwright_tenancy::IssuedKey;
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
@@ -32,6 +33,8 @@ pub(super) enum Key {
         #[arg(long, value_delimiter = ',', value_name = "LIST")]
         scopes: Vec<String>,
     },
+    /// Print a key that no server knows, for `first_admin_key` of a new server
+    Generate,
     /// List keys, without their secrets
     List {
         /// Project of the keys; without it, admin keys
@@ -78,6 +81,7 @@ impl Key {
                 };
                 show_new(&created, as_json)?;
             }
+            Self::Generate => generate()?,
             Self::List { project } => {
                 let keys = path_of_keys(transport, project.as_deref()).await?;
                 for key in transport.list(&keys, None).await? {
@@ -105,6 +109,15 @@ impl Key {
         }
         Ok(())
     }
+}
+
+/// Prints a key that no server knows.
+pub(super) fn generate() -> Result<(), Error> {
+    let key = IssuedKey::new().map_err(|error| {
+        Error::Other(format!("the operating system has no random bits: {error}"))
+    })?;
+    write_secret(&key.value)
+        .map_err(|error| Error::Other(format!("failed to print the key: {error}")))
 }
 
 /// Key to create in a project.

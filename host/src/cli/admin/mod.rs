@@ -100,6 +100,9 @@ enum Action {
 impl Admin {
     /// Runs the command.
     pub async fn run(self) -> Result<ExitCode, Error> {
+        if let Action::Key(keys::Key::Generate) = self.action {
+            return keys::generate().map(|()| ExitCode::SUCCESS);
+        }
         let may_create = matches!(self.action, Action::Key(keys::Key::Create { .. }));
         let transport = Transport::open(&self.target, may_create)?;
         let done = match self.action {
