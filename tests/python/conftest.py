@@ -22,8 +22,8 @@ import uuid
 import openai
 import pytest
 
-# Fixtures of the tests with a hostile plugin, and of those with several tenants.
-pytest_plugins = ["containment", "tenants"]
+# Fixtures of the tests with a hostile plugin, of packages, and of those with several tenants.
+pytest_plugins = ["containment", "packages", "tenants"]
 # Failed asserts of this module show their values, like those of a test.
 pytest.register_assert_rewrite("outages")
 

@@ -1,15 +1,13 @@
 """Monitoring: the alert rules and the dashboard of `deploy/`, with the real Prometheus."""
 
 import json
-import os
 import re
-import shutil
 import socket
 import subprocess
 import urllib.request
 
-import pytest
-from conftest import ROOT, TARGET, chat, wait_for
+from conftest import ROOT, chat, wait_for
+from packages import promtool
 from test_metrics import documented, scrape
 
 RULES = ROOT / "deploy/prometheus/alerts.yml"
@@ -18,34 +16,6 @@ ADMIN_LISTENER = ("--admin-listen", "127.0.0.1:0")
 
 # Suffixes of the series of a histogram.
 HISTOGRAM = re.compile(r"_(bucket|sum|count)$")
-
-
-@pytest.fixture(scope="session")
-def prometheus():
-    """Returns a function from the name of a program of Prometheus to its path.
-
-    The package of Debian is unpacked and not installed, because it would start a service.
-    """
-    if shutil.which("prometheus") and shutil.which("promtool"):
-        return shutil.which
-    folder = TARGET / "prometheus"
-    if not (folder / "usr/bin/prometheus").exists():
-        if shutil.which("apt-get") is None:
-            pytest.skip("Prometheus is not installed")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            subprocess.run(["apt-get", "update", "-qq"], check=True)
-        subprocess.run(["apt-get", "download", "-qq", "prometheus"], cwd=folder, check=True)
-        (package,) = folder.glob("prometheus_*.deb")
-        subprocess.run(["dpkg", "--extract", package, folder], check=True)
-    return lambda name: folder / "usr/bin" / name
-
-
-def promtool(prometheus, *arguments, text=None):
-    done = subprocess.run(
-        [prometheus("promtool"), *arguments], input=text, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 def metrics_in(text):

@@ -1,9 +1,10 @@
-//! Repository tasks: `cargo xtask build | check | docs | unit | e2e | test | demo | bench`.
+//! Repository tasks: `cargo xtask build | check | docs | unit | e2e | test | demo | dist | bench`.
 
 mod bench;
 mod build;
 mod check;
 mod demo;
+mod dist;
 mod examples;
 mod hostile;
 mod needs;
@@ -51,6 +52,15 @@ enum Task {
     Test,
     /// Build, then run a batch through the HTTP API and show each step
     Demo,
+    /// Build a release in dist/release: archive, Debian package, licenses, bill of materials
+    Dist {
+        /// What to pack
+        #[arg(value_enum, default_value = "all")]
+        part: dist::Part,
+        /// Pack the program that the tests use, which is larger and needs no second build
+        #[arg(long)]
+        quick: bool,
+    },
     /// Build, then run the benchmarks
     Bench {
         /// `start`, `throughput`, `keys`, `online`, `validation` or `limits`; without a name all
@@ -68,6 +78,7 @@ fn main() -> ExitCode {
         Task::E2e { name, pytest } => test::e2e(name.as_deref(), &pytest),
         Task::Test => test::all(),
         Task::Demo => demo::show(),
+        Task::Dist { part, quick } => dist::pack(part, quick),
         Task::Bench { name } => bench::measure(name.as_deref()),
     };
     match done {

@@ -28,6 +28,12 @@ const fn need(
 /// Required by every build.
 const TO_BUILD: [Need; 1] = [need("make", &["make", "--version"], "make")];
 
+/// Required by a release.
+const TO_PACK: [Need; 2] = [
+    need("dpkg-shlibdeps", &["dpkg-shlibdeps", "--version"], "dpkg-dev"),
+    need("strip", &["strip", "--version"], "binutils"),
+];
+
 /// Required by the end-to-end tests.
 const TO_TEST: [Need; 4] = [
     need("git", &["git", "--version"], "git"),
@@ -37,7 +43,9 @@ const TO_TEST: [Need; 4] = [
 ];
 
 /// Required by some tests, which are skipped without them.
-const FOR_SOME_TESTS: [Need; 3] = [
+const FOR_SOME_TESTS: [Need; 5] = [
+    need("buildah", &["buildah", "--version"], "buildah"),
+    need("debootstrap", &["sh", "-c", "command -v debootstrap"], "debootstrap"),
     need("docker-registry", &["sh", "-c", "command -v docker-registry"], "docker-registry"),
     need("ssh-keygen", &["sh", "-c", "command -v ssh-keygen"], "openssh-client"),
     need("systemd-analyze", &["systemd-analyze", "--version"], "systemd"),
@@ -59,6 +67,11 @@ fn missing(needs: &'static [Need]) -> Vec<&'static Need> {
 /// Provides the programs that a build needs.
 pub fn to_build() -> Result<()> {
     provide(&[&TO_BUILD], &[])
+}
+
+/// Provides the programs that a release needs.
+pub fn to_pack() -> Result<()> {
+    provide(&[&TO_BUILD, &TO_PACK], &[])
 }
 
 /// Provides the programs that the tests need; a missing optional program is only reported.

@@ -55,6 +55,19 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command until it exits and returns what it printed to standard output.
+pub fn output(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let done = command
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .with_context(|| format!("failed to start `{program}`"))?;
+    if !done.status.success() {
+        bail!("`{program}` failed with {}", done.status);
+    }
+    Ok(String::from_utf8(done.stdout)?)
+}
+
 /// Returns true if a list of packages changed since the folder was installed from it.
 pub fn stale(list: &Path, folder: &Path) -> Result<bool> {
     Ok(fs::read(installed_from(folder)).ok() != Some(fs::read(list)?))

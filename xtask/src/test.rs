@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::run::{cargo, mark, root, run, stale, step, target};
-use crate::{build, check, examples, hostile, needs};
+use crate::{build, check, dist, examples, hostile, needs};
 
 /// Module of host tests that generate the reference pages.
 const REFERENCE_TESTS: &str = "reference::";
@@ -20,6 +20,7 @@ pub fn all() -> Result<()> {
     build::all()?;
     hostile::all()?;
     examples::all()?;
+    dist::pack(dist::Part::All, true)?;
     check::all()?;
     unit(None)?;
     run_e2e(None, &[], true)?;
@@ -52,6 +53,7 @@ pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
     if all {
         hostile::all()?;
         examples::all()?;
+        dist::pack(dist::Part::All, true)?;
     }
     run_e2e(name, pytest, all)
 }

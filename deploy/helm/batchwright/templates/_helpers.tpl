@@ -1,0 +1,49 @@
+{{- define "batchwright.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels that never change, because selectors cannot. */}}
+{{- define "batchwright.selector" -}}
+app.kubernetes.io/name: batchwright
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "batchwright.labels" -}}
+{{ include "batchwright.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "batchwright.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{/* The config file: settings of the user, and what the chart decides. */}}
+{{- define "batchwright.config" -}}
+{{- $server := dict
+      "listen" "0.0.0.0:8080"
+      "admin_listen" "0.0.0.0:8081"
+      "first_admin_key" "env:ADMIN_KEY"
+      "shutdown_delay" (printf "%ds" (int .Values.shutdown.delaySeconds)) -}}
+{{- $execution := dict "shutdown_grace" (printf "%ds" (int .Values.shutdown.graceSeconds)) -}}
+{{- $fixed := dict
+      "server" $server
+      "storage" (dict "data" "/var/lib/batchwright/data")
+      "plugins" (dict
+        "plugins" "/etc/batchwright/plugins"
+        "components" (list "/usr/lib/batchwright/plugins" "/plugins"))
+      "execution" $execution -}}
+{{- mergeOverwrite (deepCopy .Values.settings) $fixed | toToml -}}
+{{- end -}}
+
+{{- define "batchwright.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}

@@ -1,0 +1,163 @@
+"""Fixtures and helpers of the tests of packages and of monitoring.
+
+A release, root folders to run it in, and the programs of Prometheus.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TARGET
+
+RELEASE = ROOT / "dist/release"
+
+# Turns the loopback device of a new network namespace on.
+LOOPBACK_UP = """
+import fcntl, socket, struct
+request = struct.pack("16sh", b"lo", 0x41)
+fcntl.ioctl(socket.socket(), 0x8914, request)
+"""
+
+
+@contextlib.contextmanager
+def once(name):
+    """Holds a lock, so that of two test processes one makes what both use."""
+    TARGET.mkdir(exist_ok=True)
+    with open(TARGET / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run(*command, **more):
+    """Runs a command that must succeed; returns its standard output."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, **more
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def needs_root_and(*programs):
+    """Returns a marker that skips a test without root or without programs."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    reason = f"needs root and {', '.join(programs)}"
+    return pytest.mark.skipif(os.geteuid() != 0 or bool(missing), reason=reason)
+
+
+@pytest.fixture(scope="session")
+def release():
+    """Returns the folder of the packed release."""
+    if not os.environ.get("TEST_PLUGINS_BUILT"):
+        with once("release"):
+            subprocess.run(["cargo", "xtask", "dist", "--quick"], cwd=ROOT, check=True)
+    return RELEASE
+
+
+@pytest.fixture(scope="session")
+def prometheus():
+    """Returns a function from the name of a program of Prometheus to its path.
+
+    The package of Debian is unpacked and not installed, because it would start a service.
+    """
+    if shutil.which("prometheus") and shutil.which("promtool"):
+        return shutil.which
+    folder = TARGET / "prometheus"
+    if not (folder / "usr/bin/prometheus").exists():
+        if shutil.which("apt-get") is None:
+            pytest.skip("Prometheus is not installed")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            subprocess.run(["apt-get", "update", "-qq"], check=True)
+        subprocess.run(["apt-get", "download", "-qq", "prometheus"], cwd=folder, check=True)
+        (package,) = folder.glob("prometheus_*.deb")
+        subprocess.run(["dpkg", "--extract", package, folder], check=True)
+    return lambda name: folder / "usr/bin" / name
+
+
+def promtool(prometheus, *arguments, text=None):
+    done = subprocess.run(
+        [prometheus("promtool"), *arguments], input=text, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+class Namespace:
+    """Root folder that a program runs in as PID 1, with a network of its own."""
+
+    def __init__(self, root, command, log, user=0, group=0, env=(), mounts=(), read_only=True):
+        self.log = Path(log)
+        self.user, self.group, self.root = user, group, root
+        steps = ["set -e", f"mount --bind {root} {root}", f"mount -t proc proc {root}/proc"]
+        steps += [f"mount --bind {source} {root}{place}" for source, place in mounts]
+        if read_only:
+            steps.append(f"mount -o remount,bind,ro {root}")
+        steps += [f"{sys.executable} -c '{LOOPBACK_UP}'", 'exec "$@"']
+        as_user = ["chroot", f"--userspec={user}:{group}", "--groups=", root]
+        environment = [f"{name}={value}" for name, value in env]
+        enter = ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child"]
+        setup = ["bash", "-c", "\n".join(steps), "setup"]
+        confined = ["setpriv", "--no-new-privs", "env", "--ignore-environment", *environment]
+        whole = [*enter, *setup, *confined, shutil.which("chroot"), *as_user[1:], *command]
+        with self.log.open("ab") as output:
+            self.child = subprocess.Popen(
+                [str(part) for part in whole], stdout=output, stderr=output
+            )
+
+    def first(self):
+        """Returns the process that is PID 1 in the namespace; none before it exists."""
+        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text()
+        return int(children.split()[0]) if children.split() else None
+
+    def inside(self, *command):
+        """Runs a command in the namespace and its root folder, as the same user."""
+        return subprocess.run(
+            [
+                str(part)
+                for part in [
+                    *("nsenter", "--target", self.first(), "--mount", "--pid", "--net"),
+                    *("chroot", f"--userspec={self.user}:{self.group}", "--groups=", self.root),
+                    *command,
+                ]
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def beside(self, *command, env=None):
+        """Runs a command of this machine in the network of the namespace."""
+        return subprocess.run(
+            [str(part) for part in ["nsenter", "--target", self.first(), "--net", *command]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **(env or {})},
+        )
+
+    def terminate(self):
+        """Sends SIGTERM to PID 1 and returns the exit status."""
+        os.kill(self.first(), 15)
+        return self.child.wait(timeout=60)
+
+    def kill(self):
+        self.child.kill()
+        self.child.wait()
+
+
+def api(namespace, key, path, host="127.0.0.1:8080"):
+    """Returns the JSON of a path of the API inside a namespace."""
+    script = (
+        "import sys, urllib.request\n"
+        "request = urllib.request.Request(sys.argv[1])\n"
+        "request.add_header('Authorization', 'Bearer ' + sys.argv[2])\n"
+        "print(urllib.request.urlopen(request, timeout=10).read().decode())\n"
+    )
+    done = namespace.beside(sys.executable, "-c", script, f"http://{host}{path}", key)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,0 +1,192 @@
+//! `cargo xtask dist`: what a release consists of, in `dist/release`.
+//!
+//! A folder with the program, its plugins and its papers is packed as an archive and as a Debian
+//! package; the Dockerfile copies from the same folder.
+
+mod papers;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::build;
+use crate::examples::{install, program};
+use crate::needs;
+use crate::run::{cargo, output, root, run, step, target};
+
+/// Version of cargo-deb that makes the Debian package.
+const CARGO_DEB: &str = "3.8.0";
+
+/// Maximum size of the program, in bytes.
+const MAX_PROGRAM_BYTES: u64 = 30_000_000;
+
+/// Name of the program, its package and its archives.
+const NAME: &str = "batchwright";
+
+/// What to pack.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// Everything
+    All,
+    /// The folder alone, which the Dockerfile copies from
+    Folder,
+}
+
+/// Builds and packs a release. A quick one packs the program that the tests use, which is larger.
+pub fn pack(part: Part, quick: bool) -> Result<()> {
+    needs::to_pack()?;
+    build::run_part(build::Part::Plugins)?;
+    let built = if quick { quick_program()? } else { small_program()? };
+    let release = root().join("dist/release");
+    if release.exists() {
+        fs::remove_dir_all(&release)?;
+    }
+    let folder = release.join(NAME);
+    fill(&folder, &built)?;
+    papers::add(&folder)?;
+    if part == Part::All {
+        step("archive");
+        archive(&release)?;
+        step("Debian package");
+        debian(&release)?;
+        checksums(&release)?;
+    }
+    eprintln!("packed {}", release.display());
+    Ok(())
+}
+
+/// Builds the program with the profile of releases.
+fn small_program() -> Result<PathBuf> {
+    step("program");
+    let mut build = cargo();
+    build.args(["rustc", "--profile", "dist", "--package", NAME, "--bin", NAME, "--"]);
+    // Equal functions are kept once, if nothing compares their addresses.
+    build.args(["-C", "link-arg=-Wl,--icf=safe"]);
+    // Messages of panics name source files; the folders of this machine are nobody's business.
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
+    let folders =
+        [(root(), "/batchwright"), (target(), "/target"), (home.unwrap_or_default(), "/cargo")];
+    let flags: Vec<String> = folders
+        .iter()
+        .map(|(folder, name)| format!("--remap-path-prefix={}={name}", folder.display()))
+        .collect();
+    build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    run(&mut build)?;
+    let built = target().join("dist").join(NAME);
+    let root = root().display().to_string();
+    let bytes = fs::read(&built)?;
+    let names_root = bytes.windows(root.len()).any(|window| window == root.as_bytes());
+    ensure!(!names_root, "{} contains the path {root}", built.display());
+    let size = u64::try_from(bytes.len())?;
+    ensure!(
+        size <= MAX_PROGRAM_BYTES,
+        "{} has {size} bytes, more than {MAX_PROGRAM_BYTES}",
+        built.display()
+    );
+    Ok(built)
+}
+
+/// Returns a copy of the program of `cargo xtask build` without symbols.
+fn quick_program() -> Result<PathBuf> {
+    step("program");
+    run(cargo().args(["build", "--release", "--workspace", "--bins"]))?;
+    let stripped = target().join("release/batchwright.stripped");
+    run(Command::new("strip").arg("-o").arg(&stripped).arg(target().join("release").join(NAME)))?;
+    Ok(stripped)
+}
+
+/// Fills the folder of a release.
+fn fill(folder: &Path, built: &Path) -> Result<()> {
+    step("folder");
+    for part in ["plugins", "etc/plugins", "man", "completions"] {
+        fs::create_dir_all(folder.join(part))?;
+    }
+    let program = folder.join(NAME);
+    fs::copy(built, &program)?;
+    for entry in fs::read_dir(root().join("dist/plugins"))? {
+        let path = entry?.path();
+        let name = path.file_name().context("a file has a name")?;
+        fs::copy(&path, folder.join("plugins").join(name))?;
+        // An installation has the plugin files in /etc, where an upgrade keeps changes.
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            fs::copy(&path, folder.join("etc/plugins").join(name))?;
+        }
+    }
+    run(Command::new(&program).arg("man").arg(folder.join("man")))?;
+    let completions = folder.join("completions");
+    for (shell, file) in
+        [("bash", "batchwright.bash"), ("zsh", "_batchwright"), ("fish", "batchwright.fish")]
+    {
+        let script = output(Command::new(&program).args(["completions", shell]))?;
+        fs::write(completions.join(file), script)?;
+    }
+    for (from, to) in [
+        ("LICENSE", "LICENSE"),
+        ("CHANGELOG.md", "CHANGELOG.md"),
+        ("deploy/systemd/batchwright.service", "batchwright.service"),
+        ("deploy/debian/batchwright.toml", "etc/batchwright.toml"),
+        ("deploy/prometheus/alerts.yml", "alerts.yml"),
+        ("deploy/grafana/batchwright.json", "grafana.json"),
+    ] {
+        fs::copy(root().join(from), folder.join(to)).with_context(|| from.to_owned())?;
+    }
+    Ok(())
+}
+
+/// Packs the folder, with equal bytes for equal content.
+fn archive(release: &Path) -> Result<()> {
+    let version = env!("CARGO_PKG_VERSION");
+    let name = format!("{NAME}-{version}-{}-linux-gnu.tar.gz", std::env::consts::ARCH);
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
+        .args(["--mode=u+rw,go+r-w,a+X", "--use-compress-program=gzip --no-name --best"])
+        .arg(format!("--mtime=@{}", epoch()?))
+        .arg("--file")
+        .arg(release.join(name))
+        .arg(NAME);
+    run(tar.current_dir(release))
+}
+
+/// Returns the time that files of a release have: `SOURCE_DATE_EPOCH`, or that of the commit.
+fn epoch() -> Result<String> {
+    if let Ok(given) = std::env::var("SOURCE_DATE_EPOCH") {
+        ensure!(given.bytes().all(|byte| byte.is_ascii_digit()), "SOURCE_DATE_EPOCH: {given}");
+        return Ok(given);
+    }
+    let mut log = Command::new("git");
+    let seconds = output(log.args(["log", "-1", "--format=%ct"]).current_dir(root()));
+    Ok(seconds.map_or_else(|_| "0".to_owned(), |found| found.trim().to_owned()))
+}
+
+/// Makes the Debian package from the folder; `host/Cargo.toml` says where each file goes.
+fn debian(release: &Path) -> Result<()> {
+    install("cargo-deb", CARGO_DEB, "lzma")?;
+    let mut deb = Command::new(program("cargo-deb"));
+    deb.args(["--no-build", "--no-strip", "--package", NAME, "--output"])
+        .arg(release)
+        .env("SOURCE_DATE_EPOCH", epoch()?)
+        .env("CARGO_TARGET_DIR", target())
+        .current_dir(root());
+    run(&mut deb)
+}
+
+/// Writes the digest of each file of a release.
+fn checksums(release: &Path) -> Result<()> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(release)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            names.push(entry.file_name());
+        }
+    }
+    names.sort();
+    let sums = output(Command::new("sha256sum").args(&names).current_dir(release))?;
+    if names.is_empty() {
+        bail!("{} is empty", release.display());
+    }
+    fs::write(release.join("SHA256SUMS"), sums)?;
+    Ok(())
+}
