@@ -1,6 +1,7 @@
 """`batchwright gc --dry-run`: what the cleanup of a server would remove."""
 
 from conftest import chat, run_host
+from tenants import run_batch
 
 
 def counts(data, *arguments):
@@ -40,3 +41,43 @@ def test_run_without_dry_run_or_database_is_refused(tmp_path):
     empty = run_host("gc", "--dry-run", "--data", tmp_path / "data")
     assert empty.returncode != 0 and "database" in empty.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_project_has_lifetimes_of_its_own(tenants, tmp_path):
+    def lifetimes(batch, client):
+        files = [client.files.retrieve(id) for id in (batch.input_file_id, batch.output_file_id)]
+        return [file.expires_at and file.expires_at - file.created_at for file in files]
+
+    def limits(slug, *arguments):
+        done = run_host(
+            *("admin", "limits", "set", slug, *arguments, "--url", tenants.server.url),
+            env={"BATCHWRIGHT_ADMIN_KEY": tenants.key},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    _, _, short = tenants.project("Short")
+    _, _, usual = tenants.project("Usual")
+    day = 24 * 3600
+    shown = limits(
+        "short",
+        *("--input-file-lifetime", "2d", "--output-file-lifetime", "1d", "--batch-lifetime", "1h"),
+    )
+    assert "batch_lifetime_seconds" in shown and "172800" in shown, shown
+    assert lifetimes(run_batch(short), short) == [2 * day, day]
+    assert lifetimes(run_batch(usual), usual) == [30 * day, None]
+    # The short project has nothing left after two days, and the usual one has all.
+    kinds = counts(tenants.server.data, "--within", "50h")
+    assert (kinds["files"], kinds["batches"]) == (2, 1), kinds
+    # A file of limits has the same keys, and `default` is that of the server again.
+    file = tmp_path / "projects.toml"
+    file.write_text('[projects.short.limits]\ninput_file_lifetime = "3d"\n')
+    applied = run_host(
+        *("admin", "apply", file, "--url", tenants.server.url),
+        env={"BATCHWRIGHT_ADMIN_KEY": tenants.key},
+    )
+    assert applied.returncode == 0, applied.stderr
+    limits("short", "--output-file-lifetime", "default")
+    wrong = run_host("admin", "limits", "set", "short", "--batch-lifetime", "soon")
+    assert wrong.returncode == 2 and "soon" in wrong.stderr
+    assert lifetimes(run_batch(short), short) == [3 * day, None]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use batchwright_domain::limits::{Limit, Limits, lifetime_seconds};
 use batchwright_domain::settings;
 use batchwright_domain::settings::{Positive, Value};
 use batchwright_domain::units::{Count, Size, Span};
@@ -72,6 +73,23 @@ settings! {
         /// Time that a batch is kept after its end; a batch with a result file is kept until the
         /// file is deleted
         batch_lifetime: Positive<Span> = "90d", "TIME";
+    }
+}
+
+impl RetentionConfig {
+    /// Returns the lifetimes that hold for a project, given its own.
+    pub fn fill(&self, own: Limits) -> Limits {
+        let fill = |limits: Limits, (limit, span): (Limit, Span)| {
+            limits.with(limit, own.get(limit).or(Some(lifetime_seconds(span.duration()))))
+        };
+        [
+            (Limit::InputFileLifetime, *self.input_file_lifetime),
+            (Limit::OutputFileLifetime, self.output_file_lifetime),
+            (Limit::ErrorFileLifetime, self.error_file_lifetime),
+            (Limit::BatchLifetime, *self.batch_lifetime),
+        ]
+        .into_iter()
+        .fold(own, fill)
     }
 }
 

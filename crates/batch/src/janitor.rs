@@ -174,8 +174,9 @@ impl Janitor {
 
     /// Removes some batches that ended long ago and returns true if there may be more.
     async fn delete_old_batches(&self) -> Result<bool> {
-        let ended_before = self.clock.now().before(self.config.retention.batch_lifetime.duration());
-        let found = self.store.removable_batches(ended_before, STEP_FILES).await?;
+        let lifetime = self.config.retention.batch_lifetime.duration();
+        let now = self.clock.now();
+        let found = self.store.removable_batches(now, lifetime, STEP_FILES).await?;
         let more = found.len() == STEP_FILES;
         if !found.is_empty() {
             self.store.delete_batches(found).await?;

@@ -2,9 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// Maximum value of a limit: every JSON parser reads an integer of this size exactly.
 pub const MAX_LIMIT: u64 = 1_000_000_000_000_000;
+
+/// Maximum lifetime of files and batches, in seconds: a hundred years.
+pub const MAX_LIFETIME_SECONDS: u64 = 3_155_760_000;
+
+/// Returns a lifetime in whole seconds, rounded up, so that none becomes 0.
+pub fn lifetime_seconds(lifetime: Duration) -> u64 {
+    u64::try_from(lifetime.as_millis().div_ceil(1000)).unwrap_or(MAX_LIFETIME_SECONDS)
+}
 
 /// Maximum weight of a project.
 pub const MAX_WEIGHT: u64 = 1000;
@@ -27,17 +36,29 @@ pub enum Limit {
     RequestsInFlight,
     /// Weight of the project in the shares of providers.
     Weight,
+    /// Lifetime of an input file whose upload sets none, in seconds.
+    InputFileLifetime,
+    /// Lifetime of an output file whose batch sets none, in seconds; 0 is forever.
+    OutputFileLifetime,
+    /// Lifetime of an error file whose batch sets none, in seconds; 0 is forever.
+    ErrorFileLifetime,
+    /// Time that a batch is kept after its end, in seconds.
+    BatchLifetime,
 }
 
 impl Limit {
     /// All limits, in the order in which people see them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 10] = [
         Self::StoredBytes,
         Self::StoredFiles,
         Self::OpenBatches,
         Self::RequestsPerBatch,
         Self::RequestsInFlight,
         Self::Weight,
+        Self::InputFileLifetime,
+        Self::OutputFileLifetime,
+        Self::ErrorFileLifetime,
+        Self::BatchLifetime,
     ];
 
     /// Returns the name in the API, in files and in the database.
@@ -49,6 +70,10 @@ impl Limit {
             Self::RequestsPerBatch => "max_requests_per_batch",
             Self::RequestsInFlight => "max_requests_in_flight",
             Self::Weight => "weight",
+            Self::InputFileLifetime => "input_file_lifetime_seconds",
+            Self::OutputFileLifetime => "output_file_lifetime_seconds",
+            Self::ErrorFileLifetime => "error_file_lifetime_seconds",
+            Self::BatchLifetime => "batch_lifetime_seconds",
         }
     }
 
@@ -56,6 +81,8 @@ impl Limit {
     pub fn range(self) -> RangeInclusive<u64> {
         match self {
             Self::Weight => 1..=MAX_WEIGHT,
+            Self::InputFileLifetime | Self::BatchLifetime => 1..=MAX_LIFETIME_SECONDS,
+            Self::OutputFileLifetime | Self::ErrorFileLifetime => 0..=MAX_LIFETIME_SECONDS,
             _ => 0..=MAX_LIMIT,
         }
     }
@@ -69,6 +96,11 @@ impl Limits {
     /// Returns a limit.
     pub fn get(&self, limit: Limit) -> Option<u64> {
         self.0.get(limit as usize).copied().flatten()
+    }
+
+    /// Returns a lifetime; none is forever.
+    pub fn lifetime(&self, limit: Limit) -> Option<Duration> {
+        self.get(limit).filter(|seconds| *seconds > 0).map(Duration::from_secs)
     }
 
     /// Returns the limits with another value.

@@ -55,6 +55,7 @@ pub mod usage;
 pub mod webhooks;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -270,10 +271,12 @@ pub trait Store: Accounts + Webhooks {
     /// Removes up to `limit` results of ended batches, whose files contain them; returns true if
     /// more may remain.
     async fn discard_results(&self, limit: usize) -> Result<bool>;
-    /// Returns up to `limit` batches that ended before `ended_before` and whose files are removed.
+    /// Returns up to `limit` batches that ended longer ago than the lifetime of their project, or
+    /// without one than `lifetime`, and whose files are removed.
     async fn removable_batches(
         &self,
-        ended_before: Timestamp,
+        now: Timestamp,
+        lifetime: Duration,
         limit: usize,
     ) -> Result<Vec<BatchKey>>;
     /// Deletes batches.

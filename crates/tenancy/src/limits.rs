@@ -49,7 +49,11 @@ impl TenantDefaults {
             Limit::OpenBatches => count(self.max_open_batches),
             Limit::RequestsPerBatch => count(self.max_requests_per_batch),
             Limit::RequestsInFlight => count(self.max_requests_in_flight),
-            Limit::Weight => None,
+            Limit::Weight
+            | Limit::InputFileLifetime
+            | Limit::OutputFileLifetime
+            | Limit::ErrorFileLifetime
+            | Limit::BatchLifetime => None,
         };
         let fill = |limits: Limits, limit| limits.with(limit, own.get(limit).or(default(limit)));
         Limit::ALL.into_iter().fold(own, fill)

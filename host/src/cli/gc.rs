@@ -31,7 +31,7 @@ impl Gc {
         let audit = retention.audit_lifetime.duration();
         let horizon = Horizon {
             now,
-            batches_ended_before: now.before(retention.batch_lifetime.duration()),
+            batch_lifetime: retention.batch_lifetime.duration(),
             audit_before: (!audit.is_zero()).then(|| now.before(audit)),
         };
         let data = settings.storage.data.clone();

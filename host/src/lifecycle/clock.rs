@@ -200,8 +200,7 @@ async fn batch_is_removed_after_its_lifetime_and_its_files() {
     // A dry run counts what goes now, and what goes later.
     let expected = |after: Duration| {
         let now = server.clock.now().after(after);
-        let batches_ended_before = now.before(HOUR * 240);
-        let horizon = Horizon { now, batches_ended_before, audit_before: Some(now) };
+        let horizon = Horizon { now, batch_lifetime: HOUR * 240, audit_before: Some(now) };
         garbage(&server.folder.path().join("data"), &horizon).unwrap()
     };
     assert_eq!(expected(Duration::ZERO).batches, 0);

@@ -374,6 +374,19 @@ pub(crate) struct ProjectLimitsObject {
     /// Weight in the shares of providers; null is 1.
     #[schema(required)]
     weight: Option<u64>,
+    /// Lifetime of an input file whose upload sets none, in seconds.
+    #[schema(required)]
+    input_file_lifetime_seconds: Option<u64>,
+    /// Lifetime of an output file whose batch sets none, in seconds; 0 is forever.
+    #[schema(required)]
+    output_file_lifetime_seconds: Option<u64>,
+    /// Lifetime of an error file whose batch sets none, in seconds; 0 is forever.
+    #[schema(required)]
+    error_file_lifetime_seconds: Option<u64>,
+    /// Time that a batch is kept after its end, in seconds; a batch with a result file is kept
+    /// until the file is deleted.
+    #[schema(required)]
+    batch_lifetime_seconds: Option<u64>,
     /// Adapters whose models the project may use; null is all.
     #[schema(required)]
     allowed_plugins: Option<Vec<String>>,
@@ -415,6 +428,10 @@ impl ProjectLimitsObject {
             max_requests_per_batch: limits.get(Limit::RequestsPerBatch),
             max_requests_in_flight: limits.get(Limit::RequestsInFlight),
             weight: limits.get(Limit::Weight),
+            input_file_lifetime_seconds: limits.get(Limit::InputFileLifetime),
+            output_file_lifetime_seconds: limits.get(Limit::OutputFileLifetime),
+            error_file_lifetime_seconds: limits.get(Limit::ErrorFileLifetime),
+            batch_lifetime_seconds: limits.get(Limit::BatchLifetime),
             allowed_plugins: list(Allowed::Plugins),
             allowed_validators: list(Allowed::Validators),
             allowed_completion_windows: list(Allowed::CompletionWindows),

@@ -21,6 +21,14 @@ pub(crate) struct UpdateLimits {
     max_requests_in_flight: Option<u64>,
     #[schema(minimum = 1, maximum = 1000)]
     weight: Option<u64>,
+    #[schema(minimum = 1, maximum = 3155760000i64)]
+    input_file_lifetime_seconds: Option<u64>,
+    #[schema(minimum = 0, maximum = 3155760000i64)]
+    output_file_lifetime_seconds: Option<u64>,
+    #[schema(minimum = 0, maximum = 3155760000i64)]
+    error_file_lifetime_seconds: Option<u64>,
+    #[schema(minimum = 1, maximum = 3155760000i64)]
+    batch_lifetime_seconds: Option<u64>,
     #[schema(max_items = 1000, min_length = 1)]
     allowed_plugins: Option<Vec<String>>,
     #[schema(max_items = 1000, min_length = 1)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use batchwright_domain::ids::{FileId, ObjectKey, TenantId};
+use batchwright_domain::limits::Limit;
 use batchwright_domain::units::Size;
 use batchwright_memory::Reservation;
 use batchwright_store::{FileQuery, FileRecord, Paged, StoreError};
@@ -195,8 +196,12 @@ impl Upload {
         drop(reservation);
         let service = object.service.clone();
         let created_at = service.clock.now();
+        let tenant = &object.key.tenant;
+        let policy = service.policy(tenant).await?;
+        let lifetimes = service.config.retention.fill(policy.limits);
         let by_default = (new.purpose == "batch")
-            .then(|| service.config.retention.input_file_lifetime.duration());
+            .then(|| lifetimes.lifetime(Limit::InputFileLifetime))
+            .flatten();
         let file = FileRecord {
             id: object.key.file.clone(),
             bytes,
@@ -205,9 +210,7 @@ impl Upload {
             filename: new.filename,
             purpose: new.purpose,
         };
-        let tenant = &object.key.tenant;
-        let bounds = service.policy(tenant).await?.storage();
-        service.store.insert_file(tenant, file.clone(), bounds).await?;
+        service.store.insert_file(tenant, file.clone(), policy.storage()).await?;
         object.is_recorded = true;
         service.spans.uploaded(tenant, &file.id, file.bytes, began);
         Ok(file)

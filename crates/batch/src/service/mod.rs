@@ -189,7 +189,7 @@ impl Service {
 
     /// Returns the limits that hold for a project, given its own.
     pub fn limits(&self, own: Limits) -> Limits {
-        self.config.tenant_defaults.fill(own)
+        self.config.retention.fill(self.config.tenant_defaults.fill(own))
     }
 
     /// Lets batches that wait for a limit of their project try again.

@@ -7,6 +7,7 @@ use batchwright_domain::clock::Timestamp;
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::error_code::ErrorCode;
 use batchwright_domain::ids::KeyId;
+use batchwright_domain::limits::lifetime_seconds;
 use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 use rusqlite::types::Type;
@@ -315,31 +316,39 @@ pub(super) fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-/// Condition on `batches`: the batch ended before the first parameter.
-pub(super) const ENDED_BEFORE: &str = "(
-    coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1
+/// Condition on `batches`: at the first parameter, the batch has ended longer ago than the lifetime of
+/// its project in seconds, or if that has none, than the second parameter.
+///
+/// The first line alone bounds the part of the index that is read.
+pub(super) const OUTLIVED: &str = "(
+    coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1 - 1000 *
+        min(?2, (SELECT coalesce(min(batch_lifetime_seconds), ?2) FROM tenants))
+    AND coalesce(completed_at, failed_at, expired_at, cancelled_at) < ?1 - 1000 * coalesce(
+        (SELECT batch_lifetime_seconds FROM tenants WHERE tenants.key = batches.tenant), ?2)
     AND status IN ('completed', 'failed', 'expired', 'cancelled'))";
 
 /// Condition on `files` in a query over `batches`: the file has results of the batch.
 pub(super) const RESULT_FILE: &str = "(files.tenant = batches.tenant AND NOT files.removed
     AND files.id IN (batches.output_file_id, batches.error_file_id))";
 
-/// Returns up to `limit` batches that ended before `ended_before`, with files removed and results
-/// discarded.
+/// Returns up to `limit` batches that outlived `lifetime` or that of their project, with files
+/// removed and results discarded.
 pub(super) fn removable(
     connection: &Connection,
-    ended_before: Timestamp,
+    now: Timestamp,
+    lifetime: Duration,
     limit: usize,
 ) -> Result<Vec<BatchKey>> {
     let sql = format!(
-        "SELECT tenant, key FROM batches WHERE {ENDED_BEFORE} AND has_results = 0
-         AND NOT EXISTS (SELECT 1 FROM files WHERE {RESULT_FILE}) LIMIT ?2"
+        "SELECT tenant, key FROM batches WHERE {OUTLIVED} AND has_results = 0
+         AND NOT EXISTS (SELECT 1 FROM files WHERE {RESULT_FILE}) LIMIT ?3"
     );
     let mut statement = connection.prepare_cached(&sql).map_err(database_error)?;
     let rows = statement
-        .query_map(params![ended_before.as_millis(), to_i64(limit as u64)], |row| {
-            Ok(BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key())
-        })
+        .query_map(
+            params![now.as_millis(), to_i64(lifetime_seconds(lifetime)), to_i64(limit as u64)],
+            |row| Ok(BatchRow { tenant: row.get(0)?, batch: row.get(1)? }.key()),
+        )
         .map_err(database_error)?;
     rows.collect::<rusqlite::Result<_>>().map_err(database_error)
 }

@@ -1,15 +1,17 @@
 //! Inspection of a data folder that a server may be using: read-only, without its lock.
 
 use std::path::Path;
+use std::time::Duration;
 
 use batchwright_domain::clock::Timestamp;
+use batchwright_domain::limits::lifetime_seconds;
 use rusqlite::Connection;
 
-use super::batches::{ENDED_BEFORE, RESULT_FILE};
+use super::batches::{OUTLIVED, RESULT_FILE};
 use super::connection::open_beside_server;
 use super::files::IN_USE;
 use super::store::file_system;
-use super::{DATABASE_FILE, schema, timestamp, to_u64};
+use super::{DATABASE_FILE, schema, timestamp, to_i64, to_u64};
 use crate::{Result, StoreError};
 
 /// Facts about a data folder.
@@ -83,8 +85,9 @@ pub fn inspect(folder: &Path, deep: bool) -> Result<Inspection> {
 pub struct Horizon {
     /// Time of the cleanup: files that expire until then go.
     pub now: Timestamp,
-    /// Batches that ended before this time go, unless they have a result file.
-    pub batches_ended_before: Timestamp,
+    /// Time that batches without a result file are kept after their end, unless their project has
+    /// a lifetime of its own.
+    pub batch_lifetime: Duration,
     /// Entries of the audit log before this time go; none keeps them.
     pub audit_before: Option<Timestamp>,
 }
@@ -123,11 +126,12 @@ pub fn garbage(folder: &Path, horizon: &Horizon) -> Result<Garbage> {
         pair(&sql, &[now])
     };
     let sql = format!(
-        "SELECT count(*), 0 FROM batches WHERE {ENDED_BEFORE} AND NOT EXISTS (
+        "SELECT count(*), 0 FROM batches WHERE {OUTLIVED} AND NOT EXISTS (
              SELECT 1 FROM files WHERE {RESULT_FILE} AND (
-                 {IN_USE} OR deleted_at IS NULL AND coalesce(files.expires_at > ?2, TRUE)))"
+                 {IN_USE} OR deleted_at IS NULL AND coalesce(files.expires_at > ?1, TRUE)))"
     );
-    let (batches, _) = pair(&sql, &[horizon.batches_ended_before.as_millis(), now])?;
+    let lifetime = to_i64(lifetime_seconds(horizon.batch_lifetime));
+    let (batches, _) = pair(&sql, &[now, lifetime])?;
     let audit_entries = match horizon.audit_before {
         Some(before) => {
             pair("SELECT count(*), 0 FROM audit WHERE at < ?1", &[before.as_millis()])?.0

@@ -451,6 +451,14 @@ CREATE INDEX webhook_deliveries_next ON webhook_deliveries (next_at) WHERE next_
 CREATE INDEX webhook_deliveries_ended ON webhook_deliveries (created_at) WHERE next_at IS NULL;
 ";
 
+/// Adds lifetimes of projects, in seconds; null is the one of the server.
+const MIGRATION_13: &str = "
+ALTER TABLE tenants ADD COLUMN input_file_lifetime_seconds INTEGER;
+ALTER TABLE tenants ADD COLUMN output_file_lifetime_seconds INTEGER;
+ALTER TABLE tenants ADD COLUMN error_file_lifetime_seconds INTEGER;
+ALTER TABLE tenants ADD COLUMN batch_lifetime_seconds INTEGER;
+";
+
 /// Returns all migrations, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
     Migrations::new(vec![
@@ -466,6 +474,7 @@ pub(super) fn migrations() -> Migrations<'static> {
         M::up(MIGRATION_10),
         M::up(MIGRATION_11),
         M::up(MIGRATION_12),
+        M::up(MIGRATION_13),
     ])
 }
 

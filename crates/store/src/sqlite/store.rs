@@ -1,6 +1,7 @@
 //! Operations of the store: each one transaction, on the writer or on a reader.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use batchwright_domain::clock::Timestamp;
@@ -380,11 +381,12 @@ impl Store for SqliteStore {
 
     async fn removable_batches(
         &self,
-        ended_before: Timestamp,
+        now: Timestamp,
+        lifetime: Duration,
         limit: usize,
     ) -> Result<Vec<BatchKey>> {
         self.readers
-            .read(move |connection| batches::removable(connection, ended_before, limit))
+            .read(move |connection| batches::removable(connection, now, lifetime, limit))
             .await
     }
 

@@ -58,6 +58,7 @@ macro_rules! store_suite {
             results_are_read_in_order_within_a_size
             saved_job_is_replaced_and_deleted
             finished_batch_has_its_files_and_discards_its_results
+            batch_has_the_lifetime_of_its_project
             ended_batch_is_deleted_once_its_files_are_gone
             closed_store_refuses_writes
             default_project_exists_and_projects_are_listed_by_page

@@ -7,9 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use batchwright_domain::limits::{Allowed, Limit, MAX_LIMIT, MAX_RULE_MODELS, ModelLimit};
+use batchwright_domain::limits::{
+    Allowed, Limit, MAX_LIMIT, MAX_RULE_MODELS, ModelLimit, lifetime_seconds,
+};
 use batchwright_domain::money::Money;
-use batchwright_domain::units::Size;
+use batchwright_domain::units::{Size, Span};
 use batchwright_tenancy::project::{check_name, slug as slug_of};
 use clap::Args;
 use serde::Deserialize;
@@ -63,6 +65,10 @@ struct FileLimits {
     max_requests_per_batch: Option<u64>,
     max_requests_in_flight: Option<u64>,
     weight: Option<u64>,
+    input_file_lifetime: Option<Span>,
+    output_file_lifetime: Option<Span>,
+    error_file_lifetime: Option<Span>,
+    batch_lifetime: Option<Span>,
     allowed_plugins: Option<BTreeSet<String>>,
     allowed_validators: Option<BTreeSet<String>>,
     allowed_completion_windows: Option<BTreeSet<String>>,
@@ -255,6 +261,7 @@ impl FileLimits {
     fn values(&self) -> Result<Map<String, Value>, String> {
         let bytes = self.max_stored_bytes.as_deref().map(str::parse::<Size>).transpose();
         let bytes = bytes.map_err(|error| format!("max_stored_bytes: {error}"))?;
+        let seconds = |lifetime: Span| lifetime_seconds(lifetime.duration());
         let value = |limit| match limit {
             Limit::StoredBytes => bytes.map(Size::bytes),
             Limit::StoredFiles => self.max_stored_files,
@@ -262,6 +269,10 @@ impl FileLimits {
             Limit::RequestsPerBatch => self.max_requests_per_batch,
             Limit::RequestsInFlight => self.max_requests_in_flight,
             Limit::Weight => self.weight,
+            Limit::InputFileLifetime => self.input_file_lifetime.map(seconds),
+            Limit::OutputFileLifetime => self.output_file_lifetime.map(seconds),
+            Limit::ErrorFileLifetime => self.error_file_lifetime.map(seconds),
+            Limit::BatchLifetime => self.batch_lifetime.map(seconds),
         };
         let named = Limit::ALL.into_iter().filter_map(|limit| Some((limit, value(limit)?)));
         let checked = named.map(|(limit, value)| match limit.range() {

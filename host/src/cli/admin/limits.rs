@@ -2,8 +2,8 @@
 
 use std::str::FromStr;
 
-use batchwright_domain::limits::{Allowed, Limit, ModelLimit};
-use batchwright_domain::units::Size;
+use batchwright_domain::limits::{Allowed, Limit, ModelLimit, lifetime_seconds};
+use batchwright_domain::units::{Size, Span};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
@@ -91,6 +91,18 @@ pub(super) enum LimitsCommand {
         /// Weight in the shares of providers, from 1 to 1000; 1 by default
         #[arg(long, value_name = "N")]
         weight: Option<Given<Number>>,
+        /// Lifetime of an input file whose upload sets none, such as 30d
+        #[arg(long, value_name = "TIME")]
+        input_file_lifetime: Option<Given<Span>>,
+        /// Lifetime of an output file whose batch sets none; 0s keeps it forever
+        #[arg(long, value_name = "TIME")]
+        output_file_lifetime: Option<Given<Span>>,
+        /// Lifetime of an error file whose batch sets none; 0s keeps it forever
+        #[arg(long, value_name = "TIME")]
+        error_file_lifetime: Option<Given<Span>>,
+        /// Time that a batch is kept after its end
+        #[arg(long, value_name = "TIME")]
+        batch_lifetime: Option<Given<Span>>,
         /// Adapters whose models the project may use, separated by commas
         #[arg(long, value_name = "NAMES")]
         allowed_plugins: Option<Given<Names>>,
@@ -136,6 +148,10 @@ impl LimitsCommand {
                 max_requests_per_batch,
                 max_requests_in_flight,
                 weight,
+                input_file_lifetime,
+                output_file_lifetime,
+                error_file_lifetime,
+                batch_lifetime,
                 allowed_plugins,
                 allowed_validators,
                 allowed_completion_windows,
@@ -151,6 +167,10 @@ impl LimitsCommand {
                     (Limit::RequestsPerBatch.name(), number(max_requests_per_batch)),
                     (Limit::RequestsInFlight.name(), number(max_requests_in_flight)),
                     (Limit::Weight.name(), number(weight)),
+                    (Limit::InputFileLifetime.name(), seconds(input_file_lifetime)),
+                    (Limit::OutputFileLifetime.name(), seconds(output_file_lifetime)),
+                    (Limit::ErrorFileLifetime.name(), seconds(error_file_lifetime)),
+                    (Limit::BatchLifetime.name(), seconds(batch_lifetime)),
                     (Allowed::Plugins.name(), names(allowed_plugins)),
                     (Allowed::Validators.name(), names(allowed_validators)),
                     (Allowed::CompletionWindows.name(), names(allowed_completion_windows)),
@@ -187,6 +207,13 @@ fn number(limit: Option<Given<Number>>) -> Option<Value> {
     limit.map(|limit| match limit {
         Given::Default => Value::Null,
         Given::Value(Number(number)) => json!(number),
+    })
+}
+
+fn seconds(lifetime: Option<Given<Span>>) -> Option<Value> {
+    lifetime.map(|lifetime| match lifetime {
+        Given::Default => Value::Null,
+        Given::Value(span) => json!(lifetime_seconds(span.duration())),
     })
 }
 

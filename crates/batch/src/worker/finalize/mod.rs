@@ -24,8 +24,8 @@
 //! reservation before it waits, so that two batches cannot deadlock.
 
 use batchwright_domain::ids::ObjectKey;
+use batchwright_domain::limits::Limit;
 use batchwright_domain::status::Status;
-use batchwright_domain::units::Span;
 use batchwright_memory::{Holder, Reservation};
 use batchwright_store::{
     BatchRecord, Claim, FileRecord, Finish, Result, ResultKind, ResultRow, StoreError,
@@ -185,10 +185,11 @@ impl Worker {
             BatchEnd::Stopped(Reason::Expired) => Status::Expired,
             BatchEnd::InputLost => Status::Failed,
         };
-        let record = |kind: &str, bytes: Option<u64>, by_default: Span| {
-            let by_default = Some(by_default.duration()).filter(|lifetime| !lifetime.is_zero());
-            let expires_at =
-                batch.new.output_lifetime.or(by_default).map(|lifetime| at.after(lifetime));
+        let own = self.store.policy(&claim.tenant).await?.limits;
+        let lifetimes = self.config.retention.fill(own);
+        let record = |kind: &str, bytes: Option<u64>, by_default: Limit| {
+            let lifetime = batch.new.output_lifetime.or(lifetimes.lifetime(by_default));
+            let expires_at = lifetime.map(|lifetime| at.after(lifetime));
             bytes.map(|bytes| FileRecord {
                 id: file_id(&batch.new.id, kind),
                 bytes,
@@ -199,8 +200,8 @@ impl Worker {
             })
         };
         let (output, error) = (
-            record("output", output.finish().await?, self.config.retention.output_file_lifetime),
-            record("error", error.finish().await?, self.config.retention.error_file_lifetime),
+            record("output", output.finish().await?, Limit::OutputFileLifetime),
+            record("error", error.finish().await?, Limit::ErrorFileLifetime),
         );
         self.store.finish(claim, Finish { status, errors, output, error, at }).await?;
         self.cleanup_needed.notify_one();

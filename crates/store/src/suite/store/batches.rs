@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use batchwright_domain::endpoint::Endpoint;
 use batchwright_domain::ids::{BatchId, FileId, TenantId};
+use batchwright_domain::limits::Limit;
 use batchwright_domain::status::Status;
 use batchwright_domain::usage::TokenUsage;
 
@@ -217,17 +218,40 @@ pub(crate) async fn finished_batch_has_its_files_and_discards_its_results(fixtur
     assert!(batch(&*store, "b").await.counts.is_whole());
 }
 
+pub(crate) async fn batch_has_the_lifetime_of_its_project(fixture: impl Fixture) {
+    let store = open(&fixture).await;
+    let held = executing(&*store, "b", 0).await;
+    store.finish(&held, finish(Status::Completed, None)).await.unwrap();
+    while store.discard_results(9).await.unwrap() {}
+    let removable = async |age: Duration, by_default: Duration| {
+        let found = store.removable_batches(NOW.after(age), by_default, 9).await.unwrap();
+        found.len() == 1
+    };
+    let lifetime = async |seconds| {
+        let changes = [(Limit::BatchLifetime, seconds)].into();
+        store.update_limits(&project(&tenant()), changes, operator()).await.unwrap();
+    };
+    assert!(removable(HOUR * 3, HOUR * 2).await && !removable(HOUR, HOUR * 2).await);
+    // Shorter than that of the server, and longer.
+    lifetime(Some(1800)).await;
+    assert!(removable(HOUR, HOUR * 2).await);
+    lifetime(Some(4 * 3600)).await;
+    assert!(!removable(HOUR * 3, HOUR * 2).await && removable(HOUR * 5, HOUR * 2).await);
+    lifetime(None).await;
+    assert!(removable(HOUR * 3, HOUR * 2).await);
+}
+
 pub(crate) async fn ended_batch_is_deleted_once_its_files_are_gone(fixture: impl Fixture) {
     let store = open(&fixture).await;
     let held = executing(&*store, "b", 0).await;
     store.register_object(&key("out"), NOW, LEASE).await.unwrap();
     store.finish(&held, finish(Status::Completed, Some(file("out")))).await.unwrap();
     while store.discard_results(9).await.unwrap() {}
-    let removable = async || store.removable_batches(LEASE, 9).await.unwrap();
+    let removable = async || store.removable_batches(LEASE.after(HOUR), HOUR, 9).await.unwrap();
     assert!(removable().await.is_empty());
     store.delete_file(&tenant(), &"out".into(), NOW).await.unwrap();
     store.mark_file_removed(&key("out")).await.unwrap();
-    assert!(store.removable_batches(NOW, 9).await.unwrap().is_empty());
+    assert!(store.removable_batches(NOW.after(HOUR), HOUR, 9).await.unwrap().is_empty());
     let found = removable().await;
     assert_eq!(found.len(), 1);
     store.delete_batches(found).await.unwrap();

@@ -38,6 +38,8 @@ const NOW: Timestamp = at(1_000_000);
 
 /// End of leases that no test reaches.
 const LEASE: Timestamp = at(2_000_000);
+/// Lifetime of batches.
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// End of the completion window of every batch.
 const EXPIRY: Timestamp = at(80_000_000);
