@@ -7,13 +7,16 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TARGET
+from conftest import ROOT, TARGET, wait_for
 
 RELEASE = ROOT / "dist/release"
 
@@ -85,6 +88,64 @@ def promtool(prometheus, *arguments, text=None):
         [prometheus("promtool"), *arguments], input=text, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr
+
+
+class Prometheus:
+    """Prometheus that scrapes one server; its alerts fire as soon as their condition holds."""
+
+    def __init__(self, prometheus, target, rules, folder):
+        (folder / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 0s", rules))
+        config = folder / "prometheus.yml"
+        config.write_text(
+            "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+            "rule_files: [alerts.yml]\n"
+            "scrape_configs:\n"
+            "  - job_name: batchwright\n"
+            f"    static_configs: [{{targets: ['{target}']}}]\n"
+        )
+        status, output = promtool(prometheus, "check", "config", config)
+        assert status == 0, output
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.command = [
+            str(prometheus("prometheus")),
+            f"--config.file={config}",
+            f"--storage.tsdb.path={folder}/prometheus",
+            f"--web.listen-address={self.address}",
+        ]
+        self.log = folder / "prometheus.log"
+
+    def __enter__(self):
+        with self.log.open("w") as log:
+            self.child = subprocess.Popen(self.command, stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_):
+        self.child.terminate()
+        self.child.wait(timeout=30)
+
+    def ask(self, path):
+        """Returns the data of a path of the API; none while Prometheus starts."""
+        try:
+            with urllib.request.urlopen(
+                f"http://{self.address}/api/v1/{path}", timeout=10
+            ) as answer:
+                return json.load(answer)["data"]
+        except OSError:
+            return None
+
+    def firing(self):
+        """Returns the alerts that fire, by name."""
+        found = self.ask("alerts")
+        return {alert["labels"]["alertname"]: alert for alert in found["alerts"]} if found else {}
+
+    def wait_for_scrape(self):
+        def scraped():
+            targets = (self.ask("targets") or {}).get("activeTargets", [])
+            return any(target["health"] == "up" for target in targets)
+
+        wait_for(scraped, what="a scrape")
 
 
 class Namespace:

@@ -2,12 +2,9 @@
 
 import json
 import re
-import socket
-import subprocess
-import urllib.request
 
 from conftest import ROOT, chat, wait_for
-from packages import promtool
+from packages import Prometheus, promtool
 from test_metrics import documented, scrape
 
 RULES = ROOT / "deploy/prometheus/alerts.yml"
@@ -69,52 +66,9 @@ def test_prometheus_raises_the_alert_of_a_deadline_at_risk(prometheus, serve, st
         plugins={"p": stub.plugin(["m"], "[limits]\nmax_in_flight = 1\n")},
     )
     target = server.read_line().split("//")[-1].strip()
-    # The same rules, without their time for which a condition has to last.
-    rules = re.sub(r"for: \d+m", "for: 0s", RULES.read_text())
-    (tmp_path / "alerts.yml").write_text(rules)
-    (tmp_path / "prometheus.yml").write_text(
-        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
-        "rule_files: [alerts.yml]\n"
-        "scrape_configs:\n"
-        "  - job_name: batchwright\n"
-        f"    static_configs: [{{targets: ['{target}']}}]\n"
-    )
-    status, output = promtool(prometheus, "check", "config", tmp_path / "prometheus.yml")
-    assert status == 0, output
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    log = (tmp_path / "prometheus.log").open("w")
-    child = subprocess.Popen(
-        [
-            prometheus("prometheus"),
-            f"--config.file={tmp_path}/prometheus.yml",
-            f"--storage.tsdb.path={tmp_path}/prometheus",
-            f"--web.listen-address={address}",
-        ],
-        stdout=log,
-        stderr=log,
-    )
-
-    def ask(path):
-        try:
-            with urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=10) as answer:
-                return json.load(answer)["data"]
-        except OSError:
-            return None
-
-    def firing():
-        found = ask("alerts")
-        return {alert["labels"]["alertname"]: alert for alert in found["alerts"]} if found else {}
-
-    try:
-        wait_for(
-            lambda: any(
-                found["health"] == "up" for found in (ask("targets") or {}).get("activeTargets", [])
-            ),
-            what="a scrape",
-        )
-        assert "BatchwrightDeadlineAtRisk" not in firing()
+    with Prometheus(prometheus, target, RULES.read_text(), tmp_path) as watched:
+        watched.wait_for_scrape()
+        assert "BatchwrightDeadlineAtRisk" not in watched.firing()
         # A line takes two seconds, so that the rest will take ten minutes.
         lines = [chat(f"line-{number}", "!delay 2000 slow", model="m") for number in range(300)]
         server.client.batches.create(
@@ -122,13 +76,10 @@ def test_prometheus_raises_the_alert_of_a_deadline_at_risk(prometheus, serve, st
             endpoint="/v1/chat/completions",
             completion_window="1m",
         )
-        alert = wait_for(lambda: firing().get("BatchwrightDeadlineAtRisk"), 60, "the alert")
+        alert = wait_for(lambda: watched.firing().get("BatchwrightDeadlineAtRisk"), 60, "the alert")
         print(alert["annotations"]["summary"])
         assert float(alert["value"]) == 1
         # The margin itself is in the time series of Prometheus.
-        margin = ask("query?query=batchwright_batch_deadline_margin_seconds")["result"]
+        margin = watched.ask("query?query=batchwright_batch_deadline_margin_seconds")["result"]
         assert float(margin[0]["value"][1]) < 0
-        assert "BatchwrightDown" not in firing()
-    finally:
-        child.terminate()
-        child.wait(timeout=30)
+        assert "BatchwrightDown" not in watched.firing()

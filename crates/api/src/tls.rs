@@ -8,9 +8,10 @@ use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use batchwright_domain::clock::Clock;
 use batchwright_telemetry::Error as MetricsError;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, ring};
@@ -24,6 +25,12 @@ use tokio_rustls::{Accept, TlsAcceptor};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::HttpMetrics;
+
+/// Time before the end of a certificate, in seconds, from which on the log warns, as the alert does.
+const EXPIRES_SOON: i64 = 7 * 86_400;
+
+/// Interval between two warnings.
+const WARNING_INTERVAL: Duration = Duration::from_secs(86_400);
 
 /// Interval between two checks whether a file has changed.
 const FILE_POLL_INTERVAL: Duration = Duration::from_secs(5);
@@ -116,10 +123,27 @@ impl Tls {
         self.read_requested.notify_one();
     }
 
+    /// Warns once a day of a certificate that expires soon.
+    fn warn_of_expiry(&self, warned: &mut Option<Instant>) {
+        let now = Clock::system().now().as_seconds();
+        let Some(end) = self.expires_at().filter(|end| end.saturating_sub(now) < EXPIRES_SOON)
+        else {
+            *warned = None;
+            return;
+        };
+        if warned.is_none_or(|at| at.elapsed() >= WARNING_INTERVAL) {
+            *warned = Some(Instant::now());
+            let hours = end.saturating_sub(now) / 3600;
+            tracing::warn!(hours, "certificate expires soon; renew its files");
+        }
+    }
+
     /// Reads the files again when they change, until `closing`. A failed read is repeated.
     pub async fn watch(self: Arc<Self>, closing: CancellationToken) {
         let (mut in_use, mut reported) = (self.seen, None);
+        let mut warned = None;
         loop {
+            self.warn_of_expiry(&mut warned);
             let pause = async {
                 tokio::select! {
                     () = tokio::time::sleep(FILE_POLL_INTERVAL) => false,

@@ -104,6 +104,9 @@ pub const OBSERVED_METRICS: &[Metric] =
 /// Interval between reads.
 const INTERVAL: Duration = Duration::from_secs(5);
 
+/// Free part of the disk, in percent, below which the log warns, as the alert does.
+const SHORT_DISK_PERCENT: u64 = 10;
+
 /// Maximum number of executing batches whose end is predicted.
 const MAX_PREDICTED: usize = 1000;
 
@@ -164,6 +167,8 @@ struct Observed {
     at: Option<Timestamp>,
     overview: Overview,
     disk: Option<Disk>,
+    /// Whether the log says that little space is free.
+    is_disk_short: bool,
     /// Margins of the executing batches, in seconds.
     margins: Vec<f64>,
     samples: HashMap<BatchKey, Samples>,
@@ -181,6 +186,23 @@ impl Observed {
         }
         self.overview = overview;
         self.at = Some(now);
+    }
+
+    /// Remembers the space of the disk, and logs when it becomes short and when it is no longer.
+    fn update_disk(&mut self, disk: Disk) {
+        let is_below = |percent: u64| disk.free.saturating_mul(100) / percent < disk.size;
+        if !self.is_disk_short && is_below(SHORT_DISK_PERCENT) {
+            self.is_disk_short = true;
+            tracing::warn!(
+                free_bytes = disk.free,
+                size_bytes = disk.size,
+                "disk of the data folder almost full: no request is sent once it is full"
+            );
+        } else if self.is_disk_short && !is_below(SHORT_DISK_PERCENT.saturating_add(2)) {
+            self.is_disk_short = false;
+            tracing::info!(free_bytes = disk.free, "disk of the data folder has room again");
+        }
+        self.disk = Some(disk);
     }
 }
 
@@ -220,7 +242,7 @@ impl Observer {
         let overview = self.store.overview(now, MAX_PREDICTED).await?;
         self.lock().update(now, overview);
         let disk = self.store.disk().await?;
-        self.lock().disk = Some(disk);
+        self.lock().update_disk(disk);
         Ok(())
     }
 

@@ -243,6 +243,11 @@ impl Deliverer {
         });
         if disables {
             tracing::warn!(%tenant, webhook = %webhook.id, status, "webhook endpoint disabled");
+        } else if !is_delivered && webhook.failing_since.is_none() {
+            // The first failure after a success; the others are in the log of deliveries.
+            tracing::warn!(
+                %tenant, webhook = %webhook.id, status, "webhook endpoint fails, will be retried"
+            );
         } else if !is_delivered {
             tracing::debug!(%tenant, webhook = %webhook.id, status, "webhook attempt failed");
         }

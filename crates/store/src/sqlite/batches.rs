@@ -316,8 +316,8 @@ pub(super) fn list(
     Ok(Paged::Page(Page { items, has_more }))
 }
 
-/// Condition on `batches`: at the first parameter, the batch has ended longer ago than the lifetime of
-/// its project in seconds, or if that has none, than the second parameter.
+/// Condition on `batches`: at the first parameter, the batch has ended longer ago than the lifetime
+/// of its project in seconds, or if that has none, than the second parameter.
 ///
 /// The first line alone bounds the part of the index that is read.
 pub(super) const OUTLIVED: &str = "(
