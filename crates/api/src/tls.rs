@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::HttpMetrics;
 
-/// Time before the end of a certificate, in seconds, from which on the log warns, as the alert does.
+/// Time before the end of a certificate, in seconds, at which the log warns, as the alert does.
 const EXPIRES_SOON: i64 = 7 * 86_400;
 
 /// Interval between two warnings.
