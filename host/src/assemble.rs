@@ -3,7 +3,7 @@
 //! `serve`, `run` and the lifecycle tests assemble the same parts in the same way. No other module
 //! creates a store, a plugin registry or a memory budget for batches.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use batchwright_api::{HttpMetrics, Tls};
@@ -111,7 +111,19 @@ fn first_admin_key(settings: &Settings) -> Result<Option<IssuedKey>, Error> {
 /// key that was revoked stays revoked.
 pub async fn create_first_key(settings: &Settings, engine: &Engine) -> Result<(), Error> {
     let parts = engine.parts();
-    if settings.server.first_admin_key.is_none() || parts.store.had_key().await? {
+    if settings.server.first_admin_key.is_none() {
+        return Ok(());
+    }
+    if parts.store.had_key().await? {
+        let key = first_admin_key(settings).ok().flatten();
+        if let Some(key) = key
+            && parts.store.key(&key.id).await?.is_none()
+        {
+            tracing::warn!(
+                key = %key.id,
+                "first_admin_key is no key of this server and is ignored: the server has had a key"
+            );
+        }
         return Ok(());
     }
     let Some(key) = first_admin_key(settings)? else { return Ok(()) };
@@ -135,7 +147,16 @@ pub fn check(settings: &Settings) -> Vec<String> {
     let mut add = |error: Result<(), Error>| errors.extend(error.err().map(|it| it.to_string()));
     add(tls(settings).map(drop));
     add(sealing_key(settings).map(drop));
-    add(first_admin_key(settings).map(drop));
+    // A server that has data has read its first key, and the source may be gone.
+    if !SqliteStore::exists(&settings.storage.data) {
+        add(first_admin_key(settings).map(drop));
+    }
+    for folder in &settings.plugins.components {
+        if !Path::new(folder).is_dir() {
+            let message = format!("there is no folder {folder}");
+            add(Err(ConfigError::Value { setting: "components", message }.into()));
+        }
+    }
     add(check_directory(&settings.plugins.directory()).map_err(Error::from));
     add(trusted_keys(settings).map(drop));
     errors

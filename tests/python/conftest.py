@@ -80,6 +80,7 @@ def wait_for(condition, seconds=30, what="a condition"):
         if found:
             return found
         time.sleep(0.02)
+    what = what() if callable(what) else what
     raise AssertionError(f"timed out after {seconds} s waiting for {what}")
 
 

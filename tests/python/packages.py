@@ -207,6 +207,9 @@ class Namespace:
         return self.child.wait(timeout=60)
 
     def kill(self):
+        # The child of unshare outlives it, since it has become another user.
+        if self.child.poll() is None and self.first():
+            os.kill(self.first(), 9)
         self.child.kill()
         self.child.wait()
 

@@ -107,6 +107,15 @@ fn plugins() -> Result<()> {
     Ok(())
 }
 
+/// Returns the names of the files of the plugins that ship.
+pub fn shipped_plugins() -> Result<Vec<String>> {
+    let mut names: Vec<String> = GUESTS.iter().map(|(_, file)| (*file).to_owned()).collect();
+    for entry in fs::read_dir(root().join("plugins"))? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
 /// Installs the standard library of a target with rustup, if missing.
 pub fn add_target(name: &str) -> Result<()> {
     let sysroot =

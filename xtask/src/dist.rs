@@ -45,12 +45,13 @@ pub fn pack(part: Part, quick: bool) -> Result<()> {
     }
     let folder = release.join(NAME);
     fill(&folder, &built)?;
+    let version = format!("{}{}", env!("CARGO_PKG_VERSION"), if quick { "~quick" } else { "" });
     papers::add(&folder)?;
     if part == Part::All {
         step("archive");
-        archive(&release)?;
+        archive(&release, &version)?;
         step("Debian package");
-        debian(&release)?;
+        debian(&release, &version)?;
         checksums(&release)?;
     }
     eprintln!("packed {}", release.display());
@@ -62,8 +63,11 @@ fn small_program() -> Result<PathBuf> {
     step("program");
     let mut build = cargo();
     build.args(["rustc", "--profile", "dist", "--package", NAME, "--bin", NAME, "--"]);
-    // Equal functions are kept once, if nothing compares their addresses.
-    build.args(["-C", "link-arg=-Wl,--icf=safe"]);
+    if cfg!(target_arch = "x86_64") {
+        // lld, which rustc uses here, keeps equal functions once if nothing compares their
+        // addresses.
+        build.args(["-C", "link-arg=-Wl,--icf=safe"]);
+    }
     // Messages of panics name source files; the folders of this machine are nobody's business.
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
@@ -106,13 +110,15 @@ fn fill(folder: &Path, built: &Path) -> Result<()> {
     }
     let program = folder.join(NAME);
     fs::copy(built, &program)?;
-    for entry in fs::read_dir(root().join("dist/plugins"))? {
-        let path = entry?.path();
-        let name = path.file_name().context("a file has a name")?;
-        fs::copy(&path, folder.join("plugins").join(name))?;
+    // Nothing else that lies in dist/plugins is part of a release.
+    for name in build::shipped_plugins()? {
+        let path = root().join("dist/plugins").join(&name);
+        fs::copy(&path, folder.join("plugins").join(&name))
+            .with_context(|| path.display().to_string())?;
         // An installation has the plugin files in /etc, where an upgrade keeps changes.
-        if path.extension().is_some_and(|extension| extension == "toml") {
-            fs::copy(&path, folder.join("etc/plugins").join(name))?;
+        if name.ends_with(".toml") {
+            let text = installed(&fs::read_to_string(&path)?);
+            fs::write(folder.join("etc/plugins").join(&name), text)?;
         }
     }
     run(Command::new(&program).arg("man").arg(folder.join("man")))?;
@@ -136,9 +142,21 @@ fn fill(folder: &Path, built: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Returns a plugin file for an installation: without the key of its provider it would be an error
+/// from the first start on.
+fn installed(plugin: &str) -> String {
+    let Some(needs_key) = plugin.contains("env:OPENAI_API_KEY").then_some("enabled = false") else {
+        return plugin.to_owned();
+    };
+    let component = "component = \"inference-openai.wasm\"";
+    plugin.replace(
+        component,
+        &format!("{component}\n# Delete this line once the key is set.\n{needs_key}"),
+    )
+}
+
 /// Packs the folder, with equal bytes for equal content.
-fn archive(release: &Path) -> Result<()> {
-    let version = env!("CARGO_PKG_VERSION");
+fn archive(release: &Path, version: &str) -> Result<()> {
     let name = format!("{NAME}-{version}-{}-linux-gnu.tar.gz", std::env::consts::ARCH);
     let mut tar = Command::new("tar");
     tar.args(["--create", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
@@ -162,10 +180,11 @@ fn epoch() -> Result<String> {
 }
 
 /// Makes the Debian package from the folder; `host/Cargo.toml` says where each file goes.
-fn debian(release: &Path) -> Result<()> {
+fn debian(release: &Path, version: &str) -> Result<()> {
     install("cargo-deb", CARGO_DEB, "lzma")?;
     let mut deb = Command::new(program("cargo-deb"));
-    deb.args(["--no-build", "--no-strip", "--package", NAME, "--output"])
+    deb.args(["--no-build", "--no-strip", "--package", NAME, "--deb-version", version])
+        .arg("--output")
         .arg(release)
         .env("SOURCE_DATE_EPOCH", epoch()?)
         .env("CARGO_TARGET_DIR", target())

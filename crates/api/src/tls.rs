@@ -134,7 +134,11 @@ impl Tls {
         if warned.is_none_or(|at| at.elapsed() >= WARNING_INTERVAL) {
             *warned = Some(Instant::now());
             let hours = end.saturating_sub(now) / 3600;
-            tracing::warn!(hours, "certificate expires soon; renew its files");
+            if end <= now {
+                tracing::error!("certificate has expired; renew its files");
+            } else {
+                tracing::warn!(hours, "certificate expires soon; renew its files");
+            }
         }
     }
 

@@ -49,13 +49,14 @@ impl Engine {
             (parts.store.clone(), parts.clock.clone(), parts.config.clone());
         let quotas = Arc::new(Quotas::new(store, clock, config));
         let tasks = TaskTracker::new();
+        let health = Arc::new(Health::new(&parts, &shared));
         let engine = Self {
             service: Arc::new(Service::new(&parts, &shared, breakers.clone(), quotas.clone())),
             online: Arc::new(Online::new(&parts, &shared, breakers.clone(), quotas.clone())),
-            health: Arc::new(Health::new(&parts, &shared)),
             worker: Arc::new(Worker::new(&parts, &shared, breakers, quotas, tasks.clone())),
             janitor: Arc::new(Janitor::new(&parts, &shared)),
-            observer: Observer::new(&parts, &shared),
+            observer: Observer::new(&parts, &shared, health.clone()),
+            health,
             progress: ProgressHub::new(&parts, &shared),
             parts,
             shared,

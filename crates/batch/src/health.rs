@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::parts::{Parts, Shared};
+use crate::schedule::gate::{Cause, Gate};
 
 /// Lifetime of a cached result.
 const CACHE_LIFETIME: Duration = Duration::from_secs(2);
@@ -37,6 +38,7 @@ pub struct Health {
     registry: Arc<Registry>,
     clock: Clock,
     config: Arc<Config>,
+    gate: Gate,
     draining: CancellationToken,
     ready: tokio::sync::Mutex<Option<(std::time::Instant, Readiness)>>,
     /// Causes in the latest log entry.
@@ -51,6 +53,7 @@ impl Health {
             registry: parts.registry.clone(),
             clock: parts.clock.clone(),
             config: parts.config.clone(),
+            gate: shared.gate.clone(),
             draining: shared.draining.clone(),
             ready: tokio::sync::Mutex::default(),
             logged: Mutex::default(),
@@ -100,6 +103,14 @@ impl Health {
                     details.push(format!("{component}: {error}"));
                 }
             }
+        }
+        // The last space of a disk may take the small write of the probe and no results.
+        if let Some(cause) = self.gate.cause().filter(|_| reasons.is_empty()) {
+            reasons.push(match cause {
+                Cause::Full => "The database is full.".into(),
+                Cause::Failing => "The database does not work.".into(),
+            });
+            details.push("database: results cannot be written".into());
         }
         let plugins = self.registry.current();
         if plugins.adapters().next().is_none() {

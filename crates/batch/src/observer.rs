@@ -20,6 +20,7 @@ use batchwright_store::{BatchKey, DatedBatch, Disk, Overview, Store};
 use batchwright_telemetry::{Error, Kind, Metric, Values, number};
 use tokio_util::sync::CancellationToken;
 
+use crate::health::Health;
 use crate::parts::{Parts, Shared};
 use crate::service::Service;
 
@@ -93,16 +94,39 @@ const DATABASE: Metric = Metric {
     help: "Size of the database, without its write-ahead log",
 };
 
+const READY: Metric = Metric {
+    name: "batchwright_ready",
+    kind: Kind::Gauge,
+    labels: &[],
+    help: "1 if a batch that is created now would be validated, executed and stored, as \
+           /health/ready says, else 0; probed every 30 seconds",
+};
+
 /// Metrics that the observer reads from the store.
 const OBSERVED: &[Metric] =
-    &[OPEN, IDLE, OLDEST_WAIT, OLDEST, MARGIN, AT_RISK, FREE, SIZE, DATABASE];
+    &[READY, OPEN, IDLE, OLDEST_WAIT, OLDEST, MARGIN, AT_RISK, FREE, SIZE, DATABASE];
 
 /// Declarations of the metrics that are read from the state of the engine.
-pub const OBSERVED_METRICS: &[Metric] =
-    &[OUTAGES, WAITING, OPEN, IDLE, OLDEST_WAIT, OLDEST, MARGIN, AT_RISK, FREE, SIZE, DATABASE];
+pub const OBSERVED_METRICS: &[Metric] = &[
+    OUTAGES,
+    WAITING,
+    READY,
+    OPEN,
+    IDLE,
+    OLDEST_WAIT,
+    OLDEST,
+    MARGIN,
+    AT_RISK,
+    FREE,
+    SIZE,
+    DATABASE,
+];
 
 /// Interval between reads.
 const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Number of reads from one probe of the readiness to the next. A probe writes a little.
+const READS_PER_PROBE: u64 = 6;
 
 /// Free part of the disk, in percent, below which the log warns, as the alert does.
 const SHORT_DISK_PERCENT: u64 = 10;
@@ -167,6 +191,7 @@ struct Observed {
     at: Option<Timestamp>,
     overview: Overview,
     disk: Option<Disk>,
+    is_ready: Option<bool>,
     /// Whether the log says that little space is free.
     is_disk_short: bool,
     /// Margins of the executing batches, in seconds.
@@ -209,15 +234,17 @@ impl Observed {
 /// Observer of one process.
 pub(crate) struct Observer {
     store: Arc<dyn Store>,
+    health: Arc<Health>,
     clock: Clock,
     closing: CancellationToken,
     observed: Mutex<Observed>,
 }
 
 impl Observer {
-    pub(crate) fn new(parts: &Parts, shared: &Shared) -> Arc<Self> {
+    pub(crate) fn new(parts: &Parts, shared: &Shared, health: Arc<Health>) -> Arc<Self> {
         Arc::new(Self {
             store: parts.store.clone(),
+            health,
             clock: parts.clock.clone(),
             closing: shared.closing.clone(),
             observed: Mutex::default(),
@@ -226,7 +253,11 @@ impl Observer {
 
     /// Reads until the server closes.
     pub(crate) async fn run(self: Arc<Self>) {
-        loop {
+        for reads in 0_u64.. {
+            if reads % READS_PER_PROBE == 0 {
+                let is_ready = self.health.readiness().await.reasons.is_empty();
+                self.lock().is_ready = Some(is_ready);
+            }
             if let Err(error) = self.read().await {
                 tracing::warn!(%error, "open batches not read for the metrics");
             }
@@ -257,6 +288,9 @@ impl Observer {
             values.set_number(&FREE, &[], disk.free);
             values.set_number(&SIZE, &[], disk.size);
             values.set_number(&DATABASE, &[], disk.database);
+        }
+        if let Some(is_ready) = observed.is_ready {
+            values.set_number(&READY, &[], u64::from(is_ready));
         }
         let Some(at) = observed.at else { return };
         for status in Status::ALL.into_iter().filter(|status| !status.is_final()) {

@@ -243,7 +243,7 @@ impl Deliverer {
         });
         if disables {
             tracing::warn!(%tenant, webhook = %webhook.id, status, "webhook endpoint disabled");
-        } else if !is_delivered && webhook.failing_since.is_none() {
+        } else if next_at.is_some() && webhook.failing_since.is_none() {
             // The first failure after a success; the others are in the log of deliveries.
             tracing::warn!(
                 %tenant, webhook = %webhook.id, status, "webhook endpoint fails, will be retried"

@@ -26,8 +26,15 @@ struct Entry {
     /// Zero if absent, as for embeddings.
     #[serde(default)]
     output: f64,
-    /// First day (UTC) of the price.
-    from: Option<Datetime>,
+    /// First day (UTC) of the price: a date of TOML, or its text, as programs write it.
+    from: Option<Day>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Day {
+    Date(Datetime),
+    Text(String),
 }
 
 /// Reads the prices; `origin` begins the message of an error, given the position of the price.
@@ -84,7 +91,14 @@ fn price(entry: Entry) -> Result<ModelPrice, String> {
         cached_input: token("cached_input", entry.cached_input.unwrap_or(entry.input))?,
         output: token("output", entry.output)?,
     };
-    let from = entry.from.map(first_moment).transpose()?;
+    let from = match entry.from {
+        None => None,
+        Some(Day::Date(date)) => Some(first_moment(date)?),
+        Some(Day::Text(text)) => {
+            let wrong = |_| format!("`from` is \"{text}\"; write a day, such as 2026-01-31");
+            Some(first_moment(text.parse().map_err(wrong)?)?)
+        }
+    };
     Ok(ModelPrice { model: entry.model, from, price })
 }
 

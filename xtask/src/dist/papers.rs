@@ -22,6 +22,9 @@ const BILL: &str = "batchwright.cdx.json";
 const LICENSE_FILES: [&str; 6] =
     ["LICENSE", "LICENCE", "COPYING", "NOTICE", "UNLICENSE", "COPYRIGHT"];
 
+/// Number of folders below that of a package that are searched.
+const MAX_DEPTH: usize = 2;
+
 /// Package of the bill of materials.
 struct Linked {
     name: String,
@@ -127,7 +130,10 @@ fn licenses(linked: &[Linked]) -> Result<String> {
          named above it.\n",
     );
     if !without.is_empty() {
-        page.push_str("\nThese packages come without the text of the license that they name:\n\n");
+        page.push_str(
+            "\nThese packages come without a text; that of the license that they name is below, \
+             with others:\n\n",
+        );
         for package in &without {
             writeln!(page, "  {package}")?;
         }
@@ -145,15 +151,21 @@ fn licenses(linked: &[Linked]) -> Result<String> {
     Ok(page)
 }
 
-/// Returns the files of a package that have a license.
+/// Returns the files of a package that have a license, also those of code that it contains.
 fn license_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().to_uppercase();
-        let is_license = LICENSE_FILES.iter().any(|start| name.starts_with(start));
-        if is_license && entry.path().is_file() && !name.ends_with(".RS") {
-            found.push(entry.path());
+    let (mut found, mut folders) = (Vec::new(), vec![(folder.to_owned(), 0)]);
+    while let Some((folder, depth)) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            let name = entry.file_name().to_string_lossy().to_uppercase();
+            let is_license = LICENSE_FILES.iter().any(|start| name.starts_with(start));
+            let is_source = [".RS", ".C", ".H", ".PY"].iter().any(|end| name.ends_with(end));
+            if kind.is_dir() && depth < MAX_DEPTH {
+                folders.push((entry.path(), depth + 1));
+            } else if kind.is_file() && is_license && !is_source {
+                found.push(entry.path());
+            }
         }
     }
     found.sort();

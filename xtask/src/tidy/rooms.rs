@@ -25,7 +25,7 @@ const CRATES: [(&str, &[Room]); 2] = [
                 "service",
                 &["config", "credentials", "objects", "parts", "policy", "schedule", "spans"],
             ),
-            ("health", &["config", "parts"]),
+            ("health", &["config", "parts", "schedule"]),
             ("janitor", &["config", "objects", "parts"]),
             (
                 "online",
@@ -38,7 +38,7 @@ const CRATES: [(&str, &[Room]); 2] = [
                     "rules", "schedule", "spans",
                 ],
             ),
-            ("observer", &["parts", "service"]),
+            ("observer", &["health", "parts", "service"]),
             ("progress", &["parts"]),
             (
                 "engine",

@@ -136,7 +136,7 @@ impl Online {
             if matches!(error, StoreError::Closed) || self.closing.is_cancelled() {
                 return false;
             }
-            closed.get_or_insert_with(|| self.gate.close());
+            closed.get_or_insert_with(|| self.gate.close(&error));
             self.closing.run_until_cancelled(self.clock.sleep(backoff.pause())).await;
         }
     }

@@ -5,44 +5,67 @@
 
 use std::sync::Arc;
 
+use batchwright_store::StoreError;
 use tokio::sync::watch;
 
-/// Gate that is open while no [`GateGuard`] guard exists.
-#[derive(Clone)]
-pub(crate) struct Gate(Arc<watch::Sender<usize>>);
+/// Gate that is open while no [`GateGuard`] exists.
+#[derive(Clone, Default)]
+pub(crate) struct Gate(Arc<watch::Sender<State>>);
+
+#[derive(Default)]
+struct State {
+    /// Number of guards.
+    guards: usize,
+    /// Whether the latest guard was made because the disk is full.
+    is_full: bool,
+}
 
 /// Guard that keeps a gate closed until the guard is dropped.
 pub(crate) struct GateGuard(Gate);
 
-impl Default for Gate {
-    fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(0)))
-    }
+/// Why a gate is closed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The disk is full.
+    Full,
+    /// Writes fail for another reason.
+    Failing,
 }
 
 impl Gate {
     /// Returns true if no guard keeps the gate closed.
     pub(crate) fn is_open(&self) -> bool {
-        *self.0.borrow() == 0
+        self.0.borrow().guards == 0
+    }
+
+    /// Returns why the gate is closed; none if it is open.
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        let state = self.0.borrow();
+        let cause = if state.is_full { Cause::Full } else { Cause::Failing };
+        (state.guards > 0).then_some(cause)
     }
 
     /// Waits until the gate is open.
     pub(crate) async fn open(&self) {
         if !self.is_open() {
             // `self` holds the sender, so the channel cannot close.
-            self.0.subscribe().wait_for(|closed| *closed == 0).await.ok();
+            self.0.subscribe().wait_for(|state| state.guards == 0).await.ok();
         }
     }
 
-    /// Closes the gate until the returned guard is dropped.
-    pub(crate) fn close(&self) -> GateGuard {
-        self.0.send_modify(|closed| *closed = closed.saturating_add(1));
+    /// Closes the gate, because of an error, until the returned guard is dropped.
+    pub(crate) fn close(&self, error: &StoreError) -> GateGuard {
+        let is_full = matches!(error, StoreError::Full(_));
+        self.0.send_modify(|state| {
+            state.guards = state.guards.saturating_add(1);
+            state.is_full = is_full;
+        });
         GateGuard(self.clone())
     }
 }
 
 impl Drop for GateGuard {
     fn drop(&mut self) {
-        self.0.0.send_modify(|closed| *closed = closed.saturating_sub(1));
+        self.0.0.send_modify(|state| state.guards = state.guards.saturating_sub(1));
     }
 }

@@ -99,7 +99,7 @@ impl Worker {
                     Err(error) if self.closing.is_cancelled() => return Err(error),
                     Err(error) => {
                         // Backpressure: further results could not be written either.
-                        closed.get_or_insert_with(|| self.gate.close());
+                        closed.get_or_insert_with(|| self.gate.close(&error));
                         tracing::error!(
                             tenant = %claim.tenant,
                             batch = %claim.batch_id,

@@ -47,12 +47,19 @@ impl ComponentFolders {
     /// Returns the path of the component that a TOML file names: beside the file, unless only
     /// another folder has it.
     fn find(&self, file: &Path, manifest: &Manifest) -> PathBuf {
+        // A link whose target is gone for a moment is there: another component must not take its
+        // place.
+        let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
+        let candidates = self.candidates(file, manifest);
+        let found = candidates.iter().find(|path| is_there(path)).or(candidates.first());
+        found.cloned().unwrap_or_default()
+    }
+
+    /// Returns the paths where a component may be, in order.
+    fn candidates(&self, file: &Path, manifest: &Manifest) -> Vec<PathBuf> {
         let beside = file.with_file_name("").join(&manifest.component);
-        if beside.exists() {
-            return beside;
-        }
         let elsewhere = self.0.iter().map(|folder| folder.join(&manifest.component));
-        elsewhere.into_iter().find(|path| path.exists()).unwrap_or(beside)
+        std::iter::once(beside).chain(elsewhere).collect()
     }
 }
 
@@ -140,7 +147,9 @@ pub(crate) fn named_files(file: &Path, folders: &ComponentFolders) -> Option<Vec
                 _ => None,
             }
         });
-    Some(secrets.chain([folders.find(file, &manifest), signature_file(file)]).collect())
+    // A component may appear in any of the folders.
+    let components = folders.candidates(file, &manifest);
+    Some(secrets.chain(components).chain([signature_file(file)]).collect())
 }
 
 /// Returns the path of a TOML file's signature: the path of the file with `.sig` appended.

@@ -53,6 +53,10 @@ pub(super) fn record_corruption(error: &rusqlite::Error) {
 /// SQLite looks for another folder.
 fn keep_temporary_files_beside(path: &Path, connection: &Connection) {
     static DECIDED: OnceLock<()> = OnceLock::new();
+    // What SQLite itself reads goes first.
+    if std::env::var_os("SQLITE_TMPDIR").is_some() {
+        return;
+    }
     DECIDED.get_or_init(|| {
         let folder = path.parent().and_then(Path::to_str).unwrap_or_default();
         connection.pragma_update(None, "temp_store_directory", folder).ok();

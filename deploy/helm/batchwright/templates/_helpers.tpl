@@ -20,7 +20,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{- define "batchwright.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
 {{- end -}}
 
 {{/* The config file: settings of the user, and what the chart decides. */}}
@@ -30,13 +34,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
       "admin_listen" "0.0.0.0:8081"
       "first_admin_key" "env:ADMIN_KEY"
       "shutdown_delay" (printf "%ds" (int .Values.shutdown.delaySeconds)) -}}
+{{- $shipped := "/usr/lib/batchwright/plugins" -}}
 {{- $execution := dict "shutdown_grace" (printf "%ds" (int .Values.shutdown.graceSeconds)) -}}
 {{- $fixed := dict
       "server" $server
-      "storage" (dict "data" "/var/lib/batchwright/data")
+      "storage" (dict "data" (printf "/var/lib/batchwright/%s" .Values.persistence.folder))
       "plugins" (dict
         "plugins" "/etc/batchwright/plugins"
-        "components" (list "/usr/lib/batchwright/plugins" "/plugins"))
+        "components" (ternary (list $shipped "/plugins") (list $shipped) (not (empty .Values.pull))))
       "execution" $execution -}}
 {{- mergeOverwrite (deepCopy .Values.settings) $fixed | toToml -}}
 {{- end -}}
