@@ -5,6 +5,7 @@ a base with the same libraries, and runs as any user in a root that nobody can w
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -179,6 +180,17 @@ def test_package_is_installed_and_its_server_used(installed, tmp_path):
         batch = json.loads(made.stdout)["id"]
         watched = server.beside(HOST, "batch", "watch", batch)
         assert watched.returncode == 0 and "1 of 1" in watched.stdout + watched.stderr
+        # What the timer of backups starts, once an operator enables it.
+        assert not (
+            root / "etc/systemd/system/timers.target.wants/batchwright-backup.timer"
+        ).exists()
+        backups = root / "var/backups/batchwright"
+        backups.mkdir(mode=0o700)
+        os.chown(backups, int(uid), int(gid))
+        unit = (root / "lib/systemd/system/batchwright-backup.service").read_text()
+        (backup,) = re.findall(r"^ExecStart=(.*)$", unit, re.M)
+        done = server.inside(*backup.split())
+        assert done.returncode == 0 and "backed up" in done.stdout, done.stderr
         assert server.terminate() == 0
     finally:
         server.kill()

@@ -123,6 +123,16 @@ def test_trusted_keys_require_a_signature(serve, stub, keys, tmp_path):
     )
     sign("p", ours)
     assert run_host(*verify).returncode == 0
+    # A component in another folder that the settings name is the same component.
+    elsewhere = tmp_path / "components"
+    elsewhere.mkdir()
+    shutil.copy(component, elsewhere)
+    (tmp_path / "alone").mkdir()
+    for name in ["p.toml", "p.toml.sig"]:
+        shutil.copy(server.plugins / name, tmp_path / "alone")
+    alone = ["plugin", "verify", "--trusted-keys", trusted, tmp_path / "alone/p.toml"]
+    assert run_host(*alone).returncode == 1
+    assert run_host(*alone, "--components", elsewhere).returncode == 0
     # Disabling a plugin needs a signature too.
     signed = (server.plugins / "p.toml").read_text()
     server.add_plugin("p", "enabled = false\n" + signed)

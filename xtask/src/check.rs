@@ -1,6 +1,6 @@
 //! `cargo xtask check`: format, lints, tidy and dependencies; no server, no tests.
 
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::Result;
 
@@ -14,6 +14,8 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// Runs every check; stops at the first that fails.
 pub fn all() -> Result<()> {
+    // The database of advisories comes over the network, which takes a while or fails.
+    let advisories = advisories()?;
     step("format");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     step("tidy");
@@ -33,7 +35,7 @@ pub fn all() -> Result<()> {
     step("reference pages");
     reference(false)?;
     step("dependencies");
-    dependencies()
+    dependencies(advisories)
 }
 
 /// Checks the format and the lints of the Python tests and examples.
@@ -46,14 +48,20 @@ fn ruff() -> Result<()> {
     Ok(())
 }
 
-/// Checks licenses, sources and banned crates; advisories only where their database can be fetched.
-fn dependencies() -> Result<()> {
+/// Starts the check of advisories.
+fn advisories() -> Result<Child> {
     install("cargo-deny", CARGO_DENY, "")?;
-    let deny = program("cargo-deny");
+    let mut check = Command::new(program("cargo-deny"));
+    check.args(["check", "advisories"]).current_dir(root());
+    Ok(check.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
+}
+
+/// Checks licenses, sources and banned crates; advisories only where their database can be fetched.
+fn dependencies(advisories: Child) -> Result<()> {
     let offline = ["check", "licenses", "bans", "sources"];
-    run(Command::new(&deny).args(["--log-level", "error"]).args(offline).current_dir(root()))?;
-    let mut advisories = Command::new(&deny);
-    let output = advisories.args(["check", "advisories"]).current_dir(root()).output()?;
+    let mut deny = Command::new(program("cargo-deny"));
+    run(deny.args(["--log-level", "error"]).args(offline).current_dir(root()))?;
+    let output = advisories.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     if stderr.contains("failed to fetch advisory database") {
         eprintln!("advisories not checked: the advisory database is unreachable");

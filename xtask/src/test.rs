@@ -48,7 +48,7 @@ pub fn reference(write: bool) -> Result<()> {
 pub fn e2e(name: Option<&str>, pytest: &[String]) -> Result<()> {
     needs::to_test()?;
     build::all()?;
-    // Two Python tests run at a time, so neither may build what the other one needs.
+    // Several Python tests run at a time, so none may build what another one needs.
     let all = name.is_none();
     if all {
         hostile::all()?;
@@ -93,7 +93,7 @@ pub fn python_environment() -> Result<PathBuf> {
 
 /// Runs the Python tests: official `openai` package, stub provider, real processes.
 ///
-/// Tests that measure time or memory run alone. The others mostly wait, so two run at a time.
+/// Tests that measure time or memory run alone. The others mostly wait, so three run at a time.
 fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     let environment = python_environment()?;
     node_tests()?;
@@ -114,8 +114,8 @@ fn python(name: Option<&str>, more: &[String], all_built: bool) -> Result<()> {
     let Some(name) = name else {
         step("end to end, Python, tests that run alone");
         run(&mut pytest(&["-m", "quiet"]))?;
-        step("end to end, Python, two tests at a time");
-        return run(&mut pytest(&["-m", "not quiet", "--numprocesses", "2"]));
+        step("end to end, Python, three tests at a time");
+        return run(&mut pytest(&["-m", "not quiet", "--numprocesses", "3"]));
     };
     step("end to end, Python");
     // pytest exits with 5 if no test matches.

@@ -35,6 +35,23 @@ pub struct Sign {
     /// statement with `ssh-keygen -Y sign -n batchwright-plugin`
     #[arg(long, conflicts_with_all = ["key", "passphrase"])]
     statement: bool,
+    #[command(flatten)]
+    components: Components,
+}
+
+/// Where components are.
+#[derive(Args)]
+struct Components {
+    /// Folders where a component is looked up that is not beside its plugin file, separated by
+    /// commas
+    #[arg(long, env = "BATCHWRIGHT_COMPONENTS", value_delimiter = ',', value_name = "LIST")]
+    components: Vec<PathBuf>,
+}
+
+impl Components {
+    fn folders(&self) -> ComponentFolders {
+        ComponentFolders::new(self.components.iter().cloned())
+    }
 }
 
 /// Arguments of `batchwright plugin verify`.
@@ -46,10 +63,12 @@ pub struct Verify {
     /// File of public keys in OpenSSH format, one per line
     #[arg(long, env = "BATCHWRIGHT_TRUSTED_KEYS", value_name = "FILE", hide_env_values = true)]
     trusted_keys: PathBuf,
+    #[command(flatten)]
+    components: Components,
 }
 
 /// Reads the files of a plugin; returns them with the plugin's name and the statement to sign.
-fn read(file: &Path) -> Result<(Files, String, String), Error> {
+fn read(file: &Path, components: &Components) -> Result<(Files, String, String), Error> {
     if file.extension().is_none_or(|extension| extension != "toml") {
         let message = format!(
             "{} is not a TOML file; \
@@ -58,7 +77,7 @@ fn read(file: &Path) -> Result<(Files, String, String), Error> {
         );
         return Err(Error::Other(message));
     }
-    let files = Files::read_any(file, &ComponentFolders::default())?;
+    let files = Files::read_any(file, &components.folders())?;
     let name = plugin_name(file)?;
     let statement = statement(&name, &files.text, &files.component.sha256);
     Ok((files, name, statement))
@@ -67,7 +86,7 @@ fn read(file: &Path) -> Result<(Files, String, String), Error> {
 impl Sign {
     /// Writes a new serial, signs the statement and writes the signature file.
     pub fn run(self) -> Result<ExitCode, Error> {
-        let (files, _, mut statement) = read(&self.file)?;
+        let (files, _, mut statement) = read(&self.file, &self.components)?;
         // The key is opened before anything is written: on failure the old signature stays valid.
         let key = if self.statement { None } else { Some(self.read_key()?) };
         // A printed statement must be the same each time, so it keeps an existing serial.
@@ -80,7 +99,7 @@ impl Sign {
                 ))
             };
             set_serial(&files).map_err(failed)?;
-            (_, _, statement) = read(&self.file)?;
+            (_, _, statement) = read(&self.file, &self.components)?;
         }
         let Some(key) = key else {
             write_output(format_args!("{statement}"));
@@ -154,12 +173,12 @@ impl Verify {
         let keys = TrustedKeys::read(&self.trusted_keys).map_err(Error::Other)?;
         let mut all_valid = true;
         for file in &self.files {
-            let verified = read(file).map_err(|error| error.to_string()).and_then(
-                |(files, name, statement)| {
+            let verified = read(file, &self.components)
+                .map_err(|error| error.to_string())
+                .and_then(|(files, name, statement)| {
                     keys.verify(&name, &statement, files.signature.as_deref())
                         .map_err(|message| format!("{}: signature: {message}", file.display()))
-                },
-            );
+                });
             match verified {
                 Ok(signer) => outln!("ok      {} signed by {signer}", file.display()),
                 Err(error) => {
