@@ -5,6 +5,7 @@ A release, root folders to run it in, and the programs of Prometheus.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -46,11 +47,23 @@ def run(*command, **more):
     return done.stdout
 
 
+@functools.cache
+def has_namespaces():
+    """Returns true if the system allows to make namespaces and to mount in them."""
+    command = ["unshare", "--mount", "--pid", "--net", "--fork", "mount", "--bind", "/tmp", "/tmp"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+    except OSError:
+        return False
+
+
 def needs_root_and(*programs):
-    """Returns a marker that skips a test without root or without programs."""
+    """Returns a marker that skips a test without root, without programs, or without namespaces."""
     missing = [program for program in programs if shutil.which(program) is None]
-    reason = f"needs root and {', '.join(programs)}"
-    return pytest.mark.skipif(os.geteuid() != 0 or bool(missing), reason=reason)
+    if os.geteuid() != 0 or missing:
+        return pytest.mark.skip(reason=f"needs root and {', '.join(programs)}")
+    needs_namespaces = "unshare" in programs and not has_namespaces()
+    return pytest.mark.skipif(needs_namespaces, reason="this system does not allow namespaces")
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,12 @@ def debian():
         if not (root / "etc/passwd").exists():
             made = Path(tempfile.mkdtemp(dir=TARGET))
             made.chmod(0o755)
-            run("debootstrap", "--variant=minbase", "--include=systemd", "bookworm", made)
+            command = ["debootstrap", "--variant=minbase", "--include=systemd", "bookworm", made]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                subprocess.run(["umount", "--lazy", made / "proc"], capture_output=True)
+                shutil.rmtree(made, ignore_errors=True)
+                pytest.skip(f"debootstrap failed: {done.stdout.strip().splitlines()[-1:]}")
             made.rename(root)
     return root
 
