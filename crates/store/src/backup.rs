@@ -17,28 +17,24 @@
 //! **Bounds.** The manifest and the records of objects are read side by side, in the same order, so
 //! that memory does not depend on their number.
 
+mod manifest;
+
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use rusqlite::backup::StepResult;
 use rusqlite::{Connection, OpenFlags};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use self::manifest::{FORMAT, Line, MANIFEST, Manifest};
 use crate::objects::LocalObjects;
 use crate::private::create_folder;
 use crate::sqlite::{DATABASE_FILE, lock_folder, open_beside_server};
 use crate::{Result, StoreError};
 
-/// Name of the manifest.
-const MANIFEST: &str = "manifest.jsonl";
-
 /// Lock of a backup folder, which also marks it: other folders are refused.
 const LOCK: &str = "backup.lock";
-
-/// Version of the format of the manifest.
-const FORMAT: u32 = 1;
 
 /// Files of the data folder beside the database and the objects.
 const SMALL_FILES: [&str; 2] = ["serials", "plugin-order"];
@@ -49,28 +45,6 @@ const MAX_LOCKED_STEPS: usize = 30;
 
 /// Size of a copy buffer, in bytes.
 const BUFFER_BYTES: usize = 256 << 10;
-
-/// Line of the manifest.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-enum Line {
-    /// First line.
-    Backup {
-        format: u32,
-        /// Version of the program.
-        version: String,
-        /// Time of the copy of the database, in Unix seconds.
-        created_at: i64,
-    },
-    /// Copy of the database, or another file of the data folder.
-    File { name: String, restored_as: String, bytes: u64, sha256: String },
-    /// Object that was deleted while the backup ran, or that is lost.
-    Missing { tenant: String, id: String },
-    /// Object, in the order of tenants and ids.
-    Object { tenant: String, id: String, bytes: u64, sha256: String },
-    /// Last line, with the number of objects.
-    End { objects: u64 },
-}
 
 /// What a backup or a restoration has done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -190,56 +164,6 @@ fn copy_database(data: &Path, to: &Path) -> Result<()> {
         Ok(verdict) if verdict == "ok" => Ok(()),
         Ok(fault) => Err(failed(&from, "the database cannot be copied", &fault)),
         Err(error) => Err(failed(&from, "the database cannot be copied", &error)),
-    }
-}
-
-/// Lines of a manifest, with a check of its beginning and of its end.
-struct Manifest {
-    path: PathBuf,
-    lines: std::io::Lines<BufReader<File>>,
-    objects: u64,
-}
-
-impl Manifest {
-    /// Opens the manifest of a backup; none if there is none.
-    fn open(backup: &Path) -> Result<Option<Self>> {
-        let path = backup.join(MANIFEST);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed(&path, "cannot be read", &error)),
-        };
-        let mut manifest = Self { path, lines: BufReader::new(file).lines(), objects: 0 };
-        match manifest.next()? {
-            Some(Line::Backup { format: FORMAT, .. }) => Ok(Some(manifest)),
-            Some(Line::Backup { format, .. }) => {
-                Err(manifest.damaged(&format!("its format {format} is unknown to this version")))
-            }
-            _ => Err(manifest.damaged("it does not begin with a backup")),
-        }
-    }
-
-    fn damaged(&self, message: &str) -> StoreError {
-        failed(&self.path, "the backup is damaged", &message)
-    }
-
-    /// Returns the next line; none after the last one.
-    fn next(&mut self) -> Result<Option<Line>> {
-        let Some(line) = self.lines.next() else {
-            return Err(self.damaged("its manifest is cut off"));
-        };
-        let line = line.map_err(|error| failed(&self.path, "cannot be read", &error))?;
-        let line = serde_json::from_str(&line)
-            .map_err(|error| failed(&self.path, "the backup is damaged", &error))?;
-        match line {
-            Line::End { objects } if objects == self.objects => Ok(None),
-            Line::End { .. } => Err(self.damaged("its manifest lacks objects")),
-            Line::Object { .. } => {
-                self.objects = self.objects.saturating_add(1);
-                Ok(Some(line))
-            }
-            line => Ok(Some(line)),
-        }
     }
 }
 
@@ -506,11 +430,11 @@ fn each_file(
         match line {
             Line::File { name, restored_as, bytes, sha256 } if restored_as == DATABASE_FILE => {
                 report.database_bytes = bytes;
-                database = Some((checked_name(&manifest, name)?, bytes, sha256));
+                database = Some((manifest.checked_name(name)?, bytes, sha256));
             }
             Line::File { name, restored_as, bytes, sha256 } => {
                 let (name, to) =
-                    (checked_name(&manifest, name)?, checked_name(&manifest, restored_as)?);
+                    (manifest.checked_name(name)?, manifest.checked_name(restored_as)?);
                 each(&backup.join(name), Path::new(&to), (bytes, &sha256))?;
             }
             Line::Object { tenant, id, bytes, sha256 } => {
@@ -528,14 +452,6 @@ fn each_file(
     };
     each(&backup.join(name), Path::new(DATABASE_FILE), (bytes, &sha256))?;
     Ok(report)
-}
-
-/// Returns the name of a file, which must not lead out of its folder.
-fn checked_name(manifest: &Manifest, name: String) -> Result<String> {
-    if name.is_empty() || name.starts_with('.') || name.contains('/') {
-        return Err(manifest.damaged("it names a file outside of its folder"));
-    }
-    Ok(name)
 }
 
 fn compare(path: &Path, found: &(u64, String), expected: (u64, &str)) -> Result<()> {
