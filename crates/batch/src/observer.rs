@@ -255,8 +255,10 @@ impl Observer {
     pub(crate) async fn run(self: Arc<Self>) {
         for reads in 0_u64.. {
             if reads % READS_PER_PROBE == 0 {
-                let is_ready = self.health.readiness().await.reasons.is_empty();
-                self.lock().is_ready = Some(is_ready);
+                // A probe of a disk that hangs takes seconds, which a shutdown does not wait for.
+                let probe = self.closing.run_until_cancelled(self.health.readiness());
+                let Some(readiness) = probe.await else { return };
+                self.lock().is_ready = Some(readiness.reasons.is_empty());
             }
             if let Err(error) = self.read().await {
                 tracing::warn!(%error, "open batches not read for the metrics");

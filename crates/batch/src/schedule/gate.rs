@@ -16,19 +16,20 @@ pub(crate) struct Gate(Arc<watch::Sender<State>>);
 struct State {
     /// Number of guards.
     guards: usize,
-    /// Whether the latest guard was made because the disk is full.
-    is_full: bool,
+    /// Why the latest guard was made.
+    cause: Cause,
 }
 
 /// Guard that keeps a gate closed until the guard is dropped.
 pub(crate) struct GateGuard(Gate);
 
 /// Why a gate is closed.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default)]
 pub(crate) enum Cause {
     /// The disk is full.
     Full,
     /// Writes fail for another reason.
+    #[default]
     Failing,
 }
 
@@ -41,8 +42,7 @@ impl Gate {
     /// Returns why the gate is closed; none if it is open.
     pub(crate) fn cause(&self) -> Option<Cause> {
         let state = self.0.borrow();
-        let cause = if state.is_full { Cause::Full } else { Cause::Failing };
-        (state.guards > 0).then_some(cause)
+        (state.guards > 0).then_some(state.cause)
     }
 
     /// Waits until the gate is open.
@@ -55,10 +55,12 @@ impl Gate {
 
     /// Closes the gate, because of an error, until the returned guard is dropped.
     pub(crate) fn close(&self, error: &StoreError) -> GateGuard {
-        let is_full = matches!(error, StoreError::Full(_));
         self.0.send_modify(|state| {
             state.guards = state.guards.saturating_add(1);
-            state.is_full = is_full;
+            state.cause = match error {
+                StoreError::Full(_) => Cause::Full,
+                _ => Cause::Failing,
+            };
         });
         GateGuard(self.clone())
     }
