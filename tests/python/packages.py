@@ -172,12 +172,12 @@ class Namespace:
         if read_only:
             steps.append(f"mount -o remount,bind,ro {root}")
         steps += [f"{sys.executable} -c '{LOOPBACK_UP}'", 'exec "$@"']
-        as_user = ["chroot", f"--userspec={user}:{group}", "--groups=", root]
+        as_user = [shutil.which("chroot"), f"--userspec={user}:{group}", "--groups=", root]
         environment = [f"{name}={value}" for name, value in env]
         enter = ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child"]
         setup = ["bash", "-c", "\n".join(steps), "setup"]
         confined = ["setpriv", "--no-new-privs", "env", "--ignore-environment", *environment]
-        whole = [*enter, *setup, *confined, shutil.which("chroot"), *as_user[1:], *command]
+        whole = [*enter, *setup, *confined, *as_user, *command]
         with self.log.open("ab") as output:
             self.child = subprocess.Popen(
                 [str(part) for part in whole], stdout=output, stderr=output
@@ -225,16 +225,3 @@ class Namespace:
             os.kill(self.first(), 9)
         self.child.kill()
         self.child.wait()
-
-
-def api(namespace, key, path, host="127.0.0.1:8080"):
-    """Returns the JSON of a path of the API inside a namespace."""
-    script = (
-        "import sys, urllib.request\n"
-        "request = urllib.request.Request(sys.argv[1])\n"
-        "request.add_header('Authorization', 'Bearer ' + sys.argv[2])\n"
-        "print(urllib.request.urlopen(request, timeout=10).read().decode())\n"
-    )
-    done = namespace.beside(sys.executable, "-c", script, f"http://{host}{path}", key)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)

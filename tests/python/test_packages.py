@@ -133,6 +133,17 @@ def asked(root):
     return words
 
 
+def used(root):
+    """Makes results and secrets, as on a server that runs; returns their files."""
+    results = root / "var/lib/batchwright/results"
+    results.write_text("answers")
+    secrets = root / "etc/batchwright/environment"
+    secrets.write_text("OPENAI_API_KEY=secret\n")
+    (root / "active").touch()
+    asked(root)
+    return results, secrets
+
+
 def newer(package, folder):
     """Returns the package with a higher version and with other shipped files."""
     tree = folder / "newer"
@@ -179,6 +190,11 @@ def test_package_is_installed_and_its_server_used(installed, tmp_path):
             lambda: server.inside(*health, *config).returncode == 0,
             what=lambda: f"a ready server: {server.log.read_text()}",
         )
+        # No plugin is an error, although no provider has a key yet.
+        plugins = server.beside(HOST, "plugin", "list", "--server", "http://127.0.0.1:8081")
+        assert plugins.returncode == 0 and "failed" not in plugins.stdout, plugins.stdout
+        checked = server.inside("/usr/bin/batchwright", "config", "check", *config)
+        assert checked.returncode == 0, checked.stderr
         (tmp_path / "in.jsonl").write_bytes(jsonl([chat("a", "hi")]))
         made = server.beside(HOST, "batch", "create", tmp_path / "in.jsonl", "--json")
         assert made.returncode == 0, made.stderr
@@ -205,13 +221,8 @@ def test_package_is_installed_and_its_server_used(installed, tmp_path):
 def test_upgrade_keeps_what_the_operator_changed_and_restarts(installed, release, tmp_path):
     root = installed
     settings = root / "etc/batchwright/batchwright.toml"
-    settings.write_text(settings.read_text() + '[retention]\nbatch_lifetime = "9d"\n')
-    secrets = root / "etc/batchwright/environment"
-    secrets.write_text("OPENAI_API_KEY=secret\n")
-    results = root / "var/lib/batchwright/results"
-    results.write_text("answers")
-    asked(root)
-    (root / "active").touch()
+    settings.write_text(settings.read_text() + 'batch_lifetime = "9d"\n')
+    results, secrets = used(root)
     (package,) = release.glob("*.deb")
     update = newer(package, tmp_path)
     dpkg(root, "--install", update)
@@ -228,12 +239,7 @@ def test_upgrade_keeps_what_the_operator_changed_and_restarts(installed, release
 @needs_root_and("debootstrap")
 def test_removal_keeps_settings_and_purge_keeps_results_and_secrets(installed):
     root = installed
-    results = root / "var/lib/batchwright/results"
-    results.write_text("answers")
-    secrets = root / "etc/batchwright/environment"
-    secrets.write_text("OPENAI_API_KEY=secret\n")
-    asked(root)
-    (root / "active").touch()
+    results, secrets = used(root)
     dpkg(root, "--remove", "batchwright")
     assert "stop batchwright.service" in asked(root)
     assert not (root / "usr/bin/batchwright").exists() and results.exists()

@@ -99,6 +99,21 @@ def test_server_survives_its_supervisor(serve, supervisor, stub):
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_timer_and_service_of_the_backup_are_valid(tmp_path):
+    for file in UNIT.parent.glob("batchwright-backup.*"):
+        text = file.read_text().replace("/usr/bin/batchwright", shutil.which("true"))
+        (tmp_path / file.name).write_text(text)
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / "batchwright-backup.timer"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    ours = [line for line in checked.stderr.splitlines() if "batchwright-backup" in line]
+    assert checked.returncode == 0 and not ours, checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_unit_file_is_valid_and_hardened(tmp_path):
     # The program of the unit is installed elsewhere than here.
     text = UNIT.read_text().replace("/usr/bin/batchwright", shutil.which("true"))

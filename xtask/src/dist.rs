@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::build;
 use crate::examples::{install, program};
@@ -142,17 +142,14 @@ fn fill(folder: &Path, built: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns a plugin file for an installation: without the key of its provider it would be an error
-/// from the first start on.
+/// Returns the text of a plugin file for an installation. One that needs a key is off: without the
+/// key it would be an error from the first start on.
 fn installed(plugin: &str) -> String {
-    let Some(needs_key) = plugin.contains("env:OPENAI_API_KEY").then_some("enabled = false") else {
+    let Some((component, rest)) = plugin.split_once(".wasm\"\n") else { return plugin.to_owned() };
+    if !rest.contains("env:") {
         return plugin.to_owned();
-    };
-    let component = "component = \"inference-openai.wasm\"";
-    plugin.replace(
-        component,
-        &format!("{component}\n# Delete this line once the key is set.\n{needs_key}"),
-    )
+    }
+    format!("{component}.wasm\"\n# Delete this line once the key is set.\nenabled = false\n{rest}")
 }
 
 /// Packs the folder, with equal bytes for equal content.
@@ -201,11 +198,9 @@ fn checksums(release: &Path) -> Result<()> {
             names.push(entry.file_name());
         }
     }
+    ensure!(!names.is_empty(), "{} is empty", release.display());
     names.sort();
     let sums = output(Command::new("sha256sum").args(&names).current_dir(release))?;
-    if names.is_empty() {
-        bail!("{} is empty", release.display());
-    }
     fs::write(release.join("SHA256SUMS"), sums)?;
     Ok(())
 }

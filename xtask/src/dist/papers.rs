@@ -75,9 +75,6 @@ fn packages(more: &[&str]) -> Result<Vec<Linked>> {
     metadata.args(["metadata", "--format-version", "1", "--locked"]).args(more);
     let found: Value = serde_json::from_str(&output(&mut metadata)?)?;
     let packages = found.get("packages").and_then(Value::as_array).context("no packages")?;
-    let text = |package: &Value, name: &str| {
-        package.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
     let package = |package: &Value| Linked {
         name: text(package, "name"),
         version: text(package, "version"),
@@ -87,13 +84,14 @@ fn packages(more: &[&str]) -> Result<Vec<Linked>> {
     Ok(packages.iter().map(package).collect())
 }
 
+fn text(value: &Value, name: &str) -> String {
+    value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
 /// Returns the packages of the bill that are not of this workspace.
 fn linked(bill: &Value) -> Result<Vec<Linked>> {
     let components = bill.get("components").and_then(Value::as_array).context("no components")?;
     let key = |name: &str, version: &str| format!("{name} {version}");
-    let text = |value: &Value, name: &str| {
-        value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
     let wanted: BTreeSet<String> = components
         .iter()
         .map(|component| key(&text(component, "name"), &text(component, "version")))
@@ -126,8 +124,7 @@ fn licenses(linked: &[Linked]) -> Result<String> {
     }
     let mut page = String::from(
         "Licenses of the packages that are linked into batchwright\n\n\
-         Each text is followed by nothing but the next one; the packages that it comes with are \
-         named above it.\n",
+         Above each text are the packages that it comes with.\n",
     );
     if !without.is_empty() {
         page.push_str(
