@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import resource
 import socket
 import threading
 import time
@@ -103,12 +104,7 @@ def test_stream_of_a_project_shows_its_batches_only(tenants):
 def test_idle_streams_and_readers_that_never_read_hold_no_shutdown(serve, stub):
     server = serve(plugins={"p": stub.plugin(["m"])})
     idle = [Stream(f"{server.url}/v1/batches/events") for _ in range(20)]
-    host, port = server.url.removeprefix("http://").split(":")
-    deaf = []
-    for _ in range(20):
-        connection = socket.create_connection((host, int(port)))
-        connection.sendall(f"GET /v1/batches/events HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
-        deaf.append(connection)
+    deaf = [connect(server) for _ in range(20)]
     server.run([chat("a", model="m")])
     wait_for(lambda: all(stream.states for stream in idle), what="states for everyone")
     began = time.monotonic()
@@ -131,9 +127,18 @@ def test_idle_stream_is_kept_alive_by_comments(serve, long):
     wait_for(lambda: stream.comments >= 1, 25, "a comment")
 
 
+def connect(server):
+    """Opens a stream of all batches that nothing reads yet."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(f"GET /v1/batches/events HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+    return connection
+
+
 @pytest.mark.quiet
-def test_ninety_listeners_cost_about_as_much_as_one(serve, stub):
-    server = serve("--max-connections", "1000", plugins={"p": stub.plugin(["m"])})
+def test_two_thousand_listeners_cost_about_as_much_as_one(serve, stub):
+    limits = ["--max-connections", "5000", "--max-event-streams", "4200"]
+    server = serve(*limits, plugins={"p": stub.plugin(["m"])})
     for _ in range(20):
         server.create([chat("a", "!delay 60000 slow", model="m")])
     wait_for(
@@ -141,22 +146,50 @@ def test_ninety_listeners_cost_about_as_much_as_one(serve, stub):
         what="open batches",
     )
 
-    def cpu(listeners):
-        streams = [Stream(f"{server.url}/v1/batches/events") for _ in range(listeners)]
-        wait_for(lambda: all(len(one.states) >= 20 for one in streams), what="first states")
+    def cost(listeners):
+        """Returns the CPU time in four seconds and the memory with so many listeners."""
+        connections = [connect(server) for _ in range(listeners)]
+        for connection in connections:
+            received = b""
+            while received.count(b"data: ") < 20:
+                received += connection.recv(65536)
         begin = cpu_seconds(server)
         time.sleep(4)
-        used = cpu_seconds(server) - begin
-        for one in streams:
-            one.close()
-        return used
+        used, memory = cpu_seconds(server) - begin, resident_bytes(server)
+        for connection in connections:
+            connection.close()
+        return used, memory
 
-    one, many = cpu(1), cpu(90)
-    print(f"CPU time in 4 s with 1 listener {one:.2f} s, with 90 {many:.2f} s")
+    one, before = cost(1)
+    many, after = cost(2000)
+    each = (after - before) / 1999 / 1024
+    print(f"CPU time in 4 s with 1 listener {one:.2f} s, with 2,000 {many:.2f} s")
+    print(f"memory of a listener: {each:.1f} KiB")
     assert many < one + 0.2
+    assert each < 64
+
+
+def test_project_leaves_streams_for_others(tenants):
+    # Of 512 streams one project gets 256.
+    _, one, _ = tenants.project("one")
+    _, other, _ = tenants.project("other")
+    url = f"{tenants.server.url}/v1/batches/events"
+    streams = [Stream(url, one.api_key.value) for _ in range(256)]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        Stream(url, one.api_key.value)
+    assert refused.value.code == 429
+    assert "close some" in json.load(refused.value)["error"]["message"]
+    streams.append(Stream(url, other.api_key.value))
+    for stream in streams:
+        stream.close()
 
 
 def cpu_seconds(server):
     with open(f"/proc/{server.child.pid}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+def resident_bytes(server):
+    with open(f"/proc/{server.child.pid}/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()

@@ -7,10 +7,17 @@
 //! have ended since, once a second, and publishes what has changed, by tenant: listeners share the
 //! list of their tenant and copy one state at a time. One that falls behind skips what it has
 //! missed and gets the current state of everything it follows: states are absolute, so nothing is
-//! lost, and an older state never follows a later one. The number of listeners is bounded, and a
-//! stream ends after a while, so that a key that was deleted shows nothing for long.
+//! lost. A stream ends after a while, so that a key that was deleted shows nothing for long.
+//!
+//! **Order.** An older state never follows a later one. Reads are numbered. Only the states with
+//! which a listener begins can be later than a read that has begun before them, so a listener
+//! remembers them until it sees a read that began after, and nothing from then on.
+//!
+//! **Shares.** The setting `max_event_streams` bounds the listeners of all tenants. A tenant has at
+//! most as many as it leaves free: half if it is alone, and each further tenant finds some.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,13 +41,7 @@ const END_WINDOW: Duration = Duration::from_secs(120);
 /// Number of reads that a listener may fall behind.
 const CHANNEL_READS: usize = 16;
 
-/// Maximum number of listeners of a tenant.
-const MAX_OF_TENANT: usize = 100;
-
-/// Maximum number of listeners of all tenants.
-const MAX_LISTENERS: usize = 512;
-
-/// Maximum number of batches whose last state a listener remembers, and that a new one is shown.
+/// Maximum number of batches that a new listener is shown.
 const MAX_SHOWN: usize = 1000;
 
 /// Time after which a stream ends.
@@ -52,8 +53,13 @@ const MAX_FOLLOWED: usize = 20_000;
 /// States of the batches of a tenant, in the order of their ids.
 type States = Arc<[BatchProgress]>;
 
-/// Changes of one read, by tenant.
-type Changes = Arc<HashMap<TenantId, States>>;
+/// What one read has changed.
+#[derive(Clone)]
+struct Changes {
+    /// Number of the read.
+    read: u64,
+    of_tenant: Arc<HashMap<TenantId, States>>,
+}
 
 /// Progress of the batches of all tenants.
 pub struct ProgressHub {
@@ -62,8 +68,12 @@ pub struct ProgressHub {
     changes: broadcast::Sender<Changes>,
     /// What was read last, by tenant.
     known: Mutex<HashMap<TenantId, States>>,
+    /// Number of reads that have begun.
+    reads: AtomicU64,
     /// Number of listeners by tenant.
     listeners: Mutex<HashMap<TenantId, usize>>,
+    /// Maximum number of listeners of all tenants.
+    max_listeners: usize,
     listener_added: Notify,
     draining: CancellationToken,
 }
@@ -88,11 +98,19 @@ pub struct ProgressListener {
     changes: broadcast::Receiver<Changes>,
     /// States that are passed on next, and the place of the first one.
     ready: (States, usize),
-    /// What was shown last of batches that have not ended: the step, and the finished requests.
-    shown: HashMap<BatchId, (u8, u64)>,
+    /// The states that it began with, until a read that began after them.
+    first: Option<FirstStates>,
     /// End of the stream. The client opens another one, and shows its key again.
     ends_at: Instant,
     is_over: bool,
+}
+
+/// States that a listener began with, which no earlier read may follow.
+struct FirstStates {
+    /// Number of reads that had begun when these states were known.
+    reads: u64,
+    /// Step and finished requests of each batch that had not ended.
+    states: HashMap<BatchId, (u8, u64)>,
 }
 
 impl Drop for ProgressListener {
@@ -114,7 +132,9 @@ impl ProgressHub {
             clock: parts.clock.clone(),
             changes: broadcast::Sender::new(CHANNEL_READS),
             known: Mutex::default(),
+            reads: AtomicU64::new(0),
             listeners: Mutex::default(),
+            max_listeners: parts.config.batch.max_event_streams.get(),
             listener_added: Notify::new(),
             draining: shared.draining.clone(),
         })
@@ -131,8 +151,7 @@ impl ProgressHub {
         let Some(batch) = self.store.batch(tenant, id).await? else { return Ok(None) };
         let (tenant, id, counts) = (tenant.clone(), id.clone(), batch.counts);
         let now = BatchProgress { tenant, id, status: batch.status, counts };
-        listener.ready = (Arc::new([now]), 0);
-        self.listener_added.notify_one();
+        listener.begin(Arc::new([now]));
         Ok(Some(listener))
     }
 
@@ -144,8 +163,7 @@ impl ProgressHub {
     ) -> std::result::Result<ProgressListener, ListenError> {
         let mut listener = self.subscribe(tenant, None)?;
         let open = self.store.batch_progress(Some(tenant), None, MAX_SHOWN).await?;
-        listener.ready = (open.into(), 0);
-        self.listener_added.notify_one();
+        listener.begin(open.into());
         Ok(listener)
     }
 
@@ -157,7 +175,7 @@ impl ProgressHub {
         let mut listeners = self.listeners();
         let all: usize = listeners.values().sum();
         let own = listeners.get(tenant).copied().unwrap_or(0);
-        if own >= MAX_OF_TENANT || all >= MAX_LISTENERS {
+        if own >= self.max_listeners.saturating_sub(all) {
             return Err(ListenError::TooMany);
         }
         listeners.insert(tenant.clone(), own.saturating_add(1));
@@ -168,7 +186,7 @@ impl ProgressHub {
             batch,
             changes: self.changes.subscribe(),
             ready: (Arc::new([]), 0),
-            shown: HashMap::new(),
+            first: None,
             ends_at: Instant::now() + MAX_LIFETIME,
             is_over: false,
         })
@@ -198,12 +216,18 @@ impl ProgressHub {
     async fn read(&self) -> Result<()> {
         // A batch that ended between two reads is found by the time of its end.
         let since = self.clock.now().before(END_WINDOW);
-        self.publish(self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?);
+        let read = self.begin_read();
+        self.publish(read, self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?);
         Ok(())
     }
 
-    /// Publishes what has changed since the last read.
-    fn publish(&self, found: Vec<BatchProgress>) {
+    /// Returns the number of a read that begins now.
+    fn begin_read(&self) -> u64 {
+        self.reads.fetch_add(1, Ordering::SeqCst).saturating_add(1)
+    }
+
+    /// Publishes what has changed since the read before.
+    fn publish(&self, read: u64, found: Vec<BatchProgress>) {
         let mut of_tenant: HashMap<TenantId, Vec<BatchProgress>> = HashMap::new();
         for progress in found {
             of_tenant.entry(progress.tenant.clone()).or_default().push(progress);
@@ -228,7 +252,7 @@ impl ProgressHub {
         drop(known);
         if !changes.is_empty() {
             // Without listeners there is nobody to tell.
-            self.changes.send(Arc::new(changes)).ok();
+            self.changes.send(Changes { read, of_tenant: Arc::new(changes) }).ok();
         }
     }
 
@@ -250,25 +274,20 @@ impl ProgressListener {
         }
     }
 
-    /// Returns true if a state is older than the one that was shown, as its read began earlier.
-    fn is_older(&mut self, progress: &BatchProgress) -> bool {
-        let step = match progress.status {
-            Status::Validating => 0,
-            Status::InProgress => 1,
-            Status::Finalizing => 2,
-            Status::Cancelling => 3,
-            Status::Failed | Status::Completed | Status::Expired | Status::Cancelled => {
-                self.shown.remove(&progress.id);
-                return false;
-            }
-        };
-        let now = (step, progress.counts.completed.saturating_add(progress.counts.failed));
-        let shown = self.shown.get(&progress.id).copied();
-        if shown.is_none() && self.shown.len() >= MAX_SHOWN {
-            self.shown.clear();
-        }
-        self.shown.insert(progress.id.clone(), shown.unwrap_or(now).max(now));
-        shown.is_some_and(|shown| shown > now)
+    /// Shows states that were read just now, before everything else.
+    fn begin(&mut self, states: States) {
+        let open = states.iter().filter_map(|state| Some((state.id.clone(), place_of(state)?)));
+        let reads = self.hub.reads.load(Ordering::SeqCst);
+        self.first = Some(FirstStates { reads, states: open.collect() });
+        self.ready = (states, 0);
+        self.hub.listener_added.notify_one();
+    }
+
+    /// Returns true if a state is older than the one that this listener began with.
+    fn is_older(&self, progress: &BatchProgress) -> bool {
+        let first = self.first.as_ref().and_then(|first| first.states.get(&progress.id));
+        let (Some(first), Some(now)) = (first, place_of(progress)) else { return false };
+        now < *first
     }
 
     /// Returns the next state, or none at the end: after the final state of the batch that is
@@ -289,7 +308,9 @@ impl ProgressListener {
             let next = tokio::time::timeout_at(self.ends_at, self.changes.recv());
             match draining.run_until_cancelled(next).await?.ok()? {
                 Ok(changes) => {
-                    self.ready = (changes.get(&self.tenant).cloned().unwrap_or_default(), 0);
+                    self.first.take_if(|first| first.reads < changes.read);
+                    let own = changes.of_tenant.get(&self.tenant).cloned();
+                    self.ready = (own.unwrap_or_default(), 0);
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => {
                     // The changes that the channel still holds are older than what is known.
@@ -303,11 +324,25 @@ impl ProgressListener {
     }
 }
 
+/// Returns the step and the finished requests of a batch that has not ended; both only grow.
+fn place_of(progress: &BatchProgress) -> Option<(u8, u64)> {
+    let step = match progress.status {
+        Status::Validating => 0,
+        Status::InProgress => 1,
+        Status::Finalizing => 2,
+        Status::Cancelling => 3,
+        Status::Failed | Status::Completed | Status::Expired | Status::Cancelled => return None,
+    };
+    Some((step, progress.counts.completed.saturating_add(progress.counts.failed)))
+}
+
 #[cfg(test)]
 mod tests {
     use batchwright_store::{Counts, SqliteStore};
 
     use super::*;
+
+    const MAX_LISTENERS: usize = 12;
 
     fn state(id: &str, status: Status, completed: u64) -> BatchProgress {
         let counts = Counts { total: 100, completed, failed: 0 };
@@ -320,7 +355,9 @@ mod tests {
             clock: Clock::system(),
             changes: broadcast::Sender::new(CHANNEL_READS),
             known: Mutex::default(),
+            reads: AtomicU64::new(0),
             listeners: Mutex::default(),
+            max_listeners: MAX_LISTENERS,
             listener_added: Notify::new(),
             draining: CancellationToken::new(),
         })
@@ -347,14 +384,15 @@ mod tests {
                 ..20 => state("a", Status::InProgress, read),
                 _ => state("a", Status::Completed, 20),
             };
-            hub.publish(vec![state("b", Status::InProgress, read), a]);
+            hub.publish(hub.begin_read(), vec![state("b", Status::InProgress, read), a]);
         }
         let last = CHANNEL_READS as u64 * 2;
         let expected =
             [("a".to_owned(), Status::Completed, 20), ("b".to_owned(), Status::InProgress, last)];
         assert_eq!(shown(&mut listener).await, expected);
         // It goes on with what changes.
-        hub.publish(vec![state("a", Status::Completed, 20), state("b", Status::Finalizing, last)]);
+        let next = vec![state("a", Status::Completed, 20), state("b", Status::Finalizing, last)];
+        hub.publish(hub.begin_read(), next);
         let expected = [("b".to_owned(), Status::Finalizing, last)];
         assert_eq!(shown(&mut listener).await, expected);
     }
@@ -364,23 +402,42 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let hub = hub(folder.path());
         let mut listener = hub.subscribe(&"tenant".into(), Some("a".into())).unwrap();
-        listener.ready = (Arc::new([state("a", Status::Finalizing, 7)]), 0);
-        hub.publish(vec![state("a", Status::InProgress, 7), state("b", Status::InProgress, 1)]);
-        hub.publish(vec![state("a", Status::Completed, 7)]);
-        let expected =
-            [("a".to_owned(), Status::Finalizing, 7), ("a".to_owned(), Status::Completed, 7)];
+        let older = hub.begin_read();
+        listener.begin(Arc::new([state("a", Status::Finalizing, 7)]));
+        hub.publish(
+            older,
+            vec![state("a", Status::InProgress, 7), state("b", Status::InProgress, 1)],
+        );
+        let expected = [("a".to_owned(), Status::Finalizing, 7)];
         assert_eq!(shown(&mut listener).await, expected);
+        assert!(listener.first.is_some());
+        // A read that began before and saw more is shown, and so is every read that began after.
+        hub.publish(older, vec![state("a", Status::Cancelling, 7)]);
+        let expected = [("a".to_owned(), Status::Cancelling, 7)];
+        assert_eq!(shown(&mut listener).await, expected);
+        hub.publish(hub.begin_read(), vec![state("a", Status::Completed, 7)]);
+        let expected = [("a".to_owned(), Status::Completed, 7)];
+        assert_eq!(shown(&mut listener).await, expected);
+        assert!(listener.first.is_none(), "nothing is remembered");
     }
 
     #[test]
-    fn refused_listener_leaves_nothing_behind() {
+    fn tenant_has_as_many_listeners_as_it_leaves_free() {
         let folder = tempfile::tempdir().unwrap();
         let hub = hub(folder.path());
-        let tenants = (0..MAX_LISTENERS).map(|number| TenantId::from(format!("t{number}")));
-        let open: Vec<_> = tenants.map(|tenant| hub.subscribe(&tenant, None).unwrap()).collect();
-        assert!(matches!(hub.subscribe(&"late".into(), None), Err(ListenError::TooMany)));
-        assert_eq!(hub.listeners().len(), MAX_LISTENERS);
-        drop(open);
+        let all_of = |tenant: &str| {
+            let listeners = std::iter::from_fn(|| hub.subscribe(&tenant.into(), None).ok());
+            listeners.take(MAX_LISTENERS + 1).collect::<Vec<_>>()
+        };
+        let (one, two, three) = (all_of("one"), all_of("two"), all_of("three"));
+        assert_eq!((one.len(), two.len(), three.len()), (6, 3, 2));
+        let refused = hub.subscribe(&"one".into(), None).map(drop);
+        assert!(matches!(refused, Err(ListenError::TooMany)));
+        drop(one);
+        drop(two);
+        assert_eq!(hub.listeners().len(), 1, "a listener that ended leaves nothing behind");
+        assert_eq!(all_of("one").len(), 5);
+        drop(three);
         assert!(hub.listeners().is_empty());
     }
 }
