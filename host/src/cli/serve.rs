@@ -10,6 +10,7 @@ use batchwright_api::Authenticator;
 use batchwright_batch::Engine;
 use batchwright_plugin::watch::watch;
 use batchwright_store::umask;
+use batchwright_telemetry::Otlp;
 use clap::Args;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -53,19 +54,17 @@ impl Serve {
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
-        let tls = assemble::tls(&settings)?;
-        let metrics = assemble::metrics(&settings)?;
-        let otlp = assemble::otlp(&settings, &metrics)?;
-        let options = Options::of_server(&settings);
-        let engine = assemble::engine_with(&settings, options, metrics, otlp.as_ref()).await?;
-        assemble::create_first_key(&settings, &engine).await?;
-        let authenticator = authenticator(&engine, &settings, self.insecure).await?;
-        let _watcher = watch(&engine.parts().registry);
-        let (listener, address) = bind(settings.server.listen, "--listen").await?;
-        let admin = match settings.server.admin_listen {
-            Some(address) => Some(bind(address, "--admin-listen").await?),
-            None => None,
+        let prepared = tokio::select! {
+            biased;
+            () = terminated(&mut signals) => {
+                tracing::info!("server stopped before it had started");
+                return Ok(ExitCode::SUCCESS);
+            }
+            prepared = Prepared::new(&settings, self.insecure) => prepared?,
         };
+        let Prepared { engine, authenticator, tls, otlp, listener, admin } = prepared;
+        let (listener, address) = listener;
+        let _watcher = watch(&engine.parts().registry);
         let metrics = assemble::http_metrics(&engine)?;
         let reloader = Arc::new(Reloader::new(
             self.settings,
@@ -140,7 +139,6 @@ impl Serve {
             }
         };
         supervisor.stopping(stop_time(&settings));
-        let second_signal = async { while signals.next().await == ProcessSignal::Hangup {} };
         let stopping = async {
             shut_down(&settings, &engine, signal, &shutdown, &tasks).await;
             if let Some(otlp) = otlp {
@@ -151,12 +149,45 @@ impl Serve {
             () = stopping => {
                 tracing::info!("server stopped");
             }
-            () = second_signal => {
+            () = terminated(&mut signals) => {
                 tracing::warn!("server stopped at once, next start sends requests in flight again");
             }
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Server that has everything that it needs, and does nothing yet.
+struct Prepared {
+    engine: Arc<Engine>,
+    authenticator: Arc<Authenticator>,
+    tls: Option<Arc<api::Tls>>,
+    otlp: Option<Otlp>,
+    listener: (TcpListener, SocketAddr),
+    admin: Option<(TcpListener, SocketAddr)>,
+}
+
+impl Prepared {
+    async fn new(settings: &Settings, is_insecure: bool) -> Result<Self, Error> {
+        let tls = assemble::tls(settings)?;
+        let metrics = assemble::metrics(settings)?;
+        let otlp = assemble::otlp(settings, &metrics)?;
+        let options = Options::of_server(settings);
+        let engine = assemble::engine_with(settings, options, metrics, otlp.as_ref()).await?;
+        assemble::create_first_key(settings, &engine).await?;
+        let authenticator = authenticator(&engine, settings, is_insecure).await?;
+        let listener = bind(settings.server.listen, "--listen").await?;
+        let admin = match settings.server.admin_listen {
+            Some(address) => Some(bind(address, "--admin-listen").await?),
+            None => None,
+        };
+        Ok(Self { engine, authenticator, tls, otlp, listener, admin })
+    }
+}
+
+/// Waits for a signal that ends the process.
+async fn terminated(signals: &mut ProcessSignals) {
+    while signals.next().await == ProcessSignal::Hangup {}
 }
 
 /// Process of the server, for its admin listener.
