@@ -12,6 +12,11 @@ app.kubernetes.io/name: batchwright
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{- define "batchwright.backupSelector" -}}
+app.kubernetes.io/name: batchwright-backup
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "batchwright.labels" -}}
 {{ include "batchwright.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -51,4 +56,17 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
+{{- end -}}
+
+{{- define "batchwright.podSecurity" -}}
+runAsNonRoot: true
+seccompProfile:
+  type: RuntimeDefault
+# Else each start changes the group of every file, and compiled plugins are compiled again.
+fsGroupChangePolicy: OnRootMismatch
+{{- range $key, $value := .Values.securityContext }}
+{{- if ne (kindOf $value) "invalid" }}
+{{ $key }}: {{ int64 $value }}
+{{- end }}
+{{- end }}
 {{- end -}}
