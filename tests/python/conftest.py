@@ -22,8 +22,9 @@ import uuid
 import openai
 import pytest
 
-# Fixtures of the tests with a hostile plugin, of packages, and of those with several tenants.
-pytest_plugins = ["containment", "packages", "tenants"]
+# Fixtures of the tests with a hostile plugin, of packages, charts, images and registries, and with
+# several tenants.
+pytest_plugins = ["containment", "packages", "charts", "containers", "registries", "tenants"]
 # Failed asserts of this module show their values, like those of a test.
 pytest.register_assert_rewrite("outages")
 

@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -73,6 +74,40 @@ def release():
         with once("release"):
             subprocess.run(["cargo", "xtask", "dist", "--quick"], cwd=ROOT, check=True)
     return RELEASE
+
+
+@pytest.fixture(scope="session")
+def debian():
+    """Returns the root of a minimal Debian 12."""
+    root = TARGET / "debian"
+    with once("debian"):
+        if not (root / "etc/passwd").exists():
+            made = Path(tempfile.mkdtemp(dir=TARGET))
+            made.chmod(0o755)
+            include = "--include=systemd,dbus,sudo,openssl,ca-certificates"
+            command = ["debootstrap", "--variant=minbase", include, "bookworm", made]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                subprocess.run(["umount", "--lazy", made / "proc"], capture_output=True)
+                shutil.rmtree(made, ignore_errors=True)
+                pytest.skip(f"debootstrap failed: {done.stdout.strip().splitlines()[-1:]}")
+            made.rename(root)
+    return root
+
+
+def newer(package, folder):
+    """Returns the package with a higher version and with other shipped files."""
+    tree = folder / "newer"
+    run("dpkg-deb", "--raw-extract", package, tree)
+    control = tree / "DEBIAN/control"
+    control.write_text(
+        re.sub(r"^Version: .*$", "Version: 9.9.9-1", control.read_text(), flags=re.M)
+    )
+    plugin = tree / "etc/batchwright/plugins/echo.toml"
+    plugin.write_text(plugin.read_text() + "# New in 9.9.9.\n")
+    quick = ("-Zgzip", "-z1")
+    run("dpkg-deb", *quick, "--build", "--root-owner-group", tree, folder / "newer.deb")
+    return folder / "newer.deb"
 
 
 @pytest.fixture(scope="session")

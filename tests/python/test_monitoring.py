@@ -40,6 +40,18 @@ def test_rules_are_valid_and_name_metrics_and_documentation_that_exist(prometheu
     assert len(re.findall(r"^## ", page, re.M)) == len(alerts())
 
 
+def test_scrape_configs_of_the_documentation_are_valid(prometheus, tmp_path):
+    page = (ROOT / "docs/operating/metrics.md").read_text()
+    found = re.findall(r"^```yaml\n(scrape_configs:.*?)^```$", page, re.M | re.S)
+    assert len(found) == 2
+    (tmp_path / "key").write_text("bw_")
+    for text in found:
+        config = tmp_path / "prometheus.yml"
+        config.write_text(text.replace("/etc/prometheus/batchwright-key", f"{tmp_path}/key"))
+        status, output = promtool(prometheus, "check", "config", config)
+        assert status == 0, output
+
+
 def test_dashboard_names_metrics_that_exist():
     panels = json.loads(DASHBOARD.read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]

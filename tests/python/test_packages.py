@@ -8,22 +8,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import HOST, ROOT, TARGET, chat, jsonl, lines, run_host, wait_for
+from conftest import HOST, ROOT, chat, jsonl, lines, run_host, wait_for
+from containers import DOCKERFILE
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from packages import Namespace, needs_root_and, once, run
-
-DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
-# The libraries of the base image, which is not there to be pulled.
-LIBRARIES = Path("/lib/x86_64-linux-gnu")
-BASE_IMAGE = "gcr.io/distroless/cc-debian12"
+from packages import Namespace, needs_root_and, newer, run
 
 
 def test_archive_has_a_program_that_runs_where_it_is_unpacked(release, tmp_path):
@@ -76,24 +72,6 @@ def test_completions_and_manual_pages_know_every_command(release):
 # --- Debian package ---
 
 
-@pytest.fixture(scope="session")
-def debian():
-    """Returns the root of a minimal Debian 12."""
-    root = TARGET / "debian-12"
-    with once("debian-12"):
-        if not (root / "etc/passwd").exists():
-            made = Path(tempfile.mkdtemp(dir=TARGET))
-            made.chmod(0o755)
-            command = ["debootstrap", "--variant=minbase", "--include=systemd", "bookworm", made]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            if done.returncode != 0:
-                subprocess.run(["umount", "--lazy", made / "proc"], capture_output=True)
-                shutil.rmtree(made, ignore_errors=True)
-                pytest.skip(f"debootstrap failed: {done.stdout.strip().splitlines()[-1:]}")
-            made.rename(root)
-    return root
-
-
 @pytest.fixture
 def installed(debian, release, tmp_path):
     """Returns a Debian of this test's own, with the package installed."""
@@ -142,20 +120,6 @@ def used(root):
     (root / "active").touch()
     asked(root)
     return results, secrets
-
-
-def newer(package, folder):
-    """Returns the package with a higher version and with other shipped files."""
-    tree = folder / "newer"
-    run("dpkg-deb", "--raw-extract", package, tree)
-    control = tree / "DEBIAN/control"
-    control.write_text(
-        re.sub(r"^Version: .*$", "Version: 9.9.9-1", control.read_text(), flags=re.M)
-    )
-    plugin = tree / "etc/batchwright/plugins/echo.toml"
-    plugin.write_text(plugin.read_text() + "# New in 9.9.9.\n")
-    run("dpkg-deb", "--build", "--root-owner-group", tree, folder / "newer.deb")
-    return folder / "newer.deb"
 
 
 def unit_is_enabled(root):
@@ -253,68 +217,14 @@ def test_removal_keeps_settings_and_purge_keeps_results_and_secrets(installed):
 # --- container image ---
 
 
-def buildah(*arguments):
-    store = TARGET / "images"
-    options = ("--root", store, "--runroot", store / "run", "--storage-driver", "vfs")
-    return run("buildah", *options, *arguments).strip()
-
-
-def image_of(folder, name):
-    """Makes an image of a folder."""
-    container = buildah("from", "scratch")
-    buildah("copy", "--quiet", container, folder, "/")
-    buildah("commit", "--quiet", container, name)
-    buildah("rm", container)
-
-
-@pytest.fixture
-def image(release, tmp_path):
-    """Returns the root folder and the configuration of the image that the Dockerfile makes.
-
-    The stage that compiles is replaced by the release that was packed already.
-    """
-    base = tmp_path / "base"
-    for library in ["libc.so.6", "libm.so.6", "libgcc_s.so.1"]:
-        (base / "lib/x86_64-linux-gnu").mkdir(parents=True, exist_ok=True)
-        shutil.copy(LIBRARIES / library, base / "lib/x86_64-linux-gnu" / library)
-    (base / "lib64").mkdir()
-    shutil.copy("/lib64/ld-linux-x86-64.so.2", base / "lib64")
-    for folder in ["proc", "etc", "tmp"]:
-        (base / folder).mkdir()
-    built = tmp_path / "built"
-    shutil.copytree(release / "batchwright", built / "source/dist/release/batchwright")
-    shutil.copytree(ROOT / "deploy/docker", built / "source/deploy/docker")
-    (built / "volume/batchwright").mkdir(parents=True)
-    (built / "volume/batchwright").chmod(0o770)
-    compiled, final = re.split(r"^# glibc, libgcc.*$", DOCKERFILE.read_text(), flags=re.M)
-    assert compiled.count("FROM ") == final.count("FROM ") == 1
-    (tmp_path / "Dockerfile").write_text(final.replace("--from=build", "--from=localhost/built"))
-    with once("images"):
-        image_of(base, BASE_IMAGE)
-        image_of(built, "localhost/built")
-        options = ("--pull-never", "--isolation", "chroot", "--format", "docker", "--quiet")
-        buildah(
-            *("build", *options, "--file", tmp_path / "Dockerfile"),
-            *("--tag", "localhost/batchwright", tmp_path / "base"),
-        )
-        config = json.loads(buildah("inspect", "--type", "image", "localhost/batchwright"))
-        container = buildah("from", "--pull-never", "localhost/batchwright")
-        root = tmp_path / "root"
-        run("cp", "--archive", buildah("mount", container), root)
-        buildah("rm", container)
-        buildah("rmi", "--prune")
-    return root, config["Docker"]["config"]
-
-
 def env_of(config):
     return [tuple(pair.split("=", 1)) for pair in config["Env"] or []]
 
 
 @needs_root_and("buildah", "unshare", "nsenter", "setpriv")
-@pytest.mark.skipif(not LIBRARIES.exists(), reason=f"needs {LIBRARIES}")
 @pytest.mark.parametrize("user", ["65532:0", "1000680000:0"])
 def test_image_runs_as_any_user_in_a_root_that_nobody_can_write(image, user, tmp_path):
-    root, config = image
+    root, config = image.root, image.config
     assert re.fullmatch(r"[1-9]\d*:\d+", config["User"]), "runAsNonRoot needs a number"
     assert not (root / "bin/sh").exists()
     uid, gid = user.split(":")
@@ -360,9 +270,43 @@ def test_image_runs_as_any_user_in_a_root_that_nobody_can_write(image, user, tmp
 
 
 @needs_root_and("buildah", "unshare", "nsenter", "setpriv")
-@pytest.mark.skipif(not LIBRARIES.exists(), reason=f"needs {LIBRARIES}")
+def test_first_process_of_a_container_ends_at_a_signal_while_it_starts(image, tmp_path):
+    key = run_host("admin", "key", "generate").stdout.strip()
+    volume = tmp_path / "volume"
+    run("cp", "--archive", image.root / "var/lib", volume)
+    env = [("BATCHWRIGHT_FIRST_ADMIN_KEY", "env:ADMIN_KEY"), ("ADMIN_KEY", key)]
+    env += env_of(image.config)
+    # The start waits for its settings, until something is written.
+    config = volume / "batchwright/config"
+    os.mkfifo(config, 0o666)
+    config.chmod(0o666)
+    command = [*image.config["Entrypoint"], "serve", "--config", "/var/lib/batchwright/config"]
+    mounts = [(volume / "batchwright", "/var/lib/batchwright")]
+    log = tmp_path / "log"
+    server = Namespace(image.root, command, log, user=65532, env=env, mounts=mounts)
+
+    def handles_sigterm():
+        first = server.first()
+        if not first or Path(f"/proc/{first}/comm").read_text() != "batchwright\n":
+            return False
+        status = Path(f"/proc/{first}/status").read_text()
+        caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.M)[1], 16)
+        return caught >> (signal.SIGTERM - 1) & 1
+
+    try:
+        # The kernel drops a signal to the first process that has no handler for it.
+        wait_for(handles_sigterm, what="a handler")
+        os.kill(server.first(), signal.SIGTERM)
+        config.write_text((image.root / "etc/batchwright/batchwright.toml").read_text())
+        assert server.child.wait(timeout=30) == 0
+        assert "listening" not in log.read_text()
+    finally:
+        server.kill()
+
+
+@needs_root_and("buildah", "unshare", "nsenter", "setpriv")
 def test_container_without_a_key_says_what_to_do(image, tmp_path):
-    root, config = image
+    root, config = image.root, image.config
     command = [*config["Entrypoint"], *config["Cmd"]]
     volume = tmp_path / "volume"
     run("cp", "--archive", root / "var/lib/batchwright", volume)

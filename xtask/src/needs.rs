@@ -9,20 +9,21 @@ use anyhow::{Result, bail};
 
 use crate::run::{run, step};
 
-/// Program, and the Debian package that contains it.
+/// Program, and the Debian packages that it needs.
 struct Need {
     program: &'static str,
     /// Command that succeeds if the program is installed.
     check: &'static [&'static str],
-    package: &'static str,
+    /// Names of packages, separated by spaces.
+    packages: &'static str,
 }
 
 const fn need(
     program: &'static str,
     check: &'static [&'static str],
-    package: &'static str,
+    packages: &'static str,
 ) -> Need {
-    Need { program, check, package }
+    Need { program, check, packages }
 }
 
 /// Required by every build.
@@ -43,12 +44,20 @@ const TO_TEST: [Need; 4] = [
 ];
 
 /// Required by some tests, which are skipped without them.
-const FOR_SOME_TESTS: [Need; 5] = [
+const FOR_SOME_TESTS: [Need; 8] = [
     need("buildah", &["buildah", "--version"], "buildah"),
     need("debootstrap", &["sh", "-c", "command -v debootstrap"], "debootstrap"),
     need("docker-registry", &["sh", "-c", "command -v docker-registry"], "docker-registry"),
+    // Podman with the programs that it calls, which its package only recommends or leaves open.
+    need(
+        "podman",
+        &["sh", "-c", "command -v podman && command -v catatonit && command -v iptables"],
+        "podman catatonit containernetworking-plugins iptables",
+    ),
+    need("runc", &["sh", "-c", "command -v runc"], "runc"),
     need("ssh-keygen", &["sh", "-c", "command -v ssh-keygen"], "openssh-client"),
     need("systemd-analyze", &["systemd-analyze", "--version"], "systemd"),
+    need("systemd-nspawn", &["systemd-nspawn", "--version"], "systemd-container"),
 ];
 
 impl Need {
@@ -84,8 +93,11 @@ fn provide(required: &[&'static [Need]], optional: &[&'static [Need]]) -> Result
     let missing_of =
         |lists: &[&'static [Need]]| lists.iter().flat_map(|list| missing(list)).collect::<Vec<_>>();
     let (missing_required, missing_optional) = (missing_of(required), missing_of(optional));
-    let packages: Vec<&str> =
-        missing_required.iter().chain(&missing_optional).map(|need| need.package).collect();
+    let packages: Vec<&str> = missing_required
+        .iter()
+        .chain(&missing_optional)
+        .flat_map(|need| need.packages.split(' '))
+        .collect();
     if packages.is_empty() {
         return Ok(());
     }

@@ -1,0 +1,211 @@
+"""The Compose file and the pod of the Helm chart, run by Podman.
+
+The commands of the documentation run as they are written, with Podman in the place of Docker. There
+is no cluster: Podman is the kubelet of one pod, the test takes the secrets out of their objects, as
+the kubelet does, and asks the probes.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import urllib.error
+import urllib.request
+
+import pytest
+import trustme
+import yaml
+from conftest import PLUGINS, ROOT, chat, jsonl, run_host, wait_for
+from packages import needs_root_and
+from registries import LOGIN
+
+pytestmark = needs_root_and("buildah", "podman", "runc", "unshare", "nsenter")
+
+PAGE = ROOT / "docs/operating/packages.md"
+WASM = "application/wasm"
+
+
+def asked(path, port=8081):
+    """Returns the status of a path, and none while nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def finish_batch(folder, admin_key, model="echo"):
+    """Makes a key with the admin key, and runs a batch with it."""
+    env = {"BATCHWRIGHT_ADMIN_KEY": admin_key, "BATCHWRIGHT_URL": "http://127.0.0.1:8080"}
+    made = run_host("admin", "key", "create", "--project", "default", "--name", "n", env=env)
+    assert made.returncode == 0, made.stderr
+    env["BATCHWRIGHT_API_KEY"] = made.stdout.strip()
+    (folder / "in.jsonl").write_bytes(jsonl([chat("a", model=model)]))
+    made = run_host("batch", "create", folder / "in.jsonl", "--json", env=env)
+    assert made.returncode == 0, made.stderr
+    batch = json.loads(made.stdout)["id"]
+    watched = run_host("batch", "watch", batch, env=env)
+    assert watched.returncode == 0, watched.stderr
+    return batch, env
+
+
+def test_compose_file_starts_a_server_that_is_healthy_and_keeps_its_data(podman, tmp_path):
+    pytest.importorskip("podman_compose")
+    block = r"<!-- not run: [^>]*test_containers\.py runs it[^>]*-->\n```sh\n(.*?)^```$"
+    start, administer = re.findall(block, PAGE.read_text(), re.M | re.S)
+    shutil.copytree(ROOT / "deploy/docker", tmp_path / "deploy/docker")
+    try:
+        podman.run("bash", "-euo", "pipefail", "-c", start, cwd=tmp_path)
+        (name,) = podman.run("podman", "ps", "--format={{.Names}}").split()
+        wait_for(lambda: asked("/health/ready") == 200, what=lambda: podman.logs(name))
+        # As the engine does each ten seconds.
+        podman.run("podman", "healthcheck", "run", name)
+        made = podman.run("bash", "-ec", administer, cwd=tmp_path / "deploy/docker")
+        assert "acme-labs" in made
+        key = (tmp_path / "deploy/docker/.env").read_text().strip().partition("=")[2]
+        batch, env = finish_batch(tmp_path, key)
+        compose = ["docker", "compose"]
+        podman.run(*compose, "stop", cwd=tmp_path / "deploy/docker")
+        assert podman.state(name)["ExitCode"] == 0, podman.logs(name)
+        podman.run(*compose, "start", cwd=tmp_path / "deploy/docker")
+        wait_for(lambda: asked("/health/serving") == 200, what="a server that has started again")
+        shown = run_host("batch", "get", batch, "--json", env=env)
+        assert json.loads(shown.stdout)["status"] == "completed", shown.stderr
+    finally:
+        podman.call("docker", "compose", "down", cwd=tmp_path / "deploy/docker")
+
+
+# --- chart ---
+
+
+def claim(name):
+    """Returns a volume that belongs to the group of the pod, as `fsGroup` makes it."""
+    owner = {"volume.podman.io/uid": "65532", "volume.podman.io/gid": "65532"}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "annotations": owner},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    }
+
+
+def resolve(spec, secrets, folder):
+    """Replaces what a kubelet takes from secrets, and takes the probes out."""
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe", "ports"]:
+            container.pop(probe, None)
+        for variable in container.get("env", []):
+            source = variable.pop("valueFrom", None)
+            if source:
+                reference = source["secretKeyRef"]
+                variable["value"] = secrets[reference["name"]][reference["key"]]
+    for volume in spec["volumes"]:
+        secret = volume.pop("secret", None)
+        if secret:
+            place = folder / f"secret-{volume['name']}"
+            place.mkdir(exist_ok=True)
+            for item in secret["items"]:
+                (place / item["path"]).write_text(secrets[secret["secretName"]][item["key"]])
+            volume["hostPath"] = {"path": str(place), "type": "Directory"}
+    spec["hostNetwork"] = True
+    return spec
+
+
+@pytest.fixture
+def play(podman, tmp_path):
+    """Returns a function that starts a pod with the volumes and configs that it names."""
+
+    def start(name, spec, objects):
+        configs = [item for (kind, _), item in objects.items() if kind == "ConfigMap"]
+        claims = [
+            claim(volume["persistentVolumeClaim"]["claimName"])
+            for volume in spec["volumes"]
+            if "persistentVolumeClaim" in volume
+        ]
+        known = podman.run("podman", "volume", "ls", "--quiet").split()
+        new = [volume for volume in claims if volume["metadata"]["name"] not in known]
+        # Else Podman removes a container that has just ended, which can fail.
+        metadata = {
+            "name": name,
+            "annotations": {"io.podman.annotations.init.container.type": "always"},
+        }
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump_all([*new, *configs, pod]))
+        return podman.call("podman", "kube", "play", file)
+
+    return start
+
+
+def test_pod_of_the_chart_pulls_a_plugin_serves_drains_and_is_backed_up(
+    render, play, podman, registry, tmp_path
+):
+    # A private registry with a certificate of an authority of its own.
+    authority = trustme.CA()
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    authority.cert_pem.write_to_path(certificates / "ca.pem")
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "tls.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "tls.key")
+    registry = registry(users=True, tls=(tmp_path / "tls.pem", tmp_path / "tls.key"))
+    component = (PLUGINS / "inference-echo.wasm").read_bytes()
+    digest = registry.push("team/parrot", "1.0", (WASM, component))
+    file = f"parrot-{hashlib.sha256(component).hexdigest()[:16]}.wasm"
+    key = run_host("admin", "key", "generate").stdout.strip()
+    login = json.dumps({"auths": {registry.address: {"auth": LOGIN}}})
+    secrets = {"batchwright-admin": {"key": key}, "login": {".dockerconfigjson": login}}
+    objects = render(
+        {
+            "image": {"repository": "localhost/batchwright"},
+            "plugins": {"parrot": f'component = "{file}"\nmodels = ["parrot"]\n'},
+            "pull": [{"name": "parrot", "reference": f"{registry.address}/team/parrot@{digest}"}],
+            "pullSecret": "login",
+            "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/certificates/ca.pem"}],
+            "extraVolumes": [{"name": "ca", "hostPath": {"path": str(certificates)}}],
+            "extraVolumeMounts": [{"name": "ca", "mountPath": "/certificates"}],
+            "shutdown": {"delaySeconds": 1, "graceSeconds": 5},
+            "backup": {"enabled": True, "existingClaim": "backups"},
+        }
+    )
+    server = objects["StatefulSet", "team-batchwright"]["spec"]
+    spec = resolve(server["template"]["spec"], secrets, tmp_path)
+    probes = server["template"]["spec"]
+    (template,) = server["volumeClaimTemplates"]
+    name = "team-batchwright-0"
+    data = f"{template['metadata']['name']}-{name}"
+    spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": data}})
+    played = play(name, spec, objects)
+    assert played.returncode == 0, played.stderr
+    container = f"{name}-batchwright"
+    wait_for(lambda: asked("/health/serving") == 200, what=lambda: podman.logs(container))
+    assert asked("/health/live") == asked("/health/ready") == 200
+    batch, env = finish_batch(tmp_path, key, "parrot")
+
+    # The job of the backup, beside the server.
+    job = objects["CronJob", "team-batchwright-backup"]["spec"]["jobTemplate"]["spec"]["template"]
+    played = play("backup", resolve(job["spec"], secrets, tmp_path), objects)
+    assert played.returncode == 0, played.stderr
+    wait_for(lambda: not podman.state("backup-backup")["Running"], what="the end of the backup")
+    assert podman.state("backup-backup")["ExitCode"] == 0, podman.logs("backup-backup")
+
+    # A pod that is deleted drains within its grace period.
+    grace = probes["terminationGracePeriodSeconds"]
+    podman.run("podman", "pod", "stop", f"--time={grace}", name)
+    state = podman.state(container)
+    assert state["ExitCode"] == 0, podman.logs(container)
+    assert "server stopped" in podman.logs(container)
+
+    # Restored as the page of the chart says, and served by a pod with the folder's new name.
+    volumes = [*job["spec"]["volumes"]]
+    volumes[0]["persistentVolumeClaim"]["claimName"] = data
+    restore = json.loads(json.dumps(job["spec"]))
+    restore["containers"][0]["args"] = [
+        *("restore", "/backup/batchwright"),
+        *("--data", "/var/lib/batchwright/restored"),
+    ]
+    assert play("restore", restore, objects).returncode == 0
+    wait_for(lambda: not podman.state("restore-backup")["Running"], what="the end")
+    assert podman.state("restore-backup")["ExitCode"] == 0, podman.logs("restore-backup")
