@@ -255,7 +255,10 @@ pub async fn engine_with(
 ) -> Result<Arc<Engine>, Error> {
     let directory = settings.plugins.directory();
     check_directory(&directory)?;
-    let store = SqliteStore::open_measured(&settings.storage.data, &metrics)?;
+    // A migration can take long, and a signal must be noticed meanwhile.
+    let (data, measured) = (settings.storage.data.clone(), metrics.clone());
+    let opening = tokio::task::spawn_blocking(move || SqliteStore::open_measured(&data, &measured));
+    let store = opening.await.map_err(|error| Error::Other(error.to_string()))??;
     let objects = Arc::new(LocalObjects::open(&settings.storage.data.join("objects"))?);
     let objects = MeasuredObjects::new(objects, &metrics).map_err(uncounted)?;
     let memory = memory(settings);

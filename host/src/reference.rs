@@ -112,6 +112,7 @@ fn chart_setting(setting: &Setting) -> Value {
         "N" => json!(["integer", "string"]),
         "RATIO" => json!(["number", "string"]),
         "LIST" => json!(["array", "string"]),
+        "SIZE" | "TIME" => json!(["string", "integer"]),
         _ => json!("string"),
     };
     let default = setting.shown_default;

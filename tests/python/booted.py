@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import uuid
 
 from conftest import wait_for
 from packages import run
@@ -10,8 +11,16 @@ from packages import run
 BOOT = """
 umount --recursive --lazy /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+mkdir "/sys/fs/cgroup/$2"
+echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
     --console=pipe --directory="$1"
+"""
+
+# Removes the control groups of a machine, which are empty now.
+CLEAN_UP = """
+mount -t cgroup2 none /sys/fs/cgroup
+find "/sys/fs/cgroup/$1" -depth -type d -exec rmdir {} +
 """
 
 ENVIRONMENT = [
@@ -27,13 +36,17 @@ class Machine:
 
     def __init__(self, debian, folder):
         self.root = folder / "machine"
+        self.group = f"batchwright-test-{uuid.uuid4().hex}"
         run("cp", "--archive", debian, self.root)
         (self.root / "root").chmod(0o755)
         self.log = folder / "boot.log"
         with self.log.open("wb") as log:
             command = ["unshare", "--mount", "--propagation", "private", "bash", "-ec", BOOT]
             self.child = subprocess.Popen(
-                [*command, "boot", str(self.root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*command, "boot", str(self.root), self.group],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def __enter__(self):
@@ -61,6 +74,8 @@ class Machine:
             except subprocess.TimeoutExpired:
                 self.child.kill()
                 self.child.wait()
+        private = ["unshare", "--mount", "--propagation", "private", "bash", "-ec"]
+        run(*private, CLEAN_UP, "clean-up", self.group)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def first(self):

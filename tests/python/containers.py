@@ -86,8 +86,9 @@ class Image:
         built = folder / "built"
         shutil.copytree(release / "batchwright", built / "source/dist/release/batchwright")
         shutil.copytree(ROOT / "deploy/docker", built / "source/deploy/docker")
-        (built / "volume/batchwright").mkdir(parents=True)
-        (built / "volume/batchwright").chmod(0o770)
+        for volume in ["batchwright", "batchwright-backup"]:
+            (built / "volume" / volume).mkdir(parents=True)
+            (built / "volume" / volume).chmod(0o770)
         compiled, final = re.split(r"^# glibc, libgcc.*$", DOCKERFILE.read_text(), flags=re.M)
         assert compiled.count("FROM ") == final.count("FROM ") == 1
         (folder / "Dockerfile").write_text(final.replace("--from=build", "--from=localhost/built"))
@@ -152,13 +153,17 @@ class Podman:
             "CONTAINERS_CONF": str(folder / "containers.conf"),
             "PATH": f"{programs}:{os.environ['PATH']}",
         }
-        setup = ["unshare", "--mount", "--propagation", "private", "bash", "-ec", MOUNTS]
-        self.holder = subprocess.Popen([*setup, "mounts", storage], stdout=subprocess.PIPE)
+        # Its processes end with the first one.
+        setup = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        setup += ["bash", "-ec", MOUNTS, "mounts", storage]
+        self.holder = subprocess.Popen(setup, stdout=subprocess.PIPE)
         assert self.holder.stdout.readline() == b"mounted\n"
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        (self.first,) = children.read_text().split()
 
     def call(self, *command, cwd=None, timeout=120):
         """Runs a command in the namespaces."""
-        enter = ["nsenter", "--target", self.holder.pid, "--mount"]
+        enter = ["nsenter", "--target", self.first, "--mount", "--pid"]
         enter += ["env", f"--chdir={cwd or self.folder}"]
         return subprocess.run(
             [str(part) for part in [*enter, *command]],
@@ -184,9 +189,8 @@ class Podman:
 
     def close(self):
         try:
-            self.call("podman", "pod", "rm", "--all", "--force")
-            self.call("podman", "rm", "--all", "--force", "--time=0")
-            self.call("podman", "system", "reset", "--force")
+            self.run("podman", "pod", "rm", "--all", "--force")
+            self.run("podman", "rm", "--all", "--force", "--time=0")
         finally:
             self.holder.kill()
             self.holder.wait()
@@ -200,9 +204,10 @@ def podman(image, tmp_path):
     with own_network():
         found = Podman(folder)
         try:
-            loaded = found.call("podman", "load", "--quiet", "--input", image.archive)
-            if loaded.returncode != 0:
-                pytest.skip(f"Podman does not work here: {loaded.stderr}")
+            info = found.call("podman", "info")
+            if info.returncode != 0:
+                pytest.skip(f"Podman does not work here: {info.stderr}")
+            found.run("podman", "load", "--quiet", "--input", image.archive)
             yield found
         finally:
             found.close()

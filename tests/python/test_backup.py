@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import Server, chat, lines, run_host, wait_for
+from test_metrics import samples
 
 
 def backup(server, folder, *arguments, code=0):
@@ -23,6 +24,20 @@ def restored(server, backup_folder, folder):
     done = run_host("restore", backup_folder, "--data", folder / "data")
     assert done.returncode == 0, done.stderr
     return Server(folder, *server.arguments, env=server.env)
+
+
+def test_server_knows_when_it_was_backed_up_last(serve, tmp_path):
+    server = serve()
+    name = "batchwright_last_backup_timestamp_seconds"
+    wait_for(lambda: ("batchwright_disk_free_bytes", ()) in samples(server.url), what="the disk")
+    assert (name, ()) not in samples(server.url)
+    # The data folder of a config file, as the package does it.
+    config = tmp_path / "batchwright.toml"
+    config.write_text(f'[storage]\ndata = "{server.data}"\n')
+    done = run_host("backup", tmp_path / "backup", "--config", config)
+    assert done.returncode == 0, done.stderr
+    at = wait_for(lambda: samples(server.url).get((name, ())), what="the metric")
+    assert abs(time.time() - at) < 120
 
 
 def manifest(folder):
@@ -260,4 +275,5 @@ def test_commands_leave_no_log_beside_a_stopped_server(serve, tmp_path):
     run_host("backup", tmp_path / "backup", "--data", server.data)
     run_host("gc", "--dry-run", "--data", server.data)
     run_host("doctor", "--data", server.data, "--plugins", server.plugins)
-    assert sorted(path.name for path in server.data.iterdir()) == before
+    after = sorted(path.name for path in server.data.iterdir())
+    assert after == sorted([*before, "last-backup"])

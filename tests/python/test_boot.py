@@ -34,15 +34,17 @@ def machine(debian, release, tmp_path):
     with Machine(debian, tmp_path) as booted:
         (package,) = release.glob("*.deb")
         booted.write("/root/edit", EDITOR)
+        # Nobody answers the question of a downgrade.
+        booted.write("/etc/apt/apt.conf.d/99-test", 'APT::Get::Assume-Yes "true";\n')
         (booted.root / "root/edit").chmod(0o755)
         (booted.root / "root" / package.name).write_bytes(package.read_bytes())
         yield booted
 
 
-def type_in(machine, block, edit=""):
+def type_in(machine, block, edit="", folder="/root"):
     """Runs a block of the page in one shell, as it is; returns what it prints."""
     # Output of `systemctl status` is not paged, because it is no terminal.
-    script = f"cd /root; export EDITOR=/root/edit EDIT='{edit}'\n{block}\nexport -p"
+    script = f"cd {folder}; export EDITOR=/root/edit EDIT='{edit}'\n{block}\nexport -p"
     return machine.run("bash", "-euo", "pipefail", "-c", script)
 
 
@@ -73,9 +75,11 @@ def finished(machine, batch, env=None):
     return json.loads(shown)["request_counts"]
 
 
-def test_page_leads_from_the_package_to_a_restored_server(machine):
-    install, open_to_others, enable_backups, restore, find_faults = documented()
-    # Installation.
+def test_page_leads_from_the_package_to_a_restored_server(machine, release, tmp_path):
+    page = documented()
+    _, install, open_to_others, renew, add_provider, back_up, restore, upgrade, go_back, doctor = (
+        page
+    )
     output = type_in(machine, install)
     assert machine.property("ActiveState") == "active" and "ok" in output
     assert machine.property("User") == "batchwright"
@@ -86,9 +90,19 @@ def test_page_leads_from_the_package_to_a_restored_server(machine):
     machine.write("/usr/local/share/ca-certificates/own.crt", authority.cert_pem.bytes().decode())
     machine.run("update-ca-certificates")
     machine.write("/etc/hosts", f"127.0.0.1 localhost {NAME} {node()}\n")
-    issued = authority.issue_cert(NAME)
-    machine.write("/root/fullchain.pem", issued.cert_chain_pems[0].bytes().decode())
-    machine.write("/root/privkey.pem", issued.private_key_pem.bytes().decode())
+
+    def issue(folder):
+        """Writes a certificate and its key; returns the serial number."""
+        issued = authority.issue_cert(NAME)
+        machine.write(f"{folder}/fullchain.pem", issued.cert_chain_pems[0].bytes().decode())
+        machine.write(f"{folder}/privkey.pem", issued.private_key_pem.bytes().decode())
+        return machine.run("openssl", "x509", "-in", f"{folder}/fullchain.pem", "-serial", "-noout")
+
+    def served():
+        ask = f"openssl s_client -connect {NAME}:8443 </dev/null 2>/dev/null"
+        return machine.run("bash", "-c", f"{ask} | openssl x509 -serial -noout")
+
+    first = issue("/root")
     listen = (
         's|^listen = .*|listen = "0.0.0.0:8443"\\n'
         'tls_certificate = "/etc/batchwright/tls.pem"\\ntls_key = "/etc/batchwright/tls.key"|'
@@ -101,32 +115,78 @@ def test_page_leads_from_the_package_to_a_restored_server(machine):
     client = {"BATCHWRIGHT_URL": env["BATCHWRIGHT_URL"], "BATCHWRIGHT_API_KEY": key}
     batch = create(machine, 3, client)
     assert finished(machine, batch, client)["completed"] == 3
-    # The key of the certificate is read again as the user of the server.
-    machine.run("systemctl", "reload", "batchwright")
-    assert "serving on" in machine.property("StatusText")
 
-    # Backups by the timer, and the last state of the server from one.
-    type_in(machine, enable_backups)
+    def status_of(batch):
+        shown = machine.run("batchwright", "batch", "get", batch, "--json", env=client)
+        return json.loads(shown)["status"]
+
+    # A renewal reaches the server, which reads the files as its user.
+    type_in(machine, renew)
+    assert served() == first
+    second = issue("/root/renewed")
+    hook = "/etc/letsencrypt/renewal-hooks/deploy/batchwright"
+    machine.run(hook, env={"RENEWED_LINEAGE": "/root/renewed"})
+    wait_for(lambda: served() == second, what="the renewed certificate")
+
+    # Faults, before there is a provider that cannot be reached here.
+    output = type_in(machine, doctor)
+    assert "can be written" in output and "certificate" in output
+    assert "openai" in type_in(machine, add_provider)
+
+    # A restored server has what was backed up, and is backed up itself from then on.
+    type_in(machine, back_up)
     assert "batchwright-backup.timer" in machine.run("systemctl", "list-timers", "--no-pager")
-    restored = 's|^data = .*|data = "/var/lib/batchwright/restored"|'
-    type_in(machine, restore, restored)
+    lost = create(machine, 1, client)
+    finished(machine, lost, client)
+    type_in(machine, restore)
     wait_until_healthy(machine)
-    shown = machine.run("batchwright", "batch", "get", batch, "--json", env=client)
-    assert json.loads(shown)["status"] == "completed"
+    assert status_of(batch) == "completed"
+    assert machine.call("batchwright", "batch", "get", lost, env=client).returncode != 0
+    later = create(machine, 1, client)
+    finished(machine, later, client)
+    machine.run("systemctl", "start", "batchwright-backup.service")
+    machine.run("mv", "/var/lib/batchwright.old", "/root")
+    type_in(machine, restore)
+    wait_until_healthy(machine)
+    assert status_of(later) == "completed"
 
-    # Faults.
-    output = type_in(machine, find_faults)
-    assert "restored can be written" in output and "echo" in output
+    # An upgrade and the way back, which loses what was done in between.
+    (package,) = release.glob("*.deb")
+    (machine.root / "root/newer").mkdir()
+    update = newer(package, tmp_path)
+    (machine.root / f"root/newer/{package.name}").write_bytes(update.read_bytes())
+    type_in(machine, upgrade)
+    wait_until_healthy(machine)
+    installed = ("dpkg-query", "--show", "--showformat=${Version}", "batchwright")
+    assert machine.run(*installed) == "9.9.9-1"
+    lost = create(machine, 1, client)
+    type_in(machine, go_back)
+    wait_until_healthy(machine)
+    assert machine.run(*installed) != "9.9.9-1"
+    assert status_of(later) == "completed"
+    assert machine.call("batchwright", "batch", "get", lost, env=client).returncode != 0
+
+
+def test_archive_is_installed_as_the_page_says(machine, release):
+    (archive,) = release.glob("*.tar.gz")
+    (machine.root / "root/batchwright.tar.gz").write_bytes(archive.read_bytes())
+    machine.run("tar", "--extract", "--file", "/root/batchwright.tar.gz", "--directory", "/root")
+    install, *_ = documented()
+    type_in(machine, install, folder="/root/batchwright")
+    wait_until_healthy(machine)
+    assert machine.property("User") == "batchwright"
+    assert finished(machine, create(machine, 3))["completed"] == 3
+    machine.run("systemctl", "start", "batchwright-backup.service")
 
 
 def test_server_that_is_killed_or_hangs_is_restarted_and_answers_every_line(machine):
     machine.write(
         "/etc/systemd/system/batchwright.service.d/fast.conf",
-        "[Service]\nWatchdogSec=2\nRestartSec=100ms\n",
+        "[Service]\nWatchdogSec=5\nRestartSec=100ms\n",
     )
     machine.run("bash", "-c", "dpkg --install /root/*.deb")
     wait_until_healthy(machine)
-    assert machine.property("WatchdogUSec") == "2s"
+    assert machine.property("WatchdogUSec") == "5s"
     batch = create(machine, 20_000)
     for signal in ["KILL", "STOP"]:
         before = machine.property("MainPID")
@@ -151,13 +211,14 @@ def test_invalid_settings_fail_once_and_say_what_is_wrong(machine):
     settings.write_text(valid + '\n[batch]\nmax_file_sise = "1GiB"\n')
     # A reload keeps the server and the former settings, and the status says so.
     machine.call("systemctl", "reload", "batchwright")
+    wait_for(lambda: "the last reload failed" in machine.property("StatusText"), what="the status")
     assert machine.property("ActiveState") == "active"
-    assert "max_file_sise" in machine.journal()
+    wait_for(lambda: "max_file_sise" in machine.journal(), what="the reason in the log")
     assert machine.call("systemctl", "restart", "batchwright").returncode != 0
     assert machine.property("ActiveState") == "failed"
     assert machine.property("NRestarts") == "0"
     assert machine.property("ExecMainStatus") == "3"
-    assert "did you mean `max_file_size`" in machine.journal()
+    wait_for(lambda: "did you mean `max_file_size`" in machine.journal(), what="the reason")
     settings.write_text(valid)
     machine.run("systemctl", "restart", "batchwright")
     wait_until_healthy(machine)

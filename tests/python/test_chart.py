@@ -41,6 +41,7 @@ EVERYTHING = {
     "dashboard": {"enabled": True},
     "persistence": {"size": "50Gi", "storageClass": "local"},
     "backup": {"enabled": True, "schedule": "5 3 * * *", "existingClaim": "backups"},
+    "task": {"args": ["restore", "/backup/batchwright"]},
     "ingress": {
         "enabled": True,
         "className": "nginx",
@@ -90,7 +91,7 @@ def test_objects_are_valid_for_kubernetes(render, helm, values, tmp_path):
             continue
         for version in KUBERNETES:
             kubernetes_validate.validate(item, version, strict=True)
-    assert len(objects) - len(monitoring) >= (11 if values else 7)
+    assert len(objects) - len(monitoring) >= (13 if values else 7)
     if values:
         assert [item["kind"] for item in monitoring] == ["PrometheusRule", "ServiceMonitor"]
         refused = validate_monitoring(monitoring)
@@ -129,29 +130,46 @@ def test_pod_is_restricted_and_drains_before_it_is_killed(render):
     assert not {"runAsUser", "runAsGroup", "fsGroup"} & free.keys()
 
 
-def test_backup_shares_the_volume_and_the_node_of_the_server_and_gets_no_requests(render):
+def test_jobs_share_the_volume_of_the_server_and_get_no_requests(render):
     objects = render(EVERYTHING)
-    job = objects["CronJob", "team-batchwright-backup"]["spec"]["jobTemplate"]["spec"]["template"]
-    (container,) = job["spec"]["containers"]
-    data = next(path for path in settings(objects).splitlines() if "data =" in path)
-    assert container["args"][2].removeprefix("--data=") in data
-    claim = job["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    backup = objects["CronJob", "team-batchwright-backup"]["spec"]["jobTemplate"]["spec"][
+        "template"
+    ]
+    (task,) = [item["spec"]["template"] for (kind, _), item in objects.items() if kind == "Job"]
     server = objects["StatefulSet", "team-batchwright"]
     (template,) = server["spec"]["volumeClaimTemplates"]
-    assert claim == f"{template['metadata']['name']}-{server['metadata']['name']}-0"
-    (near,) = job["spec"]["affinity"]["podAffinity"][
+    for job in [backup, task]:
+        volumes = {volume["name"]: volume for volume in job["spec"]["volumes"]}
+        claim = volumes["data"]["persistentVolumeClaim"]["claimName"]
+        assert claim == f"{template['metadata']['name']}-{server['metadata']['name']}-0"
+        assert job["spec"]["securityContext"] == pod(objects)["securityContext"]
+        # No service, budget or policy of the server selects it.
+        own = job["metadata"]["labels"].items()
+        for (kind, name), item in objects.items():
+            spec = item.get("spec", {})
+            selector = spec.get("podSelector", spec.get("selector", {}))
+            selector = selector.get("matchLabels", selector)
+            assert not selector or not selector.items() <= own or name.endswith("-jobs"), kind
+    # A backup runs where the server runs; a task runs without the server.
+    (near,) = backup["spec"]["affinity"]["podAffinity"][
         "requiredDuringSchedulingIgnoredDuringExecution"
     ]
     labels = server["spec"]["template"]["metadata"]["labels"]
     assert near["labelSelector"]["matchLabels"].items() <= labels.items()
-    # No service, budget or policy of the server selects it.
-    own = job["metadata"]["labels"].items()
-    for (kind, name), item in objects.items():
-        spec = item.get("spec", {})
-        selector = spec.get("podSelector", spec.get("selector", {}))
-        selector = selector.get("matchLabels", selector)
-        assert not selector or not selector.items() <= own or name.endswith("-backup"), kind
-    assert job["spec"]["securityContext"] == pod(objects)["securityContext"]
+    assert server["spec"]["replicas"] == 0 and "podAffinity" not in task["spec"]["affinity"]
+    assert render()["StatefulSet", "team-batchwright"]["spec"]["replicas"] == 1
+    # Another command is another job, since a job cannot change.
+    other = render({**EVERYTHING, "task": {"args": ["doctor"]}})
+    names = [{name for kind, name in found if kind == "Job"} for found in [objects, other]]
+    assert not names[0] & names[1]
+
+
+def test_mounts_of_users_are_in_every_container_and_never_twice(render):
+    mounts = [{"name": "more", "mountPath": path} for path in ("/more", "/tmp")]
+    spec = pod(render({**EVERYTHING, "extraVolumeMounts": mounts}))
+    for container in [*spec["initContainers"], *spec["containers"]]:
+        paths = [mount["mountPath"] for mount in container["volumeMounts"]]
+        assert len(paths) == len(set(paths)) and {"/more", "/tmp"} <= set(paths)
 
 
 def test_upgrade_changes_nothing_that_cannot_change_and_makes_no_secret(render, tmp_path):
@@ -197,6 +215,7 @@ def test_changed_settings_restart_the_pod_and_changed_plugins_do_not(render):
         ({"settings": {"batch": {"max_file_size": True}}}, "/settings/batch/max_file_size"),
         ({"settings": {"prices": [{"model": "m"}]}}, "/settings/prices/0"),
         ({"settings": {"metrics": {}}}, "metrics"),
+        ({"backup": {"schedule": "every day"}}, "/backup/schedule"),
         ({"ingress": {"enabled": True}}, "/ingress"),
         ({"backup": {"enabled": True}}, "/backup"),
     ],

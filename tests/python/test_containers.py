@@ -5,6 +5,7 @@ is no cluster: Podman is the kubelet of one pod, the test takes the secrets out 
 the kubelet does, and asks the probes.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -54,27 +55,33 @@ def finish_batch(folder, admin_key, model="echo"):
 def test_compose_file_starts_a_server_that_is_healthy_and_keeps_its_data(podman, tmp_path):
     pytest.importorskip("podman_compose")
     block = r"<!-- not run: [^>]*test_containers\.py runs it[^>]*-->\n```sh\n(.*?)^```$"
-    start, administer = re.findall(block, PAGE.read_text(), re.M | re.S)
-    shutil.copytree(ROOT / "deploy/docker", tmp_path / "deploy/docker")
+    start, administer, restore = re.findall(block, PAGE.read_text(), re.M | re.S)
+    folder = tmp_path / "deploy/docker"
+    shutil.copytree(ROOT / "deploy/docker", folder)
     try:
         podman.run("bash", "-euo", "pipefail", "-c", start, cwd=tmp_path)
         (name,) = podman.run("podman", "ps", "--format={{.Names}}").split()
         wait_for(lambda: asked("/health/ready") == 200, what=lambda: podman.logs(name))
         # As the engine does each ten seconds.
         podman.run("podman", "healthcheck", "run", name)
-        made = podman.run("bash", "-ec", administer, cwd=tmp_path / "deploy/docker")
+        made = podman.run("bash", "-ec", administer, cwd=folder)
         assert "acme-labs" in made
-        key = (tmp_path / "deploy/docker/.env").read_text().strip().partition("=")[2]
+        key = (folder / ".env").read_text().strip().partition("=")[2]
         batch, env = finish_batch(tmp_path, key)
-        compose = ["docker", "compose"]
-        podman.run(*compose, "stop", cwd=tmp_path / "deploy/docker")
+        # A stop is graceful, and the data is on the volume.
+        podman.run("docker", "compose", "stop", cwd=folder)
         assert podman.state(name)["ExitCode"] == 0, podman.logs(name)
-        podman.run(*compose, "start", cwd=tmp_path / "deploy/docker")
+        podman.run("docker", "compose", "start", cwd=folder)
         wait_for(lambda: asked("/health/serving") == 200, what="a server that has started again")
+        # Backed up, and restored into another folder.
+        podman.run("bash", "-euo", "pipefail", "-c", restore, cwd=folder)
+        wait_for(lambda: asked("/health/serving") == 200, what="the restored server")
+        (name,) = podman.run("podman", "ps", "--format={{.Names}}").split()
+        assert "data=/var/lib/batchwright/restored" in podman.logs(name)
         shown = run_host("batch", "get", batch, "--json", env=env)
         assert json.loads(shown.stdout)["status"] == "completed", shown.stderr
     finally:
-        podman.call("docker", "compose", "down", cwd=tmp_path / "deploy/docker")
+        podman.call("docker", "compose", "down", cwd=folder)
 
 
 # --- chart ---
@@ -91,8 +98,24 @@ def claim(name):
     }
 
 
+def ports_of(spec):
+    """Returns the ports of the containers of a pod, by name."""
+    return {
+        port["name"]: port["containerPort"]
+        for container in spec["containers"]
+        for port in container.get("ports", [])
+    }
+
+
+def probe(spec, kind):
+    """Returns the status that a probe of the chart gets."""
+    request = spec["containers"][0][kind]["httpGet"]
+    return asked(request["path"], ports_of(spec)[request["port"]])
+
+
 def resolve(spec, secrets, folder):
-    """Replaces what a kubelet takes from secrets, and takes the probes out."""
+    """Replaces what a kubelet takes from secrets, and takes out what Podman cannot do."""
+    spec = copy.deepcopy(spec)
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
         for probe in ["startupProbe", "livenessProbe", "readinessProbe", "ports"]:
             container.pop(probe, None)
@@ -157,55 +180,65 @@ def test_pod_of_the_chart_pulls_a_plugin_serves_drains_and_is_backed_up(
     key = run_host("admin", "key", "generate").stdout.strip()
     login = json.dumps({"auths": {registry.address: {"auth": LOGIN}}})
     secrets = {"batchwright-admin": {"key": key}, "login": {".dockerconfigjson": login}}
-    objects = render(
-        {
-            "image": {"repository": "localhost/batchwright"},
-            "plugins": {"parrot": f'component = "{file}"\nmodels = ["parrot"]\n'},
-            "pull": [{"name": "parrot", "reference": f"{registry.address}/team/parrot@{digest}"}],
-            "pullSecret": "login",
-            "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/certificates/ca.pem"}],
-            "extraVolumes": [{"name": "ca", "hostPath": {"path": str(certificates)}}],
-            "extraVolumeMounts": [{"name": "ca", "mountPath": "/certificates"}],
-            "shutdown": {"delaySeconds": 1, "graceSeconds": 5},
-            "backup": {"enabled": True, "existingClaim": "backups"},
-        }
-    )
-    server = objects["StatefulSet", "team-batchwright"]["spec"]
-    spec = resolve(server["template"]["spec"], secrets, tmp_path)
-    probes = server["template"]["spec"]
-    (template,) = server["volumeClaimTemplates"]
-    name = "team-batchwright-0"
-    data = f"{template['metadata']['name']}-{name}"
-    spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": data}})
-    played = play(name, spec, objects)
-    assert played.returncode == 0, played.stderr
+    values = {
+        "image": {"repository": "localhost/batchwright"},
+        "plugins": {"parrot": f'component = "{file}"\nmodels = ["parrot"]\n'},
+        "pull": [{"name": "parrot", "reference": f"{registry.address}/team/parrot@{digest}"}],
+        "pullSecret": "login",
+        "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/certificates/ca.pem"}],
+        "extraVolumes": [{"name": "ca", "hostPath": {"path": str(certificates)}}],
+        "extraVolumeMounts": [{"name": "ca", "mountPath": "/certificates"}],
+        "shutdown": {"delaySeconds": 1, "graceSeconds": 5},
+        "backup": {"enabled": True, "existingClaim": "backups"},
+    }
+    objects = render(values)
+    name, data = "team-batchwright-0", "data-team-batchwright-0"
     container = f"{name}-batchwright"
-    wait_for(lambda: asked("/health/serving") == 200, what=lambda: podman.logs(container))
-    assert asked("/health/live") == asked("/health/ready") == 200
+
+    def serve(objects):
+        """Starts the pod of the server; returns its grace period."""
+        server = objects["StatefulSet", "team-batchwright"]["spec"]
+        (template,) = server["volumeClaimTemplates"]
+        assert f"{template['metadata']['name']}-{name}" == data
+        spec = resolve(server["template"]["spec"], secrets, tmp_path)
+        spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": data}})
+        played = play(name, spec, objects)
+        assert played.returncode == 0, played.stderr
+        chart = server["template"]["spec"]
+        wait_for(lambda: probe(chart, "startupProbe") == 200, what=lambda: podman.logs(container))
+        wait_for(lambda: probe(chart, "readinessProbe") == 200, what=lambda: podman.logs(container))
+        assert probe(chart, "livenessProbe") == 200
+        return spec["terminationGracePeriodSeconds"]
+
+    def finish(name, spec):
+        """Runs the pod of a job to its end."""
+        played = play(name, spec, objects)
+        assert played.returncode == 0, played.stderr
+        wait_for(lambda: not podman.state(f"{name}-job")["Running"], what="the end of the job")
+        assert podman.state(f"{name}-job")["ExitCode"] == 0, podman.logs(f"{name}-job")
+
+    grace = serve(objects)
+    assert asked("/health/ready") == 200
     batch, env = finish_batch(tmp_path, key, "parrot")
 
     # The job of the backup, beside the server.
     job = objects["CronJob", "team-batchwright-backup"]["spec"]["jobTemplate"]["spec"]["template"]
-    played = play("backup", resolve(job["spec"], secrets, tmp_path), objects)
-    assert played.returncode == 0, played.stderr
-    wait_for(lambda: not podman.state("backup-backup")["Running"], what="the end of the backup")
-    assert podman.state("backup-backup")["ExitCode"] == 0, podman.logs("backup-backup")
+    finish("backup", resolve(job["spec"], secrets, tmp_path))
 
     # A pod that is deleted drains within its grace period.
-    grace = probes["terminationGracePeriodSeconds"]
     podman.run("podman", "pod", "stop", f"--time={grace}", name)
-    state = podman.state(container)
-    assert state["ExitCode"] == 0, podman.logs(container)
+    assert podman.state(container)["ExitCode"] == 0, podman.logs(container)
     assert "server stopped" in podman.logs(container)
 
-    # Restored as the page of the chart says, and served by a pod with the folder's new name.
-    volumes = [*job["spec"]["volumes"]]
-    volumes[0]["persistentVolumeClaim"]["claimName"] = data
-    restore = json.loads(json.dumps(job["spec"]))
-    restore["containers"][0]["args"] = [
-        *("restore", "/backup/batchwright"),
-        *("--data", "/var/lib/batchwright/restored"),
-    ]
-    assert play("restore", restore, objects).returncode == 0
-    wait_for(lambda: not podman.state("restore-backup")["Running"], what="the end")
-    assert podman.state("restore-backup")["ExitCode"] == 0, podman.logs("restore-backup")
+    # Restored by a task, as the page of the chart says, and served.
+    values["persistence"] = {"folder": "restored"}
+    task = {"args": ["restore", "/backup/batchwright"]}
+    objects = render({**values, "task": task})
+    assert objects["StatefulSet", "team-batchwright"]["spec"]["replicas"] == 0
+    (job,) = [item["spec"]["template"] for (kind, _), item in objects.items() if kind == "Job"]
+    finish("restore", resolve(job["spec"], secrets, tmp_path))
+    podman.run("podman", "pod", "rm", "--force", name)
+    serve(render(values))
+    assert "data=/var/lib/batchwright/restored" in podman.logs(container)
+    shown = run_host("batch", "get", batch, "--json", env=env)
+    assert json.loads(shown.stdout)["status"] == "completed", shown.stderr

@@ -183,12 +183,14 @@ def test_shutdown_answers_requests_until_exit(serve, stub):
     begun = time.monotonic()
     server.child.send_signal(signal.SIGTERM)
     wait_for(lambda: not ready(server), 5, "readiness to fail")
-    assert "shutting down" in unready_reasons(server)
+    assert health(server, "ready")[1]["reasons"] == ["The server is shutting down."]
     # New connections are answered during the shutdown delay and while requests are in flight.
     answered = 0
     while server.child.poll() is None:
         try:
-            assert health(server, "serving")[0] == 200
+            # Load balancers see it too, while clients are still answered.
+            status, answer = health(server, "serving")
+            assert (status, answer["reasons"]) == (503, ["The server is shutting down."])
             assert server.client.batches.retrieve(batch.id).status == "in_progress"
             answered = time.monotonic() - begun
         except (urllib.error.URLError, ConnectionError, openai.APIConnectionError):

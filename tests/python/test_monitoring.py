@@ -40,11 +40,14 @@ def test_rules_are_valid_and_name_metrics_and_documentation_that_exist(prometheu
     assert len(re.findall(r"^## ", page, re.M)) == len(alerts())
 
 
-def test_scrape_configs_of_the_documentation_are_valid(prometheus, tmp_path):
-    page = (ROOT / "docs/operating/metrics.md").read_text()
-    found = re.findall(r"^```yaml\n(scrape_configs:.*?)^```$", page, re.M | re.S)
-    assert len(found) == 2
+def test_configs_of_the_documentation_are_valid(prometheus, tmp_path):
+    pages = [(ROOT / f"docs/operating/{name}.md").read_text() for name in ("metrics", "alerts")]
+    found = re.findall(
+        r"^```yaml\n((?:rule_files|scrape_configs):.*?)^```$", "\n".join(pages), re.M | re.S
+    )
+    assert len(found) == 3
     (tmp_path / "key").write_text("bw_")
+    (tmp_path / "alerts.yml").write_text(RULES.read_text())
     for text in found:
         config = tmp_path / "prometheus.yml"
         config.write_text(text.replace("/etc/prometheus/batchwright-key", f"{tmp_path}/key"))

@@ -269,6 +269,17 @@ def test_image_runs_as_any_user_in_a_root_that_nobody_can_write(image, user, tmp
             server.kill()
 
 
+def write_to_reader(pipe, content):
+    """Writes to a named pipe; returns false if nothing reads it."""
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    with open(descriptor, "wb") as writer:
+        writer.write(content)
+    return True
+
+
 @needs_root_and("buildah", "unshare", "nsenter", "setpriv")
 def test_first_process_of_a_container_ends_at_a_signal_while_it_starts(image, tmp_path):
     key = run_host("admin", "key", "generate").stdout.strip()
@@ -297,7 +308,8 @@ def test_first_process_of_a_container_ends_at_a_signal_while_it_starts(image, tm
         # The kernel drops a signal to the first process that has no handler for it.
         wait_for(handles_sigterm, what="a handler")
         os.kill(server.first(), signal.SIGTERM)
-        config.write_text((image.root / "etc/batchwright/batchwright.toml").read_text())
+        text = (image.root / "etc/batchwright/batchwright.toml").read_bytes()
+        wait_for(lambda: write_to_reader(config, text), what="a reader of the settings")
         assert server.child.wait(timeout=30) == 0
         assert "listening" not in log.read_text()
     finally:

@@ -133,13 +133,17 @@ fn fill(folder: &Path, built: &Path) -> Result<()> {
         ("LICENSE", "LICENSE"),
         ("CHANGELOG.md", "CHANGELOG.md"),
         ("deploy/systemd/batchwright.service", "batchwright.service"),
+        ("deploy/systemd/batchwright-backup.service", "batchwright-backup.service"),
+        ("deploy/systemd/batchwright-backup.timer", "batchwright-backup.timer"),
         ("deploy/debian/batchwright.toml", "etc/batchwright.toml"),
         ("deploy/prometheus/alerts.yml", "alerts.yml"),
         ("deploy/grafana/batchwright.json", "grafana.json"),
     ] {
         fs::copy(root().join(from), folder.join(to)).with_context(|| from.to_owned())?;
     }
-    Ok(())
+    // The pages that alerts name, among others.
+    let mut copy = Command::new("cp");
+    run(copy.arg("--recursive").arg(root().join("docs")).arg(folder.join("docs")))
 }
 
 /// Returns the text of a plugin file for an installation. One that needs a key is off: without the

@@ -17,12 +17,11 @@ pub(crate) async fn live() -> Json<Value> {
 }
 
 /// Availability, for load balancers: returns 200 if the store responds, so that files and batches
-/// can be read, downloaded and deleted.
+/// can be read, downloaded and deleted, and the server is not shutting down.
 pub(crate) async fn serving(State(app): App) -> Response {
-    if app.health.is_serving().await {
-        Json(json!({"status": "ok"})).into_response()
-    } else {
-        unavailable(&["The database does not answer.".to_owned()], json!({}))
+    match app.health.not_serving().await {
+        None => Json(json!({"status": "ok"})).into_response(),
+        Some(reason) => unavailable(&[reason.to_owned()], json!({})),
     }
 }
 

@@ -54,8 +54,8 @@ settings! {
         max_batches_per_page: Count = "100", "N";
         /// Maximum number of files in one page of a list
         max_files_per_page: Count = "10000", "N";
-        /// Maximum number of open streams of events; a project may have as many as it leaves free,
-        /// and each counts towards `max_connections`
+        /// Maximum number of open streams of events, but never more than half of
+        /// `max_connections`; a project may have about as many as it leaves free
         max_event_streams: Count = "512", "N";
     }
 }

@@ -24,6 +24,8 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// owners. If all of them are missing, the object store is faulty.
 const SAMPLED_FILES: usize = 5;
 
+const SHUTTING_DOWN: &str = "The server is shutting down.";
+
 /// Readiness of the server to validate, execute and store a new batch.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
@@ -74,14 +76,19 @@ impl Health {
         };
         drop(last);
         if self.draining.is_cancelled() {
-            readiness.reasons.insert(0, "The server is shutting down.".into());
+            readiness.reasons.insert(0, SHUTTING_DOWN.into());
         }
         readiness
     }
 
-    /// Returns true if the database can be read, so that clients can read and delete files.
-    pub async fn is_serving(&self) -> bool {
-        matches!(tokio::time::timeout(PROBE_TIMEOUT, self.store.probe_read()).await, Ok(Ok(())))
+    /// Returns why clients should be sent elsewhere; none if the database can be read, so that
+    /// files and batches can be read, downloaded and deleted.
+    pub async fn not_serving(&self) -> Option<&'static str> {
+        if self.draining.is_cancelled() {
+            return Some(SHUTTING_DOWN);
+        }
+        let probe = tokio::time::timeout(PROBE_TIMEOUT, self.store.probe_read()).await;
+        (!matches!(probe, Ok(Ok(())))).then_some("The database does not answer.")
     }
 
     /// Probes the database, the object store and the plugins.

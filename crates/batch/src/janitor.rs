@@ -31,8 +31,12 @@ const REMOVAL_LEASE: Duration = CLEANUP_INTERVAL;
 /// Maximum number of rows removed in one step, so that other writers do not wait long.
 const STEP_ROWS: usize = 2000;
 
-/// Maximum number of files, objects or batches removed in one step.
+/// Maximum number of files or objects removed in one step.
 const STEP_FILES: usize = 100;
+
+/// Maximum number of batches removed in one step. Each step reads all batches that are older than
+/// the shortest lifetime of a project, so there should be few steps.
+const STEP_BATCHES: usize = 1000;
 
 /// Kind of garbage.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -176,8 +180,8 @@ impl Janitor {
     async fn delete_old_batches(&self) -> Result<bool> {
         let lifetime = self.config.retention.batch_lifetime.duration();
         let now = self.clock.now();
-        let found = self.store.removable_batches(now, lifetime, STEP_FILES).await?;
-        let more = found.len() == STEP_FILES;
+        let found = self.store.removable_batches(now, lifetime, STEP_BATCHES).await?;
+        let more = found.len() == STEP_BATCHES;
         if !found.is_empty() {
             self.store.delete_batches(found).await?;
         }

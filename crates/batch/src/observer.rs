@@ -94,6 +94,14 @@ const DATABASE: Metric = Metric {
     help: "Size of the database, without its write-ahead log",
 };
 
+const LAST_BACKUP: Metric = Metric {
+    name: "batchwright_last_backup_timestamp_seconds",
+    kind: Kind::Gauge,
+    labels: &[],
+    help: "Time of the last backup by `batchwright backup`, in seconds since 1970; absent before \
+           the first one",
+};
+
 const READY: Metric = Metric {
     name: "batchwright_ready",
     kind: Kind::Gauge,
@@ -104,7 +112,7 @@ const READY: Metric = Metric {
 
 /// Metrics that the observer reads from the store.
 const OBSERVED: &[Metric] =
-    &[READY, OPEN, IDLE, OLDEST_WAIT, OLDEST, MARGIN, AT_RISK, FREE, SIZE, DATABASE];
+    &[READY, OPEN, IDLE, OLDEST_WAIT, OLDEST, MARGIN, AT_RISK, FREE, SIZE, DATABASE, LAST_BACKUP];
 
 /// Declarations of the metrics that are read from the state of the engine.
 pub const OBSERVED_METRICS: &[Metric] = &[
@@ -120,6 +128,7 @@ pub const OBSERVED_METRICS: &[Metric] = &[
     FREE,
     SIZE,
     DATABASE,
+    LAST_BACKUP,
 ];
 
 /// Interval between reads.
@@ -290,6 +299,9 @@ impl Observer {
             values.set_number(&FREE, &[], disk.free);
             values.set_number(&SIZE, &[], disk.size);
             values.set_number(&DATABASE, &[], disk.database);
+            if let Some(at) = disk.last_backup {
+                values.set(&LAST_BACKUP, &[], number(at.as_seconds().max(0).unsigned_abs()));
+            }
         }
         if let Some(is_ready) = observed.is_ready {
             values.set_number(&READY, &[], u64::from(is_ready));

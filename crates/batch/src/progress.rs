@@ -11,10 +11,14 @@
 //!
 //! **Order.** An older state never follows a later one. Reads are numbered. Only the states with
 //! which a listener begins can be later than a read that has begun before them, so a listener
-//! remembers them until it sees a read that began after, and nothing from then on.
+//! remembers them until the next read has ended, and nothing from then on.
 //!
-//! **Shares.** The setting `max_event_streams` bounds the listeners of all tenants. A tenant has at
-//! most as many as it leaves free: half if it is alone, and each further tenant finds some.
+//! **Shares.** The setting `max_event_streams` bounds the listeners of all tenants. Seven eighths
+//! are shared: a tenant has at most as many of them as it leaves free, so half if it is alone. The
+//! rest is for tenants with few.
+//!
+//! **Bounds.** A read has at most [`MAX_FOLLOWED`] open batches, shared equally by the tenants with
+//! listeners, and of each its oldest, which are the ones that run.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,6 +54,9 @@ const MAX_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// Maximum number of batches that are followed.
 const MAX_FOLLOWED: usize = 20_000;
 
+/// Number of listeners that a tenant may have of the last eighth.
+const FEW: usize = 4;
+
 /// States of the batches of a tenant, in the order of their ids.
 type States = Arc<[BatchProgress]>;
 
@@ -61,15 +68,26 @@ struct Changes {
     of_tenant: Arc<HashMap<TenantId, States>>,
 }
 
+/// What was read last.
+#[derive(Default)]
+struct Known {
+    /// Number of the read.
+    read: u64,
+    of_tenant: HashMap<TenantId, States>,
+    /// True if the log says that not all batches are read.
+    is_partial: bool,
+}
+
 /// Progress of the batches of all tenants.
 pub struct ProgressHub {
     store: Arc<dyn Store>,
     clock: Clock,
     changes: broadcast::Sender<Changes>,
-    /// What was read last, by tenant.
-    known: Mutex<HashMap<TenantId, States>>,
+    known: Mutex<Known>,
     /// Number of reads that have begun.
     reads: AtomicU64,
+    /// Number of reads that had begun when the newest listener began.
+    newest: AtomicU64,
     /// Number of listeners by tenant.
     listeners: Mutex<HashMap<TenantId, usize>>,
     /// Maximum number of listeners of all tenants.
@@ -97,7 +115,9 @@ pub struct ProgressListener {
     batch: Option<BatchId>,
     changes: broadcast::Receiver<Changes>,
     /// States that are passed on next, and the place of the first one.
-    ready: (States, usize),
+    ready: Option<(States, usize)>,
+    /// Number of the last read that is passed on.
+    read: u64,
     /// The states that it began with, until a read that began after them.
     first: Option<FirstStates>,
     /// End of the stream. The client opens another one, and shows its key again.
@@ -133,6 +153,7 @@ impl ProgressHub {
             changes: broadcast::Sender::new(CHANNEL_READS),
             known: Mutex::default(),
             reads: AtomicU64::new(0),
+            newest: AtomicU64::new(0),
             listeners: Mutex::default(),
             max_listeners: parts.config.batch.max_event_streams.get(),
             listener_added: Notify::new(),
@@ -155,14 +176,13 @@ impl ProgressHub {
         Ok(Some(listener))
     }
 
-    /// Follows the batches of a tenant: the first [`MAX_SHOWN`] that have not ended, and all
-    /// changes.
+    /// Follows the batches of a tenant: the oldest [`MAX_SHOWN`] that have not ended, and changes.
     pub async fn follow_all(
         self: &Arc<Self>,
         tenant: &TenantId,
     ) -> std::result::Result<ProgressListener, ListenError> {
         let mut listener = self.subscribe(tenant, None)?;
-        let open = self.store.batch_progress(Some(tenant), None, MAX_SHOWN).await?;
+        let open = self.store.batch_progress(vec![tenant.clone()], None, MAX_SHOWN).await?;
         listener.begin(open.into());
         Ok(listener)
     }
@@ -175,7 +195,9 @@ impl ProgressHub {
         let mut listeners = self.listeners();
         let all: usize = listeners.values().sum();
         let own = listeners.get(tenant).copied().unwrap_or(0);
-        if own >= self.max_listeners.saturating_sub(all) {
+        let shared = self.max_listeners.saturating_sub(self.max_listeners / 8);
+        let is_few = own < FEW && all < self.max_listeners;
+        if !is_few && own >= shared.saturating_sub(all) {
             return Err(ListenError::TooMany);
         }
         listeners.insert(tenant.clone(), own.saturating_add(1));
@@ -185,7 +207,8 @@ impl ProgressHub {
             tenant: tenant.clone(),
             batch,
             changes: self.changes.subscribe(),
-            ready: (Arc::new([]), 0),
+            ready: None,
+            read: 0,
             first: None,
             ends_at: Instant::now() + MAX_LIFETIME,
             is_over: false,
@@ -200,7 +223,7 @@ impl ProgressHub {
     pub(crate) async fn run(self: Arc<Self>) {
         while !self.draining.is_cancelled() {
             if self.changes.receiver_count() == 0 {
-                self.lock().clear();
+                self.lock().of_tenant.clear();
                 let added = self.listener_added.notified();
                 if self.draining.run_until_cancelled(added).await.is_none() {
                     return;
@@ -216,9 +239,27 @@ impl ProgressHub {
     async fn read(&self) -> Result<()> {
         // A batch that ended between two reads is found by the time of its end.
         let since = self.clock.now().before(END_WINDOW);
+        let tenants: Vec<_> = self.listeners().keys().cloned().collect();
+        let limit = MAX_FOLLOWED / tenants.len().max(1);
         let read = self.begin_read();
-        self.publish(read, self.store.batch_progress(None, Some(since), MAX_FOLLOWED).await?);
+        let found = self.store.batch_progress(tenants, Some(since), limit).await?;
+        self.log_partial(&found, limit);
+        self.publish(read, found);
         Ok(())
+    }
+
+    /// Logs once if a tenant has more open batches than are read.
+    fn log_partial(&self, found: &[BatchProgress], limit: usize) {
+        let mut open: HashMap<&TenantId, usize> = HashMap::new();
+        for progress in found.iter().filter(|progress| !progress.status.is_final()) {
+            let number = open.entry(&progress.tenant).or_default();
+            *number = number.saturating_add(1);
+        }
+        let full = open.iter().find(|(_, number)| **number >= limit);
+        let was_partial = std::mem::replace(&mut self.lock().is_partial, full.is_some());
+        if let (Some((tenant, _)), false) = (full, was_partial) {
+            tracing::warn!(%tenant, limit, "streams of events show the oldest open batches alone");
+        }
     }
 
     /// Returns the number of a read that begins now.
@@ -236,7 +277,7 @@ impl ProgressHub {
         let mut known = self.lock();
         for (tenant, mut states) in of_tenant {
             states.sort_unstable_by(|one, other| one.id.cmp(&other.id));
-            let before = known.get(&tenant).map_or(&[] as &[_], |states| states);
+            let before = known.of_tenant.get(&tenant).map_or(&[] as &[_], |states| states);
             let is_known = |progress: &BatchProgress| {
                 let place = before.binary_search_by(|known| known.id.cmp(&progress.id));
                 place.is_ok_and(|place| before.get(place) == Some(progress))
@@ -248,15 +289,17 @@ impl ProgressHub {
             }
             next.insert(tenant, states.into());
         }
-        *known = next;
+        known.of_tenant = next;
+        let before = std::mem::replace(&mut known.read, read);
         drop(known);
-        if !changes.is_empty() {
+        // Also without changes, a new listener has to forget the states that it began with.
+        if !changes.is_empty() || self.newest.load(Ordering::SeqCst) >= before {
             // Without listeners there is nobody to tell.
             self.changes.send(Changes { read, of_tenant: Arc::new(changes) }).ok();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, States>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -264,14 +307,16 @@ impl ProgressHub {
 impl ProgressListener {
     /// Takes the next ready state of what is followed.
     fn take_ready(&mut self) -> Option<BatchProgress> {
-        loop {
-            let (states, place) = &mut self.ready;
-            let progress = states.get(*place)?;
+        while let Some((states, place)) = &mut self.ready {
+            let Some(progress) = states.get(*place) else { break };
             *place = place.saturating_add(1);
             if self.batch.as_ref().is_none_or(|batch| *batch == progress.id) {
                 return Some(progress.clone());
             }
         }
+        // A listener may wait for long, and holds nothing meanwhile.
+        self.ready = None;
+        None
     }
 
     /// Shows states that were read just now, before everything else.
@@ -279,7 +324,8 @@ impl ProgressListener {
         let open = states.iter().filter_map(|state| Some((state.id.clone(), place_of(state)?)));
         let reads = self.hub.reads.load(Ordering::SeqCst);
         self.first = Some(FirstStates { reads, states: open.collect() });
-        self.ready = (states, 0);
+        self.ready = Some((states, 0));
+        self.hub.newest.fetch_max(reads, Ordering::SeqCst);
         self.hub.listener_added.notify_one();
     }
 
@@ -307,16 +353,19 @@ impl ProgressListener {
             let draining = self.hub.draining.clone();
             let next = tokio::time::timeout_at(self.ends_at, self.changes.recv());
             match draining.run_until_cancelled(next).await?.ok()? {
+                Ok(changes) if changes.read <= self.read => {}
                 Ok(changes) => {
                     self.first.take_if(|first| first.reads < changes.read);
-                    let own = changes.of_tenant.get(&self.tenant).cloned();
-                    self.ready = (own.unwrap_or_default(), 0);
+                    self.ready = changes.of_tenant.get(&self.tenant).map(|own| (own.clone(), 0));
+                    self.read = changes.read;
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => {
                     // The changes that the channel still holds are older than what is known.
                     self.changes = self.changes.resubscribe();
-                    let known = self.hub.lock().get(&self.tenant).cloned();
-                    self.ready = (known.unwrap_or_default(), 0);
+                    let known = self.hub.lock();
+                    self.first.take_if(|first| first.reads < known.read);
+                    self.ready = known.of_tenant.get(&self.tenant).map(|own| (own.clone(), 0));
+                    self.read = known.read;
                 }
                 Err(broadcast::error::RecvError::Closed) => return None,
             }
@@ -342,7 +391,7 @@ mod tests {
 
     use super::*;
 
-    const MAX_LISTENERS: usize = 12;
+    const MAX_LISTENERS: usize = 16;
 
     fn state(id: &str, status: Status, completed: u64) -> BatchProgress {
         let counts = Counts { total: 100, completed, failed: 0 };
@@ -356,6 +405,7 @@ mod tests {
             changes: broadcast::Sender::new(CHANNEL_READS),
             known: Mutex::default(),
             reads: AtomicU64::new(0),
+            newest: AtomicU64::new(0),
             listeners: Mutex::default(),
             max_listeners: MAX_LISTENERS,
             listener_added: Notify::new(),
@@ -402,7 +452,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let hub = hub(folder.path());
         let mut listener = hub.subscribe(&"tenant".into(), Some("a".into())).unwrap();
-        let older = hub.begin_read();
+        let (older, old) = (hub.begin_read(), hub.begin_read());
         listener.begin(Arc::new([state("a", Status::Finalizing, 7)]));
         hub.publish(
             older,
@@ -412,7 +462,7 @@ mod tests {
         assert_eq!(shown(&mut listener).await, expected);
         assert!(listener.first.is_some());
         // A read that began before and saw more is shown, and so is every read that began after.
-        hub.publish(older, vec![state("a", Status::Cancelling, 7)]);
+        hub.publish(old, vec![state("a", Status::Cancelling, 7)]);
         let expected = [("a".to_owned(), Status::Cancelling, 7)];
         assert_eq!(shown(&mut listener).await, expected);
         hub.publish(hub.begin_read(), vec![state("a", Status::Completed, 7)]);
@@ -421,23 +471,42 @@ mod tests {
         assert!(listener.first.is_none(), "nothing is remembered");
     }
 
+    #[tokio::test]
+    async fn waiting_listener_holds_no_states() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = hub(folder.path());
+        let mut listener = hub.subscribe(&"tenant".into(), None).unwrap();
+        let read = hub.begin_read();
+        listener.begin(Arc::new([state("a", Status::InProgress, 1)]));
+        hub.publish(read, vec![state("a", Status::InProgress, 1)]);
+        assert_eq!(shown(&mut listener).await.len(), 2);
+        assert!(listener.first.is_some(), "the read has begun before the listener");
+        // The next read changes nothing.
+        hub.publish(hub.begin_read(), vec![state("a", Status::InProgress, 1)]);
+        assert_eq!(shown(&mut listener).await, []);
+        assert!(listener.first.is_none() && listener.ready.is_none());
+        // And nobody is woken by the ones after it.
+        hub.publish(hub.begin_read(), vec![state("a", Status::InProgress, 1)]);
+        assert!(listener.changes.is_empty());
+    }
+
     #[test]
-    fn tenant_has_as_many_listeners_as_it_leaves_free() {
+    fn tenant_has_as_many_listeners_as_it_leaves_free_and_each_has_some() {
         let folder = tempfile::tempdir().unwrap();
         let hub = hub(folder.path());
         let all_of = |tenant: &str| {
             let listeners = std::iter::from_fn(|| hub.subscribe(&tenant.into(), None).ok());
             listeners.take(MAX_LISTENERS + 1).collect::<Vec<_>>()
         };
-        let (one, two, three) = (all_of("one"), all_of("two"), all_of("three"));
-        assert_eq!((one.len(), two.len(), three.len()), (6, 3, 2));
+        let one = all_of("one");
+        let others: Vec<_> = ["two", "three", "four"].map(all_of).into();
+        let numbers: Vec<_> = others.iter().map(Vec::len).collect();
+        assert_eq!((one.len(), numbers), (7, vec![4, 4, 1]));
         let refused = hub.subscribe(&"one".into(), None).map(drop);
         assert!(matches!(refused, Err(ListenError::TooMany)));
         drop(one);
-        drop(two);
-        assert_eq!(hub.listeners().len(), 1, "a listener that ended leaves nothing behind");
-        assert_eq!(all_of("one").len(), 5);
-        drop(three);
+        assert_eq!(hub.listeners().len(), 3, "a listener that ended leaves nothing behind");
+        drop(others);
         assert!(hub.listeners().is_empty());
     }
 }

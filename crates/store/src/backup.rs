@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 use self::manifest::{FORMAT, Line, MANIFEST, Manifest};
 use crate::objects::LocalObjects;
 use crate::private::create_folder;
-use crate::sqlite::{DATABASE_FILE, lock_folder, open_beside_server};
+use crate::sqlite::{DATABASE_FILE, LAST_BACKUP, lock_folder, open_beside_server};
 use crate::{Result, StoreError};
 
 /// Lock of a backup folder, which also marks it: other folders are refused.
@@ -240,6 +240,8 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
         std::fs::remove_file(to.join(old)).ok();
     }
     remove_objects_that_are_gone(to, &database)?;
+    // For the metric of the server. The backup is valid without it.
+    std::fs::write(data.join(LAST_BACKUP), now.to_string()).ok();
     Ok(report)
 }
 

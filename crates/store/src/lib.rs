@@ -78,6 +78,9 @@ pub use webhooks::Webhooks;
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::{BatchId, FileId, ObjectKey, TenantId};
 
+/// Maximum number of ended batches whose progress is read at once.
+pub const MAX_ENDED: usize = 20_000;
+
 /// Database of files, batches and results.
 ///
 /// Each method is one transaction. Methods that take a [`Claim`] and change the batch fail with
@@ -284,11 +287,11 @@ pub trait Store: Accounts + Webhooks {
     /// Returns the numbers of open batches, and up to `limit` executing batches with a deadline,
     /// those with the earliest deadline first.
     async fn overview(&self, now: Timestamp, limit: usize) -> Result<Overview>;
-    /// Returns the progress of batches of a tenant or of all: up to `limit` that have not ended,
-    /// and up to `limit` that have ended since a time.
+    /// Returns the progress of batches of tenants: of each the oldest that have not ended, up to
+    /// `limit`, and of all the last that have ended since a time, up to [`MAX_ENDED`].
     async fn batch_progress(
         &self,
-        tenant: Option<&TenantId>,
+        tenants: Vec<TenantId>,
         ended_since: Option<Timestamp>,
         limit: usize,
     ) -> Result<Vec<BatchProgress>>;

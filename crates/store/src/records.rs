@@ -238,6 +238,8 @@ pub struct Disk {
     pub free: u64,
     /// Size of the file system.
     pub size: u64,
+    /// Time of the last backup of the data folder.
+    pub last_backup: Option<Timestamp>,
 }
 
 /// Cause for which a batch waits.

@@ -8,36 +8,40 @@ use clap::Args;
 
 use super::terminal::{errln, outln};
 use crate::clock::Clock;
+use crate::config::{DataFolder, SettingsArgs};
 use crate::error::Error;
 
 /// Arguments of `batchwright backup`.
+///
+/// The server of the data folder may be running.
 #[derive(Args)]
 pub struct Backup {
     /// Folder of the backup; a later backup into the same folder copies what is new
     folder: PathBuf,
-    /// Data folder, whose server may be running
-    #[arg(long, env = "BATCHWRIGHT_DATA", default_value = "batchwright-data")]
-    data: PathBuf,
+    #[command(flatten)]
+    settings: SettingsArgs<DataFolder>,
     /// Only compare the backup with its manifest
     #[arg(long)]
     verify: bool,
 }
 
 /// Arguments of `batchwright restore`.
+///
+/// The data folder must not have a database.
 #[derive(Args)]
 pub struct Restore {
     /// Folder of the backup
     folder: PathBuf,
-    /// Data folder to create; it must not have a database
-    #[arg(long, env = "BATCHWRIGHT_DATA", default_value = "batchwright-data")]
-    data: PathBuf,
+    #[command(flatten)]
+    settings: SettingsArgs<DataFolder>,
 }
 
 impl Backup {
     /// Runs the command.
     pub async fn run(self) -> Result<(), Error> {
         umask();
-        let (folder, data) = (self.folder.clone(), self.data);
+        let folder = self.folder.clone();
+        let data = self.settings.resolve()?.storage.data;
         let now = Clock::system().now().as_seconds();
         let is_check = self.verify;
         let running = tokio::task::spawn_blocking(move || match is_check {
@@ -62,10 +66,12 @@ impl Restore {
     /// Runs the command.
     pub async fn run(self) -> Result<(), Error> {
         umask();
-        let (folder, data) = (self.folder, self.data.clone());
+        let folder = self.folder;
+        let data = self.settings.resolve()?.storage.data;
+        let shown = data.display().to_string();
         let running = tokio::task::spawn_blocking(move || backup::restore(&folder, &data));
         let report = ended(running).await?;
-        outln!("restored to {}: {}", self.data.display(), contents(&report));
+        outln!("restored to {shown}: {}", contents(&report));
         warn_missing(&report);
         Ok(())
     }

@@ -103,7 +103,8 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(async {
+    let has_handlers = matches!(cli.command, Command::Serve(_) | Command::Run(_));
+    let command = async {
         match cli.command {
             Command::Serve(serve) => serve.run().await,
             Command::Run(run) => run.run().await,
@@ -123,6 +124,14 @@ pub fn main() -> ExitCode {
             Command::Man(man) => man.run().map(|()| ExitCode::SUCCESS),
             Command::Compile(process) => Ok(process.run()),
         }
+    };
+    // The kernel drops a signal to the first process of a container that has no handler for it.
+    let is_first = std::process::id() == 1 && !has_handlers;
+    let result = runtime.block_on(async {
+        tokio::select! {
+            result = command => result,
+            result = ended_by_signal(), if is_first => result,
+        }
     });
     // Blocking threads may still run, for example an abandoned compilation; do not wait for them.
     runtime.shutdown_background();
@@ -133,6 +142,16 @@ pub fn main() -> ExitCode {
     result.unwrap_or_else(|error| {
         errln!("error: {error}");
         ExitCode::from(error.exit_code())
+    })
+}
+
+/// Waits for a signal that ends a process, and returns the status of a process that it has ended.
+async fn ended_by_signal() -> Result<ExitCode, Error> {
+    let mut signals = ProcessSignals::listen()?;
+    Ok(match signals.next().await {
+        ProcessSignal::Interrupt => ExitCode::from(130),
+        ProcessSignal::Terminate => ExitCode::from(143),
+        ProcessSignal::Hangup => ExitCode::from(129),
     })
 }
 

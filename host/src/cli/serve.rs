@@ -12,6 +12,7 @@ use batchwright_plugin::watch::watch;
 use batchwright_store::umask;
 use batchwright_telemetry::Otlp;
 use clap::Args;
+use futures_util::FutureExt;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -54,11 +55,11 @@ impl Serve {
         raise_file_limit();
         umask();
         let settings = Arc::new(settings);
+        let mut must_reload = false;
         let prepared = tokio::select! {
             biased;
-            () = terminated(&mut signals) => {
-                tracing::info!("server stopped before it had started");
-                return Ok(ExitCode::SUCCESS);
+            () = terminated(&mut signals, &mut must_reload) => {
+                return Ok(stopped_while_starting(&supervisor));
             }
             prepared = Prepared::new(&settings, self.insecure) => prepared?,
         };
@@ -78,6 +79,9 @@ impl Serve {
                 .map_err(|error| Error::Other(format!("metrics: {error}")))?;
         }
         let (webhooks, deliverer) = assemble::webhooks(&settings, &engine)?;
+        if terminated(&mut signals, &mut must_reload).now_or_never().is_some() {
+            return Ok(stopped_while_starting(&supervisor));
+        }
         // Nothing that can fail follows: requests are sent from here on.
         engine.start();
         let served = (&*engine, &webhooks);
@@ -121,7 +125,12 @@ impl Serve {
         let serving = format!("serving on {scheme}://{address}");
         supervisor.ready(&serving);
         let signal = loop {
-            match signals.next().await {
+            // What came during the start is done now.
+            let signal = match std::mem::take(&mut must_reload) {
+                true => ProcessSignal::Hangup,
+                false => signals.next().await,
+            };
+            match signal {
                 ProcessSignal::Hangup => {
                     tracing::info!(signal = "SIGHUP", "reloading");
                     supervisor.reloading();
@@ -149,7 +158,7 @@ impl Serve {
             () = stopping => {
                 tracing::info!("server stopped");
             }
-            () = terminated(&mut signals) => {
+            () = terminated(&mut signals, &mut must_reload) => {
                 tracing::warn!("server stopped at once, next start sends requests in flight again");
             }
         }
@@ -185,9 +194,18 @@ impl Prepared {
     }
 }
 
-/// Waits for a signal that ends the process.
-async fn terminated(signals: &mut ProcessSignals) {
-    while signals.next().await == ProcessSignal::Hangup {}
+/// Waits for a signal that ends the process, and notes a request to reload.
+async fn terminated(signals: &mut ProcessSignals, must_reload: &mut bool) {
+    while signals.next().await == ProcessSignal::Hangup {
+        *must_reload = true;
+    }
+}
+
+/// Ends a process that has sent no request yet.
+fn stopped_while_starting(supervisor: &Supervisor) -> ExitCode {
+    supervisor.stopping(Duration::ZERO);
+    tracing::info!("server stopped before it had started");
+    ExitCode::SUCCESS
 }
 
 /// Process of the server, for its admin listener.

@@ -46,6 +46,16 @@ impl Selection for PluginFolder {
     }
 }
 
+/// The data folder alone.
+#[derive(Clone, Debug)]
+pub struct DataFolder;
+
+impl Selection for DataFolder {
+    fn contains(setting: &Setting) -> bool {
+        setting.name == "data"
+    }
+}
+
 /// Addresses of the server.
 #[derive(Clone, Debug)]
 pub struct Addresses;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use batchwright_api::ApiConfig;
 use batchwright_batch::{BatchConfig, ExecutionConfig, OnlineConfig, RetentionConfig};
 use batchwright_domain::settings::{Given, Section, Setting};
-use batchwright_domain::units::Span;
+use batchwright_domain::units::{Count, Span};
 use batchwright_domain::{settings, value_from_str};
 use batchwright_memory::MemoryConfig;
 use batchwright_plugin::PluginsConfig;
@@ -25,7 +25,7 @@ use batchwright_webhooks::WebhookConfig;
 
 use crate::telemetry::{LogFilter, LogFormat, Ratio};
 
-pub use arguments::{Addresses, All, LoaderSettings, PluginFolder, SettingsArgs};
+pub use arguments::{Addresses, All, DataFolder, LoaderSettings, PluginFolder, SettingsArgs};
 pub use environment::unknown_variables;
 
 /// Error in the settings that an operator gave.
@@ -200,8 +200,13 @@ impl Settings {
 
     /// The part that the batch engine uses.
     pub fn of_batches(&self) -> batchwright_batch::Config {
+        let mut batch = self.batch.clone();
+        // Streams alone must not take all connections.
+        let half =
+            Count::new(u32::try_from(self.api.max_connections.get() / 2).unwrap_or(u32::MAX));
+        batch.max_event_streams = batch.max_event_streams.min(half);
         batchwright_batch::Config {
-            batch: self.batch.clone(),
+            batch,
             retention: self.retention.clone(),
             execution: self.execution.clone(),
             online: self.online.clone(),

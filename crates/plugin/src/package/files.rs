@@ -103,7 +103,8 @@ impl Files {
             let or_in: Vec<String> =
                 folders.0.iter().map(|folder| format!(", nor in {}", folder.display())).collect();
             let message = format!(
-                "there is no {} beside this file{}; build or copy the component there",
+                "there is no {} beside this file{}; build or copy the component there, or name its \
+                 folder in the setting `components`",
                 manifest.component.display(),
                 or_in.concat()
             );

@@ -39,6 +39,9 @@ use crate::private;
 /// Name of the database in the data folder.
 pub(crate) const DATABASE_FILE: &str = "batchwright.db";
 
+/// File of a data folder with the time of its last backup, in seconds since 1970.
+pub(crate) const LAST_BACKUP: &str = "last-backup";
+
 /// Owner of all claims and registrations: the holder of the data folder's lock, since no other
 /// process can write to the database.
 pub(crate) const OWNER: &str = "holder of the folder's lock";

@@ -1,11 +1,15 @@
 //! Batches that have not ended: their numbers, their deadlines and their cancellation.
 
+use std::collections::HashMap;
+
 use batchwright_domain::clock::Timestamp;
 use batchwright_domain::ids::TenantId;
 use batchwright_domain::status::Status;
 use rusqlite::{Connection, Params, Row, params};
 
-use super::super::{BatchProgress, Cancel, Counts, DatedBatch, OpenBatches, Overview, Result};
+use super::super::{
+    BatchProgress, Cancel, Counts, DatedBatch, MAX_ENDED, OpenBatches, Overview, Result,
+};
 use super::keys::BatchRow;
 use super::{batches, database_error, tenant_key, timestamp, to_u64};
 
@@ -59,45 +63,45 @@ pub(super) fn overview(connection: &Connection, now: Timestamp, limit: usize) ->
 /// Returns the progress of batches that have not ended, and of those that have ended since a time.
 pub(super) fn progress(
     connection: &Connection,
-    tenant: Option<&TenantId>,
+    tenants: &[TenantId],
     ended_since: Option<Timestamp>,
     limit: usize,
 ) -> Result<Vec<BatchProgress>> {
-    let key = match tenant {
-        Some(tenant) => match tenant_key(connection, tenant.as_str())? {
-            Some(key) => Some(key),
-            None => return Ok(Vec::new()),
-        },
-        None => None,
-    };
-    // Two indexes: of the batches that have not ended, and by the time of the end.
-    let sql = "SELECT tenants.name, id, status, total, completed, failed FROM (
-            SELECT * FROM (
-                SELECT tenant, id, status, total, completed, failed FROM batches
-                WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-                AND (?1 IS NULL OR tenant = ?1) LIMIT ?3
-            )
-            UNION ALL
-            SELECT * FROM (
-                SELECT tenant, id, status, total, completed, failed FROM batches
-                WHERE coalesce(completed_at, failed_at, expired_at, cancelled_at) >= ?2
-                AND status NOT IN ('validating', 'in_progress', 'finalizing', 'cancelling')
-                AND (?1 IS NULL OR tenant = ?1) LIMIT ?3
-            )
-        ) AS found JOIN tenants ON tenants.key = found.tenant";
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    query(connection, sql, params![key, ended_since.map(Timestamp::as_millis), limit], |row| {
+    let open = "SELECT id, status, total, completed, failed FROM batches
+        WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND tenant = ?1
+        ORDER BY key LIMIT ?2";
+    let ended = "SELECT id, status, total, completed, failed, tenant FROM batches
+        WHERE coalesce(completed_at, failed_at, expired_at, cancelled_at) >= ?1
+        AND status NOT IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+        ORDER BY coalesce(completed_at, failed_at, expired_at, cancelled_at) DESC LIMIT ?2";
+    let progress = |tenant: &TenantId, row: &Row<'_>| {
         Ok(BatchProgress {
-            tenant: row.get::<_, String>(0)?.into(),
-            id: row.get::<_, String>(1)?.into(),
+            tenant: tenant.clone(),
+            id: row.get::<_, String>(0)?.into(),
             status: batches::status_from(row)?,
             counts: Counts {
-                total: to_u64(row.get(3)?),
-                completed: to_u64(row.get(4)?),
-                failed: to_u64(row.get(5)?),
+                total: to_u64(row.get(2)?),
+                completed: to_u64(row.get(3)?),
+                failed: to_u64(row.get(4)?),
             },
         })
-    })
+    };
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let (mut found, mut names) = (Vec::new(), HashMap::new());
+    for tenant in tenants {
+        let Some(key) = tenant_key(connection, tenant.as_str())? else { continue };
+        names.insert(key, tenant);
+        found.extend(query(connection, open, params![key, limit], |row| progress(tenant, row))?);
+    }
+    if let Some(since) = ended_since {
+        let limit = i64::try_from(MAX_ENDED).unwrap_or(i64::MAX);
+        let rows = query(connection, ended, params![since.as_millis(), limit], |row| {
+            let tenant = names.get(&row.get::<_, i64>(5)?);
+            tenant.map(|tenant| progress(tenant, row)).transpose()
+        })?;
+        found.extend(rows.into_iter().flatten());
+    }
+    Ok(found)
 }
 
 /// Returns all rows of a query.

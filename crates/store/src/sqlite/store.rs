@@ -1,5 +1,6 @@
 //! Operations of the store: each one transaction, on the writer or on a reader.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::files::Addition;
 use super::keys::BatchRow;
 use super::{batches, connection, files, jobs, open_batches, results, start, usage, work};
 use crate::accounts::{Refusal, StorageBounds};
-use crate::sqlite::{OWNER, SqliteStore, database_error, tenant_key};
+use crate::sqlite::{LAST_BACKUP, OWNER, SqliteStore, database_error, tenant_key};
 use crate::{
     BatchError, BatchKey, BatchProgress, BatchRecord, Cancel, Claim, Created, Disk, FileQuery,
     FileRecord, Finish, Idempotency, Job, NewBatch, OnlineUsage, Orders, Overview, Paged,
@@ -400,14 +401,13 @@ impl Store for SqliteStore {
 
     async fn batch_progress(
         &self,
-        tenant: Option<&TenantId>,
+        tenants: Vec<TenantId>,
         ended_since: Option<Timestamp>,
         limit: usize,
     ) -> Result<Vec<BatchProgress>> {
-        let tenant = tenant.cloned();
         self.readers
             .read(move |connection| {
-                open_batches::progress(connection, tenant.as_ref(), ended_since, limit)
+                open_batches::progress(connection, &tenants, ended_since, limit)
             })
             .await
     }
@@ -469,7 +469,17 @@ fn disk(connection: &rusqlite::Connection, folder: &std::path::Path) -> Result<D
     let database = pragma("page_count")?.saturating_mul(pragma("page_size")?);
     let (free, size) =
         file_system(folder).map_err(|error| StoreError::Database(format!("statvfs: {error}")))?;
-    Ok(Disk { database, free, size })
+    Ok(Disk { database, free, size, last_backup: last_backup(folder) })
+}
+
+/// Returns the time that the last backup of a data folder has left in it.
+fn last_backup(folder: &std::path::Path) -> Option<Timestamp> {
+    let mut text = String::new();
+    let file = std::fs::File::open(folder.join(LAST_BACKUP)).ok()?;
+    // A number has at most 20 digits.
+    file.take(20).read_to_string(&mut text).ok()?;
+    let seconds: i64 = text.trim().parse().ok()?;
+    Some(Timestamp::from_millis(seconds.saturating_mul(1000)))
 }
 
 /// Returns the space of a file system that the server can use, and its size, in bytes.

@@ -12,8 +12,9 @@ app.kubernetes.io/name: batchwright
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{- define "batchwright.backupSelector" -}}
-app.kubernetes.io/name: batchwright-backup
+{{/* Labels of pods that use the data and are no servers: no service must select them. */}}
+{{- define "batchwright.jobSelector" -}}
+app.kubernetes.io/name: batchwright-job
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
@@ -65,8 +66,69 @@ seccompProfile:
 # Else each start changes the group of every file, and compiled plugins are compiled again.
 fsGroupChangePolicy: OnRootMismatch
 {{- range $key, $value := .Values.securityContext }}
-{{- if ne (kindOf $value) "invalid" }}
+{{- if kindIs "map" $value }}
+{{ $key }}: {{- toYaml $value | nindent 2 }}
+{{- else if not (kindIs "invalid" $value) }}
 {{ $key }}: {{ int64 $value }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Specification of a pod that runs one command on the data: `root`, `args`, and `beside` the server. */}}
+{{- define "batchwright.jobPod" -}}
+{{- $ := .root -}}
+restartPolicy: Never
+serviceAccountName: {{ include "batchwright.name" $ }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- include "batchwright.podSecurity" $ | nindent 2 }}
+{{- if .beside }}
+# The volume of the data is attached to the node of the server alone.
+affinity:
+  podAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      - topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels: {{- include "batchwright.selector" $ | nindent 12 }}
+{{- else }}
+{{- with $.Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $.Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- with $.Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $.Values.image.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: job
+    image: {{ include "batchwright.image" $ }}
+    imagePullPolicy: {{ $.Values.image.pullPolicy }}
+    args: {{- toYaml .args | nindent 6 }}
+    env:
+      - {name: BATCHWRIGHT_CONFIG, value: /etc/batchwright/settings/batchwright.toml}
+    securityContext: {{- include "batchwright.containerSecurity" $ | nindent 6 }}
+    resources: {{- toYaml $.Values.backup.resources | nindent 6 }}
+    volumeMounts:
+      - {name: data, mountPath: /var/lib/batchwright}
+      - {name: settings, mountPath: /etc/batchwright/settings, readOnly: true}
+      {{- if $.Values.backup.existingClaim }}
+      - {name: backup, mountPath: /backup}
+      {{- end }}
+volumes:
+  - name: data
+    persistentVolumeClaim:
+      claimName: data-{{ include "batchwright.name" $ }}-0
+  - name: settings
+    configMap:
+      name: {{ include "batchwright.name" $ }}-settings
+  {{- with $.Values.backup.existingClaim }}
+  - name: backup
+    persistentVolumeClaim:
+      claimName: {{ . | quote }}
+  {{- end }}
 {{- end -}}

@@ -238,9 +238,9 @@ pub(crate) async fn progress_has_open_batches_and_those_that_ended_since(fixture
     assert!(other.is_ok());
     let held = claim(&*store, &Lane::Validate).await;
     store.fail(&held, Vec::new(), Vec::new(), NOW).await.unwrap();
-    let found = async |tenant: Option<&str>, since: Option<Timestamp>| {
-        let tenant = tenant.map(TenantId::from);
-        let progress = store.batch_progress(tenant.as_ref(), since, 9).await.unwrap();
+    let all = || vec![tenant(), "other".into(), "unknown".into()];
+    let found = async |tenants: Vec<TenantId>, since: Option<Timestamp>| {
+        let progress = store.batch_progress(tenants, since, 9).await.unwrap();
         let mut facts: Vec<_> =
             progress.iter().map(|one| format!("{} {:?}", one.id, one.status)).collect();
         facts.sort();
@@ -249,12 +249,16 @@ pub(crate) async fn progress_has_open_batches_and_those_that_ended_since(fixture
     let ended = format!("{} Failed", held.batch_id);
     let open = if held.batch_id.as_str() == "waits" { "theirs" } else { "waits" };
     let open = format!("{open} Validating");
-    assert_eq!(found(None, None).await, std::slice::from_ref(&open));
+    assert_eq!(found(all(), None).await, std::slice::from_ref(&open));
     let mut both = [open.clone(), ended.clone()];
     both.sort();
-    assert_eq!(found(None, Some(NOW)).await, both);
-    assert_eq!(found(None, Some(at(NOW.as_millis() + 1))).await, [open]);
-    assert_eq!(found(Some(held.tenant.as_str()), Some(NOW)).await, [ended]);
-    // The limit is one of open batches, and one of those that have ended.
-    assert_eq!(store.batch_progress(None, Some(NOW), 1).await.unwrap().len(), 2);
+    assert_eq!(found(all(), Some(NOW)).await, both);
+    assert_eq!(found(all(), Some(at(NOW.as_millis() + 1))).await, std::slice::from_ref(&open));
+    assert_eq!(found(vec![held.tenant.clone()], Some(NOW)).await, [ended]);
+    // The limit is one of open batches of each tenant, the oldest.
+    create(&*store, "later").await;
+    create(&*store, "latest").await;
+    let progress = store.batch_progress(all(), None, 1).await.unwrap();
+    let ids: Vec<_> = progress.iter().map(|one| one.id.as_str()).collect();
+    assert!(!ids.contains(&"latest") && ids.len() == if open.starts_with("waits") { 1 } else { 2 });
 }
