@@ -4,11 +4,15 @@ Attacks: misspelled and wrong settings, data folders that cannot be used, signal
 """
 
 import json
+import re
 import signal
 import socket
 import sqlite3
+import subprocess
+from pathlib import Path
 
-from conftest import PLUGINS, chat, run_host, wait_for
+import pytest
+from conftest import HOST, PLUGINS, chat, run_host, wait_for
 
 
 def start(tmp_path, *arguments, env=None):
@@ -149,3 +153,40 @@ def test_shutdown_drains_on_first_signal_and_exits_on_second(serve, stub):
     wait_for(lambda: server.logged().count("shutting down") == 2, what="the shutdown")
     server.child.send_signal(signal.SIGTERM)
     assert server.child.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (signal.SIGTERM, "server stopped before it had started"),
+        (signal.SIGHUP, "settings reloaded"),
+    ],
+)
+def test_signal_while_the_server_starts_is_not_lost(tmp_path, sent, expected):
+    command = [HOST, "serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "data"]
+    # Nothing is compiled yet, which takes a while.
+    command += ["--plugins", PLUGINS, "--cache", tmp_path / "cache"]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output)
+
+    def handles():
+        status = (proc / "status").read_text()
+        caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.M)[1], 16)
+        return caught >> (sent - 1) & 1 and (tmp_path / "data/batchwright.db").exists()
+
+    proc = Path(f"/proc/{child.pid}")
+    try:
+        wait_for(handles, what="a server that opens its database")
+        child.send_signal(sent)
+        assert "listening" not in log.read_text()
+        wait_for(lambda: expected in log.read_text(), what=lambda: log.read_text())
+        if sent == signal.SIGTERM:
+            assert child.wait(timeout=20) == 0
+            assert "listening" not in log.read_text()
+        else:
+            child.terminate()
+            assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        child.wait()

@@ -20,6 +20,7 @@ RARE = {
     "batchwright_request_retries",
     "batchwright_batch_deadline_margin_seconds",
     "batchwright_tls_certificate_expiry_timestamp_seconds",
+    "batchwright_last_backup_timestamp_seconds",
 }
 
 
