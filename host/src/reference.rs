@@ -120,8 +120,11 @@ fn chart_setting(setting: &Setting) -> Value {
         "type": kind,
         "description": format!("{}; default: {default}", setting.help()),
     });
-    if setting.placeholder == "LIST" {
-        schema["items"] = json!({ "type": "string" });
+    match setting.placeholder {
+        "LIST" => schema["items"] = json!({ "type": "string" }),
+        // Without a unit, 0 is the only time.
+        "TIME" => schema["maximum"] = json!(0),
+        _ => {}
     }
     schema
 }

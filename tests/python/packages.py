@@ -114,20 +114,22 @@ def newer(package, folder):
 def prometheus():
     """Returns a function from the name of a program of Prometheus to its path.
 
-    The package of Debian is unpacked and not installed, because it would start a service.
+    The packages of Debian are unpacked and not installed, because they would start services.
     """
-    if shutil.which("prometheus") and shutil.which("promtool"):
+    if all(shutil.which(name) for name in ("prometheus", "promtool", "amtool")):
         return shutil.which
     folder = TARGET / "prometheus"
-    if not (folder / "usr/bin/prometheus").exists():
-        if shutil.which("apt-get") is None:
-            pytest.skip("Prometheus is not installed")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            subprocess.run(["apt-get", "update", "-qq"], check=True)
-        subprocess.run(["apt-get", "download", "-qq", "prometheus"], cwd=folder, check=True)
-        (package,) = folder.glob("prometheus_*.deb")
-        subprocess.run(["dpkg", "--extract", package, folder], check=True)
+    with once("prometheus"):
+        if not (folder / "usr/bin/amtool").exists():
+            if shutil.which("apt-get") is None:
+                pytest.skip("Prometheus is not installed")
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.geteuid() == 0:
+                subprocess.run(["apt-get", "update", "-qq"], check=True)
+            for name in ("prometheus", "prometheus-alertmanager"):
+                subprocess.run(["apt-get", "download", "-qq", name], cwd=folder, check=True)
+                (package,) = folder.glob(f"{name}_*.deb")
+                subprocess.run(["dpkg", "--extract", package, folder], check=True)
     return lambda name: folder / "usr/bin" / name
 
 

@@ -40,6 +40,24 @@ def test_server_knows_when_it_was_backed_up_last(serve, tmp_path):
     assert abs(time.time() - at) < 120
 
 
+def test_new_backup_replaces_none_and_an_interrupted_one_is_continued(serve, tmp_path):
+    server = serve()
+    for number in range(3):
+        server.upload([chat(f"line-{number}")])
+    first = tmp_path / "first"
+    assert "3 copied" in backup(server, first, "--new").stdout
+    refused = backup(server, first, "--new", code=5)
+    assert "has a backup already" in refused.stderr and manifest(first)
+    # A backup that was killed before it had a manifest.
+    (first / "manifest.jsonl").unlink()
+    (damaged, *_) = sorted((first / "objects").rglob("file-*"))
+    content = bytearray(damaged.read_bytes())
+    content[0] ^= 1
+    damaged.write_bytes(content)
+    assert "1 copied" in backup(server, first).stdout, "what is whole is not copied again"
+    assert "is complete" in backup(server, first, "--verify").stdout
+
+
 def manifest(folder):
     return lines(folder / "manifest.jsonl")
 

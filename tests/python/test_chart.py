@@ -178,7 +178,9 @@ def test_upgrade_changes_nothing_that_cannot_change_and_makes_no_secret(render, 
     chart = newer / "Chart.yaml"
     text = re.sub("^(version|appVersion): .*$", r"\1: 9.9.9", chart.read_text(), flags=re.M)
     chart.write_text(text)
-    before, after = render(EVERYTHING), render(EVERYTHING, newer)
+    # Without the task, which is another job for each upgrade.
+    values = {**EVERYTHING, "task": {"args": []}}
+    before, after = render(values), render(values, newer)
     assert before.keys() == after.keys()
     assert not [kind for kind, _ in before if kind == "Secret"]
     fixed = ["selector", "serviceName", "volumeClaimTemplates"]
@@ -187,7 +189,7 @@ def test_upgrade_changes_nothing_that_cannot_change_and_makes_no_secret(render, 
         for field in fixed:
             assert old.get(field) == new.get(field), (kind, name, field)
     # The same values make the same objects, so that an upgrade restarts no pod without a reason.
-    assert before == render(EVERYTHING)
+    assert before == render(values)
 
 
 def test_changed_settings_restart_the_pod_and_changed_plugins_do_not(render):

@@ -77,7 +77,8 @@ def test_compose_file_starts_a_server_that_is_healthy_and_keeps_its_data(podman,
         podman.run("bash", "-euo", "pipefail", "-c", restore, cwd=folder)
         wait_for(lambda: asked("/health/serving") == 200, what="the restored server")
         (name,) = podman.run("podman", "ps", "--format={{.Names}}").split()
-        assert "data=/var/lib/batchwright/restored" in podman.logs(name)
+        started = "data=/var/lib/batchwright/restored"
+        wait_for(lambda: started in podman.logs(name), what="the log of the start")
         shown = run_host("batch", "get", batch, "--json", env=env)
         assert json.loads(shown.stdout)["status"] == "completed", shown.stderr
     finally:
@@ -228,7 +229,7 @@ def test_pod_of_the_chart_pulls_a_plugin_serves_drains_and_is_backed_up(
     # A pod that is deleted drains within its grace period.
     podman.run("podman", "pod", "stop", f"--time={grace}", name)
     assert podman.state(container)["ExitCode"] == 0, podman.logs(container)
-    assert "server stopped" in podman.logs(container)
+    wait_for(lambda: "server stopped" in podman.logs(container), what="the log of the end")
 
     # Restored by a task, as the page of the chart says, and served.
     values["persistence"] = {"folder": "restored"}
@@ -239,6 +240,7 @@ def test_pod_of_the_chart_pulls_a_plugin_serves_drains_and_is_backed_up(
     finish("restore", resolve(job["spec"], secrets, tmp_path))
     podman.run("podman", "pod", "rm", "--force", name)
     serve(render(values))
-    assert "data=/var/lib/batchwright/restored" in podman.logs(container)
+    started = "data=/var/lib/batchwright/restored"
+    wait_for(lambda: started in podman.logs(container), what="the log of the start")
     shown = run_host("batch", "get", batch, "--json", env=env)
     assert json.loads(shown.stdout)["status"] == "completed", shown.stderr

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 from conftest import ROOT, chat, wait_for
 from packages import Prometheus, promtool
@@ -53,6 +54,11 @@ def test_configs_of_the_documentation_are_valid(prometheus, tmp_path):
         config.write_text(text.replace("/etc/prometheus/batchwright-key", f"{tmp_path}/key"))
         status, output = promtool(prometheus, "check", "config", config)
         assert status == 0, output
+    (text,) = re.findall(r"^```yaml\n(route:.*?)^```$", pages[1], re.M | re.S)
+    (tmp_path / "alertmanager.yml").write_text(text)
+    amtool = [prometheus("amtool"), "check-config", tmp_path / "alertmanager.yml"]
+    done = subprocess.run(amtool, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_dashboard_names_metrics_that_exist():

@@ -18,9 +18,10 @@
 //! rest is for tenants with few.
 //!
 //! **Bounds.** A read has at most [`MAX_FOLLOWED`] open batches, shared equally by the tenants with
-//! listeners, and of each its oldest, which are the ones that run.
+//! listeners, and of each its oldest. Of a tenant with more, the batches that are followed one by
+//! one are read too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -74,8 +75,6 @@ struct Known {
     /// Number of the read.
     read: u64,
     of_tenant: HashMap<TenantId, States>,
-    /// True if the log says that not all batches are read.
-    is_partial: bool,
 }
 
 /// Progress of the batches of all tenants.
@@ -88,12 +87,19 @@ pub struct ProgressHub {
     reads: AtomicU64,
     /// Number of reads that had begun when the newest listener began.
     newest: AtomicU64,
-    /// Number of listeners by tenant.
-    listeners: Mutex<HashMap<TenantId, usize>>,
+    listeners: Mutex<HashMap<TenantId, Listeners>>,
     /// Maximum number of listeners of all tenants.
     max_listeners: usize,
     listener_added: Notify,
     draining: CancellationToken,
+}
+
+/// Listeners of a tenant.
+#[derive(Default)]
+struct Listeners {
+    number: usize,
+    /// Batches that are followed one by one, each with the number of its listeners.
+    batches: HashMap<BatchId, usize>,
 }
 
 /// Reason why a stream is refused.
@@ -136,11 +142,18 @@ struct FirstStates {
 impl Drop for ProgressListener {
     fn drop(&mut self) {
         let mut listeners = self.hub.listeners();
-        if let Some(own) = listeners.get_mut(&self.tenant) {
-            *own = own.saturating_sub(1);
-            if *own == 0 {
-                listeners.remove(&self.tenant);
+        let Some(own) = listeners.get_mut(&self.tenant) else { return };
+        own.number = own.number.saturating_sub(1);
+        if let Some(batch) = &self.batch
+            && let Some(number) = own.batches.get_mut(batch)
+        {
+            *number = number.saturating_sub(1);
+            if *number == 0 {
+                own.batches.remove(batch);
             }
+        }
+        if own.number == 0 {
+            listeners.remove(&self.tenant);
         }
     }
 }
@@ -193,14 +206,19 @@ impl ProgressHub {
         batch: Option<BatchId>,
     ) -> std::result::Result<ProgressListener, ListenError> {
         let mut listeners = self.listeners();
-        let all: usize = listeners.values().sum();
-        let own = listeners.get(tenant).copied().unwrap_or(0);
+        let all: usize = listeners.values().map(|listeners| listeners.number).sum();
+        let own = listeners.get(tenant).map_or(0, |listeners| listeners.number);
         let shared = self.max_listeners.saturating_sub(self.max_listeners / 8);
         let is_few = own < FEW && all < self.max_listeners;
         if !is_few && own >= shared.saturating_sub(all) {
             return Err(ListenError::TooMany);
         }
-        listeners.insert(tenant.clone(), own.saturating_add(1));
+        let of_tenant = listeners.entry(tenant.clone()).or_default();
+        of_tenant.number = own.saturating_add(1);
+        if let Some(batch) = &batch {
+            let number = of_tenant.batches.entry(batch.clone()).or_default();
+            *number = number.saturating_add(1);
+        }
         drop(listeners);
         Ok(ProgressListener {
             hub: self.clone(),
@@ -215,7 +233,7 @@ impl ProgressHub {
         })
     }
 
-    fn listeners(&self) -> MutexGuard<'_, HashMap<TenantId, usize>> {
+    fn listeners(&self) -> MutexGuard<'_, HashMap<TenantId, Listeners>> {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -242,24 +260,35 @@ impl ProgressHub {
         let tenants: Vec<_> = self.listeners().keys().cloned().collect();
         let limit = MAX_FOLLOWED / tenants.len().max(1);
         let read = self.begin_read();
-        let found = self.store.batch_progress(tenants, Some(since), limit).await?;
-        self.log_partial(&found, limit);
+        let mut found = self.store.batch_progress(tenants, Some(since), limit).await?;
+        for (tenant, id) in self.hidden(&found, limit) {
+            if let Some(batch) = self.store.batch(&tenant, &id).await? {
+                found.push(BatchProgress {
+                    tenant,
+                    id,
+                    status: batch.status,
+                    counts: batch.counts,
+                });
+            }
+        }
         self.publish(read, found);
         Ok(())
     }
 
-    /// Logs once if a tenant has more open batches than are read.
-    fn log_partial(&self, found: &[BatchProgress], limit: usize) {
-        let mut open: HashMap<&TenantId, usize> = HashMap::new();
-        for progress in found.iter().filter(|progress| !progress.status.is_final()) {
-            let number = open.entry(&progress.tenant).or_default();
-            *number = number.saturating_add(1);
+    /// Returns the followed batches that were not found because their tenants have more open
+    /// batches than are read.
+    fn hidden(&self, found: &[BatchProgress], limit: usize) -> Vec<(TenantId, BatchId)> {
+        let mut ids: HashMap<&TenantId, HashSet<&BatchId>> = HashMap::new();
+        for progress in found {
+            ids.entry(&progress.tenant).or_default().insert(&progress.id);
         }
-        let full = open.iter().find(|(_, number)| **number >= limit);
-        let was_partial = std::mem::replace(&mut self.lock().is_partial, full.is_some());
-        if let (Some((tenant, _)), false) = (full, was_partial) {
-            tracing::warn!(%tenant, limit, "streams of events show the oldest open batches alone");
+        let mut hidden = Vec::new();
+        for (tenant, listeners) in &*self.listeners() {
+            let Some(ids) = ids.get(tenant).filter(|ids| ids.len() >= limit) else { continue };
+            let followed = listeners.batches.keys().filter(|id| !ids.contains(id));
+            hidden.extend(followed.map(|id| (tenant.clone(), id.clone())));
         }
+        hidden
     }
 
     /// Returns the number of a read that begins now.
@@ -469,6 +498,21 @@ mod tests {
         let expected = [("a".to_owned(), Status::Completed, 7)];
         assert_eq!(shown(&mut listener).await, expected);
         assert!(listener.first.is_none(), "nothing is remembered");
+    }
+
+    #[tokio::test]
+    async fn followed_batch_is_read_behind_many_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = hub(folder.path());
+        let follow = |id: &str| hub.subscribe(&"tenant".into(), Some(id.into())).unwrap();
+        let (one, same, _other) = (follow("late"), follow("late"), follow("a"));
+        let found = [state("a", Status::InProgress, 1), state("b", Status::InProgress, 1)];
+        assert_eq!(hub.hidden(&found, 2), [("tenant".into(), "late".into())]);
+        assert_eq!(hub.hidden(&found, 3), [], "there are no more open batches");
+        drop(one);
+        assert_eq!(hub.hidden(&found, 2).len(), 1);
+        drop(same);
+        assert_eq!(hub.hidden(&found, 2), []);
     }
 
     #[tokio::test]

@@ -4,7 +4,8 @@
 //! names are copied after it: an object that has a record is complete and never changes, so a later
 //! copy of it is the same. An object that is deleted meanwhile is counted as missing.
 //!
-//! **Incremental.** An object that the backup has already is not copied again.
+//! **Incremental.** An object that the backup has already is not copied again, also if the backup
+//! that copied it was interrupted.
 //!
 //! **Whole or not at all.** A backup is described by its manifest, which is replaced last. Until
 //! then the backup before it stays valid. The manifest has the size and the SHA-256 of everything,
@@ -21,6 +22,7 @@ mod manifest;
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rusqlite::backup::StepResult;
@@ -170,7 +172,13 @@ fn copy_database(data: &Path, to: &Path) -> Result<()> {
 /// Backs up a data folder, whose server may be running, into a folder.
 ///
 /// `now` is the time in Unix seconds, and `version` that of the program.
-pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupReport> {
+pub fn backup(
+    data: &Path,
+    to: &Path,
+    must_be_new: bool,
+    now: i64,
+    version: &str,
+) -> Result<BackupReport> {
     if !data.join(DATABASE_FILE).exists() {
         let message = "has no database; name the folder that the server has as --data".to_owned();
         return Err(StoreError::Folder { folder: data.display().to_string(), message });
@@ -191,6 +199,10 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
         return Err(StoreError::Folder { folder: to.display().to_string(), message });
     }
     let before = Manifest::open(to)?;
+    if must_be_new && before.is_some() {
+        let message = "has a backup already, which is kept; name another folder".to_owned();
+        return Err(StoreError::Folder { folder: to.display().to_string(), message });
+    }
     let old_files = files_of(to)?;
     remove_leftovers(to, &old_files);
     // A name of its own, so that the database of the backup before stays until the end.
@@ -241,8 +253,17 @@ pub fn backup(data: &Path, to: &Path, now: i64, version: &str) -> Result<BackupR
     }
     remove_objects_that_are_gone(to, &database)?;
     // For the metric of the server. The backup is valid without it.
-    std::fs::write(data.join(LAST_BACKUP), now.to_string()).ok();
+    note_backup(data, now).ok();
     Ok(report)
+}
+
+/// Writes the time of a backup into its data folder, readable to the server also if root backs up.
+fn note_backup(data: &Path, now: i64) -> std::io::Result<()> {
+    let path = data.join(LAST_BACKUP);
+    let draft = with_suffix(&path, ".part");
+    std::fs::write(&draft, now.to_string())?;
+    std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o644))?;
+    std::fs::rename(&draft, &path)
 }
 
 /// Refuses a backup folder that is the data folder, or one of which contains the other.
@@ -353,8 +374,9 @@ fn copy_objects(
         });
         let (bytes, sha256) = match kept {
             Some((_, bytes, sha256)) => (*bytes, sha256.clone()),
-            None => match copy_whole(&data.join("objects").join(&path), &target, None) {
-                Ok(copied) => {
+            None => match copy_once(&data.join("objects").join(&path), &target) {
+                Ok((found, false)) => found,
+                Ok((copied, true)) => {
                     report.copied = report.copied.saturating_add(1);
                     report.copied_bytes = report.copied_bytes.saturating_add(copied.0);
                     copied
@@ -369,6 +391,21 @@ fn copy_objects(
         report.objects = report.objects.saturating_add(1);
         write(&Line::Object { tenant, id, bytes, sha256 })
     })
+}
+
+/// Copies an object, unless an interrupted backup has copied it already. Returns its size and its
+/// SHA-256, and true if it was copied now.
+fn copy_once(from: &Path, to: &Path) -> Result<((u64, String), bool)> {
+    let size = |path: &Path| std::fs::metadata(path).ok().map(|found| found.len());
+    if size(to).is_some_and(|bytes| Some(bytes) == size(from)) {
+        let read = |path: &Path| read_through(&mut File::open(path)?, None);
+        if let (Ok(found), Ok(expected)) = (read(to), read(from))
+            && found == expected
+        {
+            return Ok((found, false));
+        }
+    }
+    Ok((copy_whole(from, to, None)?, true))
 }
 
 /// Object of a manifest: its tenant and id, its size and its SHA-256.

@@ -20,8 +20,11 @@ pub struct Backup {
     folder: PathBuf,
     #[command(flatten)]
     settings: SettingsArgs<DataFolder>,
-    /// Only compare the backup with its manifest
+    /// Fail if the folder has a backup already
     #[arg(long)]
+    new: bool,
+    /// Only compare the backup with its manifest
+    #[arg(long, conflicts_with = "new")]
     verify: bool,
 }
 
@@ -43,10 +46,10 @@ impl Backup {
         let folder = self.folder.clone();
         let data = self.settings.resolve()?.storage.data;
         let now = Clock::system().now().as_seconds();
-        let is_check = self.verify;
+        let (is_check, must_be_new) = (self.verify, self.new);
         let running = tokio::task::spawn_blocking(move || match is_check {
             true => backup::verify(&folder),
-            false => backup::backup(&data, &folder, now, env!("CARGO_PKG_VERSION")),
+            false => backup::backup(&data, &folder, must_be_new, now, env!("CARGO_PKG_VERSION")),
         });
         let report = ended(running).await?;
         let shown = self.folder.display();

@@ -88,6 +88,9 @@ pub(super) fn progress(
     };
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let (mut found, mut names) = (Vec::new(), HashMap::new());
+    // One state of the database, so that no batch is found both open and ended.
+    let transaction = connection.unchecked_transaction().map_err(database_error)?;
+    let connection = &*transaction;
     for tenant in tenants {
         let Some(key) = tenant_key(connection, tenant.as_str())? else { continue };
         names.insert(key, tenant);

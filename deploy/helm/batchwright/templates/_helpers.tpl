@@ -91,9 +91,16 @@ affinity:
         labelSelector:
           matchLabels: {{- include "batchwright.selector" $ | nindent 12 }}
 {{- else }}
-{{- with $.Values.affinity }}
-affinity: {{- toYaml . | nindent 2 }}
-{{- end }}
+# It waits until the server has gone, which uses the data until its end.
+affinity:
+  podAntiAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      - topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels: {{- include "batchwright.selector" $ | nindent 12 }}
+  {{- with ($.Values.affinity | default dict).nodeAffinity }}
+  nodeAffinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- with $.Values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
