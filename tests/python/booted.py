@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import uuid
 
+import pytest
 from conftest import wait_for
 from packages import run
 
@@ -13,8 +14,8 @@ umount --recursive --lazy /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
 mkdir "/sys/fs/cgroup/$2"
 echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
-exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
-    --console=pipe --directory="$1"
+exec systemd-nspawn --quiet $3 --register=no --keep-unit --private-network --link-journal=no \
+    --console=pipe --directory="$1" $4
 """
 
 # Removes the control groups of a machine, which are empty now.
@@ -39,15 +40,29 @@ class Machine:
         self.group = f"batchwright-test-{uuid.uuid4().hex}"
         run("cp", "--archive", debian, self.root)
         (self.root / "root").chmod(0o755)
+        self.skip_unless_possible()
         self.log = folder / "boot.log"
         with self.log.open("wb") as log:
-            command = ["unshare", "--mount", "--propagation", "private", "bash", "-ec", BOOT]
             self.child = subprocess.Popen(
-                [*command, "boot", str(self.root), self.group],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                self.command("--boot", ""), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+
+    def command(self, option, program):
+        private = ["unshare", "--mount", "--propagation", "private", "bash", "-ec", BOOT]
+        return [*private, "boot", str(self.root), self.group, option, program]
+
+    def skip_unless_possible(self):
+        """Skips the test on a system that does not allow what a machine needs."""
+        tried = subprocess.run(
+            self.command("--as-pid2", "/bin/true"), capture_output=True, text=True, timeout=60
+        )
+        if tried.returncode != 0:
+            pytest.skip(f"systemd-nspawn does not work here: {tried.stderr}")
+        self.remove_group()
+
+    def remove_group(self):
+        private = ["unshare", "--mount", "--propagation", "private", "bash", "-ec"]
+        run(*private, CLEAN_UP, "clean-up", self.group)
 
     def __enter__(self):
         def is_up():
@@ -74,8 +89,7 @@ class Machine:
             except subprocess.TimeoutExpired:
                 self.child.kill()
                 self.child.wait()
-        private = ["unshare", "--mount", "--propagation", "private", "bash", "-ec"]
-        run(*private, CLEAN_UP, "clean-up", self.group)
+        self.remove_group()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def first(self):

@@ -20,7 +20,7 @@ from conftest import PLUGINS, ROOT, chat, jsonl, run_host, wait_for
 from packages import needs_root_and
 from registries import LOGIN
 
-pytestmark = needs_root_and("buildah", "podman", "runc", "unshare", "nsenter")
+pytestmark = needs_root_and("buildah", "podman", "runc", "catatonit", "unshare", "nsenter")
 
 PAGE = ROOT / "docs/operating/packages.md"
 WASM = "application/wasm"
