@@ -21,6 +21,8 @@
 //! listeners, and of each its oldest. Of a tenant with more, the batches that are followed one by
 //! one are read too.
 
+mod listener;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,12 +30,11 @@ use std::time::Duration;
 
 use batchwright_domain::clock::Clock;
 use batchwright_domain::ids::{BatchId, TenantId};
-use batchwright_domain::status::Status;
 use batchwright_store::{BatchProgress, Result, Store, StoreError};
 use tokio::sync::{Notify, broadcast};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use self::listener::ProgressListener;
 use crate::parts::{Parts, Shared};
 
 /// Interval between reads.
@@ -48,9 +49,6 @@ const CHANNEL_READS: usize = 16;
 
 /// Maximum number of batches that a new listener is shown.
 const MAX_SHOWN: usize = 1000;
-
-/// Time after which a stream ends.
-const MAX_LIFETIME: Duration = Duration::from_secs(15 * 60);
 
 /// Maximum number of batches that are followed.
 const MAX_FOLLOWED: usize = 20_000;
@@ -111,51 +109,6 @@ pub enum ListenError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// Listener of one tenant, or of one of its batches.
-pub struct ProgressListener {
-    hub: Arc<ProgressHub>,
-    tenant: TenantId,
-    /// Batch that is followed; none follows all.
-    batch: Option<BatchId>,
-    changes: broadcast::Receiver<Changes>,
-    /// States that are passed on next, and the place of the first one.
-    ready: Option<(States, usize)>,
-    /// Number of the last read that is passed on.
-    read: u64,
-    /// The states that it began with, until a read that began after them.
-    first: Option<FirstStates>,
-    /// End of the stream. The client opens another one, and shows its key again.
-    ends_at: Instant,
-    is_over: bool,
-}
-
-/// States that a listener began with, which no earlier read may follow.
-struct FirstStates {
-    /// Number of reads that had begun when these states were known.
-    reads: u64,
-    /// Step and finished requests of each batch that had not ended.
-    states: HashMap<BatchId, (u8, u64)>,
-}
-
-impl Drop for ProgressListener {
-    fn drop(&mut self) {
-        let mut listeners = self.hub.listeners();
-        let Some(own) = listeners.get_mut(&self.tenant) else { return };
-        own.number = own.number.saturating_sub(1);
-        if let Some(batch) = &self.batch
-            && let Some(number) = own.batches.get_mut(batch)
-        {
-            *number = number.saturating_sub(1);
-            if *number == 0 {
-                own.batches.remove(batch);
-            }
-        }
-        if own.number == 0 {
-            listeners.remove(&self.tenant);
-        }
-    }
 }
 
 impl ProgressHub {
@@ -220,17 +173,25 @@ impl ProgressHub {
             *number = number.saturating_add(1);
         }
         drop(listeners);
-        Ok(ProgressListener {
-            hub: self.clone(),
-            tenant: tenant.clone(),
-            batch,
-            changes: self.changes.subscribe(),
-            ready: None,
-            read: 0,
-            first: None,
-            ends_at: Instant::now() + MAX_LIFETIME,
-            is_over: false,
-        })
+        Ok(ProgressListener::new(self.clone(), tenant.clone(), batch))
+    }
+
+    /// Gives the share of a listener back.
+    fn release(&self, tenant: &TenantId, batch: Option<&BatchId>) {
+        let mut listeners = self.listeners();
+        let Some(own) = listeners.get_mut(tenant) else { return };
+        own.number = own.number.saturating_sub(1);
+        if let Some(batch) = batch
+            && let Some(number) = own.batches.get_mut(batch)
+        {
+            *number = number.saturating_sub(1);
+            if *number == 0 {
+                own.batches.remove(batch);
+            }
+        }
+        if own.number == 0 {
+            listeners.remove(tenant);
+        }
     }
 
     fn listeners(&self) -> MutexGuard<'_, HashMap<TenantId, Listeners>> {
@@ -333,89 +294,9 @@ impl ProgressHub {
     }
 }
 
-impl ProgressListener {
-    /// Takes the next ready state of what is followed.
-    fn take_ready(&mut self) -> Option<BatchProgress> {
-        while let Some((states, place)) = &mut self.ready {
-            let Some(progress) = states.get(*place) else { break };
-            *place = place.saturating_add(1);
-            if self.batch.as_ref().is_none_or(|batch| *batch == progress.id) {
-                return Some(progress.clone());
-            }
-        }
-        // A listener may wait for long, and holds nothing meanwhile.
-        self.ready = None;
-        None
-    }
-
-    /// Shows states that were read just now, before everything else.
-    fn begin(&mut self, states: States) {
-        let open = states.iter().filter_map(|state| Some((state.id.clone(), place_of(state)?)));
-        let reads = self.hub.reads.load(Ordering::SeqCst);
-        self.first = Some(FirstStates { reads, states: open.collect() });
-        self.ready = Some((states, 0));
-        self.hub.newest.fetch_max(reads, Ordering::SeqCst);
-        self.hub.listener_added.notify_one();
-    }
-
-    /// Returns true if a state is older than the one that this listener began with.
-    fn is_older(&self, progress: &BatchProgress) -> bool {
-        let first = self.first.as_ref().and_then(|first| first.states.get(&progress.id));
-        let (Some(first), Some(now)) = (first, place_of(progress)) else { return false };
-        now < *first
-    }
-
-    /// Returns the next state, or none at the end: after the final state of the batch that is
-    /// followed, after [`MAX_LIFETIME`], or when the server drains.
-    pub async fn next(&mut self) -> Option<BatchProgress> {
-        loop {
-            if self.is_over {
-                return None;
-            }
-            if let Some(progress) = self.take_ready() {
-                if self.is_older(&progress) {
-                    continue;
-                }
-                self.is_over = self.batch.is_some() && progress.status.is_final();
-                return Some(progress);
-            }
-            let draining = self.hub.draining.clone();
-            let next = tokio::time::timeout_at(self.ends_at, self.changes.recv());
-            match draining.run_until_cancelled(next).await?.ok()? {
-                Ok(changes) if changes.read <= self.read => {}
-                Ok(changes) => {
-                    self.first.take_if(|first| first.reads < changes.read);
-                    self.ready = changes.of_tenant.get(&self.tenant).map(|own| (own.clone(), 0));
-                    self.read = changes.read;
-                }
-                Err(broadcast::error::RecvError::Lagged(_)) => {
-                    // The changes that the channel still holds are older than what is known.
-                    self.changes = self.changes.resubscribe();
-                    let known = self.hub.lock();
-                    self.first.take_if(|first| first.reads < known.read);
-                    self.ready = known.of_tenant.get(&self.tenant).map(|own| (own.clone(), 0));
-                    self.read = known.read;
-                }
-                Err(broadcast::error::RecvError::Closed) => return None,
-            }
-        }
-    }
-}
-
-/// Returns the step and the finished requests of a batch that has not ended; both only grow.
-fn place_of(progress: &BatchProgress) -> Option<(u8, u64)> {
-    let step = match progress.status {
-        Status::Validating => 0,
-        Status::InProgress => 1,
-        Status::Finalizing => 2,
-        Status::Cancelling => 3,
-        Status::Failed | Status::Completed | Status::Expired | Status::Cancelled => return None,
-    };
-    Some((step, progress.counts.completed.saturating_add(progress.counts.failed)))
-}
-
 #[cfg(test)]
 mod tests {
+    use batchwright_domain::status::Status;
     use batchwright_store::{Counts, SqliteStore};
 
     use super::*;
