@@ -38,6 +38,9 @@ def test_server_knows_when_it_was_backed_up_last(serve, tmp_path):
     assert done.returncode == 0, done.stderr
     at = wait_for(lambda: samples(server.url).get((name, ())), what="the metric")
     assert abs(time.time() - at) < 120
+    # A folder that does not take the time makes no backup fail, and the operator learns of it.
+    (server.data / "last-backup.part").mkdir()
+    assert "alert may fire" in backup(server, tmp_path / "backup").stderr
 
 
 def test_new_backup_replaces_none_and_an_interrupted_one_is_continued(serve, tmp_path):

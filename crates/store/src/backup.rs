@@ -61,6 +61,8 @@ pub struct BackupReport {
     pub copied_bytes: u64,
     /// Number of objects that were deleted while the backup ran, or that are lost.
     pub missing: u64,
+    /// True if the data folder does not know of the backup, and so neither does its server.
+    pub is_unknown: bool,
 }
 
 fn failed(path: &Path, what: &str, error: &dyn std::fmt::Display) -> StoreError {
@@ -253,7 +255,7 @@ pub fn backup(
     }
     remove_objects_that_are_gone(to, &database)?;
     // For the metric of the server. The backup is valid without it.
-    note_backup(data, now).ok();
+    report.is_unknown = note_backup(data, now).is_err();
     Ok(report)
 }
 

@@ -60,6 +60,12 @@ impl Backup {
         }
         let size = bytesize::ByteSize(report.copied_bytes).display().iec();
         outln!("backed up to {shown}: {}; {} copied, {size}", contents(&report), report.copied);
+        if report.is_unknown {
+            errln!(
+                "warning: the time could not be written into the data folder, so the metric of the \
+                 server stays at the backup before, and its alert may fire"
+            );
+        }
         warn_missing(&report);
         Ok(())
     }
