@@ -73,6 +73,13 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{name:<34} {' '.join(how.split())[:200]}")
 
 
+def handles(process, sent):
+    """Returns true if a process has a handler for a signal."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text()
+    caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.M)[1], 16)
+    return bool(caught >> (sent - 1) & 1)
+
+
 def wait_for(condition, seconds=30, what="a condition"):
     """Returns the first true value of a condition; fails after a timeout."""
     end = time.monotonic() + seconds

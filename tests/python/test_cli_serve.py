@@ -4,15 +4,13 @@ Attacks: misspelled and wrong settings, data folders that cannot be used, signal
 """
 
 import json
-import re
 import signal
 import socket
 import sqlite3
 import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import HOST, PLUGINS, chat, run_host, wait_for
+from conftest import HOST, PLUGINS, chat, handles, run_host, wait_for
 
 
 def start(tmp_path, *arguments, env=None):
@@ -170,14 +168,10 @@ def test_signal_while_the_server_starts_is_not_lost(tmp_path, sent, expected):
     with log.open("wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=output)
 
-    def handles():
-        status = (proc / "status").read_text()
-        caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.M)[1], 16)
-        return caught >> (sent - 1) & 1 and (tmp_path / "data/batchwright.db").exists()
-
-    proc = Path(f"/proc/{child.pid}")
+    database = tmp_path / "data/batchwright.db"
     try:
-        wait_for(handles, what="a server that opens its database")
+        wait_for(lambda: database.exists(), what="a server that opens its database")
+        assert handles(child.pid, sent)
         child.send_signal(sent)
         assert "listening" not in log.read_text()
         wait_for(lambda: expected in log.read_text(), what=lambda: log.read_text())
